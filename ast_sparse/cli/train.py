@@ -1,0 +1,72 @@
+"""ast-train: retrain a dense causal LM to N:M sparsity."""
+
+import dataclasses
+
+import click
+
+from ast_sparse.cli.command import Command, user_errors
+from ast_sparse.config import _SECTIONS
+
+
+def _fields() -> str:
+    """Every configuration key with its default and meaning."""
+    lines = ["\b", "Configuration keys (YAML, or --set section.key=value):"]
+    for section, cls in _SECTIONS.items():
+        for item in dataclasses.fields(cls):
+            factory = item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
+            shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)}"
+            lines.append(f"  {section}.{item.name} ({shown}): {item.metadata['help']}")
+    lines.append("  training.*: any field of transformers.TrainingArguments.")
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@click.command(cls=Command, epilog=_fields())
+@click.option("--config", "config_path", required=True, metavar="FILE", help="YAML file with the run's settings.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one setting; repeatable.")
+@click.option(
+    "--resume", is_flag=False, flag_value="", default=None, metavar="[CHECKPOINT]",
+    help="Continue from the last complete checkpoint of the output folder, or from the folder given.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds.")
+@click.option("--dry-run", is_flag=True, help="Print layers, tokens and memory, and stop.")
+@click.option("--output-dir", metavar="FOLDER", help="Where the run goes; beats training.output_dir.")
+@user_errors
+def main(
+    config_path: str,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    output_dir: str | None,
+) -> None:
+    """Retrain a dense causal LM to N:M sparsity (AST): masks that move, distilled from the dense model.
+
+    Prints the perplexity of the dense, the one-shot and the retrained model, and saves an ordinary checkpoint whose
+    pruned weights are zero. For several GPUs: torchrun --nproc_per_node N $(which ast-train) --config FILE.
+    """
+    if resume is not None and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other. Give one.")
+    from ast_sparse.config import load_config
+    from ast_sparse.training.run import run_training  # takes seconds: not for --help
+
+    run_training(
+        load_config(config_path, overrides),
+        output_dir=output_dir,
+        resume=None if resume is None else (resume or True),
+        overwrite=overwrite,
+        dry_run=dry_run,
+        echo=click.echo,
+    )
+
+
+if __name__ == "__main__":
+    main()

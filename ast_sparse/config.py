@@ -1,0 +1,448 @@
+"""The settings of a run: one frozen dataclass a section, read from YAML.
+
+YAML is read with the scalars of YAML 1.2, so that `2:4` stays text, `2e-5` is a number and `no` is not False
+unless the field is a bool.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from ast_sparse.errors import UserError
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """Checks the type of every field; subclasses check values in `_validate`."""
+
+    _name = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = convert(getattr(self, item.name), hints[item.name], f"{self._name}.{item.name}")
+            object.__setattr__(self, item.name, value)
+        self._validate()
+
+    def _validate(self) -> None: ...
+
+    def _require(self, condition: bool, key: str, mend: str) -> None:
+        if not condition:
+            raise UserError(f"{self._name}.{key}={getattr(self, key)!r} {mend}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as plain YAML values."""
+        return {
+            item.name: list(value) if isinstance(value := getattr(self, item.name), tuple) else value
+            for item in dataclasses.fields(self)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
+    """The model to retrain, and its teacher."""
+
+    _name = "model"
+    name_or_path: str = field(metadata=_help("Hub id, local folder, or .gguf file of the dense model."))
+    revision: str | None = field(default=None, metadata=_help("Branch, tag or commit on the hub."))
+    gguf_file: str | None = field(default=None, metadata=_help("Name of a .gguf file inside `name_or_path`."))
+    attn_implementation: str | None = field(default=None, metadata=_help("Attention of transformers: sdpa, eager, …"))
+    trust_remote_code: bool = field(default=False, metadata=_help("Run code that the model's repository brings."))
+    teacher: str | None = field(default=None, metadata=_help("Another teacher; default: the dense model itself."))
+    config_overrides: dict[str, Any] = field(
+        default_factory=dict, metadata=_help("Values that replace those of config.json, e.g. {resid_pdrop: 0.0}.")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section):
+    """Text to train on and to hold out."""
+
+    _name = "data"
+    root: str | None = field(default=None, metadata=_help("Folder that relative paths start from."))
+    train: tuple[str | dict[str, Any], ...] = field(
+        metadata=_help("Files (text, JSONL, parquet; globs) or `datasets.load_dataset` arguments, one source an entry.")
+    )
+    eval: tuple[str | dict[str, Any], ...] | None = field(
+        default=None, metadata=_help("Held-out sources; default: a share of `train`.")
+    )
+    eval_share: float = field(default=0.02, metadata=_help("Share of the documents held out of training, 0 to 0.5."))
+    text_field: str = field(default="text", metadata=_help("Name of the text column or key."))
+    block_size: int = field(default=1024, metadata=_help("Tokens of a training sequence."))
+    seed: int = field(default=0, metadata=_help("Chooses the held-out documents."))
+
+    def _validate(self) -> None:
+        self._require(len(self.train) > 0, "train", "names no source. List at least one file.")
+        self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
+        self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig(_Section):
+    """The pattern, and how masks move: annealed SR-STE (paper Sec. 3.2)."""
+
+    _name = "sparsity"
+    pattern: str = field(default="2:4", metadata=_help("N:M, N kept of every M weights along the input dimension."))
+    criterion: Literal["magnitude"] = field(default="magnitude", metadata=_help("Score of a mask refresh."))
+    init: Literal["magnitude"] = field(default="magnitude", metadata=_help("One-shot method of the start mask."))
+    mask_interval: int = field(default=10, metadata=_help("Optimizer steps between mask refreshes; 0: masks fixed."))
+    mask_decay: float = field(default=6e-5, metadata=_help("λ_max of (2)."))
+    decay_ramp: float = field(default=0.25, metadata=_help("T0/T1: share of the steps over which λ rises."))
+    decay_schedule: Literal["annealed", "static", "none"] = field(
+        default="annealed", metadata=_help("λ over the steps: (2), constant, or zero.")
+    )
+    decay_placement: Literal["momentum", "gradient", "weight"] = field(
+        default="momentum", metadata=_help("Where the decay enters AdamW: (20)-(23), (18)-(19) or (16)-(17).")
+    )
+    include: tuple[str, ...] = field(default=(), metadata=_help("Prune only layers that match; * is a wildcard."))
+    exclude: tuple[str, ...] = field(default=(), metadata=_help("Layers that stay dense; * is a wildcard."))
+
+    def _validate(self) -> None:
+        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        self._require(match is not None, "pattern", "is not of the form N:M. Write for example 2:4.")
+        self._require(0 < self.n < self.m, "pattern", "needs 0 < N < M. Write for example 2:4.")
+        self._require(self.mask_interval >= 0, "mask_interval", "must be 0 (fixed masks) or more.")
+        self._require(self.mask_decay >= 0, "mask_decay", "must be 0 or more.")
+        self._require(0 <= self.decay_ramp <= 1, "decay_ramp", "must lie between 0 and 1.")
+
+    @property
+    def n(self) -> int:
+        """Weights kept of each group."""
+        return int(self.pattern.split(":")[0])
+
+    @property
+    def m(self) -> int:
+        """Weights of a group."""
+        return int(self.pattern.split(":")[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig(_Section):
+    """The loss (4): `ce_weight · CE + kl_weight · T² · KL`; `alpha` is shorthand for (1-α, α)."""
+
+    _name = "distillation"
+    kind: Literal["kl", "reverse_kl"] = field(
+        default="kl", metadata=_help("KL(teacher‖student) (4), or KL(student‖teacher) (15).")
+    )
+    alpha: float | None = field(default=None, metadata=_help("α of (4), 0 to 1; 0 needs no teacher. Default 0.67."))
+    ce_weight: float | None = field(default=None, metadata=_help("Weight of the cross-entropy, instead of α."))
+    kl_weight: float | None = field(default=None, metadata=_help("Weight of T²·KL, instead of α."))
+    temperature: float = field(default=1.0, metadata=_help("T of the softened distributions in the KL."))
+
+    def _validate(self) -> None:
+        if self.alpha is not None:
+            for key in ("ce_weight", "kl_weight"):
+                if getattr(self, key) is not None:
+                    raise UserError(
+                        f"distillation.alpha={self.alpha} and distillation.{key}={getattr(self, key)} exclude each "
+                        "other. Give alpha, or both weights."
+                    )
+            self._require(0 <= self.alpha <= 1, "alpha", "must lie between 0 and 1.")
+        elif (self.ce_weight is None) != (self.kl_weight is None):
+            missing = "kl_weight" if self.kl_weight is None else "ce_weight"
+            raise UserError(f"distillation.{missing} is missing. Give both weights, or alpha alone.")
+        for key in ("ce_weight", "kl_weight"):
+            self._require(getattr(self, key) is None or getattr(self, key) >= 0, key, "must be 0 or more.")
+        self._require(self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0: nothing to train on.")
+        self._require(self.temperature > 0, "temperature", "must be above 0.")
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(weight of CE, weight of T²·KL)."""
+        if self.ce_weight is not None and self.kl_weight is not None:
+            return self.ce_weight, self.kl_weight
+        alpha = 0.67 if self.alpha is None else self.alpha
+        return 1 - alpha, alpha
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the KL has any weight."""
+        return self.weights[1] > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLoRBConfig(_Section):
+    """SLoRB (paper Sec. 3.4)."""
+
+    _name = "slorb"
+    enabled: bool = field(default=True, metadata=_help("Whether sparse layers get the adapter."))
+    k: int = field(default=16, metadata=_help("Columns a group; divides in_features."))
+    init: Literal["mean", "zero"] = field(default="mean", metadata=_help("S from the pruned weights (6), or zero."))
+    train_projection: bool = field(default=True, metadata=_help("Whether X of (5) is trained."))
+
+    def _validate(self) -> None:
+        self._require(self.k >= 1, "k", "must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(_Section):
+    """Perplexities that `ast-train` reports for the dense, the one-shot and the retrained model."""
+
+    _name = "evaluation"
+    datasets: tuple[str, ...] = field(
+        default=("heldout",), metadata=_help("`heldout`, `wikitext2`, or text files; empty: none.")
+    )
+    seq_len: int | None = field(default=None, metadata=_help("Window; default: the published one of the family."))
+    windows: int | None = field(default=None, metadata=_help("At most so many windows of each; default: all."))
+    data_dir: str | None = field(default=None, metadata=_help("Folder with wiki.test.raw, instead of the hub."))
+
+    def _validate(self) -> None:
+        self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
+        self._require(self.windows is None or self.windows >= 1, "windows", "must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything `ast-train` reads. `training` goes to `transformers.TrainingArguments` as it is."""
+
+    model: ModelConfig
+    data: DataConfig
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
+    slorb: SLoRBConfig | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain YAML values, defaults included."""
+        sections = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {
+            name: value.to_dict() if isinstance(value, _Section) else value
+            for name, value in sections.items()
+            if value is not None or name == "distillation"
+        }
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "sparsity": SparsityConfig,
+    "distillation": DistillationConfig,
+    "slorb": SLoRBConfig,
+    "evaluation": EvaluationConfig,
+}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's settings from YAML.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` lines that replace what the file says; values are YAML.
+
+    Raises:
+        UserError: one line that names the field, the value and the mend.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    names = [*_SECTIONS, "training"]
+    for name in tree:
+        if name not in names:
+            raise UserError(f"{path}: unknown section {name!r}.{_nearest(name, names)}")
+    sections = {name: _read_section(name, tree[name]) for name in tree}
+    for name in ("model", "data"):
+        if name not in sections:
+            raise UserError(f"{path}: section {name!r} is missing. See configs/quickstart.yaml for an example.")
+    return RunConfig(**sections)
+
+
+def _read_section(name: str, values: Any) -> Any:
+    if values is None and name in ("distillation", "slorb"):
+        return None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"Section {name!r} is {values!r}, not a mapping. Write `key: value` lines below `{name}:`.")
+    if name == "training":
+        return _check_training(values)
+    section = _SECTIONS[name]
+    known = [item.name for item in dataclasses.fields(section)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"Unknown key {name}.{key}.{_nearest(key, known)}")
+    for item in dataclasses.fields(section):
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and values.get(item.name) is None:
+            raise UserError(f"{name}.{item.name} is missing. {item.metadata['help']}")
+    return section(**values)
+
+
+def _check_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Names and types against `TrainingArguments`; its own checks run when it is built."""
+    from transformers import TrainingArguments  # takes seconds: only when a config is read
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
+    for key in values:
+        if key not in known:
+            raise UserError(f"Unknown key training.{key}.{_nearest(key, known)}")
+    return {key: convert(value, hints[key], f"training.{key}") for key, value in values.items()}
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {matches[0]!r}?" if matches else f" Known: {', '.join(sorted(known))}."
+
+
+_TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")
+
+
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """Check a value against a type hint, and read it as its writer means it.
+
+    A bool field takes yes/no/on/off, a float field an integer, a tuple field a single entry. Hints that this
+    function does not know (enums, nested dataclasses) pass.
+
+    Raises:
+        UserError: the value is of another type.
+    """
+    fits, converted = _convert(value, hint)
+    if not fits:
+        raise UserError(f"{name}={value!r} is {_kind(value)}, expected {_describe(hint)}.")
+    return converted
+
+
+def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        results = [_convert(value, arg) for arg in _exact_first(value, args)]
+        return next((result for result in results if result[0]), (False, value))
+    if origin is Literal:
+        return value in args and not isinstance(value, bool), value
+    if origin is tuple:
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        converted = [_convert(entry, args[0]) for entry in entries]
+        return all(fits for fits, _ in converted) and value is not None, tuple(entry for _, entry in converted)
+    if origin in (dict, list):
+        return isinstance(value, origin), value
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
+            return True, value.lower() in _TRUE
+        return isinstance(value, bool), value
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number, float(value) if number else value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint in (str, dict, list, type(None)):
+        return isinstance(value, hint), value
+    return True, value
+
+
+def _exact_first(value: Any, hints: tuple[Any, ...]) -> list[Any]:
+    """The alternatives of a union, the one of the value's own type first: `5` stays an int in `int | float`."""
+    return sorted(hints, key=lambda hint: hint is not type(value))
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
+    if origin is Literal:
+        return " or ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return f"{_describe(args[0])}, or a list of such"
+    names = {
+        bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null",
+        dict: "a mapping", list: "a list",
+    }  # fmt: skip
+    return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars; a repeated key is an error."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[Any]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is {_kind(key)}. Keys are names.")
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice. Keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # 1.1 would read 010 as 8 and 2:4 as 124
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), [*"~nN", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"Config {str(path)!r} does not exist. Give the path of a YAML file to --config.")
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except UserError as error:
+        raise UserError(f"{path}, {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{path} is no valid YAML: {_yaml_problem(error)}") from None
+    if tree is None:
+        raise UserError(f"Config {str(path)!r} is empty. It needs at least the sections model and data.")
+    if not isinstance(tree, dict):
+        raise UserError(f"Config {str(path)!r} is {_kind(tree)}, not a mapping. Start with the sections model and data.")
+    return tree
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`, with deeper keys (`training.lr_scheduler_kwargs.min_lr_rate`) allowed."""
+    path, sign, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise UserError(f"--set {override!r} is not of the form section.key=value.")
+    try:
+        value = _parse_yaml(text)
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(f"--set {override!r}: the value is no valid YAML: {_yaml_problem(error)}") from None
+    node: Mapping[str, Any] | Any = tree
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {key} is {_kind(node)}, not a mapping.")
+    node[keys[-1]] = value

@@ -1,0 +1,264 @@
+"""From documents to training blocks: tokenise, pack, collate.
+
+Both steps over the text are `datasets` maps with fingerprints of their own, so a second run with the same text,
+tokenizer and block size reads the cache instead of working again.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100  # what torch's and transformers' cross-entropy leave out
+_FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
+_CHARACTERS_PER_CALL = 1_000_000  # bounds what the tokenizer holds at once when documents are long
+_DOCUMENTS_PER_BATCH = 256
+_TOKENISED = Features({"input_ids": List(Value("int32")), "key": Value("uint64")})
+_PACKED = Features({"input_ids": List(Value("int32"))})
+
+
+def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Dataset:
+    """Tokenise every document without special tokens and end it with one EOS; empty documents give no token.
+
+    Args:
+        documents: one document a row in the string column `text_field`.
+        name: what messages and the progress bar call the text.
+
+    Returns:
+        One row a document, cached: `input_ids` (int32) and `key`, a 64-bit hash of the text.
+
+    Raises:
+        UserError: the tokenizer has no EOS token, or a row has no text.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of `{tokenizer.name_or_path}` has no end-of-sequence token, which separates documents. "
+            "Name one as `eos_token` in its tokenizer_config.json."
+        )
+    if text_field not in documents.column_names:
+        raise UserError(f"{name} has no column `{text_field}` (`text_field`) but {', '.join(documents.column_names)}.")
+    eos = int(tokenizer.eos_token_id)
+
+    def tokenise(table: pa.Table, rows: list[int]) -> pa.Table:
+        texts = table.column(text_field).to_pylist()
+        for row, text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
+                )
+        pieces = [ids for group in _groups(texts) for ids in _token_ids(tokenizer, group, eos)]
+        keys = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
+        return pa.table({"input_ids": _list_array(pieces), "key": pa.array(keys, type=pa.uint64())})
+
+    tokenised = documents.with_format("arrow").map(
+        tokenise,
+        with_indices=True,
+        batched=True,
+        batch_size=_DOCUMENTS_PER_BATCH,
+        remove_columns=documents.column_names,
+        features=_TOKENISED,
+        # Hashing the tokenizer object would miss the cache: its truncation and padding state changes with use.
+        new_fingerprint=Hasher.hash(
+            (_FORMAT_VERSION, "tokenise", documents._fingerprint, text_field, tokenizer_key(tokenizer), eos)
+        ),
+        desc=f"Tokenising {name}",
+    )
+    return tokenised.with_format(None)
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what decides the tokens of a text, stable over runs and over calls of the tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return Hasher.hash(tokenizer)
+    state = json.loads(backend.to_str())
+    return Hasher.hash(json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True))
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    characters = 0
+    for text in texts:
+        if group and characters + len(text) > _CHARACTERS_PER_CALL:
+            yield group
+            group, characters = [], 0
+        group.append(text)
+        characters += len(text)
+    if group:
+        yield group
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> list[np.ndarray]:
+    # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return [
+        np.asarray([*ids, eos] if text.strip() else [], dtype=np.int32)
+        for text, ids in zip(texts, encoded["input_ids"], strict=True)
+    ]
+
+
+def _list_array(pieces: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
+    values = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def token_counts(tokenised: Dataset) -> np.ndarray:
+    """Tokens of every document, int64 `[documents]`."""
+    return pc.list_value_length(tokenised.data.column("input_ids")).to_numpy().astype(np.int64)
+
+
+def document_keys(tokenised: Dataset) -> np.ndarray:
+    """Hash of every document's text, uint64 `[documents]`."""
+    return tokenised.data.column("key").to_numpy()
+
+
+def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, name: str) -> Dataset:
+    """Join the tokens `[start, stop)` of every document, in order, and cut them into blocks; the remainder is left out.
+
+    Args:
+        tokenised: from `tokenise_documents`, several of them concatenated if need be.
+        starts, stops: int64 `[documents]`.
+
+    Returns:
+        `{"input_ids": block_size token ids}` a row, cached.
+    """
+    rows = np.flatnonzero(stops > starts)
+    starts, stops = starts[rows], stops[rows]
+    key = Hasher.hash(
+        (_FORMAT_VERSION, "pack", tokenised._fingerprint, block_size, *(a.tobytes() for a in (rows, starts, stops)))
+    )
+    carried = np.empty(0, dtype=np.int32)  # of one map batch into the next: one process, batches in order
+
+    def pack(table: pa.Table, indices: list[int]) -> pa.Table:
+        nonlocal carried
+        documents = table.column("input_ids").combine_chunks()
+        tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
+        pieces = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
+        stream = np.concatenate([carried, *pieces])
+        blocks = len(stream) // block_size
+        carried = stream[blocks * block_size :].copy()
+        return pa.table({"input_ids": _list_array(list(stream[: blocks * block_size].reshape(blocks, block_size)))})
+
+    packed = (
+        tokenised.select(rows)
+        .with_format("arrow")
+        .map(
+            pack,
+            with_indices=True,
+            batched=True,
+            batch_size=_DOCUMENTS_PER_BATCH,
+            remove_columns=tokenised.column_names,
+            features=_PACKED,
+            new_fingerprint=key,
+            desc=f"Packing {name}",
+        )
+    )
+    return packed.with_format(None)
+
+
+def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int) -> Dataset:
+    """Tokenise and pack a data set of raw text: `{"input_ids": block_size token ids}` a row, for SparseTrainer.
+
+    Documents are joined in order, one EOS after each; the number of tokens that do not fill a last block is logged.
+
+    Raises:
+        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block.
+    """
+    name = "the data set"
+    tokenised = tokenise_documents(dataset, tokenizer, text_field, name)
+    lengths = token_counts(tokenised)
+    total = int(lengths.sum())
+    if total < block_size:
+        raise UserError(
+            f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
+            "Give more text or lower `block_size`."
+        )
+    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, name)
+    if total % block_size:
+        logger.warning(
+            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % block_size:,} tokens "
+            "do not fill a block and are left out."
+        )
+    return packed
+
+
+class CausalLMCollator:
+    """Stack token rows to a batch; labels are the inputs unless a row brings its own.
+
+    transformers' `DataCollatorForLanguageModeling` masks every label equal to the pad token: with pad = EOS, the usual
+    choice for GPT-2 or LLaMA, a model would never learn to end a document. Here only padding is ignored.
+
+    Args:
+        pad_token_id: fills rows on the right where lengths differ; with None such a batch is refused.
+    """
+
+    def __init__(self, pad_token_id: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Args:
+            features: rows with `input_ids` and perhaps `labels` and `attention_mask`: lists or tensors of one length.
+
+        Returns:
+            int64 `[batch, longest]`: `input_ids`, `labels` (-100 on padding), and `attention_mask` only if lengths
+            differ or a row brings one.
+
+        Raises:
+            UserError: lengths differ and there is no pad token, or a row's labels or mask differ in length from it.
+        """
+        rows = [_long(feature["input_ids"]) for feature in features]
+        length = max(map(len, rows))
+        is_ragged = any(len(row) != length for row in rows)
+        if is_ragged and self.pad_token_id is None:
+            raise UserError(
+                "Rows of different lengths need padding, but the tokenizer has no pad token. Set `pad_token`."
+            )
+        labels = [_column(feature, "labels", row, row) for feature, row in zip(features, rows, strict=True)]
+        batch = {
+            "input_ids": _padded(rows, length, self.pad_token_id or 0),
+            "labels": _padded(labels, length, IGNORED_LABEL),
+        }
+        if is_ragged or any(feature.get("attention_mask") is not None for feature in features):
+            masks = [
+                _column(feature, "attention_mask", row, torch.ones_like(row))
+                for feature, row in zip(features, rows, strict=True)
+            ]
+            batch["attention_mask"] = _padded(masks, length, 0)
+        return batch
+
+
+def _long(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.long)
+
+
+def _column(feature: Mapping[str, Any], name: str, row: Tensor, default: Tensor) -> Tensor:
+    values = feature.get(name)
+    if values is None:
+        return default
+    values = _long(values)
+    if len(values) != len(row):
+        raise UserError(f"A row has {len(row)} `input_ids` but {len(values)} `{name}`: the lengths must agree.")
+    return values
+
+
+def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])

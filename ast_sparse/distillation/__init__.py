@@ -1,0 +1,1 @@
+"""The loss between student and teacher."""

@@ -1,0 +1,277 @@
+"""Perplexity in the published protocol, and the WikiText-2 text it is reported on.
+
+The text is tokenised as one stream without special tokens and cut into windows that do not overlap; the remainder is
+dropped. Each window of `seq_len` tokens predicts `seq_len - 1`; the figure is exp of the mean loss over all of them
+(paper Sec. 7). A longer window gives a lower figure, so no figure means anything without its window length.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+
+_POSITIONS_PER_CHUNK = 256  # float32 logits of this many positions exist at a time
+_PUBLISHED_WINDOW = {"gpt2": 1024, "opt": 2048}
+_LLAMA2_WINDOW = 4096
+_OTHER_WINDOW = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityResult:
+    """A perplexity and what it was measured on."""
+
+    perplexity: float
+    mean_nll: float  # nats per predicted token
+    seq_len: int
+    windows: int
+    predicted_tokens: int
+    total_tokens: int  # of the whole text, measured or not
+    seconds: float
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text_or_rows: str | Sequence[str],
+    seq_len: int,
+    windows: int | None = None,
+) -> float:
+    """Perplexity of a causal language model on a text; `evaluate_text` returns the particulars as well.
+
+    Args:
+        text_or_rows: the text, or rows to be joined by a blank line.
+        seq_len: tokens of a window.
+        windows: measure only the first so many.
+
+    Raises:
+        UserError: as `evaluate_text`.
+    """
+    return evaluate_text(model, tokenizer, text_or_rows, seq_len, windows).perplexity
+
+
+def evaluate_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text_or_rows: str | Sequence[str],
+    seq_len: int,
+    windows: int | None = None,
+    *,
+    progress: bool = True,
+) -> PerplexityResult:
+    """Perplexity over non-overlapping windows of the text.
+
+    The model runs in eval mode, without gradients, on its own device and in its own dtype; the loss is float32.
+    Afterwards every module is back in the mode it was in.
+
+    Raises:
+        UserError: a text shorter than one window, a window below two tokens or above the model's positions.
+    """
+    text = text_or_rows if isinstance(text_or_rows, str) else "\n\n".join(text_or_rows)
+    check_window(getattr(model, "config", None), seq_len, windows)
+    # verbose=False: the text is longer than the model's window by intent, it is cut below.
+    tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    available = len(tokens) // seq_len
+    if not available:
+        raise UserError(
+            f"The text has {len(tokens):,} tokens, fewer than one window of {seq_len:,} (`seq_len`). "
+            "Give a longer text or a shorter window."
+        )
+    count = min(available, windows or available)
+    blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+    return _measure(model, blocks, seq_len=seq_len, total_tokens=len(tokens), progress=progress)
+
+
+def evaluate_blocks(
+    model: nn.Module, blocks: Sequence[Any], windows: int | None = None, *, progress: bool = True
+) -> PerplexityResult:
+    """Perplexity over blocks that are tokenised already, each one a window.
+
+    Args:
+        blocks: a data set or list of rows of one length: `{"input_ids": ...}`, lists of token ids, or int64 tensors.
+        windows: measure only the first so many.
+
+    Raises:
+        UserError: no blocks, blocks of different lengths, or a window the model cannot take.
+    """
+    if not len(blocks):
+        raise UserError("There are no held-out blocks to measure perplexity on. Set `data.eval_share` or `data.eval`.")
+    seq_len = len(_token_ids(blocks[0]))
+    check_window(getattr(model, "config", None), seq_len, windows)
+    count = min(len(blocks), windows or len(blocks))
+    rows = _Rows(blocks, count, seq_len)
+    return _measure(model, rows, seq_len=seq_len, total_tokens=len(blocks) * seq_len, progress=progress)
+
+
+class _Rows:
+    """The first `count` blocks, one at a time, as int64 tensors of one length."""
+
+    def __init__(self, blocks: Sequence[Any], count: int, seq_len: int) -> None:
+        self.blocks, self.count, self.seq_len = blocks, count, seq_len
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            ids = torch.as_tensor(_token_ids(self.blocks[index]), dtype=torch.long)
+            if len(ids) != self.seq_len:
+                raise UserError(f"Block {index} has {len(ids)} tokens, block 0 has {self.seq_len}: pack to one length.")
+            yield ids
+
+
+def _token_ids(block: Any) -> Any:
+    return block["input_ids"] if isinstance(block, Mapping) else block
+
+
+def check_window(model_config: Any, seq_len: int, windows: int | None = None) -> None:
+    """Check a window length against a model's config, before text or weights are loaded.
+
+    Raises:
+        UserError: `seq_len` below 2 or above the model's positions, or `windows` below 1.
+    """
+    if seq_len < 2:
+        raise UserError(f"A window of {seq_len} tokens (`seq_len`) predicts nothing: it must be at least 2.")
+    if windows is not None and windows < 1:
+        raise UserError(f"The number of windows must be at least 1, not {windows}.")
+    limit = None if model_config is None else max_positions(model_config)
+    if limit is not None and seq_len > limit:
+        raise UserError(
+            f"A window of {seq_len:,} tokens (`seq_len`) is longer than the model's {limit:,} positions. "
+            f"Set at most {limit:,}."
+        )
+
+
+def max_positions(model_config: Any) -> int | None:
+    """Longest sequence a config names (`max_position_embeddings`, `n_positions`), or None."""
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def default_seq_len(model_config: Any) -> int:
+    """Window the published figures of the model's family use (paper Sec. 7), capped by the model's positions.
+
+    GPT-2 1024, OPT 2048, LLaMA2 4096: a `llama` with exactly 4096 positions, as LLaMA2 and its fine-tunes have. For all
+    others, later LLaMAs included, 2048, the usual choice in the pruning literature.
+    """
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    limit = max_positions(config)
+    is_llama2 = config.model_type == "llama" and limit == _LLAMA2_WINDOW
+    window = _LLAMA2_WINDOW if is_llama2 else _PUBLISHED_WINDOW.get(config.model_type, _OTHER_WINDOW)
+    return window if limit is None else min(window, limit)
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, rows: Iterable[Tensor], *, seq_len: int, total_tokens: int, progress: bool
+) -> PerplexityResult:
+    device = next(model.parameters()).device
+    started = time.perf_counter()
+    total = 0.0
+    count = 0
+    with _eval_mode(model), tqdm(rows, desc=f"Perplexity at {seq_len:,}", unit="window", disable=not progress) as bar:
+        for row in bar:
+            total += _summed_loss(model, row.to(device))
+            count += 1
+            bar.set_postfix_str(f"ppl {_exp(total / (count * (seq_len - 1))):.2f}")
+    predicted = count * (seq_len - 1)
+    return PerplexityResult(
+        perplexity=_exp(total / predicted),
+        mean_nll=total / predicted,
+        seq_len=seq_len,
+        windows=count,
+        predicted_tokens=predicted,
+        total_tokens=total_tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # Module by module: `model.train()` would wake what was frozen in eval mode inside a training model.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _summed_loss(model: nn.Module, tokens: Tensor) -> float:
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+    losses = [
+        F.cross_entropy(part.float(), target, reduction="none").double().sum()
+        for part, target in zip(
+            logits.split(_POSITIONS_PER_CHUNK), tokens[1:].to(logits.device).split(_POSITIONS_PER_CHUNK), strict=True
+        )
+    ]
+    return float(torch.stack(losses).sum())
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None) -> list[str]:
+    """Rows of WikiText-2 raw; the published text is these joined by a blank line.
+
+    Args:
+        split: `test` (what is reported) or `validation`.
+        data_dir: a folder with `wiki.test.raw` (`wiki.valid.raw`), or such a file itself; None: from the hub.
+
+    Returns:
+        A row for every line: blank lines are "", the others keep their newline.
+
+    Raises:
+        UserError: an unknown split, no such file, or the hub cannot be reached.
+    """
+    names = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+    if split not in names:
+        raise UserError(f"WikiText-2 is evaluated on its split test or validation, not `{split}`.")
+    if data_dir is None:
+        return _hub_rows(split)
+    path = Path(data_dir).expanduser()
+    file = path / names[split] if path.is_dir() else path
+    try:
+        # newline="\n" leaves lines as they are; str.splitlines would also cut at Unicode separators inside them.
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            rows = [line if line.strip() else "" for line in lines]
+    except FileNotFoundError:
+        raise UserError(f"No {names[split]} in `--data-dir` {path}. Name its folder, or the file itself.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if not any(rows):
+        raise UserError(f"{file} is empty.")
+    return rows
+
+
+def _hub_rows(split: str) -> list[str]:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"WikiText-2 cannot be loaded from the hub ({reason:.200}). Without network, name a folder with "
+            "wiki.test.raw by `--data-dir`."
+        ) from error

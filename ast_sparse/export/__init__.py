@@ -1,0 +1,1 @@
+"""Checkpoint formats: encode, write, verify, load."""

@@ -1,0 +1,115 @@
+"""SLoRB as a PEFT LoRA adapter beside the sparse model: `y = W̃x + S(Xx)` (paper Sec. 3.4)."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ast_sparse.errors import UserError
+from ast_sparse.export.files import SlorbPairs, read_json, read_tensors, write_json
+
+_PREFIX = "base_model.model."
+_CONFIG_NAME = "adapter_config.json"
+_WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = False) -> dict[str, Any]:
+    """The LoRA configuration of some SLoRB pairs: scale 1 everywhere, the rank of each layer its in_features / k.
+
+    Args:
+        pairs: S `[out, in/k]` and X `[in/k, in]` by layer name; the ranks may differ.
+        base_model: path or hub id of the sparse model the adapter belongs to.
+        fan_in_fan_out: True where the layers are GPT-2's `Conv1D`.
+    """
+    ranks = {name: x.shape[0] for name, (_, x) in pairs.items()}
+    rank = max(ranks.values())
+    # PEFT reads the keys of a pattern as regular expressions. Alpha equals the rank, so that the scale is 1.
+    pattern = {re.escape(name): own for name, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _adapter_tensors(pairs: SlorbPairs, prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (s, x) in pairs.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().contiguous()
+        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().contiguous()
+    return tensors
+
+
+def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, fan_in_fan_out: bool = False) -> None:
+    """Write SLoRB pairs as a PEFT adapter: `lora_A = X`, `lora_B = S`.
+
+    Args:
+        out_dir: folder of the adapter, created. Not the folder of the model itself: there `from_pretrained` would
+            take the adapter for the model.
+        base_model, pairs, fan_in_fan_out: as in `adapter_config`; the dtype of the pairs is kept.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
+    write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, fan_in_fan_out))
+
+
+def read_adapter(folder: Path) -> SlorbPairs:
+    """The SLoRB pairs of an adapter folder, by layer name.
+
+    Raises:
+        UserError: a file is missing or damaged, a scale is not 1, or the tensors are no pairs.
+    """
+    config = read_json(folder / _CONFIG_NAME)
+    if config.get("r") != config.get("lora_alpha") or config.get("rank_pattern") != config.get("alpha_pattern"):
+        raise UserError(
+            f"`{folder}` is no SLoRB adapter: the scale alpha / r is not 1. Remove the folder to go without."
+        )
+    tensors = read_tensors([folder / _WEIGHTS_NAME], lambda name: True)
+    names = {name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
+    try:
+        keys = {name: f"{_PREFIX}{name}.lora_" for name in sorted(names)}
+        pairs = {name: (tensors[f"{key}B.weight"], tensors[f"{key}A.weight"]) for name, key in keys.items()}
+    except KeyError as error:
+        raise UserError(f"`{folder / _WEIGHTS_NAME}` lacks the tensor {error}. Write the adapter again.") from error
+    if not pairs or len(tensors) != 2 * len(pairs):
+        raise UserError(f"`{folder / _WEIGHTS_NAME}` holds no SLoRB pairs. Write the adapter again.")
+    return pairs
+
+
+def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool) -> None:
+    """Add SLoRB pairs to a model with sparse weights, in place and frozen, through PEFT.
+
+    Raises:
+        UserError: PEFT is not installed, or a pair fits no layer.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"`{base_model}` has a SLoRB adapter, which PEFT loads. Install it: pip install 'ast-sparse[slorb]'."
+        )
+    from peft import LoraConfig
+
+    for name, (s, x) in pairs.items():
+        weight = model.get_parameter(f"{name}.weight")
+        shape = (s.shape[0], x.shape[1])
+        if shape != (tuple(weight.shape[::-1]) if fan_in_fan_out else tuple(weight.shape)):
+            raise UserError(f"The SLoRB pair of `{name}` is for a layer of shape {shape}, not {tuple(weight.shape)}.")
+    config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
+    tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
+    # The annotation says dict, but a config object is used.
+    model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)

@@ -1,0 +1,307 @@
+"""Export an N:M model: plan the layers, write, read back, verify, move into place."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.config import SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.export import files
+from ast_sparse.export.adapter import write_adapter
+from ast_sparse.export.codec import coded_bytes, pack24
+from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.export.report import ExportReport, SizeRow
+from ast_sparse.export.saving import (
+    check_out_dir,
+    finished_folder,
+    has_conv1d,
+    save_sparse_model,
+    save_weights,
+    split_state_dict,
+)
+from ast_sparse.loading import load_checkpoint
+from ast_sparse.sparsity.masks import check_nm
+from ast_sparse.sparsity.model import select_layers, sparse_layers
+
+__all__ = ["DTYPES", "FORMATS", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
+
+FORMATS = ("dense", "compressed")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_DEFAULT_PATTERN = "2:4"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported. Weights are masked; `folder` is None when a model object was given."""
+
+    model: PreTrainedModel
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    slorb: files.SlorbPairs
+    folder: Path | None
+    sparsity_config: dict[str, Any]
+    n: int
+    m: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense."""
+
+    pruned: dict[str, bool]
+    dense: dict[str, str]
+
+
+def export_model(
+    model_or_dir: PreTrainedModel | str | Path,
+    out_dir: str | Path,
+    format: str = "compressed",
+    *,
+    dtype: str = "bfloat16",
+    pattern: str | None = None,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+) -> ExportReport:
+    """Write an N:M model in an export format; the files are read back and verified before they take their place.
+
+    Args:
+        model_or_dir: a model with sparse layers, a plain model whose weights are N:M, or a folder: one of our training
+            checkpoints, an export, or any checkpoint of an N:M model. A model object is not changed.
+        out_dir: folder to write. An interrupted or failed export leaves it as it was.
+        format: `dense`, an ordinary checkpoint of any N:M; or `compressed`, 2:4 only (see `quantizer`).
+        dtype: of the weights: bfloat16, float16 or float32.
+        pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
+        overwrite: replace a model that `out_dir` holds.
+        tokenizer: saved with the model; by default a folder's tokenizer files are copied.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
+    """
+    if format not in FORMATS:
+        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMATS)}.")
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
+    out = Path(out_dir).expanduser().resolve()
+    folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
+    check_out_dir(out, folder.resolve() if folder else None, overwrite)
+    source = _open_source(model_or_dir, folder, pattern)
+    plan = _plan_layers(source, format)
+    with finished_folder(out) as partial:
+        _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
+        report = _report(source, plan, partial, out, format, dtype, nonzero)
+    return report
+
+
+def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None) -> _Source:
+    if folder is None:
+        model, recorded = model_or_dir, {}
+        _check_model(model)
+        weights, masks, slorb = split_state_dict(model.state_dict())
+        layer = next(iter(sparse_layers(model).values()), None)
+        found = None if layer is None else f"{layer.n}:{layer.m}"
+    else:
+        files.require_model_folder(folder)
+        checkpoint = load_checkpoint(folder, dtype="auto")
+        model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
+        weights = split_state_dict(model.state_dict())[0]
+        recorded = files.read_sparsity_config(folder)
+        found = files.recorded_pattern(recorded)
+    checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
+    return _Source(model, weights, masks, slorb, folder, recorded, checked.n, checked.m)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"Cannot export a {type(model).__name__}. Give a causal LM of transformers, or a folder.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
+
+
+def _plan_layers(source: _Source, format: str) -> _Plan:
+    """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
+    patterns = [(source.n, source.m)] + ([(2, 4)] if format == "compressed" else [])
+    selected, _ = select_layers(source.model)
+    recorded = {*source.masks, *source.sparsity_config.get("layers", ())}
+    plan = _Plan({}, {})
+    first_fault = None
+    for name, layer in selected.items():
+        transposed = isinstance(layer, Conv1D)
+        weight = _oriented(source.weights[f"{name}.weight"], transposed)
+        unfit = next((m for _, m in patterns if weight.shape[1] % m), None)
+        missed = next((pattern for pattern in patterns if not unfit and not check_nm(weight, *pattern)), None)
+        if unfit:
+            plan.dense[name] = f"in_features={weight.shape[1]} is not a multiple of {unfit}"
+        elif missed:
+            plan.dense[name] = f"not {missed[0]}:{missed[1]}"
+            first_fault = first_fault or _not_nm(source, name, weight, *missed)
+            if name in recorded:
+                raise UserError(_not_nm(source, name, weight, *missed))
+        elif format == "compressed" and weight.shape[1] % 8:
+            plan.dense[name] = f"2:4, but in_features={weight.shape[1]} is not a multiple of 8, so it is not compressed"
+        else:
+            plan.pruned[name] = transposed
+    if not plan.pruned:
+        name, reason = next(iter(plan.dense.items()))
+        raise UserError(
+            first_fault or f"No layer can be exported: `{name}`: {reason}. Use another --format or --pattern."
+        )
+    return plan
+
+
+def _not_nm(source: _Source, name: str, weight: Tensor, n: int, m: int) -> str:
+    groups = (weight != 0).unflatten(1, (-1, m)).sum(-1)
+    what = f"in `{name}` {int((groups > n).sum()):,} of {groups.numel():,} groups of {m} hold more than {n} non-zeros."
+    if (n, m) != (source.n, source.m):
+        return f"The compressed format holds 2:4, the model is {source.n}:{source.m}: {what} Use --format dense."
+    return f"The model is not {n}:{m}: {what} Prune it first with ast-train, or name its pattern with --pattern."
+
+
+def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
+    """`[out, in]`, whatever the layout of the layer."""
+    return tensor.t().contiguous() if transposed else tensor
+
+
+def _write(
+    source: _Source, plan: _Plan, folder: Path, format: str, dtype: torch.dtype, name: str, progress: bool
+) -> None:
+    compress = format == "compressed"
+    tensors: dict[str, Tensor] = {}
+    cast = _cast_weights(source, plan, dtype)
+    for key, value in tqdm(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
+        layer = key.removesuffix(".weight")
+        if compress and layer in plan.pruned and key != layer:
+            transposed = plan.pruned[layer]
+            mask = _code_mask(source.masks.get(layer), transposed)
+            tensors[key], tensors[f"{key}_meta"] = pack24(_oriented(value, transposed), mask)
+        else:
+            tensors[key] = value
+    # Compressed layers have the names and shapes of the model in memory: nothing may convert them on the way.
+    save_weights(source.model, folder, tensors, original_format=not compress)
+    _edit_config(folder, plan, dtype, compress)
+    if source.folder is not None:
+        _copy_companions(source.folder, folder)
+    if source.slorb:
+        pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
+        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
+    own = {"pattern": f"{source.n}:{source.m}", "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, source.sparsity_config or own)
+
+
+def _cast_weights(source: _Source, plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The masked weights in the export dtype, on the CPU; no pruned layer holds a negative zero."""
+    parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
+    for name, stored in source.weights.items():
+        value = stored.to("cpu", dtype) if stored.is_floating_point() else stored.cpu()
+        if name in parameters and not bool(value.isfinite().all()):
+            if bool(stored.isfinite().all()):
+                raise UserError(f"`{name}` holds values too large for {dtype}. Export with --dtype bfloat16.")
+            raise UserError(f"`{name}` holds values that are not finite. Export an earlier checkpoint.")
+        if name.removesuffix(".weight") in plan.pruned and name.endswith(".weight"):
+            value = torch.where(value != 0, value, 0)
+        yield name, value
+
+
+def _code_mask(mask: Tensor | None, transposed: bool) -> Tensor | None:
+    """The mask to encode from; None where it does not keep exactly two of four, and the non-zeros have to tell."""
+    if mask is None:
+        return None
+    mask = _oriented(mask.cpu(), transposed)
+    return mask if bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()) else None
+
+
+def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype, compress: bool) -> None:
+    config = files.read_json(folder / files.CONFIG_NAME)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("quantization_config", None)
+    if compress:
+        config["quantization_config"] = AstSparse24Config(sorted(plan.pruned)).to_dict()
+    files.write_json(folder / files.CONFIG_NAME, config)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    generation = source / "generation_config.json"
+    for path in files.tokenizer_files(source) | ({generation} if generation.is_file() else set()):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
+    """Compare what the files give back with the masked weights; the number of non-zeros in the pruned layers."""
+    fault = f"Reading the export back failed, so nothing was kept: `{folder.name}`"
+    remote_code = bool(source.model.is_remote_code())
+    written = load_checkpoint(folder, dtype=dtype, trust_remote_code=remote_code)
+    found, pairs = written.model.state_dict(), written.slorb
+    if pairs.keys() != source.slorb.keys() or not all(
+        torch.equal(pairs[name][i], source.slorb[name][i].to("cpu", dtype)) for name in pairs for i in range(2)
+    ):
+        raise UserError(f"{fault}: the SLoRB adapter differs.")
+    nonzero = 0
+    cast = _cast_weights(source, plan, dtype)
+    for name, value in tqdm(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
+        if not torch.equal(found[name], value.to(found[name].dtype)):
+            raise UserError(f"{fault}: `{name}` differs from the masked weight.")
+        layer = name.removesuffix(".weight")
+        if layer in plan.pruned and layer != name:
+            zeros = found[name] == 0
+            nonzero += zeros.numel() - int(zeros.sum())
+            if bool((zeros & found[name].signbit()).any()):
+                raise UserError(f"{fault}: `{name}` holds negative zeros.")
+            if not check_nm(found[name], source.n, source.m, dim=0 if plan.pruned[layer] else 1):
+                raise UserError(f"{fault}: `{name}` is not {source.n}:{source.m}.")
+    return nonzero
+
+
+def _report(
+    source: _Source, plan: _Plan, folder: Path, out_dir: Path, format: str, dtype: str, nonzero: int
+) -> ExportReport:
+    itemsize = DTYPES[dtype].itemsize
+    entries = {name: source.weights[f"{name}.weight"].numel() for name in (*plan.pruned, *plan.dense)}
+    shapes = {key: value for file in files.weight_files(folder) for key, value in files.tensor_shapes(file).items()}
+    sizes = {key: files.stored_bytes(*value) for key, value in shapes.items()}
+    pruned = sum(entries[name] for name in plan.pruned)
+    stored, codes = pruned * itemsize, 0
+    if format == "compressed":
+        stored = sum(sizes[f"{name}.weight"] + sizes[f"{name}.weight_meta"] for name in plan.pruned)
+        codes = len(plan.pruned)
+        if stored != coded_bytes(pruned, itemsize):
+            raise UserError(
+                f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
+            )
+    dense = sum(entries[name] for name in plan.dense)
+    rest = sum(sizes.values()) - stored - dense * itemsize
+    adapter = sum(s.numel() + x.numel() for s, x in source.slorb.values())
+    rest_entries = rest // itemsize
+    others = (
+        SizeRow("left dense", len(plan.dense), dense, dense * itemsize, dense * itemsize),
+        SizeRow("SLoRB", 2 * len(source.slorb), adapter, adapter * itemsize, adapter * itemsize),
+        SizeRow("embeddings, norms, head", len(sizes) - len(entries) - codes, rest_entries, rest, rest),
+    )
+    return ExportReport(
+        out_dir=out_dir,
+        format=format,
+        dtype=dtype,
+        pattern=f"{source.n}:{source.m}",
+        pruned=SizeRow(f"pruned ({source.n}:{source.m})", len(plan.pruned), pruned, pruned * itemsize, stored),
+        others=others,
+        dense_layers=plan.dense,
+        nonzero_share=nonzero / pruned,
+        files={str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()},
+    )

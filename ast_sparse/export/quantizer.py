@@ -1,0 +1,247 @@
+"""The transformers plug-in that reads and writes compressed checkpoints: `quant_method: ast_sparse_24`.
+
+A pruned layer X is stored as `X.weight` `[out, in/2]`, the kept values, and `X.weight_meta` `[out, in/8]`, their
+positions (see `codec`). The values keep the name `weight`, so that a reader without the plug-in stops with a size
+mismatch instead of initialising the layer at random. By default the layers are decoded while loading.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ast_sparse.export.codec import check_meta, unpack24
+
+METHOD = "ast_sparse_24"
+FORMAT_VERSION = 1
+
+
+class AstSparse24Config(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint.
+
+    Args:
+        modules: names of the compressed layers.
+        dequantize: decode the layers while loading; False keeps them compressed in memory.
+        format_version: of the checkpoint; a newer one than this reader's is an error.
+
+    To keep a checkpoint compressed, pass `quantization_config=AstSparse24Config(dequantize=False)` to
+    `from_pretrained`; the module names come from the checkpoint.
+    """
+
+    def __init__(
+        self,
+        modules: list[str] | None = None,
+        dequantize: bool = True,
+        format_version: int = FORMAT_VERSION,
+        **_: Any,  # every key of the JSON object arrives here, quant_method among them
+    ) -> None:
+        if int(format_version) > FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint has {METHOD} format_version {format_version}, newer than {FORMAT_VERSION}, the latest "
+                "this ast_sparse reads. Update ast_sparse."
+            )
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers reads it from the instance
+        self.modules = list(modules or ())
+        self.dequantize = dequantize
+        self.format_version = format_version
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What `from_pretrained(quantization_config=…)` may change about a checkpoint."""
+        return {"dequantize": self.dequantize}
+
+
+class CompressedLinear(nn.Linear):
+    """`y = x Wᵀ + b` with W kept as values and metadata; stands for `nn.Linear` and for GPT-2's `Conv1D`.
+
+    Attributes:
+        weight: `[out, in/2]`, the kept values, not trained.
+        weight_meta: `[out, in/8]`, uint8.
+    """
+
+    weight_meta: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        values = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.register_buffer(
+            "weight_meta", torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def dense_weight(self) -> Tensor:
+        """The decoded weight `[out, in]`."""
+        return unpack24(self.weight, self.weight_meta)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.dense_weight(), self.bias)
+
+
+class Decode24(ConversionOps):
+    """Load operation: values and metadata of a compressed layer become its dense weight.
+
+    transformers calls it for every key that ends in `weight`, and would wrap an error of ours in a general one. So a
+    problem is noted, a placeholder returned, and the quantizer raises once all weights are loaded.
+    """
+
+    def __init__(self, modules: frozenset[str], problems: list[str]) -> None:
+        self.modules = modules
+        self.problems = problems
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Decode24":
+        return self  # transformers copies the operation for each tensor, but the problems have to meet in one list
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **_: Any
+    ) -> dict[str, Tensor]:
+        collected = {
+            key.rstrip("$"): value[0] if isinstance(value, list) else value for key, value in input_dict.items()
+        }
+        weight, meta = collected.get("weight"), collected.get("weight_meta")
+        name = full_layer_name.rpartition(".")[0]
+        expected = model.get_parameter(full_layer_name)
+        try:
+            if weight is None:
+                raise ValueError("the checkpoint has its metadata, but not its values")
+            if meta is None:
+                if _short(name, model) in self.modules:
+                    raise ValueError("the checkpoint has its values, but not its metadata")
+                return {full_layer_name: weight}
+            dense = _decode(weight, meta)
+            if isinstance(model.get_submodule(name), Conv1D):
+                dense = dense.t().contiguous()
+            if dense.shape != expected.shape:
+                raise ValueError(f"it decodes to {tuple(dense.shape)}, the model needs {tuple(expected.shape)}")
+            return {full_layer_name: dense.to(expected.dtype)}
+        except ValueError as error:
+            self.problems.append(f"`{name}`: {error}")
+            return {full_layer_name: torch.zeros(expected.shape, dtype=expected.dtype)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError  # the quantizer takes the converter off the model after loading
+
+
+class AstSparse24HfQuantizer(HfQuantizer):
+    """Reads `ast_sparse_24`: decodes the layers while loading, or replaces them by `CompressedLinear`."""
+
+    requires_calibration = True  # a checkpoint is compressed by ast-export, never while it is loaded
+    quantization_config: AstSparse24Config
+
+    def __init__(self, quantization_config: AstSparse24Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._problems: list[str] = []
+
+    def _module_names(self, model: nn.Module) -> frozenset[str]:
+        return frozenset(_short(name, model) for name in self.quantization_config.modules)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Append the decoding to the model's own conversions; fused experts are never compressed, so theirs stay."""
+        if not self.quantization_config.dequantize:
+            return weight_conversions
+        operation = Decode24(self._names, self._problems)
+        return [*weight_conversions, WeightConverter(["weight$", "weight_meta"], "weight", [operation])]
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._names = self._module_names(model)
+        if self.quantization_config.dequantize:
+            return
+        for name, layer in list(model.named_modules()):
+            if _short(name, model) not in self._names:
+                continue
+            if isinstance(layer, Conv1D):
+                in_features, out_features = layer.weight.shape
+            elif isinstance(layer, nn.Linear):
+                out_features, in_features = layer.weight.shape
+            else:
+                raise ValueError(f"The checkpoint has `{name}` compressed, but it is a {type(layer).__name__}.")
+            compressed = CompressedLinear(
+                in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
+            )
+            model.set_submodule(name, compressed)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any(isinstance(operation, Decode24) for operation in getattr(conversion, "operations", ()))
+        ] or None
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear):
+                layer.weight.requires_grad_(False)
+                self._check_compressed(name, layer)
+        if self._problems:
+            more = f" (and {len(self._problems) - 1} more layers)" if len(self._problems) > 1 else ""
+            raise ValueError(
+                f"The compressed checkpoint is damaged: {self._problems[0]}{more}. Copy or export it again."
+            )
+        return model
+
+    def _check_compressed(self, name: str, layer: CompressedLinear) -> None:
+        if layer.weight.is_meta:
+            return  # offloaded
+        try:
+            _check(layer.weight, layer.weight_meta)
+            shape = (layer.weight.shape[0], 2 * layer.weight.shape[1])
+            if shape != (layer.out_features, layer.in_features):
+                raise ValueError(f"it decodes to {shape}, the model needs {(layer.out_features, layer.in_features)}")
+        except ValueError as error:
+            self._problems.append(f"`{name}`: {error}")
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # save_pretrained leaves the name of the dtype in the model's config
+            dtype = cast(torch.dtype, getattr(torch, dtype))
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, CompressedLinear):
+                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                dense.weight = nn.Parameter(layer.dense_weight().detach().to(dtype or layer.weight.dtype))
+                dense.bias = layer.bias
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # not the compressed weights, but an adapter over them
+
+
+def _short(name: str, model: Any) -> str:
+    """A module name without the prefix that only the model with a head has."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _check(values: Tensor, meta: Tensor) -> None:
+    if meta.shape != (values.shape[0], values.shape[1] // 4) or meta.dtype != torch.uint8 or values.shape[1] % 4:
+        raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
+    if not check_meta(meta):
+        raise ValueError("its metadata names positions that no 2:4 group has")
+
+
+def _decode(values: Tensor, meta: Tensor) -> Tensor:
+    _check(values, meta)
+    return unpack24(values, meta)
+
+
+def register() -> None:
+    """Tell transformers about the format; a second call changes nothing."""
+    if METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    auto.register_quantization_config(METHOD)(AstSparse24Config)
+    auto.register_quantizer(METHOD)(AstSparse24HfQuantizer)
+    # Without this, transformers ignores the `dequantize` that `from_pretrained` is given.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (  # type: ignore[assignment]
+        *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
+        AstSparse24Config,
+    )

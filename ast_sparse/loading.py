@@ -1,0 +1,305 @@
+"""Load a causal LM from wherever it lies: hub, local folder, training checkpoint, export or `.gguf` file."""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from ast_sparse.errors import UserError
+from ast_sparse.export import files
+from ast_sparse.export.adapter import attach_adapter, read_adapter
+
+logger = logging.getLogger(__name__)
+
+_MESSAGE_LIMIT = 300
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model, and what a plain model has no place for.
+
+    Attributes:
+        model: plain model; its weights are masked if the checkpoint holds masks.
+        masks: bool, True = kept, by layer name, in the layout of the weight; empty unless a training checkpoint.
+        slorb: SLoRB pairs S `[out, in/k]`, X `[in/k, in]` by layer name, in their stored dtype; not in the model.
+    """
+
+    model: PreTrainedModel
+    masks: dict[str, Tensor]
+    slorb: files.SlorbPairs
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model lies. `folder` is None for a model on the hub."""
+
+    name: str
+    gguf_file: str | None
+    folder: Path | None
+
+    @classmethod
+    def find(cls, name_or_path: str | Path, gguf_file: str | None) -> "_Source":
+        path = Path(name_or_path).expanduser()
+        if gguf_file is None and path.suffix == ".gguf":
+            path, gguf_file = path.parent, path.name
+            if not (path / gguf_file).is_file():
+                raise UserError(f"There is no file `{name_or_path}`. Check the path.")
+        if path.is_dir():
+            if gguf_file is None:
+                files.require_model_folder(path)
+            elif not (path / gguf_file).is_file():
+                raise UserError(f"`{path}` holds no file `{gguf_file}`. Check `gguf_file`.")
+            return cls(str(path), gguf_file, path)
+        if path.exists():
+            raise UserError(f"`{name_or_path}` is a file, but no .gguf file. Give a folder, a .gguf file or a hub id.")
+        name = str(name_or_path)
+        beside = path.parent != Path() and path.parent.is_dir()  # `out/export` could be a hub id, were there no `out`
+        if beside or not _HUB_ID.fullmatch(name) or name.startswith("."):
+            raise UserError(f"There is no folder `{name}`, nor is it a hub id. Check the path.")
+        return cls(name, gguf_file, None)
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The local folder of an ordinary model, None for the hub and for a .gguf."""
+        return self.folder if self.gguf_file is None else None
+
+    def arguments(self, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        if revision is not None and self.folder is None:
+            arguments["revision"] = revision
+        return arguments
+
+
+def load_causal_lm(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a causal LM, ready to compute; sparse weights are applied, and SLoRB where there is any.
+
+    Args:
+        name_or_path: hub id, local folder (dense, one of our training checkpoints, or an export), or `.gguf` file.
+        dtype: of the parameters; `auto` keeps the stored one.
+        revision: branch, tag or commit on the hub.
+        gguf_file: name of a .gguf file inside `name_or_path`; its weights are dequantized.
+        attn_implementation: attention of transformers.
+        trust_remote_code: run code that the repository brings.
+        config_overrides: values that replace those of config.json.
+
+    Returns:
+        A plain model on the CPU in evaluation mode. With SLoRB its layers are PEFT's, computing `W̃x + S(Xx)`.
+
+    Raises:
+        UserError: the model is missing, incomplete or damaged, or a package it needs is not installed.
+    """
+    checkpoint = load_checkpoint(
+        name_or_path,
+        dtype=dtype,
+        revision=revision,
+        gguf_file=gguf_file,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        config_overrides=config_overrides,
+    )
+    if checkpoint.slorb:
+        layers = dict(checkpoint.model.named_modules())
+        if unknown := [name for name in checkpoint.slorb if name not in layers]:
+            raise UserError(f"`{name_or_path}` has SLoRB for `{unknown[0]}`, which the model lacks. Remove slorb/.")
+        transposed = any(isinstance(layers[name], Conv1D) for name in checkpoint.slorb)
+        attach_adapter(checkpoint.model, checkpoint.slorb, str(name_or_path), transposed)
+    return checkpoint.model
+
+
+def load_checkpoint(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as of `load_causal_lm`."""
+    source = _Source.find(name_or_path, gguf_file)
+    folder = source.model_folder
+    masks, slorb = files.stored_sparsity(files.weight_files(folder)) if folder else ({}, {})
+    config = load_model_config(
+        name_or_path,
+        revision=revision,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+        config_overrides=config_overrides,
+    )
+    arguments = source.arguments(revision, trust_remote_code)
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if source.gguf_file is not None:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        arguments["use_safetensors"] = True
+    model = _load_weights(source, config, dtype, set(masks), arguments)
+    _apply_stored_masks(model, masks, source.name)
+    if folder and not slorb and files.has_adapter(folder):
+        slorb = read_adapter(folder / files.ADAPTER_FOLDER)
+    return Checkpoint(model, masks, slorb)
+
+
+def _load_weights(
+    source: _Source,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | Literal["auto"],
+    masked: set[str],
+    arguments: dict[str, Any],
+) -> PreTrainedModel:
+    # transformers' report would list every mask as an unexpected key: the findings are judged here instead.
+    with _named_errors("model", source), _quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    for name, stored, expected in sorted(info["mismatched_keys"], key=str):
+        raise UserError(
+            f"`{source.name}`: the tensor `{name}` has shape {tuple(stored)}, the model needs {tuple(expected)}. "
+            "The weights do not belong to this config.json."
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"`{source.name}` lacks {len(missing)} tensors of {type(model).__name__}, the first is `{missing[0]}`. "
+            "The checkpoint is incomplete, or was saved without its language-model head."
+        )
+    if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
+        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", source.name, len(unused), unused[0])
+    _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Drop what a dequantized `.gguf` leaves behind, without which `save_pretrained` works again."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not isinstance(quantizer.quantization_config, GgufConfig):
+        return
+    quantizer.remove_quantization_config(model)
+    model.config._is_quantized = False
+
+
+@torch.no_grad()
+def _apply_stored_masks(model: PreTrainedModel, masks: dict[str, Tensor], name: str) -> None:
+    for layer, mask in masks.items():
+        try:
+            weight = model.get_parameter(f"{layer}.weight")
+        except AttributeError as error:
+            raise UserError(f"`{name}` has a mask for `{layer}`, which the model lacks. Write it again.") from error
+        if mask.shape != weight.shape or mask.dtype != torch.bool:
+            raise UserError(
+                f"`{name}`: the mask of `{layer}` is {mask.dtype} {tuple(mask.shape)}, its weight "
+                f"{tuple(weight.shape)}. Write the checkpoint again."
+            )
+        weight.copy_(torch.where(mask, weight, 0))
+
+
+def load_model_config(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedConfig:
+    """Load the configuration of a model without its weights.
+
+    Raises:
+        UserError: the configuration is missing or damaged, or an override names no value of it.
+    """
+    source = _Source.find(name_or_path, gguf_file)
+    with _named_errors("configuration", source), _quiet_transformers():
+        config = AutoConfig.from_pretrained(source.name, **source.arguments(revision, trust_remote_code))
+    for key, value in (config_overrides or {}).items():
+        if not hasattr(config, key):
+            near = difflib.get_close_matches(key, config.to_dict(), n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else f" See {files.CONFIG_NAME} of the model for its names."
+            raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`.{hint}")
+        setattr(config, key, value)
+    return config
+
+
+def load_tokenizer(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, from the same places as the model.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    source = _Source.find(name_or_path, gguf_file)
+    # Given a folder without tokenizer files, transformers may invent an empty tokenizer.
+    if source.model_folder and not files.tokenizer_files(source.model_folder):
+        raise UserError(
+            f"`{source.name}` holds no tokenizer. Copy the tokenizer files of the original model into the folder."
+        )
+    with _named_errors("tokenizer", source):
+        return AutoTokenizer.from_pretrained(source.name, **source.arguments(revision, trust_remote_code))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _named_errors(what: str, source: _Source) -> Iterator[None]:
+    """Turn the errors of transformers, often many lines long, into one line that names the model."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        mend = "Install it: pip install 'ast-sparse[gguf]'." if source.gguf_file else "Install the package."
+        raise UserError(f"Cannot load the {what} of `{source.name}`: {_one_line(error)} {mend}") from error
+    except Exception as error:
+        where = f"{source.name}/{source.gguf_file}" if source.gguf_file else source.name
+        mend = "Check the files in the folder." if source.folder else "Check the hub id, or give a local folder."
+        raise UserError(f"Cannot load the {what} of `{where}`: {_one_line(error)} {mend}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _MESSAGE_LIMIT:
+        text = text[:_MESSAGE_LIMIT].rsplit(" ", 1)[0] + " …"
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."

@@ -1,0 +1,206 @@
+"""SparseAdamW: AdamW with a decay on pruned weights, in three placements (paper Sec. 3.2 and 6.6).
+
+A placement is one pure update function; a further variant is one more function in `_PLACEMENTS`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scalars of one update: step t counts from 1, `mask_decay` is λ(t)."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    mask_decay: float
+
+    @property
+    def correction1(self) -> float:
+        """`1 − β1^t`."""
+        return 1 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> float:
+        """`1 − β2^t`."""
+        return 1 - self.beta2**self.step
+
+
+def _descend(weight: Tensor, direction: Tensor, second: Tensor, values: StepValues) -> None:
+    """`W ← (1 − γ·wd) W − γ · direction / ((1 − β1^t)(√v̂ + ε))`; `direction` stays as it is."""
+    denominator = (second / values.correction2).sqrt_().add_(values.eps)
+    weight.mul_(1 - values.lr * values.weight_decay)
+    weight.addcdiv_(direction, denominator, value=-values.lr / values.correction1)
+
+
+def momentum_update(
+    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
+) -> None:
+    """(20)-(23), in place: the decay enters the step and the second moment, never the first moment.
+
+    (22) holds for every element of a masked tensor, kept ones and λ = 0 included.
+    """
+    first.lerp_(grad, 1 - values.beta1)
+    direction = first
+    if values.mask_decay:
+        direction = torch.where(mask, 0, weight).mul_(values.mask_decay).add_(first)
+    second.mul_(values.beta2).addcmul_(direction, direction, value=1 - values.beta2)
+    _descend(weight, direction, second, values)
+
+
+def gradient_update(
+    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
+) -> None:
+    """(18)-(19), in place: `g̃ = g + λ (¬m ⊙ W)`, then plain AdamW on g̃."""
+    if values.mask_decay:
+        grad = torch.where(mask, 0, weight).mul_(values.mask_decay).add_(grad)
+    first.lerp_(grad, 1 - values.beta1)
+    second.mul_(values.beta2).addcmul_(grad, grad, value=1 - values.beta2)
+    _descend(weight, first, second, values)
+
+
+def weight_update(
+    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
+) -> None:
+    """(16)-(17), in place: AdamW, and the decay directly on the weight.
+
+    λ·γ is often below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight): at such settings this placement
+    does nothing.
+    """
+    decay = torch.where(mask, 0, weight).mul_(values.lr * values.mask_decay) if values.mask_decay else None
+    first.lerp_(grad, 1 - values.beta1)
+    second.mul_(values.beta2).addcmul_(grad, grad, value=1 - values.beta2)
+    _descend(weight, first, second, values)
+    if decay is not None:
+        weight.sub_(decay)
+
+
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, StepValues], None]
+_PLACEMENTS: dict[str, Update] = {"momentum": momentum_update, "gradient": gradient_update, "weight": weight_update}
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW whose masked parameters decay where they are pruned.
+
+    Groups with `is_masked: True` follow `decay_placement`; all others are `torch.optim.AdamW` itself. λ is the value
+    `mask_decay` of a group and may change between steps. State: `step`, `exp_avg`, `exp_avg_sq`.
+
+    Args:
+        params: parameters or groups; a group may set `is_masked` and every value below.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        mask_decay: λ of (3).
+        decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17).
+
+    Raises:
+        ValueError: a value out of range, or an unknown placement.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        mask_decay: float = 0.0,
+        decay_placement: str = "momentum",
+    ) -> None:
+        if decay_placement not in _PLACEMENTS:
+            raise ValueError(f"decay_placement={decay_placement!r} is unknown. Use one of {', '.join(_PLACEMENTS)}.")
+        for name, value in dict(lr=lr, eps=eps, weight_decay=weight_decay, mask_decay=mask_decay).items():
+            if not value >= 0:
+                raise ValueError(f"{name}={value} must be 0 or more.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must lie in [0, 1).")
+        defaults = dict(
+            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, mask_decay=mask_decay,
+            decay_placement=decay_placement, is_masked=False,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+        self._masks: dict[Tensor, Tensor] = {}
+
+    def bind_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
+        """Say which mask belongs to which parameter; the mask tensors are read at every step, not copied.
+
+        Args:
+            masks: bool mask (True = kept) by parameter, of the same shape. Every parameter of a masked group needs one.
+
+        Raises:
+            ValueError: a masked parameter has no mask, or shapes differ.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"] if group["is_masked"] else ():
+                if parameter not in masks:
+                    raise ValueError(f"A masked parameter of shape {tuple(parameter.shape)} has no mask.")
+                if masks[parameter].shape != parameter.shape:
+                    raise ValueError(
+                        f"mask {tuple(masks[parameter].shape)} does not fit parameter {tuple(parameter.shape)}."
+                    )
+        self._masks = dict(masks)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        With lr 0 nothing moves and no masks are needed: that is how a distributed checkpoint creates the state.
+
+        Raises:
+            RuntimeError: a masked group has no masks bound and lr is not 0.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                self._init_state(parameter)
+            if group["is_masked"]:
+                for parameter in parameters:
+                    self._masked_step(parameter, group)
+            elif parameters:
+                self._plain_step(parameters, group)
+        return loss
+
+    def _init_state(self, parameter: Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _masked_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state["step"] += 1
+        mask = self._masks.get(parameter)
+        if mask is None:
+            if group["lr"] == 0:
+                return
+            raise RuntimeError("A masked group has no masks. Call `bind_masks({parameter: mask})` before `step()`.")
+        values = StepValues(
+            step=int(state["step"]), lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
+            eps=group["eps"], weight_decay=group["weight_decay"], mask_decay=group["mask_decay"],
+        )  # fmt: skip
+        assert parameter.grad is not None  # filtered in `step`
+        update = _PLACEMENTS[group["decay_placement"]]
+        update(parameter, parameter.grad, mask, state["exp_avg"], state["exp_avg_sq"], values)
+
+    def _plain_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in parameters]
+        on_cpu = parameters[0].device.type == "cpu"
+        adamw(
+            parameters, [p.grad for p in parameters if p.grad is not None],
+            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            foreach=not on_cpu, fused=on_cpu,  # fused on a GPU wants `step` there, and a sync to read it
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Layers with an N:M mask: dense weight, mask, straight-through product (paper Sec. 3.1).
+
+A dense layer becomes sparse in place, by changing its class: hooks, shared references and parameter objects stay.
+The mask is a boolean `Parameter`, because parameters are what FSDP shards with the weight and saves in the state dict.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.slorb import SLoRB
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`m ⊙ W` forward; backward the whole gradient (1), or its kept part where masks are fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, fixed: bool) -> Tensor:
+        ctx.fixed = fixed
+        if fixed:
+            ctx.save_for_backward(mask)
+        return torch.where(mask, weight, 0)  # a product would leave -0.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        if ctx.fixed:
+            (mask,) = ctx.saved_tensors
+            grad = torch.where(mask, grad, 0)
+        return grad, None, None
+
+
+class SparseLayer(nn.Module):
+    """What SparseLinear and SparseConv1D share. `group_dim` is the input dimension of the weight.
+
+    Attributes:
+        weight: dense weight, trained.
+        mask: bool, shape of the weight, True = kept; not trained.
+        start_mask: the first mask, eight positions a byte along `group_dim`; for the initial flip rate.
+        slorb: the low-rank adapter, or None.
+        n, m: the pattern.
+        fixed_mask: pruned weights get no gradient, because the mask will never move.
+    """
+
+    group_dim: int
+    weight: nn.Parameter
+    mask: nn.Parameter
+    start_mask: nn.Parameter
+    slorb: SLoRB | None
+    n: int
+    m: int
+    fixed_mask: bool
+
+    def masked_weight(self) -> Tensor:
+        """The weight with pruned positions exactly 0.0, in the layer's own layout; differentiable by STE (1)."""
+        return cast(Tensor, _StraightThrough.apply(self.weight, self.mask, self.fixed_mask))
+
+    @torch.no_grad()
+    def magnitude_mask(self) -> Tensor:
+        """N:M mask of |W|, in the layer's own layout."""
+        return nm_mask(self.weight.abs().movedim(self.group_dim, -1), self.n, self.m).movedim(-1, self.group_dim)
+
+    def unpacked_start_mask(self) -> Tensor:
+        """The first mask, bool, shape of the weight."""
+        return unpack_bits(self.start_mask, self.group_dim).narrow(self.group_dim, 0, self.mask.shape[self.group_dim])
+
+    def extra_repr(self) -> str:
+        slorb = f", slorb k={self.slorb.k}" if self.slorb is not None else ""
+        return f"{super().extra_repr()}, pattern={self.n}:{self.m}{slorb}"
+
+
+class SparseLinear(SparseLayer, nn.Linear):
+    """`nn.Linear` with an N:M mask: `Z = X (m ⊙ W)ᵀ + b`, groups along in_features."""
+
+    group_dim = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = F.linear(input, self.masked_weight(), self.bias)
+        return output if self.slorb is None else output + self.slorb(input)
+
+
+class SparseConv1D(SparseLayer, Conv1D):
+    """GPT-2's `Conv1D` with an N:M mask; the weight stays `[in, out]`, groups run along dim 0."""
+
+    group_dim = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.masked_weight())
+        output = output.view(*x.shape[:-1], self.nf)
+        return output if self.slorb is None else output + self.slorb(x)
+
+
+def make_sparse(layer: nn.Module, mask: Tensor, n: int, m: int, fixed_mask: bool = False) -> SparseLayer:
+    """Turn an `nn.Linear` or `Conv1D` into its sparse form, in place.
+
+    Args:
+        layer: the dense layer, exactly of one of the two classes.
+        mask: bool, shape of the layer's weight, True = kept.
+    """
+    layer.__class__ = SparseLinear if isinstance(layer, nn.Linear) else SparseConv1D
+    sparse = cast(SparseLayer, layer)
+    sparse.n, sparse.m, sparse.fixed_mask = n, m, fixed_mask
+    sparse.mask = nn.Parameter(mask.contiguous(), requires_grad=False)
+    sparse.start_mask = nn.Parameter(pack_bits(mask, sparse.group_dim), requires_grad=False)
+    sparse.slorb = None
+    return sparse
+
+
+@torch.no_grad()
+def make_dense(layer: SparseLayer) -> nn.Module:
+    """Turn a sparse layer back into its dense class, in place, holding the masked weight; SLoRB is dropped."""
+    layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
+    del layer.mask, layer.start_mask, layer.slorb
+    del layer.n, layer.m, layer.fixed_mask
+    dense = cast(nn.Module, layer)
+    dense.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
+    return dense
+
+
+_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_bits(mask: Tensor, dim: int) -> Tensor:
+    """Eight bool positions along `dim` into one uint8; the last byte is filled with zeros."""
+    bits = mask.movedim(dim, -1)
+    bits = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
+    return (bits * values).sum(-1, dtype=torch.uint8).movedim(-1, dim).contiguous()
+
+
+def unpack_bits(packed: Tensor, dim: int) -> Tensor:
+    """The bool positions of `pack_bits`, eight for each byte along `dim`."""
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
+    bits = packed.movedim(dim, -1).unsqueeze(-1) & values != 0
+    return bits.flatten(-2).movedim(-1, dim)
+

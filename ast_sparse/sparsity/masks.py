@@ -1,0 +1,58 @@
+"""N:M masks (paper Sec. 3.1) and how they change over training (Sec. 6.7). Masks are boolean, True = kept."""
+
+import torch
+from torch import Tensor
+
+_PAIRWISE_LIMIT = 8  # up to this M, comparing all pairs is faster than sorting
+
+
+def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """Keep the `n` highest of every `m` consecutive scores of the last dimension.
+
+    Args:
+        scores: `[..., columns]`, any real dtype, higher is more important; no NaN (NaN has no order).
+        n, m: the pattern, `0 < n < m`; `columns` must be a multiple of `m`.
+
+    Returns:
+        Boolean mask of the shape of `scores`, exactly `n` True in each group. Ties keep the lower column.
+
+    Raises:
+        ValueError: the pattern is not `0 < n < m`, or `columns` is not a multiple of `m`.
+    """
+    if not 0 < n < m:
+        raise ValueError(f"N:M pattern {n}:{m} needs 0 < N < M.")
+    if scores.shape[-1] % m:
+        raise ValueError(f"Cannot build an {n}:{m} mask: {scores.shape[-1]} columns are not a multiple of {m}.")
+    groups = scores.unflatten(-1, (-1, m))
+    if m > _PAIRWISE_LIMIT:
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+        return mask.flatten(-2)
+    columns = groups.unbind(-1)
+    losses = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in range(m)]
+    for i in range(m):
+        for j in range(i + 1, m):
+            first_wins = columns[i] >= columns[j]
+            losses[j] += first_wins
+            losses[i] += ~first_wins
+    return torch.stack([lost < n for lost in losses], dim=-1).flatten(-2)
+
+
+def check_nm(weight: Tensor, n: int, m: int, dim: int = -1) -> bool:
+    """Whether every group of `m` consecutive entries along `dim` has at most `n` non-zeros.
+
+    Args:
+        weight: weight `[out, in]` (or `[in, out]` with `dim=0`), or a mask; any dtype.
+    """
+    if weight.shape[dim] % m:
+        return False
+    groups = weight.movedim(dim, -1).unflatten(-1, (-1, m))
+    return bool(((groups != 0).sum(-1) <= n).all())
+
+
+def flip_rate(mask: Tensor, previous: Tensor) -> float:
+    """Share of positions whose state changed: `||m(W_t) - m(W_{t-1})||_1 / D` (paper Sec. 6.7).
+
+    With the start mask as `previous` it is the initial flip rate. Shapes and dtype (bool) must agree.
+    """
+    return float((mask ^ previous).count_nonzero()) / mask.numel()

@@ -1,0 +1,233 @@
+"""Which layers of a model are pruned, and what is done to all of them: sparsify, refresh, apply, densify."""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
+from ast_sparse.sparsity.masks import flip_rate, nm_mask
+from ast_sparse.sparsity.slorb import SLoRB, slorb_init
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What `sparsify_model` did.
+
+    Attributes:
+        pruned: shape of the weight by layer name.
+        skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
+        n, m: the pattern.
+        total_parameters: parameters of the dense model, tied ones once; masks are not counted.
+    """
+
+    n: int
+    m: int
+    pruned: dict[str, tuple[int, ...]]
+    skipped: dict[str, str]
+    total_parameters: int
+    pruned_parameters: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pruned_parameters", sum(a * b for a, b in self.pruned.values()))
+
+    def lines(self) -> list[str]:
+        """A short text: the totals, the pruned layers by kind, the skipped ones with their reason."""
+        kinds = _by_kind(self.pruned)
+        share = self.pruned_parameters / self.total_parameters
+        lines = [
+            f"{self.n}:{self.m} on {len(self.pruned)} layers: {self.pruned_parameters:,} of "
+            f"{self.total_parameters:,} parameters ({share:.1%})"
+        ]
+        lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
+        reasons = _by_kind({name: (reason,) for name, reason in self.skipped.items()})
+        lines += [f"  skipped  {kind}  ({count}): {reason[0]}" for (kind, reason), count in reasons.items()]
+        return lines
+
+
+def _by_kind(rows: dict[str, tuple[Any, ...]]) -> dict[tuple[str, tuple[Any, ...]], int]:
+    """Count rows that differ only in the number of their block: `model.layers.*.mlp.up_proj`."""
+    kinds: dict[tuple[str, tuple[Any, ...]], int] = {}
+    for name, value in rows.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kinds[kind, value] = kinds.get((kind, value), 0) + 1
+    return kinds
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks of a causal LM by name: the entries of its list of `num_hidden_layers` blocks."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_other = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside_other:
+            lists[name] = module
+    config = getattr(model, "config", None)
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
+    chosen = {name: blocks for name, blocks in lists.items() if len(blocks) == depth} or lists
+    if not chosen:
+        raise UserError(
+            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList), so no layer can be selected. "
+            "Use a decoder-only model that AutoModelForCausalLM loads."
+        )
+    return {f"{name}.{i}": block for name, blocks in chosen.items() for i, block in enumerate(blocks)}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a layer is meant: its full name, its last parts, or a shell pattern of either."""
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def select_layers(
+    model: nn.Module, config: SparsityConfig | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Find the layers to prune: every `nn.Linear` and `Conv1D` inside the decoder blocks.
+
+    Args:
+        model: causal LM, dense or already sparse, on any device (meta too).
+        config: its `include` and `exclude` patterns narrow the selection.
+
+    Returns:
+        The selected layers by name, and the reason by name of what stays dense.
+
+    Raises:
+        UserError: no layer is left, or a pattern matches nothing.
+    """
+    config = config or SparsityConfig()
+    inside = tuple(f"{name}." for name in decoder_blocks(model))
+    selected: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    linears: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            skipped[name] = "embedding"
+        elif isinstance(module, nn.Linear | Conv1D):
+            reason = None
+            if not name.startswith(inside):
+                reason = "outside the decoder blocks"
+            elif type(module) not in (nn.Linear, Conv1D) and not isinstance(module, SparseLayer):
+                reason = f"{type(module).__name__} is no plain nn.Linear or Conv1D"
+            else:
+                linears.append(name)
+                if config.include and not _matches(name, config.include):
+                    reason = "not in sparsity.include"
+                elif _matches(name, config.exclude):
+                    reason = "in sparsity.exclude"
+            if reason is None:
+                selected[name] = module
+            else:
+                skipped[name] = reason
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() >= 2 and name.startswith(inside) and not isinstance(owner, nn.Linear | Conv1D | nn.Embedding):
+            skipped[name] = f"weight of shape {list(parameter.shape)} of {type(owner).__name__}, not an nn.Linear"
+    _check_selection(config, selected, linears)
+    return selected, skipped
+
+
+def _check_selection(config: SparsityConfig, selected: dict[str, nn.Module], linears: list[str]) -> None:
+    for key in ("include", "exclude"):
+        for pattern in getattr(config, key):
+            if linears and not any(_matches(name, (pattern,)) for name in linears):
+                raise UserError(
+                    f"sparsity.{key}: {pattern!r} matches no linear layer. Names look like {linears[0]!r}; "
+                    "'*' stands for anything."
+                )
+    if not selected:
+        raise UserError(
+            f"No layer is left to prune: {len(linears)} linear layers in the decoder blocks, none selected by "
+            f"sparsity.include={list(config.include)} and sparsity.exclude={list(config.exclude)}. Loosen them."
+        )
+
+
+def check_shapes(selected: dict[str, nn.Module], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:
+    """Raise UserError for the first layer whose in_features is not a multiple of M, or not divisible by SLoRB's k."""
+    for name, layer in selected.items():
+        shape = tuple(layer.weight.shape)
+        in_features = shape[0] if isinstance(layer, Conv1D) else shape[1]
+        if in_features % sparsity.m:
+            raise UserError(
+                f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "
+                f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`."
+            )
+        if slorb is not None and slorb.enabled and in_features % slorb.k:
+            raise UserError(
+                f"slorb.k={slorb.k} does not divide in_features={in_features} of `{name}`. "
+                "Choose a k that does, or exclude the layer with `sparsity.exclude`."
+            )
+
+
+@torch.no_grad()
+def sparsify_model(
+    model: nn.Module, sparsity_config: SparsityConfig, slorb_config: SLoRBConfig | None = None
+) -> SparsityReport:
+    """Give every selected layer its start mask, and SLoRB where it is enabled, in place.
+
+    The weights themselves do not change. On the meta device nothing is computed, so the report comes without weights.
+
+    Raises:
+        UserError: a shape does not fit, no layer is left, or the model is sparse already.
+    """
+    if sparse_layers(model):
+        raise UserError("The model is sparse already. Load the dense model anew, or call `densify_model` first.")
+    selected, skipped = select_layers(model, sparsity_config)
+    check_shapes(selected, sparsity_config, slorb_config)
+    total = sum(p.numel() for p in model.parameters())
+    fixed = sparsity_config.mask_interval == 0
+    for layer in dict.fromkeys(selected.values()):
+        scores = layer.weight.abs().movedim(0 if isinstance(layer, Conv1D) else 1, -1)
+        mask = nm_mask(scores, sparsity_config.n, sparsity_config.m)
+        mask = mask.movedim(-1, 0 if isinstance(layer, Conv1D) else 1)
+        sparse = make_sparse(layer, mask, sparsity_config.n, sparsity_config.m, fixed)
+        if slorb_config is not None and slorb_config.enabled:
+            sparse.slorb = _slorb_for(sparse, slorb_config)
+    pruned = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
+    return SparsityReport(sparsity_config.n, sparsity_config.m, pruned, skipped, total)
+
+
+def _slorb_for(layer: SparseLayer, config: SLoRBConfig) -> SLoRB:
+    dense = layer.weight.movedim(layer.group_dim, -1)
+    start = layer.masked_weight().movedim(layer.group_dim, -1)
+    return SLoRB(*slorb_init(dense, start, config.k, config.init), config.train_projection)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """The sparse layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+
+
+@torch.no_grad()
+def refresh_masks(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Recompute every mask from |W| (paper Sec. 3.2).
+
+    Returns:
+        By layer name, the flip rate against the previous mask and the initial flip rate against the start mask.
+    """
+    rates = {}
+    for name, layer in sparse_layers(model).items():
+        mask = layer.magnitude_mask()
+        rates[name] = (flip_rate(mask, layer.mask), flip_rate(mask, layer.unpacked_start_mask()))
+        layer.mask.copy_(mask)  # never rebound: the optimizer and torch.compile hold this tensor
+    return rates
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module) -> None:
+    """Set every pruned weight to exactly 0.0, in place; the layers stay sparse layers."""
+    for layer in sparse_layers(model).values():
+        layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
+
+
+def densify_model(model: nn.Module) -> None:
+    """Turn every sparse layer back into a plain `nn.Linear` or `Conv1D` with the masked weight; SLoRB is dropped."""
+    for layer in sparse_layers(model).values():
+        make_dense(layer)
+
+
+def masks_by_parameter(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Mask by weight parameter: what `SparseAdamW.bind_masks` takes."""
+    return {layer.weight: layer.mask for layer in sparse_layers(model).values()}

@@ -1,0 +1,1 @@
+"""SparseTrainer and what drives it."""

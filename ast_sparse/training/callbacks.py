@@ -1,0 +1,98 @@
+"""What happens to masks around an optimizer step (paper Sec. 3.2, Algorithm 1)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ast_sparse.config import SparsityConfig
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.schedules import mask_decay_at
+from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers
+
+MASK_HISTORY = "mask_history.jsonl"
+
+
+class SparsityCallback(TrainerCallback):
+    """Sets λ before each update, refreshes masks after it, and records the flip rates.
+
+    λ(s) and the refreshes follow from `state.global_step` alone, so a resumed run needs nothing saved.
+
+    Args:
+        config: the sparsity settings.
+        log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
+    """
+
+    def __init__(self, config: SparsityConfig, log: Callable[[dict[str, float]], None]) -> None:
+        self.config = config
+        self.log = log
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer, model = _sparse_optimizer(kwargs["optimizer"]), kwargs["model"]
+        optimizer.bind_masks(masks_by_parameter(model))
+        if args.should_save:
+            _keep_history_until(Path(args.output_dir) / MASK_HISTORY, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        decay = self._mask_decay(state.global_step, state.max_steps)
+        for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
+            if group["is_masked"]:
+                group["mask_decay"] = decay
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        interval = self.config.mask_interval
+        if interval == 0 or state.global_step % interval:
+            return
+        model: nn.Module = kwargs["model"]
+        rates = refresh_masks(model)
+        sizes = {name: layer.mask.numel() for name, layer in sparse_layers(model).items()}
+        total = sum(sizes.values())
+        whole = [sum(rates[name][i] * size for name, size in sizes.items()) / total for i in (0, 1)]
+        decay = self._mask_decay(state.global_step - 1, state.max_steps)  # of the update just done
+        due = control.should_log
+        self.log({"flip_rate": whole[0], "initial_flip_rate": whole[1], "mask_decay": decay})
+        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+        if args.should_save:
+            row = {
+                "step": state.global_step, "flip_rate": whole[0], "initial_flip_rate": whole[1], "mask_decay": decay,
+                "layers": {name: list(rate) for name, rate in rates.items()},
+            }  # fmt: skip
+            with (Path(args.output_dir) / MASK_HISTORY).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        apply_masks(kwargs["model"])
+
+    def _mask_decay(self, step: int, total_steps: int) -> float:
+        config = self.config
+        return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
+
+
+def _sparse_optimizer(optimizer: Any) -> SparseAdamW:
+    """The optimizer itself: accelerate wraps it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(inner, SparseAdamW), type(inner)
+    return inner
+
+
+def _keep_history_until(path: Path, step: int) -> None:
+    """Drop refreshes after `step`, and a line cut by a kill: the resumed run records them anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

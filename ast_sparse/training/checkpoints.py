@@ -1,0 +1,114 @@
+"""Which checkpoint of a run can be resumed, and whether it belongs to the run."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ast_sparse.errors import UserError
+
+logger = logging.get_logger(__name__)
+
+SPARSITY_CONFIG = "sparsity_config.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_STATE = ("optimizer.pt", "scheduler.pt")
+
+
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """Folders named checkpoint-N, the newest step first; complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def missing_parts(checkpoint: Path) -> list[str]:
+    """What a resume needs and the folder lacks; `trainer_state.json` is written last, so it marks a finished save."""
+    missing = []
+    if not any((checkpoint / name).is_file() for name in _WEIGHTS):
+        missing.append(_WEIGHTS[0])
+    missing += [name for name in (*_STATE, SPARSITY_CONFIG) if not (checkpoint / name).is_file()]
+    if not any(checkpoint.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        missing.append("trainer_state.json")
+    return missing
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run; half-written ones are named in a warning and passed over."""
+    for folder in checkpoint_folders(output_dir):
+        missing = missing_parts(folder)
+        if not missing:
+            return folder
+        logger.warning(f"{folder} is incomplete (no {', '.join(missing)}): the checkpoint before it is taken.")
+    return None
+
+
+def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Path:
+    """The checkpoint to resume: the named one, or the last complete one of `output_dir`.
+
+    Raises:
+        UserError: the folder is no complete checkpoint, or there is none.
+    """
+    if resume is True:
+        last = last_checkpoint(output_dir)
+        if last is None:
+            raise UserError(
+                f"Nothing to resume: {str(output_dir)!r} holds no complete checkpoint-N folder. "
+                "Start without --resume, or name a checkpoint."
+            )
+        return last
+    folder = Path(str(resume))
+    if not folder.is_dir():
+        raise UserError(f"Checkpoint {str(folder)!r} is no folder. Name a checkpoint-N folder of the run.")
+    missing = missing_parts(folder)
+    if missing:
+        raise UserError(
+            f"{str(folder)!r} is no complete training checkpoint: {', '.join(missing)} missing. "
+            "Name a checkpoint-N folder of the run."
+        )
+    return folder
+
+
+def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint was made with other sparsity or SLoRB settings, or another pruned layer set.
+
+    Args:
+        current: the `sparsity_config.json` that this run writes.
+    """
+    path = checkpoint / SPARSITY_CONFIG
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        was, now = ({"slorb": {"enabled": False}, **{k: v for k, v in tree.items() if v}} for tree in (saved, current))
+        differing = [
+            (f"{section}.{key}", was[section].get(key), value)
+            for section in ("sparsity", "slorb")
+            for key, value in now[section].items()
+            if was[section].get(key) != value
+        ]
+        other_layers = set(saved["layers"]) ^ set(current["layers"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} cannot be read. The checkpoint is damaged: resume from another one.") from None
+    if differing:
+        name, before, value = differing[0]
+        raise UserError(
+            f"{name}={value!r} differs from {before!r} in {str(checkpoint)!r}. Resume with the settings of the run, "
+            "or start a new one with another output folder."
+        )
+    if other_layers:
+        raise UserError(
+            f"{sorted(other_layers)[0]!r} is pruned in only one of this run and {str(checkpoint)!r}. "
+            "Resume with the model and the sparsity.include/exclude of the run."
+        )
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON through a temporary file and a rename, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,326 @@
+"""SparseTrainer: `transformers.Trainer` that retrains a dense causal LM to N:M sparsity (paper Algorithm 1)."""
+
+import copy
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+import ast_sparse
+from ast_sparse.config import DataConfig, DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.data.packing import CausalLMCollator, pack_dataset
+from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
+from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
+from ast_sparse.sparsity.slorb import SLoRB
+from ast_sparse.training.arguments import check_arguments
+from ast_sparse.training.callbacks import SparsityCallback
+from ast_sparse.training.checkpoints import (
+    SPARSITY_CONFIG,
+    check_same_run,
+    last_checkpoint,
+    resolve_checkpoint,
+    write_json,
+)
+
+
+class SparseTrainer(Trainer):
+    """Trainer whose student is masked, distilled from its dense self, and saved exactly N:M.
+
+    Args:
+        model: dense causal LM in float32, or the name of one. It is made sparse in place.
+        args: plain `TrainingArguments`; what AST would ignore is refused by name.
+        sparsity_config: pattern and mask settings; default `SparsityConfig()`.
+        distillation_config: the loss (4); None trains on cross-entropy alone.
+        slorb_config: SLoRB adapters; None for none.
+        teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
+        train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
+            counts), or raw text, which is tokenised and packed.
+        text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
+        processing_class: the tokenizer, saved with every checkpoint.
+
+    Raises:
+        UserError: a setting, shape or vocabulary that does not fit, named in one line.
+    """
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: TrainingArguments | None = None,
+        *,
+        sparsity_config: SparsityConfig | None = None,
+        distillation_config: DistillationConfig | None = None,
+        slorb_config: SLoRBConfig | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        text_field: str = "text",
+        block_size: int | None = None,
+        data_collator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        **kwargs: Any,
+    ) -> None:
+        args = TrainingArguments(output_dir="trainer_output") if args is None else args
+        check_arguments(args)
+        if optimizers[0] is not None and not isinstance(optimizers[0], SparseAdamW):
+            raise UserError(
+                f"optimizers[0] is {type(optimizers[0]).__name__}, which knows no masks. Pass a SparseAdamW, or None."
+            )
+        model = load_causal_lm(model) if isinstance(model, str) else model
+        _check_master_dtype(model)
+        self.sparsity_config = sparsity_config or SparsityConfig()
+        self.distillation_config = distillation_config
+        self.slorb_config = slorb_config
+        self.teacher = self._frozen_teacher(model, teacher_model, args)
+        self.base_model_name = str(model.config.name_or_path)
+        self.sparsity_report: SparsityReport = sparsify_model(model, self.sparsity_config, slorb_config)
+
+        block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        as_blocks = partial(_as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
+        pad = processing_class.pad_token_id if processing_class is not None else None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or CausalLMCollator(pad),
+            train_dataset=as_blocks(train_dataset),
+            eval_dataset=as_blocks(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
+        self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
+        if self.teacher is not None:
+            self.teacher.to(self.args.device)
+        self.add_callback(SparsityCallback(self.sparsity_config, self.log))
+
+    def _frozen_teacher(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
+    ) -> nn.Module | None:
+        """The teacher, out of the student's module tree; None where the KL has no weight."""
+        if self.distillation_config is None or not self.distillation_config.needs_teacher:
+            return None
+        if teacher is None:
+            teacher = copy.deepcopy(model)
+        elif isinstance(teacher, str):
+            teacher = load_causal_lm(teacher)
+        check_vocabularies(model.config, teacher.config)
+        if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
+            teacher = teacher.to(torch.bfloat16 if args.bf16 else torch.float16)
+        return teacher.requires_grad_(False).eval()
+
+    # ---- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss (4) of a micro-batch, over the tokens of the whole batch; cross-entropy alone in evaluation."""
+        if inputs.get("labels") is None:
+            raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
+        features = {key: value for key, value in inputs.items() if key != "labels"}
+        outputs = model(**features)
+        teacher_logits = None
+        config = self.distillation_config if model.training else None
+        if config is not None and self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**features, use_cache=False).logits
+        loss, tokens = distillation_loss(outputs.logits, teacher_logits, labels, config)
+        if num_items_in_batch is None:
+            loss = loss / tokens.clamp(min=1)
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:  # DDP averages gradients over the ranks
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As in Trainer; a loss that is not finite stops the run.
+
+        Raises:
+            DivergenceError: naming the step and the last good checkpoint.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self._divergence(f"loss is {loss.item()}")
+        return loss
+
+    def _divergence(self, what: str) -> DivergenceError:
+        last = last_checkpoint(self.args.output_dir)
+        good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
+        return DivergenceError(
+            f"Training diverged at step {self.state.global_step + 1}: {what}. {good}. "
+            "Lower training.learning_rate or training.max_grad_norm, then start again or resume."
+        )
+
+    # ---- optimizer -----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays)."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        masked = {layer.weight for layer in sparse_layers(model).values()}
+        slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
+        decaying = set(self.get_decay_parameter_names(model))
+        groups: dict[str, list[Tensor]] = {"masked": [], "decay": [], "no_decay": [], "slorb": []}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter in masked:
+                groups["masked"].append(parameter)
+            elif parameter in slorb:
+                groups["slorb"].append(parameter)
+            else:
+                groups["decay" if name in decaying else "no_decay"].append(parameter)
+        decays = {"masked", "decay"}
+        self.optimizer = SparseAdamW(
+            [
+                {
+                    "params": parameters,
+                    "weight_decay": self.args.weight_decay if name in decays else 0.0,
+                    "is_masked": name == "masked",
+                }
+                for name, parameters in groups.items()
+                if parameters
+            ],
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            decay_placement=self.sparsity_config.decay_placement,
+        )
+        return self.optimizer
+
+    # ---- train, log, save ----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; at the end pruned weights are exactly 0.0.
+
+        Raises:
+            UserError: the checkpoint is incomplete, or was made with other sparsity settings.
+        """
+        if not resume_from_checkpoint:
+            return super().train(**kwargs)
+        checkpoint = resolve_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        check_same_run(checkpoint, self.sparsity_config_dict())
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        if state.global_step < last_step:
+            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
+        # Trainer would do one more step: the run was finished, and stopped before the final save.
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        apply_masks(self.model)
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, with a perplexity beside each evaluation loss."""
+        for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
+            logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
+        super().log(logs, *args, **kwargs)
+
+    def sparsity_config_dict(self) -> dict[str, Any]:
+        """What `sparsity_config.json` says of the run."""
+        return {
+            "ast_sparse_version": ast_sparse.__version__,
+            "format_version": 1,
+            "base_model": self.base_model_name,
+            "pattern": self.sparsity_config.pattern,
+            "sparsity": self.sparsity_config.to_dict(),
+            "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
+            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
+            "layers": sorted(self.sparsity_report.pruned),
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the masked model as an ordinary checkpoint; inside training, its dense weights and masks for resume.
+
+        Raises:
+            DivergenceError: weights are not finite; nothing is written.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise self._divergence(f"`{name}` holds values that are not finite")
+        if _internal_call and re.fullmatch(r"checkpoint-\d+", folder.name):
+            super().save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                write_json(folder / SPARSITY_CONFIG, self.sparsity_config_dict())
+            return
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            save_sparse_model(model, folder, self.sparsity_config_dict())
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport:
+        """Write the masked model in an export format, verified, with its tokenizer; see `export_model`."""
+        model = self.accelerator.unwrap_model(self.model)
+        return export_model(model, out_dir, format, tokenizer=self.processing_class, **kwargs)
+
+
+def _check_master_dtype(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64) and parameter.is_floating_point():
+            raise UserError(
+                f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
+                "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
+            )
+
+
+def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raise UserError if the KL cannot compare the two output distributions."""
+    ours, theirs = student.get_text_config().vocab_size, teacher.get_text_config().vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"model.teacher {str(teacher.name_or_path)!r} has a vocabulary of {theirs} tokens, the student {ours}. "
+            "Distillation needs the same tokenizer: choose a teacher of the same family."
+        )
+
+
+def _as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
+    """A raw-text data set as packed blocks; anything that has `input_ids` as it is."""
+    if isinstance(dataset, dict):
+        return {name: _as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
+    columns = getattr(dataset, "column_names", None) or []
+    if text_field not in columns or "input_ids" in columns:
+        return dataset
+    if tokenizer is None:
+        raise UserError(f"The data set has raw text ({text_field!r}) and there is no tokenizer. Pass processing_class.")
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"A {type(dataset).__name__} of raw text cannot be packed here. Tokenise it to `input_ids` first, "
+            "or pass a datasets.Dataset."
+        )
+    return pack_dataset(dataset, tokenizer, text_field, block_size)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Build the wheel, install it into a folder of its own, and run its commands outside the checkout.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work" .
+"$root/.venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$work/site" "$work"/ast_sparse-*.whl
+cd "$work"
+export PYTHONPATH="$work/site" # before the editable install of the checkout
+"$root/.venv/bin/python" - "$work/site" <<'PY'
+import sys
+from pathlib import Path
+
+import ast_sparse
+
+assert Path(ast_sparse.__file__).is_relative_to(sys.argv[1]), ast_sparse.__file__
+missing = [name for name in ast_sparse.__all__ if getattr(ast_sparse, name) is None]
+assert not missing, missing
+PY
+for command in train eval export; do
+  "$root/.venv/bin/python" -m "ast_sparse.cli.$command" --help >/dev/null
+done
+echo "wheel: installs and works outside the checkout"

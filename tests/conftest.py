@@ -1,0 +1,24 @@
+"""Every test runs offline, with caches in a temporary folder and one thread."""
+
+import os
+import tempfile
+
+_HOME = tempfile.mkdtemp(prefix="ast_sparse_tests_")
+os.environ.update(
+    HF_HOME=_HOME, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{_HOME}/datasets", TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)  # before transformers and datasets are imported, which read them once
+
+import shutil  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_caches() -> Iterator[None]:
+    yield
+    shutil.rmtree(_HOME, ignore_errors=True)

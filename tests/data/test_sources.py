@@ -1,0 +1,154 @@
+"""Files and data sets to documents, and what is said about those that cannot be read."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from ast_sparse.config import DataConfig
+from ast_sparse.data.sources import check_sources, load_documents
+from ast_sparse.errors import UserError
+
+
+def lines(*rows: Any) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def texts(folder: Path, *entries: Any, text_field: str = "text") -> list[list[str]]:
+    sources = load_documents(entries, str(folder), text_field)
+    return [source.documents[source.text_field][:] for source in sources]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.tokens", "a.md", "a.rst", "README", "wiki.test.raw"])
+def test_a_text_file_is_one_document_unchanged(tmp_path: Path, name: str) -> None:
+    text = "first line\r\n\nsecond \u2028 line é\n"
+    (tmp_path / name).write_bytes(text.encode())
+    assert texts(tmp_path, name) == [[text]]
+
+
+def test_a_jsonl_line_is_one_document(tmp_path: Path) -> None:
+    rows = [{"text": "one\ntwo", "meta": {"a": 1}}, {"meta": "another type", "text": "é ✓"}]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows[0]) + b"\n  \n" + lines(rows[1]))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(*rows)))
+    (tmp_path / "lines.json").write_bytes(lines(*rows))
+    (tmp_path / "array.json").write_text(" \n" + json.dumps(rows, indent=1))
+    expected = ["one\ntwo", "é ✓"]
+    assert texts(tmp_path, "a.jsonl", "a.jsonl.gz", "lines.json", "array.json") == [expected] * 4
+
+
+def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"text": "hello"}))
+    assert texts(tmp_path, "a.txt", "a.jsonl") == [["hello"], ["hello"]]
+
+
+def test_parquet_and_load_dataset_arguments(tmp_path: Path) -> None:
+    Dataset.from_dict({"id": [1, 2], "body": ["one", "two"]}).to_parquet(str(tmp_path / "a.parquet"))
+    mapping = {"path": "parquet", "data_files": str(tmp_path / "a.parquet")}
+    assert texts(tmp_path, "a.parquet", mapping, text_field="body") == [["one", "two"]] * 2
+
+
+def test_glob_takes_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b", "a", "deep/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert texts(tmp_path, "*.txt", "**/*.txt") == [["a", "b"], ["a", "b", "deep/c"]]
+
+
+def test_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    assert texts(tmp_path, "a.txt") == [["old"]]
+    (tmp_path / "a.txt").write_text("newer")
+    assert texts(tmp_path, "a.txt") == [["newer"]]
+
+
+CHEAP = [  # found without reading a file
+    ("missing.txt", {}, r"`data.train`: file missing.txt does not exist under `data.root` = .*\. Correct the name"),
+    ("*.jsonl", {}, r"`data.train`: no file matches \*.jsonl under `data.root` = "),
+    ("sub", {"sub/x.txt": b"x"}, r"sub is a folder under .* Name its files"),
+    ("a.txt", {"a.txt": b""}, r"a\.txt is empty"),
+    ("a.csv", {"a.csv": b"x"}, r"a\.csv: files of this kind cannot be read"),
+    ("a.parquet.gz", {"a.parquet.gz": b"x"}, "files of this kind cannot be read"),
+    ("*", {"a.txt": b"x", "b.jsonl": b"x"}, r"\* matches files of several kinds \(json, text\)"),
+    ({"name": "en"}, {}, "names no data set. Give `path`"),
+]
+READ = [
+    ("a.jsonl", {"a.jsonl": lines({"text": "x"}, [1])}, r"a\.jsonl, line 2: not a JSON object but \[1\]"),
+    ("a.jsonl", {"a.jsonl": lines({"text": "x"}) + b"\n{text\n"}, r"a\.jsonl, line 3: not JSON"),
+    (
+        "a.jsonl",
+        {"a.jsonl": lines({"text": "x"}, {"body": "x"})},
+        r"line 2: no field `text` but body. Set `text_field`",
+    ),
+    ("a.jsonl", {"a.jsonl": lines({"text": "x"}, {"text": None})}, "line 2: field `text` is not a string but null"),
+    ("a.jsonl", {"a.jsonl": lines({"text": 3})}, "line 1: field `text` is not a string but 3"),
+    ("a.jsonl", {"a.jsonl": b'{"text": "\\ud83d"}\n'}, "line 1: .* lone surrogate"),
+    ("a.jsonl", {"a.jsonl": lines({"text": "x"}) + b'{"text": "\xff"}\n'}, r"a\.jsonl, line 2: not UTF-8 \(byte 0xff"),
+    ("a.jsonl", {"a.jsonl": b"\n \n"}, r"a\.jsonl holds no text"),
+    ("a.jsonl", {"a.jsonl": lines({"text": ""})}, r"a\.jsonl holds no text"),
+    ("a.json", {"a.json": b'[{"text": "x"},\n 3]'}, r"a\.json, element 2: not a JSON object but 3"),
+    ("a.json", {"a.json": b'[{"text": "x"},\n}'}, r"a\.json, line 2: not JSON"),
+    ("a.jsonl.gz", {"a.jsonl.gz": b"no gzip"}, r"a\.jsonl\.gz cannot be read: "),
+    ("a.jsonl.gz", {"a.jsonl.gz": gzip.compress(lines({"text": "x" * 99}))[:-9]}, r"a\.jsonl\.gz cannot be read: "),
+    ("a.txt", {"a.txt": b"one\ntwo \xe9\n"}, r"a\.txt, line 2: not UTF-8 \(byte 0xe9"),
+    ("a.txt", {"a.txt": b" \n"}, r"a\.txt holds no text"),
+    ("a.bin", {"a.bin": b"x\0y"}, r"a\.bin is not text: it holds zero bytes"),
+    ("*.txt", {"a.txt": b"x", "b.txt": b"\xff"}, r"b\.txt, line 1: not UTF-8"),
+    ("a.parquet", {"a.parquet": b"no parquet"}, r"a\.parquet is not a parquet file"),
+    ({"path": "nobody/nothing"}, {}, "Cannot load data set nobody/nothing: "),
+    ({"path": "text", "data_files": "/no/such/file"}, {}, "Cannot load data set text: "),
+]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(("entry", "files", "message"), CHEAP)
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_wrong_entry_is_found_before_anything_is_read(
+    tmp_path: Path, which: str, entry: Any, files: dict[str, bytes], message: str
+) -> None:
+    write(tmp_path, {"good/good.txt": b"x", **files})
+    entries = {"train": ("good/good.txt",), "eval": ("good/good.txt",), which: (entry,)}
+    with pytest.raises(UserError, match=message.replace("data.train", f"data.{which}")) as caught:
+        check_sources(DataConfig(root=str(tmp_path), **entries))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        load_documents([entry], str(tmp_path), "text")
+
+
+@pytest.mark.parametrize(("entry", "files", "message"), READ)
+def test_bad_content_is_named_by_file_and_line(
+    tmp_path: Path, entry: Any, files: dict[str, bytes], message: str
+) -> None:
+    write(tmp_path, files)
+    check_sources(DataConfig(root=str(tmp_path), train=(entry,)))
+    with pytest.raises(UserError, match=message) as caught:
+        load_documents([entry], str(tmp_path), "text")
+    assert "\n" not in str(caught.value)
+
+
+def test_column_missing_from_a_table_is_named(tmp_path: Path) -> None:
+    Dataset.from_dict({"id": [1], "body": ["one"]}).to_parquet(str(tmp_path / "a.parquet"))
+    for entry in ("a.parquet", {"path": "parquet", "data_files": str(tmp_path / "a.parquet")}):
+        with pytest.raises(UserError, match=r"no column `text` but id, body\. Set `text_field`"):
+            load_documents([entry], str(tmp_path), "text")
+
+
+def test_data_set_of_several_splits_or_a_stream_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    for extra in ({"split": None}, {"streaming": True}):
+        with pytest.raises(UserError, match="name one `split`, without `streaming`"):
+            load_documents([{"path": "text", "data_files": str(tmp_path / "a.txt"), **extra}], None, "text")
+
+
+def test_missing_file_without_a_root_names_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"current folder, .* \(`data.root` is not set\)"):
+        check_sources(DataConfig(train=("a.txt",)))

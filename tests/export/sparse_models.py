@@ -1,0 +1,74 @@
+"""Sparse tiny models, changed checkpoint files, and a fresh Python for the export tests."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.sparsity.model import sparse_layers, sparsify_model
+from tests.models import VOCAB, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sparse_model(
+    family: str = "llama", slorb_k: int | None = None, pattern: str = "2:4", seed: int = 0
+) -> PreTrainedModel:
+    """A model with sparse layers, whose masks are not those of the magnitude, so that a wrong mask shows."""
+    model = tiny_model(family, seed).eval()
+    slorb = None if slorb_k is None else SLoRBConfig(enabled=True, k=slorb_k)
+    sparsify_model(model, SparsityConfig(pattern=pattern), slorb)
+    for layer in sparse_layers(model).values():
+        layer.mask.data = layer.mask.data.roll(2, dims=1 - layer.group_dim)
+        if layer.slorb is not None:
+            torch.nn.init.normal_(layer.slorb.X)
+    return model
+
+
+def masked_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State dict of the plain model, masked and rounded; written out independently of the package."""
+    layers = {f"{name}.weight": layer.mask for name, layer in sparse_layers(model).items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.endswith((".mask", ".start_mask", ".slorb.S", ".slorb.X")):
+            continue
+        value = value.clone()
+        if name in layers:
+            value[~layers[name]] = 0.0
+        state[name] = value.to(dtype)
+    return state
+
+
+def save_training_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    """What the Trainer saves within a run: dense weights and masks under their raw names."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def token_ids(rows: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Rewrite the weight file of a folder after `change` edited its tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; its files are found from the root of the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert not check or done.returncode == 0, done.stderr
+    return done

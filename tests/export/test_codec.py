@@ -1,0 +1,139 @@
+"""The 2:4 code against slow twins in plain Python."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ast_sparse.export.codec import check_meta, coded_bytes, pack24, unpack24
+from ast_sparse.sparsity.masks import nm_mask
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def slow_pack(weight: Tensor, mask: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+    values, meta = [], []
+    for row, kept in zip(weight.tolist(), mask.tolist(), strict=True):
+        nibbles = []
+        for start in range(0, len(row), 4):
+            first, second = (i for i in range(4) if kept[start + i])
+            nibbles.append(first + 4 * second)
+        values.append([value for value, keep in zip(row, kept, strict=True) if keep])
+        meta.append([low + 16 * high for low, high in zip(nibbles[::2], nibbles[1::2], strict=True)])
+    return values, meta
+
+
+def slow_unpack(values: Tensor, meta: Tensor) -> list[list[float]]:
+    dense = []
+    for row, bytes_ in zip(values.tolist(), meta.tolist(), strict=True):
+        nibbles = [nibble for byte in bytes_ for nibble in (byte % 16, byte // 16)]
+        line = [0.0] * (2 * len(row))
+        for group, nibble in enumerate(nibbles):
+            line[4 * group + nibble % 4] = row[2 * group]
+            line[4 * group + nibble // 4] = row[2 * group + 1]
+        dense.append(line)
+    return dense
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_and_unpack_equal_their_slow_twins(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(130, 24).to(dtype)  # more than two blocks of rows
+    mask = nm_mask(torch.rand(130, 24))
+    values, meta = pack24(weight, mask)
+    slow_values, slow_meta = slow_pack(weight, mask)
+    assert values.dtype == dtype and values.tolist() == slow_values
+    assert meta.dtype == torch.uint8 and meta.tolist() == slow_meta
+    dense = unpack24(values, meta)
+    assert dense.dtype == dtype and dense.tolist() == slow_unpack(values, meta)
+    assert torch.equal(dense, torch.where(mask, weight, 0))
+
+
+def test_pruned_entries_are_never_negative_zero() -> None:
+    dense = unpack24(*pack24(-torch.ones(3, 16), nm_mask(torch.rand(3, 16))))
+    assert not (dense == 0).logical_and(dense.signbit()).any()
+
+
+def test_all_pairs_of_patterns_come_back() -> None:
+    patterns = [[i in pair for i in range(4)] for pair in itertools.combinations(range(4), 2)]
+    mask = torch.tensor([a + b for a in patterns for b in patterns])
+    weight = torch.arange(1.0, mask.numel() + 1).view_as(mask)
+    values, meta = pack24(weight, mask)
+    assert torch.equal(unpack24(values, meta), weight * mask)
+    assert check_meta(meta) and meta.unique().numel() == 36
+
+
+def test_two_bytes_of_metadata_are_a_cutlass_word() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1]]).bool()
+    _, meta = pack24(torch.ones(1, 16), mask)
+    # 4, 8, 9, 14: idx0 | idx1 << 2 of the four groups, the first in the lowest bits
+    assert meta.view(torch.int16).item() & 0xFFFF == 0xE984
+
+
+def test_kept_zero_stays_kept() -> None:
+    weight = torch.tensor([[0.0, 5.0, 0.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0]]).bool()
+    values, meta = pack24(weight, mask)
+    assert values.tolist() == [[0.0, 5.0, 1.0, 2.0]]
+    assert meta.tolist() == [[0 + 4 * 1 + 16 * (0 + 4 * 2)]]
+
+
+def test_without_a_mask_short_groups_are_filled_with_zeros() -> None:
+    weight = torch.tensor([[0.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 4.0]])
+    values, meta = pack24(weight)
+    assert check_meta(meta)
+    assert torch.equal(unpack24(values, meta), weight)
+
+
+def test_metadata_check_knows_the_valid_bytes() -> None:
+    valid = {first + 4 * second for first, second in itertools.combinations(range(4), 2)}
+    for byte in range(256):
+        expected = byte % 16 in valid and byte // 16 in valid
+        assert check_meta(torch.tensor([[0x44, byte]], dtype=torch.uint8)) is expected
+
+
+def test_metadata_check_reads_every_block_of_rows() -> None:
+    meta = torch.full((200, 2), 0x44, dtype=torch.uint8)
+    assert check_meta(meta)
+    meta[199, 1] = 0
+    assert not check_meta(meta)
+
+
+def test_code_takes_nine_bits_a_weight() -> None:
+    values, meta = pack24(torch.zeros(16, 64, dtype=torch.bfloat16))
+    assert values.nbytes + meta.nbytes == coded_bytes(16 * 64, 2) == 0.5625 * 2 * 16 * 64
+
+
+def test_gradients_reach_the_values() -> None:
+    mask = nm_mask(torch.rand(2, 8))
+    values, meta = pack24(torch.ones(2, 8), mask)
+    scale = torch.arange(16.0).view(2, 8)
+    values.requires_grad_()
+    (unpack24(values, meta) * scale).sum().backward()
+    assert values.grad is not None and torch.equal(values.grad, scale[mask].view(2, 4))
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4, 8), (4, 12), (4, 10)])
+def test_weight_without_pairs_of_groups_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiple of 8"):
+        pack24(torch.zeros(shape))
+
+
+def test_wrong_masks_and_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="exactly two"):
+        pack24(torch.zeros(1, 8), torch.tensor([[1, 1, 1, 0, 1, 1, 0, 0]]).bool())
+    with pytest.raises(ValueError, match="2 groups of four hold more than two"):
+        pack24(torch.ones(1, 8))
+    with pytest.raises(ValueError, match="The mask is"):
+        pack24(torch.zeros(1, 8), torch.ones(1, 4).bool())
+    with pytest.raises(ValueError, match="The mask is"):
+        pack24(torch.zeros(1, 8), torch.ones(1, 8))
+
+
+@pytest.mark.parametrize(
+    "meta", [torch.zeros(2, 1), torch.zeros(2, 2, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.uint8)]
+)
+def test_metadata_that_does_not_fit_is_refused(meta: Tensor) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        unpack24(torch.zeros(2, 4), meta)

@@ -1,0 +1,145 @@
+"""Compressed checkpoints through transformers' own loading."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.export.checkpoint import export_model
+from ast_sparse.export.files import read_json, write_json
+from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
+from tests.models import FAMILIES
+
+FIRST = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def compressed(family: str, tmp_path: Path) -> Path:
+    export_model(sparse_model(family), tmp_path / "out", "compressed")
+    return tmp_path / "out"
+
+
+def load_compressed(folder: Path, dequantize: bool = False) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=AstSparse24Config(dequantize=dequantize))
+
+
+@pytest.mark.parametrize("any_family", FAMILIES)
+def test_loaded_model_is_plain_and_holds_the_masked_weights(any_family: str, tmp_path: Path) -> None:
+    model = sparse_model(any_family)
+    export_model(model, tmp_path / "out", "compressed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = masked_state(model, torch.bfloat16)
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    assert not any(isinstance(module, CompressedLinear) for module in loaded.modules())
+    assert not hasattr(loaded.config, "quantization_config") and not getattr(loaded, "hf_quantizer", None)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+def test_compressed_layers_in_memory_compute_the_same(family: str, compressed: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(compressed).eval()
+    packed = load_compressed(compressed).eval()
+    pruned = read_json(compressed / "config.json")["quantization_config"]["modules"]
+    layers = {name: module for name, module in packed.named_modules() if isinstance(module, CompressedLinear)}
+    assert sorted(layers) == pruned
+    for name, layer in layers.items():
+        reference = dense.get_submodule(name)
+        weight = reference.weight.t() if isinstance(reference, Conv1D) else reference.weight
+        assert torch.equal(layer.dense_weight(), weight)
+        assert layer.weight.nbytes + layer.weight_meta.nbytes == 0.5625 * weight.nbytes
+        assert not layer.weight.requires_grad
+    torch.testing.assert_close(packed(token_ids()).logits, dense(token_ids()).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_compressed_model_in_memory_saves_and_dequantizes(compressed: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(compressed)
+    packed = load_compressed(compressed)
+    packed.save_pretrained(tmp_path / "again")
+    again = load_compressed(tmp_path / "again", dequantize=True)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in again.state_dict().items())
+    decoded = packed.dequantize()
+    assert not any(isinstance(module, CompressedLinear) for module in decoded.modules())
+
+
+def test_model_without_head_loads_its_compressed_layers(family: str, compressed: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(compressed)
+    for options in ({}, {"quantization_config": AstSparse24Config(dequantize=False)}):
+        base = AutoModel.from_pretrained(compressed, **options).eval()
+        expected = whole.base_model(token_ids()).last_hidden_state
+        torch.testing.assert_close(base(token_ids()).last_hidden_state, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_other_dtypes_are_cast_from_the_stored_one(family: str, compressed: Path) -> None:
+    stored = AutoModelForCausalLM.from_pretrained(compressed)
+    for module in (stored, AutoModelForCausalLM.from_pretrained(compressed, dtype=torch.float32)):
+        weight = module.get_parameter(f"{FIRST[family]}.weight")
+        assert weight.dtype == module.dtype
+        assert torch.equal(weight.float(), stored.get_parameter(f"{FIRST[family]}.weight").float())
+
+
+def _bad_nibble(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}.weight_meta"][1, 0] = 0x40  # low nibble 0: the same position twice
+
+
+def _no_meta(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[f"{name}.weight_meta"]
+
+
+def _short_meta(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}.weight_meta"] = tensors[f"{name}.weight_meta"][:, :-1]
+
+
+def _fewer_columns(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :-4]
+    tensors[f"{name}.weight_meta"] = tensors[f"{name}.weight_meta"][:, :-1]
+
+
+@pytest.mark.parametrize("damage", [_bad_nibble, _no_meta, _short_meta, _fewer_columns])
+def test_damaged_layer_is_named(damage, family: str, compressed: Path) -> None:
+    change_tensors(compressed, lambda tensors: damage(tensors, FIRST[family]))
+    with pytest.raises(ValueError, match=f"damaged: `{FIRST[family]}`: "):
+        AutoModelForCausalLM.from_pretrained(compressed)
+
+
+@pytest.mark.parametrize("damage", [_bad_nibble, _short_meta, _fewer_columns])
+def test_damaged_layer_that_stays_compressed_is_refused(damage, family: str, compressed: Path) -> None:
+    change_tensors(compressed, lambda tensors: damage(tensors, FIRST[family]))
+    with pytest.raises((ValueError, RuntimeError)):
+        load_compressed(compressed)
+
+
+def test_newer_format_is_refused_with_the_mend(compressed: Path) -> None:
+    config = read_json(compressed / "config.json")
+    assert config["quantization_config"]["format_version"] == 1
+    config["quantization_config"]["format_version"] = 2
+    write_json(compressed / "config.json", config)
+    with pytest.raises(ValueError, match="Update ast_sparse"):
+        AutoModelForCausalLM.from_pretrained(compressed)
+
+
+def test_reader_without_the_plugin_stops(tmp_path: Path) -> None:
+    export_model(sparse_model(), tmp_path / "out", "compressed")
+    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = run_python(code, tmp_path / "out", check=False)
+    assert done.returncode != 0 and "ast_sparse_24" in done.stderr
+
+
+def test_compressed_linear_passes_gradients_to_its_input(compressed: Path) -> None:
+    layer = next(module for module in load_compressed(compressed).modules() if isinstance(module, CompressedLinear))
+    assert isinstance(layer, nn.Linear)
+    features = torch.randn(2, layer.in_features, dtype=layer.weight.dtype, requires_grad=True)
+    layer(features).sum().backward()
+    expected = layer.dense_weight().sum(0).expand(2, -1)
+    assert features.grad is not None
+    torch.testing.assert_close(features.grad, expected, rtol=2e-2, atol=2e-2)

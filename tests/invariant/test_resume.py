@@ -1,0 +1,135 @@
+"""A run that is killed and resumed ends bit for bit like the one that was not."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
+from tests.models import generated_text, save_tiny_model, tiny_model
+from tests.training.test_trainer import arguments, blocks
+
+CONFIG = """
+model:
+  name_or_path: {folder}/model
+data:
+  train: {folder}/text.jsonl
+  eval_share: 0.1
+  block_size: 32
+sparsity: {{mask_interval: 3, mask_decay: 1e-2}}
+slorb: {{k: 16}}
+training:
+  max_steps: 24
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  learning_rate: 3e-3
+  weight_decay: 0.1
+  logging_steps: 1
+  save_steps: 4
+  eval_strategy: steps
+  eval_steps: 8
+  use_cpu: true
+  report_to: none
+"""
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """Weights, masks and SLoRB of the last checkpoint, and everything in the optimizer's state."""
+    last = folder / "checkpoint-24"
+    state = load_file(last / "model.safetensors")
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    return {**state, **{f"optimizer.{i}.{k}": v for i, entry in optimizer.items() for k, v in entry.items()}}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    expected, got = final_state(one), final_state(other)
+    assert expected.keys() == got.keys() and any(key.endswith(".mask") for key in expected)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    history = [(folder / "mask_history.jsonl").read_text() for folder in (one, other)]
+    assert history[0] == history[1] and len(history[0].splitlines()) == 8
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
+    for stage, row in results[0].items():
+        assert row["heldout"]["perplexity"] == results[1][stage]["heldout"]["perplexity"]
+
+
+def command(config: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(config), "--output-dir", str(out), *options]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny_model(folder / "model", "gpt2")
+    documents = [{"text": generated_text(12, seed=seed)} for seed in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
+    subprocess.run(command(folder / "run.yaml", folder / "whole"), check=True, capture_output=True)
+    return folder / "run.yaml", folder / "whole"
+
+
+def newest_step(out: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")), default=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Path], tmp_path: Path, seed: int) -> None:
+    config, whole = undisturbed
+    rng, out = random.Random(seed), tmp_path / "out"
+    for kill in range(2):
+        target = newest_step(out) + rng.choice([1, 4])  # inside the first save after it, or a little later
+        process = subprocess.Popen(
+            command(config, out, *(["--resume"] if newest_step(out) else [])),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while newest_step(out) < target and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert kill or process.returncode == -signal.SIGKILL
+    resumed = subprocess.run(command(config, out, "--resume"), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, out)
+
+
+def test_resuming_a_run_killed_after_its_last_step_only_saves(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = undisturbed
+    out = tmp_path / "out"
+    subprocess.run(command(config, out), check=True, capture_output=True)
+    (out / "model.safetensors").unlink()
+    subprocess.run(command(config, out, "--resume"), check=True, capture_output=True)
+    assert newest_step(out) == 24
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_resume_from_every_checkpoint_is_bit_identical(tmp_path: Path, fixed: bool) -> None:
+    def run(folder: Path, resume: str | None = None) -> SparseTrainer:
+        trainer = SparseTrainer(
+            tiny_model("llama"),
+            arguments(folder, max_steps=9, save_strategy="steps", save_steps=3, weight_decay=0.1),
+            sparsity_config=SparsityConfig(mask_interval=0 if fixed else 2, mask_decay=1e-2),
+            distillation_config=DistillationConfig(ce_weight=0.3, kl_weight=0.7, temperature=2.0),
+            slorb_config=SLoRBConfig(k=16),
+            train_dataset=blocks(count=16),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    for step in (3, 6, 9):
+        resumed = run(tmp_path / f"from_{step}", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 9
+        state = resumed.model.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())

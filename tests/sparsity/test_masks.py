@@ -1,0 +1,63 @@
+import itertools
+
+import pytest
+import torch
+
+from ast_sparse.sparsity.masks import check_nm, flip_rate, nm_mask
+
+PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (2, 8), (4, 8), (8, 16), (16, 32)]
+
+
+def slow_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Plain loops: sort each group by (score descending, column ascending), keep the first n."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(scores.shape[0]):
+        for start in range(0, scores.shape[1], m):
+            order = sorted(range(start, start + m), key=lambda column: (-float(scores[row, column]), column))
+            mask[row, order[:n]] = True
+    return mask
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mask_equals_sorting_each_group(n: int, m: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(6, 4 * m, generator=torch.Generator().manual_seed(n * m)).abs().to(dtype)
+    assert torch.equal(nm_mask(scores, n, m), slow_mask(scores, n, m))
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_ties_keep_the_lower_column(n: int, m: int) -> None:
+    scores = torch.randint(0, 3, (8, 4 * m), generator=torch.Generator().manual_seed(m)).float()
+    assert torch.equal(nm_mask(scores, n, m), slow_mask(scores, n, m))
+
+
+def test_every_order_of_four_values_with_ties_is_right() -> None:
+    scores = torch.tensor(list(itertools.product([0.0, 1.0, 2.0, 3.0], repeat=4)))
+    assert torch.equal(nm_mask(scores), slow_mask(scores, 2, 4))
+
+
+def test_leading_dimensions_are_kept() -> None:
+    scores = torch.randn(3, 5, 8)
+    assert torch.equal(nm_mask(scores), nm_mask(scores.reshape(15, 8)).reshape(3, 5, 8))
+
+
+@pytest.mark.parametrize(("n", "m", "columns"), [(2, 4, 6), (0, 4, 8), (4, 4, 8), (5, 4, 8)])
+def test_a_pattern_that_does_not_fit_is_refused(n: int, m: int, columns: int) -> None:
+    with pytest.raises(ValueError, match=f"{n}:{m}"):
+        nm_mask(torch.rand(2, columns), n, m)
+
+
+def test_check_nm_counts_non_zeros_along_the_given_dimension() -> None:
+    weight = torch.tensor([[1.0, 2, 0, 0, 0, 0, 3, 4]])
+    assert check_nm(weight, 2, 4)
+    assert check_nm(weight.t(), 2, 4, dim=0)
+    weight[0, 2] = 1
+    assert not check_nm(weight, 2, 4)
+    assert not check_nm(weight.t(), 2, 4, dim=0)
+    assert not check_nm(torch.zeros(2, 6), 2, 4)
+
+
+def test_flip_rate_counts_changed_positions() -> None:
+    before = torch.tensor([[True, True, False, False, True, True, False, False]])
+    after = torch.tensor([[True, False, True, False, True, True, False, False]])
+    assert flip_rate(after, before) == 2 / 8
