@@ -1,22 +1,17 @@
-"""The settings of a run: one frozen dataclass a section, read from YAML.
-
-YAML is read with the scalars of YAML 1.2, so that `2:4` stays text, `2e-5` is a number and `no` is not False
-unless the field is a bool.
-"""
+"""The settings of a run: one frozen dataclass a section, read from YAML."""
 
 import dataclasses
 import difflib
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
-import yaml
-
+from ast_sparse.conversion import convert
 from ast_sparse.errors import UserError
+from ast_sparse.yaml12 import kind_of, parse_yaml, read_yaml
 
 
 def _help(text: str) -> dict[str, str]:
@@ -65,6 +60,10 @@ class ModelConfig(_Section):
         default_factory=dict, metadata=_help("Values that replace those of config.json, e.g. {resid_pdrop: 0.0}.")
     )
 
+    def _validate(self) -> None:
+        for key in ("name_or_path", "revision", "gguf_file", "attn_implementation", "teacher"):
+            self._require(getattr(self, key) != "", key, "is empty. Give it a value, or remove it.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
@@ -85,6 +84,10 @@ class DataConfig(_Section):
 
     def _validate(self) -> None:
         self._require(len(self.train) > 0, "train", "names no source. List at least one file.")
+        self._require(self.eval is None or len(self.eval) > 0, "eval", "names no source. List files, or remove it.")
+        for key in ("train", "eval"):
+            entries = getattr(self, key) or ()
+            self._require("" not in entries and {} not in entries, key, "has an empty entry. Fill or remove it.")
         self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
 
@@ -110,7 +113,7 @@ class SparsityConfig(_Section):
     exclude: tuple[str, ...] = field(default=(), metadata=_help("Layers that stay dense; * is a wildcard."))
 
     def _validate(self) -> None:
-        match = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        match = re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.pattern)
         self._require(match is not None, "pattern", "is not of the form N:M. Write for example 2:4.")
         self._require(0 < self.n < self.m, "pattern", "needs 0 < N < M. Write for example 2:4.")
         self._require(self.mask_interval >= 0, "mask_interval", "must be 0 (fixed masks) or more.")
@@ -155,7 +158,9 @@ class DistillationConfig(_Section):
             raise UserError(f"distillation.{missing} is missing. Give both weights, or alpha alone.")
         for key in ("ce_weight", "kl_weight"):
             self._require(getattr(self, key) is None or getattr(self, key) >= 0, key, "must be 0 or more.")
-        self._require(self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0: nothing to train on.")
+        self._require(
+            self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0: nothing to train on."
+        )
         self._require(self.temperature > 0, "temperature", "must be above 0.")
 
     @property
@@ -201,6 +206,7 @@ class EvaluationConfig(_Section):
     def _validate(self) -> None:
         self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
         self._require(self.windows is None or self.windows >= 1, "windows", "must be at least 1.")
+        self._require("" not in self.datasets, "datasets", "has an empty entry. Fill or remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +231,7 @@ class RunConfig:
         }
 
 
-_SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[_Section]] = {  # all but `training`, which is no dataclass of ours
     "model": ModelConfig,
     "data": DataConfig,
     "sparsity": SparsityConfig,
@@ -233,6 +239,9 @@ _SECTIONS: dict[str, type[_Section]] = {
     "slorb": SLoRBConfig,
     "evaluation": EvaluationConfig,
 }
+
+
+_LISTED = 20  # names that an error lists
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -245,10 +254,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: one line that names the field, the value and the mend.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
-    names = [*_SECTIONS, "training"]
+    names = [*SECTIONS, "training"]
     for name in tree:
         if name not in names:
             raise UserError(f"{path}: unknown section {name!r}.{_nearest(name, names)}")
@@ -267,7 +276,7 @@ def _read_section(name: str, values: Any) -> Any:
         raise UserError(f"Section {name!r} is {values!r}, not a mapping. Write `key: value` lines below `{name}:`.")
     if name == "training":
         return _check_training(values)
-    section = _SECTIONS[name]
+    section = SECTIONS[name]
     known = [item.name for item in dataclasses.fields(section)]
     for key in values:
         if key not in known:
@@ -292,140 +301,10 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else f" Known: {', '.join(sorted(known))}."
-
-
-_TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")
-
-
-def convert(value: Any, hint: Any, name: str) -> Any:
-    """Check a value against a type hint, and read it as its writer means it.
-
-    A bool field takes yes/no/on/off, a float field an integer, a tuple field a single entry. Hints that this
-    function does not know (enums, nested dataclasses) pass.
-
-    Raises:
-        UserError: the value is of another type.
-    """
-    fits, converted = _convert(value, hint)
-    if not fits:
-        raise UserError(f"{name}={value!r} is {_kind(value)}, expected {_describe(hint)}.")
-    return converted
-
-
-def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        results = [_convert(value, arg) for arg in _exact_first(value, args)]
-        return next((result for result in results if result[0]), (False, value))
-    if origin is Literal:
-        return value in args and not isinstance(value, bool), value
-    if origin is tuple:
-        entries = list(value) if isinstance(value, list | tuple) else [value]
-        converted = [_convert(entry, args[0]) for entry in entries]
-        return all(fits for fits, _ in converted) and value is not None, tuple(entry for _, entry in converted)
-    if origin in (dict, list):
-        return isinstance(value, origin), value
-    if hint is bool:
-        if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
-            return True, value.lower() in _TRUE
-        return isinstance(value, bool), value
-    if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number, float(value) if number else value
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if hint in (str, dict, list, type(None)):
-        return isinstance(value, hint), value
-    return True, value
-
-
-def _exact_first(value: Any, hints: tuple[Any, ...]) -> list[Any]:
-    """The alternatives of a union, the one of the value's own type first: `5` stays an int in `int | float`."""
-    return sorted(hints, key=lambda hint: hint is not type(value))
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
-    if origin is Literal:
-        return " or ".join(repr(arg) for arg in args)
-    if origin is tuple:
-        return f"{_describe(args[0])}, or a list of such"
-    names = {
-        bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null",
-        dict: "a mapping", list: "a list",
-    }  # fmt: skip
-    return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars; a repeated key is an error."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[Any]]] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is {_kind(key)}. Keys are names.")
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice. Keep one.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # 1.1 would read 010 as 8 and 2:4 as 124
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), [*"~nN", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"Config {str(path)!r} does not exist. Give the path of a YAML file to --config.")
-    try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except UserError as error:
-        raise UserError(f"{path}, {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is no valid YAML: {_yaml_problem(error)}") from None
-    if tree is None:
-        raise UserError(f"Config {str(path)!r} is empty. It needs at least the sections model and data.")
-    if not isinstance(tree, dict):
-        raise UserError(f"Config {str(path)!r} is {_kind(tree)}, not a mapping. Start with the sections model and data.")
-    return tree
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}."
-    return " ".join(str(error).split()) or type(error).__name__
+    names = sorted(known)
+    if matches := difflib.get_close_matches(str(name), names, n=1):
+        return f" Did you mean {matches[0]!r}?"
+    return f" Known: {', '.join(names)}." if len(names) <= _LISTED else " See transformers.TrainingArguments."
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -434,15 +313,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise UserError(f"--set {override!r} is not of the form section.key=value.")
-    try:
-        value = _parse_yaml(text)
-    except (yaml.YAMLError, UserError) as error:
-        raise UserError(f"--set {override!r}: the value is no valid YAML: {_yaml_problem(error)}") from None
-    node: Mapping[str, Any] | Any = tree
+    value = parse_yaml(text, f"--set {override!r}: the value")
+    node = tree
     for key in keys[:-1]:
         if node.get(key) is None:
             node[key] = {}
-        node = node[key]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {key} is {_kind(node)}, not a mapping.")
+        below = node[key]
+        if not isinstance(below, dict):
+            raise UserError(f"--set {override!r}: {key} is {kind_of(below)}, not a mapping.")
+        node = below
     node[keys[-1]] = value

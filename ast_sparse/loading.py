@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -246,7 +247,10 @@ def load_model_config(
             near = difflib.get_close_matches(key, config.to_dict(), n=1)
             hint = f" Did you mean `{near[0]}`?" if near else f" See {files.CONFIG_NAME} of the model for its names."
             raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`.{hint}")
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except StrictDataclassError as error:
+            raise UserError(f"model.config_overrides: {_one_line(error)} Give a value of that kind.") from None
     return config
 
 

@@ -91,11 +91,12 @@ _PLACEMENTS: dict[str, Update] = {"momentum": momentum_update, "gradient": gradi
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW whose masked parameters decay where they are pruned.
 
-    Groups with `is_masked: True` follow `decay_placement`; all others are `torch.optim.AdamW` itself. λ is the value
+    Parameters with a bound mask follow `decay_placement`; all others are `torch.optim.AdamW` itself. λ is the value
     `mask_decay` of a group and may change between steps. State: `step`, `exp_avg`, `exp_avg_sq`.
 
     Args:
-        params: parameters or groups; a group may set `is_masked` and every value below.
+        params: parameters or groups; a group may set every value below, and `is_masked: True` where each of its
+            parameters must have a mask.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         mask_decay: λ of (3).
         decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17).
@@ -132,19 +133,21 @@ class SparseAdamW(torch.optim.Optimizer):
         """Say which mask belongs to which parameter; the mask tensors are read at every step, not copied.
 
         Args:
-            masks: bool mask (True = kept) by parameter, of the same shape. Every parameter of a masked group needs one.
+            masks: bool mask (True = kept) by parameter, of the same shape. Every parameter of a group with
+                `is_masked: True` needs one.
 
         Raises:
-            ValueError: a masked parameter has no mask, or shapes differ.
+            ValueError: a parameter of a masked group has no mask, a mask is not bool, or shapes differ.
         """
-        for group in self.param_groups:
-            for parameter in group["params"] if group["is_masked"] else ():
-                if parameter not in masks:
-                    raise ValueError(f"A masked parameter of shape {tuple(parameter.shape)} has no mask.")
-                if masks[parameter].shape != parameter.shape:
-                    raise ValueError(
-                        f"mask {tuple(masks[parameter].shape)} does not fit parameter {tuple(parameter.shape)}."
-                    )
+        for parameter in (p for group in self.param_groups if group["is_masked"] for p in group["params"]):
+            if parameter not in masks:
+                raise ValueError(f"A masked parameter of shape {tuple(parameter.shape)} has no mask.")
+        for parameter, mask in masks.items():
+            if mask.shape != parameter.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask {mask.dtype} {tuple(mask.shape)} does not fit parameter {tuple(parameter.shape)}: "
+                    "torch.bool of its shape is needed."
+                )
         self._masks = dict(masks)
 
     @torch.no_grad()
@@ -164,11 +167,14 @@ class SparseAdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             for parameter in parameters:
                 self._init_state(parameter)
-            if group["is_masked"]:
-                for parameter in parameters:
+            plain = []
+            for parameter in parameters:
+                if group["is_masked"] or parameter in self._masks:
                     self._masked_step(parameter, group)
-            elif parameters:
-                self._plain_step(parameters, group)
+                else:
+                    plain.append(parameter)
+            if plain:
+                self._plain_step(plain, group)
         return loss
 
     def _init_state(self, parameter: Tensor) -> None:

@@ -68,8 +68,8 @@ def summary(folder: Path) -> None:
     figures = {name: next(iter(stage.values())) for name, stage in stages.items()}
     rows = []
     for name, figure in figures.items():
-        is_saved = name.startswith("retrained")
-        rows.append((name, figure["perplexity"], "0%" if name == "dense" else masked, size(folder / "run") if is_saved else "-"))
+        weights = size(folder / "run") if name.startswith("retrained") else "-"
+        rows.append((name, figure["perplexity"], "0%" if name == "dense" else masked, weights))
     for name in ("dense", "compressed"):
         rows.append((f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name)))
     figure = figures["dense"]

@@ -5,7 +5,10 @@ import tempfile
 
 _HOME = tempfile.mkdtemp(prefix="ast_sparse_tests_")
 os.environ.update(
-    HF_HOME=_HOME, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{_HOME}/datasets", TOKENIZERS_PARALLELISM="false",
+    HF_HOME=_HOME,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_CACHE=f"{_HOME}/datasets",
+    TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )  # before transformers and datasets are imported, which read them once
 

@@ -21,7 +21,7 @@ from transformers import (
 VOCAB = 128
 FAMILIES = ("llama", "opt", "gpt2", "qwen2", "mistral")
 
-_WORDS = "the sparse model keeps two of four weights while dense masks move early and settle late".split()
+_WORDS = ("the", "sparse", "model", "keeps", "two", "of", "four", "weights", "while", "dense", "masks", "move", "late")
 
 
 def generated_text(sentences: int = 400, seed: int = 0) -> str:

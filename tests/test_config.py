@@ -69,7 +69,8 @@ def test_overrides_replace_and_create_keys(tmp_path: Path) -> None:
 
 
 def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    text = BASE + "slorb: {k: 32}\ndistillation: {ce_weight: 1, kl_weight: 0.5, temperature: 2}\ntraining: {bf16: yes}\n"
+    text = BASE + "slorb: {k: 32}\ndistillation: {ce_weight: 1, kl_weight: 0.5, temperature: 2}\n"
+    text += "training: {bf16: yes, lr_scheduler_type: cosine}\n"
     config = load_config(write(tmp_path, text))
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(config.to_dict()))
@@ -104,6 +105,8 @@ def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         ("slorb: {enabled: maybe}", r"slorb.enabled='maybe' is text, expected true or false"),
         ("training: {bf16: maybe}", r"training.bf16='maybe' is text, expected true or false"),
         ("training: {max_steps: many}", r"training.max_steps='many' is text, expected an integer"),
+        ("training: {save_strategy: stepz}", r"'stepz' is text, expected 'no' or 'steps' .*Did you mean 'steps'"),
+        ("training: {learning_rate: .nan}", r"training.learning_rate=nan is not a finite number"),
         ("evaluation: {windows: 0}", r"evaluation.windows=0 must be at least 1"),
         ("evaluation: {seq_len: 1}", r"evaluation.seq_len=1 must be at least 2"),
         ("model: {name_or_path: a}", r"line 6: key 'model' stands twice"),
@@ -142,6 +145,10 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.yaml' does not exist"):
         load_config(tmp_path / "no.yaml")
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeff" + BASE)).data.train == ("text.txt",)
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ ORDER = [
     ("distillation", "optim", "schedules"),
     ("sparsity",),
     ("config",),
+    ("conversion",),
+    ("yaml12",),
     ("errors",),
 ]
 RANK = {room: len(ORDER) - level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -31,14 +31,13 @@ def slow_step(state: dict, w: float, g: float, kept: bool, t: int, lam: float, p
 
 @pytest.mark.parametrize("placement", ["momentum", "gradient", "weight"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_masked_update_follows_the_equations(placement: str, weight_decay: float) -> None:
+@pytest.mark.parametrize("group", [{"is_masked": True}, {}])
+def test_masked_update_follows_the_equations(placement: str, weight_decay: float, group: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 8, generator=generator, dtype=torch.float64)
     mask = torch.rand(3, 8, generator=generator) < 0.5
     parameter = torch.nn.Parameter(weight.clone())
-    optimizer = SparseAdamW(
-        [{"params": [parameter], "is_masked": True}], LR, BETAS, EPS, weight_decay, decay_placement=placement
-    )
+    optimizer = SparseAdamW([{"params": [parameter], **group}], LR, BETAS, EPS, weight_decay, decay_placement=placement)
     optimizer.bind_masks({parameter: mask})
     slow = [float(w) for w in weight.flatten()]
     states = [{"u": 0.0, "v": 0.0} for _ in slow]
@@ -125,6 +124,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         optimizer.bind_masks({})
     with pytest.raises(ValueError, match="does not fit"):
         optimizer.bind_masks({parameter: torch.ones(4, 2, dtype=torch.bool)})
+    with pytest.raises(ValueError, match=r"torch\.bool of its shape"):
+        optimizer.bind_masks({parameter: torch.ones(2, 4, dtype=torch.int32)})  # ~1 is -2: the decay would grow weights
 
 
 @pytest.mark.parametrize("placement", ["momentum", "gradient", "weight"])

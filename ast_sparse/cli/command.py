@@ -1,11 +1,10 @@
 """What every command shares: errors of the user end as one line and exit code 2."""
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 import click
 
@@ -14,25 +13,12 @@ from ast_sparse.errors import UserError
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for people who write code; warnings stay
-
-
-def user_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a command's function: a UserError prints `Error: …` in one line and exits with 2, Ctrl-C with 130."""
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _one_line_errors():
-            return function(*args, **kwargs)
-
-    return wrapper
+os.environ.setdefault("TQDM_DELAY", "1")  # a progress bar only for what takes longer than a second
 
 
 class Command(click.Command):
-    """A click command that reports wrong options like every other error of the user: `@click.command(cls=Command)`."""
+    """A click command: errors of the user, wrong options too, are one line and exit code 2; Ctrl-C exits with 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False

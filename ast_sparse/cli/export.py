@@ -2,7 +2,7 @@
 
 import click
 
-from ast_sparse.cli.command import Command, user_errors
+from ast_sparse.cli.command import Command
 
 
 @click.command(cls=Command)
@@ -23,7 +23,6 @@ from ast_sparse.cli.command import Command, user_errors
     help="Pattern to check; default: what the checkpoint's sparsity_config.json says, or 2:4.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
-@user_errors
 def main(checkpoint: str, out: str, format_: str, dtype: str, pattern: str | None, overwrite: bool) -> None:
     """Write the N:M model in the folder CHECKPOINT to the folder OUT.
 

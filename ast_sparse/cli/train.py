@@ -4,14 +4,14 @@ import dataclasses
 
 import click
 
-from ast_sparse.cli.command import Command, user_errors
-from ast_sparse.config import _SECTIONS
+from ast_sparse.cli.command import Command
+from ast_sparse.config import SECTIONS
 
 
 def _fields() -> str:
     """Every configuration key with its default and meaning."""
     lines = ["\b", "Configuration keys (YAML, or --set section.key=value):"]
-    for section, cls in _SECTIONS.items():
+    for section, cls in SECTIONS.items():
         for item in dataclasses.fields(cls):
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()
@@ -39,7 +39,6 @@ def _plain(value: object) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds.")
 @click.option("--dry-run", is_flag=True, help="Print layers, tokens and memory, and stop.")
 @click.option("--output-dir", metavar="FOLDER", help="Where the run goes; beats training.output_dir.")
-@user_errors
 def main(
     config_path: str,
     overrides: tuple[str, ...],

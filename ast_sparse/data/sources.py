@@ -31,6 +31,8 @@ Entry = str | Mapping[str, Any]
 _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are read differently
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _REFUSED_SUFFIXES = {".arrow", ".bz2", ".csv", ".pdf", ".tar", ".tsv", ".xz", ".zip", ".zst"}
+_FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  # names of readers of `datasets`
+_LONGEST_REASON = 300  # characters of another library's error that are shown
 _LARGEST_TEXT_FILE = 2**30  # a text file is one document and is tokenised in one go
 
 
@@ -47,12 +49,24 @@ def check_sources(config: DataConfig) -> None:
     """Check that every file of `data.train` and `data.eval` is there and of a readable kind, without reading any.
 
     Raises:
-        UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry.
+        UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry, or
+            a source that stands in both lists.
     """
-    lists: tuple[tuple[str, Sequence[Entry]], ...] = (("data.train", config.train), ("data.eval", config.eval or ()))
-    for field, entries in lists:
-        for entry in entries:
-            _check_entry(entry, config.root, field)
+    trained = {key for entry in config.train for key in _identities(entry, config.root, "data.train")}
+    for entry in config.eval or ():
+        if trained & _identities(entry, config.root, "data.eval"):
+            raise UserError(
+                f"`data.eval`: {entry} is in `data.train` too, so nothing would be held out. Name other text, or "
+                "remove `data.eval` and set `data.eval_share`."
+            )
+
+
+def _identities(entry: Entry, root: str | None, field: str) -> set[str]:
+    """What tells sources apart: the files of an entry, or the arguments of a data set."""
+    kind, files = _check_entry(entry, root, field)
+    if kind == "hub":
+        return {json.dumps({"split": "train", **cast(Mapping[str, Any], entry)}, sort_keys=True, default=str)}
+    return {str(file.resolve()) for file in files}
 
 
 def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[Path]]:
@@ -62,6 +76,8 @@ def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[
             raise UserError(
                 f"`{field}`: {dict(entry)!r} names no data set. Give `path`, as to `datasets.load_dataset`."
             )
+        if entry["path"] in _FORMATS and not ("data_files" in entry or "data_dir" in entry):
+            raise UserError(f"`{field}`: {dict(entry)!r} names a format and no files. Give `data_files`.")
         return "hub", []
     files = _resolve(entry, root, field)
     kinds = {_kind(path) for path in files}
@@ -126,6 +142,14 @@ def load_documents(
     return [_load(entry, kind, files, text_field) for entry, (kind, files) in zip(entries, checked, strict=True)]
 
 
+def read_texts(entry: str, root: str | None, text_field: str, field: str) -> list[str]:
+    """The documents of one file or glob, read into memory. Arguments and errors as of `load_documents`."""
+    kind, files = _check_entry(entry, root, field)
+    if kind == "parquet":
+        return list(_load_parquet(files, text_field)[text_field])
+    return [row["text"] for row in _documents(tuple(files), kind, text_field)]
+
+
 def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source:
     if isinstance(entry, Mapping):
         name = " ".join(str(entry[key]) for key in ("path", "name", "split") if entry.get(key))
@@ -138,9 +162,9 @@ def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source
 def _load_hub(entry: Mapping[str, Any], name: str, text_field: str) -> Dataset:
     try:
         loaded = datasets.load_dataset(**{"split": "train", **entry})
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Cannot load data set {name}: {reason:.300} Check its entry, or the network.") from error
+    except Exception as error:  # whatever the arguments of the entry make `datasets` and its readers raise
+        reason = _one_line(error).removesuffix(".")
+        raise UserError(f"Cannot load data set {name}: {reason}. Check its entry, or the network.") from error
     if not isinstance(loaded, Dataset):
         raise UserError(f"Data set {name} loads as {type(loaded).__name__}: name one `split`, without `streaming`.")
     if text_field not in loaded.column_names:
@@ -156,13 +180,22 @@ def _load_parquet(files: list[Path], text_field: str) -> Dataset:
         try:
             names = pq.read_schema(file).names
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not a parquet file: {' '.join(str(error).split())}") from error
+            raise UserError(f"{file} is not a parquet file: {_one_line(error)} Copy or write it again.") from error
         if text_field not in names:
             raise UserError(_no_column(str(file), text_field, names))
-    return cast(
-        Dataset,
-        datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", columns=[text_field]),
-    )
+    try:
+        return cast(
+            Dataset,
+            datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", columns=[text_field]),
+        )
+    except DatasetGenerationError as error:
+        reason = _one_line(error.__cause__ or error)
+        raise UserError(f"{', '.join(map(str, files))} is damaged: {reason} Copy or write it again.") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
 
 
 def _no_column(name: str, text_field: str, columns: Sequence[str]) -> str:
@@ -182,7 +215,7 @@ def _load_files(files: list[Path], kind: str, text_field: str) -> Dataset:
             ),
         )
     except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
+        if isinstance(error.__cause__, UserError | OSError):
             raise error.__cause__ from None
         raise
 
@@ -195,7 +228,7 @@ def _documents(files: tuple[Path, ...], kind: str, text_field: str) -> Iterator[
                 is_empty = is_empty and not text.strip()
                 yield {"text": text}
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz among them
-            raise UserError(f"{file} cannot be read: {error}") from error
+            raise UserError(f"{file} cannot be read: {_one_line(error)} Copy it again, or mend its rights.") from error
         if is_empty:
             raise UserError(f"{file} holds no text. Remove it from the list or give it text.")
 
@@ -244,9 +277,11 @@ def _json_array_texts(file: Path, text_field: str) -> Iterator[str]:
 
 def _parse(file: Path, number: int, data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig").rstrip())  # else a cut line is reported as the one after it
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(file, number + data[: error.start].count(b"\n"), error)) from error
+    except RecursionError:
+        raise UserError(f"{file}, line {number}: nested too deeply to be read. Leave the line out.") from None
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise UserError(f"{file}, line {line}: not JSON ({error.msg}). Each line must be one JSON object.") from error

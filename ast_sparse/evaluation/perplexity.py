@@ -75,7 +75,8 @@ def evaluate_text(
     Afterwards every module is back in the mode it was in.
 
     Raises:
-        UserError: a text shorter than one window, a window below two tokens or above the model's positions.
+        UserError: a text shorter than one window, a window below two tokens or above the model's positions, a token
+            that the model does not know.
     """
     text = text_or_rows if isinstance(text_or_rows, str) else "\n\n".join(text_or_rows)
     check_window(getattr(model, "config", None), seq_len, windows)
@@ -86,6 +87,12 @@ def evaluate_text(
         raise UserError(
             f"The text has {len(tokens):,} tokens, fewer than one window of {seq_len:,} (`seq_len`). "
             "Give a longer text or a shorter window."
+        )
+    embeddings = getattr(getattr(model, "config", None), "vocab_size", None)
+    if embeddings is not None and max(tokens) >= embeddings:
+        raise UserError(
+            f"The tokenizer makes the token {max(tokens)}, the model has {embeddings} embeddings. They do not belong "
+            "together: use the model's own tokenizer."
         )
     count = min(available, windows or available)
     blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
@@ -230,12 +237,13 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None) -> list[str]:
+def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None, field: str = "--data-dir") -> list[str]:
     """Rows of WikiText-2 raw; the published text is these joined by a blank line.
 
     Args:
         split: `test` (what is reported) or `validation`.
         data_dir: a folder with `wiki.test.raw` (`wiki.valid.raw`), or such a file itself; None: from the hub.
+        field: the setting `data_dir` comes from, for messages.
 
     Returns:
         A row for every line: blank lines are "", the others keep their newline.
@@ -247,7 +255,7 @@ def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None) -> l
     if split not in names:
         raise UserError(f"WikiText-2 is evaluated on its split test or validation, not `{split}`.")
     if data_dir is None:
-        return _hub_rows(split)
+        return _hub_rows(split, field)
     path = Path(data_dir).expanduser()
     file = path / names[split] if path.is_dir() else path
     try:
@@ -255,15 +263,15 @@ def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None) -> l
         with file.open(encoding="utf-8", newline="\n") as lines:
             rows = [line if line.strip() else "" for line in lines]
     except FileNotFoundError:
-        raise UserError(f"No {names[split]} in `--data-dir` {path}. Name its folder, or the file itself.") from None
+        raise UserError(f"No {names[split]} in `{field}` {path}. Name its folder, or the file itself.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        raise UserError(f"{file} cannot be read as UTF-8 text: {error}. Copy it again.") from error
     if not any(rows):
-        raise UserError(f"{file} is empty.")
+        raise UserError(f"{file} is empty. Name the file of WikiText-2 in `{field}`.")
     return rows
 
 
-def _hub_rows(split: str) -> list[str]:
+def _hub_rows(split: str, field: str) -> list[str]:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
@@ -273,5 +281,5 @@ def _hub_rows(split: str) -> list[str]:
         reason = " ".join(str(error).split())
         raise UserError(
             f"WikiText-2 cannot be loaded from the hub ({reason:.200}). Without network, name a folder with "
-            "wiki.test.raw by `--data-dir`."
+            f"wiki.test.raw by `{field}`."
         ) from error

@@ -137,7 +137,7 @@ def _plan_layers(source: _Source, format: str) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
     patterns = [(source.n, source.m)] + ([(2, 4)] if format == "compressed" else [])
     selected, _ = select_layers(source.model)
-    recorded = {*source.masks, *source.sparsity_config.get("layers", ())}
+    recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
     plan = _Plan({}, {})
     first_fault = None
     for name, layer in selected.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as indented JSON, ending with a newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write an object as indented JSON through a temporary file and a rename: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_model_folder(folder: Path) -> None:
@@ -148,6 +154,18 @@ def recorded_pattern(sparsity_config: dict[str, Any]) -> str | None:
     section = sparsity_config.get("sparsity")
     pattern = section.get("pattern") if isinstance(section, dict) else sparsity_config.get("pattern")
     return pattern if isinstance(pattern, str) else None
+
+
+def recorded_layers(sparsity_config: dict[str, Any]) -> list[str]:
+    """The pruned layers that a `sparsity_config.json` names.
+
+    Raises:
+        UserError: they are no list of names.
+    """
+    layers = sparsity_config.get("layers", [])
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise UserError(f"{SPARSITY_CONFIG_NAME}: `layers` is no list of names. Restore the file, or remove it.")
+    return layers
 
 
 def has_adapter(folder: Path) -> bool:

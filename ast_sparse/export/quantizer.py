@@ -141,9 +141,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AstSparse24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._problems: list[str] = []
-
-    def _module_names(self, model: nn.Module) -> frozenset[str]:
-        return frozenset(_short(name, model) for name in self.quantization_config.modules)
+        self._names: frozenset[str] = frozenset()  # known once there is a model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Append the decoding to the model's own conversions; fused experts are never compressed, so theirs stay."""
@@ -153,7 +151,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
         return [*weight_conversions, WeightConverter(["weight$", "weight_meta"], "weight", [operation])]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._names = self._module_names(model)
+        self._names = frozenset(_short(name, model) for name in self.quantization_config.modules)
         if self.quantization_config.dequantize:
             return
         for name, layer in list(model.named_modules()):

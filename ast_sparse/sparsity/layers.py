@@ -47,7 +47,7 @@ class SparseLayer(nn.Module):
     """
 
     group_dim: int
-    weight: nn.Parameter
+    weight: Tensor
     mask: nn.Parameter
     start_mask: nn.Parameter
     slorb: SLoRB | None
@@ -83,7 +83,7 @@ class SparseLinear(SparseLayer, nn.Linear):
         return output if self.slorb is None else output + self.slorb(input)
 
 
-class SparseConv1D(SparseLayer, Conv1D):
+class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]  # Parameter there, Tensor in nn.Linear
     """GPT-2's `Conv1D` with an N:M mask; the weight stays `[in, out]`, groups run along dim 0."""
 
     group_dim = 0
@@ -137,4 +137,3 @@ def unpack_bits(packed: Tensor, dim: int) -> Tensor:
     values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
     bits = packed.movedim(dim, -1).unsqueeze(-1) & values != 0
     return bits.flatten(-2).movedim(-1, dim)
-

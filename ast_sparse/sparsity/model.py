@@ -14,6 +14,8 @@ from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
 from ast_sparse.sparsity.masks import flip_rate, nm_mask
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 
+Prunable = nn.Linear | Conv1D
+
 
 @dataclass(frozen=True)
 class SparsityReport:
@@ -82,9 +84,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
 
 
-def select_layers(
-    model: nn.Module, config: SparsityConfig | None = None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def select_layers(model: nn.Module, config: SparsityConfig | None = None) -> tuple[dict[str, Prunable], dict[str, str]]:
     """Find the layers to prune: every `nn.Linear` and `Conv1D` inside the decoder blocks.
 
     Args:
@@ -99,7 +99,7 @@ def select_layers(
     """
     config = config or SparsityConfig()
     inside = tuple(f"{name}." for name in decoder_blocks(model))
-    selected: dict[str, nn.Module] = {}
+    selected: dict[str, Prunable] = {}
     skipped: dict[str, str] = {}
     linears: list[str] = []
     for name, module in model.named_modules():
@@ -123,13 +123,14 @@ def select_layers(
                 skipped[name] = reason
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() >= 2 and name.startswith(inside) and not isinstance(owner, nn.Linear | Conv1D | nn.Embedding):
+        is_known = isinstance(owner, nn.Linear | Conv1D | nn.Embedding)
+        if parameter.dim() >= 2 and name.startswith(inside) and not is_known:
             skipped[name] = f"weight of shape {list(parameter.shape)} of {type(owner).__name__}, not an nn.Linear"
     _check_selection(config, selected, linears)
     return selected, skipped
 
 
-def _check_selection(config: SparsityConfig, selected: dict[str, nn.Module], linears: list[str]) -> None:
+def _check_selection(config: SparsityConfig, selected: dict[str, Prunable], linears: list[str]) -> None:
     for key in ("include", "exclude"):
         for pattern in getattr(config, key):
             if linears and not any(_matches(name, (pattern,)) for name in linears):
@@ -144,7 +145,7 @@ def _check_selection(config: SparsityConfig, selected: dict[str, nn.Module], lin
         )
 
 
-def check_shapes(selected: dict[str, nn.Module], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:
+def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:
     """Raise UserError for the first layer whose in_features is not a multiple of M, or not divisible by SLoRB's k."""
     for name, layer in selected.items():
         shape = tuple(layer.weight.shape)

@@ -36,15 +36,14 @@ class SparsityCallback(TrainerCallback):
         optimizer, model = _sparse_optimizer(kwargs["optimizer"]), kwargs["model"]
         optimizer.bind_masks(masks_by_parameter(model))
         if args.should_save:
-            _keep_history_until(Path(args.output_dir) / MASK_HISTORY, state.global_step)
+            _keep_history_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         decay = self._mask_decay(state.global_step, state.max_steps)
         for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
-            if group["is_masked"]:
-                group["mask_decay"] = decay
+            group["mask_decay"] = decay
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         interval = self.config.mask_interval
@@ -64,7 +63,7 @@ class SparsityCallback(TrainerCallback):
                 "step": state.global_step, "flip_rate": whole[0], "initial_flip_rate": whole[1], "mask_decay": decay,
                 "layers": {name: list(rate) for name, rate in rates.items()},
             }  # fmt: skip
-            with (Path(args.output_dir) / MASK_HISTORY).open("a", encoding="utf-8") as file:
+            with (Path(str(args.output_dir)) / MASK_HISTORY).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def on_train_end(

@@ -1,14 +1,16 @@
 """Which checkpoint of a run can be resumed, and whether it belongs to the run."""
 
 import json
-import os
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from ast_sparse.errors import UserError
+from ast_sparse.export.files import tensor_shapes, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -24,28 +26,42 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def missing_parts(checkpoint: Path) -> list[str]:
-    """What a resume needs and the folder lacks; `trainer_state.json` is written last, so it marks a finished save."""
-    missing = []
+def faults(checkpoint: Path) -> list[str]:
+    """What a resume needs and the folder lacks, or holds cut off; only headers are read.
+
+    `trainer_state.json` is written last, so it marks a finished save.
+    """
+    found = []
     if not any((checkpoint / name).is_file() for name in _WEIGHTS):
-        missing.append(_WEIGHTS[0])
-    missing += [name for name in (*_STATE, SPARSITY_CONFIG) if not (checkpoint / name).is_file()]
-    if not any(checkpoint.glob("rng_state*.pth")):
-        missing.append("rng_state.pth")
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        missing.append("trainer_state.json")
-    return missing
+        found.append(f"{_WEIGHTS[0]} is missing")
+    else:
+        try:
+            weight_files(checkpoint)
+        except UserError as error:
+            found.append(str(error).rstrip("."))
+    states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    for path in (*(checkpoint / name for name in _STATE), *states):
+        if not path.is_file():
+            found.append(f"{path.name} is missing")
+        elif not zipfile.is_zipfile(path):  # what torch.save writes, its directory at the end
+            found.append(f"{path.name} is damaged")
+    for name in (SPARSITY_CONFIG, "trainer_state.json"):
+        try:
+            is_object = isinstance(json.loads((checkpoint / name).read_text(encoding="utf-8")), dict)
+        except (OSError, ValueError):
+            is_object = False
+        if not is_object:
+            found.append(f"{name} is {'damaged' if (checkpoint / name).is_file() else 'missing'}")
+    return found
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run; half-written ones are named in a warning and passed over."""
     for folder in checkpoint_folders(output_dir):
-        missing = missing_parts(folder)
-        if not missing:
+        found = faults(folder)
+        if not found:
             return folder
-        logger.warning(f"{folder} is incomplete (no {', '.join(missing)}): the checkpoint before it is taken.")
+        logger.warning(f"{folder} is incomplete ({', '.join(found)}): the checkpoint before it is taken.")
     return None
 
 
@@ -66,10 +82,9 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
     folder = Path(str(resume))
     if not folder.is_dir():
         raise UserError(f"Checkpoint {str(folder)!r} is no folder. Name a checkpoint-N folder of the run.")
-    missing = missing_parts(folder)
-    if missing:
+    if found := faults(folder):
         raise UserError(
-            f"{str(folder)!r} is no complete training checkpoint: {', '.join(missing)} missing. "
+            f"{str(folder)!r} is no complete training checkpoint: {', '.join(found)}. "
             "Name a checkpoint-N folder of the run."
         )
     return folder
@@ -107,8 +122,17 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
         )
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Write JSON through a temporary file and a rename, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError if a pruned weight has another shape in a checkpoint than in the model that is trained.
+
+    Args:
+        shapes: of the weights, by name of the layer.
+    """
+    stored = {name: value for file in weight_files(checkpoint) for name, value in tensor_shapes(file).items()}
+    for layer, shape in shapes.items():
+        found = tuple(stored.get(f"{layer}.weight", ("", []))[1])
+        if found != tuple(shape):
+            raise UserError(
+                f"`{layer}` of the model has shape {tuple(shape)}, in {str(checkpoint)!r} {found}. "
+                "Resume with the model.name_or_path of the run."
+            )

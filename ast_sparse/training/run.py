@@ -1,44 +1,44 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import pyarrow.compute as pc
+import torch
 import yaml
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from ast_sparse.config import ModelConfig, RunConfig
+from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.sources import check_sources
 from ast_sparse.data.text import build_datasets
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.perplexity import (
-    PerplexityResult,
-    default_seq_len,
-    evaluate_blocks,
-    evaluate_text,
-    wikitext2_rows,
-)
-from ast_sparse.evaluation.report import format_table
+from ast_sparse.export.files import write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.callbacks import MASK_HISTORY
-from ast_sparse.training.checkpoints import checkpoint_folders, last_checkpoint, resolve_checkpoint, write_json
-from ast_sparse.training.plan import make_plan
+from ast_sparse.training.checkpoints import (
+    check_same_model,
+    check_same_run,
+    checkpoint_folders,
+    last_checkpoint,
+    resolve_checkpoint,
+)
+from ast_sparse.training.measure import Measured, Rows, results_table
+from ast_sparse.training.plan import Plan, make_plan
 from ast_sparse.training.trainer import SparseTrainer
 
 logger = logging.get_logger(__name__)
 
 RESULTS = "results.json"
 RESOLVED_CONFIG = "config.yaml"
-
-Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
 
 
 def run_training(
@@ -66,23 +66,34 @@ def run_training(
     output = _output_dir(config, output_dir)
     args = build_arguments(config.training, str(output))
     checkpoint = _checkpoint_to_resume(output, resume)
-    if checkpoint is None and not resume and not overwrite and not dry_run:
+    is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
+    if not is_continued and not overwrite and not dry_run:
         _refuse_used(output)
     check_sources(config.data)
-    measured = _Measured(config, args)
+    _check_held_out(config, args)
+    measured = Measured(config, show=bool(args.should_log) and not args.disable_tqdm)
     plan = make_plan(config, args)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, config, plan)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
         return None
 
-    trainer, rows = _prepare(config, args, measured, checkpoint, overwrite, echo)
+    tokenizer = load_tokenizer(
+        config.model.name_or_path,
+        revision=config.model.revision,
+        gguf_file=config.model.gguf_file,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    measured.check_lengths(tokenizer, plan.model_config)
+    trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _check_final(trainer.model)
+    _check_final(trainer.student)
     trainer.save_model()
     trainer.save_state()
     pattern = config.sparsity.pattern
-    rows[f"retrained {pattern}"] = measured(trainer.model, trainer.processing_class, trainer.eval_dataset)
+    rows[f"retrained {pattern}"] = measured(trainer.student, tokenizer, trainer.eval_dataset)
     if args.should_save:
         write_json(output / RESULTS, rows)
         echo(results_table(rows))
@@ -93,46 +104,52 @@ def run_training(
 def _prepare(
     config: RunConfig,
     args: TrainingArguments,
-    measured: "_Measured",
+    tokenizer: PreTrainedTokenizerBase,
+    measured: Measured,
     checkpoint: Path | None,
     overwrite: bool,
     echo: Callable[[str], None],
 ) -> tuple[SparseTrainer, Rows]:
     """Data, model and trainer; the figures of the dense and the one-shot model."""
-    model_config = config.model
-    tokenizer = load_tokenizer(
-        model_config.name_or_path,
-        revision=model_config.revision,
-        gguf_file=model_config.gguf_file,
-        trust_remote_code=model_config.trust_remote_code,
-    )
     with args.main_process_first(desc="tokenising"):
-        train, held_out, data_report = build_datasets(config.data, tokenizer)
+        try:
+            train, held_out, data_report = build_datasets(config.data, tokenizer)
+        except OSError as error:  # of the cache: sources that cannot be read are named where they are read
+            raise UserError(
+                f"The tokenised text cannot be cached: {' '.join(str(error).split())}. Let the environment variable "
+                "HF_DATASETS_CACHE name a folder that can be written to and has room."
+            ) from error
     if args.should_log:
         echo("\n".join(data_report.lines()))
-    model = _load_student(model_config)
+    _check_batches(args, len(train))
+    model = _load_student(config.model)
+    _check_token_ids(train, tokenizer, model)
+    _check_finite(model, config.model.name_or_path)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = _read_rows(output / RESULTS) if checkpoint is not None else {}
     if "dense" not in rows:
-        rows["dense"] = measured(model.to(args.device), tokenizer, held_out)
-    trainer = SparseTrainer(
-        model,
-        args,
-        sparsity_config=config.sparsity,
-        distillation_config=config.distillation,
-        slorb_config=config.slorb if config.slorb is not None and config.slorb.enabled else None,
-        teacher_model=model_config.teacher,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
+        rows["dense"] = measured(model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
+    try:
+        trainer = SparseTrainer(
+            model,
+            args,
+            sparsity_config=config.sparsity,
+            distillation_config=config.distillation,
+            slorb_config=_slorb(config),
+            teacher_model=config.model.teacher,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+    except OSError as error:  # of the output folder, which Trainer makes, or of the hub
+        raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
     if args.should_save:
         if overwrite:
             _remove_run(output)
         _write_config(config, output)
     if f"one-shot {pattern}" not in rows:
-        rows[f"one-shot {pattern}"] = measured(trainer.model, tokenizer, held_out)
+        rows[f"one-shot {pattern}"] = measured(trainer.student, tokenizer, held_out)
     if args.should_save:
         write_json(output / RESULTS, rows)
     return trainer, rows
@@ -142,9 +159,16 @@ def _output_dir(config: RunConfig, output_dir: str | None) -> Path:
     folder = output_dir or config.training.get("output_dir")
     if not folder:
         raise UserError("training.output_dir is missing. Set it, or give --output-dir.")
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"Output folder {str(path)!r} is a file. Give another --output-dir.")
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"Output folder {str(path)!r}: {str(above)!r} cannot be written to. Give another --output-dir.")
+    for key in ("name_or_path", "teacher"):
+        model = getattr(config.model, key)
+        if model is not None and path.is_dir() and Path(model).expanduser().resolve() == path.resolve():
+            raise UserError(f"Output folder {str(path)!r} is model.{key}, and would be replaced. Give another folder.")
     return path
 
 
@@ -156,6 +180,69 @@ def _checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | Non
         logger.warning(f"{output} holds a run without a complete checkpoint yet: it starts from the beginning.")
         return None
     return resolve_checkpoint(output, resume)
+
+
+def _slorb(config: RunConfig) -> SLoRBConfig | None:
+    return config.slorb if config.slorb is not None and config.slorb.enabled else None
+
+
+def _check_checkpoint(checkpoint: Path, config: RunConfig, plan: Plan) -> None:
+    """Before anything is loaded, what SparseTrainer would say of the checkpoint."""
+    slorb = _slorb(config)
+    current = {
+        "sparsity": config.sparsity.to_dict(),
+        "slorb": None if slorb is None else slorb.to_dict(),
+        "layers": sorted(plan.sparsity.pruned),
+    }
+    check_same_run(checkpoint, current)
+    check_same_model(checkpoint, plan.sparsity.pruned)
+
+
+def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
+    """Held-out text where something needs it."""
+    if config.data.eval is not None or config.data.eval_share > 0:
+        return
+    if "heldout" in config.evaluation.datasets:
+        raise UserError(
+            "evaluation.datasets has 'heldout' and data.eval_share is 0. Set data.eval or data.eval_share, or "
+            "remove 'heldout'."
+        )
+    for key in ("eval_strategy", "eval_on_start"):
+        value = getattr(args, key)
+        if getattr(value, "value", value) not in ("no", False):
+            shown = repr(getattr(value, "value", value))
+            raise UserError(
+                f"training.{key}={shown} needs held-out text, and data.eval_share is 0. Set data.eval or "
+                f"data.eval_share, or remove {key}."
+            )
+
+
+def _check_token_ids(train: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Every token of the text has its row in the embedding: a tokenizer with spare entries is no fault."""
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) <= rows:
+        return
+    largest = max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in train.data.column("input_ids").chunks)
+    if largest >= rows:
+        raise UserError(
+            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
+            "embeddings. They do not belong together: put the model's own tokenizer into its folder."
+        )
+
+
+def _check_finite(model: PreTrainedModel, name: str) -> None:
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"`{key}` of {name!r} holds values that are not finite. Copy or write the model again.")
+
+
+def _check_batches(args: TrainingArguments, blocks: int) -> None:
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and blocks < batch:
+        raise UserError(
+            f"training.dataloader_drop_last=True leaves nothing to train on: the text makes {blocks:,} blocks, fewer "
+            f"than a batch of {batch:,}. Lower per_device_train_batch_size, or remove it."
+        )
 
 
 def _refuse_used(output: Path) -> None:
@@ -211,59 +298,3 @@ def _read_rows(path: Path) -> Rows:
         return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-
-
-class _Measured:
-    """Perplexities of `evaluation.datasets`; sources are checked before a model is loaded."""
-
-    def __init__(self, config: RunConfig, args: TrainingArguments) -> None:
-        self.config = config
-        self.show = bool(args.should_log) and not args.disable_tqdm
-        self.texts: dict[str, list[str]] = {}
-        for name in config.evaluation.datasets:
-            if name == "wikitext2":
-                self.texts[name] = wikitext2_rows(data_dir=config.evaluation.data_dir)
-            elif name != "heldout":
-                self.texts[name] = [self._read(name)]
-        if "heldout" in config.evaluation.datasets and config.data.eval is None and config.data.eval_share == 0:
-            raise UserError(
-                "evaluation.datasets has 'heldout' and data.eval_share is 0. Set data.eval or data.eval_share, "
-                "or remove it."
-            )
-
-    def _read(self, name: str) -> str:
-        path = Path(self.config.data.root or ".") / name
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise UserError(
-                f"evaluation.datasets: {str(path)!r} cannot be read ({reason}). Name 'heldout', 'wikitext2' or a text "
-                "file; relative paths start from data.root."
-            ) from None
-
-    def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
-    ) -> dict[str, dict[str, Any]]:
-        settings = self.config.evaluation
-        results: dict[str, PerplexityResult] = {}
-        for name in settings.datasets:
-            if name == "heldout":
-                results[name] = evaluate_blocks(model, held_out, settings.windows, progress=self.show)
-            else:
-                seq_len = settings.seq_len or default_seq_len(model.config)
-                results[name] = evaluate_text(
-                    model, tokenizer, self.texts[name], seq_len, settings.windows, progress=self.show
-                )
-        return {name: asdict(result) for name, result in results.items()}
-
-
-def results_table(rows: Rows) -> str:
-    """Perplexity by stage and data set, the window length beside every data set."""
-    datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
-    if not datasets:
-        return "No perplexity was asked for (evaluation.datasets is empty)."
-    first = next(iter(rows.values()))
-    headers = ["model"] + [f"{name} ({first[name]['windows']} x {first[name]['seq_len']})" for name in datasets]
-    lines = [[stage, *(f"{row[name]['perplexity']:.2f}" for name in datasets)] for stage, row in rows.items()]
-    return "Perplexity (windows x tokens)\n" + format_table(headers, lines)

@@ -5,7 +5,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,12 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 import ast_sparse
-from ast_sparse.config import DataConfig, DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.data.packing import CausalLMCollator, pack_dataset
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
+from ast_sparse.export.files import write_json
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
@@ -40,7 +41,6 @@ from ast_sparse.training.checkpoints import (
     check_same_run,
     last_checkpoint,
     resolve_checkpoint,
-    write_json,
 )
 
 
@@ -119,6 +119,11 @@ class SparseTrainer(Trainer):
             self.teacher.to(self.args.device)
         self.add_callback(SparsityCallback(self.sparsity_config, self.log))
 
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model that is trained, without the wrapper of a distributed run."""
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+
     def _frozen_teacher(
         self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
     ) -> nn.Module | None:
@@ -130,9 +135,10 @@ class SparseTrainer(Trainer):
         elif isinstance(teacher, str):
             teacher = load_causal_lm(teacher)
         check_vocabularies(model.config, teacher.config)
+        frozen: nn.Module = teacher.requires_grad_(False).eval()
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
-            teacher = teacher.to(torch.bfloat16 if args.bf16 else torch.float16)
-        return teacher.requires_grad_(False).eval()
+            frozen = frozen.to(torch.bfloat16 if args.bf16 else torch.float16)
+        return frozen
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +181,7 @@ class SparseTrainer(Trainer):
         return loss
 
     def _divergence(self, what: str) -> DivergenceError:
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(str(self.args.output_dir))
         good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
         return DivergenceError(
             f"Training diverged at step {self.state.global_step + 1}: {what}. {good}. "
@@ -188,7 +194,7 @@ class SparseTrainer(Trainer):
         """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays)."""
         if self.optimizer is not None:
             return self.optimizer
-        model = self.model if model is None else model
+        model = self.student if model is None else model
         masked = {layer.weight for layer in sparse_layers(model).values()}
         slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
         decaying = set(self.get_decay_parameter_names(model))
@@ -222,24 +228,26 @@ class SparseTrainer(Trainer):
 
     # ---- train, log, save ----------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> TrainOutput:
         """As in Trainer; at the end pruned weights are exactly 0.0.
 
         Raises:
             UserError: the checkpoint is incomplete, or was made with other sparsity settings.
         """
         if not resume_from_checkpoint:
-            return super().train(**kwargs)
-        checkpoint = resolve_checkpoint(self.args.output_dir, resume_from_checkpoint)
+            return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config_dict())
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         if state.global_step < last_step:
-            return super().train(resume_from_checkpoint=str(checkpoint), **kwargs)
+            return super().train(str(checkpoint), trial, ignore_keys_for_eval)
         # Trainer would do one more step: the run was finished, and stopped before the final save.
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
-        apply_masks(self.model)
+        apply_masks(self.student)
         return TrainOutput(state.global_step, math.nan, {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -267,8 +275,8 @@ class SparseTrainer(Trainer):
         Raises:
             DivergenceError: weights are not finite; nothing is written.
         """
-        folder = Path(output_dir or self.args.output_dir)
-        for name, parameter in self.model.named_parameters():
+        folder = Path(str(output_dir or self.args.output_dir))
+        for name, parameter in self.student.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise self._divergence(f"`{name}` holds values that are not finite")
         if _internal_call and re.fullmatch(r"checkpoint-\d+", folder.name):
@@ -277,8 +285,7 @@ class SparseTrainer(Trainer):
                 write_json(folder / SPARSITY_CONFIG, self.sparsity_config_dict())
             return
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            save_sparse_model(model, folder, self.sparsity_config_dict())
+            save_sparse_model(self.student, folder, self.sparsity_config_dict())
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
@@ -286,8 +293,8 @@ class SparseTrainer(Trainer):
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport:
         """Write the masked model in an export format, verified, with its tokenizer; see `export_model`."""
-        model = self.accelerator.unwrap_model(self.model)
-        return export_model(model, out_dir, format, tokenizer=self.processing_class, **kwargs)
+        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+        return export_model(self.student, out_dir, format, tokenizer=tokenizer, **kwargs)
 
 
 def _check_master_dtype(model: PreTrainedModel) -> None:

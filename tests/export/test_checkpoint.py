@@ -1,5 +1,6 @@
 """Exports end to end: from models and folders, verified, refused, interrupted."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export import checkpoint, saving
 from ast_sparse.export.checkpoint import export_model
+from ast_sparse.export.codec import unpack24
 from ast_sparse.export.files import read_json, tensor_shapes, weight_files
 from ast_sparse.export.saving import save_sparse_model
 from ast_sparse.sparsity.masks import check_nm, nm_mask
@@ -274,6 +276,9 @@ def test_tiny_kept_weight_that_rounds_to_zero_is_harmless(tmp_path: Path) -> Non
     export_model(model, tmp_path / "out", dtype="float16")
     state = loaded_state(tmp_path / "out")
     assert torch.equal(state[Q_PROJ], masked_state(model, torch.float16)[Q_PROJ])
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    kept = unpack24(torch.ones_like(stored[Q_PROJ]), stored[f"{Q_PROJ}_meta"])
+    assert torch.equal(kept.bool(), layer.mask)  # encoded from the mask: a kept zero is kept
     assert not (state[Q_PROJ] == 0).logical_and(state[Q_PROJ].signbit()).any()
 
 
@@ -371,3 +376,11 @@ def test_mask_of_a_training_checkpoint_beats_the_magnitude(tmp_path: Path) -> No
     layer = sparse_layers(model)[Q_PROJ.removesuffix(".weight")]
     assert torch.equal(state[Q_PROJ] != 0, layer.mask)
     assert not torch.equal(layer.mask, nm_mask(layer.weight.abs()))
+
+
+@pytest.mark.parametrize("layers", [5, [1], "all"])
+def test_recorded_layers_that_are_no_names_are_refused(tmp_path: Path, layers: object) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "sparsity_config.json").write_text(json.dumps({"pattern": "2:4", "layers": layers}))
+    with pytest.raises(UserError, match="`layers` is no list of names"):
+        export_model(folder, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -9,8 +10,6 @@ import torch
 from ast_sparse.loading import load_causal_lm, load_model_config
 from tests.export.sparse_models import token_ids
 from tests.models import tiny_model
-
-gguf = pytest.importorskip("gguf")
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",

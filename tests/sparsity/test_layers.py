@@ -18,9 +18,9 @@ def sparse_linear(fixed: bool = False) -> SparseLinear:
 def test_output_is_the_product_with_the_masked_weight() -> None:
     layer = sparse_linear()
     x = torch.randn(5, 8, dtype=torch.float64)
-    expected = torch.stack([
-        sum(x[:, j] * layer.weight[o, j] for j in range(8) if layer.mask[o, j]) + layer.bias[o] for o in range(3)
-    ]).T
+    expected = torch.stack(
+        [sum(x[:, j] * layer.weight[o, j] for j in range(8) if layer.mask[o, j]) + layer.bias[o] for o in range(3)]
+    ).T
     torch.testing.assert_close(layer(x), expected)
 
 

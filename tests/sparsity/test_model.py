@@ -75,7 +75,7 @@ def test_no_layer_left_is_refused() -> None:
 
 
 def test_in_features_that_is_no_multiple_of_m_is_refused_with_name_and_mend() -> None:
-    with pytest.raises(UserError, match=r"`model\.layers\.0\.self_attn\.q_proj` .*in_features=32 is not a multiple of 5"):
+    with pytest.raises(UserError, match=r"`model\.layers\.0\.self_attn\.q_proj` .*in_features=32 is not a multiple"):
         sparsify_model(tiny_model("llama"), SparsityConfig(pattern="2:5"))
 
 

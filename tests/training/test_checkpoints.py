@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ast_sparse.errors import UserError
-from ast_sparse.training.checkpoints import check_same_run, last_checkpoint, resolve_checkpoint
+from ast_sparse.training.checkpoints import check_same_model, check_same_run, last_checkpoint, resolve_checkpoint
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sparsity_config.json")
 
@@ -13,8 +15,14 @@ def checkpoint(run: Path, step: int, without: str | None = None, state: str = "{
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name in FILES:
-        if name != without:
+        if name == without:
+            continue
+        if name.endswith(".json"):
             (folder / name).write_text("{}")
+        elif name.endswith(".safetensors"):
+            save_file({"a.weight": torch.zeros(4, 8)}, folder / name)
+        else:
+            torch.save({}, folder / name)
     (folder / "trainer_state.json").write_text(state)
     return folder
 
@@ -30,8 +38,26 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, missing: str) 
     before = checkpoint(tmp_path, 10)
     half = checkpoint(tmp_path, 20, without=missing)
     assert last_checkpoint(tmp_path) == before
-    with pytest.raises(UserError, match=f"no complete training checkpoint: {missing} missing"):
+    with pytest.raises(UserError, match=f"no complete training checkpoint: {missing} is missing"):
         resolve_checkpoint(tmp_path, str(half))
+
+
+@pytest.mark.parametrize("cut", FILES)
+def test_a_cut_file_is_named_and_its_checkpoint_passed_over(tmp_path: Path, cut: str) -> None:
+    before = checkpoint(tmp_path, 10)
+    damaged = checkpoint(tmp_path, 20)
+    content = (damaged / cut).read_bytes()
+    (damaged / cut).write_bytes(content[: len(content) // 2])
+    assert last_checkpoint(tmp_path) == before
+    with pytest.raises(UserError, match=rf"no complete training checkpoint: .*{cut}.? is damaged"):
+        resolve_checkpoint(tmp_path, str(damaged))
+
+
+def test_another_model_is_named_by_a_layer(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 10)
+    check_same_model(folder, {"a": (4, 8)})
+    with pytest.raises(UserError, match=r"`a` of the model has shape \(4, 16\), in .*checkpoint-10' \(4, 8\)"):
+        check_same_model(folder, {"a": (4, 16)})
 
 
 def test_a_cut_trainer_state_marks_a_half_written_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The perplexities that a run reports at its stages: the dense, the one-shot and the retrained model."""
+
+import difflib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ast_sparse.config import RunConfig
+from ast_sparse.data.sources import read_texts
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import (
+    PerplexityResult,
+    default_seq_len,
+    evaluate_blocks,
+    evaluate_text,
+    wikitext2_rows,
+)
+from ast_sparse.evaluation.report import format_table
+
+Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
+
+HELDOUT, WIKITEXT2 = "heldout", "wikitext2"
+_FIELD = "evaluation.datasets"
+
+
+class Measured:
+    """Perplexities of `evaluation.datasets`, whose texts are read at once, before any model is loaded.
+
+    Args:
+        show: whether there are progress bars.
+
+    Raises:
+        UserError: a text that is not there or cannot be read.
+    """
+
+    def __init__(self, config: RunConfig, show: bool) -> None:
+        self.config = config
+        self.show = show
+        self.texts: dict[str, list[str]] = {}
+        settings = config.evaluation
+        if settings.data_dir is not None and not Path(settings.data_dir).expanduser().exists():
+            raise UserError(f"evaluation.data_dir={settings.data_dir!r} does not exist. Correct or remove it.")
+        for name in settings.datasets:
+            if name == WIKITEXT2:
+                self.texts[name] = wikitext2_rows(data_dir=settings.data_dir, field="evaluation.data_dir")
+            elif name != HELDOUT:
+                self.texts[name] = self._read(name)
+
+    def _read(self, name: str) -> list[str]:
+        try:
+            return read_texts(name, self.config.data.root, self.config.data.text_field, _FIELD)
+        except UserError as error:
+            near = difflib.get_close_matches(name.replace("_", ""), (HELDOUT, WIKITEXT2), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{error}{hint}") from None
+
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
+        """Check that every text fills a window.
+
+        Raises:
+            UserError: naming the text that does not.
+        """
+        window = self.config.evaluation.seq_len or default_seq_len(model_config)
+        for name, rows in self.texts.items():
+            tokens = len(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
+            if tokens < window:
+                raise UserError(
+                    f"{_FIELD}: {name!r} has {tokens:,} tokens, fewer than one window of {window:,}. "
+                    "Name a longer text, or set evaluation.seq_len."
+                )
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+    ) -> dict[str, dict[str, Any]]:
+        settings = self.config.evaluation
+        results: dict[str, PerplexityResult] = {}
+        for name in settings.datasets:
+            if name == HELDOUT:
+                results[name] = evaluate_blocks(model, held_out, settings.windows, progress=self.show)
+            else:
+                seq_len = settings.seq_len or default_seq_len(model.config)
+                results[name] = evaluate_text(
+                    model, tokenizer, self.texts[name], seq_len, settings.windows, progress=self.show
+                )
+        return {name: asdict(result) for name, result in results.items()}
+
+
+def results_table(rows: Rows) -> str:
+    """Perplexity by stage and data set, the window length beside every data set."""
+    datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
+    if not datasets:
+        return "No perplexity was asked for (evaluation.datasets is empty)."
+    first = next(iter(rows.values()))
+    headers = ["model"] + [f"{name} ({first[name]['windows']} x {first[name]['seq_len']})" for name in datasets]
+    lines = [[stage, *(f"{row[name]['perplexity']:.2f}" for name in datasets)] for stage, row in rows.items()]
+    return "Perplexity (windows x tokens)\n" + format_table(headers, lines)

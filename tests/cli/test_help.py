@@ -1,0 +1,28 @@
+"""`--help` answers at once: it loads none of the packages that take seconds."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from ast_sparse.cli import eval, export, train
+
+COMMANDS = {"train": train.main, "eval": eval.main, "export": export.main}
+PROGRAM = """
+import sys
+from ast_sparse.cli.{name} import main
+try:
+    main(["--help"])
+finally:
+    print("loaded:", [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(name=name)], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("loaded: []")
+    options = [parameter for parameter in COMMANDS[name].params if isinstance(parameter, click.Option)]
+    assert options and all(option.help for option in options)
+    assert all(option.opts[0] in done.stdout for option in options)
