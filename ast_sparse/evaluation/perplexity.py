@@ -68,11 +68,12 @@ def evaluate_text(
     windows: int | None = None,
     *,
     progress: bool = True,
+    label: str = "Perplexity",
 ) -> PerplexityResult:
     """Perplexity over non-overlapping windows of the text.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the loss is float32.
-    Afterwards every module is back in the mode it was in.
+    Afterwards every module is back in the mode it was in. `label` stands before the progress bar.
 
     Raises:
         UserError: a text shorter than one window, a window below two tokens or above the model's positions, a token
@@ -96,11 +97,16 @@ def evaluate_text(
         )
     count = min(available, windows or available)
     blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
-    return _measure(model, blocks, seq_len=seq_len, total_tokens=len(tokens), progress=progress)
+    return _measure(model, blocks, seq_len=seq_len, total_tokens=len(tokens), progress=progress, label=label)
 
 
 def evaluate_blocks(
-    model: nn.Module, blocks: Sequence[Any], windows: int | None = None, *, progress: bool = True
+    model: nn.Module,
+    blocks: Sequence[Any],
+    windows: int | None = None,
+    *,
+    progress: bool = True,
+    label: str = "Perplexity",
 ) -> PerplexityResult:
     """Perplexity over blocks that are tokenised already, each one a window.
 
@@ -117,7 +123,7 @@ def evaluate_blocks(
     check_window(getattr(model, "config", None), seq_len, windows)
     count = min(len(blocks), windows or len(blocks))
     rows = _Rows(blocks, count, seq_len)
-    return _measure(model, rows, seq_len=seq_len, total_tokens=len(blocks) * seq_len, progress=progress)
+    return _measure(model, rows, seq_len=seq_len, total_tokens=len(blocks) * seq_len, progress=progress, label=label)
 
 
 class _Rows:
@@ -184,13 +190,13 @@ def default_seq_len(model_config: Any) -> int:
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, rows: Iterable[Tensor], *, seq_len: int, total_tokens: int, progress: bool
+    model: nn.Module, rows: Iterable[Tensor], *, seq_len: int, total_tokens: int, progress: bool, label: str
 ) -> PerplexityResult:
     device = next(model.parameters()).device
     started = time.perf_counter()
     total = 0.0
     count = 0
-    with _eval_mode(model), tqdm(rows, desc=f"Perplexity at {seq_len:,}", unit="window", disable=not progress) as bar:
+    with _eval_mode(model), tqdm(rows, desc=f"{label} at {seq_len:,}", unit="window", disable=not progress) as bar:
         for row in bar:
             total += _summed_loss(model, row.to(device))
             count += 1

@@ -72,18 +72,18 @@ class Measured:
                 )
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
     ) -> dict[str, dict[str, Any]]:
+        """The figures of one stage by data set; `stage` and data set label the progress bar."""
         settings = self.config.evaluation
         results: dict[str, PerplexityResult] = {}
         for name in settings.datasets:
+            shown: dict[str, Any] = {"progress": self.show, "label": f"Perplexity, {stage}, {name}"}
             if name == HELDOUT:
-                results[name] = evaluate_blocks(model, held_out, settings.windows, progress=self.show)
+                results[name] = evaluate_blocks(model, held_out, settings.windows, **shown)
             else:
                 seq_len = settings.seq_len or default_seq_len(model.config)
-                results[name] = evaluate_text(
-                    model, tokenizer, self.texts[name], seq_len, settings.windows, progress=self.show
-                )
+                results[name] = evaluate_text(model, tokenizer, self.texts[name], seq_len, settings.windows, **shown)
         return {name: asdict(result) for name, result in results.items()}
 
 

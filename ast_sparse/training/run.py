@@ -93,7 +93,8 @@ def run_training(
     trainer.save_model()
     trainer.save_state()
     pattern = config.sparsity.pattern
-    rows[f"retrained {pattern}"] = measured(trainer.student, tokenizer, trainer.eval_dataset)
+    stage = f"retrained {pattern}"
+    rows[stage] = measured(stage, trainer.student, tokenizer, trainer.eval_dataset)
     if args.should_save:
         write_json(output / RESULTS, rows)
         echo(results_table(rows))
@@ -129,7 +130,7 @@ def _prepare(
     pattern = config.sparsity.pattern
     rows = _read_rows(output / RESULTS) if checkpoint is not None else {}
     if "dense" not in rows:
-        rows["dense"] = measured(model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
+        rows["dense"] = measured("dense", model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
     try:
         trainer = SparseTrainer(
             model,
@@ -148,8 +149,9 @@ def _prepare(
         if overwrite:
             _remove_run(output)
         _write_config(config, output)
-    if f"one-shot {pattern}" not in rows:
-        rows[f"one-shot {pattern}"] = measured(trainer.student, tokenizer, held_out)
+    stage = f"one-shot {pattern}"
+    if stage not in rows:
+        rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
         write_json(output / RESULTS, rows)
     return trainer, rows
