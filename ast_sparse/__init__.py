@@ -37,6 +37,7 @@ _PUBLIC = {
     "distillation_loss": "distillation.logits",
     "SparseTrainer": "training.trainer",
     "perplexity": "evaluation.perplexity",
+    "AstSparse24Config": "export.quantizer",
     "export_model": "export.checkpoint",
     "pack24": "export.codec",
     "unpack24": "export.codec",

@@ -19,11 +19,11 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100  # what torch's and transformers' cross-entropy leave out
 _FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
 _CHARACTERS_PER_CALL = 1_000_000  # bounds what the tokenizer holds at once when documents are long
 _DOCUMENTS_PER_BATCH = 256
@@ -232,10 +232,13 @@ class CausalLMCollator:
             raise UserError(
                 "Rows of different lengths need padding, but the tokenizer has no pad token. Set `pad_token`."
             )
-        labels = [_column(feature, "labels", row, row) for feature, row in zip(features, rows, strict=True)]
+        labels = [
+            _column(feature, "labels", row, _unpadded(feature, row))
+            for feature, row in zip(features, rows, strict=True)
+        ]
         batch = {
             "input_ids": _padded(rows, length, self.pad_token_id or 0),
-            "labels": _padded(labels, length, IGNORED_LABEL),
+            "labels": _padded(labels, length, IGNORE_INDEX),
         }
         if is_ragged or any(feature.get("attention_mask") is not None for feature in features):
             masks = [
@@ -258,6 +261,11 @@ def _column(feature: Mapping[str, Any], name: str, row: Tensor, default: Tensor)
     if len(values) != len(row):
         raise UserError(f"A row has {len(row)} `input_ids` but {len(values)} `{name}`: the lengths must agree.")
     return values
+
+
+def _unpadded(feature: Mapping[str, Any], row: Tensor) -> Tensor:
+    """The row as its own labels, ignored where its attention mask is 0."""
+    return row.masked_fill(_column(feature, "attention_mask", row, torch.ones_like(row)) == 0, IGNORE_INDEX)
 
 
 def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:

@@ -71,6 +71,11 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     config = getattr(model, "config", None)
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
     chosen = {name: blocks for name, blocks in lists.items() if len(blocks) == depth} or lists
+    if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
+        raise UserError(
+            f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none of {depth} entries "
+            "(num_hidden_layers), so the decoder cannot be told. Use a decoder-only model."
+        )
     if not chosen:
         raise UserError(
             f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList), so no layer can be selected. "
@@ -179,6 +184,11 @@ def sparsify_model(
     check_shapes(selected, sparsity_config, slorb_config)
     total = sum(p.numel() for p in model.parameters())
     fixed = sparsity_config.mask_interval == 0
+    for name, layer in selected.items():
+        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
+            raise UserError(
+                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
+            )
     for layer in dict.fromkeys(selected.values()):
         scores = layer.weight.abs().movedim(0 if isinstance(layer, Conv1D) else 1, -1)
         mask = nm_mask(scores, sparsity_config.n, sparsity_config.m)

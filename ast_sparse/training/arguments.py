@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -118,6 +119,12 @@ def check_arguments(args: TrainingArguments) -> None:
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
             "Use hub_strategy: end."
         )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(
+                f"accelerate is configured for {name} (ACCELERATE_USE_{name}), and masks cannot be sharded yet. "
+                "Choose multi-GPU (DDP) in `accelerate config`, or start with torchrun."
+            )
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel does not carry masks. Start with "

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import tensor_shapes, weight_files
+from ast_sparse.export.files import SPARSITY_CONFIG_NAME, tensor_shapes, weight_files
 
 logger = logging.get_logger(__name__)
 
-SPARSITY_CONFIG = "sparsity_config.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _STATE = ("optimizer.pt", "scheduler.pt")
@@ -45,7 +45,7 @@ def faults(checkpoint: Path) -> list[str]:
             found.append(f"{path.name} is missing")
         elif not zipfile.is_zipfile(path):  # what torch.save writes, its directory at the end
             found.append(f"{path.name} is damaged")
-    for name in (SPARSITY_CONFIG, "trainer_state.json"):
+    for name in (SPARSITY_CONFIG_NAME, "trainer_state.json"):
         try:
             is_object = isinstance(json.loads((checkpoint / name).read_text(encoding="utf-8")), dict)
         except (OSError, ValueError):
@@ -96,10 +96,14 @@ def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
     Args:
         current: the `sparsity_config.json` that this run writes.
     """
-    path = checkpoint / SPARSITY_CONFIG
+    path = checkpoint / SPARSITY_CONFIG_NAME
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        was, now = ({"slorb": {"enabled": False}, **{k: v for k, v in tree.items() if v}} for tree in (saved, current))
+        # a setting that came after the checkpoint was written had its default
+        defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": SLoRBConfig(enabled=False).to_dict()}
+        was, now = (
+            {name: {**default, **(tree[name] or {})} for name, default in defaults.items()} for tree in (saved, current)
+        )
         differing = [
             (f"{section}.{key}", was[section].get(key), value)
             for section in ("sparsity", "slorb")

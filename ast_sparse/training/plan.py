@@ -48,7 +48,7 @@ class Plan:
         else:
             lines.append(f"tokens: {self.steps:,} steps x {per_step} = {self.steps * self.tokens_per_step:,}")
         lines.append("memory per device, activations of the blocks not counted:")
-        lines += [f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in self.memory.items()]
+        lines += [f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in self.memory.items() if size]
         lines.append(f"  {'total':<40} {sum(self.memory.values()) / GIB:8.2f} GiB")
         return lines
 
@@ -72,17 +72,18 @@ def make_plan(config: RunConfig, args: TrainingArguments) -> Plan:
     sequences = args.per_device_train_batch_size
     half = args.bf16 or args.fp16
     vocab = model_config.get_text_config().vocab_size
-    logits = sequences * config.data.block_size * vocab * (2 if half else 4)
+    logits = sequences * config.data.block_size * vocab * 4  # accelerate hands the student's on in float32
     memory = {
         "weights (float32 masters)": 4 * trained,
         "masks": report.pruned_parameters * 9 // 8,
         "gradients": 4 * trained,
         "moments": 8 * trained,
+        "gradient buckets of DDP": 4 * trained if args.world_size > 1 else 0,
         "logits of student, their gradient": 2 * logits,
     }
     if distills:
         memory["teacher"] = (2 if half else 4) * report.total_parameters
-        memory["logits of teacher"] = logits
+        memory["logits of teacher"] = logits // 2 if half else logits
     per_step = sequences * args.gradient_accumulation_steps * args.world_size * config.data.block_size
     return Plan(report, args.max_steps if args.max_steps > 0 else None, per_step, memory, model_config)
 

@@ -18,7 +18,7 @@ from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.sources import check_sources
 from ast_sparse.data.text import build_datasets
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import write_json
+from ast_sparse.export.files import ADAPTER_FOLDER, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
@@ -55,7 +55,7 @@ def run_training(
         output_dir: beats `training.output_dir`.
         resume: True for the last complete checkpoint of the output folder, or a checkpoint folder.
         overwrite: replace a run that the output folder holds.
-        dry_run: print the plan and stop; nothing is loaded or written.
+        dry_run: print the plan and stop; no weights are loaded, nothing is written.
 
     Returns:
         The output folder, or None after a dry run.
@@ -71,7 +71,6 @@ def run_training(
         _refuse_used(output)
     check_sources(config.data)
     _check_held_out(config, args)
-    measured = Measured(config, show=bool(args.should_log) and not args.disable_tqdm)
     plan = make_plan(config, args)
     if checkpoint is not None:
         _check_checkpoint(checkpoint, config, plan)
@@ -80,6 +79,7 @@ def run_training(
     if dry_run:
         return None
 
+    measured = Measured(config, show=bool(args.should_log) and not args.disable_tqdm)
     tokenizer = load_tokenizer(
         config.model.name_or_path,
         revision=config.model.revision,
@@ -94,7 +94,9 @@ def run_training(
     trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
-    rows[stage] = measured(stage, trainer.student, tokenizer, trainer.eval_dataset)
+    # without the autocast of training: all stages are measured in the float32 that is saved
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    rows[stage] = measured(stage, model, tokenizer, trainer.eval_dataset)
     if args.should_save:
         write_json(output / RESULTS, rows)
         echo(results_table(rows))
@@ -148,6 +150,8 @@ def _prepare(
     if args.should_save:
         if overwrite:
             _remove_run(output)
+        if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
+            _remove_newer(checkpoint)
         _write_config(config, output)
     stage = f"one-shot {pattern}"
     if stage not in rows:
@@ -264,7 +268,16 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for weights in output.glob("model*.safetensors*"):
         weights.unlink()
-    shutil.rmtree(output / "slorb", ignore_errors=True)
+    shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
+
+
+def _remove_newer(checkpoint: Path) -> None:
+    """Remove the half-written or abandoned checkpoints after the one that is resumed: a later --resume took them."""
+    for folder in checkpoint_folders(checkpoint.parent):
+        if folder.resolve() == checkpoint.resolve():
+            return
+        logger.warning(f"{folder} is removed: the run continues from {checkpoint.name}.")
+        shutil.rmtree(folder)
 
 
 def _write_config(config: RunConfig, output: Path) -> None:

@@ -29,7 +29,7 @@ from ast_sparse.data.packing import CausalLMCollator, pack_dataset
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
-from ast_sparse.export.files import write_json
+from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
@@ -37,7 +37,6 @@ from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import (
-    SPARSITY_CONFIG,
     check_same_run,
     last_checkpoint,
     resolve_checkpoint,
@@ -90,8 +89,12 @@ class SparseTrainer(Trainer):
             raise UserError(
                 f"optimizers[0] is {type(optimizers[0]).__name__}, which knows no masks. Pass a SparseAdamW, or None."
             )
+        for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
+            if kwargs.get(name) is not None:
+                raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
         model = load_causal_lm(model) if isinstance(model, str) else model
-        _check_master_dtype(model)
+        _check_model(model)
+        self._trained_parameters = model.num_parameters(exclude_embeddings=True)
         self.sparsity_config = sparsity_config or SparsityConfig()
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
@@ -99,6 +102,7 @@ class SparseTrainer(Trainer):
         self.base_model_name = str(model.config.name_or_path)
         self.sparsity_report: SparsityReport = sparsify_model(model, self.sparsity_config, slorb_config)
 
+        _check_optimizer(optimizers[0], model)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         as_blocks = partial(_as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
         pad = processing_class.pad_token_id if processing_class is not None else None
@@ -130,15 +134,15 @@ class SparseTrainer(Trainer):
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
             return None
-        if teacher is None:
-            teacher = copy.deepcopy(model)
-        elif isinstance(teacher, str):
+        if isinstance(teacher, str):
             teacher = load_causal_lm(teacher)
+        elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
+            teacher = copy.deepcopy(model if teacher is None else teacher)
         check_vocabularies(model.config, teacher.config)
-        frozen: nn.Module = teacher.requires_grad_(False).eval()
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
-            frozen = frozen.to(torch.bfloat16 if args.bf16 else torch.float16)
-        return frozen
+            for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
+                parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
+        return teacher.requires_grad_(False).eval()
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -245,13 +249,16 @@ class SparseTrainer(Trainer):
         if state.global_step < last_step:
             return super().train(str(checkpoint), trial, ignore_keys_for_eval)
         # Trainer would do one more step: the run was finished, and stopped before the final save.
-        self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
         apply_masks(self.student)
         return TrainOutput(state.global_step, math.nan, {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity beside each evaluation loss."""
+        """As in Trainer, with a perplexity beside each evaluation loss: exact where every row counts as many tokens."""
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)
@@ -280,9 +287,9 @@ class SparseTrainer(Trainer):
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
                 raise self._divergence(f"`{name}` holds values that are not finite")
         if _internal_call and re.fullmatch(r"checkpoint-\d+", folder.name):
-            super().save_model(str(folder), _internal_call=True)
+            self._save_as_in_memory(folder)
             if self.args.should_save:
-                write_json(folder / SPARSITY_CONFIG, self.sparsity_config_dict())
+                write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
             return
         if self.args.should_save:
             save_sparse_model(self.student, folder, self.sparsity_config_dict())
@@ -291,18 +298,57 @@ class SparseTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport:
-        """Write the masked model in an export format, verified, with its tokenizer; see `export_model`."""
-        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-        return export_model(self.student, out_dir, format, tokenizer=tokenizer, **kwargs)
+    def _save_as_in_memory(self, folder: Path) -> None:
+        """Trainer's save under the names of the live model: its load knows no others (fused experts of MoE models)."""
+        student: Any = self.student
+        student.save_pretrained = partial(student.save_pretrained, save_original_format=False)
+        try:
+            super().save_model(str(folder), _internal_call=True)
+        finally:
+            del student.save_pretrained
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in Trainer, 6 for each token and parameter outside the embeddings; masks are no parameters."""
+        return 6 * int(inputs["input_ids"].numel()) * self._trained_parameters
+
+    def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
+        """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.
+
+        Returns:
+            What was written; None on ranks that do not write.
+        """
+        report = None
+        if self.args.should_save:
+            tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+            report = export_model(self.student, out_dir, format, tokenizer=tokenizer, **kwargs)
+        self.accelerator.wait_for_everyone()
+        return report
 
 
-def _check_master_dtype(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel) -> None:
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(
+            "config.output_router_logits=True asks for the router's auxiliary loss, which is not part of (4). "
+            "Set it to False."
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64) and parameter.is_floating_point():
             raise UserError(
                 f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
                 "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
+            )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
+    """An optimizer that was built by hand holds every trained parameter, SLoRB's included."""
+    if optimizer is None:
+        return
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in held:
+            raise UserError(
+                f"optimizers[0] does not hold `{name}`, which would never be trained. Pass None: SparseTrainer builds "
+                "its own SparseAdamW."
             )
 
 

@@ -176,3 +176,9 @@ def test_batch_that_cannot_be_made_is_refused() -> None:
         CausalLMCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [1]}])
     with pytest.raises(UserError, match="2 `input_ids` but 1 `labels`"):
         CausalLMCollator(0)([{"input_ids": [5, 6], "labels": [6]}])
+
+
+def test_padding_marked_by_an_attention_mask_is_no_label() -> None:
+    row = {"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}
+    batch = CausalLMCollator(pad_token_id=0)([row, {"input_ids": [7, 8, 9, 1], "attention_mask": [1, 1, 1, 1]}])
+    assert batch["labels"].tolist() == [[5, 6, -100, -100], [7, 8, 9, 1]]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
-from tests.models import generated_text, save_tiny_model, tiny_model
+from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.training.test_trainer import arguments, blocks
 
 CONFIG = """
@@ -112,6 +114,64 @@ def test_resuming_a_run_killed_after_its_last_step_only_saves(undisturbed: tuple
     subprocess.run(command(config, out, "--resume"), check=True, capture_output=True)
     assert newest_step(out) == 24
     assert_same_run(whole, out)
+
+
+def test_resuming_an_earlier_checkpoint_removes_the_later_ones(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
+    config, whole = undisturbed
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "checkpoint-24" / "optimizer.pt").write_bytes(b"of another course")
+    resumed = subprocess.run(
+        command(config, out, "--resume", str(out / "checkpoint-16")), capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-24 is removed" in resumed.stderr
+    assert_same_run(whole, out)
+
+
+def test_a_finished_run_that_is_resumed_ends_with_its_best_checkpoint(tmp_path: Path) -> None:
+    def run(resume: bool) -> SparseTrainer:
+        trainer = SparseTrainer(
+            tiny_model("llama"),
+            arguments(
+                tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+                load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+            ),
+            sparsity_config=SparsityConfig(mask_interval=2),
+            train_dataset=blocks(),
+            eval_dataset=blocks(count=4, seed=7),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    first = run(resume=False)
+    assert first.state.best_global_step < 6  # the loss falls, and the largest counts as best here
+    again = run(resume=True).model.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.model.state_dict().items())
+
+
+def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")  # experts lie apart on disk
+
+    def run(folder: Path, resume: str | None = None) -> SparseTrainer:
+        trainer = SparseTrainer(
+            str(tmp_path / "model"),
+            arguments(folder, max_steps=4, save_strategy="steps", save_steps=2),
+            sparsity_config=SparsityConfig(mask_interval=2),
+            train_dataset=blocks(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole").model.state_dict()
+    resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2")).model.state_dict()
+    assert any("experts" in name for name in whole)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("fixed", [False, True])

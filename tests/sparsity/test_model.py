@@ -93,6 +93,22 @@ def test_sparsifying_twice_is_refused() -> None:
         sparsify_model(model, SparsityConfig())
 
 
+def test_a_layer_whose_forward_was_replaced_is_refused() -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.forward = layer.forward  # as accelerate's hooks do
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj` has a forward of its own"):
+        sparsify_model(model, SparsityConfig())
+
+
+def test_several_lists_of_blocks_of_other_depths_are_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    model.tower = nn.ModuleList([nn.Linear(8, 8)])
+    with pytest.raises(UserError, match="several lists of blocks"):
+        select_layers(model)
+
+
 def test_fused_experts_are_named_as_skipped() -> None:
     config = MixtralConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

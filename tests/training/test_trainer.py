@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig, UserError
+from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
@@ -179,6 +179,13 @@ def test_bf16_autocast_keeps_float32_masters_and_a_bf16_teacher(tmp_path: Path) 
     run.train()
     assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
+    assert run.teacher.model.rotary_emb.inv_freq.dtype == torch.float32  # in bf16, late positions would be wrong
+
+
+def test_a_given_teacher_is_not_cast_in_place(tmp_path: Path) -> None:
+    teacher = tiny_model("llama", seed=5)
+    trainer(tmp_path, teacher_model=teacher, args=dict(bf16=True))
+    assert teacher.dtype == torch.float32
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -282,6 +289,40 @@ def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError, match="AdamW, which knows no masks"):
         trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "optimizer_cls_and_kwargs", "model_init"])
+def test_an_argument_that_would_be_ignored_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} would be ignored"):
+        trainer(tmp_path, **{name: object()})
+
+
+def test_an_optimizer_without_the_slorb_parameters_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"does not hold `.*slorb.S`, which would never be trained"):
+        trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None), slorb_config=SLoRBConfig())
+
+
+def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.output_router_logits = True
+    with pytest.raises(UserError, match="output_router_logits=True"):
+        trainer(tmp_path, model)
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_sharding_set_up_by_accelerate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=f"configured for {engine}"):
+        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+def test_flops_count_no_masks_and_no_embeddings(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    expected = 6 * 2 * 16 * model.num_parameters(exclude_embeddings=True)
+    run = trainer(tmp_path, model, slorb_config=SLoRBConfig())
+    assert run.floating_point_ops({"input_ids": torch.zeros(2, 16)}) == expected
 
 
 def test_half_precision_masters_are_refused(tmp_path: Path) -> None:
