@@ -64,7 +64,9 @@ def run_training(
         UserError: one line; nothing has been written unless training had begun.
     """
     output = _output_dir(config, output_dir)
-    args = build_arguments(config.training, str(output))
+    # a plan needs no accelerator, and bf16 without one would be refused
+    values = {**config.training, "use_cpu": True} if dry_run else config.training
+    args = build_arguments(values, str(output))
     checkpoint = _checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
