@@ -3,9 +3,8 @@
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging
 
@@ -90,27 +89,29 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
     return folder
 
 
-def check_same_run(checkpoint: Path, current: dict[str, Any]) -> None:
+def check_same_run(
+    checkpoint: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, layers: Iterable[str]
+) -> None:
     """Raise UserError if a checkpoint was made with other sparsity or SLoRB settings, or another pruned layer set.
 
     Args:
-        current: the `sparsity_config.json` that this run writes.
+        sparsity, slorb, layers: settings and names of the pruned layers of the run that resumes.
     """
     path = checkpoint / SPARSITY_CONFIG_NAME
+    off = SLoRBConfig(enabled=False)
+    defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": off.to_dict()}
+    now = {"sparsity": sparsity.to_dict(), "slorb": (slorb or off).to_dict()}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         # a setting that came after the checkpoint was written had its default
-        defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": SLoRBConfig(enabled=False).to_dict()}
-        was, now = (
-            {name: {**default, **(tree[name] or {})} for name, default in defaults.items()} for tree in (saved, current)
-        )
+        was = {name: {**default, **(saved[name] or {})} for name, default in defaults.items()}
         differing = [
-            (f"{section}.{key}", was[section].get(key), value)
-            for section in ("sparsity", "slorb")
+            (f"{section}.{key}", was[section][key], value)
+            for section in defaults
             for key, value in now[section].items()
-            if was[section].get(key) != value
+            if was[section][key] != value
         ]
-        other_layers = set(saved["layers"]) ^ set(current["layers"])
+        other_layers = set(saved["layers"]) ^ set(layers)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read. The checkpoint is damaged: resume from another one.") from None
     if differing:

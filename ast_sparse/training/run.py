@@ -32,7 +32,7 @@ from ast_sparse.training.checkpoints import (
     resolve_checkpoint,
 )
 from ast_sparse.training.measure import Measured, Rows, results_table
-from ast_sparse.training.plan import Plan, make_plan
+from ast_sparse.training.plan import make_plan
 from ast_sparse.training.trainer import SparseTrainer
 
 logger = logging.get_logger(__name__)
@@ -75,7 +75,8 @@ def run_training(
     _check_held_out(config, args)
     plan = make_plan(config, args)
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, config, plan)
+        check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
+        check_same_model(checkpoint, plan.sparsity.pruned)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
@@ -192,18 +193,6 @@ def _checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | Non
 
 def _slorb(config: RunConfig) -> SLoRBConfig | None:
     return config.slorb if config.slorb is not None and config.slorb.enabled else None
-
-
-def _check_checkpoint(checkpoint: Path, config: RunConfig, plan: Plan) -> None:
-    """Before anything is loaded, what SparseTrainer would say of the checkpoint."""
-    slorb = _slorb(config)
-    current = {
-        "sparsity": config.sparsity.to_dict(),
-        "slorb": None if slorb is None else slorb.to_dict(),
-        "layers": sorted(plan.sparsity.pruned),
-    }
-    check_same_run(checkpoint, current)
-    check_same_model(checkpoint, plan.sparsity.pruned)
 
 
 def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:

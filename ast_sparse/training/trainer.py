@@ -243,7 +243,7 @@ class SparseTrainer(Trainer):
         if not resume_from_checkpoint:
             return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
-        check_same_run(checkpoint, self.sparsity_config_dict())
+        check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         if state.global_step < last_step:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.training.checkpoints import check_same_model, check_same_run, last_checkpoint, resolve_checkpoint
 
@@ -73,24 +74,32 @@ def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
-def config(**sparsity: object) -> dict:
-    return {"sparsity": {"pattern": "2:4", "mask_interval": 10, **sparsity}, "slorb": None, "layers": ["a", "b"]}
+def recorded(**sparsity: object) -> str:
+    return json.dumps({"sparsity": {"pattern": "2:4", **sparsity}, "slorb": None, "layers": ["a", "b"]})
 
 
 def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 10)
-    (folder / "sparsity_config.json").write_text(json.dumps(config()))
-    check_same_run(folder, config())
+    (folder / "sparsity_config.json").write_text(recorded(mask_interval=10))
+    check_same_run(folder, SparsityConfig(), None, ["a", "b"])
     with pytest.raises(UserError, match=r"sparsity.mask_interval=20 differs from 10"):
-        check_same_run(folder, config(mask_interval=20))
+        check_same_run(folder, SparsityConfig(mask_interval=20), None, ["a", "b"])
     with pytest.raises(UserError, match=r"slorb\.enabled=True differs from False"):
-        check_same_run(folder, {**config(), "slorb": {"enabled": True, "k": 16}})
+        check_same_run(folder, SparsityConfig(), SLoRBConfig(), ["a", "b"])
     with pytest.raises(UserError, match="'c' is pruned in only one"):
-        check_same_run(folder, {**config(), "layers": ["a", "b", "c"]})
+        check_same_run(folder, SparsityConfig(), None, ["a", "b", "c"])
+
+
+def test_a_setting_the_checkpoint_does_not_know_had_its_default(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 10)
+    (folder / "sparsity_config.json").write_text(recorded())
+    check_same_run(folder, SparsityConfig(), None, ["a", "b"])
+    with pytest.raises(UserError, match=r"sparsity.decay_ramp=0.5 differs from 0.25"):
+        check_same_run(folder, SparsityConfig(decay_ramp=0.5), None, ["a", "b"])
 
 
 def test_a_damaged_sparsity_config_is_named(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 10)
     (folder / "sparsity_config.json").write_text('{"sparsity": ')
     with pytest.raises(UserError, match=r"sparsity_config\.json cannot be read"):
-        check_same_run(folder, config())
+        check_same_run(folder, SparsityConfig(), None, [])
