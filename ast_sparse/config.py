@@ -59,6 +59,9 @@ class ModelConfig(_Section):
     config_overrides: dict[str, Any] = field(
         default_factory=dict, metadata=_help("Values that replace those of config.json, e.g. {resid_pdrop: 0.0}.")
     )
+    random_weights: bool = field(
+        default=False, metadata=_help("Train from random weights of `training.seed`; the teacher keeps its own.")
+    )
 
     def _validate(self) -> None:
         for key in ("name_or_path", "revision", "gguf_file", "attn_implementation", "teacher"):
@@ -92,14 +95,42 @@ class DataConfig(_Section):
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
 
 
+UNSTRUCTURED = "unstructured"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig(_Section):
     """The pattern, and how masks move: annealed SR-STE (paper Sec. 3.2)."""
 
     _name = "sparsity"
-    pattern: str = field(default="2:4", metadata=_help("N:M, N kept of every M weights along the input dimension."))
-    criterion: Literal["magnitude"] = field(default="magnitude", metadata=_help("Score of a mask refresh."))
-    init: Literal["magnitude"] = field(default="magnitude", metadata=_help("One-shot method of the start mask."))
+    pattern: str = field(
+        default="2:4",
+        metadata=_help("N:M, N kept of every M weights along the input dimension; or unstructured: half of a layer."),
+    )
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = field(
+        default="magnitude",
+        metadata=_help("Score of a mask refresh; wanda and sparsegpt look at the activations of the step before it."),
+    )
+    init: Literal["magnitude", "wanda", "sparsegpt"] = field(
+        default="magnitude", metadata=_help("One-shot method training starts from; settings in `calibration`.")
+    )
+    schedule: Literal["constant", "imp", "gmp"] = field(
+        default="constant",
+        metadata=_help(
+            "constant: the pattern from the start. Baselines whose pruned weights stay zero, trained by AdamW: imp "
+            "prunes in rounds, gmp along a cubic ramp."
+        ),
+    )
+    rounds: int = field(default=4, metadata=_help("imp: how often it prunes; the last round makes the pattern exact."))
+    prune_share: float | None = field(
+        default=None, metadata=_help("imp: share of the remaining weights a round prunes; default: equal shares.")
+    )
+    steps_per_round: int | None = field(
+        default=None, metadata=_help("imp: steps of training after each pruning; default: total steps / rounds.")
+    )
+    prune_until: float = field(
+        default=0.75, metadata=_help("gmp: share of the steps over which sparsity rises, every `mask_interval` steps.")
+    )
     mask_interval: int = field(default=10, metadata=_help("Optimizer steps between mask refreshes; 0: masks fixed."))
     mask_decay: float = field(default=6e-5, metadata=_help("λ_max of (2)."))
     decay_ramp: float = field(default=0.25, metadata=_help("T0/T1: share of the steps over which λ rises."))
@@ -113,22 +144,43 @@ class SparsityConfig(_Section):
     exclude: tuple[str, ...] = field(default=(), metadata=_help("Layers that stay dense; * is a wildcard."))
 
     def _validate(self) -> None:
-        match = re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.pattern)
-        self._require(match is not None, "pattern", "is not of the form N:M. Write for example 2:4.")
+        match = self.pattern == UNSTRUCTURED or re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.pattern)
+        self._require(bool(match), "pattern", "is not of the form N:M. Write for example 2:4, or unstructured.")
         self._require(0 < self.n < self.m, "pattern", "needs 0 < N < M. Write for example 2:4.")
         self._require(self.mask_interval >= 0, "mask_interval", "must be 0 (fixed masks) or more.")
         self._require(self.mask_decay >= 0, "mask_decay", "must be 0 or more.")
         self._require(0 <= self.decay_ramp <= 1, "decay_ramp", "must lie between 0 and 1.")
+        self._require(self.rounds >= 1, "rounds", "must be at least 1.")
+        self._require(self.prune_share is None or 0 < self.prune_share < 1, "prune_share", "must lie between 0 and 1.")
+        self._require(
+            self.steps_per_round is None or self.steps_per_round >= 1, "steps_per_round", "must be at least 1."
+        )
+        self._require(0 < self.prune_until <= 1, "prune_until", "must be above 0 and at most 1.")
+        for key in ("criterion", "init") if self.schedule != "constant" else ():
+            mend = f"goes with sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
+            self._require(getattr(self, key) == "magnitude", key, mend)
+        if self.schedule == "gmp":
+            self._require(self.mask_interval > 0, "mask_interval", "leaves gmp no step to prune at. Set 1 or more.")
 
     @property
     def n(self) -> int:
-        """Weights kept of each group."""
-        return int(self.pattern.split(":")[0])
+        """Weights kept of each group; 1 (of 2) where there are no groups."""
+        return int(self.pattern.split(":")[0]) if self.structured else 1
 
     @property
     def m(self) -> int:
-        """Weights of a group."""
-        return int(self.pattern.split(":")[1])
+        """Weights of a group; 2 where there are no groups."""
+        return int(self.pattern.split(":")[1]) if self.structured else 2
+
+    @property
+    def structured(self) -> bool:
+        """Whether the pattern has groups."""
+        return self.pattern != UNSTRUCTURED
+
+    @property
+    def fixed_masks(self) -> bool:
+        """Whether pruned weights never come back, so that they get no gradient."""
+        return self.mask_interval == 0 or self.schedule != "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +188,27 @@ class DistillationConfig(_Section):
     """The loss (4): `ce_weight · CE + kl_weight · T² · KL`; `alpha` is shorthand for (1-α, α)."""
 
     _name = "distillation"
-    kind: Literal["kl", "reverse_kl"] = field(
-        default="kl", metadata=_help("KL(teacher‖student) (4), or KL(student‖teacher) (15).")
+    kind: Literal["kl", "reverse_kl", "tinybert", "mobilebert", "squarehead"] = field(
+        default="kl",
+        metadata=_help(
+            "What stands for L_logit in (4): KL(teacher‖student), KL(student‖teacher) (15), TinyBERT (7)-(10), "
+            "MobileBERT (8), (11), or KL and SquareHead (12)-(14)."
+        ),
     )
     alpha: float | None = field(default=None, metadata=_help("α of (4), 0 to 1; 0 needs no teacher. Default 0.67."))
     ce_weight: float | None = field(default=None, metadata=_help("Weight of the cross-entropy, instead of α."))
     kl_weight: float | None = field(default=None, metadata=_help("Weight of T²·KL, instead of α."))
     temperature: float = field(default=1.0, metadata=_help("T of the softened distributions in the KL."))
+    hidden_weight: float = field(
+        default=1.0, metadata=_help("Weight of hidden states beside the logits: tinybert, mobilebert, squarehead.")
+    )
+    attention_weight: float = field(
+        default=1.0, metadata=_help("Weight of attention maps beside the logits: tinybert, mobilebert.")
+    )
+    match_flops: bool = field(
+        default=False,
+        metadata=_help("A run without teacher gets the steps that the FLOPs of the teacher pay for (Table 11)."),
+    )
 
     def _validate(self) -> None:
         if self.alpha is not None:
@@ -162,6 +228,11 @@ class DistillationConfig(_Section):
             self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0: nothing to train on."
         )
         self._require(self.temperature > 0, "temperature", "must be above 0.")
+        for key in ("hidden_weight", "attention_weight"):
+            self._require(getattr(self, key) >= 0, key, "must be 0 or more.")
+        if self.match_flops:
+            mend = "is for a run without teacher. Set distillation.alpha: 0, or remove it."
+            self._require(not self.needs_teacher, "match_flops", mend)
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -186,9 +257,39 @@ class SLoRBConfig(_Section):
     k: int = field(default=16, metadata=_help("Columns a group; divides in_features."))
     init: Literal["mean", "zero"] = field(default="mean", metadata=_help("S from the pruned weights (6), or zero."))
     train_projection: bool = field(default=True, metadata=_help("Whether X of (5) is trained."))
+    start: float = field(
+        default=0.0,
+        metadata=_help("Share of the steps before SLoRB; after it SLoRB alone is trained (Table 12). 0: together."),
+    )
 
     def _validate(self) -> None:
         self._require(self.k >= 1, "k", "must be at least 1.")
+        self._require(0 <= self.start < 1, "start", "must be 0 or more and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(_Section):
+    """Text that one-shot pruning measures activations on, and settings of SparseGPT."""
+
+    _name = "calibration"
+    data: tuple[str | dict[str, Any], ...] | None = field(
+        default=None, metadata=_help("Sources, as in `data.train`; default: the training text.")
+    )
+    samples: int = field(default=128, metadata=_help("Sequences to calibrate on."))
+    seq_len: int | None = field(default=None, metadata=_help("Tokens of a sequence; default: `data.block_size`."))
+    damping: float = field(
+        default=0.01, metadata=_help("SparseGPT: share of the Hessian's mean diagonal that is added to it.")
+    )
+    block_size: int = field(default=128, metadata=_help("SparseGPT: columns pruned before the rest is updated."))
+    seed: int = field(default=0, metadata=_help("Chooses the sequences."))
+
+    def _validate(self) -> None:
+        self._require(self.data is None or len(self.data) > 0, "data", "names no source. List files, or remove it.")
+        for key in ("samples", "block_size"):
+            self._require(getattr(self, key) >= 1, key, "must be at least 1.")
+        self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
+        self._require(self.damping >= 0, "damping", "must be 0 or more.")
+        self._require(0 <= self.seed < 2**32, "seed", "must lie between 0 and 4294967295.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +303,14 @@ class EvaluationConfig(_Section):
     seq_len: int | None = field(default=None, metadata=_help("Window; default: the published one of the family."))
     windows: int | None = field(default=None, metadata=_help("At most so many windows of each; default: all."))
     data_dir: str | None = field(default=None, metadata=_help("Folder with wiki.test.raw, instead of the hub."))
+    steps: int | None = field(
+        default=None, metadata=_help("Measure and log them during training too, every so many steps.")
+    )
 
     def _validate(self) -> None:
         self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
-        self._require(self.windows is None or self.windows >= 1, "windows", "must be at least 1.")
+        for key in ("windows", "steps"):
+            self._require(getattr(self, key) is None or getattr(self, key) >= 1, key, "must be at least 1.")
         self._require("" not in self.datasets, "datasets", "has an empty entry. Fill or remove it.")
 
 
@@ -218,6 +323,7 @@ class RunConfig:
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
     slorb: SLoRBConfig | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -237,6 +343,7 @@ SECTIONS: dict[str, type[_Section]] = {  # all but `training`, which is no datac
     "sparsity": SparsityConfig,
     "distillation": DistillationConfig,
     "slorb": SLoRBConfig,
+    "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
 }
 

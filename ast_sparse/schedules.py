@@ -1,6 +1,8 @@
-"""What changes with the step: the mask decay."""
+"""What changes with the step: the mask decay, and the sparsity of the baselines IMP and GMP."""
 
 from typing import Literal
+
+from ast_sparse.config import SparsityConfig
 
 DecaySchedule = Literal["annealed", "static", "none"]
 
@@ -32,3 +34,54 @@ def mask_decay_at(
     if decay_schedule == "static" or step >= ramp_steps:
         return mask_decay
     return mask_decay * step / ramp_steps
+
+
+def gradual_sparsity_at(step: int, total_steps: int, final_sparsity: float, prune_until: float = 0.75) -> float:
+    """GMP's share of pruned weights after `step` updates: `s · (1 − (1 − t)³)` (Zhu & Gupta 2017).
+
+    Args:
+        step: updates done so far.
+        total_steps: of the run.
+        final_sparsity: s.
+        prune_until: share of the steps at which t reaches 1.
+    """
+    done = min(1.0, step / (prune_until * total_steps))
+    return final_sparsity * (1 - (1 - done) ** 3)
+
+
+def iterative_sparsity_at(
+    step: int,
+    total_steps: int,
+    final_sparsity: float,
+    rounds: int = 4,
+    prune_share: float | None = None,
+    steps_per_round: int | None = None,
+) -> float:
+    """IMP's share of pruned weights after `step` updates; each round prunes, then trains.
+
+    Args:
+        step: updates done so far; the first round prunes before the first update.
+        total_steps: of the run.
+        final_sparsity: what the last round makes of it.
+        rounds: how often it prunes.
+        prune_share: share of the remaining weights that a round prunes; default: the same share every time.
+        steps_per_round: updates of a round; default `total_steps / rounds`.
+    """
+    length = max(1, total_steps // rounds) if steps_per_round is None else steps_per_round
+    done = min(rounds, step // length + 1)
+    if done == rounds:
+        return final_sparsity
+    kept = (1 - final_sparsity) ** (1 / rounds) if prune_share is None else 1 - prune_share
+    return min(final_sparsity, 1 - kept**done)
+
+
+def sparsity_at(config: SparsityConfig, step: int, total_steps: int) -> float:
+    """The share of pruned weights after `step` updates that `sparsity.schedule` asks for."""
+    final = 1 - config.n / config.m
+    if config.schedule == "gmp":
+        return gradual_sparsity_at(step, total_steps, final, config.prune_until)
+    if config.schedule == "imp":
+        return iterative_sparsity_at(
+            step, total_steps, final, config.rounds, config.prune_share, config.steps_per_round
+        )
+    return final

@@ -97,7 +97,9 @@ def run_variant(study: Study, variant: Variant, out: Path) -> dict[str, Any]:
     if record_file.exists():
         record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
         if record["made_of"] != made_of:
-            raise UserError(f"{folder} was made with other settings. Remove {record_file} and the folder, or give another --out.")
+            raise UserError(
+                f"{folder} was made with other settings. Remove {record_file} and the folder, or give another --out."
+            )
         if record["finished"]:
             print(f"== {variant.name}: finished before", flush=True)
             return record
@@ -124,7 +126,9 @@ def run_variant(study: Study, variant: Variant, out: Path) -> dict[str, Any]:
 
 def commands(study: Study, variant: Variant, folder: Path) -> list[list[str]]:
     """The `ast-…` commands of a variant, as modules and their arguments."""
-    values = [argument for key, value in variant.settings.items() for argument in ("--set", f"{key}={json.dumps(value)}")]
+    values = [
+        argument for key, value in variant.settings.items() for argument in ("--set", f"{key}={json.dumps(value)}")
+    ]
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
     return [["ast_sparse.cli.train", "--config", str(study.config), *values, "--output-dir", str(folder), *resume]]
 
@@ -152,7 +156,9 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="the study's YAML file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the figures")
     parser.add_argument("--smoke", action="store_true", help="the study's small setting: minutes on two CPU cores")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of all variants")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of all variants"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only these variants")
     parser.add_argument("--row", action="append", default=[], metavar="NAME=MODEL", help="a further model to measure")
     options = parser.parse_args()

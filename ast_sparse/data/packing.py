@@ -19,6 +19,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.config import CalibrationConfig
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -270,3 +271,40 @@ def _unpadded(feature: Mapping[str, Any], row: Tensor) -> Tensor:
 
 def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])
+
+
+def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:
+    """Windows of packed text for one-shot pruning, chosen by `config.seed`.
+
+    Args:
+        blocks: rows `{"input_ids": ...}` of one length, as `pack_dataset` makes them: one stream cut into blocks.
+        config: how many windows; their length, by default that of a block.
+
+    Returns:
+        `[samples, seq_len]` int64.
+
+    Raises:
+        UserError: there are no such rows, or too few tokens.
+    """
+    if blocks is None or not hasattr(blocks, "__getitem__") or not len(blocks) or "input_ids" not in blocks[0]:
+        raise UserError(
+            "There is no text to calibrate on: packed blocks (`input_ids`) are needed. Set calibration.data, or pass "
+            "calibration_dataset."
+        )
+    size = len(blocks[0]["input_ids"])
+    seq_len = config.seq_len or size
+    tokens = len(blocks) * size
+    windows = tokens // seq_len
+    if windows < config.samples:
+        raise UserError(
+            f"The calibration text has {tokens:,} tokens, fewer than calibration.samples={config.samples} windows of "
+            f"{seq_len:,}. Give more text, or lower calibration.samples or calibration.seq_len."
+        )
+    chosen = np.random.default_rng(config.seed).permutation(windows)[: config.samples]
+    samples = torch.empty(config.samples, seq_len, dtype=torch.long)
+    for sample, window in zip(samples, chosen.tolist(), strict=True):
+        start = window * seq_len
+        rows = range(start // size, (start + seq_len - 1) // size + 1)
+        stream = torch.cat([_long(blocks[row]["input_ids"]) for row in rows])
+        sample.copy_(stream[start % size :][:seq_len])
+    return samples

@@ -28,7 +28,7 @@ from ast_sparse.export.saving import (
     split_state_dict,
 )
 from ast_sparse.loading import load_checkpoint
-from ast_sparse.sparsity.masks import check_nm
+from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers
 
 __all__ = ["DTYPES", "FORMATS", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
@@ -49,8 +49,7 @@ class _Source:
     slorb: files.SlorbPairs
     folder: Path | None
     sparsity_config: dict[str, Any]
-    n: int
-    m: int
+    pattern: Pattern
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None) ->
         _check_model(model)
         weights, masks, slorb = split_state_dict(model.state_dict())
         layer = next(iter(sparse_layers(model).values()), None)
-        found = None if layer is None else f"{layer.n}:{layer.m}"
+        found = None if layer is None else str(layer.pattern)
     else:
         files.require_model_folder(folder)
         checkpoint = load_checkpoint(folder, dtype="auto")
@@ -121,7 +120,7 @@ def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None) ->
         recorded = files.read_sparsity_config(folder)
         found = files.recorded_pattern(recorded)
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
-    return _Source(model, weights, masks, slorb, folder, recorded, checked.n, checked.m)
+    return _Source(model, weights, masks, slorb, folder, recorded, Pattern.of(checked))
 
 
 def _check_model(model: Any) -> None:
@@ -135,7 +134,7 @@ def _check_model(model: Any) -> None:
 
 def _plan_layers(source: _Source, format: str) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
-    patterns = [(source.n, source.m)] + ([(2, 4)] if format == "compressed" else [])
+    patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
     selected, _ = select_layers(source.model)
     recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
     plan = _Plan({}, {})
@@ -143,15 +142,15 @@ def _plan_layers(source: _Source, format: str) -> _Plan:
     for name, layer in selected.items():
         transposed = isinstance(layer, Conv1D)
         weight = _oriented(source.weights[f"{name}.weight"], transposed)
-        unfit = next((m for _, m in patterns if weight.shape[1] % m), None)
-        missed = next((pattern for pattern in patterns if not unfit and not check_nm(weight, *pattern)), None)
+        unfit = next((p.m for p in patterns if p.structured and weight.shape[1] % p.m), None)
+        missed = next((pattern for pattern in patterns if not unfit and not pattern.holds(weight)), None)
         if unfit:
             plan.dense[name] = f"in_features={weight.shape[1]} is not a multiple of {unfit}"
         elif missed:
-            plan.dense[name] = f"not {missed[0]}:{missed[1]}"
-            first_fault = first_fault or _not_nm(source, name, weight, *missed)
+            plan.dense[name] = f"not {missed}"
+            first_fault = first_fault or _not_nm(source, name, weight, missed)
             if name in recorded:
-                raise UserError(_not_nm(source, name, weight, *missed))
+                raise UserError(_not_nm(source, name, weight, missed))
         elif format == "compressed" and weight.shape[1] % 8:
             plan.dense[name] = f"2:4, but in_features={weight.shape[1]} is not a multiple of 8, so it is not compressed"
         else:
@@ -164,12 +163,19 @@ def _plan_layers(source: _Source, format: str) -> _Plan:
     return plan
 
 
-def _not_nm(source: _Source, name: str, weight: Tensor, n: int, m: int) -> str:
-    groups = (weight != 0).unflatten(1, (-1, m)).sum(-1)
-    what = f"in `{name}` {int((groups > n).sum()):,} of {groups.numel():,} groups of {m} hold more than {n} non-zeros."
-    if (n, m) != (source.n, source.m):
-        return f"The compressed format holds 2:4, the model is {source.n}:{source.m}: {what} Use --format dense."
-    return f"The model is not {n}:{m}: {what} Prune it first with ast-train, or name its pattern with --pattern."
+def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern) -> str:
+    if pattern.structured:
+        groups = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
+        faulty = int((groups > pattern.n).sum())
+        what = f"{faulty:,} of {groups.numel():,} groups of {pattern.m} hold more than {pattern.n} non-zeros."
+    else:
+        what = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights are not zero."
+    if pattern != source.pattern:
+        return f"The compressed format holds 2:4, the model is {source.pattern}: in `{name}` {what} Use --format dense."
+    return (
+        f"The model is not {pattern}: in `{name}` {what} Prune it first with ast-prune or ast-train, or name its "
+        "pattern with --pattern."
+    )
 
 
 def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
@@ -199,7 +205,7 @@ def _write(
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
-    own = {"pattern": f"{source.n}:{source.m}", "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
+    own = {"pattern": str(source.pattern), "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, source.sparsity_config or own)
 
 
@@ -264,8 +270,8 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
             nonzero += zeros.numel() - int(zeros.sum())
             if bool((zeros & found[name].signbit()).any()):
                 raise UserError(f"{fault}: `{name}` holds negative zeros.")
-            if not check_nm(found[name], source.n, source.m, dim=0 if plan.pruned[layer] else 1):
-                raise UserError(f"{fault}: `{name}` is not {source.n}:{source.m}.")
+            if not source.pattern.holds(found[name], dim=0 if plan.pruned[layer] else 1):
+                raise UserError(f"{fault}: `{name}` is not {source.pattern}.")
     return nonzero
 
 
@@ -298,8 +304,8 @@ def _report(
         out_dir=out_dir,
         format=format,
         dtype=dtype,
-        pattern=f"{source.n}:{source.m}",
-        pruned=SizeRow(f"pruned ({source.n}:{source.m})", len(plan.pruned), pruned, pruned * itemsize, stored),
+        pattern=str(source.pattern),
+        pruned=SizeRow(f"pruned ({source.pattern})", len(plan.pruned), pruned, pruned * itemsize, stored),
         others=others,
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,

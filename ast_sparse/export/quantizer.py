@@ -243,3 +243,6 @@ def register() -> None:
         *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
         AstSparse24Config,
     )
+
+
+register()

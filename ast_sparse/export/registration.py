@@ -20,6 +20,9 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
+    quantizer = sys.modules.get("ast_sparse.export.quantizer")
+    if quantizer is not None and not hasattr(quantizer, "register"):
+        return  # it is being imported, which imported transformers: it registers itself at its end
     try:
         from ast_sparse.export.quantizer import register
 

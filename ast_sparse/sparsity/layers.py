@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
 
 
@@ -42,7 +42,7 @@ class SparseLayer(nn.Module):
         mask: bool, shape of the weight, True = kept; not trained.
         start_mask: the first mask, eight positions a byte along `group_dim`; for the initial flip rate.
         slorb: the low-rank adapter, or None.
-        n, m: the pattern.
+        pattern: what the mask must fit.
         fixed_mask: pruned weights get no gradient, because the mask will never move.
     """
 
@@ -51,8 +51,7 @@ class SparseLayer(nn.Module):
     mask: nn.Parameter
     start_mask: nn.Parameter
     slorb: SLoRB | None
-    n: int
-    m: int
+    pattern: Pattern
     fixed_mask: bool
 
     def masked_weight(self) -> Tensor:
@@ -61,8 +60,8 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
-        """N:M mask of |W|, in the layer's own layout."""
-        return nm_mask(self.weight.abs().movedim(self.group_dim, -1), self.n, self.m).movedim(-1, self.group_dim)
+        """The pattern's mask of |W|, in the layer's own layout."""
+        return self.pattern.mask(self.weight.abs().movedim(self.group_dim, -1)).movedim(-1, self.group_dim)
 
     def unpacked_start_mask(self) -> Tensor:
         """The first mask, bool, shape of the weight."""
@@ -70,7 +69,7 @@ class SparseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         slorb = f", slorb k={self.slorb.k}" if self.slorb is not None else ""
-        return f"{super().extra_repr()}, pattern={self.n}:{self.m}{slorb}"
+        return f"{super().extra_repr()}, pattern={self.pattern}{slorb}"
 
 
 class SparseLinear(SparseLayer, nn.Linear):
@@ -94,7 +93,7 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]  # Parameter ther
         return output if self.slorb is None else output + self.slorb(x)
 
 
-def make_sparse(layer: nn.Module, mask: Tensor, n: int, m: int, fixed_mask: bool = False) -> SparseLayer:
+def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bool = False) -> SparseLayer:
     """Turn an `nn.Linear` or `Conv1D` into its sparse form, in place.
 
     Args:
@@ -103,7 +102,7 @@ def make_sparse(layer: nn.Module, mask: Tensor, n: int, m: int, fixed_mask: bool
     """
     layer.__class__ = SparseLinear if isinstance(layer, nn.Linear) else SparseConv1D
     sparse = cast(SparseLayer, layer)
-    sparse.n, sparse.m, sparse.fixed_mask = n, m, fixed_mask
+    sparse.pattern, sparse.fixed_mask = pattern, fixed_mask
     sparse.mask = nn.Parameter(mask.contiguous(), requires_grad=False)
     sparse.start_mask = nn.Parameter(pack_bits(mask, sparse.group_dim), requires_grad=False)
     sparse.slorb = None
@@ -115,7 +114,7 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, holding the masked weight; SLoRB is dropped."""
     layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
     del layer.mask, layer.start_mask, layer.slorb
-    del layer.n, layer.m, layer.fixed_mask
+    del layer.pattern, layer.fixed_mask
     dense = cast(nn.Module, layer)
     dense.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
     return dense

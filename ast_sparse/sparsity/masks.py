@@ -1,7 +1,11 @@
 """N:M masks (paper Sec. 3.1) and how they change over training (Sec. 6.7). Masks are boolean, True = kept."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ast_sparse.config import UNSTRUCTURED, SparsityConfig
 
 _PAIRWISE_LIMIT = 8  # up to this M, comparing all pairs is faster than sorting
 
@@ -48,6 +52,72 @@ def check_nm(weight: Tensor, n: int, m: int, dim: int = -1) -> bool:
         return False
     groups = weight.movedim(dim, -1).unflatten(-1, (-1, m))
     return bool(((groups != 0).sum(-1) <= n).all())
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which masks a layer may have: `n` of every `m` along the input dimension, or `n/m` of the layer without groups.
+
+    Attributes:
+        structured: whether there are groups.
+    """
+
+    n: int
+    m: int
+    structured: bool = True
+
+    @classmethod
+    def of(cls, config: SparsityConfig) -> "Pattern":
+        """The pattern of a configuration."""
+        return cls(config.n, config.m, config.structured)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.structured else UNSTRUCTURED
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that is pruned."""
+        return 1 - self.n / self.m
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Keep the highest scores; ties keep the lower column (or position).
+
+        Args:
+            scores: `[out, in]`, any real dtype, no NaN.
+        """
+        if self.structured:
+            return nm_mask(scores, self.n, self.m)
+        kept = scores.numel() * self.n // self.m
+        order = scores.flatten().argsort(descending=True, stable=True)
+        mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        mask[order[:kept]] = True
+        return mask.view_as(scores)
+
+    def holds(self, weight: Tensor, dim: int = -1) -> bool:
+        """Whether the non-zeros of a weight fit the pattern; `dim` is its input dimension."""
+        if self.structured:
+            return check_nm(weight, self.n, self.m, dim)
+        return int(weight.count_nonzero()) <= weight.numel() * self.n // self.m
+
+
+def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """A mask on the way to the pattern: of what the pattern prunes, only the lowest scores of the layer are pruned.
+
+    Pruned weights may be marked by scores below those of all kept ones; they then stay pruned as `sparsity` rises.
+
+    Args:
+        scores: `[out, in]`, any real dtype.
+        sparsity: share of the weights to prune; at `pattern.sparsity` the result is the pattern's own mask.
+    """
+    mask = pattern.mask(scores)
+    pruned = round(sparsity * scores.numel())
+    if sparsity >= pattern.sparsity or pruned >= int((~mask).sum()):
+        return mask
+    candidates = torch.where(mask, torch.inf, scores.double()).flatten()
+    order = candidates.argsort(stable=True)[:pruned]
+    result = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    result[order] = False
+    return result.view_as(scores)
 
 
 def flip_rate(mask: Tensor, previous: Tensor) -> float:

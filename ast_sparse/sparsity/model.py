@@ -1,18 +1,26 @@
 """Which layers of a model are pruned, and what is done to all of them: sparsify, refresh, apply, densify."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.schedules import sparsity_at
+from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
-from ast_sparse.sparsity.masks import flip_rate, nm_mask
+from ast_sparse.sparsity.masks import Pattern, flip_rate, gradual_mask
+from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
+
+logger = logging.get_logger(__name__)
 
 Prunable = nn.Linear | Conv1D
 
@@ -24,15 +32,16 @@ class SparsityReport:
     Attributes:
         pruned: shape of the weight by layer name.
         skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
-        n, m: the pattern.
+        pattern: what the masks fit.
         total_parameters: parameters of the dense model, tied ones once; masks are not counted.
+        errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device.
     """
 
-    n: int
-    m: int
+    pattern: Pattern
     pruned: dict[str, tuple[int, ...]]
     skipped: dict[str, str]
     total_parameters: int
+    errors: dict[str, float] = field(default_factory=dict)
     pruned_parameters: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +52,7 @@ class SparsityReport:
         kinds = _by_kind(self.pruned)
         share = self.pruned_parameters / self.total_parameters
         lines = [
-            f"{self.n}:{self.m} on {len(self.pruned)} layers: {self.pruned_parameters:,} of "
+            f"{self.pattern} on {len(self.pruned)} layers: {self.pruned_parameters:,} of "
             f"{self.total_parameters:,} parameters ({share:.1%})"
         ]
         lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
@@ -155,7 +164,7 @@ def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb:
     for name, layer in selected.items():
         shape = tuple(layer.weight.shape)
         in_features = shape[0] if isinstance(layer, Conv1D) else shape[1]
-        if in_features % sparsity.m:
+        if sparsity.structured and in_features % sparsity.m:
             raise UserError(
                 f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "
                 f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`."
@@ -169,41 +178,98 @@ def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb:
 
 @torch.no_grad()
 def sparsify_model(
-    model: nn.Module, sparsity_config: SparsityConfig, slorb_config: SLoRBConfig | None = None
+    model: nn.Module,
+    sparsity_config: SparsityConfig,
+    slorb_config: SLoRBConfig | None = None,
+    *,
+    calibration_config: CalibrationConfig | None = None,
+    samples: Tensor | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
 ) -> SparsityReport:
-    """Give every selected layer its start mask, and SLoRB where it is enabled, in place.
+    """Give every selected layer its start mask by `sparsity.init`, and SLoRB where it is enabled, in place.
 
-    The weights themselves do not change. On the meta device nothing is computed, so the report comes without weights.
+    By magnitude the weights do not change. By wanda and sparsegpt pruned weights shrink below the smallest kept one of
+    their group, so that the mask survives the first refreshes, and SparseGPT moves the kept ones. On the meta device
+    nothing is computed.
+
+    Args:
+        calibration_config: SparseGPT's damping and block size.
+        samples: `[sequences, tokens]` int64, what wanda and sparsegpt calibrate on.
+        device: where they run block by block; default: where the model is.
+        progress: show a bar with the layers and their errors.
 
     Raises:
-        UserError: a shape does not fit, no layer is left, or the model is sparse already.
+        UserError: a shape does not fit, no layer is left, the model is sparse already, or samples are missing.
     """
     if sparse_layers(model):
         raise UserError("The model is sparse already. Load the dense model anew, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
     check_shapes(selected, sparsity_config, slorb_config)
     total = sum(p.numel() for p in model.parameters())
-    fixed = sparsity_config.mask_interval == 0
     for name, layer in selected.items():
         if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
             raise UserError(
                 f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
             )
-    for layer in dict.fromkeys(selected.values()):
-        scores = layer.weight.abs().movedim(0 if isinstance(layer, Conv1D) else 1, -1)
-        mask = nm_mask(scores, sparsity_config.n, sparsity_config.m)
-        mask = mask.movedim(-1, 0 if isinstance(layer, Conv1D) else 1)
-        sparse = make_sparse(layer, mask, sparsity_config.n, sparsity_config.m, fixed)
-        if slorb_config is not None and slorb_config.enabled:
-            sparse.slorb = _slorb_for(sparse, slorb_config)
-    pruned = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
-    return SparsityReport(sparsity_config.n, sparsity_config.m, pruned, skipped, total)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
+    pattern = Pattern.of(sparsity_config)
+    slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
+    adapters, errors = {}, {}
+    for name, layer, result in prune_layers(
+        model, selected, sparsity_config, calibration_config, samples, device, progress
+    ):
+        conv = isinstance(layer, Conv1D)
+        dense = layer.weight.t().clone() if conv else layer.weight.clone()
+        weight, mask = result.weight, result.mask
+        if sparsity_config.init != "magnitude":
+            weight = settle(weight, mask, pattern)
+            layer.weight.copy_(weight.t() if conv else weight)
+        if not weight.is_meta:
+            errors[name] = result.error
+        make_sparse(layer, mask.t() if conv else mask, pattern, sparsity_config.fixed_masks)
+        if slorb is not None:
+            start = slorb_init(dense, torch.where(mask, weight, 0), slorb.k, slorb.init)
+            adapters[name] = SLoRB(*start, slorb.train_projection)
+    for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
+        model.get_submodule(name).slorb = adapter
+    return SparsityReport(pattern, shapes, skipped, total, errors)
 
 
-def _slorb_for(layer: SparseLayer, config: SLoRBConfig) -> SLoRB:
-    dense = layer.weight.movedim(layer.group_dim, -1)
-    start = layer.masked_weight().movedim(layer.group_dim, -1)
-    return SLoRB(*slorb_init(dense, start, config.k, config.init), config.train_projection)
+def prune_layers(
+    model: nn.Module,
+    selected: Mapping[str, Prunable],
+    config: SparsityConfig,
+    calibration: CalibrationConfig | None,
+    samples: Tensor | None,
+    device: torch.device | None,
+    progress: bool,
+) -> Iterator[tuple[str, Prunable, PrunedLayer]]:
+    """Name, layer and result of one layer after the other by `sparsity.init`; the caller writes the result back.
+
+    A layer that several names share comes once. One that no token reached (an expert) is pruned by magnitude.
+    """
+    pattern, method = Pattern.of(config), config.init
+    layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
+    is_meta = next(model.parameters()).is_meta
+    groups: Iterable[Mapping[str, InputStatistics | None]] = [dict.fromkeys(layers)]
+    if method != "magnitude" and not is_meta:
+        if samples is None:
+            raise UserError(f"sparsity.init={method!r} needs text to calibrate on. Give calibration samples.")
+        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method == "sparsegpt", device)
+    with tqdm(total=len(layers), desc=f"Pruning, {method} {pattern}", unit="layer", disable=not progress) as bar:
+        for name, statistics in ((name, group[name]) for group in groups for name in group):
+            layer = layers[name]
+            weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+            if statistics is None and method != "magnitude" and not is_meta:
+                logger.warning(f"No token of the calibration text reached `{name}`: it is pruned by magnitude.")
+            result = prune_layer(name, weight, method, pattern, statistics, calibration)
+            if config.schedule != "constant" and not is_meta:  # the first round, or all of it kept
+                mask = gradual_mask(weight.abs(), pattern, sparsity_at(config, 0, config.rounds))
+                result = replace(result, mask=mask)
+            bar.set_postfix_str(f"{name} error {result.error:.4f}" if not is_meta else "", refresh=False)
+            yield name, layer, result
+            bar.update()
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
@@ -212,17 +278,35 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 @torch.no_grad()
-def refresh_masks(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Recompute every mask from |W| (paper Sec. 3.2).
+def refresh_masks(
+    model: nn.Module,
+    criterion: Method = "magnitude",
+    statistics: Mapping[str, InputStatistics] | None = None,
+    *,
+    sparsity: float | None = None,
+    calibration_config: CalibrationConfig | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Recompute every mask from |W| (paper Sec. 3.2), or by another criterion (Table 13); weights stay as they are.
+
+    Args:
+        statistics: for wanda and sparsegpt, what the layers of the student saw just now, by name.
+        sparsity: share that is pruned, on the way to the pattern (IMP, GMP): pruned weights stay pruned.
+        calibration_config: SparseGPT's damping and block size.
 
     Returns:
         By layer name, the flip rate against the previous mask and the initial flip rate against the start mask.
     """
     rates = {}
     for name, layer in sparse_layers(model).items():
-        mask = layer.magnitude_mask()
-        rates[name] = (flip_rate(mask, layer.mask), flip_rate(mask, layer.unpacked_start_mask()))
-        layer.mask.copy_(mask)  # never rebound: the optimizer and torch.compile hold this tensor
+        weight, mask = layer.weight.movedim(layer.group_dim, -1), layer.mask.movedim(layer.group_dim, -1)
+        if sparsity is not None:
+            new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
+        else:
+            seen = (statistics or {}).get(name)
+            new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration_config).mask
+        new = new.movedim(-1, layer.group_dim)
+        rates[name] = (flip_rate(new, layer.mask), flip_rate(new, layer.unpacked_start_mask()))
+        layer.mask.copy_(new)  # never rebound: the optimizer and torch.compile hold this tensor
     return rates
 
 

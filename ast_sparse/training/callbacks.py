@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ast_sparse.config import SparsityConfig
+from ast_sparse.config import CalibrationConfig, SparsityConfig
+from ast_sparse.errors import UserError
 from ast_sparse.optim import SparseAdamW
-from ast_sparse.schedules import mask_decay_at
+from ast_sparse.schedules import mask_decay_at, sparsity_at
+from ast_sparse.sparsity.calibration import InputRecorder
 from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers
 
 MASK_HISTORY = "mask_history.jsonl"
@@ -19,22 +21,32 @@ MASK_HISTORY = "mask_history.jsonl"
 class SparsityCallback(TrainerCallback):
     """Sets λ before each update, refreshes masks after it, and records the flip rates.
 
-    λ(s) and the refreshes follow from `state.global_step` alone, so a resumed run needs nothing saved.
+    λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone, so a resumed run needs
+    nothing saved. Activations for `criterion` wanda and sparsegpt are those of the step that a refresh follows.
 
     Args:
         config: the sparsity settings.
         log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
+        calibration: SparseGPT's damping and block size.
     """
 
-    def __init__(self, config: SparsityConfig, log: Callable[[dict[str, float]], None]) -> None:
+    def __init__(
+        self,
+        config: SparsityConfig,
+        log: Callable[[dict[str, float]], None],
+        calibration: CalibrationConfig | None = None,
+    ) -> None:
         self.config = config
         self.log = log
+        self.calibration = calibration
+        self._recorder: InputRecorder | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer, model = _sparse_optimizer(kwargs["optimizer"]), kwargs["model"]
         optimizer.bind_masks(masks_by_parameter(model))
+        _check_rounds(self.config, state.max_steps)
         if args.should_save:
             _keep_history_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 
@@ -44,13 +56,15 @@ class SparsityCallback(TrainerCallback):
         decay = self._mask_decay(state.global_step, state.max_steps)
         for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
             group["mask_decay"] = decay
+        if self.config.criterion != "magnitude" and self._is_due(state.global_step + 1, state.max_steps):
+            self._recorder = InputRecorder(sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt")
+            self._recorder.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        interval = self.config.mask_interval
-        if interval == 0 or state.global_step % interval:
+        if not self._is_due(state.global_step, state.max_steps):
             return
         model: nn.Module = kwargs["model"]
-        rates = refresh_masks(model)
+        rates = self._refresh(model, state.global_step, state.max_steps)
         sizes = {name: layer.mask.numel() for name, layer in sparse_layers(model).items()}
         total = sum(sizes.values())
         whole = [sum(rates[name][i] * size for name, size in sizes.items()) / total for i in (0, 1)]
@@ -71,9 +85,42 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         apply_masks(kwargs["model"])
 
+    def _is_due(self, step: int, total_steps: int) -> bool:
+        """Whether masks are recomputed after the update that makes `step`."""
+        config = self.config
+        if config.schedule == "imp":
+            return sparsity_at(config, step, total_steps) > sparsity_at(config, step - 1, total_steps)
+        at_interval = config.mask_interval > 0 and step % config.mask_interval == 0
+        return at_interval or (config.schedule == "gmp" and step == total_steps)
+
+    def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
+        config = self.config
+        if config.schedule != "constant":
+            return refresh_masks(model, sparsity=sparsity_at(config, step, total_steps))
+        if self._recorder is None:
+            return refresh_masks(model)
+        recorder, self._recorder = self._recorder, None
+        recorder.stop()
+        return refresh_masks(
+            model, config.criterion, recorder.reduced_statistics(), calibration_config=self.calibration
+        )
+
     def _mask_decay(self, step: int, total_steps: int) -> float:
         config = self.config
+        if config.schedule != "constant":  # pruned weights are zero: there is nothing to decay
+            return 0.0
         return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
+
+
+def _check_rounds(config: SparsityConfig, total_steps: int) -> None:
+    """IMP's last round begins within the run, or the pattern would never be reached."""
+    if config.schedule == "imp" and sparsity_at(config, total_steps - 1, total_steps) < sparsity_at(
+        config, config.rounds * total_steps, total_steps
+    ):
+        raise UserError(
+            f"sparsity.steps_per_round={config.steps_per_round} and sparsity.rounds={config.rounds} need more than the "
+            f"{total_steps} steps of the run. Lower one of them, or raise training.max_steps."
+        )
 
 
 def _sparse_optimizer(optimizer: Any) -> SparseAdamW:

@@ -20,7 +20,6 @@ from ast_sparse.data.text import build_datasets
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import ADAPTER_FOLDER, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer
-from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.callbacks import MASK_HISTORY
@@ -294,8 +293,8 @@ def _load_student(model: ModelConfig) -> PreTrainedModel:
 def _check_final(model: nn.Module) -> None:
     """Every trained layer is exactly N:M, by the checker of the export."""
     for name, layer in sparse_layers(model).items():
-        if not check_nm(layer.weight, layer.n, layer.m, dim=layer.group_dim):
-            raise RuntimeError(f"`{name}` is not {layer.n}:{layer.m} after training. This is a fault of ast_sparse.")
+        if not layer.pattern.holds(layer.weight, layer.group_dim):
+            raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")
 
 
 def _read_rows(path: Path) -> Rows:

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +25,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 import ast_sparse
-from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.data.packing import CausalLMCollator, pack_dataset
+from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.data.packing import CausalLMCollator, calibration_samples, pack_dataset
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
@@ -52,6 +53,9 @@ class SparseTrainer(Trainer):
         sparsity_config: pattern and mask settings; default `SparsityConfig()`.
         distillation_config: the loss (4); None trains on cross-entropy alone.
         slorb_config: SLoRB adapters; None for none.
+        calibration_config: how many sequences `sparsity.init` wanda and sparsegpt measure, and SparseGPT's settings.
+        calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
+            magnitude masks, because a checkpoint brings the masks and weights.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
         train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
             counts), or raw text, which is tokenised and packed.
@@ -72,6 +76,8 @@ class SparseTrainer(Trainer):
         sparsity_config: SparsityConfig | None = None,
         distillation_config: DistillationConfig | None = None,
         slorb_config: SLoRBConfig | None = None,
+        calibration_config: CalibrationConfig | None = None,
+        calibration_dataset: Any = None,
         teacher_model: PreTrainedModel | str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -100,17 +106,20 @@ class SparseTrainer(Trainer):
         self.slorb_config = slorb_config
         self.teacher = self._frozen_teacher(model, teacher_model, args)
         self.base_model_name = str(model.config.name_or_path)
-        self.sparsity_report: SparsityReport = sparsify_model(model, self.sparsity_config, slorb_config)
-
-        _check_optimizer(optimizers[0], model)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         as_blocks = partial(_as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
+        train_dataset = as_blocks(train_dataset)
+        self.calibration_config = calibration_config or CalibrationConfig()
+        self.sparsity_report: SparsityReport = self._sparsify(
+            model, args, train_dataset, calibration_dataset, as_blocks
+        )
+        _check_optimizer(optimizers[0], model)
         pad = processing_class.pad_token_id if processing_class is not None else None
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator or CausalLMCollator(pad),
-            train_dataset=as_blocks(train_dataset),
+            train_dataset=train_dataset,
             eval_dataset=as_blocks(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -121,7 +130,7 @@ class SparseTrainer(Trainer):
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        self.add_callback(SparsityCallback(self.sparsity_config, self.log))
+        self.add_callback(SparsityCallback(self.sparsity_config, self.log, self.calibration_config))
 
     @property
     def student(self) -> PreTrainedModel:
@@ -143,6 +152,24 @@ class SparseTrainer(Trainer):
             for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
                 parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
         return teacher.requires_grad_(False).eval()
+
+    def _sparsify(
+        self, model: PreTrainedModel, args: TrainingArguments, train: Any, calibration: Any, as_blocks: Any
+    ) -> SparsityReport:
+        """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
+        config = self.sparsity_config
+        if config.init == "magnitude" or calibration is False:
+            return sparsify_model(model, replace(config, init="magnitude"), self.slorb_config)
+        blocks = train if calibration is None else as_blocks(calibration)
+        return sparsify_model(
+            model,
+            config,
+            self.slorb_config,
+            calibration_config=self.calibration_config,
+            samples=calibration_samples(blocks, self.calibration_config),
+            device=args.device,
+            progress=bool(args.should_log) and not args.disable_tqdm,
+        )
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +253,10 @@ class SparseTrainer(Trainer):
             lr=self.args.learning_rate,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
-            decay_placement=self.sparsity_config.decay_placement,
+            # without decay, `gradient` is AdamW itself: what IMP and GMP are trained with
+            decay_placement=self.sparsity_config.decay_placement
+            if self.sparsity_config.schedule == "constant"
+            else "gradient",
         )
         return self.optimizer
 

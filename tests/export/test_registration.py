@@ -19,6 +19,7 @@ assert not any(type(finder).__module__.startswith("ast_sparse") for finder in sy
         "import ast_sparse; from transformers import AutoModelForCausalLM",
         "import ast_sparse; import transformers.quantizers.auto",
         "from transformers import AutoModelForCausalLM; import ast_sparse",
+        "from ast_sparse import AstSparse24Config",
     ],
 )
 def test_format_is_registered_in_every_import_order(imports: str) -> None:

@@ -4,13 +4,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.sparsity.layers import SparseConv1D, SparseLinear, make_dense, make_sparse, pack_bits, unpack_bits
-from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.masks import Pattern, nm_mask
 
 
 def sparse_linear(fixed: bool = False) -> SparseLinear:
     torch.manual_seed(0)
     layer = nn.Linear(8, 3).double()
-    make_sparse(layer, nm_mask(layer.weight.abs()), 2, 4, fixed)
+    make_sparse(layer, nm_mask(layer.weight.abs()), Pattern(2, 4), fixed)
     assert isinstance(layer, SparseLinear)
     return layer
 
@@ -51,8 +51,8 @@ def test_conv1d_keeps_its_layout_and_groups_along_its_input() -> None:
     with torch.no_grad():
         linear.weight.copy_(conv.weight.t())
         linear.bias.copy_(conv.bias)
-    make_sparse(conv, nm_mask(conv.weight.abs().t()).t(), 2, 4)
-    make_sparse(linear, nm_mask(linear.weight.abs()), 2, 4)
+    make_sparse(conv, nm_mask(conv.weight.abs().t()).t(), Pattern(2, 4))
+    make_sparse(linear, nm_mask(linear.weight.abs()), Pattern(2, 4))
     assert isinstance(conv, SparseConv1D) and conv.weight.shape == (8, 6)
     assert torch.equal(conv.mask.t(), linear.mask)
     assert torch.equal(conv.magnitude_mask(), conv.mask)
@@ -67,7 +67,7 @@ def test_make_dense_restores_the_class_with_the_masked_weight(layer: nn.Module) 
     dim = 0 if original is Conv1D else 1
     mask = nm_mask(layer.weight.abs().movedim(dim, -1)).movedim(-1, dim)
     expected = torch.where(mask, layer.weight, 0)
-    sparse = make_sparse(layer, mask, 2, 4)
+    sparse = make_sparse(layer, mask, Pattern(2, 4))
     make_dense(sparse)
     assert type(layer) is original
     assert set(layer.state_dict()) == keys

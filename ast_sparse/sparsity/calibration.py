@@ -1,0 +1,214 @@
+"""What the layers of a model see: second moments of their inputs, block by block or during a training step."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from ast_sparse.errors import UserError
+
+
+class InputStatistics:
+    """Sums over all the tokens that a layer saw.
+
+    Attributes:
+        squares: `[in]` float32, sum of `x_j²`.
+        products: `[in, in]` float32, sum of `x xᵀ`; None unless asked for.
+        sequences, tokens: how many.
+    """
+
+    def __init__(self, in_features: int, with_products: bool, device: torch.device) -> None:
+        self.squares = torch.zeros(in_features, device=device)
+        self.products = torch.zeros(in_features, in_features, device=device) if with_products else None
+        self.sequences = self.tokens = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor) -> None:
+        """Count the inputs `[..., tokens, in]` of a forward pass, any float dtype."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
+        self.tokens += len(rows)
+        if self.products is None:
+            self.squares += rows.square().sum(0)
+        else:
+            self.products.addmm_(rows.t(), rows)
+            self.squares.copy_(self.products.diagonal())
+
+    @property
+    def input_norm(self) -> Tensor:
+        """`‖x_j‖₂` over the tokens, `[in]`: Wanda's factor."""
+        return self.squares.sqrt()
+
+    @property
+    def hessian(self) -> Tensor:
+        """`2 X Xᵀ / sequences`, `[in, in]`: SparseGPT's, scaled as published."""
+        assert self.products is not None, "collected without products"
+        return self.products * (2 / max(self.sequences, 1))
+
+    def sum_over_ranks(self) -> None:
+        """Add what the other ranks saw, so that all of them choose the same masks."""
+        counts = torch.tensor([self.sequences, self.tokens], device=self.squares.device)
+        for tensor in (self.squares, self.products, counts):
+            if tensor is not None:
+                torch.distributed.all_reduce(tensor)
+        self.sequences, self.tokens = counts.tolist()
+
+
+class InputRecorder:
+    """Collects `InputStatistics` of layers by forward hooks; layers that are handed the same tensor share them.
+
+    A forward pass that activation checkpointing repeats counts twice, which scales all sums alike.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], with_products: bool) -> None:
+        self.layers = layers
+        self.with_products = with_products
+        self._owner: dict[str, str] = {}
+        self._sums: dict[str, InputStatistics] = {}
+        self._last: tuple[Tensor, str] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        """Attach the hooks."""
+        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+
+    def stop(self) -> None:
+        """Remove them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._last = None
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """By layer name; a layer that was never called is missing. Layers with one input share one object."""
+        return {name: self._sums[owner] for name, owner in self._owner.items()}
+
+    def reduced_statistics(self) -> dict[str, InputStatistics]:
+        """The same over all ranks of a distributed run."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for statistics in self._sums.values():
+                statistics.sum_over_ranks()
+        return self.statistics()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            if self._last is not None and self._last[0] is inputs:  # q, k and v; gate and up
+                owner = self._last[1]
+            else:
+                owner = name
+                self._last = (inputs, name)
+            if self._owner.setdefault(name, owner) != name:
+                return
+            if name not in self._sums:
+                self._sums[name] = InputStatistics(inputs.shape[-1], self.with_products, inputs.device)
+            self._sums[name].add(inputs)
+
+        return hook
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the inputs of the first block are known."""
+
+
+@torch.no_grad()
+def calibrate_blocks(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],
+    samples: Tensor,
+    with_products: bool,
+    device: torch.device | None = None,
+) -> Iterator[dict[str, InputStatistics | None]]:
+    """Statistics of the layers of one decoder block after the other; None for a layer that no token reached.
+
+    When the caller asks for the next block, this one is run again, so that what was done to its layers meanwhile (they
+    were pruned) is what the next one is calibrated on. Alive at a time: one block on `device`, the activations between
+    two blocks, and the statistics of one block.
+
+    Args:
+        blocks: the decoder blocks, in the order in which they run.
+        layers: what to measure, by name; names start with that of their block.
+        samples: `[sequences, tokens]` int64.
+        with_products: collect `x xᵀ`, for SparseGPT.
+        device: where blocks run; default: where they are.
+
+    Raises:
+        UserError: the blocks do not run one after the other.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        hidden, calls = _block_inputs(model, blocks, samples)
+        for index, (name, block) in enumerate(blocks.items()):
+            home = next(block.parameters()).device
+            place = device or home
+            block.to(place)
+            inside = {layer: module for layer, module in layers.items() if layer.startswith(f"{name}.")}
+            call = _moved(calls[name], place)
+            recorder = InputRecorder(inside, with_products)
+            recorder.start()
+            for sample in hidden:
+                _run(block, sample.to(place), call)
+            recorder.stop()
+            seen = recorder.statistics()
+            yield {layer: seen.get(layer) for layer in inside}
+            if index + 1 < len(blocks):
+                for i, sample in enumerate(hidden):
+                    hidden[i] = _run(block, sample.to(place), call).to(sample.device)
+            block.to(home)
+    finally:
+        model.train(was_training)
+
+
+def _block_inputs(
+    model: nn.Module, blocks: Mapping[str, nn.Module], samples: Tensor
+) -> tuple[list[Tensor], dict[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """What the first block gets of each sample, and what every block gets beside it: masks, positions."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    hidden: list[Tensor] = []
+    first = next(iter(blocks))
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            if not args and "hidden_states" not in kwargs:
+                raise UserError(f"`{name}` is not called with hidden states, so it cannot be calibrated by itself.")
+            inputs = args[0] if args else kwargs.pop("hidden_states")
+            if name == first:
+                hidden.append(inputs)
+            if stopping:
+                raise _Stop
+            calls[name] = (args[1:], kwargs)
+
+        return hook
+
+    device = next(model.parameters()).device
+    handles = [block.register_forward_pre_hook(remember(name), with_kwargs=True) for name, block in blocks.items()]
+    try:
+        for i in range(len(samples)):
+            stopping = i > 0  # the first sample shows the calls of all blocks
+            with suppress(_Stop):
+                model(input_ids=samples[i : i + 1].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if list(calls) != list(blocks):
+        raise UserError(
+            f"{type(model).__name__} does not run its blocks one after the other, so it cannot be calibrated block by "
+            "block. Use the method magnitude."
+        )
+    return hidden, calls
+
+
+def _run(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+    output = block(hidden, *call[0], **call[1])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _moved(call: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, call)
