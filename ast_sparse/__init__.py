@@ -12,6 +12,7 @@ except metadata.PackageNotFoundError:  # run from a checkout that is not install
 
 _PUBLIC = {
     "DataConfig": "config",
+    "CalibrationConfig": "config",
     "DistillationConfig": "config",
     "EvaluationConfig": "config",
     "ModelConfig": "config",
@@ -26,6 +27,8 @@ _PUBLIC = {
     "SparseConv1D": "sparsity.layers",
     "SparseLinear": "sparsity.layers",
     "slorb_init": "sparsity.slorb",
+    "sparsegpt_prune": "sparsity.oneshot",
+    "wanda_mask": "sparsity.oneshot",
     "apply_masks": "sparsity.model",
     "densify_model": "sparsity.model",
     "masks_by_parameter": "sparsity.model",

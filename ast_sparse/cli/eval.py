@@ -102,7 +102,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     if json_file is not None:
         _check_json_file(Path(json_file))
     rows, label = _read_text(settings)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     if len(models) > 1:  # of a single one, loading it says the same
         _check_models(models, settings)
     results: dict[str, tuple[str, PerplexityResult]] = {}
@@ -142,7 +142,8 @@ def _read_text(settings: _Settings) -> tuple[list[str], str]:
     return list(source_.documents[source_.text_field]), path.name
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names; `auto` takes a GPU if there is one."""
     import torch
 
     if name == "auto":

@@ -61,6 +61,12 @@ def check_sources(config: DataConfig) -> None:
             )
 
 
+def check_entries(entries: Sequence[Entry], root: str | None, field: str) -> None:
+    """Check single sources as `check_sources` does those of `data`."""
+    for entry in entries:
+        _check_entry(entry, root, field)
+
+
 def _identities(entry: Entry, root: str | None, field: str) -> set[str]:
     """What tells sources apart: the files of an entry, or the arguments of a data set."""
     kind, files = _check_entry(entry, root, field)

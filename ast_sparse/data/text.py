@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.packing import document_keys, pack_tokens, token_counts, tokenise_documents
-from ast_sparse.data.sources import load_documents
+from ast_sparse.data.sources import Entry, load_documents
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,6 +112,30 @@ def build_datasets(
         held_out, held_out_report = _pack_split("held out", names, tokenised, cuts, lengths, config)
     report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
     return train, held_out, report
+
+
+def calibration_blocks(
+    entries: Sequence[Entry],
+    root: str | None,
+    text_field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    field: str = "calibration.data",
+) -> Dataset:
+    """Text for one-shot pruning as packed blocks (rows `{"input_ids": block_size token ids}`), cached.
+
+    Raises:
+        UserError: a source cannot be read, or there is less text than one block.
+    """
+    sources = load_documents(entries, root, text_field, field=field)
+    tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in sources]
+    ends = np.concatenate([token_counts(part) for part in tokenised])
+    if ends.sum() < block_size:
+        raise UserError(
+            f"`{field}`: {', '.join(source.name for source in sources)} has {int(ends.sum()):,} tokens, fewer than one "
+            f"sequence of {block_size:,}. Give more text, or shorter sequences."
+        )
+    return pack_tokens(datasets.concatenate_datasets(tokenised), np.zeros_like(ends), ends, block_size, "calibration")
 
 
 def _pack_split(

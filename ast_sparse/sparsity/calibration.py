@@ -1,5 +1,6 @@
 """What the layers of a model see: second moments of their inputs, block by block or during a training step."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -13,49 +14,55 @@ from ast_sparse.errors import UserError
 
 
 class InputStatistics:
-    """Sums over all the tokens that a layer saw.
+    """Second moments of what a layer saw, as running means over sequences in the arithmetic of the published codes.
 
     Attributes:
-        squares: `[in]` float32, sum of `x_j²`.
-        products: `[in, in]` float32, sum of `x xᵀ`; None unless asked for.
-        sequences, tokens: how many.
+        mean_squares: `[in]` float32, mean over the sequences of `Σ_tokens x_j²` (Wanda); unused with `hessian`.
+        hessian: `[in, in]` float32, `2 X Xᵀ / sequences` (SparseGPT); None unless asked for.
+        sequences: how many.
     """
 
-    def __init__(self, in_features: int, with_products: bool, device: torch.device) -> None:
-        self.squares = torch.zeros(in_features, device=device)
-        self.products = torch.zeros(in_features, in_features, device=device) if with_products else None
-        self.sequences = self.tokens = 0
+    def __init__(self, in_features: int, with_hessian: bool, device: torch.device) -> None:
+        self.mean_squares = torch.zeros(in_features, device=device)
+        self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
+        self.sequences = 0
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
-        """Count the inputs `[..., tokens, in]` of a forward pass, any float dtype."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        """Count the inputs `[sequences, tokens, in]` (or `[tokens, in]`) of a forward pass, any float dtype."""
+        columns = inputs.reshape(-1, inputs.shape[-1]).float().t()
+        before = self.sequences
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
-        self.tokens += len(rows)
-        if self.products is None:
-            self.squares += rows.square().sum(0)
+        if self.hessian is None:
+            self.mean_squares *= before / self.sequences
+            self.mean_squares += columns.norm(dim=1).square() / self.sequences
         else:
-            self.products.addmm_(rows.t(), rows)
-            self.squares.copy_(self.products.diagonal())
+            self.hessian *= before / self.sequences
+            columns = math.sqrt(2 / self.sequences) * columns
+            self.hessian += columns @ columns.t()
 
     @property
     def input_norm(self) -> Tensor:
-        """`‖x_j‖₂` over the tokens, `[in]`: Wanda's factor."""
+        """`‖x_j‖₂` up to a factor, `[in]`: what `wanda_mask` takes."""
         return self.squares.sqrt()
 
     @property
-    def hessian(self) -> Tensor:
-        """`2 X Xᵀ / sequences`, `[in, in]`: SparseGPT's, scaled as published."""
-        assert self.products is not None, "collected without products"
-        return self.products * (2 / max(self.sequences, 1))
+    def squares(self) -> Tensor:
+        """Mean over the sequences of `Σ_tokens x_j²`, `[in]`."""
+        return self.mean_squares if self.hessian is None else self.hessian.diagonal() / 2
 
-    def sum_over_ranks(self) -> None:
-        """Add what the other ranks saw, so that all of them choose the same masks."""
-        counts = torch.tensor([self.sequences, self.tokens], device=self.squares.device)
-        for tensor in (self.squares, self.products, counts):
+    def average_over_ranks(self) -> None:
+        """Take in what the other ranks saw, so that all of them choose the same masks."""
+        count = torch.tensor(float(self.sequences), device=self.mean_squares.device)
+        for tensor in (self.mean_squares, self.hessian):
             if tensor is not None:
+                tensor *= self.sequences
                 torch.distributed.all_reduce(tensor)
-        self.sequences, self.tokens = counts.tolist()
+        torch.distributed.all_reduce(count)
+        self.sequences = int(count)
+        self.mean_squares /= max(self.sequences, 1)
+        if self.hessian is not None:
+            self.hessian /= max(self.sequences, 1)
 
 
 class InputRecorder:
@@ -64,9 +71,9 @@ class InputRecorder:
     A forward pass that activation checkpointing repeats counts twice, which scales all sums alike.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], with_products: bool) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], with_hessian: bool) -> None:
         self.layers = layers
-        self.with_products = with_products
+        self.with_hessian = with_hessian
         self._owner: dict[str, str] = {}
         self._sums: dict[str, InputStatistics] = {}
         self._last: tuple[Tensor, str] | None = None
@@ -91,7 +98,7 @@ class InputRecorder:
         """The same over all ranks of a distributed run."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for statistics in self._sums.values():
-                statistics.sum_over_ranks()
+                statistics.average_over_ranks()
         return self.statistics()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -105,7 +112,7 @@ class InputRecorder:
             if self._owner.setdefault(name, owner) != name:
                 return
             if name not in self._sums:
-                self._sums[name] = InputStatistics(inputs.shape[-1], self.with_products, inputs.device)
+                self._sums[name] = InputStatistics(inputs.shape[-1], self.with_hessian, inputs.device)
             self._sums[name].add(inputs)
 
         return hook
@@ -121,7 +128,7 @@ def calibrate_blocks(
     blocks: Mapping[str, nn.Module],
     layers: Mapping[str, nn.Module],
     samples: Tensor,
-    with_products: bool,
+    with_hessian: bool,
     device: torch.device | None = None,
 ) -> Iterator[dict[str, InputStatistics | None]]:
     """Statistics of the layers of one decoder block after the other; None for a layer that no token reached.
@@ -134,7 +141,7 @@ def calibrate_blocks(
         blocks: the decoder blocks, in the order in which they run.
         layers: what to measure, by name; names start with that of their block.
         samples: `[sequences, tokens]` int64.
-        with_products: collect `x xᵀ`, for SparseGPT.
+        with_hessian: collect what SparseGPT needs.
         device: where blocks run; default: where they are.
 
     Raises:
@@ -150,7 +157,7 @@ def calibrate_blocks(
             block.to(place)
             inside = {layer: module for layer, module in layers.items() if layer.startswith(f"{name}.")}
             call = _moved(calls[name], place)
-            recorder = InputRecorder(inside, with_products)
+            recorder = InputRecorder(inside, with_hessian)
             recorder.start()
             for sample in hidden:
                 _run(block, sample.to(place), call)

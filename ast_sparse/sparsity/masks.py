@@ -103,17 +103,16 @@ class Pattern:
 def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """A mask on the way to the pattern: of what the pattern prunes, only the lowest scores of the layer are pruned.
 
-    Pruned weights may be marked by scores below those of all kept ones; they then stay pruned as `sparsity` rises.
-
     Args:
-        scores: `[out, in]`, any real dtype.
+        scores: `[out, in]`, any float dtype, 0 or more; below 0 where a weight is pruned already and stays so. What is
+            pruned already must fit the pattern.
         sparsity: share of the weights to prune; at `pattern.sparsity` the result is the pattern's own mask.
     """
     mask = pattern.mask(scores)
-    pruned = round(sparsity * scores.numel())
+    pruned = max(round(sparsity * scores.numel()), int((scores < 0).sum()))
     if sparsity >= pattern.sparsity or pruned >= int((~mask).sum()):
         return mask
-    candidates = torch.where(mask, torch.inf, scores.double()).flatten()
+    candidates = torch.where(mask, torch.inf, scores).flatten()
     order = candidates.argsort(stable=True)[:pruned]
     result = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     result[order] = False

@@ -13,7 +13,7 @@ from ast_sparse.sparsity.masks import Pattern, nm_mask
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
-_SETTLED = 0.5  # of the smallest kept weight of its group: how large a pruned one may start
+_SETTLED = 0.25  # of the smallest kept weight of its group: how large a pruned one may start
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def sparsegpt_prune(
                 kept[:, group] = nm_mask(block[:, group].square() / saliency[group], n, m)
             column = block[:, i]
             errors[:, i] = torch.where(kept[:, i], 0, column) / factor[i, i]
-            block[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
-        work[:, stop:].addmm_(errors, inverse[start:stop, stop:], alpha=-1)
+            block[:, i + 1 :] -= errors[:, i : i + 1] @ factor[i : i + 1, i + 1 :]
+        work[:, stop:] -= errors @ inverse[start:stop, stop:]
     return torch.where(mask, work, 0).to(weight.dtype), mask
 
 
@@ -121,6 +121,7 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     return upper
 
 
+@torch.no_grad()
 def prune_layer(
     name: str,
     weight: Tensor,
@@ -145,6 +146,7 @@ def prune_layer(
         pruned = torch.where(mask, 0, weight).square()
         return PrunedLayer(weight, mask, _relative(pruned @ statistics.squares, weight.square() @ statistics.squares))
     settings = calibration or CalibrationConfig()
+    assert statistics.hessian is not None, "SparseGPT's statistics are collected with it"
     hessian = statistics.hessian
     try:
         new, mask = sparsegpt_prune(
@@ -157,6 +159,8 @@ def prune_layer(
 
 
 def _relative(error: Tensor, whole: Tensor) -> float:
+    if error.is_meta:
+        return 0.0
     return float(error.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 

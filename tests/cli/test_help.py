@@ -6,9 +6,9 @@ import sys
 import click
 import pytest
 
-from ast_sparse.cli import eval, export, train
+from ast_sparse.cli import eval, export, prune, train
 
-COMMANDS = {"train": train.main, "eval": eval.main, "export": export.main}
+COMMANDS = {"train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main}
 PROGRAM = """
 import sys
 from ast_sparse.cli.{name} import main

@@ -1,0 +1,160 @@
+"""ast-prune: make a dense causal LM N:M in one shot, without training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ast_sparse.cli.command import Command
+from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
+from ast_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from ast_sparse.data.sources import Entry
+    from ast_sparse.sparsity.model import SparsityReport
+
+_LONGEST = 2048  # tokens of a calibration sequence where the model would take more
+# One file of C4, of which the first documents are enough.
+_C4: dict[str, Any] = {
+    "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
+}  # fmt: skip
+_OPTIONS = {"init": "method", "data": "calibration"}  # settings that are called otherwise on the command line
+
+
+@click.command(cls=Command)
+@click.argument("model", metavar="MODEL")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--method", type=click.Choice(["magnitude", "wanda", "sparsegpt"]), required=True,
+    help="magnitude: |W|, needs no text. wanda: |W| times the norm of the inputs. sparsegpt: weights to the right "
+    "make up for what is pruned.",
+)  # fmt: skip
+@click.option(
+    "--pattern", default="2:4", show_default=True, metavar="N:M",
+    help="N kept of every M weights along the input dimension, or unstructured: half of every layer.",
+)  # fmt: skip
+@click.option(
+    "--calibration", "data", multiple=True, metavar="FILE",
+    help="Text, JSONL or parquet to measure inputs on; repeatable. Default: allenai/c4 of the hub.",
+)  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
+@click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
+@click.option("--seq-len", type=int, help="Tokens of a sequence. Default: the model's positions, at most 2048.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences.")
+@click.option(
+    "--damping", type=float, default=0.01, show_default=True,
+    help="sparsegpt: share of the Hessian's mean diagonal that is added to it.",
+)  # fmt: skip
+@click.option(
+    "--block-size", type=int, default=128, show_default=True,
+    help="sparsegpt: columns pruned before all the rest is updated.",
+)  # fmt: skip
+@click.option("--include", multiple=True, metavar="NAME", help="Prune only layers that match; * is a wildcard.")
+@click.option("--exclude", multiple=True, metavar="NAME", help="Layers that stay dense; * is a wildcard.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="Type of the weights written; the work is done in float32.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True,
+    help="Where blocks are pruned, one at a time: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
+@click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
+@click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
+def main(model: str, out: str, **options: Any) -> None:
+    """Prune MODEL to N:M in one shot and write it to the folder OUT.
+
+    MODEL is a hub id, a local folder or a .gguf file. Blocks are pruned one after the other, each calibrated on the
+    outputs of the pruned ones before it. OUT is an ordinary checkpoint with zeros, verified N:M, which ast-eval
+    measures and ast-export compresses. An error or an interruption leaves OUT as it was.
+    """
+    try:
+        sparsity = SparsityConfig(
+            init=options["method"], pattern=options["pattern"], include=options["include"], exclude=options["exclude"]
+        )
+        calibration = CalibrationConfig(
+            data=options["data"] or None,
+            **{key: options[key] for key in ("samples", "seq_len", "seed", "damping", "block_size")},
+        )
+        source = ModelConfig(
+            name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
+        )
+        _prune(source, Path(out).expanduser(), sparsity, calibration, options)
+    except UserError as error:
+        raise UserError(re.sub(r"\b(?:sparsity|calibration)\.(\w+)", _option, str(error))) from error
+
+
+def _option(match: re.Match[str]) -> str:
+    """`calibration.seq_len` of a message as the option it came from."""
+    name = _OPTIONS.get(match[1], match[1])
+    return f"--{name.replace('_', '-')}"
+
+
+def _prune(
+    source: ModelConfig, out: Path, sparsity: SparsityConfig, calibration: CalibrationConfig, options: dict[str, Any]
+) -> None:
+    from ast_sparse.cli.eval import find_device
+    from ast_sparse.export.checkpoint import export_model
+    from ast_sparse.export.saving import check_out_dir
+    from ast_sparse.loading import load_causal_lm, load_tokenizer
+    from ast_sparse.sparsity.model import sparsify_model
+    from ast_sparse.training.plan import meta_student
+
+    device = find_device(options["device"])
+    folder = Path(source.name_or_path).expanduser()
+    check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
+    meta = meta_student(source)
+    sparsify_model(meta, sparsity)  # shapes and names, before weights are loaded
+    place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
+    tokenizer = load_tokenizer(source.name_or_path, **place)
+    samples = None
+    if sparsity.init != "magnitude":
+        samples = _samples(calibration, tokenizer, meta.config, options["text_field"])
+    model = load_causal_lm(source.name_or_path, **place)
+    report = sparsify_model(
+        model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
+    )
+    click.echo("\n".join([*report.lines(), *_errors(report, sparsity.init)]))
+    written = export_model(
+        model, out, "dense", dtype=options["dtype"], overwrite=options["overwrite"], tokenizer=tokenizer, progress=True
+    )
+    click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval, compress it with ast-export.")
+
+
+def _samples(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, text_field: str
+) -> Tensor:
+    from ast_sparse.data.packing import calibration_samples
+    from ast_sparse.data.text import calibration_blocks
+    from ast_sparse.evaluation.perplexity import max_positions
+
+    limit = max_positions(model_config)
+    length = config.seq_len or min(_LONGEST, limit or _LONGEST)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"calibration.seq_len={length} is longer than the model's {limit:,} positions. Set at most that."
+        )
+    entries: tuple[Entry, ...] = config.data or (_C4,)
+    return calibration_samples(calibration_blocks(entries, None, text_field, tokenizer, length), config)
+
+
+def _errors(report: SparsityReport, method: str) -> list[str]:
+    """Mean relative error of the layers of each kind."""
+    kinds: dict[str, list[float]] = {}
+    for name, error in report.errors.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
+    of = "the weights" if method == "magnitude" else "the outputs on the calibration text"
+    lines = [f"relative squared error of {of}, mean over the blocks:"]
+    return lines + [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]
+
+
+if __name__ == "__main__":
+    main()

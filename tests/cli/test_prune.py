@@ -1,0 +1,135 @@
+"""ast-prune as a user calls it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from ast_sparse.cli.eval import main as evaluate
+from ast_sparse.cli.export import main as export
+from ast_sparse.cli.prune import main
+from ast_sparse.export.files import read_json
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.model import select_layers
+from tests.models import generated_text, save_tiny_model
+
+CALIBRATION = ("--samples", "4", "--seq-len", "16")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("prune")
+    for family in ("llama", "gpt2"):
+        save_tiny_model(root / family, family)
+    (root / "text.txt").write_text(generated_text())
+    return root
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
+    family: str, method: str, folder: Path, tmp_path: Path
+) -> None:
+    calibration = () if method == "magnitude" else ("--calibration", folder / "text.txt", *CALIBRATION)
+    result = run(folder / family, tmp_path / "out", "--method", method, "--dtype", "float32", *calibration)
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {tmp_path / 'out'}" in result.stdout and "relative squared error" in result.stdout
+    found, dense = load_causal_lm(tmp_path / "out"), load_causal_lm(folder / family)
+    layers, _ = select_layers(found)
+    for name, layer in layers.items():
+        dim = 1 if isinstance(layer, torch.nn.Linear) else 0
+        before = dense.get_parameter(f"{name}.weight")
+        kept = layer.weight != 0
+        assert Pattern(2, 4).holds(layer.weight, dim) and int(kept.sum()) * 2 == kept.numel()
+        if method != "sparsegpt":  # which moves what is kept
+            assert torch.equal(layer.weight[kept], before[kept])
+        if method == "magnitude":
+            assert torch.equal(kept, Pattern(2, 4).mask(before.abs().movedim(dim, 1)).movedim(1, dim))
+    assert read_json(tmp_path / "out" / "sparsity_config.json")["pattern"] == "2:4"
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "4:8", "unstructured"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_other_patterns_hold(pattern: str, method: str, folder: Path, tmp_path: Path) -> None:
+    arguments = ("--method", method, "--pattern", pattern, "--calibration", folder / "text.txt", *CALIBRATION)
+    result = run(folder / "llama", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    n, m = (1, 2) if pattern == "unstructured" else map(int, pattern.split(":"))
+    layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
+    assert all(Pattern(n, m, pattern != "unstructured").holds(layer.weight) for layer in layers.values())
+
+
+def test_result_can_be_measured_and_compressed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(folder / "llama", out, "--method", "magnitude").exit_code == 0
+    arguments = [str(out), "--dataset", str(folder / "text.txt"), "--seq-len", "16", "--limit", "2"]
+    assert CliRunner().invoke(evaluate, arguments).exit_code == 0
+    assert CliRunner().invoke(export, [str(out), str(tmp_path / "compressed")]).exit_code == 0
+
+
+def test_the_same_seed_prunes_alike_and_another_calibrates_on_other_text(folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        arguments = ("--method", "sparsegpt", "--calibration", folder / "text.txt", *CALIBRATION, "--seed", seed)
+        assert run(folder / "llama", tmp_path / name, *arguments).exit_code == 0
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
+    assert run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--exclude", "down_proj").exit_code == 0
+    layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
+    dense = [name for name, layer in layers.items() if not Pattern(2, 4).holds(layer.weight)]
+    assert dense and all(name.endswith("down_proj") for name in dense)
+
+
+# arguments after MODEL and OUT -> what the one line says
+ERRORS = {
+    "unknown-method": (("--method", "magic"), "'magic' is not one of"),
+    "no-method": ((), "Missing option '--method'"),
+    "pattern-form": (("--method", "wanda", "--pattern", "2/4"), "--pattern='2/4' is not of the form N:M"),
+    "pattern-values": (("--method", "wanda", "--pattern", "4:2"), "--pattern='4:2' needs 0 < N < M"),
+    "pattern-width": (("--method", "wanda", "--pattern", "3:7"), "in_features=32 is not a multiple of 7"),
+    "samples": (("--method", "wanda", "--samples", "0"), "--samples=0 must be at least 1"),
+    "damping": (("--method", "sparsegpt", "--damping", "-1"), "--damping=-1.0 must be 0 or more"),
+    "block-size": (("--method", "sparsegpt", "--block-size", "0"), "--block-size=0 must be at least 1"),
+    "seq-len": (("--method", "wanda", "--seq-len", "1"), "--seq-len=1 must be at least 2 tokens"),
+    "long-seq-len": (("--method", "wanda", "--seq-len", "100000"), "--seq-len=100000 is longer than the model's"),
+    "no-text": (("--method", "wanda", "--calibration", "none.txt", "--seq-len", "8"), "`--calibration`: file none.txt"),
+    "short-text": (
+        ("--method", "wanda", "--calibration", "TEXT", "--samples", "9999", "--seq-len", "16"),
+        "fewer than --samples=9999 windows of 16",
+    ),
+    "one-short": (("--method", "wanda", "--calibration", "SHORT", "--seq-len", "64"), "fewer than one sequence of 64"),
+    "device": (("--method", "magnitude", "--device", "gpu9"), "--device gpu9 cannot be used"),
+    "no-layer": (("--method", "magnitude", "--include", "nothing"), "'nothing'"),
+    "no-model": (("--method", "magnitude", "MODEL"), "There is no folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_wrong_value_is_one_line_and_leaves_nothing_behind(case: str, folder: Path, tmp_path: Path) -> None:
+    given, expected = ERRORS[case]
+    (tmp_path / "short.txt").write_text("two of four")
+    before = sorted(tmp_path.rglob("*"))
+    model = tmp_path / "none" / "model" if "MODEL" in given else folder / "llama"
+    names = {"TEXT": folder / "text.txt", "SHORT": tmp_path / "short.txt"}
+    result = run(model, tmp_path / "out", *(names.get(part, part) for part in given if part != "MODEL"))
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and expected in lines[0], result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_folder_in_use_is_refused_unless_overwritten(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(folder / "llama", out, "--method", "magnitude").exit_code == 0
+    result = run(folder / "llama", out, "--method", "magnitude")
+    assert result.exit_code == 2 and "--overwrite" in result.stderr
+    assert run(folder / "llama", out, "--method", "magnitude", "--overwrite").exit_code == 0
