@@ -249,8 +249,24 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("sparsity.decay_placement=momentun", r"'momentun' is text, expected .*Did you mean 'momentum'"),
     ("sparsity.include=nothing", r"sparsity\.include: 'nothing' matches no linear layer"),
     ("sparsity.exclude='*'", r"No layer is left to prune"),
-    ("sparsity.criterion=wanda", r"sparsity\.criterion='wanda' is text, expected 'magnitude'"),
+    ("sparsity.criterion=wandas", r"sparsity\.criterion='wandas' is text, expected 'magnitude'.*Did you mean 'wanda'"),
     ("sparsity.mask_intervall=5", r"Unknown key sparsity\.mask_intervall\. Did you mean 'mask_interval'"),
+    ("sparsity.schedule=linear", r"sparsity\.schedule='linear' is text, expected 'constant' or 'imp' or 'gmp'"),
+    ("sparsity.rounds=0", r"sparsity\.rounds=0 must be at least 1"),
+    ("sparsity.prune_share=1", r"sparsity\.prune_share=1\.0 must lie between 0 and 1"),
+    ("sparsity.steps_per_round=0", r"sparsity\.steps_per_round=0 must be at least 1"),
+    ("sparsity.prune_until=0", r"sparsity\.prune_until=0\.0 must be above 0 and at most 1"),
+    ("sparsity={{schedule: imp, init: wanda}}", r"sparsity\.init='wanda' goes with sparsity\.schedule=constant"),
+    ("sparsity={{schedule: gmp, mask_interval: 0}}", r"sparsity\.mask_interval=0 leaves gmp no step to prune at"),
+    ("sparsity={{schedule: imp, rounds: 3}}", r"sparsity\.rounds=3 need more than the 2 steps of the run\. Lower it"),
+    (
+        ["model.name_or_path={root}/cut-weights", "sparsity={{schedule: imp, steps_per_round: 9}}"],  # before it is read
+        r"sparsity\.rounds=4 of sparsity\.steps_per_round=9 need more than the 2 steps",
+    ),
+    (
+        ["sparsity.schedule=gmp", "training={{load_best_model_at_end: true, eval_strategy: steps, eval_steps: 500}}"],
+        r"training\.load_best_model_at_end=True with sparsity\.schedule=gmp.*Remove one of them",
+    ),
     # distillation, SLoRB
     ("distillation=kl", r"Section 'distillation' is 'kl'"),
     ("distillation.alpha=2", r"distillation\.alpha=2\.0 must lie between 0 and 1"),
@@ -263,6 +279,8 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("slorb.k=7", r"slorb\.k=7 does not divide in_features=32"),
     ("slorb.k=0", r"slorb\.k=0 must be at least 1"),
     ("slorb.init=random", r"slorb\.init='random' is text, expected 'mean' or 'zero'"),
+    ("slorb.start=1", r"slorb\.start=1\.0 must be 0 or more and below 1"),
+    (["sparsity.schedule=gmp", "slorb.start=0.5"], r"slorb\.start=0\.5 begins SLoRB after 1 steps, before .*=gmp"),
     # training: values
     ("training=5", r"Section 'training' is 5"),
     ("training.learning_rat=1", r"Unknown key training\.learning_rat\. Did you mean 'learning_rate'"),
