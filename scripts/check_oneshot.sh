@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Prune SmolLM2-135M in one shot by magnitude, Wanda and SparseGPT, calibrated on 32 x 512 tokens of c4-rp, and print
+# the time of each and the WikiText-2 perplexity (6 windows of 1024). About ten minutes on two cores.
+# usage: scripts/check_oneshot.sh MODEL DATA OUT    DATA holds redpajama_sample/c4-rp.jsonl and wikitext2/wiki.test.raw
+set -euo pipefail
+[ $# -eq 3 ] || { sed -n 2,4p "$0" >&2; exit 2; }
+model=$1 data=$2 out=$3
+export PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
+for method in magnitude wanda sparsegpt; do
+  SECONDS=0
+  ast-prune "$model" "$out/$method" --method "$method" --dtype float32 --overwrite \
+    --calibration "$data/redpajama_sample/c4-rp.jsonl" --samples 32 --seq-len 512
+  echo "$method: $SECONDS s, loading and writing included"
+done
+ast-eval "$model" "$out/magnitude" "$out/wanda" "$out/sparsegpt" \
+  --dataset wikitext2 --data-dir "$data/wikitext2" --seq-len 1024 --limit 6

@@ -1,0 +1,114 @@
+"""Do Wanda and SparseGPT give the masks and weights of the published codes on the same layers and inputs?
+
+usage: python scripts/compare_oneshot.py --sparsegpt CHECKOUT --wanda CHECKOUT
+CHECKOUT: of github.com/IST-DASLab/sparsegpt and github.com/locuslab/wanda. Layers: random `nn.Linear` and `Conv1D` of
+192 x 256 with correlated inputs, with and without dead input columns; eight sequences of 128 tokens. The published loop
+over a layer's groups stands inside Wanda's loading code, so its two lines are repeated here.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.evaluation.report import format_table
+from ast_sparse.sparsity.calibration import InputStatistics
+from ast_sparse.sparsity.oneshot import sparsegpt_prune, wanda_mask
+
+ROWS, COLUMNS, SEEDS = 192, 256, 6
+PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), None)
+
+
+def cases(seed: int) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
+    """Kind, layer, inputs."""
+    torch.manual_seed(seed)
+    mixing = torch.randn(COLUMNS, COLUMNS) / COLUMNS**0.5 + torch.eye(COLUMNS)
+    inputs = [torch.randn(1, 128, COLUMNS) @ mixing for _ in range(8)]
+    alive = torch.ones(COLUMNS)
+    alive[[5, 77]] = 0
+    yield "Linear", nn.Linear(COLUMNS, ROWS, bias=False), inputs
+    yield "Conv1D", Conv1D(ROWS, COLUMNS), inputs
+    yield "dead columns", nn.Linear(COLUMNS, ROWS, bias=False), [part * alive for part in inputs]
+
+
+def oriented(layer: nn.Module) -> Tensor:
+    """The weight as `[out, in]`."""
+    return (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
+
+
+def compare_sparsegpt(checkout: Path) -> list[tuple[object, ...]]:
+    """Positions that differ, and the largest relative difference of the weights, by kind and pattern."""
+    sys.path.insert(0, str(checkout))
+    sys.modules["quant"] = types.ModuleType("quant")  # CUDA code of theirs that pruning does not touch
+    torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]  # a CPU has nothing to wait for
+    from sparsegpt import SparseGPT
+
+    worst: dict[tuple[str, str], list[float]] = {}
+    for seed in range(SEEDS):
+        for kind, layer, inputs in cases(seed):
+            for pattern in PATTERNS:
+                theirs, ours = copy.deepcopy(layer), InputStatistics(COLUMNS, True, torch.device("cpu"))
+                published = SparseGPT(theirs)
+                for part in inputs:
+                    published.add_batch(part, None)
+                    ours.add(part)
+                n, m = pattern or (1, 2)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    published.fasterprune(0.5, prunen=m - n if pattern else 0, prunem=m if pattern else 0)
+                weight, _ = sparsegpt_prune(oriented(layer), ours.hessian, n, m, structured=pattern is not None)
+                expected = oriented(theirs)
+                figures = worst.setdefault((kind, f"{n}:{m}" if pattern else "unstructured"), [0.0, 0.0])
+                figures[0] += int(((weight == 0) != (expected == 0)).sum())
+                figures[1] = max(figures[1], float((weight - expected).norm() / expected.norm()))
+    return [("SparseGPT", *key, int(wrong), f"{error:.1e}") for key, (wrong, error) in worst.items()]
+
+
+def compare_wanda(checkout: Path) -> list[tuple[object, ...]]:
+    """Positions that differ, by pattern."""
+    sys.path.insert(0, str(checkout / "lib"))
+    from layerwrapper import WrappedGPT
+
+    wrong: dict[tuple[str, str], int] = {}
+    for seed in range(SEEDS):
+        for kind, layer, inputs in cases(seed):
+            if not isinstance(layer, nn.Linear):  # theirs knows no Conv1D
+                continue
+            published, ours = WrappedGPT(layer), InputStatistics(COLUMNS, False, torch.device("cpu"))
+            for part in inputs:
+                published.add_batch(part, None)
+                ours.add(part)
+            metric = oriented(layer).abs() * torch.sqrt(published.scaler_row.reshape((1, -1)))
+            for pattern in PATTERNS:
+                n, m = pattern or (COLUMNS // 2, COLUMNS)
+                groups = metric.unflatten(1, (-1, m))
+                pruned = groups.topk(m - n, dim=-1, largest=False).indices
+                expected = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, pruned, False).flatten(1)
+                found = wanda_mask(
+                    oriented(layer), ours.input_norm, *(pattern or (1, 2)), structured=pattern is not None
+                )
+                key = (kind, f"{n}:{m}" if pattern else "unstructured")
+                wrong[key] = wrong.get(key, 0) + int((found != expected).sum())
+    return [("Wanda", *key, count, "-") for key, count in wrong.items()]
+
+
+def main() -> None:
+    """See the module's first lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsegpt", type=Path, required=True, help="checkout of IST-DASLab/sparsegpt")
+    parser.add_argument("--wanda", type=Path, required=True, help="checkout of locuslab/wanda")
+    options = parser.parse_args()
+    rows = compare_sparsegpt(options.sparsegpt) + compare_wanda(options.wanda)
+    print(format_table(("method", "layer", "pattern", "positions that differ", "weights, relative"), rows))
+    sys.exit(int(any(row[3] or (row[4] != "-" and float(str(row[4])) > 1e-4) for row in rows)))
+
+
+if __name__ == "__main__":
+    main()
