@@ -178,6 +178,11 @@ class SparsityConfig(_Section):
         return self.pattern != UNSTRUCTURED
 
     @property
+    def final_sparsity(self) -> float:
+        """Share of the weights that the pattern prunes."""
+        return 1 - self.n / self.m
+
+    @property
     def fixed_masks(self) -> bool:
         """Whether pruned weights never come back, so that they get no gradient."""
         return self.mask_interval == 0 or self.schedule != "constant"
@@ -185,7 +190,7 @@ class SparsityConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(_Section):
-    """The loss (4): `ce_weight · CE + kl_weight · T² · KL`; `alpha` is shorthand for (1-α, α)."""
+    """The loss (4): `ce_weight · CE + kl_weight · D`, D by `kind`, T² · KL for one; `alpha` is shorthand for (1-α, α)."""
 
     _name = "distillation"
     kind: Literal["kl", "reverse_kl", "tinybert", "mobilebert", "squarehead"] = field(
@@ -197,8 +202,8 @@ class DistillationConfig(_Section):
     )
     alpha: float | None = field(default=None, metadata=_help("α of (4), 0 to 1; 0 needs no teacher. Default 0.67."))
     ce_weight: float | None = field(default=None, metadata=_help("Weight of the cross-entropy, instead of α."))
-    kl_weight: float | None = field(default=None, metadata=_help("Weight of T²·KL, instead of α."))
-    temperature: float = field(default=1.0, metadata=_help("T of the softened distributions in the KL."))
+    kl_weight: float | None = field(default=None, metadata=_help("Weight of the loss of `kind`, instead of α."))
+    temperature: float = field(default=1.0, metadata=_help("T of the softened output distributions."))
     hidden_weight: float = field(
         default=1.0, metadata=_help("Weight of hidden states beside the logits: tinybert, mobilebert, squarehead.")
     )
@@ -312,6 +317,8 @@ class EvaluationConfig(_Section):
         for key in ("windows", "steps"):
             self._require(getattr(self, key) is None or getattr(self, key) >= 1, key, "must be at least 1.")
         self._require("" not in self.datasets, "datasets", "has an empty entry. Fill or remove it.")
+        mend = "has nothing to measure: evaluation.datasets is empty. Name a data set, or remove it."
+        self._require(self.steps is None or len(self.datasets) > 0, "steps", mend)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -135,6 +135,41 @@ def load_causal_lm(
         transposed = any(isinstance(layers[name], Conv1D) for name in checkpoint.slorb)
         attach_adapter(checkpoint.model, checkpoint.slorb, str(name_or_path), transposed)
     return checkpoint.model
+
+
+def random_causal_lm(
+    name_or_path: str | Path,
+    seed: int,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    config_overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A float32 model with the configuration of `name_or_path` and random weights; no weights are read.
+
+    Args:
+        seed: of the weights; the random state outside stays as it is.
+
+    Other arguments and errors as of `load_model_config`.
+    """
+    config = load_model_config(
+        name_or_path,
+        revision=revision,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+        config_overrides=config_overrides,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    return cast(PreTrainedModel, model.eval())
 
 
 def load_checkpoint(

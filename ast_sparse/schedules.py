@@ -1,10 +1,12 @@
-"""What changes with the step: the mask decay, and the sparsity of the baselines IMP and GMP."""
+"""What changes with the step: the mask decay, the sparsity of the baselines IMP and GMP, and when SLoRB begins."""
 
 from typing import Literal
 
-from ast_sparse.config import SparsityConfig
+from ast_sparse.config import SLoRBConfig, SparsityConfig
 
 DecaySchedule = Literal["annealed", "static", "none"]
+
+_ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 def mask_decay_at(
@@ -45,7 +47,9 @@ def gradual_sparsity_at(step: int, total_steps: int, final_sparsity: float, prun
         final_sparsity: s.
         prune_until: share of the steps at which t reaches 1.
     """
-    done = min(1.0, step / (prune_until * total_steps))
+    done = step / (prune_until * total_steps)
+    if done > 1 - _ROUNDING:
+        return final_sparsity
     return final_sparsity * (1 - (1 - done) ** 3)
 
 
@@ -77,7 +81,7 @@ def iterative_sparsity_at(
 
 def sparsity_at(config: SparsityConfig, step: int, total_steps: int) -> float:
     """The share of pruned weights after `step` updates that `sparsity.schedule` asks for."""
-    final = 1 - config.n / config.m
+    final = config.final_sparsity
     if config.schedule == "gmp":
         return gradual_sparsity_at(step, total_steps, final, config.prune_until)
     if config.schedule == "imp":
@@ -85,3 +89,18 @@ def sparsity_at(config: SparsityConfig, step: int, total_steps: int) -> float:
             step, total_steps, final, config.rounds, config.prune_share, config.steps_per_round
         )
     return final
+
+
+def is_refresh_due(config: SparsityConfig, step: int, total_steps: int) -> bool:
+    """Whether masks are recomputed after the update that makes `step`."""
+    if config.schedule == "imp":
+        return sparsity_at(config, step, total_steps) > sparsity_at(config, step - 1, total_steps)
+    at_interval = config.mask_interval > 0 and step % config.mask_interval == 0
+    return at_interval or (config.schedule == "gmp" and step == total_steps)
+
+
+def slorb_step(slorb: SLoRBConfig | None, total_steps: int) -> int | None:
+    """The updates after which SLoRB alone is trained (Table 12); None where it is trained from the start."""
+    if slorb is None or not slorb.enabled or slorb.start == 0:
+        return None
+    return int(slorb.start * total_steps + _ROUNDING)

@@ -1,6 +1,13 @@
 import pytest
 
-from ast_sparse.schedules import mask_decay_at
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.schedules import (
+    gradual_sparsity_at,
+    is_refresh_due,
+    iterative_sparsity_at,
+    mask_decay_at,
+    slorb_step,
+)
 
 
 def test_annealed_decay_ramps_to_its_maximum_at_a_quarter_and_stays() -> None:
@@ -27,3 +34,42 @@ def test_ramp_of_zero_starts_at_the_maximum() -> None:
 def test_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="decay_schedule='cosine' is unknown"):
         mask_decay_at(0, 40, 1.0, decay_schedule="cosine")  # type: ignore[arg-type]
+
+
+def test_gradual_sparsity_follows_the_cubic_ramp() -> None:
+    values = {step: gradual_sparsity_at(step, 40, 0.5, prune_until=0.5) for step in (0, 5, 10, 19, 20, 40)}
+    expected = {0: 0.0, 5: 0.2890625, 10: 0.4375, 19: 0.5 * (1 - 0.05**3), 20: 0.5, 40: 0.5}
+    assert values == pytest.approx(expected, rel=1e-12)
+    assert gradual_sparsity_at(39, 40, 0.75, prune_until=1.0) < gradual_sparsity_at(40, 40, 0.75, prune_until=1.0)
+    assert gradual_sparsity_at(3, 30, 0.5, prune_until=0.1) == 0.5  # 0.1 * 30 is 3.0000000000000004
+
+
+def test_iterative_sparsity_prunes_equal_shares_of_what_is_left() -> None:
+    values = [iterative_sparsity_at(step, 10, 0.5, rounds=4) for step in range(10)]
+    rounds = [0.15910358, 0.29289322, 0.40539644, 0.5]  # 1 - 0.5 ** (i / 4)
+    assert values == pytest.approx([rounds[0]] * 2 + [rounds[1]] * 2 + [rounds[2]] * 2 + [rounds[3]] * 4, rel=1e-7)
+    assert values[6:] == [0.5] * 4
+
+
+def test_iterative_sparsity_takes_a_share_and_the_length_of_a_round() -> None:
+    values = [iterative_sparsity_at(step, 10, 0.5, 3, prune_share=0.2, steps_per_round=2) for step in range(6)]
+    assert values == pytest.approx([0.2, 0.2, 0.36, 0.36, 0.5, 0.5])
+    early = [iterative_sparsity_at(step, 8, 0.5, 4, prune_share=0.4) for step in range(8)]
+    assert early == pytest.approx([0.4, 0.4] + [0.5] * 6)  # never more than the pattern prunes
+    assert {iterative_sparsity_at(step, 8, 0.75, rounds=1) for step in range(8)} == {0.75}
+
+
+def test_masks_of_imp_are_due_where_a_round_begins_and_those_of_gmp_at_the_end_too() -> None:
+    imp = SparsityConfig(schedule="imp", rounds=3)
+    assert [step for step in range(1, 12) if is_refresh_due(imp, step, 11)] == [3, 6]
+    gmp = SparsityConfig(schedule="gmp", mask_interval=4)
+    assert [step for step in range(1, 12) if is_refresh_due(gmp, step, 11)] == [4, 8, 11]
+    assert [step for step in range(1, 12) if is_refresh_due(SparsityConfig(mask_interval=4), step, 11)] == [4, 8]
+    assert not any(is_refresh_due(SparsityConfig(mask_interval=0), step, 11) for step in range(1, 12))
+
+
+def test_slorb_alone_begins_at_a_whole_step() -> None:
+    assert slorb_step(SLoRBConfig(start=0.29), 100) == 29  # 0.29 * 100 is 28.999999999999996
+    assert slorb_step(SLoRBConfig(start=0.5), 7) == 3
+    assert slorb_step(SLoRBConfig(start=0.1), 5) == 0
+    assert slorb_step(SLoRBConfig(), 7) is slorb_step(SLoRBConfig(enabled=False, start=0.5), 7) is None

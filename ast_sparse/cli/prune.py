@@ -123,8 +123,18 @@ def _prune(
         model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
     )
     click.echo("\n".join([*report.lines(), *_errors(report, sparsity.init)]))
+    method: dict[str, Any] = {"method": sparsity.init}
+    if samples is not None:
+        method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1]}
     written = export_model(
-        model, out, "dense", dtype=options["dtype"], overwrite=options["overwrite"], tokenizer=tokenizer, progress=True
+        model,
+        out,
+        "dense",
+        dtype=options["dtype"],
+        overwrite=options["overwrite"],
+        tokenizer=tokenizer,
+        progress=True,
+        record={"base_model": source.name_or_path, "one_shot": method},
     )
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval, compress it with ast-export.")
 

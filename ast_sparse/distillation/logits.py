@@ -1,4 +1,4 @@
-"""Distillation on the output distribution: cross-entropy and KL, forward or reverse (paper Sec. 3.3)."""
+"""Distillation on the output distribution: cross-entropy, KL forward or reverse, soft CE (paper Sec. 3.3)."""
 
 from typing import Any
 
@@ -15,14 +15,18 @@ _CHUNK_TOKENS = 256  # rows of float32 temporaries alive at once
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, config: DistillationConfig | None
 ) -> tuple[Tensor, Tensor]:
-    """`w_ce · CE + w_kl · T² · KL`, summed over the tokens whose label is not −100, (4) or (15).
+    """`w_ce · CE + w_kl · D`, summed over the tokens whose label is not −100: the part of (4) that looks at logits.
+
+    D by `config.kind`: kl and squarehead T² · KL(teacher‖student), (4) and (13); reverse_kl T² · KL(student‖teacher),
+    (15); tinybert the soft cross-entropy −Σ softmax(z_T/T) · log softmax(z_S/T) without T², (9)-(10); mobilebert
+    nothing. What the kind says of hidden states and attention maps is `feature_loss`.
 
     The gradient is computed in the forward pass, a chunk of tokens at a time, so that the only tensors of the size of
     the logits are the logits themselves and their gradient.
 
     Args:
         student_logits: `[..., vocab]`, any float dtype; computed in float32 or wider.
-        teacher_logits: the same shape, no gradient; None where the KL has no weight.
+        teacher_logits: the same shape, no gradient; None where D has no weight or looks at no logits.
         labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
         config: weights and temperature; None is plain cross-entropy.
 
@@ -30,17 +34,18 @@ def distillation_loss(
         The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
 
     Raises:
-        ValueError: shapes differ, or the KL has weight and there is no teacher.
+        ValueError: shapes differ, or D has weight and there is no teacher.
     """
     ce_weight, kl_weight = (1.0, 0.0) if config is None else config.weights
     if student_logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}.")
+    kind = "kl" if config is None else config.kind
+    kl_weight = 0.0 if kind == "mobilebert" else kl_weight
     if kl_weight > 0 and teacher_logits is None:
         raise ValueError(f"kl_weight={kl_weight} needs teacher logits.")
     if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
         raise ValueError(f"teacher logits {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}.")
     temperature = 1.0 if config is None else config.temperature
-    reverse = config is not None and config.kind == "reverse_kl"
     loss = _DistillationLoss.apply(
         student_logits.flatten(0, -2),
         None if teacher_logits is None or kl_weight == 0 else teacher_logits.detach().flatten(0, -2),
@@ -48,7 +53,7 @@ def distillation_loss(
         ce_weight,
         kl_weight,
         temperature,
-        reverse,
+        kind,
     )
     return loss, (labels != IGNORE_INDEX).sum()
 
@@ -65,7 +70,7 @@ class _DistillationLoss(torch.autograd.Function):
         ce_weight: float,
         kl_weight: float,
         temperature: float,
-        reverse: bool,
+        kind: str,
     ) -> Tensor:
         work_dtype = torch.promote_types(student.dtype, torch.float32)
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
@@ -77,7 +82,7 @@ class _DistillationLoss(torch.autograd.Function):
             chunk_grad = torch.zeros_like(logits) if grad is not None else None
             loss = _cross_entropy(logits, labels[rows], ce_weight, chunk_grad)
             if teacher is not None:
-                loss = loss + _kl(logits, teacher[rows].to(work_dtype), kl_weight, temperature, reverse, chunk_grad)
+                loss = loss + _kl(logits, teacher[rows].to(work_dtype), kl_weight, temperature, kind, chunk_grad)
             total += torch.where(counted, loss, 0).sum()
             if grad is not None and chunk_grad is not None:
                 grad[rows] = chunk_grad.masked_fill_(~counted.unsqueeze(-1), 0)
@@ -104,24 +109,26 @@ def _cross_entropy(logits: Tensor, labels: Tensor, weight: float, grad: Tensor |
     return loss
 
 
-def _kl(
-    student: Tensor, teacher: Tensor, weight: float, temperature: float, reverse: bool, grad: Tensor | None
-) -> Tensor:
-    """`weight · T² · KL` of each row; adds its gradient with respect to the student's logits to `grad`.
+def _kl(student: Tensor, teacher: Tensor, weight: float, temperature: float, kind: str, grad: Tensor | None) -> Tensor:
+    """`weight · T² · KL` or weight · soft CE of each row; adds its gradient by the student's logits to `grad`.
 
-    Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL).
+    Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL). Soft CE, which is
+    the forward KL plus the teacher's entropy, without T²: weight · (p_s − p_t) / T.
     """
     log_s = F.log_softmax(student / temperature, dim=-1)
     log_t = F.log_softmax(teacher / temperature, dim=-1)
     p_s = log_s.exp()
-    if reverse:
+    if kind == "reverse_kl":
         difference = log_s - log_t
         kl = (p_s * difference).sum(-1)
         if grad is not None:
             grad.add_(p_s * (difference - kl.unsqueeze(-1)), alpha=weight * temperature)
         return weight * temperature**2 * kl
     p_t = log_t.exp()
-    kl = (p_t * (log_t - log_s)).sum(-1)
+    if kind == "tinybert":
+        scale, loss = weight, -(p_t * log_s).sum(-1)
+    else:
+        scale, loss = weight * temperature**2, (p_t * (log_t - log_s)).sum(-1)
     if grad is not None:
-        grad.add_(p_s.sub_(p_t), alpha=weight * temperature)
-    return weight * temperature**2 * kl
+        grad.add_(p_s.sub_(p_t), alpha=scale / temperature)
+    return scale * loss

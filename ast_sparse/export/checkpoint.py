@@ -70,6 +70,7 @@ def export_model(
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
+    record: dict[str, Any] | None = None,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before they take their place.
 
@@ -83,6 +84,7 @@ def export_model(
         overwrite: replace a model that `out_dir` holds.
         tokenizer: saved with the model; by default a folder's tokenizer files are copied.
         progress: show a progress bar.
+        record: how a model object came about, for `sparsity_config.json`.
 
     Raises:
         UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
@@ -94,7 +96,7 @@ def export_model(
     out = Path(out_dir).expanduser().resolve()
     folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
-    source = _open_source(model_or_dir, folder, pattern)
+    source = _open_source(model_or_dir, folder, pattern, record or {})
     plan = _plan_layers(source, format)
     with finished_folder(out) as partial:
         _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
@@ -105,9 +107,9 @@ def export_model(
     return report
 
 
-def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None) -> _Source:
+def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any]) -> _Source:
     if folder is None:
-        model, recorded = model_or_dir, {}
+        model, recorded = model_or_dir, record
         _check_model(model)
         weights, masks, slorb = split_state_dict(model.state_dict())
         layer = next(iter(sparse_layers(model).values()), None)
@@ -206,7 +208,8 @@ def _write(
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
     own = {"pattern": str(source.pattern), "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
-    files.write_json(folder / files.SPARSITY_CONFIG_NAME, source.sparsity_config or own)
+    recorded = source.sparsity_config if source.folder is not None else {}
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, recorded or {**own, **source.sparsity_config})
 
 
 def _cast_weights(source: _Source, plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

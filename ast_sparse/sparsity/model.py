@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class SparsityReport:
         skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
         pattern: what the masks fit.
         total_parameters: parameters of the dense model, tied ones once; masks are not counted.
-        errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device.
+        errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device, and for IMP and GMP.
     """
 
     pattern: Pattern
@@ -216,27 +216,28 @@ def sparsify_model(
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
     adapters, errors = {}, {}
-    for name, layer, result in prune_layers(
+    for name, layer, result in _prune_layers(
         model, selected, sparsity_config, calibration_config, samples, device, progress
     ):
         conv = isinstance(layer, Conv1D)
-        dense = layer.weight.t().clone() if conv else layer.weight.clone()
+        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None else None
         weight, mask = result.weight, result.mask
         if sparsity_config.init != "magnitude":
             weight = settle(weight, mask, pattern)
             layer.weight.copy_(weight.t() if conv else weight)
-        if not weight.is_meta:
+        if not weight.is_meta and sparsity_config.schedule == "constant":
             errors[name] = result.error
         make_sparse(layer, mask.t() if conv else mask, pattern, sparsity_config.fixed_masks)
-        if slorb is not None:
-            start = slorb_init(dense, torch.where(mask, weight, 0), slorb.k, slorb.init)
+        if slorb is not None and dense is not None:
+            init = slorb.init if slorb.start == 0 else "zero"  # until `restart_slorb`
+            start = slorb_init(dense, torch.where(mask, weight, 0), slorb.k, init)
             adapters[name] = SLoRB(*start, slorb.train_projection)
     for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
         model.get_submodule(name).slorb = adapter
     return SparsityReport(pattern, shapes, skipped, total, errors)
 
 
-def prune_layers(
+def _prune_layers(
     model: nn.Module,
     selected: Mapping[str, Prunable],
     config: SparsityConfig,
@@ -301,6 +302,8 @@ def refresh_masks(
         weight, mask = layer.weight.movedim(layer.group_dim, -1), layer.mask.movedim(layer.group_dim, -1)
         if sparsity is not None:
             new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
+        elif criterion == "magnitude":
+            new = layer.magnitude_mask().movedim(layer.group_dim, -1)
         else:
             seen = (statistics or {}).get(name)
             new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration_config).mask
@@ -308,6 +311,18 @@ def refresh_masks(
         rates[name] = (flip_rate(new, layer.mask), flip_rate(new, layer.unpacked_start_mask()))
         layer.mask.copy_(new)  # never rebound: the optimizer and torch.compile hold this tensor
     return rates
+
+
+@torch.no_grad()
+def restart_slorb(model: nn.Module, init: Literal["mean", "zero"]) -> None:
+    """Set S of every layer by (6) from what its mask prunes by now, in place; X stays as it is.
+
+    The decay has shrunk the pruned weights by then, so S is smaller than at the start of a run.
+    """
+    for layer in sparse_layers(model).values():
+        if layer.slorb is not None:
+            weight, mask = layer.weight.movedim(layer.group_dim, -1), layer.mask.movedim(layer.group_dim, -1)
+            layer.slorb.S.copy_(slorb_init(weight, torch.where(mask, weight, 0), layer.slorb.k, init)[0])
 
 
 @torch.no_grad()

@@ -143,8 +143,9 @@ def prune_layer(
     groups = (pattern.n, pattern.m)
     if method == "wanda":
         mask = wanda_mask(weight, statistics.input_norm, *groups, structured=pattern.structured)
+        squares = statistics.squares.to(weight.dtype)
         pruned = torch.where(mask, 0, weight).square()
-        return PrunedLayer(weight, mask, _relative(pruned @ statistics.squares, weight.square() @ statistics.squares))
+        return PrunedLayer(weight, mask, _relative(pruned @ squares, weight.square() @ squares))
     settings = calibration or CalibrationConfig()
     assert statistics.hessian is not None, "SparseGPT's statistics are collected with it"
     hessian = statistics.hessian
@@ -154,7 +155,7 @@ def prune_layer(
         )
     except ValueError as error:
         raise UserError(f"`{name}`: {error}. Raise calibration.damping, or calibrate on more text.") from None
-    change = weight - new
+    change, hessian = weight - new, hessian.to(weight.dtype)
     return PrunedLayer(new, mask, _relative((change @ hessian) * change, (weight @ hessian) * weight))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ast_sparse.config import CalibrationConfig, SparsityConfig
-from ast_sparse.errors import UserError
+from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.optim import SparseAdamW
-from ast_sparse.schedules import mask_decay_at, sparsity_at
+from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
 from ast_sparse.sparsity.calibration import InputRecorder
 from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers
+from ast_sparse.training.baselines import check_steps
 
 MASK_HISTORY = "mask_history.jsonl"
 
@@ -28,6 +28,7 @@ class SparsityCallback(TrainerCallback):
         config: the sparsity settings.
         log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
         calibration: SparseGPT's damping and block size.
+        slorb: where SLoRB comes after the sparse training, masks stop moving when it begins.
     """
 
     def __init__(
@@ -35,18 +36,19 @@ class SparsityCallback(TrainerCallback):
         config: SparsityConfig,
         log: Callable[[dict[str, float]], None],
         calibration: CalibrationConfig | None = None,
+        slorb: SLoRBConfig | None = None,
     ) -> None:
         self.config = config
         self.log = log
         self.calibration = calibration
+        self.slorb = slorb
         self._recorder: InputRecorder | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer, model = _sparse_optimizer(kwargs["optimizer"]), kwargs["model"]
-        optimizer.bind_masks(masks_by_parameter(model))
-        _check_rounds(self.config, state.max_steps)
+        check_steps(self.config, self.slorb, state.max_steps)
+        _sparse_optimizer(kwargs["optimizer"]).bind_masks(masks_by_parameter(kwargs["model"]))
         if args.should_save:
             _keep_history_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 
@@ -65,33 +67,37 @@ class SparsityCallback(TrainerCallback):
             return
         model: nn.Module = kwargs["model"]
         rates = self._refresh(model, state.global_step, state.max_steps)
-        sizes = {name: layer.mask.numel() for name, layer in sparse_layers(model).items()}
-        total = sum(sizes.values())
-        whole = [sum(rates[name][i] * size for name, size in sizes.items()) / total for i in (0, 1)]
-        decay = self._mask_decay(state.global_step - 1, state.max_steps)  # of the update just done
+        masks = {name: layer.mask for name, layer in sparse_layers(model).items()}
+        total = sum(mask.numel() for mask in masks.values())
+        figures = {
+            key: sum(rates[name][i] * mask.numel() for name, mask in masks.items()) / total
+            for i, key in enumerate(("flip_rate", "initial_flip_rate"))
+        }
+        figures["mask_decay"] = self._mask_decay(state.global_step - 1, state.max_steps)  # of the update just done
+        if self.config.schedule != "constant":
+            figures["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
         due = control.should_log
-        self.log({"flip_rate": whole[0], "initial_flip_rate": whole[1], "mask_decay": decay})
+        self.log(dict(figures))
         control.should_log = due  # logging clears it, and the loss of this step would go unlogged
         if args.should_save:
             row = {
-                "step": state.global_step, "flip_rate": whole[0], "initial_flip_rate": whole[1], "mask_decay": decay,
+                "step": state.global_step,
+                **figures,
                 "layers": {name: list(rate) for name, rate in rates.items()},
-            }  # fmt: skip
+            }
             with (Path(str(args.output_dir)) / MASK_HISTORY).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.config.schedule != "constant":  # a run that was stopped early is pruned to its pattern all the same
+            refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
         apply_masks(kwargs["model"])
 
     def _is_due(self, step: int, total_steps: int) -> bool:
-        """Whether masks are recomputed after the update that makes `step`."""
-        config = self.config
-        if config.schedule == "imp":
-            return sparsity_at(config, step, total_steps) > sparsity_at(config, step - 1, total_steps)
-        at_interval = config.mask_interval > 0 and step % config.mask_interval == 0
-        return at_interval or (config.schedule == "gmp" and step == total_steps)
+        last = slorb_step(self.slorb, total_steps)
+        return is_refresh_due(self.config, step, total_steps) and (last is None or step <= last)
 
     def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
         config = self.config
@@ -110,17 +116,6 @@ class SparsityCallback(TrainerCallback):
         if config.schedule != "constant":  # pruned weights are zero: there is nothing to decay
             return 0.0
         return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
-
-
-def _check_rounds(config: SparsityConfig, total_steps: int) -> None:
-    """IMP's last round begins within the run, or the pattern would never be reached."""
-    if config.schedule == "imp" and sparsity_at(config, total_steps - 1, total_steps) < sparsity_at(
-        config, config.rounds * total_steps, total_steps
-    ):
-        raise UserError(
-            f"sparsity.steps_per_round={config.steps_per_round} and sparsity.rounds={config.rounds} need more than the "
-            f"{total_steps} steps of the run. Lower one of them, or raise training.max_steps."
-        )
 
 
 def _sparse_optimizer(optimizer: Any) -> SparseAdamW:

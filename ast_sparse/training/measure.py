@@ -1,11 +1,21 @@
-"""The perplexities that a run reports at its stages: the dense, the one-shot and the retrained model."""
+"""The perplexities that a run reports: at its stages (the dense, the one-shot, the retrained model) and in between."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ast_sparse.config import RunConfig
 from ast_sparse.data.sources import read_texts
@@ -47,6 +57,8 @@ class Measured:
                 self.texts[name] = wikitext2_rows(data_dir=settings.data_dir, field="evaluation.data_dir")
             elif name != HELDOUT:
                 self.texts[name] = self._read(name)
+        if settings.steps is not None:
+            self._check_keys()
 
     def _read(self, name: str) -> list[str]:
         try:
@@ -55,6 +67,15 @@ class Measured:
             near = difflib.get_close_matches(name.replace("_", ""), (HELDOUT, WIKITEXT2), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"{error}{hint}") from None
+
+    def _check_keys(self) -> None:
+        names: dict[str, str] = {}
+        for name in self.config.evaluation.datasets:
+            if (other := names.setdefault(logged_key(name), name)) != name:
+                raise UserError(
+                    f"{_FIELD}: {other!r} and {name!r} would both be logged as {logged_key(name)}. Rename one of them, "
+                    "or remove evaluation.steps."
+                )
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
         """Check that every text fills a window.
@@ -75,16 +96,65 @@ class Measured:
         self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
     ) -> dict[str, dict[str, Any]]:
         """The figures of one stage by data set; `stage` and data set label the progress bar."""
+        results = self._measure(stage, model, tokenizer, held_out, self.show)
+        return {name: asdict(result) for name, result in results.items()}
+
+    def during_training(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+    ) -> dict[str, float]:
+        """The perplexities alone, by the names they are logged under; no bar beside that of the training."""
+        results = self._measure("training", model, tokenizer, held_out, show=False)
+        return {logged_key(name): result.perplexity for name, result in results.items()}
+
+    def _measure(
+        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any, show: bool
+    ) -> dict[str, PerplexityResult]:
         settings = self.config.evaluation
         results: dict[str, PerplexityResult] = {}
         for name in settings.datasets:
-            shown: dict[str, Any] = {"progress": self.show, "label": f"Perplexity, {stage}, {name}"}
+            shown: dict[str, Any] = {"progress": show, "label": f"Perplexity, {stage}, {name}"}
             if name == HELDOUT:
                 results[name] = evaluate_blocks(model, held_out, settings.windows, **shown)
             else:
                 seq_len = settings.seq_len or default_seq_len(model.config)
                 results[name] = evaluate_text(model, tokenizer, self.texts[name], seq_len, settings.windows, **shown)
-        return {name: asdict(result) for name, result in results.items()}
+        return results
+
+
+def logged_key(name: str) -> str:
+    """What the perplexity of a data set is called in the log."""
+    return f"{name if name in (HELDOUT, WIKITEXT2) else Path(name).stem}_perplexity"
+
+
+class PerplexityCallback(TrainerCallback):
+    """Measures the perplexities of `evaluation.datasets` every `evaluation.steps` updates, and logs them.
+
+    Masks are those of the step, in the precision of training; the random state of the training stays as it is.
+
+    Args:
+        measure: figures by name of the model it is called with.
+        log: `Trainer.log`.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        measure: Callable[[PreTrainedModel], dict[str, float]],
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.steps = steps
+        self.measure = measure
+        self.log = log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        on_gpu = args.device.type == "cuda"
+        with torch.random.fork_rng(devices=[args.device] if on_gpu else []):
+            figures = self.measure(kwargs["model"])
+        due = control.should_log
+        self.log(figures)
+        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
 
 
 def results_table(rows: Rows) -> str:

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ast_sparse.config import ModelConfig, RunConfig
+from ast_sparse.config import DistillationConfig, ModelConfig, RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
 from ast_sparse.loading import load_model_config
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
-from ast_sparse.training.trainer import check_vocabularies
+from ast_sparse.training.baselines import check_baseline
+from ast_sparse.training.flops import match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.inputs import check_vocabularies
+from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes
 
 GIB = 2**30
 _LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
@@ -31,6 +34,7 @@ class Plan:
         tokens_per_step: over all processes and accumulated batches.
         memory: bytes by item, per device, activations of the blocks not counted.
         model_config: of the student, overrides applied.
+        notes: lines on settings that change what the others say.
     """
 
     sparsity: SparsityReport
@@ -38,10 +42,11 @@ class Plan:
     tokens_per_step: int
     memory: dict[str, int]
     model_config: PreTrainedConfig
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The plan as text."""
-        lines = self.sparsity.lines()
+        lines = [*self.sparsity.lines(), *self.notes]
         per_step = f"{self.tokens_per_step:,} tokens a step"
         if self.steps is None:
             lines.append(f"tokens: {per_step}; training.max_steps is not set, so the data decides the number of steps")
@@ -58,15 +63,21 @@ def make_plan(config: RunConfig, args: TrainingArguments) -> Plan:
 
     Raises:
         UserError: the model cannot be found or built, its files are damaged, a shape does not fit the pattern or
-            SLoRB, no layer is left, the teacher's vocabulary differs, or a block or an evaluation window is longer
-            than the model's.
+            SLoRB, no layer is left, the teacher's vocabulary or shape does not fit the kind of distillation, or a
+            block or an evaluation window is longer than the model's.
     """
-    model_config = _student_config(config.model)
-    _check_windows(config, model_config)
     distills = config.distillation is not None and config.distillation.needs_teacher
+    reads_weights = not config.model.random_weights or (distills and config.model.teacher is None)
+    model_config = _student_config(config.model, reads_weights)
+    _check_windows(config, model_config)
+    check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
-        _check_teacher(config.model.teacher, model_config)
+        _check_teacher(config.model.teacher, model_config, config.distillation)
     model = _meta_model(config.model, model_config)
+    parameters = student_parameters(model, config.sparsity, config.slorb)
+    teacher = config.model.teacher or model
+    args, matched = match_flops(args, config.distillation, parameters, lambda: teacher_parameters(teacher))
+    check_baseline(config.sparsity, config.slorb, args)
     report = sparsify_model(model, config.sparsity, config.slorb)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sequences = args.per_device_train_batch_size
@@ -85,10 +96,22 @@ def make_plan(config: RunConfig, args: TrainingArguments) -> Plan:
         memory["teacher"] = (2 if half else 4) * report.total_parameters
         memory["logits of teacher"] = logits // 2 if half else logits
     per_step = sequences * args.gradient_accumulation_steps * args.world_size * config.data.block_size
-    return Plan(report, args.max_steps if args.max_steps > 0 else None, per_step, memory, model_config)
+    notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
+    notes += [] if matched is None else [f"steps: {matched}"]
+    steps = args.max_steps if args.max_steps > 0 else None
+    return Plan(report, steps, per_step, memory, model_config, tuple(notes))
 
 
-def _student_config(model: ModelConfig) -> PreTrainedConfig:
+def meta_student(model: ModelConfig) -> PreTrainedModel:
+    """The dense model on the meta device: its configuration and files are checked, no weight is loaded.
+
+    Raises:
+        UserError: the model cannot be found or built, or its files are damaged or sparse already.
+    """
+    return _meta_model(model, _student_config(model))
+
+
+def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrainedConfig:
     path = Path(model.name_or_path).expanduser()
     if model.revision is not None and path.exists():
         raise UserError(
@@ -105,7 +128,7 @@ def _student_config(model: ModelConfig) -> PreTrainedConfig:
         trust_remote_code=model.trust_remote_code,
         config_overrides=model.config_overrides,
     )
-    if path.is_dir() and model.gguf_file is None:
+    if path.is_dir() and model.gguf_file is None and reads_weights:
         _check_dense(path)
     return config
 
@@ -120,7 +143,7 @@ def _check_dense(folder: Path) -> None:
         )
 
 
-def _check_teacher(name: str, student: PreTrainedConfig) -> None:
+def _check_teacher(name: str, student: PreTrainedConfig, distillation: DistillationConfig | None) -> None:
     path = Path(name).expanduser()
     try:
         teacher = load_model_config(name)
@@ -129,6 +152,7 @@ def _check_teacher(name: str, student: PreTrainedConfig) -> None:
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
     check_vocabularies(student, teacher)
+    check_feature_shapes(distillation, student, teacher)
 
 
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:

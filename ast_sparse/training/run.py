@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -15,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
-from ast_sparse.data.sources import check_sources
-from ast_sparse.data.text import build_datasets
+from ast_sparse.data.sources import check_entries, check_sources
+from ast_sparse.data.text import build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import ADAPTER_FOLDER, write_json
-from ast_sparse.loading import load_causal_lm, load_tokenizer
+from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.callbacks import MASK_HISTORY
@@ -30,7 +32,7 @@ from ast_sparse.training.checkpoints import (
     last_checkpoint,
     resolve_checkpoint,
 )
-from ast_sparse.training.measure import Measured, Rows, results_table
+from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
 from ast_sparse.training.plan import make_plan
 from ast_sparse.training.trainer import SparseTrainer
 
@@ -71,6 +73,7 @@ def run_training(
     if not is_continued and not overwrite and not dry_run:
         _refuse_used(output)
     check_sources(config.data)
+    check_entries(config.calibration.data or (), config.data.root, "calibration.data")
     _check_held_out(config, args)
     plan = make_plan(config, args)
     if checkpoint is not None:
@@ -90,6 +93,9 @@ def run_training(
     )
     measured.check_lengths(tokenizer, plan.model_config)
     trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo)
+    if config.evaluation.steps is not None:
+        measure = partial(measured.during_training, tokenizer=tokenizer, held_out=trainer.eval_dataset)
+        trainer.add_callback(PerplexityCallback(config.evaluation.steps, measure, trainer.log))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _check_final(trainer.student)
     trainer.save_model()
@@ -127,14 +133,14 @@ def _prepare(
     if args.should_log:
         echo("\n".join(data_report.lines()))
     _check_batches(args, len(train))
-    model = _load_student(config.model)
+    model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
     _check_token_ids(train, tokenizer, model)
-    _check_finite(model, config.model.name_or_path)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = _read_rows(output / RESULTS) if checkpoint is not None else {}
-    if "dense" not in rows:
-        rows["dense"] = measured("dense", model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
+    stage = "random" if config.model.random_weights else "dense"
+    if stage not in rows:
+        rows[stage] = measured(stage, model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
     try:
         trainer = SparseTrainer(
             model,
@@ -142,7 +148,9 @@ def _prepare(
             sparsity_config=config.sparsity,
             distillation_config=config.distillation,
             slorb_config=_slorb(config),
-            teacher_model=config.model.teacher,
+            calibration_config=config.calibration,
+            calibration_dataset=_calibration(config, args, tokenizer, checkpoint),
+            teacher_model=_teacher(config),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -156,11 +164,25 @@ def _prepare(
             _remove_newer(checkpoint)
         _write_config(config, output)
     stage = f"one-shot {pattern}"
-    if stage not in rows:
+    if stage not in rows and config.sparsity.schedule == "constant":  # imp and gmp reach the pattern later
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
         write_json(output / RESULTS, rows)
     return trainer, rows
+
+
+def _calibration(
+    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+) -> Dataset | bool | None:
+    """What one-shot pruning is calibrated on; False where a checkpoint brings the masks, None for the training text."""
+    settings = config.calibration
+    if checkpoint is not None or config.sparsity.init == "magnitude":
+        return False
+    if settings.data is None:
+        return None
+    with args.main_process_first(desc="tokenising the calibration text"):
+        length = settings.seq_len or config.data.block_size
+        return calibration_blocks(settings.data, config.data.root, config.data.text_field, tokenizer, length)
 
 
 def _output_dir(config: RunConfig, output_dir: str | None) -> Path:
@@ -279,15 +301,27 @@ def _write_config(config: RunConfig, output: Path) -> None:
     (output / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _load_student(model: ModelConfig) -> PreTrainedModel:
-    return load_causal_lm(
-        model.name_or_path,
-        revision=model.revision,
-        gguf_file=model.gguf_file,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        config_overrides=model.config_overrides,
-    )
+def _load_dense(model: ModelConfig) -> PreTrainedModel:
+    dense = load_causal_lm(model.name_or_path, **_load_options(model))
+    _check_finite(dense, model.name_or_path)
+    return dense
+
+
+def _random_student(model: ModelConfig, seed: int) -> PreTrainedModel:
+    return random_causal_lm(model.name_or_path, seed, **_load_options(model))
+
+
+def _load_options(model: ModelConfig) -> dict[str, Any]:
+    keys = ("revision", "gguf_file", "attn_implementation", "trust_remote_code", "config_overrides")
+    return {key: getattr(model, key) for key in keys}
+
+
+def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
+    """The teacher where it is not the student's own start."""
+    distills = config.distillation is not None and config.distillation.needs_teacher
+    if config.model.teacher is None and config.model.random_weights and distills:
+        return _load_dense(config.model)
+    return config.model.teacher
 
 
 def _check_final(model: nn.Module) -> None:

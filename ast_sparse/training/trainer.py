@@ -10,10 +10,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,7 +24,8 @@ from transformers.trainer_utils import TrainOutput
 
 import ast_sparse
 from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.data.packing import CausalLMCollator, calibration_samples, pack_dataset
+from ast_sparse.data.packing import CausalLMCollator, calibration_samples
+from ast_sparse.distillation.features import feature_loss, forward_with_features
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
@@ -36,12 +35,16 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.training.arguments import check_arguments
+from ast_sparse.training.baselines import LateSLoRB, check_baseline
 from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import (
     check_same_run,
     last_checkpoint,
     resolve_checkpoint,
 )
+from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 
 
 class SparseTrainer(Trainer):
@@ -51,7 +54,8 @@ class SparseTrainer(Trainer):
         model: dense causal LM in float32, or the name of one. It is made sparse in place.
         args: plain `TrainingArguments`; what AST would ignore is refused by name.
         sparsity_config: pattern and mask settings; default `SparsityConfig()`.
-        distillation_config: the loss (4); None trains on cross-entropy alone.
+        distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the steps of `args`
+            become more; `args` itself is not changed.
         slorb_config: SLoRB adapters; None for none.
         calibration_config: how many sequences `sparsity.init` wanda and sparsegpt measure, and SparseGPT's settings.
         calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
@@ -99,28 +103,30 @@ class SparseTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
         model = load_causal_lm(model) if isinstance(model, str) else model
-        _check_model(model)
-        self._trained_parameters = model.num_parameters(exclude_embeddings=True)
+        check_model(model)
         self.sparsity_config = sparsity_config or SparsityConfig()
+        self._trained_parameters = student_parameters(model, self.sparsity_config, slorb_config)
+        args, matched = match_flops(
+            args, distillation_config, self._trained_parameters, lambda: teacher_parameters(teacher_model or model)
+        )
+        check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
         self.teacher = self._frozen_teacher(model, teacher_model, args)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
-        as_blocks = partial(_as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
-        train_dataset = as_blocks(train_dataset)
+        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
+        train_dataset = pack(train_dataset)
         self.calibration_config = calibration_config or CalibrationConfig()
-        self.sparsity_report: SparsityReport = self._sparsify(
-            model, args, train_dataset, calibration_dataset, as_blocks
-        )
-        _check_optimizer(optimizers[0], model)
+        self.sparsity_report: SparsityReport = self._sparsify(model, args, train_dataset, calibration_dataset, pack)
+        check_optimizer(optimizers[0], model)
         pad = processing_class.pad_token_id if processing_class is not None else None
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator or CausalLMCollator(pad),
             train_dataset=train_dataset,
-            eval_dataset=as_blocks(eval_dataset),
+            eval_dataset=pack(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -130,7 +136,12 @@ class SparseTrainer(Trainer):
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        self.add_callback(SparsityCallback(self.sparsity_config, self.log, self.calibration_config))
+        self.add_callback(SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config))
+        self._late_slorb = LateSLoRB(slorb_config)
+        self.add_callback(self._late_slorb)
+        taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
+        self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
+        self.add_callback(self._flops)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -143,24 +154,27 @@ class SparseTrainer(Trainer):
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
             return None
+        check_feature_settings(self.distillation_config, model.config, args)
         if isinstance(teacher, str):
             teacher = load_causal_lm(teacher)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
         check_vocabularies(model.config, teacher.config)
+        check_feature_shapes(self.distillation_config, model.config, teacher.config)
+        use_eager_attention(self.distillation_config, model, teacher, bool(args.should_log))
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
             for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
                 parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
         return teacher.requires_grad_(False).eval()
 
     def _sparsify(
-        self, model: PreTrainedModel, args: TrainingArguments, train: Any, calibration: Any, as_blocks: Any
+        self, model: PreTrainedModel, args: TrainingArguments, train: Any, calibration: Any, pack: Any
     ) -> SparsityReport:
         """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
         config = self.sparsity_config
         if config.init == "magnitude" or calibration is False:
             return sparsify_model(model, replace(config, init="magnitude"), self.slorb_config)
-        blocks = train if calibration is None else as_blocks(calibration)
+        blocks = train if calibration is None else pack(calibration)
         return sparsify_model(
             model,
             config,
@@ -185,13 +199,7 @@ class SparseTrainer(Trainer):
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key != "labels"}
-        outputs = model(**features)
-        teacher_logits = None
-        config = self.distillation_config if model.training else None
-        if config is not None and self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**features, use_cache=False).logits
-        loss, tokens = distillation_loss(outputs.logits, teacher_logits, labels, config)
+        loss, tokens, outputs = self._summed_loss(model, features, labels)
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
@@ -200,6 +208,22 @@ class SparseTrainer(Trainer):
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _summed_loss(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """The loss summed over the tokens that count, their number, and what the student returned."""
+        config = self.distillation_config if model.training else None
+        outputs, ours = forward_with_features(model, self.student, inputs, config)
+        if config is None or self.teacher is None:
+            return *distillation_loss(outputs.logits, None, labels, config), outputs
+        needs_logits = config.kind != "mobilebert"
+        call = self.teacher if needs_logits else cast(PreTrainedModel, self.teacher).base_model
+        with torch.no_grad():
+            reference, theirs = forward_with_features(call, self.teacher, {**inputs, "use_cache": False}, config)
+        teacher_logits = reference.logits if needs_logits else None
+        loss, tokens = distillation_loss(outputs.logits, teacher_logits, labels, config)
+        if theirs.hidden or theirs.attentions:
+            loss = loss + config.weights[1] * feature_loss(ours, theirs, labels, config)
+        return loss, tokens, outputs
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; a loss that is not finite stops the run.
 
@@ -207,6 +231,7 @@ class SparseTrainer(Trainer):
             DivergenceError: naming the step and the last good checkpoint.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._late_slorb.drop_gradients(self.student, self.state)
         if not torch.isfinite(loss):
             raise self._divergence(f"loss is {loss.item()}")
         return loss
@@ -285,6 +310,7 @@ class SparseTrainer(Trainer):
         else:
             self._load_from_checkpoint(str(checkpoint))
         apply_masks(self.student)
+        self._flops.on_train_end(self.args, self.state, self.control)
         return TrainOutput(state.global_step, math.nan, {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -338,7 +364,7 @@ class SparseTrainer(Trainer):
             del student.save_pretrained
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in Trainer, 6 for each token and parameter outside the embeddings; masks are no parameters."""
+        """As in Trainer, 6 for each token and parameter outside the embeddings, SLoRB's too; masks are none."""
         return 6 * int(inputs["input_ids"].numel()) * self._trained_parameters
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
@@ -353,57 +379,3 @@ class SparseTrainer(Trainer):
             report = export_model(self.student, out_dir, format, tokenizer=tokenizer, **kwargs)
         self.accelerator.wait_for_everyone()
         return report
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if getattr(model.config, "output_router_logits", False):
-        raise UserError(
-            "config.output_router_logits=True asks for the router's auxiliary loss, which is not part of (4). "
-            "Set it to False."
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in (torch.float32, torch.float64) and parameter.is_floating_point():
-            raise UserError(
-                f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
-                "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
-            )
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
-    """An optimizer that was built by hand holds every trained parameter, SLoRB's included."""
-    if optimizer is None:
-        return
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in held:
-            raise UserError(
-                f"optimizers[0] does not hold `{name}`, which would never be trained. Pass None: SparseTrainer builds "
-                "its own SparseAdamW."
-            )
-
-
-def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise UserError if the KL cannot compare the two output distributions."""
-    ours, theirs = student.get_text_config().vocab_size, teacher.get_text_config().vocab_size
-    if ours != theirs:
-        raise UserError(
-            f"model.teacher {str(teacher.name_or_path)!r} has a vocabulary of {theirs} tokens, the student {ours}. "
-            "Distillation needs the same tokenizer: choose a teacher of the same family."
-        )
-
-
-def _as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
-    """A raw-text data set as packed blocks; anything that has `input_ids` as it is."""
-    if isinstance(dataset, dict):
-        return {name: _as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
-    columns = getattr(dataset, "column_names", None) or []
-    if text_field not in columns or "input_ids" in columns:
-        return dataset
-    if tokenizer is None:
-        raise UserError(f"The data set has raw text ({text_field!r}) and there is no tokenizer. Pass processing_class.")
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"A {type(dataset).__name__} of raw text cannot be packed here. Tokenise it to `input_ids` first, "
-            "or pass a datasets.Dataset."
-        )
-    return pack_dataset(dataset, tokenizer, text_field, block_size)

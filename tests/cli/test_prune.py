@@ -52,7 +52,8 @@ def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
             assert torch.equal(layer.weight[kept], before[kept])
         if method == "magnitude":
             assert torch.equal(kept, Pattern(2, 4).mask(before.abs().movedim(dim, 1)).movedim(1, dim))
-    assert read_json(tmp_path / "out" / "sparsity_config.json")["pattern"] == "2:4"
+    recorded = read_json(tmp_path / "out" / "sparsity_config.json")
+    assert (recorded["pattern"], recorded["one_shot"]["method"]) == ("2:4", method)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "4:8", "unstructured"])

@@ -189,6 +189,8 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("model.config_overrides.hidden_size=64", r"has shape \(128, 32\), the model needs \(128, 64\)"),
     ("model.config_overrides.attention_dropout=2.0", r"config_overrides\.attention_dropout=2\.0 must be 0 or more"),
     ("model.config_overrides.hidden_act=relux", r"cannot be built: .*relux"),
+    ("model.random_weights=maybe", r"model\.random_weights='maybe' is text, expected true or false"),
+    (["model.name_or_path={root}/no-weights", "model.random_weights=true"], r"holds no model\.safetensors"),  # teacher
     ("model.name=x", r"Unknown key model\.name\. Did you mean 'name_or_path'|Unknown key model\.name\. Known"),
     # data
     ("data=null", r"data\.train is missing"),
@@ -260,7 +262,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("sparsity={{schedule: gmp, mask_interval: 0}}", r"sparsity\.mask_interval=0 leaves gmp no step to prune at"),
     ("sparsity={{schedule: imp, rounds: 3}}", r"sparsity\.rounds=3 need more than the 2 steps of the run\. Lower it"),
     (
-        ["model.name_or_path={root}/cut-weights", "sparsity={{schedule: imp, steps_per_round: 9}}"],  # before it is read
+        "sparsity={{schedule: imp, steps_per_round: 9}}",
         r"sparsity\.rounds=4 of sparsity\.steps_per_round=9 need more than the 2 steps",
     ),
     (
@@ -275,6 +277,11 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("distillation.temperature=0", r"distillation\.temperature=0\.0 must be above 0"),
     ("distillation.temperature=.inf", r"distillation\.temperature=inf is not a finite number"),
     ("distillation.kind=js", r"distillation\.kind='js' is text, expected 'kl' or 'reverse_kl'"),
+    ("distillation.match_flops=true", r"distillation\.match_flops=True is for a run without teacher.*alpha: 0"),
+    (
+        ["distillation={{alpha: 0, match_flops: true}}", "model.teacher=/nowhere/t"],
+        r"model\.teacher='/nowhere/t': There is no folder",
+    ),
     ("slorb=true", r"Section 'slorb' is True"),
     ("slorb.k=7", r"slorb\.k=7 does not divide in_features=32"),
     ("slorb.k=0", r"slorb\.k=0 must be at least 1"),
@@ -346,6 +353,12 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("evaluation.datasets=held_out", r"file held_out does not exist.*Did you mean 'heldout'"),
     ("evaluation.datasets=wikitext2", r"WikiText-2 cannot be loaded.*`evaluation\.data_dir`"),
     ("evaluation.datasets=''", r"evaluation\.datasets=\(''.*has an empty entry"),
+    ("evaluation.steps=0", r"evaluation\.steps=0 must be at least 1"),
+    ("evaluation={{datasets: [], steps: 2}}", r"evaluation\.steps=2 has nothing to measure.*Name a data set"),
+    (
+        ["evaluation.datasets=[other.txt, '{root}/other.txt']", "evaluation.steps=1"],
+        r"'other\.txt' and '/.*/other\.txt' would both be logged as other_perplexity\. Rename one",
+    ),
     ("evaluation.datasets=llama", r"`evaluation\.datasets`: llama is a folder"),
     ("evaluation.datasets=short.txt", r"evaluation\.datasets: 'short\.txt' has 3 tokens, fewer than one window of 16"),
     ("evaluation.datasets=latin.txt", r"latin\.txt, line 1: not UTF-8"),

@@ -12,6 +12,10 @@ CONFIGS = [
     DistillationConfig(ce_weight=1.0, kl_weight=0.5, temperature=2.0),
     DistillationConfig(kind="reverse_kl", alpha=0.5),
     DistillationConfig(kind="reverse_kl", ce_weight=0.3, kl_weight=2.0, temperature=3.0),
+    DistillationConfig(kind="tinybert", alpha=0.5),
+    DistillationConfig(kind="tinybert", ce_weight=0.3, kl_weight=2.0, temperature=3.0),
+    DistillationConfig(kind="mobilebert", ce_weight=0.3, kl_weight=2.0, temperature=3.0),
+    DistillationConfig(kind="squarehead", ce_weight=0.3, kl_weight=2.0, temperature=3.0),
 ]
 
 
@@ -19,17 +23,19 @@ def plain_loss(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tenso
     """Token by token, from the definitions, differentiable by autograd."""
     ce_weight, kl_weight = (1.0, 0.0) if config is None else config.weights
     t = 1.0 if config is None else config.temperature
+    kind = "kl" if config is None else config.kind
     total = student.new_zeros(())
     for s, q, label in zip(student.flatten(0, -2), teacher.flatten(0, -2), labels.flatten(), strict=True):
         if label == -100:
             continue
         total = total - ce_weight * (s[label] - s.exp().sum().log())
         p_s, p_t = (s / t).softmax(0), (q / t).softmax(0)
-        if config is not None and config.kind == "reverse_kl":
-            kl = (p_s * (p_s.log() - p_t.log())).sum()
-        else:
-            kl = (p_t * (p_t.log() - p_s.log())).sum()
-        total = total + kl_weight * t**2 * kl
+        if kind == "reverse_kl":
+            total = total + kl_weight * t**2 * (p_s * (p_s.log() - p_t.log())).sum()
+        elif kind == "tinybert":
+            total = total - kl_weight * (p_t * p_s.log()).sum()
+        elif kind != "mobilebert":
+            total = total + kl_weight * t**2 * (p_t * (p_t.log() - p_s.log())).sum()
     return total
 
 
@@ -100,6 +106,24 @@ def test_equal_models_have_no_kl() -> None:
     student, _, labels = batch(torch.float64)
     loss, _ = distillation_loss(student, student.detach(), labels, DistillationConfig(alpha=1.0))
     assert abs(loss.item()) < 1e-12
+
+
+def test_soft_cross_entropy_is_the_kl_plus_the_entropy_of_the_teacher() -> None:
+    student, teacher, labels = batch(torch.float64)
+    weights = dict(ce_weight=0.0, kl_weight=1.0, temperature=2.0)
+    soft, _ = distillation_loss(student, teacher, labels, DistillationConfig(kind="tinybert", **weights))
+    kl, _ = distillation_loss(student, teacher, labels, DistillationConfig(**weights))
+    entropy = torch.distributions.Categorical(logits=teacher[labels != -100] / 2).entropy().sum()
+    torch.testing.assert_close(soft, kl / 4 + entropy)
+    (soft_grad,), (kl_grad,) = (torch.autograd.grad(loss, student) for loss in (soft, kl))
+    torch.testing.assert_close(soft_grad, kl_grad / 4)
+
+
+def test_mobilebert_needs_no_logits_of_the_teacher() -> None:
+    student, _, labels = batch(torch.float64)
+    ours, _ = distillation_loss(student, None, labels, DistillationConfig(kind="mobilebert", alpha=0.4))
+    cross_entropy, _ = distillation_loss(student, None, labels, None)
+    torch.testing.assert_close(ours, 0.6 * cross_entropy)
 
 
 def test_alpha_is_shorthand_for_both_weights() -> None:

@@ -6,8 +6,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from ast_sparse.loading import load_causal_lm, load_model_config
+from ast_sparse.loading import load_causal_lm, load_model_config, random_causal_lm
 from tests.export.sparse_models import token_ids
 from tests.models import tiny_model
 
@@ -65,3 +66,13 @@ def test_gguf_file_loads_as_a_plain_model_that_saves(gguf_file: Path, tmp_path: 
         model.save_pretrained(tmp_path / "saved")
         assert torch.equal(load_causal_lm(tmp_path / "saved")(token_ids()).logits, model(token_ids()).logits)
     assert load_model_config(gguf_file).hidden_size == 32
+
+
+def test_random_weights_need_the_configuration_of_a_gguf_file_alone(gguf_file: Path, tmp_path: Path) -> None:
+    model = random_causal_lm(gguf_file, seed=3)
+    torch.manual_seed(3)
+    expected = AutoModelForCausalLM.from_config(model.config)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    assert model.config.hidden_size == 32 and model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_causal_lm(tmp_path / "saved")(token_ids()).logits, model(token_ids()).logits)

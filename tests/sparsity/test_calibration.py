@@ -161,3 +161,12 @@ def test_a_refresh_by_activations_takes_the_mask_and_leaves_the_weights(criterio
     for name, layer in sparse_layers(model).items():
         expected = prune_layer(name, layer.weight.t(), criterion, Pattern(2, 4), statistics[name])  # type: ignore[arg-type]
         assert torch.equal(layer.mask, expected.mask.t()) and torch.equal(layer.weight, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("init", ["wanda", "sparsegpt"])
+def test_models_of_other_dtypes_are_pruned_in_theirs(dtype: torch.dtype, init: str) -> None:
+    model = tiny_model("llama").to(dtype)
+    report = sparsify_model(model, SparsityConfig(init=init), samples=samples())
+    assert all(layer.weight.dtype == dtype for layer in sparse_layers(model).values())
+    assert all(0 < error < 1 for error in report.errors.values())

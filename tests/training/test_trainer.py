@@ -318,11 +318,13 @@ def test_sharding_set_up_by_accelerate_is_refused(tmp_path: Path, monkeypatch: p
         SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
 
 
-def test_flops_count_no_masks_and_no_embeddings(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    expected = 6 * 2 * 16 * model.num_parameters(exclude_embeddings=True)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_flops_count_slorb_but_no_masks_and_no_embeddings(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family)
+    parameters = model.num_parameters(exclude_embeddings=True)
     run = trainer(tmp_path, model, slorb_config=SLoRBConfig())
-    assert run.floating_point_ops({"input_ids": torch.zeros(2, 16)}) == expected
+    slorb = sum(p.numel() for layer in sparse_layers(model).values() for p in layer.slorb.parameters())
+    assert run.floating_point_ops({"input_ids": torch.zeros(2, 16)}) == 6 * 2 * 16 * (parameters + slorb)
 
 
 def test_half_precision_masters_are_refused(tmp_path: Path) -> None:

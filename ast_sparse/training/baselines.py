@@ -1,0 +1,83 @@
+"""Baselines that need the length of a run: IMP, GMP, and SLoRB after the sparse training (paper Sec. 6, Table 12)."""
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.schedules import is_refresh_due, slorb_step, sparsity_at
+from ast_sparse.sparsity.model import restart_slorb
+from ast_sparse.sparsity.slorb import SLoRB
+
+
+def check_baseline(sparsity: SparsityConfig, slorb: SLoRBConfig | None, args: TrainingArguments) -> None:
+    """Refuse what would end a run short of its pattern, as far as it is known before the data is.
+
+    Args:
+        args: those of training; `max_steps` counts where it is set.
+
+    Raises:
+        UserError: naming the settings that do not go together.
+    """
+    if sparsity.schedule != "constant" and args.load_best_model_at_end:
+        raise UserError(
+            f"training.load_best_model_at_end=True with sparsity.schedule={sparsity.schedule} would bring back a "
+            "checkpoint of lower sparsity than the pattern. Remove one of them."
+        )
+    if args.max_steps > 0:
+        check_steps(sparsity, slorb, args.max_steps)
+
+
+def check_steps(sparsity: SparsityConfig, slorb: SLoRBConfig | None, total_steps: int) -> None:
+    """Raise UserError unless IMP's last round begins within the run, and the pattern is there when SLoRB begins."""
+    final = sparsity.final_sparsity
+    if sparsity.schedule == "imp" and sparsity_at(sparsity, total_steps - 1, total_steps) < final:
+        given = "" if sparsity.steps_per_round is None else f" of sparsity.steps_per_round={sparsity.steps_per_round}"
+        raise UserError(
+            f"sparsity.rounds={sparsity.rounds}{given} need more than the {total_steps} steps of the run. Lower "
+            f"{'it' if sparsity.steps_per_round is None else 'one of them'}, or raise training.max_steps."
+        )
+    begin = slorb_step(slorb, total_steps)
+    if slorb is None or begin is None or sparsity.schedule == "constant":
+        return
+    refreshed = next((step for step in range(begin, 0, -1) if is_refresh_due(sparsity, step, total_steps)), 0)
+    if sparsity_at(sparsity, refreshed, total_steps) < final:
+        raise UserError(
+            f"slorb.start={slorb.start} begins SLoRB after {begin} steps, before sparsity.schedule={sparsity.schedule} "
+            "has reached the pattern. Raise it, or let the schedule prune faster."
+        )
+
+
+class LateSLoRB(TrainerCallback):
+    """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps without it, then it alone is trained.
+
+    Until then S is zero. When SLoRB begins, S is made by (6) from the pruned weights, which the mask decay has brought
+    close to zero by then; masks and all other weights stay as they are. Everything follows from `state.global_step`, so
+    a resumed run needs nothing saved. The frozen parameters lose their gradients before these are clipped and are
+    passed over by SparseAdamW, so they need no other hooks, momentum and weight decay do not move them, and DDP finds
+    every gradient it waits for.
+
+    Args:
+        config: with `start` above 0; with 0 nothing is done.
+    """
+
+    def __init__(self, config: SLoRBConfig | None) -> None:
+        self.config = config
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.config is not None and state.global_step == slorb_step(self.config, state.max_steps):
+            restart_slorb(kwargs["model"], self.config.init)
+
+    def drop_gradients(self, model: nn.Module, state: TrainerState) -> None:
+        """Take the gradients of what is not trained at this step, after the backward pass of a micro-batch."""
+        begin = slorb_step(self.config, state.max_steps)
+        if begin is None:
+            return
+        slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
+        for parameter in model.parameters():
+            if (parameter in slorb) != (state.global_step >= begin):
+                parameter.grad = None

@@ -1,0 +1,65 @@
+"""What SparseTrainer is given, checked before training: models, an optimizer, data sets."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ast_sparse.data.packing import pack_dataset
+from ast_sparse.errors import UserError
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UserError for half-precision weights, or a loss of the model's own that (4) has no place for."""
+    if getattr(model.config, "output_router_logits", False):
+        raise UserError(
+            "config.output_router_logits=True asks for the router's auxiliary loss, which is not part of (4). "
+            "Set it to False."
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64) and parameter.is_floating_point():
+            raise UserError(
+                f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
+                "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
+            )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
+    """Raise UserError unless an optimizer that was built by hand holds every trained parameter, SLoRB's included."""
+    if optimizer is None:
+        return
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in held:
+            raise UserError(
+                f"optimizers[0] does not hold `{name}`, which would never be trained. Pass None: SparseTrainer builds "
+                "its own SparseAdamW."
+            )
+
+
+def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raise UserError if the KL cannot compare the two output distributions."""
+    ours, theirs = student.get_text_config().vocab_size, teacher.get_text_config().vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"model.teacher {str(teacher.name_or_path)!r} has a vocabulary of {theirs} tokens, the student {ours}. "
+            "Distillation needs the same tokenizer: choose a teacher of the same family."
+        )
+
+
+def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
+    """A raw-text data set as packed blocks; anything that has `input_ids` as it is."""
+    if isinstance(dataset, dict):
+        return {name: as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
+    columns = getattr(dataset, "column_names", None) or []
+    if text_field not in columns or "input_ids" in columns:
+        return dataset
+    if tokenizer is None:
+        raise UserError(f"The data set has raw text ({text_field!r}) and there is no tokenizer. Pass processing_class.")
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"A {type(dataset).__name__} of raw text cannot be packed here. Tokenise it to `input_ids` first, "
+            "or pass a datasets.Dataset."
+        )
+    return pack_dataset(dataset, tokenizer, text_field, block_size)
