@@ -1,177 +1,331 @@
-"""Run a list of variants of one configuration, and make one table and the figures out of them.
+"""Run a list of variants of one configuration, and make one table and the figures out of them."""
 
-usage: python scripts/study.py STUDY.yaml --out OUT [--smoke] [--set section.key=value] [--only NAME] [--row NAME=MODEL]
-
-A study is a YAML file: `title`, `config` (the base configuration, relative to the study), `set` (for all variants),
-`smoke` (on top of it with --smoke), `figures`, and `variants`: by name, the settings that differ from the base.
-`run: prune` makes a variant one-shot (`ast-prune`), `run: eval` with `model:` a row that is only measured.
-Variants that are finished are not run again, and an interrupted one continues from its last checkpoint.
-OUT gets `results.csv`, `provenance.json` and PNG figures.
-"""
-
-import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import transformers
-import yaml
+from study_results import read_outcomes, results_table, write_results
+from study_variants import Study, Variant, commands, read_study
 
+from ast_sparse.cli.command import Command
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import read_yaml
+from ast_sparse.evaluation.report import format_table
+from ast_sparse.export.files import read_json, write_json
+from ast_sparse.yaml12 import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = "study.json"  # in the folder of a variant: what made it
-KEYS = ("title", "config", "set", "smoke", "variants", "figures")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table: a run of `kind` train, prune or eval, and the settings it is made with."""
+class VariantError(UserError):
+    """A command of a variant failed, and has said why; `code` is its exit code."""
 
-    name: str
-    kind: str
-    settings: dict[str, Any]
-    model: str | None = None
-
-    @property
-    def folder(self) -> str:
-        """Its folder inside OUT."""
-        return re.sub(r"[^\w.+=-]+", "_", self.name)
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-@dataclass(frozen=True)
-class Study:
-    """A study file, with the settings of the command line in it."""
+@click.command(cls=Command)
+@click.argument("study_file", metavar="STUDY.yaml", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs, the table and the figures.")
+@click.option("--smoke", is_flag=True, help="The study's small setting: minutes on two CPU cores.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Of all variants; repeatable.")
+@click.option("--only", multiple=True, metavar="NAME", help="Run only this variant; repeatable.")
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="A further model to measure, for example a smaller dense one.",
+)
+@click.option("--list", "list_only", is_flag=True, help="Print the variants and their settings, and stop.")
+def main(
+    study_file: Path,
+    out: Path | None,
+    smoke: bool,
+    overrides: tuple[str, ...],
+    only: tuple[str, ...],
+    rows: tuple[str, ...],
+    list_only: bool,
+) -> None:
+    """Run the variants of STUDY.yaml and make one table and figures out of them.
 
-    path: Path
-    title: str
-    config: Path
-    variants: tuple[Variant, ...]
-    figures: tuple[str, ...]
+    A study has `title`, `config` (the base configuration, relative to the study), `set` (settings of all variants),
+    `smoke` (on top of it with --smoke), `figures` (perplexity, flips, losses, alpha), and `variants`: by name, the
+    settings that differ. `run: prune` makes a variant one-shot (ast-prune with sparsity.init, sparsity.pattern and
+    calibration), `run: eval` with `model:` a row that is only measured.
 
-
-def read_study(path: Path, overrides: dict[str, Any], smoke: bool, rows: dict[str, str]) -> Study:
-    """Read and check a study; `overrides` beat what the file says, `rows` are further models to measure.
-
-    Raises:
-        UserError: an unknown key, or no variant.
+    Variants that are finished are not run again, and one that was interrupted continues from its last checkpoint. OUT
+    gets a folder and a record for each, results.csv, provenance.json and the figures as PNG.
     """
-    tree = read_yaml(path)
-    for key in tree:
-        if key not in KEYS:
-            raise UserError(f"{path}: unknown key {key!r}. Known: {', '.join(KEYS)}.")
-    if not isinstance(tree.get("variants"), dict) or not isinstance(tree.get("config"), str):
-        raise UserError(f"{path}: `config` (a file) and `variants` (settings by name) are needed.")
-    common = {**(tree.get("set") or {}), **((tree.get("smoke") or {}) if smoke else {})}
-    variants = []
-    for name, given in tree["variants"].items():
-        own = dict(given or {})
-        kind, model = own.pop("run", "train"), own.pop("model", None)
-        if kind not in ("train", "prune", "eval"):
-            raise UserError(f"{path}: variants.{name}.run={kind!r} is unknown. Use train, prune or eval.")
-        variants.append(Variant(str(name), kind, {**common, **own, **overrides}, model))
-    variants += [Variant(name, "eval", {**common, **overrides}, model) for name, model in rows.items()]
-    config = (path.parent / tree["config"]).resolve()
-    return Study(path, str(tree.get("title", path.stem)), config, tuple(variants), tuple(tree.get("figures") or ()))
-
-
-def run_variant(study: Study, variant: Variant, out: Path) -> dict[str, Any]:
-    """Run one variant, or take it as it is if it is finished; its record.
-
-    Raises:
-        UserError: the folder holds the variant made with other settings, or its command failed.
-    """
-    folder = out / variant.folder
-    made_of = {"config": study.config.name, "run": variant.kind, "model": variant.model, "settings": variant.settings}
-    record_file = folder.with_suffix(".json")
-    if record_file.exists():
-        record: dict[str, Any] = json.loads(record_file.read_text(encoding="utf-8"))
-        if record["made_of"] != made_of:
-            raise UserError(
-                f"{folder} was made with other settings. Remove {record_file} and the folder, or give another --out."
-            )
-        if record["finished"]:
-            print(f"== {variant.name}: finished before", flush=True)
-            return record
-    else:
-        record = {"name": variant.name, "made_of": made_of, "finished": False, "seconds": 0.0, **provenance()}
-    out.mkdir(parents=True, exist_ok=True)
-    _write(record_file, record)
-    started = time.monotonic()
+    study = read_study(study_file, dict(_override(text) for text in overrides), smoke, _rows(rows))
+    chosen = _chosen(study, only)
+    if list_only:
+        click.echo(listing(study))
+        return
+    if out is None:
+        raise UserError("--out is missing. Name a folder for the runs, the table and the figures.")
+    if study.figures and find_spec("matplotlib") is None:
+        raise UserError("The figures need matplotlib. Install it: pip install 'ast-sparse[plots]'.")
+    for variant in study.variants:  # before hours are spent on the first
+        find_record(study, variant, out)
+    failure = None
     try:
+        for number, variant in enumerate(chosen, start=1):
+            click.echo(f"== variant {number} of {len(chosen)}: {variant.name}")
+            run_variant(study, variant, out)
+    except VariantError as error:
+        failure = error
+    given = [("--set", overrides), ("--only", only), ("--row", rows)]
+    repeated = [argument for option, values in given for value in values for argument in (option, value)]
+    report(study, out, [str(study_file), "--out", str(out), *(["--smoke"] if smoke else []), *repeated])
+    if failure is not None:
+        click.echo(f"Error: {failure}", err=True)
+        sys.exit(failure.code)
+
+
+def listing(study: Study) -> str:
+    """The variants and what each is made with."""
+    common = dict(study.variants[0].settings)
+    for variant in study.variants:
+        common = {key: value for key, value in common.items() if key in variant.settings}
+        common = {key: value for key, value in common.items() if variant.settings[key] == value}
+    lines = []
+    for variant in study.variants:
+        own = {key: value for key, value in variant.settings.items() if key not in common}
+        shown = [f"model={variant.model}"] if variant.model else []
+        shown += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
+        lines.append((variant.name, variant.kind, "  ".join(shown) or "-"))
+    shared = [f"  {key}={json.dumps(value, ensure_ascii=False)}" for key, value in common.items()]
+    head = [study.title, f"base configuration: {study.config}"]
+    return (
+        "\n".join([*head, *(["of all variants:", *shared] if shared else []), ""])
+        + "\n"
+        + format_table(("variant", "run", "settings"), lines)
+    )
+
+
+def run_variant(study: Study, variant: Variant, out: Path) -> None:
+    """Run one variant, or take it as it is if it is finished.
+
+    Raises:
+        UserError: the folder holds the variant made with other settings, or files of something else.
+        VariantError: its command failed.
+    """
+    folder, file = out / variant.folder, record_file(variant, out)
+    record = find_record(study, variant, out)
+    if record is not None and record["finished"]:
+        click.echo("finished before")
+        return
+    record = _continued(record) if record is not None else _new_record(study, variant)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, record)
+        if variant.kind != "train":  # made anew
+            shutil.rmtree(folder, ignore_errors=True)
+        if variant.kind == "eval":
+            folder.mkdir()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written to: {error.strerror or error}. Give another folder.") from None
+    with _timed(record, file, folder):
         for command in commands(study, variant, folder):
-            print(f"== {variant.name}: {' '.join(command)}", flush=True)
-            code = subprocess.run([sys.executable, "-m", *command]).returncode
-            if code:
-                raise UserError(f"{variant.name}: {command[0]} ended with exit code {code}. The study stops here.")
-    finally:
-        record["seconds"] += time.monotonic() - started
-        _write(record_file, record)
+            _run(variant, command)
     for checkpoint in folder.glob("checkpoint-*"):  # gigabytes that only a resume needs
-        shutil.rmtree(checkpoint)
-    record["finished"] = True
-    _write(record_file, record)
+        if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+            shutil.rmtree(checkpoint)
+    write_json(file, {**record, "finished": True})
+
+
+def report(study: Study, out: Path, arguments: list[str]) -> None:
+    """Write the table and the figures of what is finished, and print the table; `arguments` are the command's."""
+    finished = []
+    for variant in study.variants:
+        record = find_record(study, variant, out)
+        if record is not None and record["finished"]:
+            finished.append((variant, record, out / variant.folder))
+    outcomes = read_outcomes(finished)
+    if not outcomes:
+        return
+    write_results(study, outcomes, out, {"root": ROOT, "arguments": arguments, **provenance()})
+    if study.figures:
+        from study_figures import draw  # matplotlib takes its time
+
+        for name in study.figures:
+            if not draw(name, outcomes, out / f"{name}.png"):
+                click.echo(f"{name}.png is left out: no finished variant has figures for it.")
+    click.echo(f"\n{study.title}: {len(outcomes)} of {len(study.variants)} variants, perplexity (windows x tokens)")
+    click.echo(results_table(outcomes))
+    click.echo(f"Wrote results.csv, provenance.json and the figures to {out}")
+
+
+def record_file(variant: Variant, out: Path) -> Path:
+    """Where it stands what made a variant, beside its folder."""
+    return out / f"{variant.folder}.json"
+
+
+def find_record(study: Study, variant: Variant, out: Path) -> dict[str, Any] | None:
+    """The record of a variant that was begun; None if it was not.
+
+    Raises:
+        UserError: it was made with other settings, or its folder holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file. Name a folder.")
+    folder, file = out / variant.folder, record_file(variant, out)
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not of this study: {file.name} is missing. Remove it, or give another --out.")
+        return None
+    record = read_json(file)
+    if not {"made_of", "finished", "seconds"} <= record.keys():
+        raise UserError(f"{file} is no record of a variant. Remove it, or give another --out.")
+    now, before = _flat(_made_of(study, variant)), _flat(record["made_of"])
+    resolved, stored = _flat(_resolved(variant)), _flat(record.get("resolved", {}))
+    # of the resolved settings only those both know: one that came with a later version is no difference
+    for key in [*sorted(now.keys() | before.keys()), *sorted(resolved.keys() & stored.keys())]:
+        was, value = {**stored, **before}.get(key), {**resolved, **now}.get(key)
+        if was != value or (key in now) != (key in before):
+            raise UserError(
+                f"{folder} was made with other settings: {key.removeprefix('settings.')} was {_shown(was)}, and is "
+                f"{_shown(value)}. Remove the folder and {file.name}, or give another --out."
+            )
     return record
-
-
-def commands(study: Study, variant: Variant, folder: Path) -> list[list[str]]:
-    """The `ast-…` commands of a variant, as modules and their arguments."""
-    values = [
-        argument for key, value in variant.settings.items() for argument in ("--set", f"{key}={json.dumps(value)}")
-    ]
-    resume = ["--resume"] if (folder / "config.yaml").exists() else []
-    return [["ast_sparse.cli.train", "--config", str(study.config), *values, "--output-dir", str(folder), *resume]]
 
 
 def provenance() -> dict[str, Any]:
     """What a figure depends on beside its settings: commit, device, versions."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    commit, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
         "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    """See the module's first lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the study's YAML file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, the table and the figures")
-    parser.add_argument("--smoke", action="store_true", help="the study's small setting: minutes on two CPU cores")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of all variants"
-    )
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only these variants")
-    parser.add_argument("--row", action="append", default=[], metavar="NAME=MODEL", help="a further model to measure")
-    options = parser.parse_args()
-    overrides = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.overrides)}
-    rows = dict(text.split("=", 1) for text in options.row)
+def _git(*arguments: str) -> str:
     try:
-        study = read_study(options.study, overrides, options.smoke, rows)
-        for variant in study.variants:
-            if not options.only or variant.name in options.only:
-                run_variant(study, variant, options.out)
-    except UserError as error:
-        sys.exit(f"Error: {error}")
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _made_of(study: Study, variant: Variant) -> dict[str, Any]:
+    made_of = {"config": study.config.name, "run": variant.kind, "model": variant.model, "settings": variant.settings}
+    return dict(json.loads(json.dumps(made_of)))  # as it comes back from the record
+
+
+def _resolved(variant: Variant) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(variant.config.to_dict())))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(_flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value})
+    return flat
+
+
+def _new_record(study: Study, variant: Variant) -> dict[str, Any]:
+    return {
+        "name": variant.name, "made_of": _made_of(study, variant), "finished": False, "starts": 1, "seconds": 0.0,
+        **provenance(), "resolved": _resolved(variant),
+    }  # fmt: skip
+
+
+def _continued(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a variant that is started once more; it names every commit and device it ran on."""
+    now = provenance()
+    joined = {
+        key: record[key] if now[key] in record[key].split("; ") else f"{record[key]}; {now[key]}"
+        for key in ("commit", "device")
+    }
+    return {**record, **joined, "versions": now["versions"], "starts": record.get("starts", 1) + 1}
+
+
+@contextlib.contextmanager
+def _timed(record: dict[str, Any], file: Path, folder: Path) -> Iterator[None]:
+    """Add the time to the record, also after a failure; where that left nothing, no record stays either."""
+    started = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        record["seconds"] += time.monotonic() - started
+        write_json(file, record)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            file.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            with contextlib.suppress(OSError):  # other variants are in it
+                file.parent.rmdir()
+        raise
+    record["seconds"] += time.monotonic() - started
+    write_json(file, record)
+
+
+def _run(variant: Variant, command: list[str]) -> None:
+    """One command as a process of its own, which gives back its memory, with the code of this checkout."""
+    click.echo(shlex.join(["python", "-m", *command]))
+    sys.stdout.flush()
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    code = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
+    if code:
+        name = command[0].replace("ast_sparse.cli.", "ast-")
+        how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+        raise VariantError(
+            f"{variant.name}: {name} {how}, see above. The study stops here, and continues when it is started again.",
+            code if code > 0 else 128 - code,
+        )
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text!r} is not of the form section.key=value.")
+    return key.strip(), parse_yaml(value, f"--set {text!r}: the value")
+
+
+def _rows(texts: tuple[str, ...]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for text in texts:
+        name, sign, model = text.partition("=")
+        if not sign or not name.strip() or not model.strip():
+            raise UserError(f"--row {text!r} is not of the form NAME=MODEL.")
+        if name.strip() in rows:
+            raise UserError(f"--row {text!r}: {name.strip()!r} is given twice. Keep one.")
+        rows[name.strip()] = model.strip()
+    return rows
+
+
+def _chosen(study: Study, only: tuple[str, ...]) -> list[Variant]:
+    known = [variant.name for variant in study.variants]
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name!r} is no variant of {study.path}. Known: {', '.join(known)}.")
+    return [variant for variant in study.variants if not only or variant.name in only]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the run in progress is stopped too
     main()

@@ -1,0 +1,276 @@
+"""What the runs of a study left, as rows of one table: results.csv, provenance.json and the console."""
+
+import csv
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from study_variants import Study, Variant, eval_file
+
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.report import format_table
+from ast_sparse.export.files import read_json, write_json
+from ast_sparse.training.callbacks import MASK_HISTORY
+
+Figures = dict[str, dict[str, Any]]  # by data set: perplexity, windows, seq_len
+
+_SAME = 1e-3  # relative difference of perplexities that another number of threads makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished variant: its perplexities by stage, what training logged, and what each mask refresh flipped."""
+
+    variant: Variant
+    record: dict[str, Any]
+    final: Figures
+    dense: Figures = field(default_factory=dict)
+    one_shot: Figures = field(default_factory=dict)
+    one_shot_name: str = ""
+    state: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
+    history: list[dict[str, Any]] = field(default_factory=list)  # mask_history.jsonl
+
+    @property
+    def name(self) -> str:
+        """Of the variant."""
+        return self.variant.name
+
+    def logged(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of each log entry that has `key`."""
+        return [(entry["step"], entry[key]) for entry in self.state.get("log_history", ()) if key in entry]
+
+    def last(self, key: str) -> float | None:
+        """The last value that was logged under `key`."""
+        values = self.logged(key)
+        return values[-1][1] if values else None
+
+
+def read_outcomes(finished: Iterable[tuple[Variant, dict[str, Any], Path]]) -> list[Outcome]:
+    """What finished variants left in their folders.
+
+    Raises:
+        UserError: a file of a finished variant is missing or damaged.
+    """
+    outcomes = []
+    for variant, record, folder in finished:
+        try:
+            outcomes.append(_read_outcome(variant, record, folder))
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{variant.name} is finished, but {folder} does not hold its results ({error}). Remove "
+                f"{folder.name}.json and the folder to run it again."
+            ) from None
+    return outcomes
+
+
+def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, made: dict[str, Any]) -> None:
+    """Write OUT/results.csv and OUT/provenance.json, without paths of this machine.
+
+    Args:
+        made: root of the checkout, arguments of the command, commit, device, versions.
+    """
+    hide = _Placeholders(outcomes, out, made["root"])
+    rows = [{"study": study.path.stem, **row} for row in table_rows(outcomes)]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: hide(value) for key, value in row.items()} for row in rows)
+    content = {
+        "study": study.path.stem,
+        "title": study.title,
+        "command": shlex.join(["python", "scripts/study.py", *map(hide, made["arguments"])]),
+        **{key: made[key] for key in ("commit", "device", "versions")},
+        "variants": [
+            {**{key: value for key, value in outcome.record.items() if key != "resolved"}, "seed": _seed(outcome)}
+            for outcome in outcomes
+        ],
+    }
+    write_json(out / "provenance.json", hide(content))
+
+
+def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """One row a variant, under those of the dense and the one-shot model; figures that do not exist are None."""
+    datasets = dataset_names(outcomes)
+    rows = []
+    for outcome in outcomes:
+        rows.append({
+            "variant": outcome.name, "kind": outcome.variant.kind, **_perplexities(outcome.final, datasets),
+            **{f"one_shot_{_label(name)}": _value(outcome.one_shot, name) for name in datasets},
+            **_training_figures(outcome), "seed": _seed(outcome), **_made_with(outcome),
+        })  # fmt: skip
+    return [*_reference_rows(outcomes, datasets), *rows]
+
+
+def results_table(outcomes: Sequence[Outcome]) -> str:
+    """The table for the console; one-shot figures are columns where the variants start from different ones."""
+    datasets = dataset_names(outcomes)
+    rows = table_rows(outcomes)
+    own_start = bool(_started_dense(outcomes)) and not _shares_one_shot(outcomes)
+    columns = {"variant": "variant", **{_label(name): _with_window(name, outcomes) for name in datasets}}
+    if own_start:
+        columns |= {f"one_shot_{_label(name)}": f"one-shot {_label(name)}" for name in datasets}
+    columns |= {"steps": "steps", "train_seconds": "train s", "flops": "FLOPs"}
+    for row in rows:
+        flops = [row[key] for key in ("student_flops", "teacher_flops") if row.get(key) is not None]
+        row["flops"] = f"{sum(flops):.3g}" if flops else None
+        row["train_seconds"] = None if row.get("train_seconds") is None else round(row["train_seconds"])
+    used = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    return format_table([columns[key] for key in used], [[row.get(key) for key in used] for row in rows])
+
+
+def dataset_names(outcomes: Sequence[Outcome]) -> list[str]:
+    """Data sets that any of the variants was measured on."""
+    return list(dict.fromkeys(name for outcome in outcomes for name in (*outcome.dense, *outcome.final)))
+
+
+def dense_figures(outcomes: Sequence[Outcome]) -> Figures:
+    """Of the dense model, which every training run that begins from it measures first."""
+    return next((outcome.dense for outcome in outcomes if outcome.dense), {})
+
+
+def _read_outcome(variant: Variant, record: dict[str, Any], folder: Path) -> Outcome:
+    if variant.kind != "train":
+        files = {name: read_json(eval_file(folder, name))["results"][0] for name in variant.datasets}
+        return Outcome(variant=variant, record=record, final=files)
+    stages = read_json(folder / "results.json")
+    starting = {word: next((stage for stage in stages if stage.startswith(word)), "") for word in ("one-shot", "retr")}
+    history = folder / MASK_HISTORY
+    lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+    return Outcome(
+        variant=variant, record=record, final=stages[starting["retr"]], dense=stages.get("dense", {}),
+        one_shot=stages.get(starting["one-shot"], {}), one_shot_name=starting["one-shot"],
+        state=read_json(folder / "trainer_state.json"), history=[json.loads(line) for line in lines],
+    )  # fmt: skip
+
+
+def _reference_rows(outcomes: Sequence[Outcome], datasets: Sequence[str]) -> list[dict[str, Any]]:
+    """The dense model, and the one-shot model where all runs started from the same and none has a row of its own."""
+    rows = []
+    if all(outcome.name != "dense" for outcome in outcomes):
+        first = next((outcome for outcome in outcomes if outcome.dense), None)
+        rows += [_reference_row("dense", "dense", first, first.dense, datasets)] if first else []
+    if _shares_one_shot(outcomes) and all(outcome.variant.kind != "prune" for outcome in outcomes):
+        first = _started_dense(outcomes)[0]
+        rows.append(_reference_row(first.one_shot_name, "one-shot", first, first.one_shot, datasets))
+    return rows
+
+
+def _reference_row(
+    name: str, kind: str, measured_by: Outcome, figures: Figures, datasets: Sequence[str]
+) -> dict[str, Any]:
+    none = dict.fromkeys([*(f"one_shot_{_label(name)}" for name in datasets), *_training_figures(measured_by), "seed"])
+    return {"variant": name, "kind": kind, **_perplexities(figures, datasets), **none, **_made_with(measured_by)}
+
+
+def _started_dense(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Training runs that began from the dense model, pruned at once."""
+    return [outcome for outcome in outcomes if outcome.dense and outcome.one_shot]
+
+
+def _shares_one_shot(outcomes: Sequence[Outcome]) -> bool:
+    """Whether they all started from the same one-shot model, as far as its perplexity tells."""
+    starts = [outcome.one_shot for outcome in _started_dense(outcomes)]
+    return bool(starts) and all(_is_same(start, starts[0]) for start in starts)
+
+
+def _is_same(one: Figures, other: Figures) -> bool:
+    return one.keys() == other.keys() and all(
+        math.isclose(_number(one, name), _number(other, name), rel_tol=_SAME) for name in one
+    )
+
+
+def _perplexities(figures: Figures, datasets: Sequence[str]) -> dict[str, Any]:
+    columns: dict[str, Any] = {_label(name): _value(figures, name) for name in datasets}
+    for key in ("windows", "seq_len"):
+        columns |= {f"{key}_{_label(name)}": figures[name][key] if name in figures else None for name in datasets}
+    return columns
+
+
+def _training_figures(outcome: Outcome) -> dict[str, Any]:
+    """Steps, tokens, time, FLOPs, flip rates and loss of a training run."""
+    state, config = outcome.state, outcome.variant.config
+    steps = state.get("global_step")
+    per_step = state.get("train_batch_size", 0) * config.training.get("gradient_accumulation_steps", 1)
+    tokens = steps * per_step * config.data.block_size if steps else None
+    # of a run that was resumed, the trainer knows only the time of the last part
+    seconds = outcome.last("train_runtime") if outcome.record.get("starts", 1) == 1 else None
+    refresh = outcome.history[-1] if outcome.history else {}
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "train_seconds": seconds,
+        "tokens_per_second": round(tokens / seconds, 2) if tokens and seconds else None,
+        "seconds": round(outcome.record["seconds"], 1),
+        "student_flops": outcome.last("student_flops"),
+        "teacher_flops": outcome.last("teacher_flops"),
+        "flip_rate": refresh.get("flip_rate"),
+        "initial_flip_rate": refresh.get("initial_flip_rate"),
+        "train_loss": outcome.last("loss"),
+    }
+
+
+def _made_with(outcome: Outcome) -> dict[str, Any]:
+    record = outcome.record
+    return {"commit": record["commit"], "device": record["device"], **record["versions"]}
+
+
+def _seed(outcome: Outcome) -> int | None:
+    config = outcome.variant.config
+    seeds = {"train": config.training.get("seed", 42), "prune": config.calibration.seed}  # 42: of TrainingArguments
+    return seeds.get(outcome.variant.kind)
+
+
+def _value(figures: Figures, name: str) -> float | None:
+    return figures[name]["perplexity"] if name in figures else None
+
+
+def _number(figures: Figures, name: str) -> float:
+    value = figures[name]["perplexity"] if name in figures else None
+    return math.inf if value is None or math.isnan(value) else value
+
+
+def _label(dataset: str) -> str:
+    """A column name: of a text file its name, not where it lies."""
+    return Path(dataset).name
+
+
+def _with_window(dataset: str, outcomes: Sequence[Outcome]) -> str:
+    figures = next(outcome.final[dataset] for outcome in outcomes if dataset in outcome.final)
+    return f"{_label(dataset)} ({figures['windows']} x {figures['seq_len']})"
+
+
+class _Placeholders:
+    """Replaces paths of this machine by MODEL, DATA, WIKITEXT2, TEACHER, ROOT and OUT; of others the name is left."""
+
+    _PATH = re.compile(r"(?<![\w./~…:-])~?(?:/[^\s\"',\[\]{}]+)+/?")
+
+    def __init__(self, outcomes: Sequence[Outcome], out: Path, root: Path) -> None:
+        self.known = {str(out): "OUT", str(out.resolve()): "OUT"}
+        for outcome in outcomes:
+            config = outcome.variant.config
+            places = {
+                config.model.name_or_path: "MODEL", config.data.root: "DATA", config.evaluation.data_dir: "WIKITEXT2",
+                config.model.teacher: "TEACHER",
+            }  # fmt: skip
+            self.known |= {str(path): name for path, name in places.items() if path and str(path) not in self.known}
+        self.known = {path: name for path, name in self.known.items() if Path(path).expanduser().is_absolute()}
+        self.root = f"{root}/"
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self(item) for item in value]
+        return self._text(value) if isinstance(value, str) else value
+
+    def _text(self, text: str) -> str:
+        for path in sorted(self.known, key=len, reverse=True):
+            text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w.-])", self.known[path], text)
+        text = text.replace(self.root, "")
+        return self._PATH.sub(lambda match: f"…/{match[0].rstrip('/').split('/')[-1]}", text)

@@ -1,0 +1,234 @@
+"""What a study is: its file, its variants with their resolved settings, and the commands that make them."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ast_sparse.config import RunConfig, load_config
+from ast_sparse.errors import UserError
+from ast_sparse.training.measure import HELDOUT, WIKITEXT2
+from ast_sparse.yaml12 import kind_of, parse_yaml
+
+KEYS = ("title", "config", "set", "smoke", "variants", "figures")
+KINDS = ("train", "prune", "eval")
+FIGURES = ("perplexity", "flips", "losses", "alpha")
+_RESERVED = ("provenance",)  # its record would have the name of a file of the study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the table: a run of `kind` train, prune or eval, and what it is made with."""
+
+    name: str
+    kind: str
+    model: str | None  # that a `run: eval` measures, if it is not the base model
+    settings: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def folder(self) -> str:
+        """Its folder inside OUT."""
+        return _folder(self.name)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Texts that its perplexity is measured on; held-out text is known to a training run alone."""
+        names = self.config.evaluation.datasets
+        return names if self.kind == "train" else tuple(name for name in names if name != HELDOUT)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, with the settings of the command line in it."""
+
+    path: Path
+    title: str
+    config: Path
+    variants: tuple[Variant, ...]
+    figures: tuple[str, ...]
+
+
+def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapping[str, str]) -> Study:
+    """Read a study and check every variant's settings.
+
+    Args:
+        overrides: settings of all variants, which beat what the file says.
+        smoke: whether the file's small setting is put on top of `set`.
+        rows: further models to measure, by name.
+
+    Raises:
+        UserError: naming the study, the variant and the field.
+    """
+    tree = _read_tree(path)
+    config = (path.parent / tree["config"]).resolve()
+    common = {**_settings(tree, "set", path), **(_settings(tree, "smoke", path) if smoke else {})}
+    if smoke and not tree.get("smoke"):
+        raise UserError(f"{path}: `smoke` is missing. Give the settings of a small run below it, or leave --smoke out.")
+    given = [(name, *_parts(path, name, entry)) for name, entry in tree["variants"].items()]
+    given += [(name, "eval", model, {}) for name, model in rows.items()]
+    _check_names(path, [name for name, *_ in given])
+    variants = []
+    for name, kind, model, own in given:
+        settings = {**common, **own, **overrides}
+        try:
+            resolved = load_config(config, as_overrides(settings))
+            variant = Variant(name=name, kind=kind, model=model, settings=settings, config=resolved)
+            _check_commands(variant)
+        except UserError as error:
+            raise UserError(f"{path}, variant {name!r}: {error}") from None
+        variants.append(variant)
+    return Study(path, tree.get("title", path.stem), config, tuple(variants), tuple(tree.get("figures") or ()))
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as `section.key=value` lines; JSON is YAML."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
+
+
+def commands(study: Study, variant: Variant, folder: Path) -> list[list[str]]:
+    """The `ast-…` commands that make a variant, as modules and their arguments."""
+    if variant.kind == "train":
+        values = [argument for line in as_overrides(variant.settings) for argument in ("--set", line)]
+        resume = ["--resume"] if (folder / "config.yaml").exists() else []
+        base = ["--config", str(study.config), *values, "--output-dir", str(folder)]
+        return [["ast_sparse.cli.train", *base, *resume]]
+    prune = [_prune_command(variant.config, folder)] if variant.kind == "prune" else []
+    return [*prune, *(_eval_command(variant, folder, name) for name in variant.datasets)]
+
+
+def eval_file(folder: Path, dataset: str) -> Path:
+    """Where ast-eval writes the figures of a data set."""
+    return folder / f"eval_{Path(dataset).stem}.json"
+
+
+def _prune_command(config: RunConfig, folder: Path) -> list[str]:
+    settings = config.calibration
+    options = {
+        "method": config.sparsity.init, "pattern": config.sparsity.pattern, "dtype": "float32",
+        "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
+        "damping": settings.damping, "block-size": settings.block_size, "text-field": config.data.text_field,
+    }  # fmt: skip
+    lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
+    if config.sparsity.init != "magnitude":  # which needs no text
+        lists["calibration"] = tuple(_calibration_files(config))
+    repeated = [argument for key, values in lists.items() for value in values for argument in (f"--{key}", value)]
+    single = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]
+    model = config.model.name_or_path
+    return ["ast_sparse.cli.prune", model, str(folder), *single, *repeated, *_model_options(config)]
+
+
+def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
+    config = variant.config
+    settings = config.evaluation
+    model = str(folder) if variant.kind == "prune" else variant.model or config.model.name_or_path
+    is_base = variant.kind == "eval" and variant.model is None
+    text = dataset if dataset == WIKITEXT2 else _below_root(config, dataset)
+    options = {
+        "dataset": text, "seq-len": settings.seq_len, "limit": settings.windows,
+        "data-dir": settings.data_dir if dataset == WIKITEXT2 else None,
+        "text-field": config.data.text_field, "dtype": "float32",  # as a training run measures its own
+        "json": eval_file(folder, dataset),
+    }  # fmt: skip
+    given = [argument for key, value in options.items() if value is not None for argument in (f"--{key}", str(value))]
+    trusted = ["--trust-remote-code"] if config.model.trust_remote_code else []
+    return ["ast_sparse.cli.eval", model, *given, *(_model_options(config) if is_base else trusted)]
+
+
+def _model_options(config: RunConfig) -> list[str]:
+    """Options that find the base model."""
+    model = config.model
+    revision = ["--revision", model.revision] if model.revision else []
+    gguf = ["--gguf-file", model.gguf_file] if model.gguf_file else []
+    return [*revision, *gguf, *(["--trust-remote-code"] if model.trust_remote_code else [])]
+
+
+def _calibration_files(config: RunConfig) -> list[str]:
+    files = []
+    for entry in config.calibration.data or config.data.train:
+        if not isinstance(entry, str):
+            raise UserError(f"`run: prune` calibrates on files, and {entry!r} is none. Set calibration.data.")
+        files.append(_below_root(config, entry))
+    return files
+
+
+def _below_root(config: RunConfig, name: str) -> str:
+    return str(Path(config.data.root or "").expanduser() / Path(name).expanduser())
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """The mapping of a study file, its keys and their types checked."""
+    if not path.is_file():
+        raise UserError(f"Study {str(path)!r} is no file. Name a YAML file, for example one of scripts/studies.")
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Study {str(path)!r} cannot be read ({error}). Give a readable UTF-8 file.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is {kind_of(tree)}, not a mapping. It needs `config` and `variants`.")
+    for key in tree:
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key {key!r}. Known: {', '.join(KEYS)}.")
+    if not isinstance(tree.get("variants"), dict) or not isinstance(tree.get("config"), str):
+        raise UserError(f"{path}: `config` (a file) and `variants` (settings by name) are needed.")
+    if not isinstance(tree.get("title", ""), str):
+        raise UserError(f"{path}: title={tree['title']!r} is {kind_of(tree['title'])}, not text. Put it in quotes.")
+    figures = tree.get("figures") or []
+    for name in figures if isinstance(figures, list) else [figures]:
+        if name not in FIGURES:
+            raise UserError(f"{path}: figures={figures!r} is no list of {', '.join(FIGURES)}. Correct it.")
+    return tree
+
+
+def _settings(tree: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    values = tree.get(key) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: `{key}` is {kind_of(values)}, not settings by name (`section.key: value`).")
+    return values
+
+
+def _parts(path: Path, name: str, entry: Any) -> tuple[str, str | None, dict[str, Any]]:
+    """Kind, model and own settings of a variant."""
+    own = dict(_settings({name: entry}, name, path))
+    kind, model = own.pop("run", "train"), own.pop("model", None)
+    if kind not in KINDS:
+        raise UserError(f"{path}: variants.{name}.run={kind!r} is unknown. Use {', '.join(KINDS)}.")
+    if model is not None and (kind != "eval" or not isinstance(model, str)):
+        raise UserError(
+            f"{path}: variants.{name}.model={model!r} names a model for `run: eval`. Elsewhere set model.name_or_path."
+        )
+    return kind, model, own
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^\w.+=-]+", "_", name)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    if not names:
+        raise UserError(f"{path}: `variants` is empty. Give at least one, or --row NAME=MODEL.")
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = _folder(name)
+        if folder.strip("._") == "" or folder in _RESERVED:
+            raise UserError(f"{path}: a variant cannot be called {name!r}. Give it another name.")
+        if folder in folders:
+            raise UserError(f"{path}: variants {folders[folder]!r} and {name!r} would share the folder {folder!r}.")
+        folders[folder] = name
+
+
+def _check_commands(variant: Variant) -> None:
+    """What `load_config` does not know: texts that prune and eval need, a model that is not there."""
+    if variant.kind == "train":
+        return
+    if not variant.datasets:
+        names = list(variant.config.evaluation.datasets)
+        raise UserError(f"evaluation.datasets={names} has no text for `run: {variant.kind}`. Add wikitext2 or a file.")
+    if variant.kind == "prune":
+        _prune_command(variant.config, Path())
+    model = variant.model or ""
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf")
+    if looks_local and not Path(model).expanduser().exists():
+        raise UserError(f"model {model!r} does not exist. Correct it.")
