@@ -1,13 +1,27 @@
-"""ast-export: write an N:M model as a compressed or dense checkpoint."""
+"""ast-export: write an N:M model as a compressed or dense checkpoint, and count what its positions cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ast_sparse.cli.command import Command
+from ast_sparse.config import SparsityConfig
+from ast_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    from ast_sparse.export.compression import CompressionTable
+
+_ONLY_EXPORT = ("format_", "dtype", "overwrite")
+_ONLY_TABLE = ("value_bits", "json_file")
 
 
 @click.command(cls=Command)
-@click.argument("checkpoint", metavar="CHECKPOINT")
-@click.argument("out", metavar="OUT")
+@click.argument("checkpoint", metavar="MODEL")
+@click.argument("out", metavar="[OUT]", required=False)
 @click.option(
     "--format", "format_", type=click.Choice(["dense", "compressed"]), default="compressed", show_default=True,
     help="compressed: 2:4 only, values and positions, read by transformers after `import ast_sparse`. "
@@ -20,20 +34,113 @@ from ast_sparse.cli.command import Command
 @click.option(
     "--pattern",
     metavar="N:M",
-    help="Pattern to check; default: what the checkpoint's sparsity_config.json says, or 2:4.",
+    help="Pattern to check; default: what the checkpoint's sparsity_config.json says, or 2:4 (--table: or what the "
+    "zeros show).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
-def main(checkpoint: str, out: str, format_: str, dtype: str, pattern: str | None, overwrite: bool) -> None:
-    """Write the N:M model in the folder CHECKPOINT to the folder OUT.
+@click.option(
+    "--table", is_flag=True,
+    help="Print what the positions of the kept weights cost in 1:2, 2:4, 4:8, 8:16 and 16:32 by bitmask, index, "
+    "combinatorial and Huffman code, counted on the masks of MODEL, beside the bounds.",
+)  # fmt: skip
+@click.option(
+    "--value-bits", type=click.IntRange(1, 32), default=4, show_default=True,
+    help="--table: bits of a kept value.",
+)  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="--table: write all figures here as well.")
+@click.pass_context
+def main(context: click.Context, checkpoint: str, out: str | None, table: bool, **options: Any) -> None:
+    """Write the N:M model in the folder MODEL to the folder OUT.
 
-    CHECKPOINT is a checkpoint or the result of ast-train, an export, or any checkpoint whose weights are N:M. The files
-    are read back and verified, then a table of sizes is printed. A failed or interrupted export leaves OUT as it was.
+    MODEL is a checkpoint or the result of ast-train, an export, or any checkpoint whose weights are N:M. The files are
+    read back and verified, then a table of sizes is printed. A failed or interrupted export leaves OUT as it was.
+
+    With --table OUT may be missing, and MODEL may be a hub id, a .gguf file or a dense model: the masks are then what
+    magnitude would keep.
     """
+    _check_usage(context, out, table)
+    _check_pattern(options["pattern"])
+    from ast_sparse.cli.eval import _check_json_file, _write_json
     from ast_sparse.export.checkpoint import export_model  # takes seconds: not for --help
+    from ast_sparse.export.files import require_model_folder
+    from ast_sparse.export.saving import check_out_dir
 
-    report = export_model(checkpoint, out, format_, dtype=dtype, pattern=pattern, overwrite=overwrite, progress=True)
-    click.echo("\n".join(report.lines()))
-    click.echo(f"Wrote {report.out_dir}")
+    json_file, pattern = options["json_file"], options["pattern"]
+    if json_file is not None:
+        _check_json_file(Path(json_file))
+    if table and out is not None:  # before the minutes of counting
+        folder = Path(checkpoint).expanduser()
+        require_model_folder(folder)
+        check_out_dir(Path(out).expanduser().resolve(), folder.resolve(), options["overwrite"])
+    found = _count(checkpoint, pattern, options["value_bits"]) if table else None
+    if found is not None:
+        click.echo("\n".join([f"{checkpoint}", *found.lines()]))
+    if out is not None:
+        report = export_model(
+            checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
+            overwrite=options["overwrite"], progress=True,
+        )  # fmt: skip
+        click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
+    if found is not None and json_file is not None:
+        _write_json(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": _versions()})
+
+
+def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
+    """Refuse what could only be ignored."""
+    if out is None and not table:
+        raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or ask for --table.")
+    ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
+    for option in context.command.params:
+        if option.name in ignored and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            need = "OUT" if option.name in _ONLY_EXPORT else "--table"
+            value = context.params[option.name]
+            raise click.UsageError(f"{option.opts[0]} ({value}) does nothing without {need}. Add {need}, or drop it.")
+
+
+def _check_pattern(pattern: str | None) -> None:
+    try:
+        SparsityConfig(pattern=pattern or "2:4")
+    except UserError as error:
+        raise UserError(str(error).replace("sparsity.pattern", "--pattern")) from error
+
+
+def _count(name: str, pattern: str | None, value_bits: int) -> CompressionTable:
+    from transformers.pytorch_utils import Conv1D
+
+    from ast_sparse.export import files
+    from ast_sparse.export.compression import Layer, half_of, measure_positions
+    from ast_sparse.loading import load_checkpoint
+    from ast_sparse.sparsity.masks import Pattern
+    from ast_sparse.sparsity.model import select_layers
+
+    folder = Path(name).expanduser()
+    recorded = files.read_sparsity_config(folder) if folder.is_dir() else {}
+    known = pattern or files.recorded_pattern(recorded)
+    own = None if known is None else Pattern.of(SparsityConfig(pattern=known))
+    if own is not None:
+        half_of(own)  # before the weights are loaded
+    checkpoint = load_checkpoint(name, dtype="auto")
+    layers = {}
+    for key, layer in select_layers(checkpoint.model)[0].items():
+        weight, mask = layer.weight.detach(), checkpoint.masks.get(key)
+        if isinstance(layer, Conv1D):
+            weight, mask = weight.t().contiguous(), None if mask is None else mask.t().contiguous()
+        layers[key] = Layer(weight, mask)
+    pruned = {*checkpoint.masks, *files.recorded_layers(recorded)}
+    return measure_positions(layers, own, pruned=pruned, value_bits=value_bits, progress=True)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    import ast_sparse
+
+    return {
+        "ast_sparse": ast_sparse.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 if __name__ == "__main__":

@@ -60,11 +60,80 @@ def test_errors_of_the_user_are_one_line_and_exit_with_two(checkpoint: Path, tmp
     out = tmp_path / "out"
     assert "is no folder" in error_line(run(tmp_path / "nowhere", out))
     assert "not 2:4" in error_line(run(dense, out))
-    assert "sparsity.pattern='2' is not of the form N:M" in error_line(run(checkpoint, out, "--pattern", "2"))
+    assert "--pattern='2' is not of the form N:M" in error_line(run(checkpoint, out, "--pattern", "2"))
     assert "'zip' is not one of 'dense', 'compressed'" in error_line(run(checkpoint, out, "--format", "zip"))
     assert "Missing argument 'OUT'" in error_line(run(checkpoint))
     assert "--colour" in error_line(run(checkpoint, out, "--colour"))
     assert not out.exists()
+
+
+def test_table_alone_prints_and_writes_figures_but_no_model(checkpoint: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    result = run(checkpoint, "--table", "--json", tmp_path / "table.json")
+    assert result.exit_code == 0, result.output
+    assert "The model is 2:4" in result.stdout and "which is 4:8, 8:16, 16:32 too" in result.stdout
+    assert "8.594%" in result.stdout and "limit is 9.375%" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "table.json"])
+    record = read_json(tmp_path / "table.json")
+    assert record["model"] == str(checkpoint) and record["own"] == "2:4" and record["value_bits"] == 4
+    rows = {row["pattern"]: row for row in record["rows"]}
+    assert list(rows) == ["1:2", "2:4", "4:8", "8:16", "16:32"]
+    assert rows["2:4"]["share_of_float32"]["combinatorial"] == 0.0859375 and rows["2:4"]["used"] == 6
+    assert rows["16:32"]["layers"] == 12 and rows["2:4"]["layers"] == 14  # in_features 48 is no multiple of 32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_table_of_checkpoint_and_exports_counts_the_same_masks(family: str, tmp_path: Path) -> None:
+    source = save_training_checkpoint(sparse_model(family), tmp_path / "checkpoint")
+    figures = []
+    for name in ("checkpoint", "dense", "compressed"):
+        if name != "checkpoint":
+            assert run(source, tmp_path / name, "--format", name).exit_code == 0
+        result = run(tmp_path / name, "--table", "--json", tmp_path / "table.json")
+        assert result.exit_code == 0, result.output
+        figures.append([row for row in read_json(tmp_path / "table.json")["rows"] if row["own"]])
+    assert len(figures[0]) == 4 and figures[0] == figures[1] == figures[2]
+
+
+def test_table_of_a_dense_model_says_so(tmp_path: Path) -> None:
+    result = run(save_tiny_model(tmp_path / "dense"), "--table", "--value-bits", "16")
+    assert result.exit_code == 0, result.output
+    assert "The model is dense: masks that magnitude would give" in result.stdout
+    assert "values counted at 16 bits" in result.stdout and " own " not in result.stdout
+
+
+def test_table_beside_an_export(checkpoint: Path, tmp_path: Path) -> None:
+    result = run(checkpoint, tmp_path / "out", "--table")
+    assert result.exit_code == 0, result.output
+    assert "The model is 2:4" in result.stdout and f"Wrote {tmp_path / 'out'}" in result.stdout
+    load_causal_lm(tmp_path / "out")
+
+
+# arguments after MODEL -> what the one line says
+TABLE_ERRORS = {
+    "bits": (("--table", "--value-bits", "0"), "Invalid value for '--value-bits': 0 is not in the range 1<=x<=32"),
+    "bits-form": (("--table", "--value-bits", "four"), "'--value-bits': 'four' is not a valid integer"),
+    "bits-alone": (("OUT", "--value-bits", "8"), "--value-bits (8) does nothing without --table"),
+    "json-alone": (("OUT", "--json", "table.json"), "--json (table.json) does nothing without --table"),
+    "format": (("--table", "--format", "dense"), "--format (dense) does nothing without OUT"),
+    "json-folder": (("--table", "--json", "NONE/table.json"), "does not exist. Make it first."),
+    "pattern": (("--table", "--pattern", "1:4"), "up to 32:64, the model's is 1:4"),
+    "pattern-form": (("--table", "--pattern", "2"), "--pattern='2' is not of the form N:M"),
+    "fit": (("--table", "--pattern", "1:2"), "is not 1:2. Name the model's pattern with --pattern"),
+    "taken": (("MODEL", "--table", "--json", "FILE"), "holds the checkpoint that is exported"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE_ERRORS)
+def test_wrong_table_is_one_line_and_leaves_nothing_behind(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    given, expected = TABLE_ERRORS[case]
+    before = sorted(tmp_path.rglob("*"))
+    names = {
+        "OUT": tmp_path / "out", "MODEL": checkpoint, "FILE": tmp_path / "table.json",
+        "NONE/table.json": tmp_path / "none" / "table.json",
+    }  # fmt: skip
+    assert expected in error_line(run(checkpoint, *(names.get(part, part) for part in given)))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def _command(error: BaseException) -> click.Command:
