@@ -23,6 +23,7 @@ _STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 5,
 }  # fmt: skip
+_DENSE_TICKS = 300  # a larger ratio has no room for the ticks 2 and 5
 _WIDE = 4  # a larger ratio of perplexities is drawn on a logarithmic axis
 _MARKS = 12  # at most so many markers on a line
 
@@ -192,9 +193,10 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _plain_ticks(axes: Axes, which: str) -> None:
-    """1, 2, 5, 10, … on a logarithmic axis."""
+    """1, 2, 5, 10, … on a logarithmic axis; powers of ten alone where these would run into each other."""
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _DENSE_TICKS * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.set_minor_formatter(NullFormatter())
 
