@@ -1,10 +1,8 @@
-"""ast-eval: perplexity of one or several models on WikiText-2 or a text file."""
+"""ast-eval: perplexity of models on texts, their distance from a teacher, and tasks of the LM Evaluation Harness."""
 
 from __future__ import annotations
 
-import math
-import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +10,43 @@ import click
 from click.core import ParameterSource
 
 from ast_sparse.cli.command import Command
+from ast_sparse.cli.options import check_json_file, find_device, write_json_file
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ast_sparse.evaluation.perplexity import PerplexityResult
+    from ast_sparse.evaluation.figures import Figures
+    from ast_sparse.evaluation.harness import Harness
+    from ast_sparse.evaluation.texts import Text
 
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
+_ONLY_TEXTS = ("stride", "join", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
+_ONLY_TASKS = ("include_path", "num_fewshot", "batch_size")
+_JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     """The command line, parsed."""
 
-    dataset: str
+    dataset: tuple[str, ...]
     split: str
     data_dir: str | None
     text_field: str
+    by: str | None
+    join: str | None
     seq_len: int | None
+    stride: int | None
     limit: int | None
+    teacher: str | None
+    bits_per_byte: bool
+    tasks: str | None
+    include_path: str | None
+    num_fewshot: int | None
+    batch_size: int
     dtype: str | None
     device: str
     tokenizer: str | None
@@ -46,10 +60,12 @@ class _Settings:
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "--dataset",
-    default=WIKITEXT2,
-    show_default=True,
-    metavar="wikitext2|FILE",
-    help="WikiText-2, or a file of text, JSONL or parquet; documents are joined by a blank line.",
+    multiple=True,
+    default=(WIKITEXT2,),
+    metavar="wikitext2|c4|FILE",
+    help="WikiText-2 (the default), C4, or a file of text, JSONL or parquet; repeatable, a row for each. C4 is the "
+    "first 1100 documents of its first validation file, joined by a space, and 256 windows, as in the pruning "
+    "literature.",
 )
 @click.option(
     "--split",
@@ -63,12 +79,55 @@ class _Settings:
 )
 @click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
 @click.option(
+    "--by",
+    metavar="FIELD",
+    help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, and "
+    "one for all.",
+)
+@click.option(
+    "--join",
+    type=click.Choice(_JOINS),
+    help="What stands between documents; eos is the end-of-text token, separate lets no window cross a document. "
+    "Default: blank-line, the published protocol; c4: space.",
+)
+@click.option(
     "--seq-len",
     type=click.IntRange(min=2),
     help="Tokens of a window. Default: the published window of the model's family (GPT-2 1024, OPT 2048, LLaMA2 4096, "
-    "others 2048), at most the model's positions.",
+    "others 2048), at most the model's positions. Tasks get at most so many if it is given.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Measure only the first so many windows. Default: all.")
+@click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Let windows begin so many tokens apart; each scores what is new in it. Default: no overlap, the published "
+    "protocol.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Measure only the first so many windows of a text and questions of a task. Default: all.",
+)
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help="Show the mean KL(teacher || MODEL) in nats per token, and the share of tokens for which both have the same "
+    "first choice.",
+)
+@click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json holds it always.")
+@click.option(
+    "--tasks",
+    metavar="NAME[,NAME]",
+    help="Tasks of the LM Evaluation Harness (ast-sparse[harness]) or their YAML files. paper: BoolQ, RTE, HellaSwag, "
+    "WinoGrande, ARC-e, ARC-c, OBQA, zero-shot, acc. paper-fewshot: MMLU 5, MATH 4, GSM8K 5. Texts are then measured "
+    "only if --dataset is given.",
+)
+@click.option("--include-path", metavar="DIR", help="Folder with further task files of the harness.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), help="Examples before each question of a task. Default: the task's."
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions of a task at a time."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
@@ -88,167 +147,209 @@ class _Settings:
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with a MODEL from the hub.")
 @click.pass_context
 def main(context: click.Context, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
-    """Measure the perplexity of each MODEL and print a table.
+    """Measure each MODEL on texts or tasks and print a table.
 
-    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. The text is tokenised
-    without special tokens and cut into windows that do not overlap; the figure is exp of the mean loss over all
-    predicted tokens. A longer window gives a lower figure: compare only at the same window.
+    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised without
+    special tokens and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
+    tokens. A longer window gives a lower figure: compare only at the same window.
     """
     settings = _Settings(**options)
-    if settings.dataset != WIKITEXT2:
-        for name in _ONLY_WIKITEXT2:
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_', '-')} belongs to --dataset {WIKITEXT2}, not to a file.")
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    has_texts = settings.tasks is None or "dataset" in given
+    _check_options(settings, given, has_texts)
     if json_file is not None:
-        _check_json_file(Path(json_file))
-    rows, label = _read_text(settings)
+        check_json_file(Path(json_file))
+    texts = _texts(settings) if has_texts else []
+    harness = _harness(settings)
     device = find_device(settings.device)
-    if len(models) > 1:  # of a single one, loading it says the same
+    if len(models) > 1 or settings.teacher is not None:  # of a single one, loading it says the same
         _check_models(models, settings)
-    results: dict[str, tuple[str, PerplexityResult]] = {}
+    teacher = None
+    if settings.teacher is not None:
+        teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
+    from ast_sparse.evaluation.figures import Figures
+
+    figures = Figures()
     try:
         for model in dict.fromkeys(models):
-            results[model] = _evaluate(model, rows, device, settings)
+            _evaluate(figures, model, texts, harness, teacher, device, settings)
     finally:  # an error in the last model does not lose the figures of the first
-        if results:
-            click.echo(_table(results, label))
+        if figures:
+            click.echo(figures.table(bits_per_byte=settings.bits_per_byte, teacher=teacher is not None))
     if json_file is not None:
-        _write_json(Path(json_file), _record(results, label, device, settings))
+        write_json_file(Path(json_file), _record(figures, device, settings))
 
 
-def _check_json_file(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist. Make it first.")
-    if path.is_dir():
-        raise UserError(f"--json {path} is a folder. Name a file.")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--json {path}: the folder {path.parent} cannot be written to.")
+def _check_options(settings: _Settings, given: set[str], has_texts: bool) -> None:
+    for name in _ONLY_TASKS if settings.tasks is None else ():
+        if name in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} belongs to --tasks.")
+    for name in () if has_texts else _ONLY_TEXTS:
+        if name in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} belongs to --dataset, not to --tasks alone.")
+    for name in _ONLY_WIKITEXT2 if WIKITEXT2 not in settings.dataset else ():
+        if name in given:
+            raise click.UsageError(f"--{name.replace('_', '-')} belongs to --dataset {WIKITEXT2}, not to a file.")
 
 
-def _read_text(settings: _Settings) -> tuple[list[str], str]:
-    """Rows to be joined by a blank line, and the name of the text."""
-    if settings.dataset == WIKITEXT2:
-        from ast_sparse.evaluation.perplexity import wikitext2_rows
+def _texts(settings: _Settings) -> list[Text]:
+    from ast_sparse.evaluation.texts import read_datasets
 
-        source = Path(settings.data_dir).expanduser() if settings.data_dir is not None else None
-        label = source.name if source is not None and source.is_file() else f"{WIKITEXT2} {settings.split}"
-        return wikitext2_rows(settings.split, source), label
-    path = Path(settings.dataset).expanduser()
-    if not path.is_file():
-        raise UserError(f"--dataset {settings.dataset}: no such file, and not {WIKITEXT2}. Correct the name.")
-    from ast_sparse.data.sources import load_documents
-
-    source_ = load_documents([str(path.absolute())], None, settings.text_field, field="--dataset")[0]
-    return list(source_.documents[source_.text_field]), path.name
+    return read_datasets(
+        settings.dataset,
+        split=settings.split,
+        data_dir=settings.data_dir,
+        text_field=settings.text_field,
+        by=settings.by,
+        join=settings.join,
+    )
 
 
-def find_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` takes a GPU if there is one."""
-    import torch
+def _harness(settings: _Settings) -> Harness | None:
+    if settings.tasks is None:
+        return None
+    from ast_sparse.evaluation.harness import Harness
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason:.200}. Name cpu, cuda or cuda:0.") from error
-    return device
+    names = [name.strip() for name in settings.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks {settings.tasks!r} names no task. Name some of the harness, or paper.")
+    return Harness(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
 
 
 def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
-    """Find a wrong name or window before the first model is measured."""
+    """Find a wrong name, window or vocabulary before the first weights are loaded."""
+    from ast_sparse.evaluation.measure import check_teacher
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.loading import load_model_config
 
+    teacher = None
+    if settings.teacher is not None:
+        teacher = load_model_config(settings.teacher, trust_remote_code=settings.trust_remote_code)
     for model in models:
-        config = load_model_config(
-            model,
-            revision=settings.revision,
-            gguf_file=settings.gguf_file,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        config = load_model_config(model, **_place(settings))
+        seq_len = settings.seq_len or default_seq_len(config)
         try:
-            check_window(config, settings.seq_len or default_seq_len(config))
+            check_window(config, seq_len)
+            check_teacher(config, teacher, seq_len)
         except UserError as error:
-            raise UserError(f"{model}: {error}") from None
+            raise UserError(f"{model}: {_named(error, settings)}") from None
 
 
-def _evaluate(name: str, rows: list[str], device: torch.device, settings: _Settings) -> tuple[str, PerplexityResult]:
-    """Dtype and figures of one model."""
+def _named(error: UserError, settings: _Settings) -> str:
+    return str(error).replace("--teacher", f"--teacher {settings.teacher}", 1)
+
+
+def _place(settings: _Settings) -> dict[str, Any]:
+    return {
+        "revision": settings.revision,
+        "gguf_file": settings.gguf_file,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def _load(name: str, device: torch.device, settings: _Settings, **place: Any) -> PreTrainedModel:
     import torch
 
-    from ast_sparse.evaluation.perplexity import default_seq_len, evaluate_text
-    from ast_sparse.loading import load_causal_lm, load_tokenizer
+    from ast_sparse.loading import load_causal_lm
 
-    trusted: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    place: dict[str, Any] = {"revision": settings.revision, "gguf_file": settings.gguf_file, **trusted}
-    tokenizer = load_tokenizer(settings.tokenizer, **trusted) if settings.tokenizer else load_tokenizer(name, **place)
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "auto")
-    model: torch.nn.Module = load_causal_lm(
+    model = load_causal_lm(
         name,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=settings.attn_implementation,
         **place,
     )
-    model.to(device)
-    seq_len = settings.seq_len or default_seq_len(model.config)
+    module: torch.nn.Module = model
+    module.to(device)
+    return model
+
+
+def _evaluate(
+    figures: Figures,
+    name: str,
+    texts: list[Text],
+    harness: Harness | None,
+    teacher: PreTrainedModel | None,
+    device: torch.device,
+    settings: _Settings,
+) -> None:
+    """Measure one model and add its figures."""
+    from ast_sparse.evaluation.measure import measure_texts
+    from ast_sparse.evaluation.perplexity import default_seq_len
+    from ast_sparse.loading import load_tokenizer
+
+    if settings.tokenizer:
+        tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(name, **_place(settings))
+    if settings.teacher is not None:
+        _check_tokens(tokenizer, texts, settings)
+    model = _load(name, device, settings, **_place(settings))
+    dtype = str(model.dtype).removeprefix("torch.")
     try:
-        result = evaluate_text(model, tokenizer, rows, seq_len, settings.limit)
+        measured = measure_texts(
+            model,
+            tokenizer,
+            texts,
+            settings.seq_len or default_seq_len(model.config),
+            settings.limit,
+            stride=settings.stride,
+            teacher=teacher,
+        )
+        for label, result in measured:
+            figures.texts.append((name, label, dtype, result))
+        if harness is not None:
+            rows = harness(
+                model,
+                tokenizer,
+                limit=settings.limit,
+                batch_size=settings.batch_size,
+                max_length=settings.seq_len,
+            )
+            figures.tasks += [(name, dtype, row) for row in rows]
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    return str(model.dtype).removeprefix("torch."), result
 
 
-def _table(results: dict[str, tuple[str, PerplexityResult]], label: str) -> str:
-    from ast_sparse.evaluation.report import format_table
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:
+    from ast_sparse.evaluation.measure import check_tokens
+    from ast_sparse.loading import load_tokenizer
 
-    headers = ("model", "dataset", "dtype", "window", "windows", "predicted tokens", "perplexity")
-    lines = []
-    for model, (dtype, result) in results.items():
-        all_windows = result.total_tokens // result.seq_len
-        windows = f"{result.windows:,}" + (f" of {all_windows:,}" if result.windows < all_windows else "")
-        lines.append((model, label, dtype, result.seq_len, windows, result.predicted_tokens, result.perplexity))
-    return format_table(headers, lines)
+    assert settings.teacher is not None
+    try:
+        other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    except UserError:  # the model's own serves
+        return
+    try:
+        for text in texts:
+            check_tokens(tokenizer, other, text.documents)
+    except UserError as error:
+        raise UserError(_named(error, settings)) from None
 
 
-def _record(
-    results: dict[str, tuple[str, PerplexityResult]], label: str, device: torch.device, settings: _Settings
-) -> dict[str, Any]:
-    from dataclasses import asdict
+def _record(figures: Figures, device: torch.device, settings: _Settings) -> dict[str, Any]:
+    from importlib.metadata import version
 
     import torch
     import transformers
 
     import ast_sparse
 
-    return {
-        "results": [
-            {"model": model, "dataset": label, "dtype": dtype, **_finite(asdict(result))}
-            for model, (dtype, result) in results.items()
-        ],
-        "settings": {**asdict(settings), "device": str(device)},
-        "versions": {
-            "ast_sparse": ast_sparse.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    versions = {
+        "ast_sparse": ast_sparse.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
-
-
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN and no infinity: a model that diverged has null.
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    from ast_sparse.export.files import write_json
-
-    try:
-        write_json(path, record)
-    except OSError as error:
-        raise UserError(f"--json {path} cannot be written: {error.strerror or error}.") from error
+    record: dict[str, Any] = {
+        **figures.record(),
+        "settings": {**asdict(settings), "device": str(device)},
+        "versions": versions,
+    }
+    if len(settings.dataset) == 1:
+        record["settings"]["dataset"] = settings.dataset[0]
+    if settings.tasks is not None:
+        versions["lm_eval"] = version("lm-eval")
+    return record
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ast_sparse.cli.command import Command
+from ast_sparse.cli.options import check_json_file, write_json_file
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 
@@ -60,14 +61,13 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     """
     _check_usage(context, out, table)
     _check_pattern(options["pattern"])
-    from ast_sparse.cli.eval import _check_json_file, _write_json
     from ast_sparse.export.checkpoint import export_model  # takes seconds: not for --help
     from ast_sparse.export.files import require_model_folder
     from ast_sparse.export.saving import check_out_dir
 
     json_file, pattern = options["json_file"], options["pattern"]
     if json_file is not None:
-        _check_json_file(Path(json_file))
+        check_json_file(Path(json_file))
     if table and out is not None:  # before the minutes of counting
         folder = Path(checkpoint).expanduser()
         require_model_folder(folder)
@@ -82,7 +82,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
         )  # fmt: skip
         click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
     if found is not None and json_file is not None:
-        _write_json(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": _versions()})
+        write_json_file(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": _versions()})
 
 
 def _check_usage(context: click.Context, out: str | None, table: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ast_sparse.cli.command import Command
+from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
 from ast_sparse.errors import UserError
 
@@ -101,7 +102,6 @@ def _option(match: re.Match[str]) -> str:
 def _prune(
     source: ModelConfig, out: Path, sparsity: SparsityConfig, calibration: CalibrationConfig, options: dict[str, Any]
 ) -> None:
-    from ast_sparse.cli.eval import find_device
     from ast_sparse.export.checkpoint import export_model
     from ast_sparse.export.saving import check_out_dir
     from ast_sparse.loading import load_causal_lm, load_tokenizer

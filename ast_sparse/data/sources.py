@@ -11,8 +11,9 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -32,8 +33,11 @@ _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are re
 _JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 _REFUSED_SUFFIXES = {".arrow", ".bz2", ".csv", ".pdf", ".tar", ".tsv", ".xz", ".zip", ".zst"}
 _FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  # names of readers of `datasets`
+_LONGEST_SHOWN = 40  # characters of a value or name that are shown
+_MOST_LISTED = 20  # names
 _LONGEST_REASON = 300  # characters of another library's error that are shown
 _LARGEST_TEXT_FILE = 2**30  # a text file is one document and is tokenised in one go
+_LONGEST_LINE = 2**28  # bytes of a JSONL line, which is one document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,51 @@ def read_texts(entry: str, root: str | None, text_field: str, field: str) -> lis
     return [row["text"] for row in _documents(tuple(files), kind, text_field)]
 
 
+def read_groups(entry: str, root: str | None, text_field: str, by: str, field: str) -> dict[str, list[str]]:
+    """The documents of one JSONL or parquet file or glob by the value of a field, in the order they first appear.
+
+    Args:
+        by: field, or the path to one inside others: `meta.domain`. Its values are strings, numbers or booleans.
+
+    Raises:
+        UserError: as `read_texts`; the file is plain text, or a row has no such field or no such value in it.
+    """
+    kind, files = _check_entry(entry, root, field)
+    if kind == "text":
+        raise UserError(f"{entry} is plain text, which has no fields to group by. Give .jsonl, .jsonl.gz or .parquet.")
+    texts = read_texts(entry, root, text_field, field)
+    if kind == "json":
+        values = [_group(row, where, by) for file in files for row, where in _json_rows(file)]
+    else:
+        column, top = _parquet_column(files, by), by.split(".")[0]
+        values = [_group({top: value}, f"{entry}, row {number}", by) for number, value in enumerate(column, start=1)]
+    groups: dict[str, list[str]] = {}
+    for text, value in zip(texts, values, strict=True):
+        groups.setdefault(value, []).append(text)
+    return groups
+
+
+def _parquet_column(files: list[Path], by: str) -> list[Any]:
+    import pyarrow.parquet as pq
+
+    top = by.split(".")[0]
+    for file in files:
+        if top not in (names := pq.read_schema(file).names):
+            raise UserError(f"{file} has no column `{top}` but {', '.join(names)}. Name one of them.")
+    return list(_load_parquet(files, top)[top])
+
+
+def _group(row: Any, where: str, by: str) -> str:
+    value = row
+    for name in by.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise UserError(f"{where}: no field `{by}` to group by. Name another field, or complete the row.")
+        value = value[name]
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where}: `{by}` is {_shown(value)}, no string or number to group by.")
+    return str(value)
+
+
 def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source:
     if isinstance(entry, Mapping):
         name = " ".join(str(entry[key]) for key in ("path", "name", "split") if entry.get(key))
@@ -263,22 +312,34 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:
 
 
 def _json_texts(file: Path, text_field: str) -> Iterator[str]:
+    for row, where in _json_rows(file):
+        yield _json_text(row, where, text_field)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[Any, str]]:
+    """Rows of a JSONL file or a JSON array, and where each stands, for messages."""
     if file.name.lower().removesuffix(".gz").endswith(".json"):
         with _open(file) as stream:
             if stream.read(64).lstrip().startswith(b"["):
-                yield from _json_array_texts(file, text_field)
+                yield from _json_array_rows(file)
                 return
     with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
+        lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > _LONGEST_LINE:
+                raise UserError(f"{file}, line {number}: longer than 256 MiB. Split the document, or leave it out.")
             if not line.isspace():
-                yield _json_text(_parse(file, number, line), f"{file}, line {number}", text_field)
+                yield _parse(file, number, line), f"{file}, line {number}"
 
 
-def _json_array_texts(file: Path, text_field: str) -> Iterator[str]:
+def _json_array_rows(file: Path) -> Iterator[tuple[Any, str]]:
     with _open(file) as stream:
-        rows = _parse(file, 1, stream.read())
+        data = stream.read(_LARGEST_TEXT_FILE + 1)
+    if len(data) > _LARGEST_TEXT_FILE:
+        raise UserError(f"{file} is larger than 1 GiB, and an array is read in one go. Write its elements as JSONL.")
+    rows = _parse(file, 1, data)
     for number, row in enumerate(rows, start=1):
-        yield _json_text(row, f"{file}, element {number}", text_field)
+        yield row, f"{file}, element {number}"
 
 
 def _parse(file: Path, number: int, data: bytes) -> Any:
@@ -291,18 +352,31 @@ def _parse(file: Path, number: int, data: bytes) -> Any:
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
         raise UserError(f"{file}, line {line}: not JSON ({error.msg}). Each line must be one JSON object.") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{file}, line {number}: not JSON ({_one_line(error)}) Leave the line out.") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)[:_LONGEST_SHOWN]
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, each on one line and of bearable length."""
+    first = [name if name.isprintable() else repr(name) for name in islice(names, _MOST_LISTED)]
+    return ", ".join(name[:_LONGEST_SHOWN] for name in first) or "none"
 
 
 def _json_text(row: Any, where: str, text_field: str) -> str:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object but {json.dumps(row)[:40]}. Each line must be one JSON object.")
+        raise UserError(f"{where}: not a JSON object but {_shown(row)}. Each line must be one JSON object.")
     if text_field not in row:
-        raise UserError(f"{where}: no field `{text_field}` but {', '.join(map(str, row)) or 'none'}. Set `text_field`.")
+        raise UserError(f"{where}: no field `{text_field}` but {_listed(row)}. Set `text_field`.")
     text = row[text_field]
     if not isinstance(text, str):
-        raise UserError(
-            f"{where}: field `{text_field}` is not a string but {json.dumps(text)[:40]}. Leave the line out."
-        )
+        raise UserError(f"{where}: field `{text_field}` is not a string but {_shown(text)}. Leave the line out.")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: field `{text_field}` holds half a character (a lone surrogate). Leave the line out.")
     return text

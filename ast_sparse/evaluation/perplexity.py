@@ -5,23 +5,19 @@ dropped. Each window of `seq_len` tokens predicts `seq_len - 1`; the figure is e
 (paper Sec. 7). A longer window gives a lower figure, so no figure means anything without its window length.
 """
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.scoring import score
+from ast_sparse.evaluation.windows import Stream, cut, tokenise
 
-_POSITIONS_PER_CHUNK = 256  # float32 logits of this many positions exist at a time
 _PUBLISHED_WINDOW = {"gpt2": 1024, "opt": 2048}
 _LLAMA2_WINDOW = 4096
 _OTHER_WINDOW = 2048
@@ -79,25 +75,35 @@ def evaluate_text(
         UserError: a text shorter than one window, a window below two tokens or above the model's positions, a token
             that the model does not know.
     """
-    text = text_or_rows if isinstance(text_or_rows, str) else "\n\n".join(text_or_rows)
+    documents = [text_or_rows] if isinstance(text_or_rows, str) else text_or_rows
     check_window(getattr(model, "config", None), seq_len, windows)
-    # verbose=False: the text is longer than the model's window by intent, it is cut below.
-    tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    available = len(tokens) // seq_len
-    if not available:
+    streams = tokenise(tokenizer, documents)
+    cuts = cut(streams, seq_len)[:windows]
+    check_streams(model, streams, seq_len, is_cut=bool(cuts))
+    pairs = ((window.tokens, window.scored) for window in cuts)
+    total = sum(len(stream.tokens) for stream in streams)
+    return _measure(model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, progress=progress, label=label)
+
+
+def check_streams(model: nn.Module, streams: Sequence[Stream], seq_len: int, *, is_cut: bool) -> None:
+    """Check that the text gave windows (`is_cut`) and that the model knows its tokens.
+
+    Raises:
+        UserError: a text shorter than a window, or a token without an embedding.
+    """
+    if not is_cut:
         raise UserError(
-            f"The text has {len(tokens):,} tokens, fewer than one window of {seq_len:,} (`seq_len`). "
-            "Give a longer text or a shorter window."
+            f"The text has {sum(len(stream.tokens) for stream in streams):,} tokens, fewer than one window of "
+            f"{seq_len:,} (`seq_len`). Give a longer text or a shorter window."
         )
-    embeddings = getattr(getattr(model, "config", None), "vocab_size", None)
-    if embeddings is not None and max(tokens) >= embeddings:
+    config = getattr(model, "config", None)
+    embeddings = None if config is None else getattr(text_config(config), "vocab_size", None)
+    largest = max(max(stream.tokens, default=0) for stream in streams)
+    if embeddings is not None and largest >= embeddings:
         raise UserError(
-            f"The tokenizer makes the token {max(tokens)}, the model has {embeddings} embeddings. They do not belong "
+            f"The tokenizer makes the token {largest}, the model has {embeddings} embeddings. They do not belong "
             "together: use the model's own tokenizer."
         )
-    count = min(available, windows or available)
-    blocks = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
-    return _measure(model, blocks, seq_len=seq_len, total_tokens=len(tokens), progress=progress, label=label)
 
 
 def evaluate_blocks(
@@ -122,25 +128,18 @@ def evaluate_blocks(
     seq_len = len(_token_ids(blocks[0]))
     check_window(getattr(model, "config", None), seq_len, windows)
     count = min(len(blocks), windows or len(blocks))
-    rows = _Rows(blocks, count, seq_len)
-    return _measure(model, rows, seq_len=seq_len, total_tokens=len(blocks) * seq_len, progress=progress, label=label)
+    total = len(blocks) * seq_len
+    pairs = _pairs(blocks, count, seq_len)
+    return _measure(model, pairs, count, seq_len=seq_len, total_tokens=total, progress=progress, label=label)
 
 
-class _Rows:
-    """The first `count` blocks, one at a time, as int64 tensors of one length."""
-
-    def __init__(self, blocks: Sequence[Any], count: int, seq_len: int) -> None:
-        self.blocks, self.count, self.seq_len = blocks, count, seq_len
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for index in range(self.count):
-            ids = torch.as_tensor(_token_ids(self.blocks[index]), dtype=torch.long)
-            if len(ids) != self.seq_len:
-                raise UserError(f"Block {index} has {len(ids)} tokens, block 0 has {self.seq_len}: pack to one length.")
-            yield ids
+def _pairs(blocks: Sequence[Any], count: int, seq_len: int) -> Iterator[tuple[Any, int]]:
+    """The first `count` blocks, one at a time, all of one length."""
+    for index in range(count):
+        ids = _token_ids(blocks[index])
+        if len(ids) != seq_len:
+            raise UserError(f"Block {index} has {len(ids)} tokens, block 0 has {seq_len}: pack to one length.")
+        yield ids, seq_len - 1
 
 
 def _token_ids(block: Any) -> Any:
@@ -167,7 +166,7 @@ def check_window(model_config: Any, seq_len: int, windows: int | None = None) ->
 
 def max_positions(model_config: Any) -> int | None:
     """Longest sequence a config names (`max_position_embeddings`, `n_positions`), or None."""
-    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    config = text_config(model_config)
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -181,66 +180,39 @@ def default_seq_len(model_config: Any) -> int:
     GPT-2 1024, OPT 2048, LLaMA2 4096: a `llama` with exactly 4096 positions, as LLaMA2 and its fine-tunes have. For all
     others, later LLaMAs included, 2048, the usual choice in the pruning literature.
     """
-    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    config = text_config(model_config)
     limit = max_positions(config)
     is_llama2 = config.model_type == "llama" and limit == _LLAMA2_WINDOW
     window = _LLAMA2_WINDOW if is_llama2 else _PUBLISHED_WINDOW.get(config.model_type, _OTHER_WINDOW)
     return window if limit is None else min(window, limit)
 
 
-@torch.no_grad()
+def text_config(model_config: Any) -> Any:
+    """The part of a config that speaks of the language model."""
+    return model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+
+
 def _measure(
-    model: nn.Module, rows: Iterable[Tensor], *, seq_len: int, total_tokens: int, progress: bool, label: str
+    model: nn.Module,
+    pairs: Iterable[tuple[Any, int]],
+    count: int,
+    *,
+    seq_len: int,
+    total_tokens: int,
+    progress: bool,
+    label: str,
 ) -> PerplexityResult:
-    device = next(model.parameters()).device
     started = time.perf_counter()
-    total = 0.0
-    count = 0
-    with _eval_mode(model), tqdm(rows, desc=f"{label} at {seq_len:,}", unit="window", disable=not progress) as bar:
-        for row in bar:
-            total += _summed_loss(model, row.to(device))
-            count += 1
-            bar.set_postfix_str(f"ppl {_exp(total / (count * (seq_len - 1))):.2f}")
-    predicted = count * (seq_len - 1)
+    sums = score(model, pairs, count, progress=progress, label=f"{label} at {seq_len:,}")
     return PerplexityResult(
-        perplexity=_exp(total / predicted),
-        mean_nll=total / predicted,
+        perplexity=sums.perplexity,
+        mean_nll=sums.nll / sums.tokens,
         seq_len=seq_len,
-        windows=count,
-        predicted_tokens=predicted,
+        windows=sums.windows,
+        predicted_tokens=sums.tokens,
         total_tokens=total_tokens,
         seconds=time.perf_counter() - started,
     )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # Module by module: `model.train()` would wake what was frozen in eval mode inside a training model.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _summed_loss(model: nn.Module, tokens: Tensor) -> float:
-    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-    losses = [
-        F.cross_entropy(part.float(), target, reduction="none").double().sum()
-        for part, target in zip(
-            logits.split(_POSITIONS_PER_CHUNK), tokens[1:].to(logits.device).split(_POSITIONS_PER_CHUNK), strict=True
-        )
-    ]
-    return float(torch.stack(losses).sum())
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
 
 
 def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None, field: str = "--data-dir") -> list[str]:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel
 
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation import perplexity as module
+from ast_sparse.evaluation import scoring
 from ast_sparse.evaluation.perplexity import (
     default_seq_len,
     evaluate_blocks,
@@ -46,7 +46,7 @@ def test_figure_equals_a_plain_float64_loop(family: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 47, 1000])
 def test_chunks_of_positions_do_not_change_the_figure(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     text = generated_text(20)
-    monkeypatch.setattr(module, "_POSITIONS_PER_CHUNK", chunk)
+    monkeypatch.setattr(scoring, "_POSITIONS_PER_CHUNK", chunk)
     expected = twin(tiny_model(), tokens_of(text), 48)
     assert perplexity(tiny_model(), tiny_tokenizer(), text, 48) == pytest.approx(expected, rel=1e-5)
 

@@ -1,0 +1,51 @@
+"""Values of options that several commands take: a device, a file for figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ast_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names; `auto` takes a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason:.200}. Name cpu, cuda or cuda:0.") from error
+    return device
+
+
+def check_json_file(path: Path) -> None:
+    """Raise UserError unless `--json` names a file that can be written, before minutes of work."""
+    if not path.parent.is_dir():
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist. Make it first.")
+    if path.is_dir():
+        raise UserError(f"--json {path} is a folder. Name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: the folder {path.parent} cannot be written to.")
+
+
+def write_json_file(path: Path, record: dict[str, Any]) -> None:
+    """Write the figures of `--json` in one piece.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from ast_sparse.export.files import write_json
+
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {error.strerror or error}.") from error

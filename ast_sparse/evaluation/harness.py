@@ -1,0 +1,258 @@
+"""Tasks of the LM Evaluation Harness, through its Python interface, on a model that is loaded already.
+
+`lm-eval` is an optional package (extra `harness`). Since the model is handed over as an object, whatever
+`loading.load_causal_lm` reads is evaluated as it is: compressed checkpoints, SLoRB adapters, `.gguf` files.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import check_window
+
+_SEED = 1234  # which examples stand before a question, as the harness itself chooses by default
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class PublishedTask:
+    """A task as the paper reports it (Sec. 7): name in the harness, examples before the question, metric."""
+
+    name: str
+    num_fewshot: int
+    metric: str
+
+
+GROUPS = {
+    "paper": tuple(
+        PublishedTask(name, 0, "acc")
+        for name in ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+    ),
+    "paper-fewshot": (
+        PublishedTask("mmlu", 5, "acc"),
+        PublishedTask("minerva_math", 4, "exact_match"),  # MATH
+        PublishedTask("gsm8k", 5, "exact_match,strict-match"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One metric of one task, or of a group of tasks.
+
+    Attributes:
+        metric: as the harness calls it; a filter of the answers follows after a comma: `exact_match,strict-match`.
+        stderr: standard error of `value`, None where the harness has none.
+        examples: questions that were asked.
+        shown: whether the task and the metric were asked for. The tasks inside a group, and the metrics that the
+            paper does not report, are in the record alone.
+    """
+
+    task: str
+    num_fewshot: int
+    metric: str
+    value: float
+    stderr: float | None
+    examples: int | None
+    shown: bool
+
+
+class Harness:
+    """Tasks that are found and whose data are read, before any model is loaded.
+
+    Args:
+        names: of tasks, groups or tags of the harness, paths of task files (YAML), `paper` or `paper-fewshot`.
+        include_path: a folder with further task files.
+        num_fewshot: examples before each question; None: as published for the paper's tasks, else the task's own.
+
+    Raises:
+        UserError: the package is missing, a task is unknown, or its data cannot be read.
+    """
+
+    def __init__(
+        self, names: Sequence[str], *, include_path: str | None = None, num_fewshot: int | None = None
+    ) -> None:
+        self._lm_eval = _import()
+        published = [task for name in names for task in GROUPS.get(name, ())]
+        wanted = [each for name in names for each in ([task.name for task in GROUPS.get(name, ())] or [name])]
+        with _quiet():
+            self._manager = _manager(wanted, include_path)
+            self._loaded = {name: self._load(name) for name in dict.fromkeys(wanted)}
+        self._metrics = {task.name: task.metric for task in published}
+        fewshot = {task.name: task.num_fewshot for task in published}
+        for name, loaded in self._loaded.items():
+            for task in loaded["tasks"].values():
+                own = task.get_config("num_fewshot") or 0
+                number = fewshot.get(name, own) if num_fewshot is None else num_fewshot
+                task.set_config(key="num_fewshot", value=number)
+                task.set_fewshot_seed(seed=_SEED)
+        self._seven = tuple(task.name for task in GROUPS["paper"]) if "paper" in names else ()
+
+    def _load(self, name: str) -> Any:
+        try:
+            return self._manager.load([name])
+        except Exception as error:  # whatever its YAML, its code, its data set and the hub raise
+            raise UserError(
+                f"--tasks {name} cannot be loaded: {_one_line(error)} The harness takes most data from the hub: check "
+                "the network, or the files that the task names."
+            ) from error
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None = None,
+        batch_size: int = 1,
+        max_length: int | None = None,
+    ) -> list[TaskResult]:
+        """Evaluate a model, on its device and in its dtype, in eval mode.
+
+        Args:
+            limit: ask only the first so many questions of every task.
+            batch_size: questions at a time.
+            max_length: tokens the model is given at most; None: its positions.
+
+        Raises:
+            UserError: a task fails on its data or on the model, or `max_length` is more than its positions.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        if max_length is not None:
+            check_window(model.config, max_length)
+        results: list[TaskResult] = []
+        with _quiet():
+            # The harness may add a padding token to the tokenizer.
+            lm = HFLM(
+                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+            )
+            for name, loaded in self._loaded.items():
+                try:
+                    record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
+                except Exception as error:
+                    raise UserError(f"--tasks {name}: {_one_line(error)}") from error
+                results += _results(name, loaded, record, self._metrics.get(name))
+        return results + _mean(results, self._seven)
+
+
+def _import() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UserError(
+            f"--tasks needs the LM Evaluation Harness ({_one_line(error)}) Install it: "
+            "pip install 'ast-sparse[harness]'."
+        ) from error
+    return lm_eval
+
+
+def _manager(names: Sequence[str], include_path: str | None) -> Any:
+    """A task manager that knows all names; the harness's own tasks, seconds to index, only where they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise UserError(f"--include-path {include_path} is no folder. Name the folder with the task files.")
+    folders = [] if include_path is None else [str(Path(include_path).expanduser())]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if _unknown(names, manager):
+        manager = TaskManager(include_path=folders)
+    if unknown := _unknown(names, manager):
+        near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, *GROUPS], n=1)
+        hint = f" Did you mean {near[0]}?" if near else " `lm_eval ls tasks` lists the names."
+        raise UserError(f"--tasks {unknown[0]}: neither a task of the harness nor a task file.{hint}")
+    return manager
+
+
+def _unknown(names: Sequence[str], manager: Any) -> list[str]:
+    known = set(manager.all_tasks)
+    return [name for name in names if name not in known and not Path(name).expanduser().is_file()]
+
+
+def _results(name: str, loaded: Any, record: Any, published: str | None) -> list[TaskResult]:
+    """All figures of one name; those of the name itself are shown, of the published metric alone if there is one."""
+    figures = record["results"]
+    inner = {child for children in record.get("group_subtasks", {}).values() for child in children}
+    top = [task for task in figures if task not in inner]
+    if not any(_metrics(figures[task]) for task in top):  # a group without figures of its own
+        top = list(figures)
+    rows = []
+    for task, row in figures.items():
+        for key in _metrics(row):
+            metric = key.removesuffix(",none")
+            stderr = row.get(_stderr_key(key))
+            rows.append(
+                TaskResult(
+                    task=task,
+                    num_fewshot=int(record["n-shot"].get(task) or 0),
+                    metric=metric,
+                    value=float(row[key]),
+                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                    examples=row.get("sample_len"),
+                    shown=task in top and published in (None, metric),
+                )
+            )
+    return rows
+
+
+def _metrics(row: Any) -> list[str]:
+    """Keys of a row that hold figures: `acc,none`, but neither `acc_stderr,none` nor `alias`."""
+    return [
+        key
+        for key, value in row.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _stderr_key(key: str) -> str:
+    metric, _, kind = key.partition(",")
+    return f"{metric}_stderr,{kind}"
+
+
+def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResult]:
+    """The paper's mean over its seven tasks, each of the same weight."""
+    rows = [row for row in results if row.shown and row.task in names]
+    if not rows:
+        return []
+    variances = [row.stderr**2 for row in rows if row.stderr is not None]
+    stderr = math.sqrt(sum(variances)) / len(rows) if len(variances) == len(rows) else None
+    return [
+        TaskResult(
+            task="mean",
+            num_fewshot=rows[0].num_fewshot,
+            metric=rows[0].metric,
+            value=sum(row.value for row in rows) / len(rows),
+            stderr=stderr,
+            examples=None,
+            shown=True,
+        )
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the harness tells people who call it from code."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > _LONGEST_REASON:
+        text = text[:_LONGEST_REASON].rsplit(" ", 1)[0] + " …"
+    return text if text.endswith((".", "…", "!", "?")) else f"{text}."

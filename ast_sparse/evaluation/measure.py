@@ -1,0 +1,217 @@
+"""All figures of a text in one pass: perplexity, bits per byte, divergence from a teacher.
+
+Windows may overlap and documents may stay apart (`windows.py`); the default is the published protocol, and gives the
+perplexity of `evaluate_text`.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
+from ast_sparse.evaluation.scoring import Sums, score
+from ast_sparse.evaluation.texts import Text
+from ast_sparse.evaluation.windows import cut, tokenise
+
+_SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextResult(PerplexityResult):
+    """Figures of a text; means are over its scored tokens (`predicted_tokens`).
+
+    `bits_per_byte` is the summed loss of the scored tokens in bits, over the UTF-8 bytes of the text that these tokens
+    stand for: a token stands for the bytes from the end of the token before it to its own end. Tokens that are context
+    only (the first of a window, or with a stride the first of the text) count on neither side.
+    """
+
+    all_windows: int  # of the text, measured or not
+    stride: int | None
+    join: str
+    documents: int
+    scored_bytes: int | None  # None: the tokenizer has no offsets
+    bits_per_byte: float | None
+    teacher_kl: float | None  # KL(teacher‖student), nats per token; None without a teacher
+    teacher_agreement: float | None  # share of tokens where the likeliest one is the teacher's too
+
+
+def measure_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    seq_len: int,
+    windows: int | None = None,
+    *,
+    stride: int | None = None,
+    join: str = "blank-line",
+    teacher: nn.Module | None = None,
+    progress: bool = True,
+    label: str = "Perplexity",
+) -> TextResult:
+    """Measure a model, and its distance from a teacher, on the windows of a text.
+
+    Both models run in eval mode, without gradients, on their own devices and in their own dtypes; loss and divergence
+    are float32, a chunk of positions at a time.
+
+    Args:
+        documents: texts, joined as `join` says.
+        seq_len: tokens of a window.
+        windows: measure only the first so many.
+        stride: tokens between the begins of windows, as of `windows.cut`; None: they do not overlap, and the rest of
+            the text is dropped (the published protocol), unless documents are separate, whose rest is a shorter window.
+        join: as of `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
+        teacher: a model with the same vocabulary.
+
+    Raises:
+        UserError: as `evaluate_text`; a stride not below the window, vocabularies of different size.
+    """
+    started = time.perf_counter()
+    config = getattr(model, "config", None)
+    check_window(config, seq_len, windows)
+    if teacher is not None:
+        check_teacher(config, getattr(teacher, "config", None), seq_len)
+    streams = tokenise(tokenizer, documents, join)
+    total_tokens = sum(len(stream.tokens) for stream in streams)
+    separate = join == "separate"
+    every = cut(streams, seq_len, stride, keep_rest=separate)
+    check_streams(model, streams, seq_len, is_cut=bool(every) and (separate or total_tokens >= seq_len))
+    measured = every[:windows]
+    pairs = ((window.tokens, window.scored) for window in measured)
+    sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
+    return _result(
+        sums,
+        [window.scored_bytes for window in measured],
+        has_teacher=teacher is not None,
+        seq_len=seq_len,
+        total_tokens=total_tokens,
+        seconds=time.perf_counter() - started,
+        all_windows=len(every),
+        stride=stride,
+        join=join,
+        documents=len(documents),
+    )
+
+
+def measure_texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    seq_len: int,
+    windows: int | None = None,
+    *,
+    stride: int | None = None,
+    teacher: nn.Module | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[str, TextResult]]:
+    """Name and figures of every text, and after the groups of a file those of all of them. As `measure_text`."""
+    group: list[TextResult] = []
+    for index, text in enumerate(texts):
+        limits = [limit for limit in (text.windows, windows) if limit is not None]
+        try:
+            result = measure_text(
+                model,
+                tokenizer,
+                text.documents,
+                seq_len,
+                min(limits, default=None),
+                stride=stride,
+                join=text.join,
+                teacher=teacher,
+                progress=progress,
+                label="Perplexity" if len(texts) == 1 else f"Perplexity, {text.name}",
+            )
+        except UserError as error:
+            raise UserError(f"{text.name}: {error}" if len(texts) > 1 else str(error)) from error
+        yield text.name, result
+        if text.group is not None:
+            group.append(result)
+            if index + 1 == len(texts) or texts[index + 1].group != text.group:
+                yield f"{text.group}, all", total_of(group)
+                group = []
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, documents: Sequence[str]) -> None:
+    """Check that the tokenizer of a teacher makes the model's tokens of the beginning of a text.
+
+    Raises:
+        UserError: it makes others.
+    """
+    sample = "\n".join(islice((document for document in documents if document.strip()), 20))[:_SAMPLE]
+    ours, theirs = (each(sample, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
+    if ours != theirs:
+        raise UserError(
+            "--teacher makes other tokens of the same text. Name a teacher with the model's tokenizer, for instance "
+            "the model it was pruned from."
+        )
+
+
+def check_teacher(config: Any, teacher_config: Any, seq_len: int) -> None:
+    """Check that a teacher takes the window and has as large a vocabulary as the model.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config is None or teacher_config is None:
+        return
+    try:
+        check_window(teacher_config, seq_len)
+    except UserError as error:
+        raise UserError(f"--teacher: {error}") from None
+    ours, theirs = text_config(config).vocab_size, text_config(teacher_config).vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"--teacher has a vocabulary of {theirs} tokens, the model one of {ours}. Name a teacher with the model's "
+            "vocabulary, for instance the model it was pruned from."
+        )
+
+
+def total_of(results: Sequence[TextResult]) -> TextResult:
+    """Figures over all scored tokens of several texts that were measured alike."""
+    first = results[0]
+    weights = [result.predicted_tokens for result in results]
+
+    def summed(means: Iterable[float | None]) -> float:
+        return sum((mean or 0.0) * weight for mean, weight in zip(means, weights, strict=True))
+
+    sums = Sums(
+        windows=sum(result.windows for result in results),
+        tokens=sum(weights),
+        nll=summed(result.mean_nll for result in results),
+        kl=summed(result.teacher_kl for result in results),
+        agreed=round(summed(result.teacher_agreement for result in results)),
+    )
+    return _result(
+        sums,
+        [result.scored_bytes for result in results],
+        has_teacher=first.teacher_kl is not None,
+        seq_len=first.seq_len,
+        total_tokens=sum(result.total_tokens for result in results),
+        seconds=sum(result.seconds for result in results),
+        all_windows=sum(result.all_windows for result in results),
+        stride=first.stride,
+        join=first.join,
+        documents=sum(result.documents for result in results),
+    )
+
+
+def _result(sums: Sums, byte_counts: Sequence[int | None], *, has_teacher: bool, **measured: Any) -> TextResult:
+    known = [count for count in byte_counts if count is not None]
+    scored_bytes = sum(known) if len(known) == len(byte_counts) else None
+    return TextResult(
+        perplexity=sums.perplexity,
+        mean_nll=sums.nll / sums.tokens,
+        windows=sums.windows,
+        predicted_tokens=sums.tokens,
+        scored_bytes=scored_bytes,
+        bits_per_byte=sums.nll / math.log(2) / scored_bytes if scored_bytes else None,
+        teacher_kl=sums.kl / sums.tokens if has_teacher else None,
+        teacher_agreement=sums.agreed / sums.tokens if has_teacher else None,
+        **measured,
+    )

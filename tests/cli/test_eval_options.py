@@ -1,0 +1,186 @@
+"""ast-eval: several texts, groups, windows, a teacher, and tasks of the LM Evaluation Harness."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from ast_sparse.evaluation.measure import measure_text
+from ast_sparse.export.checkpoint import export_model
+from ast_sparse.loading import load_causal_lm
+from tests.cli.test_eval import refused, run, table
+from tests.evaluation.tasks import choice_task, perplexity_task
+from tests.export.sparse_models import sparse_model
+from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
+
+HEADER = ["model", "dataset", "dtype", "window", "windows", "predicted tokens", "perplexity"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def domains(tmp_path: Path) -> Path:
+    rows = [{"text": generated_text(9, seed), "meta": {"set": "ab"[seed % 2]}} for seed in range(5)]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "mixed.jsonl"
+
+
+def twin(tokens: list[int], seq_len: int, stride: int | None = None) -> tuple[float, int]:
+    """Mean loss in float64 and how many tokens it is over: non-overlapping windows, or overlapping ones."""
+    model = tiny_model().double().eval()
+    losses: list[float] = []
+    done = 1
+    for begin in range(0, len(tokens), stride or seq_len):
+        window = tokens[begin : begin + seq_len]
+        if (stride is None and len(window) < seq_len) or begin + len(window) <= done:
+            break
+        with torch.no_grad():
+            log_p = model(torch.tensor([window])).logits[0].log_softmax(-1)
+        first = 1 if stride is None else done - begin
+        losses += [-float(log_p[at - 1, window[at]]) for at in range(first, len(window))]
+        done = begin + len(window)
+    return sum(losses) / len(losses), len(losses)
+
+
+def test_json_figure_equals_a_plain_loop(model: str, tmp_path: Path) -> None:
+    text = generated_text(30)
+    (tmp_path / "a.txt").write_text(text)
+    tokens = tiny_tokenizer().encode(text, add_special_tokens=False)
+    for options, stride in (((), None), (("--stride", "16"), 16)):
+        run(model, "--dataset", tmp_path / "a.txt", "--seq-len", "48", *options, "--json", tmp_path / "a.json")
+        (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
+        loss, count = twin(tokens, 48, stride)
+        assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert (result["predicted_tokens"], result["stride"]) == (count, stride)
+        expected = loss * count / math.log(2) / result["scored_bytes"]
+        assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_text_has_its_row(model: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        (tmp_path / f"{name}.txt").write_text(generated_text(30, seed))
+    (tmp_path / "wiki.test.raw").write_text(generated_text(30, 3))
+    names = [tmp_path / "one.txt", "wikitext2", tmp_path / "two.txt"]
+    options = [each for name in names for each in ("--dataset", name)]
+    header, _, *rows = table(run(model, *options, "--seq-len", "48", "--data-dir", tmp_path, "--json", tmp_path / "j"))
+    assert header == HEADER
+    assert [row[1] for row in rows] == ["one.txt", "wikitext2 test", "two.txt"]
+    alone = table(run(model, "--dataset", tmp_path / "two.txt", "--seq-len", "48"))[2]
+    assert rows[2] == alone
+    assert json.loads((tmp_path / "j").read_text())["settings"]["dataset"] == list(map(str, names))
+
+
+def test_groups_of_a_file_have_rows_and_a_total(model: str, domains: Path) -> None:
+    options = ("--by", "meta.set", "--join", "separate", "--seq-len", "48")
+    rows = table(run(model, "--dataset", domains, *options))[2:]
+    assert [row[1] for row in rows] == ["mixed.jsonl a", "mixed.jsonl b", "mixed.jsonl, all"]
+    whole = table(run(model, "--dataset", domains, *options[2:]))[2]
+    assert rows[2][2:] == whole[2:]
+
+
+def test_columns_are_added_where_they_are_asked_for(model: str, domains: Path, tmp_path: Path) -> None:
+    teacher = save_tiny_model(tmp_path / "teacher", seed=1)
+    options = ("--dataset", domains, "--seq-len", "48", "--stride", "32", "--bits-per-byte", "--teacher", teacher)
+    header, _, row = table(run(model, *options, "--json", tmp_path / "a.json"))
+    assert header == [*HEADER[:4], "stride", *HEADER[4:], "bits per byte", "KL to teacher", "top-1 agreement"]
+    documents = [json.loads(line)["text"] for line in domains.read_text().splitlines()]
+    expected = measure_text(
+        tiny_model(), tiny_tokenizer(), documents, 48, stride=32, teacher=tiny_model(seed=1), progress=False
+    )
+    assert row[4] == "32" and row[-3] == f"{expected.bits_per_byte:.4f}"
+    assert row[-2:] == [f"{expected.teacher_kl:.4f}", f"{expected.teacher_agreement:.2%}"]
+    (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert result["teacher_kl"] == pytest.approx(expected.teacher_kl, rel=1e-9)
+    assert result["join"] == "blank-line" and result["documents"] == 5
+
+
+@pytest.mark.parametrize("join", ["newline", "none", "eos", "separate"])
+def test_joins(model: str, domains: Path, join: str) -> None:
+    documents = [json.loads(line)["text"] for line in domains.read_text().splitlines()]
+    expected = measure_text(tiny_model(), tiny_tokenizer(), documents, 48, join=join, progress=False)
+    row = table(run(model, "--dataset", domains, "--seq-len", "48", "--join", join))[2]
+    assert row[4:] == [f"{expected.windows}", f"{expected.predicted_tokens:,}", f"{expected.perplexity:.2f}"]
+
+
+def test_tasks_are_printed_and_recorded(model: str, tmp_path: Path) -> None:
+    choice_task(tmp_path, "mine")
+    perplexity_task(tmp_path, "text", [generated_text(5)])
+    options = ("--tasks", "mine, text", "--include-path", tmp_path, "--limit", "4", "--num-fewshot", "1")
+    header, _, *rows = table(run(model, *options, "--json", tmp_path / "a.json"))
+    assert header == ["model", "task", "dtype", "few-shot", "examples", "metric", "value", "stderr"]
+    assert [row[1:6] for row in rows[:2]] == [["mine", "float32", "1", "4", name] for name in ("acc", "acc_norm")]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["results"] == [] and record["versions"]["lm_eval"]
+    assert f"{record['tasks'][0]['value']:.4f}" == rows[0][6] and record["tasks"][0]["model"] == model
+    assert {task["metric"] for task in record["tasks"]} >= {"acc", "bits_per_byte"}
+
+
+def test_texts_and_tasks_in_one_command(model: str, domains: Path, tmp_path: Path) -> None:
+    file = choice_task(tmp_path, "mine")
+    result = run(model, "--tasks", file, "--dataset", domains, "--seq-len", "48")
+    first, second = result.stdout.split("\n\n")
+    assert "perplexity" in first and "acc_norm" in second
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_compressed_checkpoints_and_slorb_are_evaluated_as_they_are(family: str, tmp_path: Path) -> None:
+    model: PreTrainedModel = sparse_model(family, slorb_k=8)
+    choice_task(tmp_path, "mine")
+    perplexity_task(tmp_path, "text", [generated_text(5)])
+    (tmp_path / "a.txt").write_text(generated_text(30))
+    for format in ("compressed", "dense"):
+        export_model(model, tmp_path / format, format, dtype="float32", tokenizer=tiny_tokenizer())
+    assert (tmp_path / "compressed" / "slorb").is_dir()
+    options = ("--tasks", "mine,text", "--include-path", tmp_path, "--dataset", tmp_path / "a.txt")
+    run(tmp_path / "compressed", tmp_path / "dense", *options, "--json", tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    loaded = load_causal_lm(tmp_path / "compressed")
+    expected = measure_text(loaded, tiny_tokenizer(), [generated_text(30)], 128, progress=False).perplexity
+    assert [row["perplexity"] for row in record["results"]] == pytest.approx([expected] * 2, rel=1e-6)
+    half = len(record["tasks"]) // 2
+    values = [row["value"] for row in record["tasks"]]
+    assert values[:half] == pytest.approx(values[half:], rel=1e-6)
+    bare = measure_text(sparse_model(family), tiny_tokenizer(), [generated_text(30)], 128, progress=False).perplexity
+    assert bare != pytest.approx(expected, rel=1e-4)  # SLoRB took part
+
+
+def test_bad_options_are_one_line_and_leave_nothing(model: str, domains: Path, tmp_path: Path) -> None:
+    small = tiny_config("llama")
+    small.vocab_size = 64
+    type(tiny_model())(small).save_pretrained(tmp_path / "small")
+    (tmp_path / "short.txt").write_text("two of four")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    text = ("--dataset", domains, "--seq-len", "48")
+    cases = {
+        "stride": ((model, *text, "--stride", "48"), "--stride 48 must be between 1 and 47"),
+        "by": ((model, *text, "--by", "domain"), "--by domain: "),
+        "by wikitext": ((model, "--by", "domain"), "groups the documents of a file, and wikitext2 is none"),
+        "join": ((model, *text, "--join", "tab"), "--join"),
+        "c4": ((model, "--dataset", "c4"), "--dataset c4 is read from the hub"),
+        "teacher": ((model, *text, "--teacher", tmp_path / "no"), "no"),
+        "vocabulary": (
+            (model, *text, "--teacher", tmp_path / "small"),
+            f"--teacher {tmp_path / 'small'} has a vocabulary",
+        ),
+        "second": ((model, *text, "--dataset", tmp_path / "nowhere"), "nowhere: no such file"),
+        "task": ((model, "--tasks", tmp_path / "no.yaml", "--include-path", tmp_path / "no"), "is no folder"),
+        "no task": ((model, "--tasks", ","), "names no task"),
+        "only tasks": ((model, *text, "--include-path", tmp_path), "--include-path belongs to --tasks"),
+        "only texts": ((model, "--tasks", "mine", "--teacher", model), "--teacher belongs to --dataset"),
+    }
+    for name, (arguments, message) in cases.items():
+        assert message in refused(*arguments, "--json", tmp_path / "out.json"), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_error_in_a_later_text_keeps_the_figures_of_the_first(model: str, domains: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("two of four")
+    result = run(model, "--dataset", domains, "--dataset", tmp_path / "short.txt", "--seq-len", "48")
+    assert result.exit_code == 2 and "mixed.jsonl" in result.stdout
+    assert f"{model}: short.txt: The text has" in result.stderr.splitlines()[-1]
