@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ast_sparse.conversion import convert
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import kind_of, parse_yaml, read_yaml
+from ast_sparse.yaml12 import kind_of, parse_yaml, read_yaml, shown, shown_name
 
 
 def _help(text: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ class _Section:
 
     def _require(self, condition: bool, key: str, mend: str) -> None:
         if not condition:
-            raise UserError(f"{self._name}.{key}={getattr(self, key)!r} {mend}")
+            raise UserError(f"{self._name}.{key}={shown(getattr(self, key))} {mend}")
 
     def to_dict(self) -> dict[str, Any]:
         """The section as plain YAML values."""
@@ -156,6 +156,9 @@ class SparsityConfig(_Section):
             self.steps_per_round is None or self.steps_per_round >= 1, "steps_per_round", "must be at least 1."
         )
         self._require(0 < self.prune_until <= 1, "prune_until", "must be above 0 and at most 1.")
+        for key in ("prune_share", "steps_per_round") if self.schedule != "imp" else ():
+            mend = f"is for sparsity.schedule=imp, and would be ignored with {self.schedule}. Remove it."
+            self._require(getattr(self, key) is None, key, mend)
         for key in ("criterion", "init") if self.schedule != "constant" else ():
             mend = f"goes with sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
             self._require(getattr(self, key) == "magnitude", key, mend)
@@ -190,7 +193,7 @@ class SparsityConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(_Section):
-    """The loss (4): `ce_weight · CE + kl_weight · D`, D by `kind`, T² · KL for one; `alpha` is shorthand for (1-α, α)."""
+    """The loss (4): `ce_weight · CE + kl_weight · D`, D by `kind`, e.g. T² · KL; `alpha` is shorthand for (1-α, α)."""
 
     _name = "distillation"
     kind: Literal["kl", "reverse_kl", "tinybert", "mobilebert", "squarehead"] = field(
@@ -322,6 +325,27 @@ class EvaluationConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig(_Section):
+    """What a run does when its loss is not finite, or jumps."""
+
+    _name = "watch"
+    nan: Literal["stop", "skip"] = field(
+        default="stop", metadata=_help("A loss or gradient that is not finite: end the run, or pass over the update.")
+    )
+    spike: Literal["off", "warn", "skip", "stop"] = field(
+        default="off", metadata=_help("A loss above `spike_factor` times the median of the last `spike_window` steps.")
+    )
+    spike_factor: float = field(default=3.0, metadata=_help("How far above the median a loss may be, above 1."))
+    spike_window: int = field(default=50, metadata=_help("Steps of the median; so many come before the first verdict."))
+    max_skips: int = field(default=10, metadata=_help("Steps that may be skipped in a row before the run ends."))
+
+    def _validate(self) -> None:
+        self._require(self.spike_factor > 1, "spike_factor", "must be above 1.")
+        for key in ("spike_window", "max_skips"):
+            self._require(getattr(self, key) >= 1, key, "must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything `ast-train` reads. `training` goes to `transformers.TrainingArguments` as it is."""
 
@@ -333,6 +357,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain YAML values, defaults included."""
@@ -352,9 +377,11 @@ SECTIONS: dict[str, type[_Section]] = {  # all but `training`, which is no datac
     "slorb": SLoRBConfig,
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
+    "watch": WatchConfig,
 }
 
 
+_DEEPEST = 16  # levels of keys
 _LISTED = 20  # names that an error lists
 
 
@@ -374,7 +401,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     names = [*SECTIONS, "training"]
     for name in tree:
         if name not in names:
-            raise UserError(f"{path}: unknown section {name!r}.{_nearest(name, names)}")
+            raise UserError(f"{path}: unknown section {shown(name)}.{_nearest(name, names)}")
     sections = {name: _read_section(name, tree[name]) for name in tree}
     for name in ("model", "data"):
         if name not in sections:
@@ -387,14 +414,16 @@ def _read_section(name: str, values: Any) -> Any:
         return None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise UserError(f"Section {name!r} is {values!r}, not a mapping. Write `key: value` lines below `{name}:`.")
+        raise UserError(
+            f"Section {name!r} is {shown(values)}, not a mapping. Write `key: value` lines below `{name}:`."
+        )
     if name == "training":
         return _check_training(values)
     section = SECTIONS[name]
     known = [item.name for item in dataclasses.fields(section)]
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key {name}.{key}.{_nearest(key, known)}")
+            raise UserError(f"Unknown key {name}.{shown_name(key)}.{_nearest(key, known)}")
     for item in dataclasses.fields(section):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and values.get(item.name) is None:
@@ -410,7 +439,7 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key training.{key}.{_nearest(key, known)}")
+            raise UserError(f"Unknown key training.{shown_name(key)}.{_nearest(key, known)}")
     return {key: convert(value, hints[key], f"training.{key}") for key, value in values.items()}
 
 
@@ -427,6 +456,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise UserError(f"--set {override!r} is not of the form section.key=value.")
+    if len(keys) > _DEEPEST:
+        raise UserError(f"--set {override[:100]!r} … names a key more than {_DEEPEST} levels deep. Correct it.")
     value = parse_yaml(text, f"--set {override!r}: the value")
     node = tree
     for key in keys[:-1]:

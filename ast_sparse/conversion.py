@@ -8,8 +8,9 @@ import typing
 from typing import Any, Literal, Union
 
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import kind_of
+from ast_sparse.yaml12 import kind_of, shown
 
+_LARGEST_INTEGER = 10**40  # far beyond any setting, and a float can still hold it
 _TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")
 
 
@@ -20,18 +21,22 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     function does not know (nested dataclasses) pass.
 
     Raises:
-        UserError: the value is of another type, or a number that is not finite.
+        UserError: the value is of another type, or a number in it is not finite or too large to be meant.
     """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name}={value} is not a finite number. Give a finite one.")
+    _check_numbers(value, name)
     fits, converted = _convert(value, hint)
     if not fits:
-        raise UserError(f"{name}={_shown(value)} is {kind_of(value)}, expected {_describe(hint)}.{_meant(value, hint)}")
+        raise UserError(f"{name}={shown(value)} is {kind_of(value)}, expected {_describe(hint)}.{_meant(value, hint)}")
     return converted
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)
+def _check_numbers(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value} is not a finite number. Give a finite one.")
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        raise UserError(f"{name}={shown(value)} is too large. Give a smaller one.")
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _check_numbers(entry, name)
 
 
 def _meant(value: Any, hint: Any) -> str:

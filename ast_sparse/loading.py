@@ -2,7 +2,9 @@
 
 import difflib
 import logging
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,11 +28,18 @@ from transformers.utils import logging as transformers_logging
 
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
-from ast_sparse.export.adapter import attach_adapter, read_adapter
+from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter
+from ast_sparse.export.checksums import check_checksums
+from ast_sparse.yaml12 import shown, shown_name
 
 logger = logging.getLogger(__name__)
 
 _MESSAGE_LIMIT = 300
+_SMALL = 10**6  # parameters of a model too small to exhaust anything
+_LARGEST_BUFFERS = 10**8  # entries that a model computes and no file holds: rotary tables, causal masks
+_NO_FLOATS = ("I", "U", "BOOL")  # safetensors' names of integers and bools
+_COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
+_LARGEST_COUNT = 2**16  # ... of the largest model
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -130,8 +139,6 @@ def load_causal_lm(
     )
     if checkpoint.slorb:
         layers = dict(checkpoint.model.named_modules())
-        if unknown := [name for name in checkpoint.slorb if name not in layers]:
-            raise UserError(f"`{name_or_path}` has SLoRB for `{unknown[0]}`, which the model lacks. Remove slorb/.")
         transposed = any(isinstance(layers[name], Conv1D) for name in checkpoint.slorb)
         attach_adapter(checkpoint.model, checkpoint.slorb, str(name_or_path), transposed)
     return checkpoint.model
@@ -185,7 +192,7 @@ def load_checkpoint(
     """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as of `load_causal_lm`."""
     source = _Source.find(name_or_path, gguf_file)
     folder = source.model_folder
-    masks, slorb = files.stored_sparsity(files.weight_files(folder)) if folder else ({}, {})
+    masks, slorb = _stored_sparsity(folder) if folder else ({}, {})
     config = load_model_config(
         name_or_path,
         revision=revision,
@@ -204,7 +211,15 @@ def load_checkpoint(
     _apply_stored_masks(model, masks, source.name)
     if folder and not slorb and files.has_adapter(folder):
         slorb = read_adapter(folder / files.ADAPTER_FOLDER)
+    check_pairs(model, slorb, source.name)
     return Checkpoint(model, masks, slorb)
+
+
+def _stored_sparsity(folder: Path) -> tuple[dict[str, Tensor], files.SlorbPairs]:
+    """Masks and SLoRB pairs of a folder whose weights are what was written."""
+    weights = files.weight_files(folder)
+    check_checksums(folder, weights)
+    return files.stored_sparsity(weights)
 
 
 def _load_weights(
@@ -214,6 +229,8 @@ def _load_weights(
     masked: set[str],
     arguments: dict[str, Any],
 ) -> PreTrainedModel:
+    if source.model_folder is not None:
+        _check_files(source.model_folder, source, config, arguments)
     # transformers' report would list every mask as an unexpected key: the findings are judged here instead.
     with _named_errors("model", source), _quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -237,6 +254,30 @@ def _load_weights(
     return model
 
 
+def _check_files(folder: Path, source: _Source, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
+    """Raise UserError if the files cannot be config.json's: transformers would allocate or cast what mismatches."""
+    own = {"trust_remote_code": arguments["trust_remote_code"]}
+    with _named_errors("model", source), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **own)
+    parameters = dict(model.named_parameters())
+    needed = sum(parameter.numel() for parameter in parameters.values())
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    stored = {name: value for file in files.weight_files(folder) for name, value in files.tensor_shapes(file).items()}
+    packed = getattr(config, "quantization_config", None) is not None
+    held = sum(files.stored_bytes(*value) * 16 if packed else math.prod(value[1]) for value in stored.values())
+    if needed > 2 * held + _SMALL or buffers > held + _LARGEST_BUFFERS:
+        raise UserError(
+            f"`{folder / files.CONFIG_NAME}` is of a model of {needed:,} parameters ({buffers:,} entries of buffers), "
+            f"the files hold {held:,}. The weights do not belong to this config.json."
+        )
+    for name in [] if packed else parameters.keys() & stored.keys():
+        if parameters[name].is_floating_point() and stored[name][0].startswith(_NO_FLOATS):
+            raise UserError(
+                f"`{source.name}`: the tensor `{name}` holds {stored[name][0]}, the model needs floating-point "
+                "numbers. Write the checkpoint again."
+            )
+
+
 def _forget_quantization(model: PreTrainedModel) -> None:
     """Drop what a dequantized `.gguf` leaves behind, without which `save_pretrained` works again."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -258,6 +299,8 @@ def _apply_stored_masks(model: PreTrainedModel, masks: dict[str, Tensor], name: 
                 f"`{name}`: the mask of `{layer}` is {mask.dtype} {tuple(mask.shape)}, its weight "
                 f"{tuple(weight.shape)}. Write the checkpoint again."
             )
+        if bool((mask.view(torch.uint8) > 1).any()):
+            raise UserError(f"`{name}`: the mask of `{layer}` holds more than 0 and 1. Write the checkpoint again.")
         weight.copy_(torch.where(mask, weight, 0))
 
 
@@ -275,6 +318,8 @@ def load_model_config(
         UserError: the configuration is missing or damaged, or an override names no value of it.
     """
     source = _Source.find(name_or_path, gguf_file)
+    if source.model_folder is not None:
+        _check_counts(files.read_json(source.model_folder / files.CONFIG_NAME), source.name)
     with _named_errors("configuration", source), _quiet_transformers():
         config = AutoConfig.from_pretrained(source.name, **source.arguments(revision, trust_remote_code))
     for key, value in (config_overrides or {}).items():
@@ -287,6 +332,16 @@ def load_model_config(
         except StrictDataclassError as error:
             raise UserError(f"model.config_overrides: {_one_line(error)} Give a value of that kind.") from None
     return config
+
+
+def _check_counts(config: dict[str, Any], name: str) -> None:
+    """Raise UserError if a count in config.json would keep transformers busy for ever."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, name)
+        elif isinstance(value, int) and _COUNTS.search(key) and abs(value) > _LARGEST_COUNT:
+            where = f"`{name}/{files.CONFIG_NAME}`: {shown_name(key)}"
+            raise UserError(f"{where}={shown(value)} is too large. Restore the file.")
 
 
 def load_tokenizer(

@@ -1,7 +1,8 @@
 """YAML with the scalars of YAML 1.2, read as a person means them.
 
 PyYAML alone follows YAML 1.1, where `2:4` is 124, `2e-5` is text and `no` is False. Here `2:4` stays text, `2e-5` is a
-number, `010` is ten and only `true` and `false` are bools. A key that stands twice is an error.
+number, `010` is ten and only `true` and `false` are bools. A key that stands twice is an error, and so are tags. What
+`dump_yaml` writes reads back as it was.
 """
 
 import re
@@ -12,18 +13,29 @@ import yaml
 
 from ast_sparse.errors import UserError
 
+_LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths has less
+_MOST_VALUES = 100_000  # entries, each alias counted as what it stands for ...
+_LONG_TEXT = 64  # ... and text as one entry for so many characters
+_DEEPEST = 32  # mappings and lists inside one another
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them: no path has them, no file takes them
+_LONGEST_SHOWN = 200  # characters of a value in a message
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds.
 
     Raises:
-        UserError: the file is missing, unreadable, empty, not UTF-8, no valid YAML, or holds something else.
+        UserError: the file is missing, unreadable, empty, too large, not UTF-8, no valid YAML, or holds something else.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"Config {str(path)!r} {what}. Give the path of a YAML file to --config.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST_FILE + 1)
+        if len(data) > _LARGEST_FILE:
+            raise UserError(f"Config {str(path)!r} is larger than 1 MiB. Name files by globs, or give a config.")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
@@ -41,7 +53,8 @@ def parse_yaml(text: str, name: str) -> Any:
     """The value of some YAML text.
 
     Raises:
-        UserError: no valid YAML; `name` says whose, and the line and column follow.
+        UserError: no valid YAML, a tag, or nested or multiplied by aliases beyond what a configuration needs; `name`
+            says whose, and the line and column follow.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -49,6 +62,23 @@ def parse_yaml(text: str, name: str) -> Any:
         raise UserError(f"{name}, {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{name} is no valid YAML: {_problem(error)}") from None
+
+
+def dump_yaml(tree: Any) -> str:
+    """YAML text that `parse_yaml` reads as the same value; keys keep their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as Python writes it, on one line and not too long."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
+
+
+def shown_name(name: Any) -> str:
+    """A key for a message: as it stands where it is a plain name, else as `shown` has it."""
+    text = str(name)
+    return text if text.isprintable() and len(text) <= _LONGEST_SHOWN else shown(name)
 
 
 def kind_of(value: Any) -> str:
@@ -71,32 +101,78 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  (as the base class declares it)
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._values: dict[yaml.Node, int] = {}  # of every finished node: the values it stands for
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As in PyYAML, within bounds, and without tags."""
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if getattr(event, "tag", None) is not None:
+            raise UserError(f"line {line}: the tag {shown_name(event.tag)} is not read. Write the plain value.")
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise UserError(f"line {line}: more than {_DEEPEST} levels deep. A configuration has fewer.")
+        node: Any = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._values:
+                raise UserError(f"line {line}: *{shown_name(event.anchor)} stands inside itself. Write the value out.")
+            return node
+        if isinstance(node, yaml.MappingNode):
+            below = sum(self._values[part] for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            below = sum(self._values[entry] for entry in node.value)
+        else:
+            below = len(node.value) // _LONG_TEXT
+        self._values[node] = 1 + below
+        if self._values[node] > _MOST_VALUES:
+            raise UserError(f"line {line}: more than {_MOST_VALUES:,} values. A configuration has fewer.")
+        return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _NO_TEXT.search(value):
+            raise UserError(f"line {node.start_mark.line + 1}: {shown(value)} holds what is no character. Remove it.")
+        return value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} is {kind_of(key)}. Keys are names.")
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: key {shown(key)} is {kind_of(key)}. Keys are names.")
             if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice. Keep one.")
+                raise UserError(f"line {key_node.start_mark.line + 1}: key {shown(key)} stands twice. Keep one.")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which YAML 1.2 would read as something else (`1e5`, `09`)."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  (as the base class declares it)
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))  # 1.1 would read 010 as 8 and 2:4 as 124
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), [*"~nN", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
+_RESOLVERS = {
+    "null": (r"^(~|null|Null|NULL|)$", [*"~nN", ""]),
+    "bool": (r"^(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    "int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
+    "float": (
+        r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$",
+        list("-+.0123456789"),
+    ),
+}
+for _tag, (_pattern, _first) in _RESOLVERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
@@ -104,4 +180,5 @@ def _problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}."
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else "�" for c in text)
     return text if text.endswith(".") else f"{text}."

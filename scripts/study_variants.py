@@ -134,6 +134,8 @@ def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
     }  # fmt: skip
     given = [argument for key, value in options.items() if value is not None for argument in (f"--{key}", str(value))]
     trusted = ["--trust-remote-code"] if config.model.trust_remote_code else []
+    attention = config.model.attn_implementation
+    given += ["--attn-implementation", attention] if attention else []
     return ["ast_sparse.cli.eval", model, *given, *(_model_options(config) if is_base else trusted)]
 
 
@@ -226,6 +228,14 @@ def _check_commands(variant: Variant) -> None:
     if not variant.datasets:
         names = list(variant.config.evaluation.datasets)
         raise UserError(f"evaluation.datasets={names} has no text for `run: {variant.kind}`. Add wikitext2 or a file.")
+    stems = [Path(name).stem for name in variant.datasets]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise UserError(f"evaluation.datasets has two texts called {twice!r}, one column of the table. Rename one.")
+    if variant.model is None and variant.config.model.config_overrides:
+        raise UserError(
+            f"model.config_overrides={variant.config.model.config_overrides!r} does not reach `run: {variant.kind}`, "
+            "whose figures would be those of another model. Write them into config.json of the model."
+        )
     if variant.kind == "prune":
         _prune_command(variant.config, Path())
     model = variant.model or ""

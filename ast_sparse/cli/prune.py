@@ -26,6 +26,10 @@ _C4: dict[str, Any] = {
     "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
 }  # fmt: skip
 _OPTIONS = {"init": "method", "data": "calibration"}  # settings that are called otherwise on the command line
+_FIELD = re.compile(
+    r"(?<![\w/.-])(?:(?:sparsity|calibration)\.(init|pattern|include|exclude|data|samples|seq_len|seed|damping|block_size)"
+    r"|model\.(revision|gguf_file|trust_remote_code))\b"
+)
 
 
 @click.command(cls=Command)
@@ -90,12 +94,13 @@ def main(model: str, out: str, **options: Any) -> None:
         )
         _prune(source, Path(out).expanduser(), sparsity, calibration, options)
     except UserError as error:
-        raise UserError(re.sub(r"\b(?:sparsity|calibration)\.(\w+)", _option, str(error))) from error
+        raise UserError(_FIELD.sub(_option, str(error))) from error
 
 
 def _option(match: re.Match[str]) -> str:
     """`calibration.seq_len` of a message as the option it came from."""
-    name = _OPTIONS.get(match[1], match[1])
+    field = match[1] or match[2]
+    name = _OPTIONS.get(field, field)
     return f"--{name.replace('_', '-')}"
 
 

@@ -6,6 +6,7 @@ import click
 
 from ast_sparse.cli.command import Command
 from ast_sparse.config import SECTIONS
+from ast_sparse.training.signals import PREEMPTED_EXIT, Preempted, preemption_signals
 
 
 def _fields() -> str:
@@ -51,20 +52,30 @@ def main(
 
     Prints the perplexity of the dense, the one-shot and the retrained model, and saves an ordinary checkpoint whose
     pruned weights are zero. For several GPUs: torchrun --nproc_per_node N $(which ast-train) --config FILE.
+
+    On SIGTERM or SIGUSR1 it finishes the step, saves checkpoint-N and exits with 75 (EX_TEMPFAIL, "try again": no other
+    outcome has it); continue with --resume. A second signal stops at once.
     """
     if resume is not None and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other. Give one.")
-    from ast_sparse.config import load_config
-    from ast_sparse.training.run import run_training  # takes seconds: not for --help
+    with preemption_signals() as signals:
+        try:
+            from ast_sparse.config import load_config
+            from ast_sparse.training.run import run_training  # takes seconds: not for --help
 
-    run_training(
-        load_config(config_path, overrides),
-        output_dir=output_dir,
-        resume=None if resume is None else (resume or True),
-        overwrite=overwrite,
-        dry_run=dry_run,
-        echo=click.echo,
-    )
+            run_training(
+                load_config(config_path, overrides),
+                output_dir=output_dir,
+                resume=None if resume is None else (resume or True),
+                overwrite=overwrite,
+                dry_run=dry_run,
+                echo=click.echo,
+                signals=signals,
+            )
+        except Preempted as stop:
+            if str(stop):
+                click.echo(f"\n{stop}", err=True)  # not behind a progress bar
+            raise SystemExit(PREEMPTED_EXIT) from None
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:
     Raises:
         UserError: there are no such rows, or too few tokens.
     """
-    if blocks is None or not hasattr(blocks, "__getitem__") or not len(blocks) or "input_ids" not in blocks[0]:
+    if not isinstance(blocks, Sequence | Dataset) or not len(blocks) or "input_ids" not in blocks[0]:
         raise UserError(
             "There is no text to calibrate on: packed blocks (`input_ids`) are needed. Set calibration.data, or pass "
             "calibration_dataset."
@@ -306,5 +306,10 @@ def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:
         start = window * seq_len
         rows = range(start // size, (start + seq_len - 1) // size + 1)
         stream = torch.cat([_long(blocks[row]["input_ids"]) for row in rows])
+        if len(stream) != len(rows) * size:
+            raise UserError(
+                f"The rows to calibrate on have different lengths, the first {size} tokens. Pass packed blocks as "
+                "calibration_dataset."
+            )
         sample.copy_(stream[start % size :][:seq_len])
     return samples

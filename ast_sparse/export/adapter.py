@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import SlorbPairs, read_json, read_tensors, write_json
+from ast_sparse.export.checksums import check_checksums, write_checksums
+from ast_sparse.export.files import SlorbPairs, check_inside, read_json, read_tensors, tensor_shapes, write_json
+from ast_sparse.yaml12 import shown
 
 _PREFIX = "base_model.model."
 _CONFIG_NAME = "adapter_config.json"
@@ -66,6 +69,7 @@ def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, fan_in_fan_
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
+    write_checksums(out_dir, [out_dir / _WEIGHTS_NAME])
     write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, fan_in_fan_out))
 
 
@@ -76,11 +80,16 @@ def read_adapter(folder: Path) -> SlorbPairs:
         UserError: a file is missing or damaged, a scale is not 1, or the tensors are no pairs.
     """
     config = read_json(folder / _CONFIG_NAME)
-    if config.get("r") != config.get("lora_alpha") or config.get("rank_pattern") != config.get("alpha_pattern"):
+    same_rank = config.get("r") == config.get("lora_alpha")
+    if not same_rank or config.get("rank_pattern") != config.get("alpha_pattern") or config.get("use_rslora"):
         raise UserError(
             f"`{folder}` is no SLoRB adapter: the scale alpha / r is not 1. Remove the folder to go without."
         )
-    tensors = read_tensors([folder / _WEIGHTS_NAME], lambda name: True)
+    weights = folder / _WEIGHTS_NAME
+    check_inside(weights)
+    tensor_shapes(weights)
+    tensors = read_tensors([weights], lambda name: True)
+    check_checksums(folder, [weights])
     names = {name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
     try:
         keys = {name: f"{_PREFIX}{name}.lora_" for name in sorted(names)}
@@ -90,6 +99,26 @@ def read_adapter(folder: Path) -> SlorbPairs:
     if not pairs or len(tensors) != 2 * len(pairs):
         raise UserError(f"`{folder / _WEIGHTS_NAME}` holds no SLoRB pairs. Write the adapter again.")
     return pairs
+
+
+def check_pairs(model: nn.Module, pairs: SlorbPairs, name: str) -> None:
+    """Raise UserError unless every SLoRB pair fits a linear layer of the model.
+
+    Args:
+        name: of the checkpoint, for messages.
+    """
+    layers = dict(model.named_modules())
+    for layer, (s, x) in pairs.items():
+        weight = getattr(layers.get(layer), "weight", None)
+        if weight is None:
+            raise UserError(f"`{name}` has SLoRB for {shown(layer)}, which the model lacks. Write the adapter again.")
+        shape = tuple(weight.shape[::-1]) if isinstance(layers[layer], Conv1D) else tuple(weight.shape)
+        fits = s.dim() == x.dim() == 2 and s.shape[1] == x.shape[0] and (s.shape[0], x.shape[1]) == shape
+        if not fits or not s.is_floating_point() or not x.is_floating_point():
+            raise UserError(
+                f"`{name}`: the SLoRB pair of `{layer}` is {s.dtype} {tuple(s.shape)} and {x.dtype} {tuple(x.shape)}, "
+                f"which fits no layer {shape}. Write the adapter again."
+            )
 
 
 def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool) -> None:
@@ -104,11 +133,7 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
         )
     from peft import LoraConfig
 
-    for name, (s, x) in pairs.items():
-        weight = model.get_parameter(f"{name}.weight")
-        shape = (s.shape[0], x.shape[1])
-        if shape != (tuple(weight.shape[::-1]) if fan_in_fan_out else tuple(weight.shape)):
-            raise UserError(f"The SLoRB pair of `{name}` is for a layer of shape {shape}, not {tuple(weight.shape)}.")
+    check_pairs(model, pairs, base_model)
     config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
     tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
     # The annotation says dict, but a config object is used.

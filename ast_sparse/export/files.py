@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ast_sparse.errors import UserError
+from ast_sparse.yaml12 import shown
 
 CONFIG_NAME = "config.json"
 SPARSITY_CONFIG_NAME = "sparsity_config.json"
@@ -19,21 +21,60 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")  # one of t
 COMPANION_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+_LONGEST_NAME = 500
+_LARGEST_JSON = 2**28  # bytes: many times the index of the largest models
 
 SlorbPairs = dict[str, tuple[Tensor, Tensor]]  # S [out, in/k] and X [in/k, in] by layer name
 
+_SHARD = re.compile(r"[^/\\\s\0]+\.safetensors")
 _MASK, _START_MASK, _SLORB_S, _SLORB_X = ".mask", ".start_mask", ".slorb.S", ".slorb.X"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object a JSON file holds; UserError names the file when it is missing or holds something else."""
+    """The object a JSON file holds.
+
+    Raises:
+        UserError: names the file: it is missing, a link out of its folder, too large, or holds something else.
+    """
+    check_inside(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST_JSON + 1)
+        if len(data) > _LARGEST_JSON:
+            raise UserError(f"Cannot read `{path}`: it is larger than 256 MiB. Restore the file.")
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except UserError:
+        raise
+    except RecursionError:
+        raise UserError(f"Cannot read `{path}`: nested too deeply. Restore the file.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read `{path}`: {error}. Restore the file.") from error
     if not isinstance(content, dict):
         raise UserError(f"Cannot read `{path}`: it holds no JSON object. Restore the file.")
     return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{shown(name)} stands twice")
+        content[name] = value
+    return content
+
+
+def check_inside(path: Path) -> None:
+    """Raise UserError if a file is a link that leads out of its folder; the hub's cache may link to its own blobs."""
+    if not path.is_symlink() or not path.exists():
+        return
+    home, target = path.parent.resolve(), path.resolve()
+    blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+    if home not in target.parents and target.parent not in blobs:
+        raise UserError(
+            f"`{path}` is a link to `{target}`, outside its folder. Put the file there, or link the whole folder."
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -47,19 +88,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def require_model_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is a folder with a readable config.json."""
+    """Raise UserError unless `folder` is a folder with a readable config.json, and the model alone in it."""
     if not folder.is_dir():
         raise UserError(f"`{folder}` is no folder. Give a folder that holds a model.")
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"`{folder}` holds no {CONFIG_NAME}, so it is no model. Give a folder that holds a model.")
-    read_json(folder / CONFIG_NAME)
+    config = read_json(folder / CONFIG_NAME)
+    if "transformers_weights" in config:
+        raise UserError(f"`{folder / CONFIG_NAME}` names other weights by `transformers_weights`. Remove the key.")
+    if (folder / _ADAPTER_CONFIG_NAME).is_file():  # from_pretrained would add it to the model, and rename the layers
+        raise UserError(f"`{folder}` holds {_ADAPTER_CONFIG_NAME} beside a model. Merge the adapter, or move it away.")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of the index, each with an intact header.
 
     Raises:
-        UserError: no safetensors weights, a shard of the index is missing, or a file is truncated or no safetensors.
+        UserError: no safetensors weights; a shard of the index is missing or lies outside the folder; two hold the same
+            tensor; or a file is truncated or no safetensors.
     """
     if (folder / WEIGHTS_NAME).is_file():
         files = [folder / WEIGHTS_NAME]
@@ -67,15 +113,32 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"`{folder / INDEX_NAME}` lists no weights. Restore the file.")
-        files = [folder / str(name) for name in dict.fromkeys(weight_map.values())]
+        files = _shards(folder, weight_map)
     else:
         pickled = " It has only pickled weights, which are not read." if any(folder.glob("pytorch_model*.bin")) else ""
         raise UserError(f"`{folder}` holds no {WEIGHTS_NAME}.{pickled} Save the model with `save_pretrained` first.")
+    held_by: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"`{folder / INDEX_NAME}` names `{file.name}`, which is missing. Restore the file.")
-        tensor_shapes(file)
+        check_inside(file)
+        for name in tensor_shapes(file):
+            if name in held_by:
+                raise UserError(
+                    f"`{file}` and `{held_by[name].name}` both hold {shown(name)}. Write the checkpoint again."
+                )
+            held_by[name] = file
     return files
+
+
+def _shards(folder: Path, weight_map: dict[str, Any]) -> list[Path]:
+    """The files an index names: safetensors of the folder itself, and nothing else."""
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise UserError(
+                f"`{folder / INDEX_NAME}` names {shown(name)}, which is no safetensors file beside it. Restore it."
+            )
+    return [folder / name for name in dict.fromkeys(weight_map.values())]
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
@@ -83,6 +146,8 @@ def tensor_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+            if odd := next((name for name in slices if not name.isprintable() or len(name) > _LONGEST_NAME), None):
+                raise ValueError(f"no tensor is called {shown(odd)}")
             return {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
@@ -137,9 +202,16 @@ def stored_sparsity(files: list[Path]) -> tuple[dict[str, Tensor], SlorbPairs]:
 
 
 def tokenizer_files(folder: Path) -> set[Path]:
-    """The tokenizer files of a folder and what belongs to them; empty when it has no tokenizer."""
+    """The tokenizer files of a folder and what belongs to them; empty when it has no tokenizer.
+
+    Raises:
+        UserError: one of them is a link out of the folder.
+    """
     found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     companions = {path for pattern in COMPANION_FILES for path in folder.glob(pattern)}
+    for path in found | companions:  # an export copies them: no link may bring another file along
+        for part in (path, *(path.rglob("*") if path.is_dir() else ())):
+            check_inside(part)
     return found | companions if found else set()
 
 
@@ -172,11 +244,18 @@ def has_adapter(folder: Path) -> bool:
     """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not switch off.
 
     Raises:
-        UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else.
+        UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else;
+            or it says neither yes nor no.
     """
-    present = (folder / ADAPTER_FOLDER / "adapter_config.json").is_file()
+    check_inside(folder / ADAPTER_FOLDER)
+    present = (folder / ADAPTER_FOLDER / _ADAPTER_CONFIG_NAME).is_file()
     section = read_sparsity_config(folder).get("slorb", present)
-    enabled = bool(section.get("enabled", True) if isinstance(section, dict) else section)
+    enabled = section.get("enabled", True) if isinstance(section, dict) else bool(section)
+    if not isinstance(section, dict | bool | None) or not isinstance(enabled, bool):
+        raise UserError(
+            f"`{folder / SPARSITY_CONFIG_NAME}`: slorb={shown(section)} is neither settings nor true or false. "
+            "Restore the file."
+        )
     if enabled and not present:
         raise UserError(
             f"`{folder}` was trained with SLoRB, but its adapter `{folder / ADAPTER_FOLDER}` is missing. "

@@ -5,6 +5,8 @@ positions (see `codec`). The values keep the name `weight`, so that a reader wit
 mismatch instead of initialising the layer at random. By default the layers are decoded while loading.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +18,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ast_sparse.errors import UserError
+from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.codec import check_meta, unpack24
+from ast_sparse.yaml12 import shown
 
 METHOD = "ast_sparse_24"
 FORMAT_VERSION = 1
@@ -41,11 +46,17 @@ class AstSparse24Config(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **_: Any,  # every key of the JSON object arrives here, quant_method among them
     ) -> None:
-        if int(format_version) > FORMAT_VERSION:
-            raise ValueError(
+        if isinstance(format_version, bool) or not isinstance(format_version, int) or format_version < 1:
+            raise UserError(f"{METHOD}: format_version={shown(format_version)} is no version. Restore config.json.")
+        if format_version > FORMAT_VERSION:
+            raise UserError(
                 f"The checkpoint has {METHOD} format_version {format_version}, newer than {FORMAT_VERSION}, the latest "
                 "this ast_sparse reads. Update ast_sparse."
             )
+        if not isinstance(modules or [], list) or not all(isinstance(name, str) for name in modules or []):
+            raise UserError(f"{METHOD}: modules={shown(modules)} is no list of names. Restore config.json.")
+        if not isinstance(dequantize, bool):
+            raise UserError(f"{METHOD}: dequantize={shown(dequantize)} is not true or false. Restore config.json.")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers reads it from the instance
         self.modules = list(modules or ())
         self.dequantize = dequantize
@@ -152,6 +163,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._names = frozenset(_short(name, model) for name in self.quantization_config.modules)
+        _check_files(kwargs.get("checkpoint_files") or ())
         if self.quantization_config.dequantize:
             return
         for name, layer in list(model.named_modules()):
@@ -213,6 +225,13 @@ class AstSparse24HfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # not the compressed weights, but an adapter over them
+
+
+def _check_files(checkpoint_files: Iterable[str]) -> None:
+    """Compare the files transformers is about to read with the checksums beside them."""
+    files = [Path(file) for file in checkpoint_files]
+    for folder in {file.parent for file in files}:
+        check_checksums(folder, [file for file in files if file.parent == folder])
 
 
 def _short(name: str, model: Any) -> str:

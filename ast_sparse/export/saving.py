@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
+from ast_sparse.export.checksums import remove_checksums, write_checksums
 
 
 def split_state_dict(
@@ -70,7 +71,7 @@ def save_sparse_model(
 def save_weights(
     model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], original_format: bool = True
 ) -> None:
-    """`save_pretrained` with other weights than the model's, leaving the model's configuration as it was.
+    """`save_pretrained` with other weights than the model's and their checksums; its configuration stays as it was.
 
     Args:
         weights: state dict of the plain model; a tied tensor may appear under each of its names.
@@ -81,10 +82,12 @@ def save_weights(
         if name in weights and kept in weights:
             del weights[name]
     before = model.config.dtype, model.config.architectures
+    remove_checksums(folder)
     try:
         model.save_pretrained(folder, state_dict=weights, save_original_format=original_format)
     finally:
         model.config.dtype, model.config.architectures = before
+    write_checksums(folder)
 
 
 def has_conv1d(model: nn.Module, layers: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ast_sparse.errors import UserError
@@ -30,6 +30,10 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
         """Count the inputs `[sequences, tokens, in]` (or `[tokens, in]`) of a forward pass, any float dtype."""
+        with torch.autocast(inputs.device.type, enabled=False):  # bf16 sums make no positive definite Hessian
+            self._add(inputs)
+
+    def _add(self, inputs: Tensor) -> None:
         columns = inputs.reshape(-1, inputs.shape[-1]).float().t()
         before = self.sequences
         self.sequences += inputs.shape[0] if inputs.dim() > 2 else 1
@@ -95,10 +99,17 @@ class InputRecorder:
         return {name: self._sums[owner] for name, owner in self._owner.items()}
 
     def reduced_statistics(self) -> dict[str, InputStatistics]:
-        """The same over all ranks of a distributed run."""
+        """The same over all ranks of a distributed run; a layer that one rank did not call counts with the others'."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for statistics in self._sums.values():
-                statistics.average_over_ranks()
+            widths = {owner: len(statistics.mean_squares) for owner, statistics in self._sums.items()}
+            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, (self._owner, widths))
+            device = next(next(iter(self.layers.values())).parameters()).device
+            self._owner = {name: owner for owners, _ in everywhere for name, owner in owners.items()}
+            for owner, width in sorted({item for _, known in everywhere for item in known.items()}):
+                if owner not in self._sums:
+                    self._sums[owner] = InputStatistics(width, self.with_hessian, device)
+                self._sums[owner].average_over_ranks()
         return self.statistics()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -177,6 +188,7 @@ def _block_inputs(
 ) -> tuple[list[Tensor], dict[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
     """What the first block gets of each sample, and what every block gets beside it: masks, positions."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    again: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hidden: list[Tensor] = []
     first = next(iter(blocks))
 
@@ -188,19 +200,18 @@ def _block_inputs(
             inputs = args[0] if args else kwargs.pop("hidden_states")
             if name == first:
                 hidden.append(inputs)
-            if stopping:
+            if index > 1:
                 raise _Stop
-            calls[name] = (args[1:], kwargs)
+            (again if index else calls)[name] = (args[1:], kwargs)
 
         return hook
 
     device = next(model.parameters()).device
     handles = [block.register_forward_pre_hook(remember(name), with_kwargs=True) for name, block in blocks.items()]
     try:
-        for i in range(len(samples)):
-            stopping = i > 0  # the first sample shows the calls of all blocks
+        for index in range(len(samples)):  # the first sample shows the calls of all blocks, the second that they repeat
             with suppress(_Stop):
-                model(input_ids=samples[i : i + 1].to(device), use_cache=False)
+                model(input_ids=samples[index : index + 1].to(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -209,6 +220,13 @@ def _block_inputs(
             f"{type(model).__name__} does not run its blocks one after the other, so it cannot be calibrated block by "
             "block. Use the method magnitude."
         )
+    for name, call in again.items():
+        pairs = zip(tree_leaves(calls[name]), tree_leaves(call), strict=True)
+        if any(isinstance(first, Tensor) and not torch.equal(first, second) for first, second in pairs):
+            raise UserError(
+                f"`{name}` of {type(model).__name__} gets more than hidden states from the text, so it cannot be "
+                "calibrated by itself. Use the method magnitude."
+            )
     return hidden, calls
 
 

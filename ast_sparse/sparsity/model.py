@@ -306,6 +306,8 @@ def refresh_masks(
             new = layer.magnitude_mask().movedim(layer.group_dim, -1)
         else:
             seen = (statistics or {}).get(name)
+            if seen is None:
+                logger.warning_once(f"No input of `{name}` was seen: its mask is refreshed by magnitude.")
             new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration_config).mask
         new = new.movedim(-1, layer.group_dim)
         rates[name] = (flip_rate(new, layer.mask), flip_rate(new, layer.unpacked_start_mask()))

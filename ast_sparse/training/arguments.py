@@ -34,6 +34,7 @@ _REFUSED = {
     "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
     "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; use DDP (torchrun).",
+    "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
     "auto_find_batch_size": "a batch size that changes makes a run unrepeatable. Set per_device_train_batch_size.",
 }
 # of a configuration file only: transformers leaves these to scripts, and ast-train has its own way

@@ -26,6 +26,11 @@ def check_baseline(sparsity: SparsityConfig, slorb: SLoRBConfig | None, args: Tr
             f"training.load_best_model_at_end=True with sparsity.schedule={sparsity.schedule} would bring back a "
             "checkpoint of lower sparsity than the pattern. Remove one of them."
         )
+    if sparsity.criterion != "magnitude" and args.torch_compile:
+        raise UserError(
+            f"training.torch_compile=True hides the inputs that sparsity.criterion={sparsity.criterion} looks at. "
+            "Remove one of them."
+        )
     if args.max_steps > 0:
         check_steps(sparsity, slorb, args.max_steps)
 
@@ -48,6 +53,17 @@ def check_steps(sparsity: SparsityConfig, slorb: SLoRBConfig | None, total_steps
             f"slorb.start={slorb.start} begins SLoRB after {begin} steps, before sparsity.schedule={sparsity.schedule} "
             "has reached the pattern. Raise it, or let the schedule prune faster."
         )
+
+
+def check_same_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None, was: int, now: int) -> None:
+    """Raise UserError if a resumed run is longer or shorter than it was begun, and its past depends on that."""
+    if was == now or (sparsity.schedule == "constant" and slorb_step(slorb, was) is None):
+        return
+    what = f"sparsity.schedule={sparsity.schedule}" if sparsity.schedule != "constant" else "slorb.start"
+    raise UserError(
+        f"training.max_steps={now} differs from the {was} steps that the run was begun with, and {what} follows from "
+        "it. Resume with the same, or start a new run."
+    )
 
 
 class LateSLoRB(TrainerCallback):

@@ -1,6 +1,5 @@
 """What happens to masks around an optimizer step (paper Sec. 3.2, Algorithm 1)."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, spar
 from ast_sparse.sparsity.calibration import InputRecorder
 from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers
 from ast_sparse.training.baselines import check_steps
+from ast_sparse.training.metrics import append_row, keep_rows_until
 
 MASK_HISTORY = "mask_history.jsonl"
 
@@ -50,7 +50,7 @@ class SparsityCallback(TrainerCallback):
         check_steps(self.config, self.slorb, state.max_steps)
         _sparse_optimizer(kwargs["optimizer"]).bind_masks(masks_by_parameter(kwargs["model"]))
         if args.should_save:
-            _keep_history_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
+            keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,13 +80,9 @@ class SparsityCallback(TrainerCallback):
         self.log(dict(figures))
         control.should_log = due  # logging clears it, and the loss of this step would go unlogged
         if args.should_save:
-            row = {
-                "step": state.global_step,
-                **figures,
-                "layers": {name: list(rate) for name, rate in rates.items()},
-            }
-            with (Path(str(args.output_dir)) / MASK_HISTORY).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            layers = {name: list(rate) for name, rate in rates.items()}
+            row = {"step": state.global_step, **figures, "layers": layers}
+            append_row(Path(str(args.output_dir)) / MASK_HISTORY, row)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,17 +119,3 @@ def _sparse_optimizer(optimizer: Any) -> SparseAdamW:
     inner = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(inner, SparseAdamW), type(inner)
     return inner
-
-
-def _keep_history_until(path: Path, step: int) -> None:
-    """Drop refreshes after `step`, and a line cut by a kill: the resumed run records them anew."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    path.write_text("".join(kept), encoding="utf-8")

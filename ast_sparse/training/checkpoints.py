@@ -1,21 +1,32 @@
 """Which checkpoint of a run can be resumed, and whether it belongs to the run."""
 
-import json
+import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import SPARSITY_CONFIG_NAME, tensor_shapes, weight_files
+from ast_sparse.export.checksums import check_checksums
+from ast_sparse.export.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
+from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST_EPOCHS = 10**9
 _STATE = ("optimizer.pt", "scheduler.pt")
 
 
@@ -26,32 +37,90 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What a resume needs and the folder lacks, or holds cut off; only headers are read.
+    """What a resume needs and the folder lacks, or holds damaged: every file is read and compared with its checksums.
 
-    `trainer_state.json` is written last, so it marks a finished save.
+    `trainer_state.json` is written last, so it marks a finished save. Files that did not change are not read again.
     """
     found = []
     if not any((checkpoint / name).is_file() for name in _WEIGHTS):
         found.append(f"{_WEIGHTS[0]} is missing")
     else:
         try:
-            weight_files(checkpoint)
+            check_checksums(checkpoint, weight_files(checkpoint))
         except UserError as error:
             found.append(str(error).rstrip("."))
+    for name in _PICKLED:
+        if (checkpoint / name).exists():  # beside shards, Trainer takes it for the weights
+            found.append(f"{name} is pickled, which is not read")
     states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
     for path in (*(checkpoint / name for name in _STATE), *states):
         if not path.is_file():
             found.append(f"{path.name} is missing")
-        elif not zipfile.is_zipfile(path):  # what torch.save writes, its directory at the end
-            found.append(f"{path.name} is damaged")
-    for name in (SPARSITY_CONFIG_NAME, "trainer_state.json"):
+        elif fault := _state_fault(path, _stamp(path)):
+            found.append(f"{path.name} {fault}")
+    for name, check in ((SPARSITY_CONFIG_NAME, None), (TRAINER_STATE_NAME, _trainer_state_fault)):
+        if not (checkpoint / name).is_file():
+            found.append(f"{name} is missing")
+            continue
         try:
-            is_object = isinstance(json.loads((checkpoint / name).read_text(encoding="utf-8")), dict)
-        except (OSError, ValueError):
-            is_object = False
-        if not is_object:
-            found.append(f"{name} is {'damaged' if (checkpoint / name).is_file() else 'missing'}")
+            content = read_json(checkpoint / name)
+        except UserError:
+            found.append(f"{name} is damaged")
+            continue
+        if check is not None and (fault := check(content, checkpoint.name)):
+            found.append(f"{name} {fault}")
     return found
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@lru_cache(maxsize=256)
+def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
+    """What is wrong with a file of `torch.save`; nothing pickled in it is run.
+
+    Its format is a zip file with checksums, which torch does not compare.
+    """
+    try:
+        check_inside(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size or archive.testzip():
+                return "is damaged"
+    except UserError as error:
+        return str(error).rstrip(".")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
+        return "is damaged"
+    try:
+        with safe_globals():  # numpy's random state, as Trainer allows it
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return "holds more than numbers, text and tensors, so it is not read"
+    except Exception:  # whatever a damaged pickle makes torch raise
+        return "is damaged"
+    markers = {"param_groups": "optimizer", "cpu": "rng_state"}  # a scheduler's keys are its own
+    kind = next((kind for key, kind in markers.items() if key in state), "scheduler") if isinstance(state, dict) else ""
+    return None if kind and path.name.startswith(kind) else "is damaged"
+
+
+def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
+    try:
+        state = TrainerState(**content)
+    except Exception:  # unknown keys, or values it cannot work with
+        return "is damaged"
+    steps = (state.global_step, state.max_steps)
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
+        return "is damaged"
+    known = _NAME.fullmatch(name)
+    if known and "global_step" in content and state.global_step != int(known[1]):
+        return f"is of step {state.global_step}"
+    epochs = (state.epoch or 0.0, state.num_train_epochs)
+    if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # NaN is not
+        return "is damaged"
+    return None if isinstance(state.log_history, list) else "is damaged"
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -102,7 +171,7 @@ def check_same_run(
     defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": off.to_dict()}
     now = {"sparsity": sparsity.to_dict(), "slorb": (slorb or off).to_dict()}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
         # a setting that came after the checkpoint was written had its default
         was = {name: {**default, **(saved[name] or {})} for name, default in defaults.items()}
         differing = [
@@ -117,12 +186,12 @@ def check_same_run(
     if differing:
         name, before, value = differing[0]
         raise UserError(
-            f"{name}={value!r} differs from {before!r} in {str(checkpoint)!r}. Resume with the settings of the run, "
-            "or start a new one with another output folder."
+            f"{name}={value!r} differs from {shown(before)} in {str(checkpoint)!r}. Resume with the settings of the "
+            "run, or start a new one with another output folder."
         )
     if other_layers:
         raise UserError(
-            f"{sorted(other_layers)[0]!r} is pruned in only one of this run and {str(checkpoint)!r}. "
+            f"{shown(min(other_layers, key=str))} is pruned in only one of this run and {str(checkpoint)!r}. "
             "Resume with the model and the sparsity.include/exclude of the run."
         )
 

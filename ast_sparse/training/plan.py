@@ -13,7 +13,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
 from ast_sparse.loading import load_model_config
-from ast_sparse.sparsity.model import SparsityReport, sparsify_model
+from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import check_vocabularies
@@ -92,6 +92,9 @@ def make_plan(config: RunConfig, args: TrainingArguments) -> Plan:
         "gradient buckets of DDP": 4 * trained if args.world_size > 1 else 0,
         "logits of student, their gradient": 2 * logits,
     }
+    if config.sparsity.criterion == "sparsegpt":
+        widths = [layer.weight.shape[layer.group_dim] for layer in sparse_layers(model).values()]
+        memory["Hessians of a refresh, at most"] = 4 * sum(width**2 for width in widths)
     if distills:
         memory["teacher"] = (2 if half else 4) * report.total_parameters
         memory["logits of teacher"] = logits // 2 if half else logits
@@ -158,6 +161,8 @@ def _check_teacher(name: str, student: PreTrainedConfig, distillation: Distillat
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:
     window = max_positions(model_config)
     asked = {"data.block_size": config.data.block_size, "evaluation.seq_len": config.evaluation.seq_len}
+    if config.sparsity.init != "magnitude":
+        asked["calibration.seq_len"] = config.calibration.seq_len
     for name, length in asked.items():
         if window is not None and length is not None and length > window:
             raise UserError(

@@ -33,8 +33,13 @@ from ast_sparse.training.checkpoints import (
     resolve_checkpoint,
 )
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
+from ast_sparse.training.metrics import METRICS
 from ast_sparse.training.plan import make_plan
+from ast_sparse.training.preemption import PreemptionCallback
+from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
+from ast_sparse.training.watch import REPLAY
+from ast_sparse.yaml12 import dump_yaml
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +54,7 @@ def run_training(
     overwrite: bool = False,
     dry_run: bool = False,
     echo: Callable[[str], None] = print,
+    signals: PreemptionSignals | None = None,
 ) -> Path | None:
     """Do what a configuration says; see the module's first line.
 
@@ -57,13 +63,16 @@ def run_training(
         resume: True for the last complete checkpoint of the output folder, or a checkpoint folder.
         overwrite: replace a run that the output folder holds.
         dry_run: print the plan and stop; no weights are loaded, nothing is written.
+        signals: those that make the run save and leave.
 
     Returns:
         The output folder, or None after a dry run.
 
     Raises:
         UserError: one line; nothing has been written unless training had begun.
+        Preempted: a signal came, and the run can be resumed.
     """
+    signals = signals or PreemptionSignals()
     output = _output_dir(config, output_dir)
     # a plan needs no accelerator, and bf16 without one would be refused
     values = {**config.training, "use_cpu": True} if dry_run else config.training
@@ -92,11 +101,13 @@ def run_training(
         trust_remote_code=config.model.trust_remote_code,
     )
     measured.check_lengths(tokenizer, plan.model_config)
-    trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo)
+    trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo, signals)
     if config.evaluation.steps is not None:
         measure = partial(measured.during_training, tokenizer=tokenizer, held_out=trainer.eval_dataset)
         trainer.add_callback(PerplexityCallback(config.evaluation.steps, measure, trainer.log))
+    trainer.add_callback(PreemptionCallback(signals))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    signals.finish()
     _check_final(trainer.student)
     trainer.save_model()
     trainer.save_state()
@@ -120,6 +131,7 @@ def _prepare(
     checkpoint: Path | None,
     overwrite: bool,
     echo: Callable[[str], None],
+    signals: PreemptionSignals,
 ) -> tuple[SparseTrainer, Rows]:
     """Data, model and trainer; the figures of the dense and the one-shot model."""
     with args.main_process_first(desc="tokenising"):
@@ -137,7 +149,7 @@ def _prepare(
     _check_token_ids(train, tokenizer, model)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
-    rows = _read_rows(output / RESULTS) if checkpoint is not None else {}
+    rows = _read_rows(output, config) if checkpoint is not None else {}
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
         rows[stage] = measured(stage, model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
@@ -149,6 +161,7 @@ def _prepare(
             distillation_config=config.distillation,
             slorb_config=_slorb(config),
             calibration_config=config.calibration,
+            watch_config=config.watch,
             calibration_dataset=_calibration(config, args, tokenizer, checkpoint),
             teacher_model=_teacher(config),
             train_dataset=train,
@@ -157,14 +170,15 @@ def _prepare(
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
-    if args.should_save:
-        if overwrite:
-            _remove_run(output)
-        if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
-            _remove_newer(checkpoint)
-        _write_config(config, output)
+    with signals.held():
+        if args.should_save:
+            _clear(config, output, checkpoint, overwrite)
+        signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
     stage = f"one-shot {pattern}"
-    if stage not in rows and config.sparsity.schedule == "constant":  # imp and gmp reach the pattern later
+    is_one_shot = config.sparsity.schedule == "constant"  # imp and gmp reach the pattern later
+    if checkpoint is not None and config.sparsity.init != "magnitude":
+        is_one_shot = False  # what the run began with is gone
+    if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
         write_json(output / RESULTS, rows)
@@ -272,12 +286,22 @@ def _refuse_used(output: Path) -> None:
         )
 
 
+def _clear(config: RunConfig, output: Path, checkpoint: Path | None, overwrite: bool) -> None:
+    """Make the output folder that of this run: what is stale goes, its configuration is written."""
+    if overwrite:
+        _remove_run(output)
+    if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
+        _remove_newer(checkpoint)
+    _write_config(config, output)
+
+
 def _remove_run(output: Path) -> None:
     """Remove what an earlier run left that this one might not overwrite; other files stay."""
     for folder in checkpoint_folders(output):
         shutil.rmtree(folder)
-    for name in (MASK_HISTORY, RESULTS, "trainer_state.json"):
+    for name in (MASK_HISTORY, METRICS, RESULTS, "trainer_state.json"):
         (output / name).unlink(missing_ok=True)
+    shutil.rmtree(output / REPLAY, ignore_errors=True)
     for weights in output.glob("model*.safetensors*"):
         weights.unlink()
     shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
@@ -297,7 +321,7 @@ def _write_config(config: RunConfig, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tree = config.to_dict()
     tree["training"] = {**config.training, "output_dir": str(output)}
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(tree)
     (output / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -331,9 +355,14 @@ def _check_final(model: nn.Module) -> None:
             raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")
 
 
-def _read_rows(path: Path) -> Rows:
+def _read_rows(output: Path, config: RunConfig) -> Rows:
+    """The figures of the stages before training, if they were measured as this run measures."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+        before = yaml.safe_load((output / RESOLVED_CONFIG).read_text(encoding="utf-8"))["evaluation"]
+        now = config.evaluation.to_dict()
+        if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows")):
+            return {}
         return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError):
         return {}

@@ -34,6 +34,12 @@ def check_feature_settings(
                 f"{kind} with hidden_weight and attention_weight 0 distils nothing. Raise one of them, or set alpha: 0."
             )
         return
+    dropped_blocks = getattr(student.get_text_config(), "layerdrop", 0.0)
+    if isinstance(dropped_blocks, float) and dropped_blocks > 0:
+        raise UserError(
+            f"{kind} compares block by block, and layerdrop={dropped_blocks} of the student leaves blocks out. "
+            "Set model.config_overrides: {layerdrop: 0.0}."
+        )
     if args.torch_compile:
         raise UserError(f"training.torch_compile=True hides the features that {kind} compares. Remove one of them.")
     options = args.gradient_checkpointing_kwargs

@@ -23,28 +23,27 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 import ast_sparse
-from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig, WatchConfig
 from ast_sparse.data.packing import CausalLMCollator, calibration_samples
 from ast_sparse.distillation.features import feature_loss, forward_with_features
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
-from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
+from ast_sparse.export.checksums import write_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.training.arguments import check_arguments
-from ast_sparse.training.baselines import LateSLoRB, check_baseline
+from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
 from ast_sparse.training.callbacks import SparsityCallback
-from ast_sparse.training.checkpoints import (
-    check_same_run,
-    last_checkpoint,
-    resolve_checkpoint,
-)
+from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
+from ast_sparse.training.watch import WatchCallback, divergence
 
 
 class SparseTrainer(Trainer):
@@ -58,6 +57,7 @@ class SparseTrainer(Trainer):
             become more; `args` itself is not changed.
         slorb_config: SLoRB adapters; None for none.
         calibration_config: how many sequences `sparsity.init` wanda and sparsegpt measure, and SparseGPT's settings.
+        watch_config: what happens when the loss is not finite or jumps; default `WatchConfig()`, which stops at NaN.
         calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
             magnitude masks, because a checkpoint brings the masks and weights.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
@@ -81,6 +81,7 @@ class SparseTrainer(Trainer):
         distillation_config: DistillationConfig | None = None,
         slorb_config: SLoRBConfig | None = None,
         calibration_config: CalibrationConfig | None = None,
+        watch_config: WatchConfig | None = None,
         calibration_dataset: Any = None,
         teacher_model: PreTrainedModel | str | None = None,
         train_dataset: Any = None,
@@ -136,12 +137,15 @@ class SparseTrainer(Trainer):
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         if self.teacher is not None:
             self.teacher.to(self.args.device)
-        self.add_callback(SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config))
-        self._late_slorb = LateSLoRB(slorb_config)
-        self.add_callback(self._late_slorb)
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
+        self._watch = WatchCallback(watch_config or WatchConfig())
+        self._late_slorb = LateSLoRB(slorb_config)
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
-        self.add_callback(self._flops)
+        self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
+        self._metrics = MetricsCallback()
+        sparsity = SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config)
+        for callback in (self._watch, sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
+            self.add_callback(callback)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -225,24 +229,12 @@ class SparseTrainer(Trainer):
         return loss, tokens, outputs
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As in Trainer; a loss that is not finite stops the run.
-
-        Raises:
-            DivergenceError: naming the step and the last good checkpoint.
-        """
+        """As in Trainer; the loss is judged when all micro-batches of the step are done."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
-        if not torch.isfinite(loss):
-            raise self._divergence(f"loss is {loss.item()}")
+        self._watch.add(inputs, loss)
+        self._speed.count(int(inputs["input_ids"].numel()))
         return loss
-
-    def _divergence(self, what: str) -> DivergenceError:
-        last = last_checkpoint(str(self.args.output_dir))
-        good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
-        return DivergenceError(
-            f"Training diverged at step {self.state.global_step + 1}: {what}. {good}. "
-            "Lower training.learning_rate or training.max_grad_norm, then start again or resume."
-        )
 
     # ---- optimizer -----------------------------------------------------------------------------------------------
 
@@ -293,6 +285,7 @@ class SparseTrainer(Trainer):
         """As in Trainer; at the end pruned weights are exactly 0.0.
 
         Raises:
+            DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
             UserError: the checkpoint is incomplete, or was made with other sparsity settings.
         """
         if not resume_from_checkpoint:
@@ -301,6 +294,7 @@ class SparseTrainer(Trainer):
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
         if state.global_step < last_step:
             return super().train(str(checkpoint), trial, ignore_keys_for_eval)
         # Trainer would do one more step: the run was finished, and stopped before the final save.
@@ -310,11 +304,17 @@ class SparseTrainer(Trainer):
         else:
             self._load_from_checkpoint(str(checkpoint))
         apply_masks(self.student)
+        self._metrics.on_train_begin(self.args, self.state, self.control)
         self._flops.on_train_end(self.args, self.state, self.control)
         return TrainOutput(state.global_step, math.nan, {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity beside each evaluation loss: exact where every row counts as many tokens."""
+        """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss.
+
+        The perplexity is exact where every row counts as many tokens.
+        """
+        if "loss" in logs:
+            logs.update(self._speed.figures(self.args), **self._watch.figures())
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)
@@ -341,10 +341,12 @@ class SparseTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         for name, parameter in self.student.named_parameters():
             if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                raise self._divergence(f"`{name}` holds values that are not finite")
+                what = f"`{name}` holds values that are not finite"
+                raise divergence(what, self.args, self.state.global_step)
         if _internal_call and re.fullmatch(r"checkpoint-\d+", folder.name):
             self._save_as_in_memory(folder)
             if self.args.should_save:
+                write_checksums(folder)
                 write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
             return
         if self.args.should_save:

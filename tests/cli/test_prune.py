@@ -104,6 +104,7 @@ ERRORS = {
     "seq-len": (("--method", "wanda", "--seq-len", "1"), "--seq-len=1 must be at least 2 tokens"),
     "long-seq-len": (("--method", "wanda", "--seq-len", "100000"), "--seq-len=100000 is longer than the model's"),
     "no-text": (("--method", "wanda", "--calibration", "none.txt", "--seq-len", "8"), "`--calibration`: file none.txt"),
+    "odd-name": (("--method", "wanda", "--calibration", "calibration.jsonl"), "file calibration.jsonl does not exist"),
     "short-text": (
         ("--method", "wanda", "--calibration", "TEXT", "--samples", "9999", "--seq-len", "16"),
         "fewer than --samples=9999 windows of 16",

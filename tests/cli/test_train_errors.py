@@ -346,6 +346,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.do_train=false", r"training\.do_train=False: ast-train always trains"),
     ("training.resume_from_checkpoint=x", r"training\.resume_from_checkpoint='x': .*--resume"),
     ("training.gradient_checkpointing_kwargs.use_reentrant=false", r"gradient_checkpointing_kwargs=.*would be ignored"),
+    ("training.enable_jit_checkpoint=true", r"training\.enable_jit_checkpoint=True: it saves before masks are ref"),
     ("training.push_to_hub=true", r"training\.hub_strategy='every_save' would upload"),
     # evaluation
     ("evaluation=heldout", r"Section 'evaluation' is 'heldout'"),
@@ -368,6 +369,15 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("evaluation.windows=0", r"evaluation\.windows=0 must be at least 1"),
     ("evaluation.windows=all", r"evaluation\.windows='all' is text, expected an integer or null"),
     ("evaluation.data_dir=/nowhere", r"evaluation\.data_dir='/nowhere' does not exist"),
+    # watch
+    ("watch=skip", r"Section 'watch' is 'skip', not a mapping"),
+    ("watch.nan=warn", r"watch\.nan='warn' is text, expected 'stop' or 'skip'"),
+    ("watch.spike=skp", r"watch\.spike='skp' is text, expected .*Did you mean 'skip'"),
+    ("watch.spike=false", r"watch\.spike=False is true or false, expected 'off'"),
+    ("watch.spike_factor=1", r"watch\.spike_factor=1\.0 must be above 1"),
+    ("watch.spike_window=0", r"watch\.spike_window=0 must be at least 1"),
+    ("watch.max_skips=0", r"watch\.max_skips=0 must be at least 1"),
+    ("watch.spike_windw=5", r"Unknown key watch\.spike_windw\. Did you mean 'spike_window'"),
     # several together
     (
         ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs.min_lr_rat=0.1"],
@@ -422,7 +432,7 @@ def test_one_wrong_setting_is_named_with_its_mend(root: Path, change: str | list
         ("model: {name_or_path: a\n", r"no valid YAML: line 2, column 1"),
         ("\tmodel: a\n", r"no valid YAML: line 1"),
         ("model: {}\nmodel: {}\n", r"line 2: key 'model' stands twice"),
-        ("model: " + "[" * 3000, r"no valid YAML"),
+        ("model: " + "[" * 3000, r"line 1: more than 32 levels deep"),
         ("model: {k: " + "9" * 5000 + "}", r"no valid YAML"),
         ("model: \0", r"no valid YAML"),
         ("---\na: 1\n---\nb: 1\n", r"no valid YAML"),
@@ -499,6 +509,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_checkpoint(root: Path,
     assert result.exit_code == 2
     last = result.stderr.rstrip("\n").splitlines()[-1]
     assert re.search(r"^Error: Training diverged at step \d: .*(checkpoint-\d|no checkpoint yet)", last), last
+    assert Path(re.findall(r"The batch: (\S+/replay/step-\d-rank-0\.safetensors)\.", last)[0]).exists()
 
 
 @pytest.mark.parametrize("change", ["training.max_steps=0", "data.train=list.jsonl"])

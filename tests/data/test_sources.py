@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from ast_sparse.config import DataConfig
+from ast_sparse.data import sources
 from ast_sparse.data.sources import check_sources, load_documents
 from ast_sparse.errors import UserError
 
@@ -18,8 +19,8 @@ def lines(*rows: Any) -> bytes:
 
 
 def texts(folder: Path, *entries: Any, text_field: str = "text") -> list[list[str]]:
-    sources = load_documents(entries, str(folder), text_field)
-    return [source.documents[source.text_field][:] for source in sources]
+    loaded = load_documents(entries, str(folder), text_field)
+    return [source.documents[source.text_field][:] for source in loaded]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.raw", "a.tokens", "a.md", "a.rst", "README", "wiki.test.raw"])
@@ -132,6 +133,50 @@ def test_bad_content_is_named_by_file_and_line(
     with pytest.raises(UserError, match=message) as caught:
         load_documents([entry], str(tmp_path), "text")
     assert "\n" not in str(caught.value)
+
+
+DEEP, LONG_INTEGER = b"[" * 900 + b"]" * 900, b"9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": ' + LONG_INTEGER + b"}", r"line 1: not JSON \(Exceeds the limit"),
+        (b'{"text": 1e999}', "line 1: field `text` is not a string but Infinity"),
+        (b'{"text": NaN}', "line 1: field `text` is not a string but NaN"),
+        (b'{"text": ' + DEEP + b"}", r"line 1: (field `text` is not a string but|nested too deeply)"),
+        (b"[" * 100_000, "line 1: nested too deeply"),
+        (b'{"a\\nb": 1}', r"no field `text` but 'a\\nb'"),
+        (json.dumps({"x" * 10**6: 1}).encode(), "no field `text` but x+. Set"),
+        (json.dumps({str(n): n for n in range(10**5)}).encode(), "no field `text` but 0, 1, .*, 19. Set"),
+    ],
+)
+def test_absurd_line_is_one_short_message(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_documents(["a.jsonl"], str(tmp_path), "text")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_zero_byte_in_json_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "a\0b"}))
+    assert texts(tmp_path, "a.jsonl") == [["a\0b"]]
+
+
+def test_line_and_array_beyond_the_limit_are_refused_without_reading_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(sources, "_LARGEST_TEXT_FILE", 1000)
+    fits, long = lines({"text": "x" * 900}), lines({"text": "x" * 10**6})
+    (tmp_path / "fits.jsonl").write_bytes(fits)
+    (tmp_path / "a.jsonl").write_bytes(fits + long)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(long))
+    (tmp_path / "array.json").write_bytes(b"[" + long + b"]")
+    assert texts(tmp_path, "fits.jsonl") == [["x" * 900]]
+    for name, message in (("a.jsonl", "line 2: longer"), ("bomb.jsonl.gz", "line 1: longer"), ("array.json", "larger")):
+        with pytest.raises(UserError, match=rf"{name}.* {message} than"):
+            load_documents([name], str(tmp_path), "text")
 
 
 def test_column_missing_from_a_table_is_named(tmp_path: Path) -> None:

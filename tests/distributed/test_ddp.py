@@ -1,14 +1,18 @@
 """Two gloo ranks under torchrun train as one process does."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ast_sparse.training.checkpoints import checkpoint_folders, faults
 from tests.models import generated_text, save_tiny_model
 
 CONFIG = """
@@ -28,12 +32,17 @@ training:
 """
 
 
-def train(folder: Path, ranks: int, interval: int, *options: str, kind: str = "kl") -> Path:
-    config, out = folder / f"run_{ranks}_{interval}_{kind}.yaml", folder / f"out_{ranks}_{interval}_{kind}"
+def command(folder: Path, ranks: int, interval: int, kind: str = "kl") -> list[str]:
+    config = folder / f"run_{ranks}_{interval}_{kind}.yaml"
     config.write_text(CONFIG.format(folder=folder, interval=interval, batch=4 // ranks, kind=kind))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "ast_sparse.cli.train", "--config", str(config)]
-    finished = subprocess.run([*command, "--output-dir", str(out), *options], capture_output=True, text=True)
+    return [sys.executable, *launcher, "-m", "ast_sparse.cli.train", "--config", str(config)]
+
+
+def train(folder: Path, ranks: int, interval: int, *options: str, kind: str = "kl") -> Path:
+    out = folder / f"out_{ranks}_{interval}_{kind}"
+    started = [*command(folder, ranks, interval, kind), "--output-dir", str(out), *options]
+    finished = subprocess.run(started, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return out
 
@@ -71,3 +80,47 @@ def test_two_ranks_end_sparse_with_moving_masks_and_resume(folder: Path) -> None
     train(folder, 2, 2, *late_slorb, "--resume")
     resumed = load_file(out / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+
+
+TROUBLED = """
+import os
+from ast_sparse.cli.train import main
+from ast_sparse.training.trainer import SparseTrainer
+
+compute_loss = SparseTrainer.compute_loss
+
+def troubled(self, model, *args, **kwargs):
+    loss = compute_loss(self, model, *args, **kwargs)
+    is_troubled = model.training and os.environ["RANK"] == "1" and self.state.global_step == 1
+    return loss * float("nan") if is_troubled else loss
+
+SparseTrainer.compute_loss = troubled
+main()
+"""
+
+
+def test_ranks_skip_the_same_step_and_save_the_same_step_when_one_is_asked_to_leave(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "troubled.py").write_text(TROUBLED)
+    out = tmp_path / "out"
+    started = [part.replace("ast_sparse.cli.train", str(tmp_path / "troubled.py")) for part in command(folder, 2, 2)]
+    started.pop(started.index(str(tmp_path / "troubled.py")) - 1)  # -m
+    for setting in ("training.max_steps=5000", "training.save_strategy=no", "watch.nan=skip"):
+        started += ["--set", setting]
+    launcher = subprocess.Popen([*started, "--output-dir", str(out)], stderr=subprocess.PIPE, text=True)
+    while not (out / "mask_history.jsonl").exists() and launcher.poll() is None:
+        time.sleep(0.01)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=120)
+    (saved,) = checkpoint_folders(out)
+    assert launcher.returncode != 0 and f"saved {saved}; --resume continues from there" in errors, errors
+    assert sorted(path.name for path in saved.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert faults(saved) == []
+    kept = sorted(path.name for path in (out / "replay").iterdir())
+    assert kept == ["step-2-rank-0.safetensors", "step-2-rank-1.safetensors"]
+    log = json.loads((saved / "trainer_state.json").read_text())["log_history"]
+    assert [entry["skipped_steps"] for entry in log if "loss" in entry][:2] == [0, 1]
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(saved / "model.safetensors").values())

@@ -58,11 +58,12 @@ def token_ids(rows: int = 2, length: int = 12) -> Tensor:
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Rewrite the weight file of a folder after `change` edited its tensors."""
+    """Rewrite the weight file of a folder after `change` edited its tensors; the checksums go, as they would tell."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
+    (folder / "checksums.json").unlink(missing_ok=True)
 
 
 def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

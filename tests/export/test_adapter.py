@@ -1,5 +1,6 @@
 """SLoRB as a PEFT adapter: `W̃x + S(Xx)`, loaded by PEFT itself."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,14 @@ def test_adapter_that_scales_is_refused(exported: Path) -> None:
     config = read_json(exported / "slorb" / "adapter_config.json")
     config["lora_alpha"] *= 2
     write_json(exported / "slorb" / "adapter_config.json", config)
+    with pytest.raises(UserError, match="the scale alpha / r is not 1"):
+        load_causal_lm(exported)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 1}, {"alpha_pattern": {"a": 1}}, {"use_rslora": True}])
+def test_description_of_another_scale_is_refused(exported: Path, change: dict[str, object]) -> None:
+    path = exported / "slorb/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match="the scale alpha / r is not 1"):
         load_causal_lm(exported)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ast_sparse.errors import UserError
@@ -16,6 +17,7 @@ from ast_sparse.export.saving import save_sparse_model
 from ast_sparse.loading import load_causal_lm, load_checkpoint, load_model_config, load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
 from tests.export.sparse_models import change_tensors, masked_state, save_training_checkpoint, sparse_model, token_ids
+from tests.fuzz.mutate import evil_pickle, read_safetensors, write_safetensors
 from tests.models import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
 
@@ -134,6 +136,29 @@ def _truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
 
 
+def _outside(folder: Path) -> Path:
+    """A second copy of the weights, beside the folder."""
+    return Path(shutil.copyfile(folder / "model.safetensors", folder.parent / "outside.safetensors"))
+
+
+def _index(name: str) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        outside = _outside(folder)
+        weight_map = dict.fromkeys(load_file(outside), name.format(outside=outside))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors").unlink()
+
+    return harm
+
+
+def _link(name: str) -> Callable[[Path], None]:
+    def harm(folder: Path) -> None:
+        outside = Path(shutil.move(folder / name, folder.parent / "outside"))
+        (folder / name).symlink_to(outside)
+
+    return harm
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), r"Cannot read `.*config\.json`"),
@@ -149,6 +174,39 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for weights": (lambda folder: (folder / "model.safetensors").write_text("weights"), "is damaged"),
     "other widths": (_edit_config(intermediate_size=40), r"has shape \(32, 48\), the model needs \(32, 40\)"),
     "more layers": (_edit_config(num_hidden_layers=3), "lacks 9 tensors of LlamaForCausalLM"),
+    "index that climbs out": (_index("../outside.safetensors"), r"names '\.\./outside.* no safetensors file beside it"),
+    "index that names a root": (_index("{outside}"), "which is no safetensors file beside it"),
+    "index of pickles": (_index("pytorch_model.bin"), "which is no safetensors file beside it"),
+    "index of objects": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": {}}}'),
+        ),
+        "names {}, which is no safetensors file",
+    ),
+    "weights linked from outside": (_link("model.safetensors"), "is a link to .*outside`, outside its folder"),
+    "config linked from outside": (_link("config.json"), "is a link to .*outside`, outside its folder"),
+    "key that stands twice": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "model_type": "gpt2"}'),
+        "'model_type' stands twice",
+    ),
+    "endless nesting": (lambda folder: (folder / "config.json").write_text('{"a":' * 100_000), "nested too deeply"),
+    "a billion layers": (_edit_config(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is too large"),
+    "a billion labels": (_edit_config(num_labels=10**9), "num_labels=1000000000 is too large"),
+    "a billion tokens": (_edit_config(vocab_size=10**9), r"of a model of 32,.* parameters .* the files hold"),
+    "other weights by name": (_edit_config(transformers_weights="x.safetensors"), "names other weights"),
+    "an adapter in it": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"holds adapter_config\.json beside a model",
+    ),
+    "integers for weights": (
+        _edit_tensors(lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})),
+        "`model.norm.weight` holds I32, the model needs floating-point numbers",
+    ),
+    "a name on two lines": (
+        _edit_tensors(lambda tensors: tensors.update({"a\nb": torch.ones(1)})),
+        "is damaged: no tensor",
+    ),
     "a tensor gone": (_edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "`model.norm.weight`"),
 }
 
@@ -160,6 +218,85 @@ def test_damaged_folder_is_named_in_one_line(damage: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_causal_lm(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_link_into_the_cache_of_the_hub_is_followed(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1234"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    load_causal_lm(snapshot)
+    load_tokenizer(snapshot)
+
+
+def test_tokenizer_linked_from_outside_is_neither_read_nor_exported(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    export_model(sparse_model(), tmp_path / "source", tokenizer=tiny_tokenizer())
+    (tmp_path / "source/chat_template.jinja").symlink_to(tmp_path / "secret")
+    for use in (load_tokenizer, lambda source: export_model(source, tmp_path / "out", "dense")):
+        with pytest.raises(UserError, match=r"chat_template\.jinja` is a link to .*secret`, outside its folder"):
+            use(tmp_path / "source")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_that_hold_the_same_tensor_are_refused(folder: Path) -> None:
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for name in names:
+        shutil.copyfile(folder / "model.safetensors", folder / name)
+    weight_map = {key: names[number % 2] for number, key in enumerate(load_file(folder / "model.safetensors"))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"-00002-of-00002\.safetensors` and `model-00001-of-.*both hold"):
+        load_causal_lm(folder)
+
+
+def test_pickled_weights_are_never_loaded(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (folder / "pytorch_model.bin").write_bytes(evil_pickle(marker))
+    load_causal_lm(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="only pickled weights, which are not read"):
+        load_causal_lm(folder)
+    assert not marker.exists()
+
+
+def test_code_of_a_folder_is_not_run_unasked(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (folder / "modeling_x.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    _edit_config(model_type="x", auto_map={"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"})(
+        folder
+    )
+    for load in (load_causal_lm, load_model_config):
+        with pytest.raises(UserError):
+            load(folder)
+    load_tokenizer(folder)
+    assert not marker.exists()
+
+
+def test_slorb_switch_that_says_neither_is_refused(tmp_path: Path) -> None:
+    for switch in ("no", 1, {"enabled": "no"}):
+        save_sparse_model(sparse_model(slorb_k=8), tmp_path, {"slorb": switch})
+        with pytest.raises(UserError, match="is neither settings nor true or false"):
+            load_causal_lm(tmp_path)
+
+
+def test_slorb_pair_of_another_shape_is_refused(tmp_path: Path) -> None:
+    source = save_training_checkpoint(sparse_model(slorb_k=8), tmp_path / "source")
+    name = "model.layers.0.mlp.up_proj.slorb.S"
+    change_tensors(source, lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
+    for read in (load_checkpoint, lambda folder: export_model(folder, tmp_path / "out", "dense")):
+        with pytest.raises(UserError, match=r"the SLoRB pair of `model.layers.0.mlp.up_proj` is .* fits no layer"):
+            read(source)
+
+
+def test_mask_of_other_bytes_than_0_and_1_is_refused(tmp_path: Path) -> None:
+    source = save_training_checkpoint(sparse_model(), tmp_path / "source")
+    header, data = read_safetensors(source / "model.safetensors")
+    at = header["model.layers.0.mlp.up_proj.mask"]["data_offsets"][0]
+    write_safetensors(source / "model.safetensors", header, data[:at] + b"\x06" + data[at + 1 :])
+    with pytest.raises(UserError, match=r"the mask of `model.layers.0.mlp.up_proj` holds more than 0 and 1"):
+        load_causal_lm(source)
 
 
 def test_mask_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,19 @@ def test_newer_format_is_refused_with_the_mend(compressed: Path) -> None:
         AutoModelForCausalLM.from_pretrained(compressed)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format_version", "1"), ("format_version", 0), ("format_version", True), ("dequantize", "no"), ("modules", "abc"),
+     ("modules", [1])],
+)  # fmt: skip
+def test_damaged_description_is_named_by_its_key(compressed: Path, key: str, value: object) -> None:
+    config = read_json(compressed / "config.json")
+    config["quantization_config"][key] = value
+    write_json(compressed / "config.json", config)
+    with pytest.raises(ValueError, match=rf"ast_sparse_24: {key}=.*Restore config\.json"):
+        AutoModelForCausalLM.from_pretrained(compressed)
+
+
 def test_reader_without_the_plugin_stops(tmp_path: Path) -> None:
     export_model(sparse_model(), tmp_path / "out", "compressed")
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"

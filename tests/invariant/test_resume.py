@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
+from ast_sparse.cli.train import main
+from ast_sparse.training.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.training.test_trainer import arguments, blocks
 
@@ -103,6 +106,28 @@ def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Pat
         assert kill or process.returncode == -signal.SIGKILL
     resumed = subprocess.run(command(config, out, "--resume"), capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize(("name", "options"), [("SIGTERM", []), ("SIGUSR1", ["--set", "training.save_strategy=no"])])
+def test_a_run_that_is_asked_to_leave_saves_its_step_and_resumes_bit_for_bit(
+    undisturbed: tuple[Path, Path], tmp_path: Path, name: str, options: list[str]
+) -> None:
+    config, whole = undisturbed
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(config, out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / "mask_history.jsonl").exists() and process.poll() is None:
+        time.sleep(0.001)  # until the first refresh, after step 3 of 24
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    saved = out / f"checkpoint-{newest_step(out)}"
+    assert errors.splitlines()[-1] == f"{name}: saved {saved}; --resume continues from there."
+    assert 3 <= newest_step(out) < 24 and not faults(saved) and not (out / "model.safetensors").exists()
+    resumed = CliRunner().invoke(main, ["--config", str(config), "--output-dir", str(out), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
     assert_same_run(whole, out)
 
 

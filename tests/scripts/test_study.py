@@ -263,6 +263,14 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(study: Path, argumen
             "config: base.yaml\nvariants: {a: {run: prune, sparsity.init: wanda, calibration.data: [{path: x}]}}",
             "calibrates on files, and {'path': 'x'} is none",
         ),
+        (
+            "config: base.yaml\nvariants: {a: {run: prune, evaluation.datasets: [a/t.txt, b/t.txt]}}",
+            "evaluation.datasets has two texts called 't'",
+        ),
+        (
+            "config: base.yaml\nvariants: {a: {run: eval, model.config_overrides: {rms_norm_eps: 1.0}}}",
+            "model.config_overrides={'rms_norm_eps': 1.0} does not reach `run: eval`",
+        ),
     ],
 )
 def test_a_wrong_study_ends_in_one_line_before_anything_is_run(study: Path, text: str, said: str) -> None:

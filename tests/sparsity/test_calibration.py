@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ast_sparse.sparsity.model as sparsify_module
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.calibration import InputRecorder, InputStatistics, calibrate_blocks
@@ -84,6 +85,26 @@ def test_layers_with_one_input_share_one_hessian() -> None:
     assert len({id(statistics) for statistics in found.values()}) == 4 * model.config.num_hidden_layers
 
 
+def test_statistics_under_autocast_are_those_without() -> None:
+    inputs, found = torch.randn(3, 16, 8), []
+    for enabled in (False, True):
+        for with_hessian in (False, True):
+            statistics = InputStatistics(8, with_hessian, torch.device("cpu"))
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                statistics.add(inputs)
+            found.append(statistics.squares if statistics.hessian is None else statistics.hessian)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_a_block_that_gets_more_of_the_text_than_hidden_states_is_refused() -> None:
+    model = tiny_model("llama").eval()
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "extra": args[0].detach().clone()}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match=r"`model\.layers\.0` of LlamaForCausalLM gets more than hidden states"):
+        sparsify_model(model, SparsityConfig(init="wanda"), samples=samples())
+
+
 def test_running_means_equal_one_sum_over_all_sequences() -> None:
     inputs = torch.randn(6, 5, 8, dtype=torch.float64)
     statistics = [InputStatistics(8, with_hessian, torch.device("cpu")) for with_hessian in (False, True)]
@@ -98,12 +119,15 @@ def test_running_means_equal_one_sum_over_all_sequences() -> None:
     torch.testing.assert_close(hessian.double(), rows.T @ rows / 3, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude_and_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sparsify_module.logger, "warning", said.append)
     model = tiny_model("llama").eval()
     mlp = model.model.layers[0].mlp
     mlp.unused = nn.Linear(16, 16)
     sparsify_model(model, SparsityConfig(init="sparsegpt"), samples=samples())
     assert torch.equal(mlp.unused.mask, Pattern(2, 4).mask(mlp.unused.weight.abs()))
+    assert len(said) == 1 and "`model.layers.0.mlp.unused`: it is pruned by magnitude" in said[0]
 
 
 def test_calibration_leaves_mode_and_hooks_as_they_were() -> None:

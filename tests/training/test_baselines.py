@@ -155,6 +155,22 @@ def test_imp_and_gmp_resume_bit_identically(tmp_path: Path, sparsity: SparsityCo
         assert history == [log for log in whole.state.log_history if "sparsity" in log]
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "slorb"),
+    [(imp(), None), (gmp(), None), (SparsityConfig(mask_interval=2), SLoRBConfig(k=16, start=0.5))],
+    ids=["imp", "gmp", "slorb"],
+)
+@pytest.mark.parametrize("steps", [3, 9])
+def test_a_resume_of_another_length_is_refused_where_the_past_depends_on_it(
+    tmp_path: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, steps: int
+) -> None:
+    args = dict(max_steps=STEPS, save_strategy="steps", save_steps=4)
+    trainer(tmp_path / "whole", None, sparsity, slorb_config=slorb, args=args).train()
+    again = trainer(tmp_path / "again", None, sparsity, slorb_config=slorb, args={**args, "max_steps": steps})
+    with pytest.raises(UserError, match=rf"training\.max_steps={steps} differs from the 7 steps"):
+        again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "1:2", "4:8", "8:16", "16:32"])
 @pytest.mark.parametrize("schedule", ["constant", "gmp"])
 def test_other_patterns_hold_after_training_and_in_the_dense_export(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from ast_sparse import CalibrationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.sparsity.calibration import InputRecorder
@@ -75,6 +76,30 @@ def test_a_refresh_looks_at_the_inputs_of_the_step_before_it(
     assert used == [(len(layers), 8)] * 3  # 2 micro-batches of 4 sequences, at steps 2, 4 and 6
     assert all(layer.pattern.holds(layer.weight, layer.group_dim) for layer in layers.values())
     assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_masks_by_activations_are_refreshed_under_bf16(tmp_path: Path, criterion: str) -> None:
+    sparsity = SparsityConfig(criterion=criterion, mask_interval=2, mask_decay=1e-2)
+    run = trainer(tmp_path, None, sparsity, args={"bf16": True, "use_cpu": True})
+    run.train()
+    assert all(layer.pattern.holds(layer.weight, layer.group_dim) for layer in sparse_layers(run.model).values())
+    assert len((tmp_path / "mask_history.jsonl").read_text().splitlines()) == 3
+
+
+def test_compilation_and_masks_by_activations_are_refused_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"torch_compile=True hides the inputs that sparsity\.criterion=wanda"):
+        trainer(tmp_path, None, SparsityConfig(criterion="wanda"), args={"torch_compile": True})
+
+
+def test_rows_of_different_length_and_streams_cannot_be_calibrated_on(tmp_path: Path) -> None:
+    ragged = Dataset.from_dict({"input_ids": [[1] * 16, [2] * 9, [3] * 16, [4] * 16]})
+    stream = blocks().to_iterable_dataset()
+    for data, message in ((ragged, "different lengths"), (stream, "no text to calibrate on")):
+        with pytest.raises(UserError, match=message):
+            trainer(
+                tmp_path, None, SparsityConfig(init="wanda"), calibration_config=CALIBRATION, calibration_dataset=data
+            )
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])

@@ -95,3 +95,11 @@ def test_random_numbers_drawn_by_a_measurement_are_not_missed_in_training(tmp_pa
         run.train()
         results.append(weights(run.model))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_resume_that_measures_otherwise_measures_all_stages_so(folder: Path) -> None:
+    train(folder, "other")
+    train(folder, "other", "--resume", "--set", "evaluation.datasets=[heldout]", "--set", "evaluation.windows=2")
+    results = json.loads((folder / "other/results.json").read_text())
+    assert list(results) == ["dense", "one-shot 2:4", "retrained 2:4"]
+    assert all(list(row) == ["heldout"] and row["heldout"]["windows"] == 2 for row in results.values())

@@ -1,0 +1,29 @@
+"""What the processes of a distributed run agree on."""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean over the processes, the same on each; of one process, the values themselves.
+
+    Args:
+        values: floating point, on the device of training; NaN and infinity on one rank are there on all.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any process."""
+    return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,190 @@
+"""A loss that is not finite, or jumps: the run stops or passes over the step, and the batch is kept for replay."""
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ast_sparse.config import WatchConfig
+from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.training.checkpoints import last_checkpoint
+from ast_sparse.training.ranks import mean_over_ranks
+
+logger = logging.get_logger(__name__)
+
+REPLAY = "replay"
+# not the name of a class: transformers would build one anew with `restore_callback_states_from_checkpoint`
+_STATE = "ast_sparse.watch"
+
+
+def divergence(what: str, args: TrainingArguments, step: int, batch: Path | None = None) -> DivergenceError:
+    """The error that ends a run whose numbers have gone wrong.
+
+    Args:
+        what: is wrong, at which `step`.
+        batch: where the step's batch is kept.
+    """
+    last = last_checkpoint(str(args.output_dir))
+    good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
+    kept = "" if batch is None else f" The batch: {batch}."
+    return DivergenceError(
+        f"Training diverged at step {step}: {what}. {good}.{kept} "
+        "Lower training.learning_rate or training.max_grad_norm, then start again or resume."
+    )
+
+
+class WatchCallback(TrainerCallback):
+    """Judges every step before its update, by the loss of all its micro-batches on all ranks.
+
+    A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data go on. What
+    a later verdict depends on is saved with every checkpoint, so a resumed run decides as the undisturbed one.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self.config = config
+        self._batches: list[dict[str, Any]] = []
+        self._loss: Tensor | None = None
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def add(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """Note a micro-batch and its loss, as Trainer adds them up."""
+        self._batches.append(inputs)
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def figures(self) -> dict[str, float]:
+        """`skipped_steps` so far, for the log, where steps may be skipped."""
+        return {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.get(_STATE) if isinstance(state.stateful_callbacks, dict) else None
+        self._reset(saved or {})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._batches, self._loss = [], None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the update go on, or empty it by taking the gradients.
+
+        Raises:
+            DivergenceError: the settings say stop.
+        """
+        if self._loss is None:
+            return
+        norm = _gradient_norm(kwargs["model"], kwargs["optimizer"]).to(self._loss)
+        loss, norm = mean_over_ranks(torch.stack([self._loss, norm])).tolist()
+        action, what = self._verdict(loss, norm)
+        if action == "skip" and self._in_a_row == self.config.max_skips:
+            action, what = "stop", f"{what}, after watch.max_skips={self._in_a_row} skipped steps in a row"
+        step, path = state.global_step + 1, None
+        if action != "go":
+            header = {"what": what, "loss": loss, "gradient_norm": norm}
+            path = self._save(args, {**header, "step": step}, kwargs["optimizer"])
+        if action == "stop":
+            raise divergence(what, args, step, path)
+        self._in_a_row = self._in_a_row + 1 if action == "skip" else 0
+        if action == "skip":
+            self.skipped += 1
+            for group in kwargs["optimizer"].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        elif self.config.spike != "off":
+            self._losses.append(loss)
+        if action != "go" and args.should_log:
+            logger.warning(f"Step {step} {'is skipped' if action == 'skip' else 'goes on'}: {what}. The batch: {path}.")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._batches, self._loss = [], None
+        if self.config.spike != "off" or self.config.nan == "skip":
+            saved: Any = {"losses": list(self._losses), "skipped": self.skipped, "in_a_row": self._in_a_row}
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), _STATE: saved}  # type: ignore[assignment,dict-item]
+
+    def _reset(self, saved: dict[str, Any]) -> None:
+        self._losses = deque(saved.get("losses", ()), self.config.spike_window)
+        self.skipped, self._in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
+
+    def _verdict(self, loss: float, norm: float) -> tuple[str, str]:
+        config = self.config
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return config.nan, f"{name} is {value}"
+        if config.spike != "off" and len(self._losses) == config.spike_window:
+            usual = statistics.median(self._losses)
+            if loss > config.spike_factor * usual:
+                what = f"loss is {loss:.4g}, more than watch.spike_factor={config.spike_factor:g} times {usual:.4g}"
+                return config.spike, f"{what}, the median of the last {config.spike_window} steps"
+        return "go", ""
+
+    def _save(self, args: TrainingArguments, header: dict[str, Any], optimizer: Any) -> Path:
+        """This rank's micro-batches as `replay/step-N-rank-R.safetensors`."""
+        path = Path(str(args.output_dir)) / REPLAY / f"step-{header['step']}-rank-{args.process_index}.safetensors"
+        settings = {"watch": self.config.to_dict(), "learning_rate": float(optimizer.param_groups[0]["lr"])}
+        described = {**header, "rank": args.process_index, "micro_batches": len(self._batches), "settings": settings}
+        tensors = {
+            f"{index}.{name}": value.detach().cpu().contiguous()
+            for index, batch in enumerate(self._batches)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in described.items()})
+        unfinished.replace(path)
+        return path
+
+
+def load_batch(path: str | Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """The micro-batches of a file in `replay/`, and its header: step, rank, what was wrong, loss, settings.
+
+    Raises:
+        UserError: the file is not there, or is none of them.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            batches: list[dict[str, Tensor]] = [{} for _ in range(header["micro_batches"])]
+            for key in file.keys():  # noqa: SIM118
+                index, name = key.split(".", 1)
+                batches[int(index)][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"Batch {str(path)!r} cannot be read: {' '.join(str(error).split())}. Name a step-N-rank-R.safetensors of "
+            f"the {REPLAY} folder of a run."
+        ) from None
+    return batches, header
+
+
+def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
+    """Cross-entropy of a model on each micro-batch that a run kept.
+
+    For the loss (4) of a run, give each of `load_batch(path)[0]` to `SparseTrainer.compute_loss`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    batches, _ = load_batch(path)
+    with torch.no_grad():
+        return [float(model(**{name: v.to(model.device) for name, v in batch.items()}).loss) for batch in batches]
+
+
+def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
+    """The norm after clipping, which leaves a NaN where it was not finite."""
+    if getattr(optimizer, "scaler", None) is not None:  # of fp16: it overflows now and then, and sees to it itself
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
