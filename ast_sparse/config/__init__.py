@@ -1,0 +1,13 @@
+"""The settings of a run: one frozen dataclass a section, read from YAML."""
+
+from ast_sparse.config.data import DataConfig
+from ast_sparse.config.distillation import DistillationConfig
+from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
+from ast_sparse.config.model import ModelConfig
+from ast_sparse.config.run import SECTIONS, RunConfig, load_config
+from ast_sparse.config.sparsity import UNSTRUCTURED, CalibrationConfig, SLoRBConfig, SparsityConfig
+
+__all__ = [
+    "SECTIONS", "UNSTRUCTURED", "CalibrationConfig", "DataConfig", "DistillationConfig", "EvaluationConfig",
+    "ModelConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "WatchConfig", "load_config",
+]  # fmt: skip

@@ -1,0 +1,41 @@
+"""What every section of the settings shares: typed fields with a help text, checked when they are made."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from ast_sparse.conversion import convert
+from ast_sparse.errors import UserError
+from ast_sparse.yaml12 import shown
+
+
+def about(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Checks the type of every field; subclasses check values in `_validate`."""
+
+    _name = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = convert(getattr(self, item.name), hints[item.name], f"{self._name}.{item.name}")
+            object.__setattr__(self, item.name, value)
+        self._validate()
+
+    def _validate(self) -> None: ...
+
+    def _require(self, condition: bool, key: str, mend: str) -> None:
+        if not condition:
+            raise UserError(f"{self._name}.{key}={shown(getattr(self, key))} {mend}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as plain YAML values."""
+        return {
+            item.name: list(value) if isinstance(value := getattr(self, item.name), tuple) else value
+            for item in dataclasses.fields(self)
+        }

@@ -1,0 +1,147 @@
+"""Settings of the masks: pattern, schedule, SLoRB, calibration."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ast_sparse.config.section import Section, about
+
+UNSTRUCTURED = "unstructured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig(Section):
+    """The pattern, and how masks move: annealed SR-STE (paper Sec. 3.2)."""
+
+    _name = "sparsity"
+    pattern: str = field(
+        default="2:4",
+        metadata=about("N:M, N kept of every M weights along the input dimension; or unstructured: half of a layer."),
+    )
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = field(
+        default="magnitude",
+        metadata=about("Score of a mask refresh; wanda and sparsegpt look at the activations of the step before it."),
+    )
+    init: Literal["magnitude", "wanda", "sparsegpt"] = field(
+        default="magnitude", metadata=about("One-shot method training starts from; settings in `calibration`.")
+    )
+    schedule: Literal["constant", "imp", "gmp"] = field(
+        default="constant",
+        metadata=about(
+            "constant: the pattern from the start. Baselines whose pruned weights stay zero, trained by AdamW: imp "
+            "prunes in rounds, gmp along a cubic ramp."
+        ),
+    )
+    rounds: int = field(default=4, metadata=about("imp: how often it prunes; the last round makes the pattern exact."))
+    prune_share: float | None = field(
+        default=None, metadata=about("imp: share of the remaining weights a round prunes; default: equal shares.")
+    )
+    steps_per_round: int | None = field(
+        default=None, metadata=about("imp: steps of training after each pruning; default: total steps / rounds.")
+    )
+    prune_until: float = field(
+        default=0.75,
+        metadata=about("gmp: share of the steps over which sparsity rises, every `mask_interval` steps."),
+    )
+    mask_interval: int = field(default=10, metadata=about("Optimizer steps between mask refreshes; 0: masks fixed."))
+    mask_decay: float = field(default=6e-5, metadata=about("λ_max of (2)."))
+    decay_ramp: float = field(default=0.25, metadata=about("T0/T1: share of the steps over which λ rises."))
+    decay_schedule: Literal["annealed", "static", "none"] = field(
+        default="annealed", metadata=about("λ over the steps: (2), constant, or zero.")
+    )
+    decay_placement: Literal["momentum", "gradient", "weight"] = field(
+        default="momentum", metadata=about("Where the decay enters AdamW: (20)-(23), (18)-(19) or (16)-(17).")
+    )
+    include: tuple[str, ...] = field(default=(), metadata=about("Prune only layers that match; * is a wildcard."))
+    exclude: tuple[str, ...] = field(default=(), metadata=about("Layers that stay dense; * is a wildcard."))
+
+    def _validate(self) -> None:
+        match = self.pattern == UNSTRUCTURED or re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.pattern)
+        self._require(bool(match), "pattern", "is not of the form N:M. Write for example 2:4, or unstructured.")
+        self._require(0 < self.n < self.m, "pattern", "needs 0 < N < M. Write for example 2:4.")
+        self._require(self.mask_interval >= 0, "mask_interval", "must be 0 (fixed masks) or more.")
+        self._require(self.mask_decay >= 0, "mask_decay", "must be 0 or more.")
+        self._require(0 <= self.decay_ramp <= 1, "decay_ramp", "must lie between 0 and 1.")
+        self._require(self.rounds >= 1, "rounds", "must be at least 1.")
+        self._require(self.prune_share is None or 0 < self.prune_share < 1, "prune_share", "must lie between 0 and 1.")
+        self._require(
+            self.steps_per_round is None or self.steps_per_round >= 1, "steps_per_round", "must be at least 1."
+        )
+        self._require(0 < self.prune_until <= 1, "prune_until", "must be above 0 and at most 1.")
+        for key in ("prune_share", "steps_per_round") if self.schedule != "imp" else ():
+            mend = f"is for sparsity.schedule=imp, and would be ignored with {self.schedule}. Remove it."
+            self._require(getattr(self, key) is None, key, mend)
+        for key in ("criterion", "init") if self.schedule != "constant" else ():
+            mend = f"goes with sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
+            self._require(getattr(self, key) == "magnitude", key, mend)
+        if self.schedule == "gmp":
+            self._require(self.mask_interval > 0, "mask_interval", "leaves gmp no step to prune at. Set 1 or more.")
+
+    @property
+    def n(self) -> int:
+        """Weights kept of each group; 1 (of 2) where there are no groups."""
+        return int(self.pattern.split(":")[0]) if self.structured else 1
+
+    @property
+    def m(self) -> int:
+        """Weights of a group; 2 where there are no groups."""
+        return int(self.pattern.split(":")[1]) if self.structured else 2
+
+    @property
+    def structured(self) -> bool:
+        """Whether the pattern has groups."""
+        return self.pattern != UNSTRUCTURED
+
+    @property
+    def final_sparsity(self) -> float:
+        """Share of the weights that the pattern prunes."""
+        return 1 - self.n / self.m
+
+    @property
+    def fixed_masks(self) -> bool:
+        """Whether pruned weights never come back, so that they get no gradient."""
+        return self.mask_interval == 0 or self.schedule != "constant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLoRBConfig(Section):
+    """SLoRB (paper Sec. 3.4)."""
+
+    _name = "slorb"
+    enabled: bool = field(default=True, metadata=about("Whether sparse layers get the adapter."))
+    k: int = field(default=16, metadata=about("Columns a group; divides in_features."))
+    init: Literal["mean", "zero"] = field(default="mean", metadata=about("S from the pruned weights (6), or zero."))
+    train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
+    start: float = field(
+        default=0.0,
+        metadata=about("Share of the steps before SLoRB; after it SLoRB alone is trained (Table 12). 0: together."),
+    )
+
+    def _validate(self) -> None:
+        self._require(self.k >= 1, "k", "must be at least 1.")
+        self._require(0 <= self.start < 1, "start", "must be 0 or more and below 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(Section):
+    """Text that one-shot pruning measures activations on, and settings of SparseGPT."""
+
+    _name = "calibration"
+    data: tuple[str | dict[str, Any], ...] | None = field(
+        default=None, metadata=about("Sources, as in `data.train`; default: the training text.")
+    )
+    samples: int = field(default=128, metadata=about("Sequences to calibrate on."))
+    seq_len: int | None = field(default=None, metadata=about("Tokens of a sequence; default: `data.block_size`."))
+    damping: float = field(
+        default=0.01, metadata=about("SparseGPT: share of the Hessian's mean diagonal that is added to it.")
+    )
+    block_size: int = field(default=128, metadata=about("SparseGPT: columns pruned before the rest is updated."))
+    seed: int = field(default=0, metadata=about("Chooses the sequences."))
+
+    def _validate(self) -> None:
+        self._require(self.data is None or len(self.data) > 0, "data", "names no source. List files, or remove it.")
+        for key in ("samples", "block_size"):
+            self._require(getattr(self, key) >= 1, key, "must be at least 1.")
+        self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
+        self._require(self.damping >= 0, "damping", "must be 0 or more.")
+        self._require(0 <= self.seed < 2**32, "seed", "must lie between 0 and 4294967295.")
