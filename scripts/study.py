@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-import transformers
+from provenance import provenance
 from study_results import read_outcomes, results_table, write_results
 from study_variants import Study, Variant, commands, read_study
 
@@ -204,24 +202,6 @@ def find_record(study: Study, variant: Variant, out: Path) -> dict[str, Any] | N
                 f"{_shown(value)}. Remove the folder and {file.name}, or give another --out."
             )
     return record
-
-
-def provenance() -> dict[str, Any]:
-    """What a figure depends on beside its settings: commit, device, versions."""
-    commit, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return {
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
-        "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def _made_of(study: Study, variant: Variant) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""What a measured figure depends on beside its settings."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, device and versions."""
+    commit, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
