@@ -19,7 +19,7 @@ assert Path(ast_sparse.__file__).is_relative_to(sys.argv[1]), ast_sparse.__file_
 missing = [name for name in ast_sparse.__all__ if getattr(ast_sparse, name) is None]
 assert not missing, missing
 PY
-for command in train eval export; do
+for command in train prune eval export data; do
   "$root/.venv/bin/python" -m "ast_sparse.cli.$command" --help >/dev/null
 done
 echo "wheel: installs and works outside the checkout"

@@ -17,14 +17,22 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for peo
 os.environ.setdefault("TQDM_DELAY", "1")  # a progress bar only for what takes longer than a second
 
 
-class Command(click.Command):
-    """A click command: errors of the user, wrong options too, are one line and exit code 2; Ctrl-C exits with 130."""
+class _OneLine(click.Command):
+    """Errors of the user, wrong options too, are one line and exit code 2; Ctrl-C exits with 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         with _one_line_errors():
             code = super().main(*args, **kwargs)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class Command(_OneLine):
+    """A click command whose errors are one line."""
+
+
+class Group(_OneLine, click.Group):
+    """A click command with commands below it, whose errors are one line."""
 
 
 @contextmanager

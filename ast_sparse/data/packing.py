@@ -7,7 +7,7 @@ tokenizer and block size reads the cache instead of working again.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.config import CalibrationConfig
+from ast_sparse.data.shard_writer import text_groups, text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
-_CHARACTERS_PER_CALL = 1_000_000  # bounds what the tokenizer holds at once when documents are long
 _DOCUMENTS_PER_BATCH = 256
 _TOKENISED = Features({"input_ids": List(Value("int32")), "key": Value("uint64")})
 _PACKED = Features({"input_ids": List(Value("int32"))})
@@ -45,14 +45,9 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
     Raises:
         UserError: the tokenizer has no EOS token, or a row has no text.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of `{tokenizer.name_or_path}` has no end-of-sequence token, which separates documents. "
-            "Name one as `eos_token` in its tokenizer_config.json."
-        )
+    eos = eos_token(tokenizer)
     if text_field not in documents.column_names:
         raise UserError(f"{name} has no column `{text_field}` (`text_field`) but {', '.join(documents.column_names)}.")
-    eos = int(tokenizer.eos_token_id)
 
     def tokenise(table: pa.Table, rows: list[int]) -> pa.Table:
         texts = table.column(text_field).to_pylist()
@@ -61,9 +56,9 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
                 raise UserError(
                     f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
                 )
-        pieces = [ids for group in _groups(texts) for ids in _token_ids(tokenizer, group, eos)]
-        keys = [int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
-        return pa.table({"input_ids": _list_array(pieces), "key": pa.array(keys, type=pa.uint64())})
+        pieces = [ids for group in text_groups(texts) for ids in _token_ids(tokenizer, group, eos)]
+        keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
+        return pa.table({"input_ids": _list_array(pieces), "key": keys})
 
     tokenised = documents.with_format("arrow").map(
         tokenise,
@@ -81,26 +76,27 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
     return tokenised.with_format(None)
 
 
+def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a document.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of `{tokenizer.name_or_path}` has no end-of-sequence token, which separates documents. "
+            "Name one as `eos_token` in its tokenizer_config.json."
+        )
+    return int(tokenizer.eos_token_id)
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what decides the tokens of a text, stable over runs and over calls of the tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash(tokenizer)
-    state = json.loads(backend.to_str())
-    return Hasher.hash(json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True))
-
-
-def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    characters = 0
-    for text in texts:
-        if group and characters + len(text) > _CHARACTERS_PER_CALL:
-            yield group
-            group, characters = [], 0
-        group.append(text)
-        characters += len(text)
-    if group:
-        yield group
+    state = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> list[np.ndarray]:

@@ -6,14 +6,16 @@ import sys
 import click
 import pytest
 
-from ast_sparse.cli import eval, export, prune, train
+from ast_sparse.cli import data, eval, export, prune, train
 
-COMMANDS = {"train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main}
+COMMANDS = {
+    "train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main, "data prepare": data.prepare,
+}  # fmt: skip
 PROGRAM = """
 import sys
-from ast_sparse.cli.{name} import main
+from ast_sparse.cli.{module} import main
 try:
-    main(["--help"])
+    main([*{below}, "--help"])
 finally:
     print("loaded:", [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules])
 """
@@ -21,7 +23,9 @@ finally:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(name=name)], capture_output=True, text=True, check=True)
+    module, *below = name.split()
+    program = PROGRAM.format(module=module, below=below)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("loaded: []")
     options = [parameter for parameter in COMMANDS[name].params if isinstance(parameter, click.Option)]
     assert options and all(option.help for option in options)

@@ -5,17 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
 from ast_sparse.config import DataConfig
-from ast_sparse.data import sources
-from ast_sparse.data.sources import check_sources, load_documents
+from ast_sparse.data import files
+from ast_sparse.data.sources import check_sources, iterate_documents, load_documents
 from ast_sparse.errors import UserError
 
 
 def lines(*rows: Any) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, codec="zstd", asbytes=True)
 
 
 def texts(folder: Path, *entries: Any, text_field: str = "text") -> list[list[str]]:
@@ -36,8 +41,11 @@ def test_a_jsonl_line_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(*rows)))
     (tmp_path / "lines.json").write_bytes(lines(*rows))
     (tmp_path / "array.json").write_text(" \n" + json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines(rows[0])) + zstd(lines(rows[1])))  # two frames
     expected = ["one\ntwo", "é ✓"]
-    assert texts(tmp_path, "a.jsonl", "a.jsonl.gz", "lines.json", "array.json") == [expected] * 4
+    names = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "lines.json", "array.json"]
+    assert texts(tmp_path, *names) == [expected] * 5
+    assert list(iterate_documents(names, str(tmp_path), "text", "data.train")) == expected * 5
 
 
 def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
@@ -94,6 +102,8 @@ READ = [
     ("a.json", {"a.json": b'[{"text": "x"},\n}'}, r"a\.json, line 2: not JSON"),
     ("a.jsonl.gz", {"a.jsonl.gz": b"no gzip"}, r"a\.jsonl\.gz cannot be read: "),
     ("a.jsonl.gz", {"a.jsonl.gz": gzip.compress(lines({"text": "x" * 99}))[:-9]}, r"a\.jsonl\.gz cannot be read: "),
+    ("a.jsonl.zst", {"a.jsonl.zst": b"no frame"}, r"a\.jsonl\.zst cannot be read: ZSTD decompress failed"),
+    ("a.jsonl.zst", {"a.jsonl.zst": zstd(lines({"text": "x"}))[:-3]}, r"a\.jsonl\.zst cannot be read: Truncated"),
     ("a.txt", {"a.txt": b"one\ntwo \xe9\n"}, r"a\.txt, line 2: not UTF-8 \(byte 0xe9"),
     ("a.txt", {"a.txt": b" \n"}, r"a\.txt holds no text"),
     ("a.bin", {"a.bin": b"x\0y"}, r"a\.bin is not text: it holds zero bytes"),
@@ -166,8 +176,8 @@ def test_zero_byte_in_json_is_kept(tmp_path: Path) -> None:
 def test_line_and_array_beyond_the_limit_are_refused_without_reading_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_LONGEST_LINE", 1000)
-    monkeypatch.setattr(sources, "_LARGEST_TEXT_FILE", 1000)
+    monkeypatch.setattr(files, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(files, "_LARGEST_TEXT_FILE", 1000)
     fits, long = lines({"text": "x" * 900}), lines({"text": "x" * 10**6})
     (tmp_path / "fits.jsonl").write_bytes(fits)
     (tmp_path / "a.jsonl").write_bytes(fits + long)
@@ -177,6 +187,36 @@ def test_line_and_array_beyond_the_limit_are_refused_without_reading_them(
     for name, message in (("a.jsonl", "line 2: longer"), ("bomb.jsonl.gz", "line 1: longer"), ("array.json", "larger")):
         with pytest.raises(UserError, match=rf"{name}.* {message} than"):
             load_documents([name], str(tmp_path), "text")
+
+
+def test_zstandard_without_its_codec_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines({"text": "x"})))
+    monkeypatch.setattr(pa, "Codec", type("Codec", (), {"is_available": staticmethod(lambda name: False)}))
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst is compressed with Zstandard, which this build"):
+        load_documents(["a.jsonl.zst"], str(tmp_path), "text")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_are_iterated_as_they_are_loaded(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"text": f"number {n}", "id": n} for n in range(20)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    hub = {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
+    found = list(
+        iterate_documents(["a.parquet", hub, {**hub, "streaming": True}], str(tmp_path), "text", "x", streaming)
+    )
+    assert found == [row["text"] for row in rows] * 3
+
+
+def test_bad_row_of_a_stream_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "x"}, {"text": None}))
+    hub = {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
+    with pytest.raises(UserError, match="json: row 1 has no text in `text` but null"):
+        list(iterate_documents([hub], None, "text", "x", streaming=True))
+    with pytest.raises(UserError, match=r"Cannot load data set json: .*none"):
+        list(iterate_documents([{**hub, "data_files": "none.jsonl"}], None, "text", "x", streaming=True))
+    with pytest.raises(UserError, match="no column `body` but text"):
+        list(iterate_documents([hub], None, "body", "x", streaming=True))
 
 
 def test_column_missing_from_a_table_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""ast-data: text to memory-mapped token shards, and a look at them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ast_sparse.cli.command import Command, Group
+from ast_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    from ast_sparse.data.shards import Manifest
+    from ast_sparse.data.sources import Entry
+
+
+@click.group(cls=Group)
+def main() -> None:
+    """Tokenise text once into memory-mapped shards, which `data.train` of ast-train names."""
+
+
+@main.command(cls=Command)
+@click.argument("out", metavar="OUT")
+@click.argument("sources", nargs=-1, metavar="[SOURCE]...")
+@click.option("--tokenizer", required=True, metavar="MODEL", help="Model whose tokenizer is taken: hub id or folder.")
+@click.option(
+    "--domain", "domains", multiple=True, metavar="NAME=SOURCE",
+    help="Text of a domain, which becomes the folder OUT/NAME; repeatable.",
+)  # fmt: skip
+@click.option("--root", metavar="FOLDER", help="Folder that relative sources start from.")
+@click.option("--text-field", default="text", show_default=True, help="Name of the text column or key.")
+@click.option("--streaming", is_flag=True, help="Read hub data sets over the network instead of downloading them.")
+@click.option(
+    "--workers", type=click.IntRange(1), metavar="N",
+    help="Processes that tokenise. Default: the number of cores; 1 starts none.",
+)  # fmt: skip
+@click.option(
+    "--shard-size", type=click.FloatRange(0, min_open=True), default=64, show_default=True, metavar="MILLIONS",
+    help="Millions of characters of text a shard takes. A document is never cut: a longer one is a shard by itself.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
+@click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
+def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **options: Any) -> None:
+    """Tokenise text into shards in the folder OUT.
+
+    SOURCE is a file or glob of text, JSONL, JSONL.gz, JSONL.zst or parquet, or a mapping of `datasets.load_dataset`
+    arguments such as '{path: allenai/c4, name: en}'. A document is a text file, a line or a row, and ends with the
+    tokenizer's EOS. Killed or out of room, the same command goes on: finished shards are kept. OUT can be read when
+    its manifest.json is there.
+    """
+    folder = Path(out).expanduser()
+    parts = _parts(folder, sources, domains)
+    from ast_sparse.loading import load_tokenizer  # takes seconds: not for --help
+
+    tokenizer = load_tokenizer(
+        options["tokenizer"], gguf_file=options["gguf_file"], trust_remote_code=options["trust_remote_code"]
+    )
+    from ast_sparse.data.sources import check_entries
+
+    for entries in parts.values():
+        check_entries(entries, options["root"], "SOURCE")
+    for place, entries in parts.items():
+        _prepare(place, entries, tokenizer, options)
+
+
+def _parts(folder: Path, sources: tuple[str, ...], domains: tuple[str, ...]) -> dict[Path, list[Entry]]:
+    """The folders to write and their text."""
+    if bool(sources) == bool(domains):
+        raise UserError("Name text either as SOURCE or as --domain NAME=SOURCE: exactly one of them.")
+    if sources:
+        return {folder: [_entry(source) for source in sources]}
+    parts: dict[Path, list[Entry]] = {}
+    for domain in domains:
+        name, sign, source = domain.partition("=")
+        if not sign or not source or not name.replace("-", "_").replace("_", "a").isalnum():
+            raise UserError(f"--domain {domain!r} is not of the form NAME=SOURCE, NAME of letters, digits, _ and -.")
+        parts.setdefault(folder / name, []).append(_entry(source))
+    return parts
+
+
+def _entry(source: str) -> Entry:
+    if not source.startswith("{"):
+        return source
+    from ast_sparse.yaml12 import parse_yaml
+
+    entry: dict[str, Any] = parse_yaml(source, f"SOURCE {source!r}")
+    return entry
+
+
+def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
+    from ast_sparse.data.prepare import PrepareSettings, prepare_shards
+    from ast_sparse.data.shards import Shard
+
+    settings = PrepareSettings(
+        entries=entries,
+        root=options["root"],
+        text_field=options["text_field"],
+        shard_characters=max(1, round(options["shard_size"] * 1e6)),
+        workers=options["workers"] or os.cpu_count() or 1,
+        streaming=options["streaming"],
+    )
+    began, made, kept = time.monotonic(), 0, 0
+    with tqdm(desc=f"Tokenising {folder.name}", unit=" tokens", unit_scale=True, delay=1) as bar:
+
+        def finished(shard: Shard, is_new: bool) -> None:
+            nonlocal made, kept
+            made, kept = made + (shard.tokens if is_new else 0), kept + (not is_new)
+            if is_new:
+                bar.update(shard.tokens)
+
+        manifest = prepare_shards(folder, settings, tokenizer, options["overwrite"], finished)
+    rate = f", {made / max(time.monotonic() - began, 1e-9):,.0f} tokens/s" if made else ""
+    before = f" ({kept} of them made before)" if kept else ""
+    click.echo(
+        f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens as {manifest.token_type} in "
+        f"{_shards(manifest)}{before}{rate}"
+        + ("" if made else ", complete already")
+        + (f"; {manifest.empty:,} documents are empty" if manifest.empty else "")
+    )
+
+
+@main.command(cls=Command)
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+def info(folders: tuple[str, ...]) -> None:
+    """Print what folders of shards hold; sizes are compared with the manifest, contents are not read."""
+    from ast_sparse.data.shards import read_manifest
+
+    for name in folders:
+        folder = Path(name).expanduser()
+        manifest = read_manifest(folder)
+        size = sum(shard.tokens for shard in manifest.shards) * manifest.dtype.itemsize
+        lines = {
+            "documents": f"{manifest.documents:,}, {manifest.empty:,} of them empty",
+            "tokens": f"{manifest.tokens:,} as {manifest.token_type} ({size / 2**20:,.1f} MiB)",
+            "shards": f"{len(manifest.shards):,}",
+            "tokenizer": f"{manifest.tokenizer}, {manifest.vocab_size:,} tokens, EOS {manifest.eos_token_id}, "
+            f"key {manifest.tokenizer_key}",
+            "text": f"{', '.join(manifest.sources)}, field {manifest.text_field}",
+            "format_version": str(manifest.format_version),
+        }
+        click.echo(f"{folder}\n" + "\n".join(f"  {key:<15} {value}" for key, value in lines.items()))
+
+
+@main.command(cls=Command)
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
+def verify(folders: tuple[str, ...]) -> None:
+    """Read every byte of folders of shards and compare it with the checksums of the manifest."""
+    from tqdm import tqdm
+
+    from ast_sparse.data.shards import verify_shards
+
+    for name in folders:
+        folder = Path(name).expanduser()
+        with tqdm(desc=f"Verifying {folder.name}", unit="B", unit_scale=True, delay=1) as bar:
+            manifest = verify_shards(folder, bar.update)
+        click.echo(f"{folder}: {_shards(manifest)}, {manifest.tokens:,} tokens are as the manifest says")
+
+
+def _shards(manifest: Manifest) -> str:
+    count = len(manifest.shards)
+    return f"{count:,} shard{'' if count == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Text to token shards: read once, tokenised by several processes, continued after a kill.
+
+One process reads the documents in order and groups them, the others tokenise and write a shard each, so what a shard
+holds does not depend on how many they are. `prepare.json` lists the shards that are finished; a run that was killed
+reads the text again, passes over what those hold, and goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.data.packing import eos_token, tokenizer_key
+from ast_sparse.data.shard_writer import TEMPORARY, ShardWriter, WriterSettings, start_process, write_shard
+from ast_sparse.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PROGRESS,
+    Manifest,
+    Shard,
+    file_sizes,
+    parse_manifest,
+    read_manifest,
+    shard_name,
+    token_type,
+)
+from ast_sparse.data.sources import Entry, iterate_documents, source_stamps
+from ast_sparse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SHARD_CHARACTERS = 64_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What is to be tokenised, and how.
+
+    Attributes:
+        entries, root, text_field: as of `data.train`.
+        shard_characters: a shard takes whole documents until it has so many; a longer document is a shard by itself.
+        workers: processes that tokenise; with one there is none beside that which reads.
+        streaming: read hub data sets over the network instead of downloading them.
+    """
+
+    entries: Sequence[Entry]
+    root: str | None = None
+    text_field: str = "text"
+    shard_characters: int = SHARD_CHARACTERS
+    workers: int = 1
+    streaming: bool = False
+
+
+def prepare_shards(
+    folder: Path,
+    settings: PrepareSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    overwrite: bool = False,
+    finished: Callable[[Shard, bool], object] = lambda shard, is_new: None,
+) -> Manifest:
+    """Tokenise the text into `folder`, or finish what an earlier call began; one that is complete is left as it is.
+
+    Args:
+        finished: called with every shard, and whether this call made it.
+
+    Raises:
+        UserError: the text cannot be read, the folder holds something else or shards of other text, settings or
+            another tokenizer, or the disk is full. Finished shards stay, and no manifest is written.
+    """
+    manifest = _empty_manifest(settings, tokenizer)
+    _check_folder(folder, overwrite)
+    if overwrite:
+        _remove_shards(folder)
+    if (folder / MANIFEST).is_file():
+        _check_same(manifest, parse_manifest(folder / MANIFEST), folder)
+        return read_manifest(folder)
+    done = _read_progress(folder, manifest)
+    for shard in done.values():
+        finished(shard, False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f".*{TEMPORARY}"):
+            leftover.unlink()
+        for shard in _write_all(folder, settings, tokenizer, manifest, done):
+            done[shard.name] = shard
+            _write_json(folder / PROGRESS, _with_shards(manifest, done).to_dict())
+            finished(shard, True)
+        manifest = _with_shards(manifest, done)
+        if not manifest.tokens:
+            raise UserError(f"{', '.join(manifest.sources)} holds no text. Name other text.")
+        _write_json(folder / MANIFEST, manifest.to_dict())
+        (folder / PROGRESS).unlink(missing_ok=True)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    return manifest
+
+
+def _empty_manifest(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> Manifest:
+    stamps = [source_stamps(entry, settings.root, "SOURCE") for entry in settings.entries]
+    names = [entry if isinstance(entry, str) else json.dumps(entry, default=str) for entry in settings.entries]
+    key = json.dumps([stamps, settings.shard_characters], default=str)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        tokenizer=str(tokenizer.name_or_path),
+        tokenizer_key=tokenizer_key(tokenizer),
+        vocab_size=len(tokenizer),
+        eos_token_id=eos_token(tokenizer),
+        token_type=token_type(len(tokenizer)),
+        text_field=settings.text_field,
+        sources=names,
+        text_key=hashlib.sha256(key.encode()).hexdigest()[:32],
+        shards=[],
+    )
+
+
+def _with_shards(manifest: Manifest, done: Mapping[str, Shard]) -> Manifest:
+    return Manifest(**{**vars(manifest), "shards": [done[name] for name in sorted(done)]})
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Name a folder for the shards.")
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
+        if names and not names & {MANIFEST, PROGRESS}:
+            raise UserError(f"{folder} holds other files already. Name an empty or new folder.")
+
+
+def _remove_shards(folder: Path) -> None:
+    """The manifest first: of a folder that is half removed nothing is read."""
+    for name in (MANIFEST, PROGRESS):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("shard-*"):
+        path.unlink()
+
+
+def _check_same(ours: Manifest, theirs: Manifest, folder: Path) -> None:
+    for key, what in (
+        ("tokenizer_key", "another tokenizer"),
+        ("eos_token_id", "another end-of-sequence token"),
+        ("text_field", "another text field"),
+        ("text_key", "other text, text that changed since, or another shard size"),
+    ):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise UserError(f"{folder} holds shards made with {what}. Name another folder, or give --overwrite.")
+
+
+def _read_progress(folder: Path, manifest: Manifest) -> dict[str, Shard]:
+    """Shards that an earlier call finished and that are still there."""
+    if not (folder / PROGRESS).is_file():
+        return {}
+    earlier = parse_manifest(folder / PROGRESS)
+    _check_same(manifest, earlier, folder)
+    return {
+        shard.name: shard
+        for shard in earlier.shards
+        if all(
+            (path := folder / (shard.name + suffix)).is_file() and path.stat().st_size == size
+            for suffix, size in file_sizes(earlier, shard).items()
+        )
+    }
+
+
+def _write_all(
+    folder: Path,
+    settings: PrepareSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: Manifest,
+    done: Mapping[str, Shard],
+) -> Iterator[Shard]:
+    """Make every shard that is not done, as they finish."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    writer = WriterSettings(
+        folder=str(folder),
+        tokenizer=pickle.dumps(tokenizer) if backend is None else backend.to_str(),
+        eos_token_id=manifest.eos_token_id,
+        token_type=manifest.token_type,
+    )
+    documents = iterate_documents(settings.entries, settings.root, settings.text_field, "SOURCE", settings.streaming)
+    already = frozenset(done)
+    tasks = (
+        (name, group)
+        for number, group in enumerate(_grouped(documents, settings.shard_characters))
+        if (name := shard_name(number)) not in already
+    )
+    try:
+        if settings.workers == 1:
+            write = ShardWriter(writer)
+            yield from (write(*task) for task in tasks)
+        else:
+            yield from _in_processes(tasks, writer, settings.workers)
+    except OverflowError as error:
+        raise UserError(
+            f"The tokenizer {manifest.tokenizer} makes a {error} of its {manifest.vocab_size:,} tokens. Mend it."
+        ) from error
+
+
+def _grouped(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for text in documents:
+        if group and size + len(text) > characters:
+            yield group
+            group, size = [], 0
+        if len(text) > characters:
+            logger.warning(
+                f"A document of {len(text):,} characters is longer than a shard of {characters:,}: its shard is longer."
+            )
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def _in_processes(tasks: Iterator[tuple[str, list[str]]], writer: WriterSettings, workers: int) -> Iterator[Shard]:
+    """Run the tasks in processes; one task waits for each, so that what is read ahead is bounded."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_process, (writer,))
+    pending: set[Future[Shard]] = set()
+    try:
+        for task in tasks:
+            pending.add(pool.submit(write_shard, *task))
+            if len(pending) > workers:
+                ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in ready)
+        while pending:
+            ready, pending = wait(pending, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ready)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers or a smaller "
+            "--shard-size, and run the same command again: finished shards are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Through a temporary file that is on the disk before it is renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1, ensure_ascii=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_error(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{folder}: {reason}. Free some room and run the same command again: finished shards are kept."
+        )
+    return UserError(f"{folder} cannot be written to: {reason}. Correct its rights, or name another folder.")
