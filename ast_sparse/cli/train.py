@@ -38,7 +38,22 @@ def _plain(value: object) -> str:
     help="Continue from the last complete checkpoint of the output folder, or from the folder given.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds.")
-@click.option("--dry-run", is_flag=True, help="Print layers, tokens and memory, and stop.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="Print layers, tokens, FLOPs, hours and memory a device, and stop; exit code 2 and a mend if it does not fit.",
+)  # fmt: skip
+@click.option("--world-size", type=int, metavar="N", help="Dry run: number of devices; default those of the launcher.")
+@click.option(
+    "--device-memory", type=float, metavar="GIB",
+    help="Dry run: memory of a device; default that of the GPU here (of this machine with training.use_cpu), else 80.",
+)  # fmt: skip
+@click.option(
+    "--peak-tflops",
+    type=float,
+    metavar="X",
+    help="Dry run: of a device; default that of the GPU here, else an H100's 989.",
+)
+@click.option("--mfu", type=float, metavar="SHARE", help="Dry run: share of the peak made use of; default 0.35.")
 @click.option("--output-dir", metavar="FOLDER", help="Where the run goes; beats training.output_dir.")
 def main(
     config_path: str,
@@ -47,6 +62,7 @@ def main(
     overwrite: bool,
     dry_run: bool,
     output_dir: str | None,
+    **hardware: float | None,
 ) -> None:
     """Retrain a dense causal LM to N:M sparsity (AST): masks that move, distilled from the dense model.
 
@@ -58,9 +74,13 @@ def main(
     """
     if resume is not None and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other. Give one.")
+    given = {name: value for name, value in hardware.items() if value is not None}
+    if given and not dry_run:
+        raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} belongs to --dry-run. Add it, or remove it.")
     with preemption_signals() as signals:
         try:
             from ast_sparse.config import load_config
+            from ast_sparse.training.plan import Hardware
             from ast_sparse.training.run import run_training  # takes seconds: not for --help
 
             run_training(
@@ -71,6 +91,7 @@ def main(
                 dry_run=dry_run,
                 echo=click.echo,
                 signals=signals,
+                hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click made them numbers
             )
         except Preempted as stop:
             if str(stop):

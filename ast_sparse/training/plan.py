@@ -1,5 +1,6 @@
 """What a run will do and need, worked out on the meta device before any weight is loaded (`--dry-run`)."""
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -17,92 +18,126 @@ from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_mo
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import check_vocabularies
+from ast_sparse.training.memory import MemoryModel
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes
 
-GIB = 2**30
 _LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
 _LONGEST_REASON = 200  # characters of another library's error that are shown
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a plan is made for.
+
+    Attributes:
+        world_size: number of devices; None for that of the launcher.
+        device_memory: GiB of each; None for those of the GPU that is there, of the machine where the run is to use
+            its CPU, and 80 otherwise.
+        peak_tflops: of a device, dense, in the precision of the run; None for those of the GPU that is there, and of
+            an H100 SXM otherwise.
+        mfu: share of them that a run makes use of.
+    """
+
+    world_size: int | None = None
+    device_memory: float | None = None
+    peak_tflops: float | None = None
+    mfu: float = 0.35
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "device_memory", "peak_tflops", "mfu"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0.")
+        if self.mfu > 1:
+            raise UserError(f"--mfu {self.mfu} must be 1 or less: it is a share.")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Layers, tokens and memory of a run.
+    """Layers and tokens of a run, and what it costs.
 
     Attributes:
         sparsity: which layers are pruned and which are not.
         steps: optimizer steps, or None where the length of the data decides.
         tokens_per_step: over all processes and accumulated batches.
-        memory: bytes by item, per device, activations of the blocks not counted.
+        flops_per_token: of student and teacher.
         model_config: of the student, overrides applied.
         notes: lines on settings that change what the others say.
+        memory: counts what a device holds; None where it was not asked for.
     """
 
     sparsity: SparsityReport
     steps: int | None
     tokens_per_step: int
-    memory: dict[str, int]
+    flops_per_token: int
     model_config: PreTrainedConfig
     notes: tuple[str, ...] = ()
+    memory: MemoryModel | None = None
 
     def lines(self) -> list[str]:
-        """The plan as text."""
+        """The plan as text, without memory and time, which depend on the hardware."""
         lines = [*self.sparsity.lines(), *self.notes]
         per_step = f"{self.tokens_per_step:,} tokens a step"
         if self.steps is None:
             lines.append(f"tokens: {per_step}; training.max_steps is not set, so the data decides the number of steps")
         else:
             lines.append(f"tokens: {self.steps:,} steps x {per_step} = {self.steps * self.tokens_per_step:,}")
-        lines.append("memory per device, activations of the blocks not counted:")
-        lines += [f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in self.memory.items() if size]
-        lines.append(f"  {'total':<40} {sum(self.memory.values()) / GIB:8.2f} GiB")
         return lines
 
 
-def make_plan(config: RunConfig, args: TrainingArguments) -> Plan:
+def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None = None) -> Plan:
     """Build the model on the meta device, select its layers, and count.
+
+    Args:
+        world_size: plan for so many devices, memory included; None for a run of this one.
 
     Raises:
         UserError: the model cannot be found or built, its files are damaged, a shape does not fit the pattern or
             SLoRB, no layer is left, the teacher's vocabulary or shape does not fit the kind of distillation, or a
             block or an evaluation window is longer than the model's.
     """
+    notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
     distills = config.distillation is not None and config.distillation.needs_teacher
     reads_weights = not config.model.random_weights or (distills and config.model.teacher is None)
+    if world_size is not None and _has_config_alone(config.model):
+        reads_weights = False
+        notes.append(f"weights: {config.model.name_or_path!r} holds none; its config.json is all that a plan needs")
     model_config = _student_config(config.model, reads_weights)
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
         _check_teacher(config.model.teacher, model_config, config.distillation)
     model = _meta_model(config.model, model_config)
-    parameters = student_parameters(model, config.sparsity, config.slorb)
+    student = student_parameters(model, config.sparsity, config.slorb)
     teacher = config.model.teacher or model
-    args, matched = match_flops(args, config.distillation, parameters, lambda: teacher_parameters(teacher))
+    args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher))
     check_baseline(config.sparsity, config.slorb, args)
+    taught_by = teacher_parameters(teacher) if distills else 0
+    dense = copy.deepcopy(model) if world_size is not None and distills else None
     report = sparsify_model(model, config.sparsity, config.slorb)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sequences = args.per_device_train_batch_size
-    half = args.bf16 or args.fp16
-    vocab = model_config.get_text_config().vocab_size
-    logits = sequences * config.data.block_size * vocab * 4  # accelerate hands the student's on in float32
-    memory = {
-        "weights (float32 masters)": 4 * trained,
-        "masks": report.pruned_parameters * 9 // 8,
-        "gradients": 4 * trained,
-        "moments": 8 * trained,
-        "gradient buckets of DDP": 4 * trained if args.world_size > 1 else 0,
-        "logits of student, their gradient": 2 * logits,
-    }
-    if config.sparsity.criterion == "sparsegpt":
-        widths = [layer.weight.shape[layer.group_dim] for layer in sparse_layers(model).values()]
-        memory["Hessians of a refresh, at most"] = 4 * sum(width**2 for width in widths)
-    if distills:
-        memory["teacher"] = (2 if half else 4) * report.total_parameters
-        memory["logits of teacher"] = logits // 2 if half else logits
-    per_step = sequences * args.gradient_accumulation_steps * args.world_size * config.data.block_size
-    notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
+    devices = world_size or args.world_size
     notes += [] if matched is None else [f"steps: {matched}"]
-    steps = args.max_steps if args.max_steps > 0 else None
-    return Plan(report, steps, per_step, memory, model_config, tuple(notes))
+    return Plan(
+        sparsity=report,
+        steps=args.max_steps if args.max_steps > 0 else None,
+        tokens_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+        * config.data.block_size,
+        flops_per_token=6 * student + 2 * taught_by,
+        model_config=model_config,
+        notes=tuple(notes),
+        memory=None if world_size is None else _memory_model(config, model, dense),
+    )  # fmt: skip
+
+
+def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrainedModel | None) -> MemoryModel:
+    hessians = 0
+    if config.sparsity.criterion == "sparsegpt":
+        widths = [layer.weight.shape[layer.group_dim] for layer in sparse_layers(student).values()]
+        hessians = 4 * sum(width**2 for width in widths)
+    if dense is not None and config.model.teacher is not None:
+        name = config.model.teacher
+        dense = _meta_model(ModelConfig(name_or_path=name), load_model_config(name))
+    return MemoryModel(student, dense, config.distillation, hessians)
 
 
 def meta_student(model: ModelConfig) -> PreTrainedModel:
@@ -134,6 +169,12 @@ def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTraine
     if path.is_dir() and model.gguf_file is None and reads_weights:
         _check_dense(path)
     return config
+
+
+def _has_config_alone(model: ModelConfig) -> bool:
+    folder = Path(model.name_or_path).expanduser()
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+    return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)
 
 
 def _check_dense(folder: Path) -> None:

@@ -24,6 +24,7 @@ from ast_sparse.export.files import ADAPTER_FOLDER, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
+from ast_sparse.training.budget import Budget
 from ast_sparse.training.callbacks import MASK_HISTORY
 from ast_sparse.training.checkpoints import (
     check_same_model,
@@ -33,8 +34,9 @@ from ast_sparse.training.checkpoints import (
     resolve_checkpoint,
 )
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
+from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.metrics import METRICS
-from ast_sparse.training.plan import make_plan
+from ast_sparse.training.plan import Hardware, Plan, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
@@ -55,6 +57,7 @@ def run_training(
     dry_run: bool = False,
     echo: Callable[[str], None] = print,
     signals: PreemptionSignals | None = None,
+    hardware: Hardware | None = None,
 ) -> Path | None:
     """Do what a configuration says; see the module's first line.
 
@@ -64,18 +67,21 @@ def run_training(
         overwrite: replace a run that the output folder holds.
         dry_run: print the plan and stop; no weights are loaded, nothing is written.
         signals: those that make the run save and leave.
+        hardware: what a dry run plans for.
 
     Returns:
         The output folder, or None after a dry run.
 
     Raises:
-        UserError: one line; nothing has been written unless training had begun.
+        UserError: one line; nothing has been written unless training had begun. After the plan of a dry run: a device
+            has too little memory for it.
         Preempted: a signal came, and the run can be resumed.
     """
     signals = signals or PreemptionSignals()
     output = _output_dir(config, output_dir)
-    # a plan needs no accelerator, and bf16 without one would be refused
-    values = {**config.training, "use_cpu": True} if dry_run else config.training
+    # a plan needs no accelerator, and bf16 without one would be refused; nor processes to shard over
+    planned = {key: value for key, value in config.training.items() if key not in ("fsdp", "fsdp_config")}
+    values = {**planned, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
     checkpoint = _checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
@@ -84,13 +90,16 @@ def run_training(
     check_sources(config.data)
     check_entries(config.calibration.data or (), config.data.root, "calibration.data")
     _check_held_out(config, args)
-    plan = make_plan(config, args)
+    hardware = hardware or Hardware()
+    plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
     if checkpoint is not None:
         check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
         check_same_model(checkpoint, plan.sparsity.pruned)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
+        if args.should_log:
+            _show_budget(plan, config, args, hardware, echo)
         return None
 
     measured = Measured(config, show=bool(args.should_log) and not args.disable_tqdm)
@@ -121,6 +130,18 @@ def run_training(
         echo(results_table(rows))
         echo(f"Saved {pattern} model to {output}")
     return output
+
+
+def _show_budget(
+    plan: Plan, config: RunConfig, args: TrainingArguments, hardware: Hardware, echo: Callable[[str], None]
+) -> None:
+    """What the plan costs; UserError where a device has too little memory for it."""
+    devices = hardware.world_size or args.world_size
+    sharding: Sharding = "none" if devices == 1 else "fsdp2" if config.training.get("fsdp") else "ddp"
+    setup = Setup.of(args, config.data.block_size, devices, sharding)
+    budget = Budget(plan, setup, hardware, on_cpu=bool(config.training.get("use_cpu")))
+    echo("\n".join(budget.lines()))
+    budget.check()
 
 
 def _prepare(

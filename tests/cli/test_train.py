@@ -1,8 +1,11 @@
 """ast-train --dry-run: the plan, before anything is paid."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-from click.testing import CliRunner
+import pytest
+from click.testing import CliRunner, Result
 
 from ast_sparse.cli.train import main
 from tests.models import save_tiny_model
@@ -14,16 +17,95 @@ training: {{max_steps: 10, per_device_train_batch_size: 3, gradient_accumulation
 """
 
 
-def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     save_tiny_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text("two of four")
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
-    before = sorted(tmp_path.rglob("*"))
-    arguments = ["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out"), "--dry-run"]
-    result = CliRunner().invoke(main, arguments)
+    return tmp_path
+
+
+def dry_run(folder: Path, *options: str) -> Result:
+    arguments = ["--config", str(folder / "run.yaml"), "--output-dir", str(folder / "out"), "--dry-run", *options]
+    return CliRunner().invoke(main, arguments)
+
+
+def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    result = dry_run(folder)
     assert result.exit_code == 0, result.output
     assert "2:4 on 14 layers: 15,360 of 19,616 parameters (78.3%)" in result.stdout
     assert "skipped  lm_head  (1): outside the decoder blocks" in result.stdout
     assert "tokens: 10 steps x 192 tokens a step = 1,920" in result.stdout
     assert "teacher" in result.stdout and "total" in result.stdout
-    assert sorted(tmp_path.rglob("*")) == before
+    assert "73.60 GiB, 92% of 80.0" in result.stdout
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) -> None:
+    result = dry_run(folder, "--world-size", "4", "--peak-tflops", "1e-6", "--mfu", "0.5")
+    assert "tokens: 10 steps x 768 tokens a step = 7,680" in result.stdout
+    # 8 for each token and each of the 15,520 parameters outside the embedding, which is the head's too
+    assert f"FLOPs: {8 * 15_520 * 768:.3g} a step, {8 * 15_520 * 7_680:.3g} in all" in result.stdout
+    assert (
+        f"time: {8 * 15_520 * 7_680 / (4 * 1e6 * 0.5) / 3600:,.1f} hours, if 50% of 4 x 1e-06 TFLOP/s" in result.stdout
+    )
+    assert "memory of each of 4 devices, DDP, at its peak, the forward and backward pass:" in result.stdout
+
+
+def test_a_run_that_does_not_fit_ends_with_the_settings_that_mend_it(folder: Path) -> None:
+    result = dry_run(folder, "--device-memory", "0.001", "--set", "training.per_device_train_batch_size=8")
+    assert result.exit_code == 2
+    assert "  total  " in result.stdout  # the plan is there all the same
+    mend = "It fits with training.per_device_train_batch_size=2, training.gradient_accumulation_steps=8: "
+    assert mend in result.stderr and "0.94 MiB can be used" in result.stderr
+    assert result.stderr.count("\n") == 1
+    fits = dry_run(folder, "--device-memory", "1", "--set", "training.per_device_train_batch_size=8")
+    assert fits.exit_code == 0
+    hopeless = dry_run(folder, "--device-memory", "1e-6")
+    assert hopeless.exit_code == 2 and "No setting mends that" in hopeless.stderr
+
+
+def test_a_folder_with_its_config_alone_is_enough_for_a_plan_and_not_for_a_run(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+    assert "holds none; its config.json is all that a plan needs" in dry_run(folder).stdout
+    result = CliRunner().invoke(main, ["--config", str(folder / "run.yaml"), "--output-dir", str(folder / "out"),
+                                       "--set", "training.bf16=false", "--set", "training.use_cpu=true"])  # fmt: skip
+    assert result.exit_code == 2 and "holds no model.safetensors" in result.stderr
+
+
+def test_a_model_that_reads_its_data_is_planned_without_its_memory(folder: Path) -> None:
+    config: dict[str, Any] = dict(
+        model_type="mixtral", vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    (folder / "model" / "model.safetensors").unlink()
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    result = dry_run(folder, "--set", "training.bf16=false")
+    assert result.exit_code == 0, result.output
+    assert "memory: not counted, because this model cannot run without data (" in result.stdout
+
+
+def test_a_machine_whose_cpu_trains_has_its_own_memory_and_no_known_peak(folder: Path) -> None:
+    result = dry_run(folder, "--set", "training.use_cpu=true", "--set", "training.bf16=false")
+    assert "Python and its libraries come on top" in result.stdout
+    assert "time: the peak of the device is not known; give --peak-tflops" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--world-size", "0"], "--world-size 0 must be above 0."),
+        (["--device-memory", "-1"], "--device-memory -1.0 must be above 0."),
+        (["--peak-tflops", "nan"], "--peak-tflops nan must be above 0."),
+        (["--mfu", "40"], "--mfu 40.0 must be 1 or less: it is a share."),
+    ],
+)
+def test_hardware_that_cannot_be_is_refused(folder: Path, options: list[str], message: str) -> None:
+    result = dry_run(folder, *options)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_hardware_is_named_for_a_dry_run_alone(folder: Path) -> None:
+    result = CliRunner().invoke(main, ["--config", str(folder / "run.yaml"), "--world-size", "8"])
+    assert result.exit_code == 2 and "--world-size belongs to --dry-run. Add it, or remove it." in result.stderr

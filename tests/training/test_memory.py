@@ -1,0 +1,147 @@
+"""What a plan says of memory against hand-computed values and against a step on real tensors."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.sparsity.model import sparsify_model
+from ast_sparse.training.memory import LiveBytes, Memory, MemoryModel, Setup
+from ast_sparse.training.mends import find_mend
+from tests.models import FAMILIES, tiny_config, tiny_model
+from tests.training.test_trainer import trainer
+
+SETUP = Setup(
+    batch_size=4, eval_batch_size=0, gradient_accumulation_steps=1, block_size=64, dtype=torch.float32,
+    gradient_checkpointing=False,
+)  # fmt: skip
+
+
+def memory_model(family: str, distillation: DistillationConfig | None, slorb: SLoRBConfig | None = None) -> MemoryModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    dense = None if distillation is None else copy.deepcopy(model)
+    sparsify_model(model, SparsityConfig(), slorb)
+    return MemoryModel(model, dense, distillation)
+
+
+def test_live_bytes_are_those_of_a_hand_count() -> None:
+    given = torch.ones(1000)
+    live = LiveBytes()
+    live.ignore([given])
+    with live:
+        doubled = given * 2
+        shared = doubled.view(10, 100)
+        assert live.now == 4000
+        halves = (shared * 3).half()  # 4000 for the product while the 2000 come
+        assert (live.now, live.peak) == (6000, 10000)
+        del doubled, halves
+        assert live.now == 4000
+        del shared
+    assert live.now == 0
+
+
+def test_what_a_run_holds_is_hand_computed() -> None:
+    held = memory_model("llama", DistillationConfig())(SETUP).items
+    assert held["weights (float32 masters)"] == 4 * 19_616
+    assert held["teacher"] == 4 * 19_616 and held["moments"] == 8 * 19_616
+    assert held["masks"] == 15_360 + 15_360 // 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, family: str, checkpointing: bool) -> None:
+    run = trainer(
+        tmp_path, tiny_model(family), slorb_config=SLoRBConfig(k=16), args=dict(gradient_checkpointing=checkpointing)
+    )
+    if checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    run.model.train()
+    ids = torch.randint(0, 100, (4, 64))
+    live = LiveBytes()
+    live.ignore([tensor for model in (run.model, run.teacher) for tensor in (*model.parameters(), *model.buffers())])
+    with live:
+        run.compute_loss(run.model, {"input_ids": ids, "labels": ids}).backward()
+    planned = memory_model(family, DistillationConfig(), SLoRBConfig(k=16))(
+        replace(SETUP, gradient_checkpointing=checkpointing)
+    )
+    assert planned.moment == "forward and backward pass"
+    passing = ("activations, logits, temporaries", "gradients")
+    assert sum(planned.items.get(name, 0) for name in passing) == pytest.approx(live.peak, rel=0.05)
+
+
+def test_settings_move_the_peak_as_they_should() -> None:
+    model = memory_model("llama", DistillationConfig(kind="tinybert"))
+    usual = model(SETUP)
+    assert model(replace(SETUP, gradient_checkpointing=True)).total < usual.total
+    assert model(replace(SETUP, batch_size=8)).total > 1.5 * usual.total
+    assert model(replace(SETUP, dtype=torch.bfloat16)).items["teacher"] == usual.items["teacher"] // 2
+    accumulated = model(replace(SETUP, gradient_accumulation_steps=2))
+    assert accumulated.items["gradients"] == accumulated.items["weights (float32 masters)"]
+    assert model(replace(SETUP, eval_batch_size=64)).moment == "evaluation"
+    several = model(replace(SETUP, world_size=4, sharding="ddp"))
+    assert several.items["gradient buckets of DDP"] == several.items["weights (float32 masters)"]
+    sharded = model(replace(SETUP, world_size=4, sharding="fsdp2"))
+    assert sharded.items["moments"] == usual.items["moments"] // 4
+    assert sharded.items["gathered blocks and embeddings"] > 0
+
+
+def counted(calls: list[Setup]) -> Any:
+    """A memory of 100 a sequence, a third of it with checkpointing, and 900 that FSDP2 shards."""
+
+    def memory(setup: Setup) -> Memory:
+        calls.append(setup)
+        activations = setup.batch_size * 100 // (3 if setup.gradient_checkpointing else 1)
+        shards = setup.world_size if setup.sharding == "fsdp2" else 1
+        return Memory({"held": 900 // shards, "activations": activations}, "step")
+
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("setup", "limit", "settings"),
+    [
+        (replace(SETUP, batch_size=2), 980, ["training.gradient_checkpointing=true"]),
+        (
+            replace(SETUP, batch_size=8), 940,
+            ["training.gradient_checkpointing=true", "training.per_device_train_batch_size=1",
+             "training.gradient_accumulation_steps=8"],
+        ),
+        (replace(SETUP, batch_size=1, world_size=2, sharding="ddp"), 600, ["training.fsdp=true"]),
+        (replace(SETUP, batch_size=1), 400, ["training.fsdp=true", "4 devices"]),
+        (replace(SETUP, batch_size=1), 20, None),
+    ],
+)  # fmt: skip
+def test_a_mend_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
+    mend = find_mend(counted([]), setup, limit, can_shard=True, can_halve=False)
+    assert (None if mend is None else mend.settings(setup)) == settings
+    assert mend is None or mend.memory.total <= limit
+
+
+def test_bf16_is_a_mend_where_the_device_has_it_and_sharding_where_the_model_allows() -> None:
+    def memory(setup: Setup) -> Memory:
+        return Memory({"all": 10 if setup.is_half else 20}, "step")
+
+    assert find_mend(memory, SETUP, 15, can_shard=False, can_halve=False) is None
+    mend = find_mend(memory, SETUP, 15, can_shard=False, can_halve=True)
+    assert mend is not None and mend.settings(SETUP) == ["training.bf16=true"]
+
+
+def test_the_same_pass_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = memory_model("llama", None), []
+    kept = model._run
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        runs.append(args)
+        return kept(*args, **kwargs)
+
+    monkeypatch.setattr(model, "_run", counting)
+    first, second = model(SETUP), model(replace(SETUP, world_size=8, sharding="ddp"))
+    assert len(runs) == 1 and second.total - first.total == first.items["weights (float32 masters)"]
+    assert isinstance(model.student.lm_head.weight, Tensor) and model.student.lm_head.weight.grad is None
