@@ -1,9 +1,26 @@
 """Settings of the text."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ast_sparse.config.section import Section, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig(Section):
+    """How the shares of domains follow their held-out losses at every evaluation (paper Sec. 7)."""
+
+    _name = "data.update"
+    type: Literal["constant", "doremi", "bandit"] = field(
+        default="constant", metadata=about("The rule; doremi and bandit need a target loss for every domain.")
+    )
+    rate: float = field(default=1.0, metadata=about("η, by which a loss above its target raises a share."))
+    floor: float = field(default=1e-4, metadata=about("c, spread evenly over the domains."))
+    clip: bool = field(default=False, metadata=about("Losses below their targets count as on them."))
+
+    def _validate(self) -> None:
+        self._require(self.rate >= 0, "rate", "must be 0 or more.")
+        self._require(0 <= self.floor <= 1, "floor", "must lie between 0 and 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +30,10 @@ class DataConfig(Section):
     _name = "data"
     root: str | None = field(default=None, metadata=about("Folder that relative paths start from."))
     train: tuple[str | dict[str, Any], ...] = field(
-        metadata=about("Files (text, JSONL, parquet; globs) or `datasets.load_dataset` arguments, one source an entry.")
+        metadata=about(
+            "Files (text, JSONL, parquet; globs), folders of `ast-data prepare`, or `datasets.load_dataset` arguments; "
+            "one source an entry."
+        )
     )
     eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Held-out sources; default: a share of `train`.")

@@ -95,6 +95,15 @@ class Manifest:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ShardFolder:
+    """A folder of shards and what messages call it."""
+
+    name: str
+    path: Path
+    manifest: Manifest
+
+
 def token_type(vocab_size: int) -> str:
     """The smaller type that holds every token."""
     return "uint16" if vocab_size <= 2**16 else "uint32"

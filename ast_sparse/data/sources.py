@@ -21,6 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from ast_sparse.data.files import COMPRESSED, READABLE, file_documents, json_rows, one_line, shown, uncompressed_name
+from ast_sparse.data.shards import ShardFolder, is_shard_folder, read_manifest
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,9 +48,11 @@ def check_sources(config: DataConfig) -> None:
     """Check that every file of `data.train` and `data.eval` is there and of a readable kind, without reading any.
 
     Raises:
-        UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry, or
-            a source that stands in both lists.
+        UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry,
+            shards that are unfinished or cut, or a source that stands in both lists.
     """
+    for field, entries in (("data.train", config.train), ("data.eval", config.eval or ())):
+        shard_folders(entries, config.root, field)
     trained = {key for entry in config.train for key in _identities(entry, config.root, "data.train")}
     for entry in config.eval or ():
         if trained & _identities(entry, config.root, "data.eval"):
@@ -60,9 +63,33 @@ def check_sources(config: DataConfig) -> None:
 
 
 def check_entries(entries: Sequence[Entry], root: str | None, field: str) -> None:
-    """Check single sources as `check_sources` does those of `data`."""
+    """Check single sources of text as `check_sources` does those of `data`."""
     for entry in entries:
-        _check_entry(entry, root, field)
+        _check_text(entry, root, field)
+
+
+def shard_folders(entries: Sequence[Entry], root: str | None, field: str) -> list[ShardFolder]:
+    """The folders of shards that entries name; none if they are text.
+
+    Raises:
+        UserError: a folder is unfinished or damaged, or only some of the entries are folders of shards.
+    """
+    checked = [(entry, *_check_entry(entry, root, field)) for entry in entries]
+    found = [(str(entry), files[0]) for entry, kind, files in checked if kind == "shards"]
+    if found and len(found) < len(checked):
+        other = next(entry for entry, kind, _ in checked if kind != "shards")
+        raise UserError(
+            f"`{field}`: {found[0][0]} is a folder of shards and {other} is text. Make shards of all with ast-data "
+            "prepare, or of none."
+        )
+    return [ShardFolder(name, path, read_manifest(path)) for name, path in found]
+
+
+def _check_text(entry: Entry, root: str | None, field: str) -> tuple[str, list[Path]]:
+    kind, files = _check_entry(entry, root, field)
+    if kind == "shards":
+        raise UserError(f"`{field}`: {entry} is a folder of shards, and here text is read. Name its text.")
+    return kind, files
 
 
 def _identities(entry: Entry, root: str | None, field: str) -> set[str]:
@@ -75,7 +102,7 @@ def _identities(entry: Entry, root: str | None, field: str) -> set[str]:
 
 def source_stamps(entry: Entry, root: str | None, field: str) -> list[Any]:
     """What changes when the text of an entry does: name, size and time of its files, or the arguments of a data set."""
-    kind, files = _check_entry(entry, root, field)
+    kind, files = _check_text(entry, root, field)
     return [dict(cast(Mapping[str, Any], entry))] if kind == "hub" else _stamps(files)
 
 
@@ -84,7 +111,7 @@ def _stamps(files: list[Path]) -> list[Any]:
 
 
 def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[Path]]:
-    """Kind of the entry (hub, parquet, json, text) and its files."""
+    """Kind of the entry (hub, shards, parquet, json, text) and its files, of shards their folder."""
     if isinstance(entry, Mapping):
         if not isinstance(entry.get("path"), str):
             raise UserError(
@@ -93,6 +120,10 @@ def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[
         if entry["path"] in _FORMATS and not ("data_files" in entry or "data_dir" in entry):
             raise UserError(f"`{field}`: {dict(entry)!r} names a format and no files. Give `data_files`.")
         return "hub", []
+    folder = Path(root or ".").expanduser() / Path(entry).expanduser()
+    if is_shard_folder(folder):
+        read_manifest(folder)
+        return "shards", [folder]
     files = _resolve(entry, root, field)
     kinds = {_kind(path) for path in files}
     if len(kinds) > 1:
@@ -153,7 +184,7 @@ def load_documents(
     """
     if not entries:
         raise UserError(f"`{field}` names no text. List files or data sets.")
-    checked = [_check_entry(entry, root, field) for entry in entries]
+    checked = [_check_text(entry, root, field) for entry in entries]
     return [_load(entry, kind, files, text_field) for entry, (kind, files) in zip(entries, checked, strict=True)]
 
 
@@ -169,7 +200,7 @@ def iterate_documents(
         UserError: as `load_documents`.
     """
     for entry in entries:
-        kind, files = _check_entry(entry, root, field)
+        kind, files = _check_text(entry, root, field)
         if kind in ("json", "text"):
             yield from file_documents(files, kind, text_field)
         elif isinstance(entry, Mapping):
@@ -193,7 +224,7 @@ def _column_texts(rows: Dataset | IterableDataset, text_field: str, name: str) -
 
 def read_texts(entry: str, root: str | None, text_field: str, field: str) -> list[str]:
     """The documents of one file or glob, read into memory. Arguments and errors as of `load_documents`."""
-    kind, files = _check_entry(entry, root, field)
+    kind, files = _check_text(entry, root, field)
     if kind == "parquet":
         return list(_load_parquet(files, text_field)[text_field])
     return list(file_documents(files, kind, text_field))
@@ -208,7 +239,7 @@ def read_groups(entry: str, root: str | None, text_field: str, by: str, field: s
     Raises:
         UserError: as `read_texts`; the file is plain text, or a row has no such field or no such value in it.
     """
-    kind, files = _check_entry(entry, root, field)
+    kind, files = _check_text(entry, root, field)
     if kind == "text":
         raise UserError(f"{entry} is plain text, which has no fields to group by. Give .jsonl or .parquet.")
     texts = read_texts(entry, root, text_field, field)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import datasets
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.packing import document_keys, pack_tokens, token_counts, tokenise_documents
-from ast_sparse.data.sources import Entry, load_documents
+from ast_sparse.data.blocks import TokenBlocks, join, split_folders
+from ast_sparse.data.held_out import training_tokens
+from ast_sparse.data.packing import (
+    document_keys,
+    eos_token,
+    pack_tokens,
+    token_counts,
+    tokenise_documents,
+    tokenizer_key,
+)
+from ast_sparse.data.shards import ShardFolder
+from ast_sparse.data.sources import Entry, Source, load_documents, shard_folders
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     from ast_sparse.config import DataConfig
 
-_FEW_DOCUMENTS = 20  # with fewer, whole documents are too coarse a unit to hold out
+
+Blocks: TypeAlias = Dataset | TokenBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,41 +87,92 @@ def _counts(part: SplitReport | SourceReport) -> str:
     return f"{part.documents:,} document{'' if part.documents == 1 else 's'}, {part.tokens:,} tokens"
 
 
-def build_datasets(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None, DataReport]:
+def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None, DataReport]:
     """Read, tokenise, hold out and pack; the result is cached by text, tokenizer, block size, share and seed.
 
-    With `data.eval` nothing is held out of training; without it and with `data.eval_share: 0` nothing is evaluated on.
-    How documents are held out: `training_tokens`. With several processes call it under `main_process_first()`.
+    Token shards are tokenised already and are read where they lie. With `data.eval` nothing is held out of training;
+    without it and with `data.eval_share: 0` nothing is evaluated on. How documents are held out: `training_tokens`.
+    With several processes call it under `main_process_first()`.
 
     Returns:
         Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`), and the report.
 
     Raises:
-        UserError: any source cannot be read, or a split has less text than one block.
+        UserError: any source cannot be read, a split has less text than one block, or shards are of another tokenizer.
     """
-    sources = load_documents(config.train, config.root, config.text_field, field="data.train")
-    tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in sources]
-    names = [source.name for source in sources]
-    lengths = [token_counts(part) for part in tokenised]
-    empty = sum(int((length == 0).sum()) for length in lengths)
     share = 0.0 if config.eval else config.eval_share
-    cuts = training_tokens([document_keys(part) for part in tokenised], lengths, names, share, config.seed)
-    zeros = [np.zeros_like(length) for length in lengths]
-    train, train_report = _pack_split("train", names, tokenised, zeros, cuts, config)
-    held_out, held_out_report = None, None
-    if config.eval:
-        eval_sources = load_documents(config.eval, config.root, config.text_field, field="data.eval")
-        parts = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in eval_sources]
-        ends = [token_counts(part) for part in parts]
-        empty += sum(int((end == 0).sum()) for end in ends)
-        starts = [np.zeros_like(end) for end in ends]
-        held_out, held_out_report = _pack_split("eval", [s.name for s in eval_sources], parts, starts, ends, config)
+    train = _split(config, tokenizer, config.train, "data.train", share)
+    held_out = _split(config, tokenizer, config.eval, "data.eval", 0.0) if config.eval else None
+    blocks, train_report = train.pack("train", False, config)
+    held_out_blocks, held_out_report = None, None
+    if held_out is not None:
+        held_out_blocks, held_out_report = held_out.pack("eval", False, config)
     elif share:
-        held_out, held_out_report = _pack_split("held out", names, tokenised, cuts, lengths, config)
+        held_out_blocks, held_out_report = train.pack("held out", True, config)
+    empty = train.empty + (held_out.empty if held_out else 0)
     report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
-    return train, held_out, report
+    return blocks, held_out_blocks, report
+
+
+def _split(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, entries: Sequence[Entry], field: str, share: float
+) -> _Text | _Shards:
+    if folders := shard_folders(entries, config.root, field):
+        return _Shards(folders, tokenizer, field, share, config.seed)
+    return _Text(load_documents(entries, config.root, config.text_field, field=field), tokenizer, share, config.seed)
+
+
+class _Text:
+    """Sources of text, tokenised, and how many tokens of each document train."""
+
+    def __init__(self, sources: list[Source], tokenizer: PreTrainedTokenizerBase, share: float, seed: int) -> None:
+        self.names = [source.name for source in sources]
+        self.tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in sources]
+        self.lengths = [token_counts(part) for part in self.tokenised]
+        self.empty = sum(int((length == 0).sum()) for length in self.lengths)
+        keys = [document_keys(part) for part in self.tokenised]
+        self.cuts = training_tokens(keys, self.lengths, self.names, share, seed)
+
+    def pack(self, split: str, is_held_out: bool, config: DataConfig) -> tuple[Dataset, SplitReport]:
+        """The blocks of what trains, or of what is held out."""
+        zeros = [np.zeros_like(length) for length in self.lengths]
+        starts, stops = (self.cuts, self.lengths) if is_held_out else (zeros, self.cuts)
+        sources = tuple(
+            SourceReport(name=name, documents=int((stop > start).sum()), tokens=int((stop - start).sum()))
+            for name, start, stop in zip(self.names, starts, stops, strict=True)
+        )
+        report = _split_report(split, sources, config)
+        documents = datasets.concatenate_datasets(self.tokenised)
+        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), config.block_size, split), report
+
+
+class _Shards:
+    """Folders of shards, and which stretches of them train."""
+
+    def __init__(
+        self, folders: list[ShardFolder], tokenizer: PreTrainedTokenizerBase, field: str, share: float, seed: int
+    ) -> None:
+        key, eos = tokenizer_key(tokenizer), eos_token(tokenizer)
+        for folder in folders:
+            if (folder.manifest.tokenizer_key, folder.manifest.eos_token_id) != (key, eos):
+                raise UserError(
+                    f"`{field}`: the shards of {folder.name} were made with another tokenizer, of "
+                    f"{folder.manifest.tokenizer}. Make them again with ast-data prepare --tokenizer "
+                    f"{tokenizer.name_or_path}."
+                )
+        self.folders = folders
+        self.empty = sum(folder.manifest.empty for folder in folders)
+        self.stretches = split_folders(folders, share, seed)
+
+    def pack(self, split: str, is_held_out: bool, config: DataConfig) -> tuple[TokenBlocks, SplitReport]:
+        """The blocks of what trains, or of what is held out."""
+        chosen = [pair[int(is_held_out)] for pair in self.stretches]
+        sources = tuple(
+            SourceReport(name=folder.name, documents=part.documents, tokens=part.tokens)
+            for folder, part in zip(self.folders, chosen, strict=True)
+        )
+        report = _split_report(split, sources, config)
+        return TokenBlocks(self.folders, join(chosen), config.block_size), report
 
 
 def calibration_blocks(
@@ -138,33 +199,18 @@ def calibration_blocks(
     return pack_tokens(datasets.concatenate_datasets(tokenised), np.zeros_like(ends), ends, block_size, "calibration")
 
 
-def _pack_split(
-    split: str,
-    names: list[str],
-    tokenised: list[Dataset],
-    starts: list[np.ndarray],
-    stops: list[np.ndarray],
-    config: DataConfig,
-) -> tuple[Dataset, SplitReport]:
-    sources = tuple(
-        SourceReport(name=name, documents=int((stop > start).sum()), tokens=int((stop - start).sum()))
-        for name, start, stop in zip(names, starts, stops, strict=True)
-    )
+def _split_report(split: str, sources: tuple[SourceReport, ...], config: DataConfig) -> SplitReport:
     tokens = sum(source.tokens for source in sources)
-    size = config.block_size
-    if tokens < size:
-        raise UserError(_too_short(split, names, tokens, config))
-    joined = datasets.concatenate_datasets(tokenised)
-    blocks = pack_tokens(joined, np.concatenate(starts), np.concatenate(stops), size, split)
-    report = SplitReport(
+    if tokens < config.block_size:
+        raise UserError(_too_short(split, [source.name for source in sources], tokens, config))
+    return SplitReport(
         name=split,
         documents=sum(source.documents for source in sources),
         tokens=tokens,
-        blocks=len(blocks),
-        leftover=tokens - len(blocks) * size,
+        blocks=tokens // config.block_size,
+        leftover=tokens % config.block_size,
         sources=sources,
     )
-    return blocks, report
 
 
 def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) -> str:
@@ -177,78 +223,3 @@ def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) ->
         )
     after = " after the held-out share" if split == "train" and config.eval_share and not config.eval else ""
     return f"The text of {shown} {need}{after}. Give more text in `data.{split}` or lower `data.block_size`."
-
-
-def training_tokens(
-    keys: Sequence[np.ndarray], lengths: Sequence[np.ndarray], names: Sequence[str], share: float, seed: int
-) -> list[np.ndarray]:
-    """How many tokens of each document train; the rest of it is held out.
-
-    Whole documents are held out: of each source the `ceil(share · n)` with the smallest hash of (seed, text), so that
-    neither the order of files nor copies of a document matter; a copy in another source goes the same way. Of a source
-    with fewer than 20 documents the last `share` of its tokens is held out, which cuts one document in two.
-
-    Args:
-        keys, lengths: per source `[documents]`, hash of the text and tokens; empty documents have length 0.
-        names: of the sources, for messages.
-
-    Returns:
-        Per source `[documents]` int64, between 0 (held out) and the document's length (trains).
-
-    Raises:
-        UserError: a document of a source with fewer than 20 has a copy somewhere, so that the cut would let it leak.
-    """
-    if share == 0:
-        return [length.copy() for length in lengths]
-    few = [int(np.count_nonzero(length)) < _FEW_DOCUMENTS for length in lengths]
-    chosen = [
-        _smallest(key[length > 0], share, seed)
-        for key, length, is_few in zip(keys, lengths, few, strict=True)
-        if not is_few
-    ]
-    held_out = np.unique(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.uint64)
-    if any(few):
-        _refuse_copies(keys, lengths, names, few)
-    return [
-        _all_but_the_tail(length, share) if is_few else np.where(np.isin(key, held_out), 0, length)
-        for key, length, is_few in zip(keys, lengths, few, strict=True)
-    ]
-
-
-def _smallest(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    order = _mix(keys ^ _mix(np.asarray([seed % 2**64], dtype=np.uint64)))
-    count = _ceil_share(share, len(keys))
-    return keys[order <= np.partition(order, count - 1)[count - 1]]
-
-
-def _ceil_share(share: float, n: int) -> int:
-    return min(n, math.ceil(share * n - 1e-9))  # 0.07 · 100 is 7.000000000000001
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: uint64 to uint64, one to one, every bit depending on every other."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _all_but_the_tail(lengths: np.ndarray, share: float) -> np.ndarray:
-    total = int(lengths.sum())
-    before = np.cumsum(lengths) - lengths
-    return np.clip(total - _ceil_share(share, total) - before, 0, lengths)
-
-
-def _refuse_copies(
-    keys: Sequence[np.ndarray], lengths: Sequence[np.ndarray], names: Sequence[str], few: Sequence[bool]
-) -> None:
-    present = np.concatenate([key[length > 0] for key, length in zip(keys, lengths, strict=True)])
-    distinct, counts = np.unique(present, return_counts=True)
-    copied = distinct[counts > 1]
-    for key, length, name, is_few in zip(keys, lengths, names, few, strict=True):
-        if is_few and np.isin(key[length > 0], copied).any():
-            raise UserError(
-                f"A document of {name} occurs twice in `data.train`. With fewer than {_FEW_DOCUMENTS} documents the "
-                "end of the text is held out (`data.eval_share`), and the copy would leak it into training. Remove the "
-                "copy, name `data.eval`, or set `data.eval_share: 0`."
-            )

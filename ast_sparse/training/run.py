@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
+from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.sources import check_entries, check_sources
-from ast_sparse.data.text import build_datasets, calibration_blocks
+from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import ADAPTER_FOLDER, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
@@ -270,12 +271,15 @@ def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
             )
 
 
-def _check_token_ids(train: Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def _check_token_ids(train: Blocks, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Every token of the text has its row in the embedding: a tokenizer with spare entries is no fault."""
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) <= rows:
         return
-    largest = max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in train.data.column("input_ids").chunks)
+    if isinstance(train, TokenBlocks):
+        largest = train.largest_token
+    else:
+        largest = max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in train.data.column("input_ids").chunks)
     if largest >= rows:
         raise UserError(
             f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "

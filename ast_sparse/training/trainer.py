@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,6 +42,7 @@ from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback, divergence
@@ -62,7 +64,7 @@ class SparseTrainer(Trainer):
             magnitude masks, because a checkpoint brings the masks and weights.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
         train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
-            counts), or raw text, which is tokenised and packed.
+            counts), or raw text, which is tokenised and packed. Blocks of token shards are read where they lie.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
         processing_class: the tokenizer, saved with every checkpoint.
 
@@ -138,6 +140,8 @@ class SparseTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
+        self._parts = block_source(train_dataset)
+        self._mixture = None if self._parts is None else make_mixture(self._parts, None, self.args)
         self._watch = WatchCallback(watch_config or WatchConfig())
         self._late_slorb = LateSLoRB(slorb_config)
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
@@ -188,6 +192,12 @@ class SparseTrainer(Trainer):
             device=args.device,
             progress=bool(args.should_log) and not args.disable_tqdm,
         )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer; blocks of shards come in an order of their own, each when it is trained on."""
+        if self._mixture is None:
+            return super().get_train_dataloader()
+        return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -292,6 +302,8 @@ class SparseTrainer(Trainer):
             return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
+        if self._mixture is not None and self._parts is not None:
+            load_data_state(checkpoint, self._mixture, self._parts)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
@@ -348,6 +360,8 @@ class SparseTrainer(Trainer):
             if self.args.should_save:
                 write_checksums(folder)
                 write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
+                if self._mixture is not None and self._parts is not None:
+                    save_data_state(folder, self._mixture, self._parts)
             return
         if self.args.should_save:
             save_sparse_model(self.student, folder, self.sparsity_config_dict())

@@ -1,0 +1,157 @@
+"""Batches of blocks whose order does not depend on processes, micro-batches or workers, and its state in a checkpoint.
+
+accelerate's loader asks for batches ahead of time, and pads the last one with blocks that were used. This one asks for
+a batch when it is trained on, so that shares that changed at an evaluation hold for the very next step.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainingArguments
+
+from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.domains import DomainBlocks, Mixture
+from ast_sparse.errors import UserError
+from ast_sparse.export.files import read_json, write_json
+from ast_sparse.yaml12 import shown
+
+DATA_STATE = "data_state.json"
+_REFUSED = {  # of TrainingArguments: what would order blocks otherwise
+    "train_sampling_strategy": ("random", "blocks have an order of their own. Remove it."),
+    "ignore_data_skip": (False, "blocks that were used would be used again. Remove it; skipping them takes no time."),
+}
+
+
+_SAME = {  # between a checkpoint and the run that resumes it
+    "seed": "training.data_seed, or training.seed,",
+    "batch": "The sequences of a step, per_device_train_batch_size x gradient_accumulation_steps x processes,",
+    "domains": "The number of training blocks",
+    "fingerprints": "The training text",
+}
+
+
+class BlockBatches:
+    """A batch sampler: the indices of this process, micro-batch by micro-batch.
+
+    Args:
+        offsets: where each domain begins in the data set, int64 `[domains]`.
+        accumulation: micro-batches of a step.
+    """
+
+    def __init__(self, mixture: Mixture, offsets: np.ndarray, args: TrainingArguments) -> None:
+        self.mixture = mixture
+        self.offsets = offsets
+        self.batch_size = args.train_batch_size
+        self.accumulation = args.gradient_accumulation_steps
+        self.ranks, self.rank = args.world_size, args.process_index
+        self.steps_in_epoch = -(-int(mixture.blocks.sum()) // mixture.batch)
+        self._epoch = 0
+
+    @property
+    def batch_sampler(self) -> "BlockBatches":
+        """Itself: Trainer tells the sampler behind a wrapper the epoch, and finds it by this name."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin at this epoch: a stretch of steps that takes as many blocks as there are."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps_in_epoch * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self._epoch * self.steps_in_epoch
+        for step in range(first, first + self.steps_in_epoch):
+            domains, blocks = self.mixture.samples(step)
+            indices = self.offsets[domains] + blocks
+            for micro in range(self.accumulation):
+                start = (micro * self.ranks + self.rank) * self.batch_size
+                yield indices[start : start + self.batch_size].tolist()
+
+
+def block_source(train_dataset: Any) -> dict[str, Any] | None:
+    """The domains of a data set that this loader serves; of shards without domains there is one."""
+    if isinstance(train_dataset, DomainBlocks):
+        return train_dataset.parts
+    return {"train": train_dataset} if isinstance(train_dataset, TokenBlocks) else None
+
+
+def make_mixture(parts: dict[str, Any], shares: list[float] | None, args: TrainingArguments) -> Mixture:
+    """The order of the blocks of a run, by `training.data_seed`, or else `training.seed`.
+
+    Args:
+        shares: of the domains; None: as many samples of each as it has blocks.
+
+    Raises:
+        UserError: a setting asks for another order.
+    """
+    for key, (default, reason) in _REFUSED.items():
+        if (value := getattr(args, key)) != default:
+            raise UserError(f"training.{key}={shown(getattr(value, 'value', value))}: {reason}")
+    blocks = {name: len(part) for name, part in parts.items()}
+    total = sum(blocks.values())
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return Mixture(blocks, shares or [count / total for count in blocks.values()], seed, batch)
+
+
+def block_loader(dataset: Any, mixture: Mixture, collator: Any, args: TrainingArguments) -> DataLoader[Any]:
+    """The loader of the training; tokens are read in this process, whatever `dataloader_num_workers` says."""
+    offsets = dataset.offsets if isinstance(dataset, DomainBlocks) else np.zeros(1, dtype=np.int64)
+    batches: Any = BlockBatches(mixture, offsets, args)
+    return DataLoader(_Rows(dataset), batch_sampler=batches, collate_fn=collator, pin_memory=args.dataloader_pin_memory)
+
+
+class _Rows(Dataset[Any]):
+    """A sequence as torch's data sets are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+def save_data_state(folder: Path, mixture: Mixture, parts: dict[str, Any]) -> None:
+    """Write what a resumed run needs to go on at the very next block."""
+    fingerprints = {name: _fingerprint(part) for name, part in parts.items()}
+    write_json(folder / DATA_STATE, {"format_version": 1, **mixture.state(), "fingerprints": fingerprints})
+
+
+def load_data_state(folder: Path, mixture: Mixture, parts: dict[str, Any]) -> None:
+    """Take the history of the shares from a checkpoint.
+
+    Raises:
+        UserError: the file is missing or damaged, or the run that resumes has other text, seed or batch.
+    """
+    path = folder / DATA_STATE
+    if not path.is_file():
+        raise UserError(
+            f"{str(folder)!r} holds no {DATA_STATE}: its run read other data. Resume with the data of the run."
+        )
+    saved = read_json(path)
+    ours = {**mixture.state(), "fingerprints": {name: _fingerprint(part) for name, part in parts.items()}}
+    for key, what in _SAME.items():
+        if key in saved and json.dumps(saved[key]) != json.dumps(ours[key]):  # the order of domains matters too
+            values = f" ({ours[key]} instead of {shown(saved[key])})" if isinstance(ours[key], int) else ""
+            raise UserError(
+                f"{what}{values} differs from {str(folder)!r}: blocks would be repeated or left out. Resume with the "
+                "settings and the text of the run."
+            )
+    try:
+        mixture.load_history(saved)
+        if saved["format_version"] != 1 or not all(key in saved for key in ours):
+            raise ValueError(saved["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged. Resume from another checkpoint.") from error
+
+
+def _fingerprint(part: Any) -> str:
+    return str(getattr(part, "fingerprint", None) or getattr(part, "_fingerprint", ""))

@@ -1,0 +1,100 @@
+"""Blocks out of shards are those that the same text gives without shards."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ast_sparse.config import DataConfig
+from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.prepare import PrepareSettings, prepare_shards
+from ast_sparse.data.sources import check_entries
+from ast_sparse.data.text import Blocks, DataReport, build_datasets
+from ast_sparse.errors import UserError
+from tests.data.test_packing import documents
+from tests.data.test_shards import edited
+from tests.data.test_text import write
+from tests.models import generated_text, tiny_tokenizer
+
+
+def build(folder: Path, *train: Any, **settings: Any) -> tuple[Blocks, Blocks | None, DataReport]:
+    config = DataConfig(root=str(folder), train=train, **{"block_size": 8, **settings})
+    return build_datasets(config, tiny_tokenizer())
+
+
+def rows(blocks: Blocks | None) -> list[list[int]]:
+    return [] if blocks is None else [[int(token) for token in row["input_ids"]] for row in blocks]
+
+
+def shards(folder: Path, name: str, characters: int = 500) -> str:
+    settings = PrepareSettings(entries=(name,), root=str(folder), shard_characters=characters)
+    out = Path(name).stem
+    prepare_shards(folder / out, settings, tiny_tokenizer())
+    return out
+
+
+@pytest.mark.parametrize("share", [0, 0.02, 0.1, 0.4])
+def test_shards_give_the_blocks_of_the_text(tmp_path: Path, share: float) -> None:
+    many = documents(60)
+    names = [write(tmp_path, "many.jsonl", [*many, " ", *many[:9]]), write(tmp_path, "few.jsonl", documents(75)[70:])]
+    folders = [shards(tmp_path, name) for name in names]
+    settings: dict[str, Any] = {"eval_share": share, "block_size": 2, "seed": 5}
+    text, token = build(tmp_path, *names, **settings), build(tmp_path, *folders, **settings)
+    assert isinstance(token[0], TokenBlocks) and not isinstance(text[0], TokenBlocks)
+    assert rows(token[0]) == rows(text[0]) and rows(token[1]) == rows(text[1])
+    assert len(rows(token[0])) > 100 and bool(rows(token[1])) == bool(share)
+    assert str(token[2]) == str(text[2]).replace("many.jsonl", "many").replace("few.jsonl", "few")
+
+
+def test_shards_and_text_may_stand_side_by_side_as_train_and_eval(tmp_path: Path) -> None:
+    train, evaluation = write(tmp_path, "a.jsonl", documents(40)), write(tmp_path, "b.jsonl", documents(60)[40:])
+    expected = build(tmp_path, train, eval=(evaluation,))
+    mixed = [
+        build(tmp_path, shards(tmp_path, train), eval=(evaluation,)),
+        build(tmp_path, train, eval=(shards(tmp_path, evaluation),)),
+    ]
+    for found in mixed:
+        assert rows(found[0]) == rows(expected[0]) and rows(found[1]) == rows(expected[1])
+    with pytest.raises(UserError, match=r"`data\.train`: a is a folder of shards and b\.jsonl is text"):
+        build(tmp_path, "a", "b.jsonl")
+    with pytest.raises(UserError, match=r"`calibration\.data`: a is a folder of shards, and here text is read"):
+        check_entries(["a"], str(tmp_path), "calibration.data")
+
+
+def test_blocks_are_read_anywhere_and_survive_pickling(tmp_path: Path) -> None:
+    blocks = build(tmp_path, shards(tmp_path, write(tmp_path, "a.jsonl", documents(60))), eval_share=0.1)[0]
+    assert isinstance(blocks, TokenBlocks)
+    expected = rows(blocks)
+    again = pickle.loads(pickle.dumps(blocks))
+    assert len(pickle.dumps(blocks)) < 20_000
+    for index in np.random.default_rng(0).permutation(len(blocks)).tolist():
+        assert again[index]["input_ids"].tolist() == expected[index]
+    assert rows(blocks[3:9:2]) == expected[3:9:2] and blocks[-1]["input_ids"].tolist() == expected[-1]
+    with pytest.raises(IndexError, match=f"block {len(blocks)} of {len(blocks)}"):
+        blocks[len(blocks)]
+    assert again.fingerprint == blocks.fingerprint
+    others = [build(tmp_path, "a", **{"eval_share": 0.1, **other})[0] for other in ({"seed": 1}, {"block_size": 4})]
+    assert len({blocks.fingerprint, *(other.fingerprint for other in others if isinstance(other, TokenBlocks))}) == 3
+
+
+def test_copy_that_would_leak_into_training_is_refused(tmp_path: Path) -> None:
+    text = generated_text(50)
+    names = [write(tmp_path, "book.jsonl", [text]), write(tmp_path, "a.jsonl", [*documents(30), text])]
+    folders = [shards(tmp_path, name) for name in names]
+    with pytest.raises(UserError, match=r"A document of book occurs twice in the training text"):
+        build(tmp_path, *folders)
+    write(tmp_path, "twice.jsonl", [text, text])
+    with pytest.raises(UserError, match=r"A document of twice occurs twice"):
+        build(tmp_path, shards(tmp_path, "twice.jsonl"))
+    assert build(tmp_path, *folders, eval_share=0)[1] is None
+
+
+def test_shards_of_another_tokenizer_or_too_short_are_refused(tmp_path: Path) -> None:
+    folder = shards(tmp_path, write(tmp_path, "a.jsonl", documents(3)))
+    with pytest.raises(UserError, match=r"text of a has \d+ tokens, fewer than one block of `data.block_size` = 9,999"):
+        build(tmp_path, folder, block_size=9999, eval_share=0)
+    edited(tokenizer_key="0" * 32)(tmp_path / folder)
+    with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, of .*again"):
+        build(tmp_path, folder)
