@@ -135,6 +135,15 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = parse_manifest(path)
     if not manifest.shards:
         raise UserError(f"{path} names no shard. Make the folder again with ast-data prepare.")
+    names = [shard.name for shard in manifest.shards]
+    if (
+        names != [shard_name(number) for number in range(len(names))]
+        or (folder / (shard_name(len(names)) + TOKENS)).exists()
+    ):
+        raise UserError(
+            f"{path} does not name the shards of its folder one after another. Copy it again, or make the folder again "
+            "with ast-data prepare."
+        )
     for shard in manifest.shards:
         for suffix, size in file_sizes(manifest, shard).items():
             file = folder / (shard.name + suffix)
@@ -162,7 +171,7 @@ def parse_manifest(path: Path) -> Manifest:
         shards = [parse_shard(shard) for shard in values.pop("shards")]
         manifest = Manifest(shards=shards, **values)
         numbers = (manifest.vocab_size, manifest.eos_token_id)
-        if manifest.token_type not in _TYPES or not all(isinstance(number, int) for number in numbers):
+        if manifest.token_type not in _TYPES or not all(type(number) is int for number in numbers):
             raise ValueError(manifest.token_type)
     except UserError:
         raise
@@ -176,7 +185,7 @@ def parse_manifest(path: Path) -> Manifest:
 def parse_shard(content: Mapping[str, Any]) -> Shard:
     shard = Shard(**content)
     numbers = [value for key, value in asdict(shard).items() if key != "name"]
-    if Path(shard.name).name != shard.name or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if Path(shard.name).name != shard.name or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(shard.name)
     return shard
 

@@ -1,6 +1,5 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-import yaml
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -21,7 +19,7 @@ from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.sources import check_entries, check_sources
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import ADAPTER_FOLDER, write_json
+from ast_sparse.export.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
@@ -42,7 +40,7 @@ from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
 from ast_sparse.training.watch import REPLAY
-from ast_sparse.yaml12 import dump_yaml
+from ast_sparse.yaml12 import dump_yaml, read_yaml
 
 logger = logging.get_logger(__name__)
 
@@ -383,11 +381,11 @@ def _check_final(model: nn.Module) -> None:
 def _read_rows(output: Path, config: RunConfig) -> Rows:
     """The figures of the stages before training, if they were measured as this run measures."""
     try:
-        rows = json.loads((output / RESULTS).read_text(encoding="utf-8"))
-        before = yaml.safe_load((output / RESOLVED_CONFIG).read_text(encoding="utf-8"))["evaluation"]
+        rows = read_json(output / RESULTS)
+        before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
         now = config.evaluation.to_dict()
         if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows")):
             return {}
         return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError):
         return {}

@@ -23,6 +23,10 @@ from ast_sparse.training.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.training.test_trainer import arguments, blocks
 
+# AST_SPARSE_KILL_STEPS=60 AST_SPARSE_KILL_SEEDS=20 python -m pytest tests/invariant/test_resume.py -k sigkill
+STEPS = int(os.environ.get("AST_SPARSE_KILL_STEPS", "24"))  # a multiple of 12
+SEEDS = int(os.environ.get("AST_SPARSE_KILL_SEEDS", "2"))
+
 CONFIG = """
 model:
   name_or_path: {folder}/model
@@ -33,7 +37,7 @@ data:
 sparsity: {{mask_interval: 3, mask_decay: 1e-2}}
 slorb: {{k: 16}}
 training:
-  max_steps: 24
+  max_steps: {steps}
   per_device_train_batch_size: 2
   gradient_accumulation_steps: 2
   learning_rate: 3e-3
@@ -49,7 +53,7 @@ training:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """Weights, masks and SLoRB of the last checkpoint, and everything in the optimizer's state."""
-    last = folder / "checkpoint-24"
+    last = folder / f"checkpoint-{STEPS}"
     state = load_file(last / "model.safetensors")
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     return {**state, **{f"optimizer.{i}.{k}": v for i, entry in optimizer.items() for k, v in entry.items()}}
@@ -63,7 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     history = [(folder / "mask_history.jsonl").read_text() for folder in (one, other)]
-    assert history[0] == history[1] and len(history[0].splitlines()) == 8
+    assert history[0] == history[1] and len(history[0].splitlines()) == STEPS // 3
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
     for stage, row in results[0].items():
         assert row["heldout"]["perplexity"] == results[1][stage]["heldout"]["perplexity"]
@@ -79,7 +83,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_tiny_model(folder / "model", "gpt2")
     documents = [{"text": generated_text(12, seed=seed)} for seed in range(40)]
     (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, steps=STEPS))
     subprocess.run(command(folder / "run.yaml", folder / "whole"), check=True, capture_output=True)
     return folder / "run.yaml", folder / "whole"
 
@@ -88,19 +92,19 @@ def newest_step(out: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")), default=0)
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("AST_SPARSE_KILL_SEEDS", "2"))))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Path], tmp_path: Path, seed: int) -> None:
     config, whole = undisturbed
     rng, out = random.Random(seed), tmp_path / "out"
     for kill in range(2):
-        target = newest_step(out) + rng.choice([1, 4])  # inside the first save after it, or a little later
+        target = newest_step(out) + rng.randint(1, STEPS // 3)
         process = subprocess.Popen(
             command(config, out, *(["--resume"] if newest_step(out) else [])),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         while newest_step(out) < target and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(rng.random() * 0.05)
+        time.sleep(rng.random() * rng.choice([0.05, 0.5]))  # inside the save that began, or in the steps after it
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert kill or process.returncode == -signal.SIGKILL
@@ -119,13 +123,13 @@ def test_a_run_that_is_asked_to_leave_saves_its_step_and_resumes_bit_for_bit(
         command(config, out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     while not (out / "mask_history.jsonl").exists() and process.poll() is None:
-        time.sleep(0.001)  # until the first refresh, after step 3 of 24
+        time.sleep(0.001)  # until the first refresh, after step 3
     process.send_signal(signal.Signals[name])
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     saved = out / f"checkpoint-{newest_step(out)}"
     assert errors.splitlines()[-1] == f"{name}: saved {saved}; --resume continues from there."
-    assert 3 <= newest_step(out) < 24 and not faults(saved) and not (out / "model.safetensors").exists()
+    assert 3 <= newest_step(out) < STEPS and not faults(saved) and not (out / "model.safetensors").exists()
     resumed = CliRunner().invoke(main, ["--config", str(config), "--output-dir", str(out), "--resume"])
     assert resumed.exit_code == 0, resumed.output
     assert_same_run(whole, out)
@@ -137,7 +141,7 @@ def test_resuming_a_run_killed_after_its_last_step_only_saves(undisturbed: tuple
     subprocess.run(command(config, out), check=True, capture_output=True)
     (out / "model.safetensors").unlink()
     subprocess.run(command(config, out, "--resume"), check=True, capture_output=True)
-    assert newest_step(out) == 24
+    assert newest_step(out) == STEPS
     assert_same_run(whole, out)
 
 
@@ -145,12 +149,12 @@ def test_resuming_an_earlier_checkpoint_removes_the_later_ones(undisturbed: tupl
     config, whole = undisturbed
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    (out / "checkpoint-24" / "optimizer.pt").write_bytes(b"of another course")
+    (out / f"checkpoint-{STEPS}" / "optimizer.pt").write_bytes(b"of another course")
     resumed = subprocess.run(
-        command(config, out, "--resume", str(out / "checkpoint-16")), capture_output=True, text=True
+        command(config, out, "--resume", str(out / f"checkpoint-{STEPS - 8}")), capture_output=True, text=True
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint-24 is removed" in resumed.stderr
+    assert f"checkpoint-{STEPS} is removed" in resumed.stderr
     assert_same_run(whole, out)
 
 

@@ -38,6 +38,30 @@ def test_every_record_of_the_log_is_a_line_with_step_epoch_and_time(tmp_path: Pa
     assert {"tokens_per_second", "memory_gib"} <= figures and "mfu" not in figures  # the peak of a CPU is not known
 
 
+def test_a_tracker_is_told_what_the_file_holds(tmp_path: Path) -> None:
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            self.told: list[dict[str, Any]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.told.append({**logs, "step": state.global_step})
+
+    tracker = Tracker()
+    run = trainer(
+        tmp_path, args=dict(eval_strategy="steps", eval_steps=3), eval_dataset=blocks(count=4, seed=7),
+        callbacks=[tracker],
+    )  # fmt: skip
+    run.train()
+    written = [{key: value for key, value in row.items() if key not in ("epoch", "time")} for row in rows(tmp_path)]
+    told = [{key: value for key, value in row.items() if key != "epoch"} for row in tracker.told]
+    assert [row["step"] for row in told] == [row["step"] for row in written]
+    for one, other in zip(told, written, strict=True):
+        assert other.keys() - one.keys() <= {"total_flos"} and all(other[key] == one[key] for key in one.keys() & other)
+    names = {key for row in told for key in row}
+    assert {"flip_rate", "initial_flip_rate", "mask_decay", "learning_rate", "tokens_per_second"} <= names
+    assert {"memory_gib", "eval_perplexity", "loss", "grad_norm"} <= names
+
+
 def test_a_second_run_in_the_same_folder_starts_the_file_anew(tmp_path: Path) -> None:
     for _ in range(2):
         trainer(tmp_path, args=dict(max_steps=2)).train()
