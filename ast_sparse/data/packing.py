@@ -7,7 +7,7 @@ tokenizer and block size reads the cache instead of working again.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.config import CalibrationConfig
-from ast_sparse.data.shard_writer import text_groups, text_key
+from ast_sparse.data.long_text import encoded
+from ast_sparse.data.shard_writer import text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -56,7 +57,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
                 raise UserError(
                     f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
                 )
-        pieces = [ids for group in text_groups(texts) for ids in _token_ids(tokenizer, group, eos)]
+        pieces = list(_token_ids(tokenizer, texts, eos))
         keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
         return pa.table({"input_ids": _list_array(pieces), "key": keys})
 
@@ -99,15 +100,15 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> list[np.ndarray]:
-    # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return [
-        np.asarray([*ids, eos] if text.strip() else [], dtype=np.int32)
-        for text, ids in zip(texts, encoded["input_ids"], strict=True)
-    ]
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> Iterator[np.ndarray]:
+    def encode(group: list[str]) -> Any:
+        # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
+        return tokenizer(
+            group, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+
+    for text, ids in zip(texts, encoded(encode, texts), strict=True):
+        yield (np.append(ids, eos) if text.strip() else ids[:0]).astype(np.int32)
 
 
 def _list_array(pieces: list[np.ndarray]) -> pa.ListArray:

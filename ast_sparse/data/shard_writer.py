@@ -10,7 +10,7 @@ import os
 import pickle
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
@@ -19,12 +19,10 @@ from typing import IO
 
 import numpy as np
 
+from ast_sparse.data.long_text import Encode, encoded
 from ast_sparse.data.shards import DOCUMENTS, TOKENS, Shard
 
 TEMPORARY = ".tmp"
-CHARACTERS_PER_CALL = 1_000_000  # bounds what the tokenizer holds at once when documents are long
-
-Encode = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +57,15 @@ class ShardWriter:
         lengths, keys, largest, checksum = [], [], 0, 0
         folder = Path(self.settings.folder)
         with _whole_file(folder / (name + TOKENS)) as stream:
-            for group in text_groups(texts):
-                for text, ids in zip(group, self._encode(group), strict=True):
-                    tokens = np.asarray([*ids, self.settings.eos_token_id] if text.strip() else [], dtype=np.int64)
-                    lengths.append(len(tokens))
-                    keys.append(text_key(text))
-                    if len(tokens):
-                        largest = max(largest, int(tokens.max()))
-                        content = _as_type(tokens, dtype).tobytes()
-                        checksum = zlib.crc32(content, checksum)
-                        stream.write(content)
+            for text, ids in zip(texts, encoded(self._encode, texts), strict=True):
+                tokens = np.append(ids, self.settings.eos_token_id) if text.strip() else ids[:0]
+                lengths.append(len(tokens))
+                keys.append(text_key(text))
+                if len(tokens):
+                    largest = max(largest, int(tokens.max()))
+                    content = _as_type(tokens, dtype).tobytes()
+                    checksum = zlib.crc32(content, checksum)
+                    stream.write(content)
         index = np.stack([np.cumsum(lengths, dtype="<u8"), np.asarray(keys, dtype="<u8")]).tobytes()
         with _whole_file(folder / (name + DOCUMENTS)) as stream:
             stream.write(index)
@@ -86,20 +83,6 @@ class ShardWriter:
 def text_key(text: str) -> int:
     """A 64-bit hash of a text, by which documents are held out."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def text_groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in groups that a tokenizer takes at once."""
-    group: list[str] = []
-    characters = 0
-    for text in texts:
-        if group and characters + len(text) > CHARACTERS_PER_CALL:
-            yield group
-            group, characters = [], 0
-        group.append(text)
-        characters += len(text)
-    if group:
-        yield group
 
 
 def _as_type(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
