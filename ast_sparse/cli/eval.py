@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from ast_sparse.evaluation.figures import Figures
     from ast_sparse.evaluation.harness import Harness
+    from ast_sparse.evaluation.page import Report
     from ast_sparse.evaluation.texts import Text
 
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
 _ONLY_TEXTS = ("stride", "join", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
 _ONLY_TASKS = ("include_path", "num_fewshot", "batch_size")
+_ONLY_REPORT = ("prompt",)
 _JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
 
 
@@ -47,6 +49,8 @@ class _Settings:
     include_path: str | None
     num_fewshot: int | None
     batch_size: int
+    report: str | None
+    prompt: tuple[str, ...]
     dtype: str | None
     device: str
     tokenizer: str | None
@@ -129,6 +133,15 @@ class _Settings:
     "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions of a task at a time."
 )
 @click.option(
+    "--report",
+    metavar="DIR",
+    help="Write report.html there, one page with all of it, and its figures as PNG (needs ast-sparse[plots]). Of a "
+    "MODEL that is the output of ast-train it shows the run too: losses, perplexities, flip rates, domains.",
+)
+@click.option(
+    "--prompt", multiple=True, metavar="TEXT", help="--report: let each MODEL continue this text; repeatable."
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
     help="Weights and activations; auto is the dtype the checkpoint is stored in. Default: float32 on a CPU, auto on a "
@@ -159,6 +172,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     _check_options(settings, given, has_texts)
     if json_file is not None:
         check_json_file(Path(json_file))
+    report = _report(settings, models)
     texts = _texts(settings) if has_texts else []
     harness = _harness(settings)
     device = find_device(settings.device)
@@ -172,18 +186,24 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     figures = Figures()
     try:
         for model in dict.fromkeys(models):
-            _evaluate(figures, model, texts, harness, teacher, device, settings)
+            _evaluate(figures, model, texts, harness, teacher, device, settings, report)
     finally:  # an error in the last model does not lose the figures of the first
         if figures:
             click.echo(figures.table(bits_per_byte=settings.bits_per_byte, teacher=teacher is not None))
+    record = _record(figures, device, settings)
     if json_file is not None:
-        write_json_file(Path(json_file), _record(figures, device, settings))
+        write_json_file(Path(json_file), record)
+    if report is not None:
+        _write_report(report, figures, record)
 
 
 def _check_options(settings: _Settings, given: set[str], has_texts: bool) -> None:
     for name in _ONLY_TASKS if settings.tasks is None else ():
         if name in given:
             raise click.UsageError(f"--{name.replace('_', '-')} belongs to --tasks.")
+    for name in _ONLY_REPORT if settings.report is None else ():
+        if name in given:
+            raise click.UsageError(f"--{name} belongs to --report.")
     for name in () if has_texts else _ONLY_TEXTS:
         if name in given:
             raise click.UsageError(f"--{name.replace('_', '-')} belongs to --dataset, not to --tasks alone.")
@@ -272,8 +292,9 @@ def _evaluate(
     teacher: PreTrainedModel | None,
     device: torch.device,
     settings: _Settings,
+    report: Report | None,
 ) -> None:
-    """Measure one model and add its figures."""
+    """Measure one model and add its figures, and what a report shows of it."""
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
     from ast_sparse.loading import load_tokenizer
@@ -307,6 +328,8 @@ def _evaluate(
                 max_length=settings.seq_len,
             )
             figures.tasks += [(name, dtype, row) for row in rows]
+        if report is not None:
+            report.add(name, model, tokenizer, settings.prompt)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -327,28 +350,43 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], setting
         raise UserError(_named(error, settings)) from None
 
 
+def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:
+    """The page to fill, with what the runs among the models recorded."""
+    if settings.report is None:
+        return None
+    from ast_sparse.evaluation.page import Report, check_report
+
+    check_report(Path(settings.report).expanduser(), "--report")
+    if not all(prompt.strip() for prompt in settings.prompt):
+        raise UserError("--prompt has no text. Fill or remove it.")
+    return Report.of(list(dict.fromkeys(models)))
+
+
+def _write_report(report: Report, figures: Figures, record: dict[str, Any]) -> None:
+    from ast_sparse.evaluation.page import write_report
+
+    settings = record["settings"]
+    report.figures = figures
+    report.made_with = {**record["versions"], "device": settings["device"]}
+    page = write_report(Path(settings["report"]).expanduser(), report)
+    click.echo(f"Wrote {page}")
+
+
 def _record(figures: Figures, device: torch.device, settings: _Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
-    import torch
-    import transformers
+    from ast_sparse.evaluation.page import versions
 
-    import ast_sparse
-
-    versions = {
-        "ast_sparse": ast_sparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    made_with = versions()
     record: dict[str, Any] = {
         **figures.record(),
         "settings": {**asdict(settings), "device": str(device)},
-        "versions": versions,
+        "versions": made_with,
     }
     if len(settings.dataset) == 1:
         record["settings"]["dataset"] = settings.dataset[0]
     if settings.tasks is not None:
-        versions["lm_eval"] = version("lm-eval")
+        made_with["lm_eval"] = version("lm-eval")
     return record
 
 

@@ -20,8 +20,17 @@ class EvaluationConfig(Section):
     steps: int | None = field(
         default=None, metadata=about("Measure and log them during training too, every so many steps.")
     )
+    report: bool = field(
+        default=False,
+        metadata=about("Write the page report/report.html with figures after training; needs ast-sparse[plots]."),
+    )
+    prompts: tuple[str, ...] = field(
+        default=("The capital of France is", "A function in Python is defined with the keyword", "Water boils when"),
+        metadata=about("Texts that each stage continues greedily for the report; empty: none."),
+    )
 
     def _validate(self) -> None:
+        self._require(all(map(str.strip, self.prompts)), "prompts", "has an empty entry. Fill or remove it.")
         self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
         for key in ("windows", "steps"):
             self._require(getattr(self, key) is None or getattr(self, key) >= 1, key, "must be at least 1.")

@@ -12,7 +12,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     Raises:
         ValueError: a row has another number of cells than there are headers.
     """
-    cells = [[_shown(cell) for cell in row] for row in rows]
+    cells = [[shown(cell) for cell in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True)) if cells else [(header,) for header in headers]
     widths = [max(map(len, column)) for column in columns]
     numeric = [bool(rows) and all(_is_numeric(row[index]) for row in rows) for index in range(len(headers))]
@@ -28,7 +28,8 @@ def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) 
     )
 
 
-def _shown(cell: object) -> str:
+def shown(cell: object) -> str:
+    """A cell as tables show it."""
     if cell is None:
         return "-"
     if isinstance(cell, bool):

@@ -56,8 +56,8 @@ def score(
     """
     sums = Sums()
     with (
-        _eval_mode(model),
-        _eval_mode(teacher) if teacher is not None else nullcontext(),
+        eval_mode(model),
+        eval_mode(teacher) if teacher is not None else nullcontext(),
         tqdm(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
     ):
         for tokens, scored in bar:
@@ -67,7 +67,8 @@ def score(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode, and afterwards each as it was."""
     # Module by module: `model.train()` would wake what was frozen in eval mode inside a training model.
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -28,6 +28,7 @@ from ast_sparse.evaluation.perplexity import (
     wikitext2_rows,
 )
 from ast_sparse.evaluation.report import format_table
+from ast_sparse.evaluation.samples import continue_prompts
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
 
@@ -49,6 +50,7 @@ class Measured:
         self.config = config
         self.show = show
         self.texts: dict[str, list[str]] = {}
+        self.samples: dict[str, dict[str, str]] = {}  # by stage and prompt, for the report
         settings = config.evaluation
         if settings.data_dir is not None and not Path(settings.data_dir).expanduser().exists():
             raise UserError(f"evaluation.data_dir={settings.data_dir!r} does not exist. Correct or remove it.")
@@ -95,7 +97,13 @@ class Measured:
     def __call__(
         self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
     ) -> dict[str, dict[str, Any]]:
-        """The figures of one stage by data set; `stage` and data set label the progress bar."""
+        """The figures of one stage by data set; `stage` and data set label the progress bar.
+
+        For a report the model continues the prompts as well.
+        """
+        if self.config.evaluation.report:
+            prompts = self.config.evaluation.prompts
+            self.samples[stage] = continue_prompts(model, tokenizer, prompts, "evaluation.prompts")
         results = self._measure(stage, model, tokenizer, held_out, self.show)
         return {name: asdict(result) for name, result in results.items()}
 

@@ -19,6 +19,8 @@ from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.sources import check_entries, check_sources
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.page import check_report, run_report, write_report
+from ast_sparse.evaluation.runs import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
 from ast_sparse.export.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
 from ast_sparse.sparsity.model import sparse_layers
@@ -43,9 +45,6 @@ from ast_sparse.training.watch import REPLAY
 from ast_sparse.yaml12 import dump_yaml, read_yaml
 
 logger = logging.get_logger(__name__)
-
-RESULTS = "results.json"
-RESOLVED_CONFIG = "config.yaml"
 
 
 def run_training(
@@ -86,6 +85,8 @@ def run_training(
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
         _refuse_used(output)
+    if config.evaluation.report:
+        check_report(output / REPORT, "evaluation.report")
     check_sources(config.data)
     check_entries(config.calibration.data or (), config.data.root, "calibration.data")
     _check_held_out(config, args)
@@ -125,9 +126,11 @@ def run_training(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     rows[stage] = measured(stage, model, tokenizer, trainer.eval_dataset)
     if args.should_save:
-        write_json(output / RESULTS, rows)
+        _write_figures(output, rows, measured)
         echo(results_table(rows))
         echo(f"Saved {pattern} model to {output}")
+        if config.evaluation.report:
+            echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
     return output
 
 
@@ -170,6 +173,7 @@ def _prepare(
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = _read_rows(output, config) if checkpoint is not None else {}
+    measured.samples = _read_samples(output, rows) if config.evaluation.report else {}
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
         rows[stage] = measured(stage, model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
@@ -201,7 +205,7 @@ def _prepare(
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
-        write_json(output / RESULTS, rows)
+        _write_figures(output, rows, measured)
     return trainer, rows
 
 
@@ -322,9 +326,10 @@ def _remove_run(output: Path) -> None:
     """Remove what an earlier run left that this one might not overwrite; other files stay."""
     for folder in checkpoint_folders(output):
         shutil.rmtree(folder)
-    for name in (MASK_HISTORY, METRICS, RESULTS, "trainer_state.json"):
+    for name in (MASK_HISTORY, METRICS, RESULTS, SAMPLES, "trainer_state.json"):
         (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / REPLAY, ignore_errors=True)
+    for name in (REPLAY, REPORT):
+        shutil.rmtree(output / name, ignore_errors=True)
     for weights in output.glob("model*.safetensors*"):
         weights.unlink()
     shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
@@ -384,8 +389,23 @@ def _read_rows(output: Path, config: RunConfig) -> Rows:
         rows = read_json(output / RESULTS)
         before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
         now = config.evaluation.to_dict()
-        if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows")):
+        if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows", "prompts")):
             return {}
         return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError):
         return {}
+
+
+def _read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
+    """The continuations of the stages whose figures were read."""
+    try:
+        samples = read_json(output / SAMPLES)
+        return {stage: dict(samples[stage]) for stage in stages if stage in samples}
+    except (OSError, ValueError, TypeError, UserError):
+        return {}
+
+
+def _write_figures(output: Path, rows: Rows, measured: Measured) -> None:
+    write_json(output / RESULTS, rows)
+    if measured.samples:
+        write_json(output / SAMPLES, measured.samples)

@@ -179,6 +179,35 @@ def test_bad_options_are_one_line_and_leave_nothing(model: str, domains: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_report_has_the_figures_of_the_table(model: str, domains: Path, tmp_path: Path) -> None:
+    result = run(model, "--dataset", domains, "--seq-len", "48", "--report", tmp_path / "out", "--prompt", "the sparse")
+    perplexity = table(result)[2][-1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f">{perplexity}</td>" in page and "the sparse …" in page
+    assert result.stdout.splitlines()[-1] == f"Wrote {tmp_path / 'out' / 'report.html'}"
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["density.png"]
+
+
+def test_report_that_cannot_be_made_is_refused_before_anything_is_measured(
+    model: str, domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    text = (model, "--dataset", domains)
+    cases = {
+        ("--report", tmp_path / "a.html"): "name a folder; the page in it is report.html",
+        ("--report", tmp_path / "file"): "file is a file. Name a folder.",
+        ("--report", tmp_path / "file" / "below"): "cannot be written to. Name another folder.",
+        ("--report", tmp_path / "out", "--prompt", " "): "--prompt has no text. Fill or remove it.",
+        ("--prompt", "the sparse"): "--prompt belongs to --report.",
+    }
+    for arguments, message in cases.items():
+        assert message in refused(*text, *arguments), arguments
+    monkeypatch.setattr("ast_sparse.evaluation.page.find_spec", lambda name: None)
+    message = refused(*text, "--report", tmp_path / "out")
+    assert message.endswith("--report needs matplotlib for its figures. Install it: pip install 'ast-sparse[plots]'.")
+    assert not (tmp_path / "out").exists()
+
+
 def test_error_in_a_later_text_keeps_the_figures_of_the_first(model: str, domains: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("two of four")
     result = run(model, "--dataset", domains, "--dataset", tmp_path / "short.txt", "--seq-len", "48")

@@ -368,6 +368,12 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("evaluation.seq_len=1", r"evaluation\.seq_len=1 must be at least 2"),
     ("evaluation.windows=0", r"evaluation\.windows=0 must be at least 1"),
     ("evaluation.windows=all", r"evaluation\.windows='all' is text, expected an integer or null"),
+    ("evaluation.report=maybe", r"evaluation\.report='maybe' is text, expected true or false"),
+    ("evaluation.prompts=''", r"evaluation\.prompts=\(''.*has an empty entry"),
+    (
+        ["evaluation.report=true", f"evaluation.prompts={'the ' * 200}"],
+        r"evaluation\.prompts: 'the the .* the model 128 positions\. Shorten it",
+    ),
     ("evaluation.data_dir=/nowhere", r"evaluation\.data_dir='/nowhere' does not exist"),
     # watch
     ("watch=skip", r"Section 'watch' is 'skip', not a mapping"),

@@ -1,0 +1,52 @@
+"""Greedy continuations of a few prompts, to read beside the figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import max_positions
+from ast_sparse.evaluation.scoring import eval_mode
+
+_NEW_TOKENS = 48
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], field: str = "prompts"
+) -> dict[str, str]:
+    """What a model writes after each prompt, taking the likeliest token each time.
+
+    It stops at the end-of-text token or after 48 tokens; no chat template is applied.
+
+    Args:
+        field: the setting the prompts come from, for messages.
+
+    Raises:
+        UserError: a prompt without text, or one that fills the model's positions.
+    """
+    limit = max_positions(model.config)
+    found = {}
+    with eval_mode(model):
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            length = inputs.shape[1]
+            if not length:
+                raise UserError(f"{field}: {prompt!r} gives no token. Write another prompt, or remove it.")
+            if limit is not None and length >= limit:
+                raise UserError(
+                    f"{field}: {prompt[:40]!r} … has {length:,} tokens, the model {limit:,} positions. Shorten it."
+                )
+            settings = GenerationConfig(
+                do_sample=False,
+                max_new_tokens=_NEW_TOKENS if limit is None else min(_NEW_TOKENS, limit - length),
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
+            inputs = inputs.to(model.device)
+            generate: Any = model.generate
+            tokens = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+            found[prompt] = str(tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
+    return found
