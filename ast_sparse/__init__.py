@@ -15,6 +15,7 @@ _PUBLIC = {
     "CalibrationConfig": "config",
     "DistillationConfig": "config",
     "EvaluationConfig": "config",
+    "MixtureConfig": "config",
     "ModelConfig": "config",
     "RunConfig": "config",
     "SLoRBConfig": "config",

@@ -1,6 +1,6 @@
 """The settings of a run: one frozen dataclass a section, read from YAML."""
 
-from ast_sparse.config.data import DataConfig, UpdateConfig
+from ast_sparse.config.data import DataConfig, MixtureConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
 from ast_sparse.config.model import ModelConfig
@@ -9,5 +9,5 @@ from ast_sparse.config.sparsity import UNSTRUCTURED, CalibrationConfig, SLoRBCon
 
 __all__ = [
     "SECTIONS", "UNSTRUCTURED", "CalibrationConfig", "DataConfig", "DistillationConfig", "EvaluationConfig",
-    "ModelConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "UpdateConfig", "WatchConfig", "load_config",
+    "MixtureConfig", "ModelConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "WatchConfig", "load_config",
 ]  # fmt: skip

@@ -1,16 +1,40 @@
 """Settings of the text."""
 
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ast_sparse.config.section import Section, about
+from ast_sparse.conversion import convert
+from ast_sparse.errors import UserError
+from ast_sparse.yaml12 import shown, shown_name
+
+_DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ROUNDING = 1e-6
+_SHARES = "Give every domain a share, or none: then by size."
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateConfig(Section):
-    """How the shares of domains follow their held-out losses at every evaluation (paper Sec. 7)."""
+class DomainConfig(Section):
+    """Text of one domain, and its part in the mixture."""
+
+    _name = "data.domains"
+    train: tuple[str | dict[str, Any], ...] = field(metadata=about("As `data.train`."))
+    eval: tuple[str | dict[str, Any], ...] | None = field(default=None, metadata=about("As `data.eval`."))
+    share: float | None = field(default=None, metadata=about("Share of the samples to begin with; default: by size."))
+    target: float | None = field(default=None, metadata=about("Held-out loss to reach, nats a token."))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig(Section):
+    """Shares of the domains, and how they follow the held-out losses at every evaluation (paper Sec. 7)."""
 
     _name = "data.update"
+    shares: dict[str, Any] | None = field(default=None, metadata=about("Share of each domain; default: by size."))
+    targets: dict[str, Any] | None = field(default=None, metadata=about("Target loss of each domain."))
     type: Literal["constant", "doremi", "bandit"] = field(
         default="constant", metadata=about("The rule; doremi and bandit need a target loss for every domain.")
     )
@@ -21,6 +45,31 @@ class UpdateConfig(Section):
     def _validate(self) -> None:
         self._require(self.rate >= 0, "rate", "must be 0 or more.")
         self._require(0 <= self.floor <= 1, "floor", "must lie between 0 and 1.")
+        for key in ("shares", "targets"):
+            numbers = {
+                name: convert(value, float, f"data.domains.{name}.{key.removesuffix('s')}")
+                for name, value in (getattr(self, key) or {}).items()
+            }
+            object.__setattr__(self, key, numbers or None)
+        for name, share in (self.shares or {}).items():
+            if share < 0:
+                raise UserError(f"data.domains.{name}.share={share} must be 0 or more.")
+        total = math.fsum((self.shares or {"all": 1.0}).values())
+        if abs(total - 1) > _ROUNDING:
+            raise UserError(f"data.domains: the shares sum to {total:.6g}, not to 1. Correct them.")
+        if self.shares is not None:
+            self.check_names(self.shares)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise UserError unless every domain has what the rule needs."""
+        for name in names:
+            if self.shares is not None and name not in self.shares:
+                raise UserError(f"data.domains.{name}.share is missing. {_SHARES}")
+            if self.type != "constant" and name not in (self.targets or {}):
+                raise UserError(
+                    f"data.domains.{name}.target is missing, and data.update.type={self.type} needs a target loss for "
+                    "every domain. Give it, or set data.update.type: constant."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +78,12 @@ class DataConfig(Section):
 
     _name = "data"
     root: str | None = field(default=None, metadata=about("Folder that relative paths start from."))
-    train: tuple[str | dict[str, Any], ...] = field(
+    train: tuple[str | dict[str, Any], ...] | None = field(
+        default=None,
         metadata=about(
             "Files (text, JSONL, parquet; globs), folders of `ast-data prepare`, or `datasets.load_dataset` arguments; "
-            "one source an entry."
-        )
+            "one source an entry. Required, unless there are domains."
+        ),
     )
     eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Held-out sources; default: a share of `train`.")
@@ -41,13 +91,86 @@ class DataConfig(Section):
     eval_share: float = field(default=0.02, metadata=about("Share of the documents held out of training, 0 to 0.5."))
     text_field: str = field(default="text", metadata=about("Name of the text column or key."))
     block_size: int = field(default=1024, metadata=about("Tokens of a training sequence."))
+    domains: dict[str, Any] | None = field(
+        default=None, metadata=about("NAME: {train, eval, share, target}, instead of `train`: a mixture of domains.")
+    )
+    update: dict[str, Any] | None = field(
+        default=None,
+        metadata=about("{type: constant, doremi or bandit; rate, floor, clip}: shares follow held-out losses."),
+    )
     seed: int = field(default=0, metadata=about("Chooses the held-out documents."))
 
     def _validate(self) -> None:
-        self._require(len(self.train) > 0, "train", "names no source. List at least one file.")
-        self._require(self.eval is None or len(self.eval) > 0, "eval", "names no source. List files, or remove it.")
+        if self.train is None and not self.domains:
+            raise UserError("data.train is missing. Name text in it, or domains in data.domains.")
         for key in ("train", "eval"):
-            entries = getattr(self, key) or ()
-            self._require("" not in entries and {} not in entries, key, "has an empty entry. Fill or remove it.")
+            value = getattr(self, key)
+            self._require(not (value and self.domains), key, "stands beside data.domains. Give one of them.")
+            self._check_entries(key, value)
         self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
+        if self.domains is None:
+            self._require(not self.update, "update", "needs data.domains. Name domains, or remove it.")
+            return
+        for name, domain in self.domain_configs.items():
+            self._check_entries(f"domains.{name}.train", domain.train)
+            self._check_entries(f"domains.{name}.eval", domain.eval)
+        having = {name for name, domain in self.domain_configs.items() if domain.eval}
+        if having and (lacking := sorted(self.domains.keys() - having)):
+            raise UserError(
+                f"data.domains.{lacking[0]}.eval is missing. Name held-out text for every domain, or for none: then "
+                "data.eval_share is held out."
+            )
+        shares = {name: domain.share for name, domain in self.domain_configs.items()}
+        lacking = sorted(name for name, share in shares.items() if share is None)
+        if lacking and len(lacking) < len(shares):
+            raise UserError(f"data.domains.{lacking[0]}.share is missing. {_SHARES}")
+        self.mixture.check_names(self.domains)
+
+    def _check_entries(self, key: str, entries: tuple[Any, ...] | None) -> None:
+        if entries is not None and not entries:
+            mend = "List files, or remove it." if key.endswith("eval") else "List at least one file."
+            raise UserError(f"data.{key}=() names no source. {mend}")
+        if "" in (entries or ()) or {} in (entries or ()):
+            raise UserError(f"data.{key}={shown(entries)} has an empty entry. Fill or remove it.")
+
+    @property
+    def domain_configs(self) -> dict[str, DomainConfig]:
+        """The domains by name; none where there is no mixture."""
+        found = {}
+        known = [item.name for item in dataclasses.fields(DomainConfig)]
+        for name, values in (self.domains or {}).items():
+            if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name):
+                raise UserError(f"data.domains: the name {shown(name)} is not made of letters, digits, _ and -.")
+            if not isinstance(values, dict):
+                raise UserError(f"data.domains.{name}={shown(values)} is not a mapping. Write `train: FILE` below it.")
+            for key in values:
+                if key not in known:
+                    raise UserError(f"Unknown key data.domains.{name}.{shown_name(key)}. Known: {', '.join(known)}.")
+            if values.get("train") is None:
+                raise UserError(f"data.domains.{name}.train is missing. Name its text.")
+            try:
+                found[name] = DomainConfig(**values)
+            except UserError as error:
+                raise UserError(str(error).replace("data.domains.", f"data.domains.{name}.", 1)) from None
+        return found
+
+    @property
+    def mixture(self) -> MixtureConfig:
+        """The shares of the domains and their rule."""
+        domains = self.domain_configs
+        known = ("type", "rate", "floor", "clip")
+        for key in self.update or {}:
+            if key not in known:
+                raise UserError(f"Unknown key data.update.{shown_name(key)}. Known: {', '.join(known)}.")
+        shares = {name: domain.share for name, domain in domains.items() if domain.share is not None}
+        targets = {name: domain.target for name, domain in domains.items() if domain.target is not None}
+        return MixtureConfig(shares=shares or None, targets=targets or None, **(self.update or {}))
+
+    def entries(self, which: Literal["train", "eval"]) -> dict[str, tuple[str | dict[str, Any], ...]]:
+        """The sources by the setting they stand in, one for each domain; none where nothing is named."""
+        domains = self.domain_configs
+        if not domains:
+            return {f"data.{which}": value} if (value := getattr(self, which)) else {}
+        found = {f"data.domains.{name}.{which}": getattr(domain, which) for name, domain in domains.items()}
+        return {field: value for field, value in found.items() if value}

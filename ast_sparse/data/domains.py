@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ast_sparse.config import UpdateConfig
+from ast_sparse.config import MixtureConfig
 from ast_sparse.data.order import BlockOrder, mix, seed_key
 
 _CHUNK = 2**20  # samples that are counted at once
@@ -159,7 +159,7 @@ def _change(content: Mapping[str, Any], domains: int) -> ShareChange:
 
 
 def updated_shares(
-    shares: Sequence[float], losses: Sequence[float], targets: Sequence[float], config: UpdateConfig
+    shares: Sequence[float], losses: Sequence[float], targets: Sequence[float], config: MixtureConfig
 ) -> tuple[float, ...]:
     """The shares after an evaluation (paper Sec. 7).
 

@@ -51,15 +51,35 @@ def check_sources(config: DataConfig) -> None:
         UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry,
             shards that are unfinished or cut, or a source that stands in both lists.
     """
-    for field, entries in (("data.train", config.train), ("data.eval", config.eval or ())):
-        shard_folders(entries, config.root, field)
-    trained = {key for entry in config.train for key in _identities(entry, config.root, "data.train")}
-    for entry in config.eval or ():
-        if trained & _identities(entry, config.root, "data.eval"):
-            raise UserError(
-                f"`data.eval`: {entry} is in `data.train` too, so nothing would be held out. Name other text, or "
-                "remove `data.eval` and set `data.eval_share`."
-            )
+    places: dict[str, str] = {}
+    trained = config.entries("train")
+    _check_kinds(trained, config.root)
+    for field, entries in trained.items():
+        for key in {key for entry in entries for key in _identities(entry, config.root, field)}:
+            if (other := places.setdefault(key, field)) != field:
+                raise UserError(f"`{field}`: {key} is in `{other}` too. Give each domain text of its own.")
+    evaluated = config.entries("eval")
+    _check_kinds(evaluated, config.root)
+    for field, entries in evaluated.items():
+        for entry in entries:
+            if found := sorted(places[key] for key in _identities(entry, config.root, field) if key in places):
+                raise UserError(
+                    f"`{field}`: {entry} is in `{found[0]}` too, so nothing would be held out. Name other text, or "
+                    f"remove `{field}` and set `data.eval_share`."
+                )
+
+
+def _check_kinds(entries: Mapping[str, Sequence[Entry]], root: str | None) -> None:
+    """Domains are all of shards, or none is."""
+    kinds = {field: bool(shard_folders(part, root, field)) for field, part in entries.items()}
+    if len(set(kinds.values())) > 1:
+        shards, text = (
+            next(field for field, is_shards in kinds.items() if is_shards == which) for which in (True, False)
+        )
+        raise UserError(
+            f"`{shards}` is a folder of shards and `{text}` is text. Make shards of all with ast-data prepare, or of "
+            "none."
+        )
 
 
 def check_entries(entries: Sequence[Entry], root: str | None, field: str) -> None:

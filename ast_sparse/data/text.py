@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
+from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.held_out import training_tokens
 from ast_sparse.data.packing import (
     document_keys,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ast_sparse.config import DataConfig
 
 
-Blocks: TypeAlias = Dataset | TokenBlocks
+Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,84 +96,123 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     With several processes call it under `main_process_first()`.
 
     Returns:
-        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`), and the report.
+        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`), and the report. Of
+        `data.domains` both are `DomainBlocks`.
 
     Raises:
-        UserError: any source cannot be read, a split has less text than one block, or shards are of another tokenizer.
+        UserError: any source cannot be read, a split or a domain has less text than one block, or shards are of
+            another tokenizer.
     """
-    share = 0.0 if config.eval else config.eval_share
-    train = _split(config, tokenizer, config.train, "data.train", share)
-    held_out = _split(config, tokenizer, config.eval, "data.eval", 0.0) if config.eval else None
-    blocks, train_report = train.pack("train", False, config)
+    trained, evaluated = config.entries("train"), config.entries("eval")
+    train = _read(config, tokenizer, trained, 0.0 if evaluated else config.eval_share)
+    held_out = _read(config, tokenizer, evaluated, 0.0) if evaluated else None
+    blocks, train_report = _pack(train, "train", False, config)
     held_out_blocks, held_out_report = None, None
     if held_out is not None:
-        held_out_blocks, held_out_report = held_out.pack("eval", False, config)
-    elif share:
-        held_out_blocks, held_out_report = train.pack("held out", True, config)
+        held_out_blocks, held_out_report = _pack(held_out, "eval", False, config)
+    elif config.eval_share:
+        held_out_blocks, held_out_report = _pack(train, "held out", True, config)
     empty = train.empty + (held_out.empty if held_out else 0)
     report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
     return blocks, held_out_blocks, report
 
 
-def _split(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, entries: Sequence[Entry], field: str, share: float
+def _read(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, entries: Mapping[str, Sequence[Entry]], share: float
 ) -> _Text | _Shards:
-    if folders := shard_folders(entries, config.root, field):
-        return _Shards(folders, tokenizer, field, share, config.seed)
-    return _Text(load_documents(entries, config.root, config.text_field, field=field), tokenizer, share, config.seed)
+    folders = {field: shard_folders(part, config.root, field) for field, part in entries.items()}
+    if any(folders.values()):
+        return _Shards(folders, tokenizer, share, config.seed)
+    sources = {
+        field: load_documents(part, config.root, config.text_field, field=field) for field, part in entries.items()
+    }
+    return _Text(sources, tokenizer, share, config.seed)
 
 
 class _Text:
     """Sources of text, tokenised, and how many tokens of each document train."""
 
-    def __init__(self, sources: list[Source], tokenizer: PreTrainedTokenizerBase, share: float, seed: int) -> None:
-        self.names = [source.name for source in sources]
-        self.tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in sources]
+    def __init__(
+        self, sources: Mapping[str, list[Source]], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
+    ) -> None:
+        self.fields = [field for field, part in sources.items() for _ in part]
+        every = [source for part in sources.values() for source in part]
+        self.names = [source.name for source in every]
+        self.tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in every]
         self.lengths = [token_counts(part) for part in self.tokenised]
         self.empty = sum(int((length == 0).sum()) for length in self.lengths)
         keys = [document_keys(part) for part in self.tokenised]
         self.cuts = training_tokens(keys, self.lengths, self.names, share, seed)
 
-    def pack(self, split: str, is_held_out: bool, config: DataConfig) -> tuple[Dataset, SplitReport]:
-        """The blocks of what trains, or of what is held out."""
-        zeros = [np.zeros_like(length) for length in self.lengths]
-        starts, stops = (self.cuts, self.lengths) if is_held_out else (zeros, self.cuts)
-        sources = tuple(
-            SourceReport(name=name, documents=int((stop > start).sum()), tokens=int((stop - start).sum()))
-            for name, start, stop in zip(self.names, starts, stops, strict=True)
-        )
-        report = _split_report(split, sources, config)
-        documents = datasets.concatenate_datasets(self.tokenised)
-        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), config.block_size, split), report
+    def report(self, source: int, is_held_out: bool) -> SourceReport:
+        """What a source gives to training, or what is held out of it."""
+        start, stop = self._range(source, is_held_out)
+        documents, tokens = int((stop > start).sum()), int((stop - start).sum())
+        return SourceReport(name=self.names[source], documents=documents, tokens=tokens)
+
+    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> Dataset:
+        """The same as blocks, of several sources joined."""
+        starts, stops = zip(*(self._range(source, is_held_out) for source in sources), strict=True)
+        documents = datasets.concatenate_datasets([self.tokenised[source] for source in sources])
+        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), block_size, label)
+
+    def _range(self, source: int, is_held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+        cut = self.cuts[source]
+        return (cut, self.lengths[source]) if is_held_out else (np.zeros_like(cut), cut)
 
 
 class _Shards:
     """Folders of shards, and which stretches of them train."""
 
     def __init__(
-        self, folders: list[ShardFolder], tokenizer: PreTrainedTokenizerBase, field: str, share: float, seed: int
+        self, folders: Mapping[str, list[ShardFolder]], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
     ) -> None:
+        self.fields = [field for field, part in folders.items() for _ in part]
+        self.folders = [folder for part in folders.values() for folder in part]
         key, eos = tokenizer_key(tokenizer), eos_token(tokenizer)
-        for folder in folders:
+        for field, folder in zip(self.fields, self.folders, strict=True):
             if (folder.manifest.tokenizer_key, folder.manifest.eos_token_id) != (key, eos):
                 raise UserError(
                     f"`{field}`: the shards of {folder.name} were made with another tokenizer, of "
                     f"{folder.manifest.tokenizer}. Make them again with ast-data prepare --tokenizer "
                     f"{tokenizer.name_or_path}."
                 )
-        self.folders = folders
-        self.empty = sum(folder.manifest.empty for folder in folders)
-        self.stretches = split_folders(folders, share, seed)
+        self.empty = sum(folder.manifest.empty for folder in self.folders)
+        self.stretches = split_folders(self.folders, share, seed)
 
-    def pack(self, split: str, is_held_out: bool, config: DataConfig) -> tuple[TokenBlocks, SplitReport]:
-        """The blocks of what trains, or of what is held out."""
-        chosen = [pair[int(is_held_out)] for pair in self.stretches]
-        sources = tuple(
-            SourceReport(name=folder.name, documents=part.documents, tokens=part.tokens)
-            for folder, part in zip(self.folders, chosen, strict=True)
-        )
-        report = _split_report(split, sources, config)
-        return TokenBlocks(self.folders, join(chosen), config.block_size), report
+    def report(self, source: int, is_held_out: bool) -> SourceReport:
+        """What a folder gives to training, or what is held out of it."""
+        part = self.stretches[source][int(is_held_out)]
+        return SourceReport(name=self.folders[source].name, documents=part.documents, tokens=part.tokens)
+
+    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> TokenBlocks:
+        """The same as blocks, of several folders joined."""
+        chosen = [self.stretches[source][int(is_held_out)] for source in sources]
+        return TokenBlocks(self.folders, join(chosen), block_size)
+
+
+def _pack(split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig) -> tuple[Blocks, SplitReport]:
+    """One split; of domains each by itself."""
+    size = config.block_size
+    every = range(len(split.fields))
+    reports = [split.report(source, is_held_out) for source in every]
+    if not config.domains:
+        report = _split_report(name, reports, config)
+        return split.blocks(list(every), is_held_out, size, name), report
+    parts, totals = {}, []
+    for domain in config.domains:
+        chosen = [source for source in every if split.fields[source].startswith(f"data.domains.{domain}.")]
+        try:
+            totals.append(_split_report(name, [reports[source] for source in chosen], config))
+        except UserError as error:
+            raise UserError(f"data.domains.{domain}: {error}") from None
+        parts[domain] = split.blocks(chosen, is_held_out, size, f"{domain}, {name}")
+    sums = {key: sum(getattr(part, key) for part in totals) for key in ("documents", "tokens", "blocks", "leftover")}
+    domains = tuple(
+        SourceReport(name=domain, documents=part.documents, tokens=part.tokens)
+        for domain, part in zip(parts, totals, strict=True)
+    )
+    return DomainBlocks(parts), SplitReport(name=name, sources=domains, **sums)
 
 
 def calibration_blocks(
@@ -199,7 +239,7 @@ def calibration_blocks(
     return pack_tokens(datasets.concatenate_datasets(tokenised), np.zeros_like(ends), ends, block_size, "calibration")
 
 
-def _split_report(split: str, sources: tuple[SourceReport, ...], config: DataConfig) -> SplitReport:
+def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig) -> SplitReport:
     tokens = sum(source.tokens for source in sources)
     if tokens < config.block_size:
         raise UserError(_too_short(split, [source.name for source in sources], tokens, config))
@@ -209,7 +249,7 @@ def _split_report(split: str, sources: tuple[SourceReport, ...], config: DataCon
         tokens=tokens,
         blocks=tokens // config.block_size,
         leftover=tokens % config.block_size,
-        sources=sources,
+        sources=tuple(sources),
     )
 
 
@@ -221,5 +261,5 @@ def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) ->
             f"The text held out of {shown} (`data.eval_share` = {config.eval_share:g}) {need}. "
             "Raise `data.eval_share`, lower `data.block_size`, or name `data.eval`."
         )
-    after = " after the held-out share" if split == "train" and config.eval_share and not config.eval else ""
+    after = " after the held-out share" if split == "train" and config.eval_share and not config.entries("eval") else ""
     return f"The text of {shown} {need}{after}. Give more text in `data.{split}` or lower `data.block_size`."

@@ -5,7 +5,7 @@ a batch when it is trained on, so that shares that changed at an evaluation hold
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ def block_source(train_dataset: Any) -> dict[str, Any] | None:
     return {"train": train_dataset} if isinstance(train_dataset, TokenBlocks) else None
 
 
-def make_mixture(parts: dict[str, Any], shares: list[float] | None, args: TrainingArguments) -> Mixture:
+def make_mixture(parts: dict[str, Any], shares: Mapping[str, float] | None, args: TrainingArguments) -> Mixture:
     """The order of the blocks of a run, by `training.data_seed`, or else `training.seed`.
 
     Args:
-        shares: of the domains; None: as many samples of each as it has blocks.
+        shares: by domain; None: as many samples of each as it has blocks.
 
     Raises:
         UserError: a setting asks for another order.
@@ -96,7 +96,8 @@ def make_mixture(parts: dict[str, Any], shares: list[float] | None, args: Traini
     total = sum(blocks.values())
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     seed = args.seed if args.data_seed is None else args.data_seed
-    return Mixture(blocks, shares or [count / total for count in blocks.values()], seed, batch)
+    shares = shares or {name: count / total for name, count in blocks.items()}
+    return Mixture(blocks, [shares[name] for name in blocks], seed, batch)
 
 
 def block_loader(dataset: Any, mixture: Mixture, collator: Any, args: TrainingArguments) -> DataLoader[Any]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ast_sparse.config import RunConfig
+from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.sources import read_texts
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import (
@@ -122,11 +123,16 @@ class Measured:
         for name in settings.datasets:
             shown: dict[str, Any] = {"progress": show, "label": f"Perplexity, {stage}, {name}"}
             if name == HELDOUT:
-                results[name] = evaluate_blocks(model, held_out, settings.windows, **shown)
+                results[name] = evaluate_blocks(model, _as_one(held_out), settings.windows, **shown)
             else:
                 seq_len = settings.seq_len or default_seq_len(model.config)
                 results[name] = evaluate_text(model, tokenizer, self.texts[name], seq_len, settings.windows, **shown)
         return results
+
+
+def _as_one(held_out: Any) -> Any:
+    """The blocks of all domains, where they are held out by domain."""
+    return DomainBlocks(held_out) if isinstance(held_out, dict) else held_out
 
 
 def logged_key(name: str) -> str:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.sources import check_entries, check_sources
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
@@ -37,6 +38,7 @@ from ast_sparse.training.checkpoints import (
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.metrics import METRICS
+from ast_sparse.training.mixture import check_evaluations
 from ast_sparse.training.plan import Hardware, Plan, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.signals import PreemptionSignals
@@ -89,6 +91,7 @@ def run_training(
         check_report(output / REPORT, "evaluation.report")
     check_sources(config.data)
     check_entries(config.calibration.data or (), config.data.root, "calibration.data")
+    check_evaluations(config.data.mixture, args)
     _check_held_out(config, args)
     hardware = hardware or Hardware()
     plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
@@ -188,6 +191,7 @@ def _prepare(
             watch_config=config.watch,
             calibration_dataset=_calibration(config, args, tokenizer, checkpoint),
             teacher_model=_teacher(config),
+            mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -256,7 +260,7 @@ def _slorb(config: RunConfig) -> SLoRBConfig | None:
 
 def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
     """Held-out text where something needs it."""
-    if config.data.eval is not None or config.data.eval_share > 0:
+    if config.data.entries("eval") or config.data.eval_share > 0:
         return
     if "heldout" in config.evaluation.datasets:
         raise UserError(
@@ -278,15 +282,18 @@ def _check_token_ids(train: Blocks, tokenizer: PreTrainedTokenizerBase, model: P
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) <= rows:
         return
-    if isinstance(train, TokenBlocks):
-        largest = train.largest_token
-    else:
-        largest = max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in train.data.column("input_ids").chunks)
+    largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
     if largest >= rows:
         raise UserError(
             f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
             "embeddings. They do not belong together: put the model's own tokenizer into its folder."
         )
+
+
+def _largest_token(blocks: Any) -> int:
+    if isinstance(blocks, TokenBlocks):
+        return blocks.largest_token
+    return max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in blocks.data.column("input_ids").chunks)
 
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:

@@ -24,7 +24,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 import ast_sparse
-from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig, WatchConfig
+from ast_sparse.config import (
+    CalibrationConfig,
+    DistillationConfig,
+    MixtureConfig,
+    SLoRBConfig,
+    SparsityConfig,
+    WatchConfig,
+)
+from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.packing import CausalLMCollator, calibration_samples
 from ast_sparse.distillation.features import feature_loss, forward_with_features
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
@@ -44,6 +52,7 @@ from ast_sparse.training.flops import FlopsCallback, match_flops, student_parame
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
+from ast_sparse.training.mixture import MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback, divergence
 
@@ -60,11 +69,13 @@ class SparseTrainer(Trainer):
         slorb_config: SLoRB adapters; None for none.
         calibration_config: how many sequences `sparsity.init` wanda and sparsegpt measure, and SparseGPT's settings.
         watch_config: what happens when the loss is not finite or jumps; default `WatchConfig()`, which stops at NaN.
+        mixture_config: shares of the domains of `train_dataset` and how they change; default: by size, constant.
         calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
             magnitude masks, because a checkpoint brings the masks and weights.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
         train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
-            counts), or raw text, which is tokenised and packed. Blocks of token shards are read where they lie.
+            counts), or raw text, which is tokenised and packed. Blocks of token shards are read where they lie. A
+            mapping of names to such is a mixture of domains; the losses held out are then reported by domain.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
         processing_class: the tokenizer, saved with every checkpoint.
 
@@ -84,6 +95,7 @@ class SparseTrainer(Trainer):
         slorb_config: SLoRBConfig | None = None,
         calibration_config: CalibrationConfig | None = None,
         watch_config: WatchConfig | None = None,
+        mixture_config: MixtureConfig | None = None,
         calibration_dataset: Any = None,
         teacher_model: PreTrainedModel | str | None = None,
         train_dataset: Any = None,
@@ -119,7 +131,11 @@ class SparseTrainer(Trainer):
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
-        train_dataset = pack(train_dataset)
+        train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
+        if isinstance(train_dataset, dict):
+            train_dataset = DomainBlocks(train_dataset)
+        if isinstance(eval_dataset, DomainBlocks):  # Trainer evaluates a mapping part by part
+            eval_dataset = eval_dataset.parts
         self.calibration_config = calibration_config or CalibrationConfig()
         self.sparsity_report: SparsityReport = self._sparsify(model, args, train_dataset, calibration_dataset, pack)
         check_optimizer(optimizers[0], model)
@@ -129,7 +145,7 @@ class SparseTrainer(Trainer):
             args=args,
             data_collator=data_collator or CausalLMCollator(pad),
             train_dataset=train_dataset,
-            eval_dataset=pack(eval_dataset),
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -140,8 +156,12 @@ class SparseTrainer(Trainer):
         if self.teacher is not None:
             self.teacher.to(self.args.device)
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
-        self._parts = block_source(train_dataset)
-        self._mixture = None if self._parts is None else make_mixture(self._parts, None, self.args)
+        self._parts, self._mixture = block_source(train_dataset), None
+        mixture_config = mixture_config or MixtureConfig()
+        if self._parts is not None:
+            if isinstance(train_dataset, DomainBlocks):
+                check_mixture(mixture_config, self._parts, eval_dataset, self.args)
+            self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
         self._watch = WatchCallback(watch_config or WatchConfig())
         self._late_slorb = LateSLoRB(slorb_config)
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
@@ -150,6 +170,8 @@ class SparseTrainer(Trainer):
         sparsity = SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config)
         for callback in (self._watch, sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
             self.add_callback(callback)
+        if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
+            self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
 
     @property
     def student(self) -> PreTrainedModel:
@@ -319,6 +341,17 @@ class SparseTrainer(Trainer):
         self._metrics.on_train_begin(self.args, self.state, self.control)
         self._flops.on_train_end(self.args, self.state, self.control)
         return TrainOutput(state.global_step, math.nan, {})
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in Trainer; of a mapping there is also the loss over all of its parts."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(parts, dict) and (loss := mean_loss(metrics, parts, metric_key_prefix)) is not None:
+            metrics[f"{metric_key_prefix}_loss"] = loss
+            self.log({f"{metric_key_prefix}_loss": loss})
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss.

@@ -142,6 +142,13 @@ def is_bar(line: str) -> bool:
     return "it/s]" in line or "examples/s]" in line
 
 
+# a mixture that succeeds, and what doremi and bandit need as well
+DOMAINS = [
+    "data.train=null", "data.domains.cc={{train: text.txt, share: 0.6}}",
+    "data.domains.wiki={{train: other.txt, share: 0.4}}",
+]  # fmt: skip
+TARGETS = ["data.domains.cc.target=1.0", "data.domains.wiki.target=1.0"]
+
 # what is set, as after --set, or several; and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
     # model
@@ -236,6 +243,40 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.block_size=true", r"data\.block_size=True is true or false, expected an integer"),
     ("data.text_field=5", r"data\.text_field=5 is an integer, expected text"),
     ("data.sead=1", r"Unknown key data\.sead\. Did you mean 'seed'"),
+    # domains
+    (["data.train=null"], r"data\.train is missing\. Name text in it, or domains in data\.domains"),
+    ("data.domains.cc.train=other.txt", r"data\.train=\('text\.txt',\) stands beside data\.domains|stands beside"),
+    ("data.update.type=doremi", r"data\.update=.* needs data\.domains"),
+    ("data.domains=cc", r"data\.domains='cc' is text, expected a mapping"),
+    (["data.train=null", "data.domains.cc=text.txt"], r"data\.domains\.cc='text\.txt' is not a mapping"),
+    (["data.train=null", "data.domains.c c.train=text.txt"], r"data\.domains: the name 'c c' is not made of letters"),
+    (["data.train=null", "data.domains.cc.share=1"], r"data\.domains\.cc\.train is missing"),
+    ([*DOMAINS, "data.domains.cc.shares=1"], r"Unknown key data\.domains\.cc\.shares\. Known: train, eval, share"),
+    ([*DOMAINS, "data.domains.cc.share=much"], r"data\.domains\.cc\.share='much' is text, expected a number"),
+    ([*DOMAINS, "data.domains.cc.share=0.5"], r"data\.domains: the shares sum to 0\.9, not to 1"),
+    ([*DOMAINS, "data.domains.cc.share=-0.4"], r"data\.domains\.cc\.share=-0\.4 must be 0 or more"),
+    ([*DOMAINS, "data.domains.cc.share=null"], r"data\.domains\.cc\.share is missing"),
+    ([*DOMAINS, "data.domains.cc.eval=text.txt"], r"data\.domains\.wiki\.eval is missing"),
+    ([*DOMAINS, "data.update.typ=doremi"], r"Unknown key data\.update\.typ\. Known: type, rate, floor, clip"),
+    ([*DOMAINS, "data.update.type=doremi"], r"data\.domains\.cc\.target is missing, and data\.update\.type=doremi"),
+    ([*DOMAINS, "data.update.type=doremy"], r"data\.update\.type='doremy' is text.*Did you mean 'doremi'"),
+    ([*DOMAINS, "data.update.rate=-1"], r"data\.update\.rate=-1\.0 must be 0 or more"),
+    ([*DOMAINS, "data.update.floor=2"], r"data\.update\.floor=2\.0 must lie between 0 and 1"),
+    ([*DOMAINS, "data.domains.cc.train=none.txt"], r"`data\.domains\.cc\.train`: file none\.txt does not exist"),
+    ([*DOMAINS, "data.domains.cc.train=empty.txt"], r"empty\.txt is empty"),
+    ([*DOMAINS, "data.domains.cc.train=short.txt"], r"data\.domains\.cc: The text of short\.txt has \d+ tokens, fewer"),
+    (
+        [*DOMAINS, "data.domains.cc.train=other.txt"],
+        r"is in `data\.domains\.\w+\.train` too",
+    ),
+    (
+        [*DOMAINS, *TARGETS, "data.update.type=doremi"],
+        r"changes shares at every evaluation, and training\.eval_strategy",
+    ),
+    (
+        [*DOMAINS, *TARGETS, "data.update.type=bandit", "data.eval_share=0", "training.eval_strategy=steps"],
+        r"data\.eval_share is 0\. Set data\.eval",
+    ),
     # sparsity
     ("sparsity=2:4", r"Section 'sparsity' is '2:4', not a mapping"),
     ("sparsity.pattern=4:2", r"sparsity\.pattern='4:2' needs 0 < N < M"),

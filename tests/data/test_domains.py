@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ast_sparse.config import UpdateConfig
+from ast_sparse.config import MixtureConfig
 from ast_sparse.data.domains import DomainBlocks, Mixture, updated_shares
 from ast_sparse.data.order import BlockOrder, seed_key
 from ast_sparse.errors import UserError
@@ -93,7 +93,7 @@ def test_shares_are_met_and_a_share_of_zero_is_never_drawn() -> None:
 
 
 def test_doremi_is_the_rule_computed_by_hand() -> None:
-    config = UpdateConfig(type="doremi", rate=1.0, floor=1e-4)
+    config = MixtureConfig(type="doremi", rate=1.0, floor=1e-4)
     # w·e^(loss − target): .5·e^.2, .3·e^-.1, .2·e^0 = .6107013791, .2714512254, .2; their sum 1.0821526045
     found = updated_shares((0.5, 0.3, 0.2), (2.2, 1.4, 1.0), (2.0, 1.5, 1.0), config)
     expected = [0.9999 * part / 1.0821526045 + 1e-4 / 3 for part in (0.6107013791, 0.2714512254, 0.2)]
@@ -105,16 +105,16 @@ def test_bandit_clip_and_rate_are_the_rule_computed_by_hand() -> None:
     shares, losses, targets = (0.5, 0.3, 0.2), (2.2, 1.4, 1.0), (2.0, 1.5, 1.0)
     # w + η·(loss − target), η = 2: .9, .1, .2
     weights = [math.exp(value) for value in (0.9, 0.1, 0.2)]
-    found = updated_shares(shares, losses, targets, UpdateConfig(type="bandit", rate=2.0, floor=0.3))
+    found = updated_shares(shares, losses, targets, MixtureConfig(type="bandit", rate=2.0, floor=0.3))
     assert found == pytest.approx([0.7 * weight / sum(weights) + 0.1 for weight in weights], rel=1e-12)
-    clipped = updated_shares(shares, losses, targets, UpdateConfig(type="doremi", floor=0.0, clip=True))
+    clipped = updated_shares(shares, losses, targets, MixtureConfig(type="doremi", floor=0.0, clip=True))
     total = 0.5 * math.exp(0.2) + 0.3 + 0.2
     assert clipped == pytest.approx([0.5 * math.exp(0.2) / total, 0.3 / total, 0.2 / total], rel=1e-12)
-    assert updated_shares(shares, losses, targets, UpdateConfig(type="constant")) == shares
+    assert updated_shares(shares, losses, targets, MixtureConfig(type="constant")) == shares
 
 
 def test_a_share_of_zero_and_huge_losses_stay_finite() -> None:
-    config = UpdateConfig(type="doremi", floor=0.01)
+    config = MixtureConfig(type="doremi", floor=0.01)
     found = updated_shares((0.0, 1.0), (2000.0, 1000.0), (1.0, 1.0), config)
     assert found == pytest.approx([0.005, 0.995])
 
@@ -157,4 +157,4 @@ def test_damaged_history_is_refused(change: dict[str, Any], error: type[Exceptio
 )
 def test_wrong_update_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        UpdateConfig(**values)
+        MixtureConfig(**values)

@@ -48,7 +48,7 @@ def arguments(**values: Any) -> Any:
 
 
 def mixture(args: Any) -> Mixture:
-    return make_mixture(PARTS, [0.6, 0.4], args)
+    return make_mixture(PARTS, {"wiki": 0.4, "cc": 0.6}, args)
 
 
 def batches(args: Any, epochs: int = 1) -> list[list[int]]:
