@@ -1,15 +1,20 @@
 """Distillation on the output distribution: cross-entropy, KL forward or reverse, soft CE (paper Sec. 3.3)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ast_sparse.config import DistillationConfig
 
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 256  # rows of float32 temporaries alive at once
+_BLOCK_ELEMENTS = (
+    1 << 19
+)  # the passes of `add_gradient_` go over so many logits at once: on a CPU they stay in its cache
 
 
 def distillation_loss(
@@ -19,14 +24,15 @@ def distillation_loss(
 
     D by `config.kind`: kl and squarehead T² · KL(teacher‖student), (4) and (13); reverse_kl T² · KL(student‖teacher),
     (15); tinybert the soft cross-entropy −Σ softmax(z_T/T) · log softmax(z_S/T) without T², (9)-(10); mobilebert
-    nothing. What the kind says of hidden states and attention maps is `feature_loss`.
+    nothing. What the kind says of hidden states and attention maps is `feature_loss`. Where one model has more columns
+    than the other (padding of the vocabulary), D compares the distributions over those that both have.
 
     The gradient is computed in the forward pass, a chunk of tokens at a time, so that the only tensors of the size of
-    the logits are the logits themselves and their gradient.
+    the logits are the logits themselves and their gradient. `chunked_distillation_loss` does without those as well.
 
     Args:
         student_logits: `[..., vocab]`, any float dtype; computed in float32 or wider.
-        teacher_logits: the same shape, no gradient; None where D has no weight or looks at no logits.
+        teacher_logits: `[..., vocab]`, no gradient; None where D has no weight or looks at no logits.
         labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
         config: weights and temperature; None is plain cross-entropy.
 
@@ -36,99 +42,134 @@ def distillation_loss(
     Raises:
         ValueError: shapes differ, or D has weight and there is no teacher.
     """
-    ce_weight, kl_weight = (1.0, 0.0) if config is None else config.weights
+    terms = Terms.of(config)
     if student_logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(student_logits.shape)}.")
-    kind = "kl" if config is None else config.kind
-    kl_weight = 0.0 if kind == "mobilebert" else kl_weight
-    if kl_weight > 0 and teacher_logits is None:
-        raise ValueError(f"kl_weight={kl_weight} needs teacher logits.")
-    if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
+    if terms.kl_weight > 0 and teacher_logits is None:
+        raise ValueError(f"kl_weight={terms.kl_weight} needs teacher logits.")
+    if teacher_logits is not None and teacher_logits.shape[:-1] != labels.shape:
         raise ValueError(f"teacher logits {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}.")
-    temperature = 1.0 if config is None else config.temperature
     loss = _DistillationLoss.apply(
         student_logits.flatten(0, -2),
-        None if teacher_logits is None or kl_weight == 0 else teacher_logits.detach().flatten(0, -2),
+        None if teacher_logits is None or terms.kl_weight == 0 else teacher_logits.detach().flatten(0, -2),
         labels.flatten(),
-        ce_weight,
-        kl_weight,
-        temperature,
-        kind,
+        terms,
     )
     return loss, (labels != IGNORE_INDEX).sum()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss of one position is made of."""
+
+    kind: str
+    ce_weight: float
+    kl_weight: float  # 0 where D looks at no logits
+    temperature: float
+
+    @classmethod
+    def of(cls, config: DistillationConfig | None) -> "Terms":
+        """The terms of a config; None is plain cross-entropy."""
+        if config is None:
+            return cls("kl", 1.0, 0.0, 1.0)
+        ce_weight, kl_weight = config.weights
+        return cls(config.kind, ce_weight, 0.0 if config.kind == "mobilebert" else kl_weight, config.temperature)
 
 
 class _DistillationLoss(torch.autograd.Function):
     """Sum of the loss over tokens; the gradient is ready when the forward pass ends."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor,
-        ce_weight: float,
-        kl_weight: float,
-        temperature: float,
-        kind: str,
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms) -> Tensor:
         work_dtype = torch.promote_types(student.dtype, torch.float32)
-        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        grad = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=work_dtype, device=student.device)
-        for start in range(0, len(labels), _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
-            counted = labels[rows] != IGNORE_INDEX
-            logits = student[rows].to(work_dtype)
-            chunk_grad = torch.zeros_like(logits) if grad is not None else None
-            loss = _cross_entropy(logits, labels[rows], ce_weight, chunk_grad)
-            if teacher is not None:
-                loss = loss + _kl(logits, teacher[rows].to(work_dtype), kl_weight, temperature, kind, chunk_grad)
-            total += torch.where(counted, loss, 0).sum()
-            if grad is not None and chunk_grad is not None:
-                grad[rows] = chunk_grad.masked_fill_(~counted.unsqueeze(-1), 0)
+        for rows in (labels != IGNORE_INDEX).nonzero().squeeze(-1).split(_CHUNK_TOKENS):
+            logits = student[rows]
+            reference = None if teacher is None else teacher[rows]
+            total += loss_rows_(logits, reference, labels[rows], terms, with_gradient=grad is not None)
+            if grad is not None:
+                grad[rows] = logits
         if grad is not None:
             ctx.save_for_backward(grad)
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, weight: float, grad: Tensor | None) -> Tensor:
-    """Cross-entropy of each row at T = 1; adds `weight · (p − onehot)` to `grad`."""
-    if weight == 0:
-        return logits.new_zeros(len(logits))
-    index = labels.clamp(min=0).unsqueeze(-1)
-    log_p = F.log_softmax(logits, dim=-1)
-    loss = -weight * log_p.gather(-1, index).squeeze(-1)
-    if grad is not None:
-        grad.add_(log_p.exp_(), alpha=weight)
-        grad.scatter_add_(-1, index, grad.new_full(index.shape, -weight))
+def loss_rows_(
+    logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, *, softcap: float | None = None,
+    with_gradient: bool = True,
+) -> Tensor:  # fmt: skip
+    """The summed loss of rows that all count; `logits` is overwritten, by the gradient if there is to be one.
+
+    Goes over blocks of rows: the passes over a block find it in the cache.
+
+    Args:
+        logits: `[rows, vocab]`, any float dtype; computed in float32 or wider. With `softcap` c, what is fed to
+            `c · tanh(· / c)` instead, and the gradient is by that.
+        teacher: `[rows, vocab]`, any float dtype, not changed; None where D has no weight.
+        labels: `[rows]` int64, none of them −100.
+    """
+    work_dtype = torch.promote_types(logits.dtype, torch.float32)
+    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    total = torch.zeros((), dtype=work_dtype, device=logits.device)
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        block = logits[rows].to(work_dtype)
+        reference = None if teacher is None else teacher[rows].to(work_dtype)
+        slope = None
+        if softcap is not None:
+            block.div_(softcap).tanh_()
+            slope = 1 - block.square() if with_gradient else None
+            block.mul_(softcap)
+        total += _block_loss_(block, reference, labels[rows], terms, with_gradient)
+        if slope is not None:
+            block.mul_(slope)
+        if with_gradient and block.dtype != logits.dtype:
+            logits[rows] = block
+    return total
+
+
+def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, with_gradient: bool) -> Tensor:
+    """As `loss_rows_`, all rows at once. ∂CE/∂z = p_s − onehot."""
+    index = labels.unsqueeze(-1)
+    log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+    loss = log_p.gather(-1, index).sum() * -terms.ce_weight
+    grad, is_p = None, False  # whether the soft loss has turned log p_s into p_s
+    if teacher is not None:
+        width = min(logits.shape[-1], teacher.shape[-1])
+        log_t = F.log_softmax(teacher[:, :width] / terms.temperature, dim=-1)
+        is_p = terms.temperature == 1 and width == logits.shape[-1]
+        log_s = log_p if is_p else F.log_softmax(log_p[:, :width] / terms.temperature, dim=-1)
+        soft_loss, grad = _soft_loss_(log_s, log_t, terms)
+        loss = loss + soft_loss
+    if with_gradient:
+        p = log_p if is_p else log_p.exp_()
+        p.mul_(terms.ce_weight).scatter_add_(-1, index, p.new_full(index.shape, -terms.ce_weight))
+        if grad is not None:
+            p[:, : grad.shape[-1]].add_(grad)
     return loss
 
 
-def _kl(student: Tensor, teacher: Tensor, weight: float, temperature: float, kind: str, grad: Tensor | None) -> Tensor:
-    """`weight · T² · KL` or weight · soft CE of each row; adds its gradient by the student's logits to `grad`.
+def _soft_loss_(log_s: Tensor, log_t: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """`kl_weight · D`, summed over rows, and its gradient by the student's logits; `log_s` is overwritten by p_s.
 
     Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL). Soft CE, which is
     the forward KL plus the teacher's entropy, without T²: weight · (p_s − p_t) / T.
     """
-    log_s = F.log_softmax(student / temperature, dim=-1)
-    log_t = F.log_softmax(teacher / temperature, dim=-1)
-    p_s = log_s.exp()
-    if kind == "reverse_kl":
-        difference = log_s - log_t
-        kl = (p_s * difference).sum(-1)
-        if grad is not None:
-            grad.add_(p_s * (difference - kl.unsqueeze(-1)), alpha=weight * temperature)
-        return weight * temperature**2 * kl
+    weight, temperature = terms.kl_weight, terms.temperature
+    scale = weight if terms.kind == "tinybert" else weight * temperature**2
+    if terms.kind == "reverse_kl":
+        difference = log_t.neg_().add_(log_s)
+        p_s = log_s.exp_()
+        kl = torch.linalg.vecdot(p_s, difference)
+        return scale * kl.sum(), difference.sub_(kl.unsqueeze(-1)).mul_(p_s).mul_(scale / temperature)
     p_t = log_t.exp()
-    if kind == "tinybert":
-        scale, loss = weight, -(p_t * log_s).sum(-1)
-    else:
-        scale, loss = weight * temperature**2, (p_t * (log_t - log_s)).sum(-1)
-    if grad is not None:
-        grad.add_(p_s.sub_(p_t), alpha=scale / temperature)
-    return scale * loss
+    compared = log_s.neg() if terms.kind == "tinybert" else log_t.sub_(log_s)
+    loss = torch.linalg.vecdot(p_t, compared).sum()
+    return scale * loss, torch.sub(log_s.exp_(), p_t, out=p_t).mul_(scale / temperature)

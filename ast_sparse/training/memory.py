@@ -21,9 +21,10 @@ from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ast_sparse.config import DistillationConfig
-from ast_sparse.distillation.features import feature_loss, forward_with_features, needs_attention
-from ast_sparse.distillation.logits import distillation_loss
+from ast_sparse.distillation.features import needs_attention
+from ast_sparse.distillation.head import OutputHead
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
+from ast_sparse.training.losses import MicroBatchLoss
 
 Sharding = Literal["none", "ddp", "fsdp2"]
 
@@ -231,20 +232,14 @@ class MemoryModel:
 
     def _loss(self, teacher: PreTrainedModel | None, inputs: dict[str, Tensor], labels: Tensor, setup: Setup) -> Tensor:
         """The loss of a step as SparseTrainer computes it; cross-entropy alone in evaluation."""
-        config = self.distillation if self.student.training else None
+        heads = {}
+        for owner, model in (("student", self.student), ("teacher", teacher)):
+            linear = None if model is None else model.get_output_embeddings()
+            if type(linear) is nn.Linear:
+                heads[owner] = OutputHead(linear)  # without scale and cap, which take no memory to speak of
+        compute = MicroBatchLoss(teacher, self.distillation, heads)
         with torch.autocast("cpu", setup.dtype, enabled=setup.is_half):
-            outputs, ours = forward_with_features(self.student, self.student, inputs, config)
-        logits = outputs.logits.float()  # accelerate hands them on so
-        if config is None or teacher is None:
-            return distillation_loss(logits, None, labels, config)[0]
-        needs_logits = config.kind != "mobilebert"
-        call = teacher if needs_logits else teacher.base_model
-        with torch.no_grad():
-            reference, theirs = forward_with_features(call, teacher, {**inputs, "use_cache": False}, config)
-        loss, _ = distillation_loss(logits, reference.logits if needs_logits else None, labels, config)
-        if theirs.hidden or theirs.attentions:
-            loss = loss + feature_loss(ours, theirs, labels, config)
-        return loss
+            return compute(self.student, self.student, inputs, labels, needs_logits=False)[0]
 
 
 class LiveBytes(TorchDispatchMode):

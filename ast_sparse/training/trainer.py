@@ -34,8 +34,7 @@ from ast_sparse.config import (
 )
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.packing import CausalLMCollator, calibration_samples
-from ast_sparse.distillation.features import feature_loss, forward_with_features
-from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
 from ast_sparse.export.checksums import write_checksums
@@ -51,6 +50,7 @@ from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
+from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
@@ -155,6 +155,10 @@ class SparseTrainer(Trainer):
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         if self.teacher is not None:
             self.teacher.to(self.args.device)
+        taught = cast(PreTrainedModel | None, self.teacher)
+        heads = find_heads(self.student, taught, distillation_config, self.args)
+        self._loss = MicroBatchLoss(taught, distillation_config, heads)
+        self._needs_logits = True  # where outputs are returned
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
         self._parts, self._mixture = block_source(train_dataset), None
         mixture_config = mixture_config or MixtureConfig()
@@ -230,12 +234,16 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss (4) of a micro-batch, over the tokens of the whole batch; cross-entropy alone in evaluation."""
+        """The loss (4) of a micro-batch, over the tokens of the whole batch; cross-entropy alone in evaluation.
+
+        Outputs are returned with their logits; in evaluation without metrics, nobody asks for them, and they are None.
+        """
         if inputs.get("labels") is None:
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key != "labels"}
-        loss, tokens, outputs = self._summed_loss(model, features, labels)
+        needs_logits = return_outputs and self._needs_logits
+        loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits)
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
@@ -244,21 +252,15 @@ class SparseTrainer(Trainer):
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _summed_loss(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """The loss summed over the tokens that count, their number, and what the student returned."""
-        config = self.distillation_config if model.training else None
-        outputs, ours = forward_with_features(model, self.student, inputs, config)
-        if config is None or self.teacher is None:
-            return *distillation_loss(outputs.logits, None, labels, config), outputs
-        needs_logits = config.kind != "mobilebert"
-        call = self.teacher if needs_logits else cast(PreTrainedModel, self.teacher).base_model
-        with torch.no_grad():
-            reference, theirs = forward_with_features(call, self.teacher, {**inputs, "use_cache": False}, config)
-        teacher_logits = reference.logits if needs_logits else None
-        loss, tokens = distillation_loss(outputs.logits, teacher_logits, labels, config)
-        if theirs.hidden or theirs.attentions:
-            loss = loss + config.weights[1] * feature_loss(ours, theirs, labels, config)
-        return loss, tokens, outputs
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As in Trainer; logits are made only where they are asked for."""
+        self._needs_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._needs_logits = True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""

@@ -137,6 +137,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="labels"):
         distillation_loss(student, teacher, labels[:, 1:], None)
     with pytest.raises(ValueError, match="teacher logits"):
-        distillation_loss(student, teacher[..., 1:], labels, DistillationConfig())
+        distillation_loss(student, teacher[:, 1:], labels, DistillationConfig())
     with pytest.raises(ValueError, match="needs teacher logits"):
         distillation_loss(student, None, labels, DistillationConfig())

@@ -1,0 +1,180 @@
+"""The loss (4) from hidden states: logits exist for a chunk of tokens at a time, in either model.
+
+The gradient is computed in the forward pass, by the student's hidden states and by its head, so that four products with
+a head are all there is to do: two for the logits, two for the gradients.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation.head import OutputHead
+from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, loss_rows_
+
+_CHUNK_ELEMENTS = 1 << 25  # logits of one model that exist at a time
+_MIN_CHUNK, _MAX_CHUNK = 64, 1024  # tokens; a smaller chunk reads the heads too often
+
+
+def chunked_distillation_loss(
+    student_hidden: Tensor,
+    student_head: nn.Linear | OutputHead,
+    teacher_hidden: Tensor | None,
+    teacher_head: nn.Linear | OutputHead | None,
+    labels: Tensor,
+    config: DistillationConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """`distillation_loss` of the logits that the heads make of the hidden states; no `[tokens, vocab]` tensor exists.
+
+    Ignored positions cost nothing. Under autocast products run in its dtype, without in the dtype of each head, and
+    the loss in float32 or wider. The gradient can be taken once, and by the head only where its weight needs one.
+
+    Args:
+        student_hidden: `[..., hidden]`, what the head of the student is fed with.
+        student_head: the head, its weight tied or not.
+        teacher_hidden, teacher_head: those of the teacher, `[..., its hidden]`; None where D has no weight.
+        labels: `[...]` int64, already shifted; positions with −100 do not count.
+        config: weights and temperature; None is plain cross-entropy.
+
+    Returns:
+        The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
+
+    Raises:
+        ValueError: shapes differ, or D has weight and there is no teacher.
+    """
+    terms = Terms.of(config)
+    ours = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
+    theirs = teacher_head if isinstance(teacher_head, OutputHead | None) else OutputHead(teacher_head)
+    if student_hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit hidden states {tuple(student_hidden.shape)}.")
+    if terms.kl_weight > 0 and (teacher_hidden is None or theirs is None):
+        raise ValueError(f"kl_weight={terms.kl_weight} needs hidden states and head of the teacher.")
+    if teacher_hidden is not None and teacher_hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"teacher {tuple(teacher_hidden.shape)}, student {tuple(student_hidden.shape)}.")
+    loss = _ChunkedLoss.apply(
+        student_hidden.flatten(0, -2),
+        ours.linear.weight,
+        ours.linear.bias,
+        teacher_hidden.detach().flatten(0, -2) if terms.kl_weight > 0 and teacher_hidden is not None else None,
+        labels.flatten(),
+        ours,
+        theirs,
+        terms,
+    )
+    return loss, (labels != IGNORE_INDEX).sum()
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the loss over tokens; the gradients are ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        labels: Tensor,
+        head: OutputHead,
+        teacher_head: OutputHead | None,
+        terms: Terms,
+    ) -> Tensor:
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+        size = _chunk_size(len(rows), len(weight))
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            student = _Product(head, size, autocast)
+            teacher = None if teacher_hidden is None or teacher_head is None else _Product(teacher_head, size)
+            grads = _Gradients(student, hidden, weight, bias, ctx.needs_input_grad)
+            total = torch.zeros((), dtype=grads.dtype, device=hidden.device)
+            for part in rows.split(size):
+                inputs = student.inputs(hidden[part])
+                logits = student.products(inputs)
+                reference = None
+                if teacher is not None and teacher_hidden is not None:
+                    reference = teacher.logits(teacher_hidden[part])
+                total += loss_rows_(
+                    logits, reference, labels[part], terms, softcap=head.softcap, with_gradient=grads.are_needed
+                )
+                grads.add(part, logits, inputs)
+        ctx.save_for_backward(grads.by_hidden, grads.by_weight, grads.by_bias)
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a copy of the head's gradient is as large as the head. Autograd refuses a second backward pass.
+        scaled = (None if each is None else each.mul_(grads[0]) for each in ctx.saved_tensors)
+        cast = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True))
+        return *cast, None, None, None, None, None
+
+
+def _chunk_size(tokens: int, vocab: int) -> int:
+    """Tokens of a chunk, all of about one size."""
+    largest = min(max(_CHUNK_ELEMENTS // vocab, _MIN_CHUNK), _MAX_CHUNK)
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
+
+
+class _Product:
+    """The product of a head, a chunk at a time into one buffer, in the head's dtype or that of autocast."""
+
+    def __init__(self, head: OutputHead, size: int, autocast: torch.dtype | None = None) -> None:
+        weight, bias = head.linear.weight.detach(), head.linear.bias
+        self.head = head
+        self.weight = weight.to(autocast or weight.dtype)
+        self.bias = None if bias is None else (bias.detach() * head.scale).to(self.weight.dtype)
+        self.buffer = self.weight.new_empty(size, len(weight))
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[rows, hidden]` in the dtype of the product, with the scale of the head."""
+        hidden = hidden.to(self.weight.dtype)
+        return hidden if self.head.scale == 1 else hidden * self.head.scale
+
+    def products(self, inputs: Tensor) -> Tensor:
+        """`[rows, vocab]`, the logits before the soft cap; valid until the next call."""
+        products = torch.mm(inputs, self.weight.t(), out=self.buffer[: len(inputs)])
+        return products if self.bias is None else products.add_(self.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[rows, vocab]`; valid until the next call."""
+        products, softcap = self.products(self.inputs(hidden)), self.head.softcap
+        return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
+
+
+class _Gradients:
+    """Gradients of the summed loss, in float32 or wider; None where they are not needed."""
+
+    def __init__(
+        self, product: _Product, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
+    ) -> None:
+        self.product = product
+        self.are_needed = any(needed)
+        self.dtype = torch.promote_types(product.weight.dtype, torch.float32)
+        self.by_hidden, self.by_weight, self.by_bias = (
+            torch.zeros_like(each, dtype=self.dtype) if is_needed and each is not None else None
+            for each, is_needed in zip((hidden, weight, bias), needed, strict=False)
+        )
+
+    def add(self, rows: Tensor, grad: Tensor, inputs: Tensor) -> None:
+        """Add what a chunk contributes.
+
+        Args:
+            rows: its positions, int64.
+            grad: `[rows, vocab]`, by the products of the head.
+            inputs: `[rows, hidden]`, what the products were made of.
+        """
+        scale = self.product.head.scale
+        if self.by_hidden is not None:
+            self.by_hidden[rows] = torch.mm(grad, self.product.weight).to(self.dtype).mul_(scale)
+        if self.by_weight is not None:
+            if grad.dtype == self.dtype:
+                self.by_weight.addmm_(grad.t(), inputs)
+            else:
+                self.by_weight.add_(torch.mm(grad.t(), inputs))
+        if self.by_bias is not None:
+            self.by_bias.add_(grad.sum(0, dtype=self.dtype), alpha=scale)

@@ -1,0 +1,134 @@
+"""The loss of a micro-batch, from hidden states and heads, or from full logits where a head is not understood."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation.chunked import chunked_distillation_loss
+from ast_sparse.distillation.features import Features, feature_loss, forward_with_features
+from ast_sparse.distillation.head import (
+    OutputHead,
+    UnknownHeadError,
+    find_output_head,
+    hidden_states,
+    loss_for_logits,
+)
+from ast_sparse.distillation.logits import distillation_loss
+
+logger = logging.get_logger(__name__)
+
+
+def find_heads(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    config: DistillationConfig | None,
+    args: TrainingArguments,
+) -> dict[str, OutputHead]:
+    """The heads of `student` and, where the loss needs its logits, of `teacher`; one that is not understood is named.
+
+    Each model that is looked at runs two tokens.
+    """
+    models = {"student": student}
+    if teacher is not None and teaches_logits(config):
+        models["teacher"] = teacher
+    heads = {}
+    for owner, model in models.items():
+        try:
+            if args.torch_compile:
+                raise UnknownHeadError("training.torch_compile hides it")
+            heads[owner] = find_output_head(model)
+        except UnknownHeadError as reason:
+            if args.should_log:
+                logger.warning(
+                    f"The loss needs full logits, which takes memory for [tokens, vocabulary]. Of the {owner}, a "
+                    f"{type(model).__name__}: {reason}."
+                )
+    return heads
+
+
+def teaches_logits(config: DistillationConfig | None) -> bool:
+    """Whether the loss looks at the logits of the teacher."""
+    return config is not None and config.needs_teacher and config.kind != "mobilebert"
+
+
+class MicroBatchLoss:
+    """The loss (4) of student and teacher, summed over the tokens of a micro-batch; cross-entropy alone in evaluation.
+
+    Where the heads of both are known, no logits exist: see `chunked_distillation_loss`.
+
+    Args:
+        teacher: frozen and in eval mode; None where D has no weight.
+        config: the loss; None is cross-entropy.
+        heads: as `find_heads` returns them.
+    """
+
+    def __init__(
+        self, teacher: PreTrainedModel | None, config: DistillationConfig | None, heads: dict[str, OutputHead]
+    ) -> None:
+        self.teacher = teacher
+        self.config = config
+        self.heads = heads
+
+    def __call__(
+        self, model: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor, needs_logits: bool
+    ) -> tuple[Tensor, Tensor, Any]:
+        """The summed loss, the number of tokens in it, and what the student returned.
+
+        Args:
+            model: the student as it is called, in the wrapper of a distributed run.
+            student: the same without the wrapper.
+            labels: `[batch, seq]` int64, already shifted.
+            needs_logits: the outputs are to hold logits; otherwise they may be None.
+        """
+        config = self.config if model.training else None
+        inside = config if self.teacher is not None else None  # what the loss looks at inside the models
+        ours, theirs = self._usable_heads(student, config, needs_logits)
+        reference, teacher_features = self._reference(inputs, inside, theirs)
+        if ours is None:
+            outputs, features = forward_with_features(model, student, inputs, inside)
+            loss, tokens = distillation_loss(outputs.logits, reference, labels, config)
+        else:
+            head = ours
+
+            def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor]:
+                return chunked_distillation_loss(hidden, head, reference, theirs, labels, config)
+
+            with loss_for_logits(student, head, loss_of) as counts:
+                outputs, features = forward_with_features(model, student, inputs, inside)
+            loss, tokens = outputs.loss, counts[0]
+        if config is not None and (teacher_features.hidden or teacher_features.attentions):
+            loss = loss + config.weights[1] * feature_loss(features, teacher_features, labels, config)
+        return loss, tokens, outputs
+
+    def _usable_heads(
+        self, student: PreTrainedModel, config: DistillationConfig | None, needs_logits: bool
+    ) -> tuple[OutputHead | None, OutputHead | None]:
+        """The heads of student and teacher, or None for both where logits have to be whole."""
+        ours, theirs = self.heads.get("student"), self.heads.get("teacher")
+        if needs_logits or ours is None or not ours.belongs_to(student):
+            return None, None
+        if self.teacher is None or not teaches_logits(config):
+            return ours, None
+        return (ours, theirs) if theirs is not None and theirs.belongs_to(self.teacher) else (None, None)
+
+    @torch.no_grad()
+    def _reference(
+        self, inputs: Mapping[str, Any], config: DistillationConfig | None, head: OutputHead | None
+    ) -> tuple[Tensor | None, Features]:
+        """What the teacher's head is fed with, or without `head` its logits, and the features of `config`."""
+        if config is None or self.teacher is None:
+            return None, Features()
+        teacher, inputs = self.teacher, {**inputs, "use_cache": False}
+        if not teaches_logits(config):
+            return None, forward_with_features(teacher.base_model, teacher, inputs, config)[1]
+        if head is None:
+            outputs, features = forward_with_features(teacher, teacher, inputs, config)
+            return outputs.logits, features
+        with hidden_states(head) as captured:
+            _, features = forward_with_features(teacher, teacher, inputs, config)
+        return captured[0], features

@@ -1,0 +1,211 @@
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation import chunked
+from ast_sparse.distillation.chunked import chunked_distillation_loss
+from ast_sparse.distillation.head import OutputHead
+from tests.distillation.test_logits import CONFIGS, plain_loss
+
+VOCAB, HIDDEN, TEACHER_HIDDEN = 13, 8, 6
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_MIN_CHUNK", 1)
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 4 * VOCAB)
+
+
+class Case:
+    """Random hidden states and heads of both models, and labels of which some are ignored."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, vocab: int = VOCAB, teacher_vocab: int = VOCAB, **head: Any):
+        torch.manual_seed(0)
+        self.hidden = torch.randn(2, 9, HIDDEN, dtype=dtype, requires_grad=True)
+        self.teacher_hidden = torch.randn(2, 9, TEACHER_HIDDEN, dtype=dtype)
+        self.head = OutputHead(nn.Linear(HIDDEN, vocab, dtype=dtype), **head)
+        self.teacher_head = OutputHead(nn.Linear(TEACHER_HIDDEN, teacher_vocab, dtype=dtype), **head)
+        self.labels = torch.randint(0, min(vocab, teacher_vocab), (2, 9))
+        self.labels[0, 3] = self.labels[1, 5:] = -100
+
+    def loss(self, config: DistillationConfig | None) -> Tensor:
+        loss, tokens = chunked_distillation_loss(
+            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, config
+        )
+        assert tokens == (self.labels != -100).sum()
+        return loss
+
+    def inputs(self) -> list[Tensor]:
+        return [self.hidden, *self.head.linear.parameters()]
+
+    def plain(self, config: DistillationConfig | None) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of copies in float64, logits whole, by autograd."""
+        hidden = self.hidden.detach().double().requires_grad_()
+        ours, theirs = (replace(h, linear=copy.deepcopy(h.linear).double()) for h in (self.head, self.teacher_head))
+        student, teacher = logits(ours, hidden), logits(theirs, self.teacher_hidden.double())
+        width = min(student.shape[-1], teacher.shape[-1])
+        ce_weight, kl_weight = (1.0, 0.0) if config is None else config.weights
+        loss = ce_weight * plain_loss(student, student, self.labels, None)  # over all columns
+        if kl_weight > 0 and config is not None:
+            soft = replace(config, alpha=None, ce_weight=0.0, kl_weight=kl_weight)
+            loss = loss + plain_loss(student[..., :width], teacher[..., :width], self.labels, soft)
+        return loss, list(torch.autograd.grad(loss, [hidden, *ours.linear.parameters()]))
+
+
+def logits(head: OutputHead, hidden: Tensor) -> Tensor:
+    values = head.linear(hidden) * head.scale
+    return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)
+
+
+def check(case: Case, config: DistillationConfig | None, tolerance: float = 1e-10) -> None:
+    loss = case.loss(config)
+    expected, expected_grads = case.plain(config)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, case.inputs()), expected_grads, strict=True):
+        torch.testing.assert_close(ours.double(), 3 * theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_loss_and_gradients_equal_autograd_through_whole_logits_in_float64(config: DistillationConfig | None) -> None:
+    check(Case(), config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("head", [dict(softcap=2.0), dict(scale=0.3), dict(scale=1.7, softcap=1.5)], ids=str)
+def test_scaled_and_soft_capped_logits(config: DistillationConfig | None, head: dict[str, float]) -> None:
+    check(Case(**head), config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("vocab", "teacher_vocab"), [(13, 16), (16, 13)])
+def test_padding_of_one_vocabulary_stays_out_of_the_divergence(
+    config: DistillationConfig | None, vocab: int, teacher_vocab: int
+) -> None:
+    check(Case(vocab=vocab, teacher_vocab=teacher_vocab), config)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_float32_to_rounding(config: DistillationConfig | None) -> None:
+    check(Case(torch.float32), config, 2e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_multiplies_in_its_dtype_and_keeps_gradients_in_float32(
+    config: DistillationConfig | None, dtype: torch.dtype
+) -> None:
+    case = Case(torch.float32)
+    with torch.autocast("cpu", dtype):
+        loss = case.loss(config)
+    grads = torch.autograd.grad(loss, case.inputs())
+    expected, expected_grads = case.plain(config)
+    assert loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_a_teacher_in_bf16_multiplies_in_bf16() -> None:
+    case = Case(torch.float32)
+    case.teacher_head.linear.bfloat16()
+    case.teacher_hidden = case.teacher_hidden.bfloat16()
+    check(case, DistillationConfig(alpha=0.67), 2e-2)
+
+
+def test_a_head_tied_to_the_embedding_adds_to_its_gradient() -> None:
+    embedding = nn.Embedding(VOCAB, HIDDEN, dtype=torch.float64)
+    head = nn.Linear(HIDDEN, VOCAB, bias=False)
+    head.weight = embedding.weight
+    ids = torch.randint(0, VOCAB, (2, 9))
+    labels = ids.roll(-1, 1)
+    loss, _ = chunked_distillation_loss(embedding(ids), head, None, None, labels, None)
+    (ours,) = torch.autograd.grad(loss, embedding.weight)
+    logits = embedding(ids) @ embedding.weight.t()
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (theirs,) = torch.autograd.grad(expected, embedding.weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    case = Case()
+    case.head.linear.requires_grad_(False)
+    case.loss(DistillationConfig(alpha=0.5)).backward()
+    assert case.hidden.grad is not None and case.head.linear.weight.grad is None
+
+
+def test_gradients_of_micro_batches_add_up() -> None:
+    case, config = Case(), DistillationConfig(alpha=0.5)
+    whole = torch.autograd.grad(case.loss(config), case.inputs())
+    for row in range(2):
+        loss, _ = chunked_distillation_loss(
+            case.hidden[row], case.head, case.teacher_hidden[row], case.teacher_head, case.labels[row], config
+        )
+        loss.backward()
+    for grad, each in zip(whole, case.inputs(), strict=True):
+        torch.testing.assert_close(grad, each.grad)
+
+
+def test_infinite_hidden_states_at_ignored_positions_do_not_spoil_the_sum() -> None:
+    case = Case()
+    with torch.no_grad():
+        case.hidden[case.labels == -100] = float("inf")
+    loss = case.loss(DistillationConfig(alpha=0.5))
+    grads = torch.autograd.grad(loss, case.inputs())
+    assert torch.isfinite(loss) and all(torch.isfinite(grad).all() for grad in grads)
+    assert not grads[0][case.labels == -100].any()
+
+
+def test_a_batch_without_counted_positions_is_zero_with_zero_gradients() -> None:
+    case = Case()
+    case.labels.fill_(-100)
+    loss = case.loss(DistillationConfig(alpha=0.5))
+    assert loss == 0 and not any(grad.any() for grad in torch.autograd.grad(loss, case.inputs()))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    loss = Case().loss(None)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_logits_of_all_tokens_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for each in out if isinstance(out, tuple) else (out,):
+                if isinstance(each, Tensor) and each.dim() == 2 and each.shape[1] == VOCAB:
+                    self.rows = max(self.rows, len(each))
+            return out
+
+    case = Case()
+    with Largest() as seen:
+        case.loss(DistillationConfig(ce_weight=1.0, kl_weight=1.0, temperature=2.0)).backward()
+    assert 4 <= seen.rows <= HIDDEN  # a transposed head has as many columns
+    assert (case.labels != -100).sum() > HIDDEN
+
+
+def test_chunks_are_of_about_one_size() -> None:
+    assert chunked._chunk_size(0, VOCAB) == 1
+    assert chunked._chunk_size(9, VOCAB) == 3
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    case = Case()
+    linear = case.head.linear
+    with pytest.raises(ValueError, match="labels"):
+        chunked_distillation_loss(case.hidden, linear, None, None, case.labels[:, 1:], None)
+    with pytest.raises(ValueError, match="needs hidden states"):
+        chunked_distillation_loss(case.hidden, linear, None, None, case.labels, DistillationConfig())
+    with pytest.raises(ValueError, match="teacher"):
+        chunked_distillation_loss(
+            case.hidden, linear, case.teacher_hidden[:1], case.teacher_head, case.labels, DistillationConfig()
+        )

@@ -1,0 +1,91 @@
+"""The loss from hidden states inside the trainer, beside the same run on full logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+
+from ast_sparse import DistillationConfig, SparseTrainer
+from ast_sparse.distillation import chunked
+from ast_sparse.training import losses
+from tests.distillation.test_head import SMALL
+from tests.models import VOCAB, tiny_model
+from tests.training.test_trainer import blocks, trainer, weights
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "_MIN_CHUNK", 1)
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 24 * VOCAB)
+
+
+def full_logits(run: SparseTrainer) -> SparseTrainer:
+    """The slow twin."""
+    assert "student" in run._loss.heads
+    run._loss.heads.clear()
+    return run
+
+
+def family(name: str) -> Any:
+    configs = {"gemma2": Gemma2Config(**SMALL, head_dim=8), "cohere": CohereConfig(**SMALL)}
+    return AutoModelForCausalLM.from_config(configs[name]) if name in configs else tiny_model(name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "cohere"])
+def test_twenty_steps_equal_those_on_full_logits(tmp_path: Path, name: str) -> None:
+    """In float64, masks that move: 1e-6 relative after 20 steps."""
+    results = []
+    for slow in (False, True):
+        torch.manual_seed(0)
+        run = trainer(tmp_path / str(slow), family(name).double(), args=dict(max_steps=20))
+        run = full_logits(run) if slow else run
+        run.train()
+        results.append(([log["loss"] for log in run.state.log_history if "loss" in log], weights(run.model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for key, tensor in results[0][1].items():
+        torch.testing.assert_close(tensor, results[1][1][key], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["tinybert", "mobilebert", "squarehead", "reverse_kl"])
+def test_every_kind_of_distillation_gives_the_loss_of_full_logits(tmp_path: Path, kind: str) -> None:
+    losses = []
+    for slow in (False, True):
+        config = DistillationConfig(kind=kind, ce_weight=0.5, kl_weight=1.0, temperature=2.0)
+        run = trainer(tmp_path / str(slow), distillation_config=config, args=dict(max_steps=3))
+        (full_logits(run) if slow else run).train()
+        losses.append([log["loss"] for log in run.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_evaluation_makes_no_logits_unless_metrics_ask_for_them(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=blocks(count=6, seed=1))
+    seen: list[Any] = []
+    run.model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
+    plain = run.evaluate()
+    assert seen and all(logits is None for logits in seen)
+    seen.clear()
+    run.compute_metrics = lambda prediction: {"width": prediction.predictions.shape[-1]}
+    metrics = run.evaluate()
+    assert metrics["eval_width"] == VOCAB and all(logits is not None for logits in seen)
+    assert metrics["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+    loss, outputs = run.compute_loss(run.model, run.data_collator([blocks()[0]]), return_outputs=True)
+    assert outputs.logits.shape[-1] == VOCAB and torch.isfinite(loss)
+
+
+def test_a_head_that_is_not_understood_is_named_and_trains_on_full_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 1.5)
+    seen: list[Any] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
+    said: list[str] = []
+    monkeypatch.setattr(losses.logger, "warning", said.append)
+    run = trainer(tmp_path, model)
+    run.train()
+    student, _ = said  # the teacher is its copy, hook included
+    assert student.startswith("The loss needs full logits")
+    assert student.endswith("Of the student, a LlamaForCausalLM: its head has hooks.")
+    assert all(logits is not None for logits in seen)
