@@ -6,7 +6,6 @@ tokenizer and block size reads the cache instead of working again.
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +24,10 @@ from ast_sparse.data.shard_writer import text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 _FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
 _DOCUMENTS_PER_BATCH = 256
 _TOKENISED = Features({"input_ids": List(Value("int32")), "key": Value("uint64")})
-_PACKED = Features({"input_ids": List(Value("int32"))})
+_TOKENS = List(Value("int32"))
 
 
 def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Dataset:
@@ -59,7 +56,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
                 )
         pieces = list(_token_ids(tokenizer, texts, eos))
         keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
-        return pa.table({"input_ids": _list_array(pieces), "key": keys})
+        return pa.table({"input_ids": list_array(pieces), "key": keys})
 
     tokenised = documents.with_format("arrow").map(
         tokenise,
@@ -111,7 +108,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -
         yield (np.append(ids, eos) if text.strip() else ids[:0]).astype(np.int32)
 
 
-def _list_array(pieces: list[np.ndarray]) -> pa.ListArray:
+def list_array(pieces: list[np.ndarray]) -> pa.ListArray:
+    """Integers of several rows as one column."""
     offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
     values = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
@@ -131,70 +129,45 @@ def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block
     """Join the tokens `[start, stop)` of every document, in order, and cut them into blocks; the remainder is left out.
 
     Args:
-        tokenised: from `tokenise_documents`, several of them concatenated if need be.
+        tokenised: from `tokenise_documents` or `tokenise_conversations`, several of them concatenated if need be.
         starts, stops: int64 `[documents]`.
 
     Returns:
-        `{"input_ids": block_size token ids}` a row, cached.
+        `{"input_ids": block_size token ids}` a row, and `labels` of conversations, cached.
     """
     rows = np.flatnonzero(stops > starts)
     starts, stops = starts[rows], stops[rows]
     key = Hasher.hash(
         (_FORMAT_VERSION, "pack", tokenised._fingerprint, block_size, *(a.tobytes() for a in (rows, starts, stops)))
     )
-    carried = np.empty(0, dtype=np.int32)  # of one map batch into the next: one process, batches in order
+    columns = [name for name in ("input_ids", "labels") if name in tokenised.column_names]
+    # of one map batch into the next: one process, batches in order
+    carried = {column: np.empty(0, dtype=np.int32) for column in columns}
 
-    def pack(table: pa.Table, indices: list[int]) -> pa.Table:
-        nonlocal carried
-        documents = table.column("input_ids").combine_chunks()
+    def cut(column: str, table: pa.Table, indices: list[int]) -> pa.ListArray:
+        documents = table.column(column).combine_chunks()
         tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
         pieces = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
-        stream = np.concatenate([carried, *pieces])
+        stream = np.concatenate([carried[column], *pieces])
         blocks = len(stream) // block_size
-        carried = stream[blocks * block_size :].copy()
-        return pa.table({"input_ids": _list_array(list(stream[: blocks * block_size].reshape(blocks, block_size)))})
+        carried[column] = stream[blocks * block_size :].copy()
+        return list_array(list(stream[: blocks * block_size].reshape(blocks, block_size)))
 
     packed = (
         tokenised.select(rows)
         .with_format("arrow")
         .map(
-            pack,
+            lambda table, indices: pa.table({column: cut(column, table, indices) for column in columns}),
             with_indices=True,
             batched=True,
             batch_size=_DOCUMENTS_PER_BATCH,
             remove_columns=tokenised.column_names,
-            features=_PACKED,
+            features=Features(dict.fromkeys(columns, _TOKENS)),
             new_fingerprint=key,
             desc=f"Packing {name}",
         )
     )
     return packed.with_format(None)
-
-
-def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int) -> Dataset:
-    """Tokenise and pack a data set of raw text: `{"input_ids": block_size token ids}` a row, for SparseTrainer.
-
-    Documents are joined in order, one EOS after each; the number of tokens that do not fill a last block is logged.
-
-    Raises:
-        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block.
-    """
-    name = "the data set"
-    tokenised = tokenise_documents(dataset, tokenizer, text_field, name)
-    lengths = token_counts(tokenised)
-    total = int(lengths.sum())
-    if total < block_size:
-        raise UserError(
-            f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
-            "Give more text or lower `block_size`."
-        )
-    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, name)
-    if total % block_size:
-        logger.warning(
-            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % block_size:,} tokens "
-            "do not fill a block and are left out."
-        )
-    return packed
 
 
 class CausalLMCollator:

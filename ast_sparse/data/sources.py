@@ -20,6 +20,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
+from ast_sparse.data.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations
 from ast_sparse.data.files import COMPRESSED, READABLE, file_documents, json_rows, one_line, shown, uncompressed_name
 from ast_sparse.data.shards import ShardFolder, is_shard_folder, read_manifest
 from ast_sparse.errors import UserError
@@ -37,11 +38,12 @@ _FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One entry: its name for messages, and its documents (`text_field`, one document a row)."""
+    """One entry: its name for messages, and its documents (`text_field`, one document a row) or conversations."""
 
     name: str
     documents: Dataset
     text_field: str
+    is_chat: bool = False  # rows have the columns of `chat_columns`
 
 
 def check_sources(config: DataConfig) -> None:
@@ -298,9 +300,15 @@ def _group(row: Any, where: str, by: str) -> str:
 def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source:
     if isinstance(entry, Mapping):
         name = _hub_name(entry)
-        return Source(name=name, documents=cast(Dataset, _load_hub(entry, name, text_field)), text_field=text_field)
+        documents = cast(Dataset, _load_hub(entry, name, text_field, may_be_chat=True))
+        is_chat = bool(chat_columns(documents.column_names))
+        return Source(name=name, documents=documents, text_field=text_field, is_chat=is_chat)
+    columns = chat_columns_of_file(files[0], kind)
     if kind == "parquet":
-        return Source(name=entry, documents=cast(Dataset, _load_parquet(files, text_field)), text_field=text_field)
+        documents = cast(Dataset, _load_parquet(files, *(columns or [text_field])))
+        return Source(name=entry, documents=documents, text_field=text_field, is_chat=bool(columns))
+    if columns:
+        return Source(name=entry, documents=_load_chat_files(files, columns), text_field=ROW, is_chat=True)
     return Source(name=entry, documents=_load_files(files, kind, text_field), text_field="text")
 
 
@@ -309,9 +317,9 @@ def _hub_name(entry: Mapping[str, Any]) -> str:
 
 
 def _load_hub(
-    entry: Mapping[str, Any], name: str, text_field: str, streaming: bool = False
+    entry: Mapping[str, Any], name: str, text_field: str, streaming: bool = False, may_be_chat: bool = False
 ) -> Dataset | IterableDataset:
-    """The text column alone."""
+    """The text column alone, or the columns of conversations."""
     kind = IterableDataset if streaming else Dataset
     try:
         loaded = datasets.load_dataset(**{"split": "train", **({"streaming": True} if streaming else {}), **entry})
@@ -323,12 +331,14 @@ def _load_hub(
     if not isinstance(loaded, kind):
         mend = "name one `split`" if streaming else "name one `split`, without `streaming`"
         raise UserError(f"Data set {name} loads as {type(loaded).__name__}: {mend}.")
+    if may_be_chat and (found := chat_columns(columns)):
+        return loaded.select_columns(found)
     if text_field not in columns:
         raise UserError(_no_column(name, text_field, columns))
     return loaded.select_columns([text_field])
 
 
-def _load_parquet(files: list[Path], text_field: str, streaming: bool = False) -> Dataset | IterableDataset:
+def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> Dataset | IterableDataset:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -337,13 +347,14 @@ def _load_parquet(files: list[Path], text_field: str, streaming: bool = False) -
             names = pq.read_schema(file).names
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{file} is not a parquet file: {one_line(error)} Copy or write it again.") from error
-        if text_field not in names:
-            raise UserError(_no_column(str(file), text_field, names))
+        for column in columns:
+            if column not in names:
+                raise UserError(_no_column(str(file), column, names))
     try:
         return cast(
             Dataset | IterableDataset,
             datasets.load_dataset(
-                "parquet", data_files=list(map(str, files)), split="train", columns=[text_field], streaming=streaming
+                "parquet", data_files=list(map(str, files)), split="train", columns=list(columns), streaming=streaming
             ),
         )
     except DatasetGenerationError as error:
@@ -356,14 +367,25 @@ def _no_column(name: str, text_field: str, columns: Sequence[str]) -> str:
 
 
 def _load_files(files: list[Path], kind: str, text_field: str) -> Dataset:
+    arguments = {"files": tuple(files), "kind": kind, "text_field": text_field}  # a list would mean shards
+    return _generated(_rows, "text", arguments, (_FORMAT_VERSION, _stamps(files), kind, text_field))
+
+
+def _load_chat_files(files: list[Path], columns: list[str]) -> Dataset:
+    arguments = {"files": tuple(files), "columns": tuple(columns)}
+    return _generated(json_conversations, ROW, arguments, (_FORMAT_VERSION, _stamps(files), ROW, columns))
+
+
+def _generated(rows: Any, column: str, arguments: dict[str, Any], parts: tuple[Any, ...]) -> Dataset:
+    """What a generator of rows of one column of text makes, cached under the hash of `parts`."""
     try:
         return cast(
             Dataset,
             Dataset.from_generator(
-                _rows,
-                features=Features({"text": Value("large_string")}),  # a string column ends at 2 GiB
-                gen_kwargs={"files": tuple(files), "kind": kind, "text_field": text_field},  # a list would mean shards
-                fingerprint=Hasher.hash((_FORMAT_VERSION, _stamps(files), kind, text_field)),
+                rows,
+                features=Features({column: Value("large_string")}),  # a string column ends at 2 GiB
+                gen_kwargs=arguments,
+                fingerprint=Hasher.hash(parts),
             ),
         )
     except DatasetGenerationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
+from ast_sparse.data.chat import chat_columns, tokenise_conversations
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.held_out import training_tokens
 from ast_sparse.data.packing import (
@@ -29,6 +31,8 @@ from ast_sparse.errors import UserError
 if TYPE_CHECKING:
     from ast_sparse.config import DataConfig
 
+
+logger = logging.getLogger(__name__)
 
 Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks
 
@@ -96,8 +100,8 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     With several processes call it under `main_process_first()`.
 
     Returns:
-        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`), and the report. Of
-        `data.domains` both are `DomainBlocks`.
+        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`, and `labels` of chat
+        data), and the report. Of `data.domains` both are `DomainBlocks`.
 
     Raises:
         UserError: any source cannot be read, a split or a domain has less text than one block, or shards are of
@@ -138,7 +142,7 @@ class _Text:
         self.fields = [field for field, part in sources.items() for _ in part]
         every = [source for part in sources.values() for source in part]
         self.names = [source.name for source in every]
-        self.tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in every]
+        self.tokenised = _tokenise_all(every, self.fields[0], tokenizer)
         self.lengths = [token_counts(part) for part in self.tokenised]
         self.empty = sum(int((length == 0).sum()) for length in self.lengths)
         keys = [document_keys(part) for part in self.tokenised]
@@ -215,6 +219,54 @@ def _pack(split: _Text | _Shards, name: str, is_held_out: bool, config: DataConf
     return DomainBlocks(parts), SplitReport(name=name, sources=domains, **sums)
 
 
+def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int) -> Dataset:
+    """Tokenise and pack a data set of raw text or chat data, for SparseTrainer.
+
+    Documents are joined in order, one EOS after each, conversations as their template writes them; the number of tokens
+    that do not fill a last block is logged.
+
+    Returns:
+        Rows `{"input_ids": block_size token ids}`, with `labels` where it is chat data.
+
+    Raises:
+        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
+            `tokenise_conversations`.
+    """
+    if chat_columns(dataset.column_names):
+        tokenised = tokenise_conversations(dataset, tokenizer, "the data set")
+    else:
+        tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set")
+    lengths = token_counts(tokenised)
+    total = int(lengths.sum())
+    if total < block_size:
+        raise UserError(
+            f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
+            "Give more text or lower `block_size`."
+        )
+    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set")
+    if total % block_size:
+        logger.warning(
+            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % block_size:,} tokens "
+            "do not fill a block and are left out."
+        )
+    return packed
+
+
+def _tokenise_all(sources: Sequence[Source], field: str, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+    kinds = {source.is_chat: source.name for source in sources}
+    if len(kinds) > 1:
+        raise UserError(
+            f"`{field}`: {kinds[True]} is chat data and {kinds[False]} is raw text. Train on one kind of them: write "
+            "the text as `prompt` and `completion`, the prompt empty."
+        )
+    return [
+        tokenise_conversations(source.documents, tokenizer, source.name)
+        if source.is_chat
+        else tokenise_documents(source.documents, tokenizer, source.text_field, source.name)
+        for source in sources
+    ]
+
+
 def calibration_blocks(
     entries: Sequence[Entry],
     root: str | None,
@@ -229,7 +281,7 @@ def calibration_blocks(
         UserError: a source cannot be read, or there is less text than one block.
     """
     sources = load_documents(entries, root, text_field, field=field)
-    tokenised = [tokenise_documents(s.documents, tokenizer, s.text_field, s.name) for s in sources]
+    tokenised = _tokenise_all(sources, field, tokenizer)
     ends = np.concatenate([token_counts(part) for part in tokenised])
     if ends.sum() < block_size:
         raise UserError(

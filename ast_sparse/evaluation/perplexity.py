@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import score
 from ast_sparse.evaluation.windows import Stream, cut, tokenise
@@ -118,10 +120,11 @@ def evaluate_blocks(
 
     Args:
         blocks: a data set or list of rows of one length: `{"input_ids": ...}`, lists of token ids, or int64 tensors.
+            Of rows with `labels` (chat data) only those that are not −100 are predicted.
         windows: measure only the first so many.
 
     Raises:
-        UserError: no blocks, blocks of different lengths, or a window the model cannot take.
+        UserError: no blocks, blocks of different lengths, a window the model cannot take, or nothing to predict.
     """
     if not len(blocks):
         raise UserError("There are no held-out blocks to measure perplexity on. Set `data.eval_share` or `data.eval`.")
@@ -133,13 +136,15 @@ def evaluate_blocks(
     return _measure(model, pairs, count, seq_len=seq_len, total_tokens=total, progress=progress, label=label)
 
 
-def _pairs(blocks: Sequence[Any], count: int, seq_len: int) -> Iterator[tuple[Any, int]]:
-    """The first `count` blocks, one at a time, all of one length."""
+def _pairs(blocks: Sequence[Any], count: int, seq_len: int) -> Iterator[tuple[Any, int | Tensor]]:
+    """The first `count` blocks, one at a time, all of one length, and what of them is predicted."""
     for index in range(count):
-        ids = _token_ids(blocks[index])
+        block = blocks[index]
+        ids = _token_ids(block)
         if len(ids) != seq_len:
             raise UserError(f"Block {index} has {len(ids)} tokens, block 0 has {seq_len}: pack to one length.")
-        yield ids, seq_len - 1
+        labels = block.get("labels") if isinstance(block, Mapping) else None
+        yield ids, seq_len - 1 if labels is None else torch.as_tensor(labels)[1:] != IGNORE_INDEX
 
 
 def _token_ids(block: Any) -> Any:
@@ -194,7 +199,7 @@ def text_config(model_config: Any) -> Any:
 
 def _measure(
     model: nn.Module,
-    pairs: Iterable[tuple[Any, int]],
+    pairs: Iterable[tuple[Any, int | Tensor]],
     count: int,
     *,
     seq_len: int,
@@ -204,6 +209,8 @@ def _measure(
 ) -> PerplexityResult:
     started = time.perf_counter()
     sums = score(model, pairs, count, progress=progress, label=f"{label} at {seq_len:,}")
+    if not sums.tokens:
+        raise UserError(f"Nothing in {count:,} held-out blocks is predicted: all labels are −100. Hold out more.")
     return PerplexityResult(
         perplexity=sums.perplexity,
         mean_nll=sums.nll / sums.tokens,

@@ -26,9 +26,9 @@ class Sums:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss; inf where that overflows."""
+        """exp of the mean loss; inf where that overflows, nan before any token."""
         try:
-            return math.exp(self.nll / self.tokens)
+            return math.exp(self.nll / self.tokens) if self.tokens else math.nan
         except OverflowError:
             return math.inf
 
@@ -36,7 +36,7 @@ class Sums:
 @torch.no_grad()
 def score(
     model: nn.Module,
-    windows: Iterable[tuple[Any, int]],
+    windows: Iterable[tuple[Any, int | Tensor]],
     count: int,
     *,
     teacher: nn.Module | None = None,
@@ -50,7 +50,7 @@ def score(
 
     Args:
         windows: token ids (int64 tensor or list) and how many of the last of them are scored, at least one and fewer
-            than there are tokens.
+            than there are tokens; or which of those after the first are (bool `[tokens − 1]`).
         count: how many windows there are, for the progress bar.
         teacher: has the vocabulary of the model.
     """
@@ -79,19 +79,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _add(sums: Sums, model: nn.Module, teacher: nn.Module | None, tokens: Tensor, scored: int) -> None:
-    student = _logits(model, tokens, scored)
-    targets = tokens[-scored:].to(student.device)
+def _add(sums: Sums, model: nn.Module, teacher: nn.Module | None, tokens: Tensor, scored: int | Tensor) -> None:
+    chosen = slice(-scored, None) if isinstance(scored, int) else scored
+    sums.windows += 1
+    if not len(targets := tokens[1:][chosen]):
+        return
+    student = _logits(model, tokens, chosen)
+    targets = targets.to(student.device)
     losses = [
         F.cross_entropy(part.float(), target, reduction="none").double().sum()
         for part, target in zip(student.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
     ]
-    sums.windows += 1
-    sums.tokens += scored
+    sums.tokens += len(targets)
     sums.nll += float(torch.stack(losses).sum())
     if teacher is None:
         return
-    other = _logits(teacher, tokens, scored)
+    other = _logits(teacher, tokens, chosen)
     compared = [
         _compare(ours.float(), theirs.to(ours.device).float())
         for ours, theirs in zip(student.split(_POSITIONS_PER_CHUNK), other.split(_POSITIONS_PER_CHUNK), strict=True)
@@ -100,11 +103,11 @@ def _add(sums: Sums, model: nn.Module, teacher: nn.Module | None, tokens: Tensor
     sums.agreed += int(torch.stack([agreed for _, agreed in compared]).sum())
 
 
-def _logits(model: nn.Module, tokens: Tensor, scored: int) -> Tensor:
-    """Logits `[scored, vocab]` that predict the last `scored` tokens."""
+def _logits(model: nn.Module, tokens: Tensor, chosen: slice | Tensor) -> Tensor:
+    """Logits `[scored, vocab]` that predict the chosen ones of the tokens after the first."""
     device = next(model.parameters()).device
     logits: Tensor = model(input_ids=tokens[None].to(device), use_cache=False).logits[0, :-1]
-    return logits[-scored:]
+    return logits[chosen if isinstance(chosen, slice) else chosen.to(device)]
 
 
 def _compare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ast_sparse.data.packing import pack_dataset
+from ast_sparse.data.conversations import chat_columns
+from ast_sparse.data.text import pack_dataset
 from ast_sparse.errors import UserError
 
 
@@ -49,17 +50,19 @@ def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> 
 
 
 def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
-    """A raw-text data set as packed blocks; anything that has `input_ids` as it is."""
+    """A data set of raw text or chat data as packed blocks; anything that has `input_ids` as it is."""
     if isinstance(dataset, dict):
         return {name: as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
     columns = getattr(dataset, "column_names", None) or []
-    if text_field not in columns or "input_ids" in columns:
+    chat = chat_columns(columns)
+    if "input_ids" in columns or not (chat or text_field in columns):
         return dataset
+    what = f"chat data ({', '.join(chat)})" if chat else f"raw text ({text_field!r})"
     if tokenizer is None:
-        raise UserError(f"The data set has raw text ({text_field!r}) and there is no tokenizer. Pass processing_class.")
+        raise UserError(f"The data set has {what} and there is no tokenizer. Pass processing_class.")
     if not isinstance(dataset, Dataset):
         raise UserError(
-            f"A {type(dataset).__name__} of raw text cannot be packed here. Tokenise it to `input_ids` first, "
+            f"A {type(dataset).__name__} of {what} cannot be packed here. Tokenise it to `input_ids` first, "
             "or pass a datasets.Dataset."
         )
     return pack_dataset(dataset, tokenizer, text_field, block_size)

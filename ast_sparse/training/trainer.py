@@ -247,7 +247,7 @@ class SparseTrainer(Trainer):
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
-            loss = loss / num_items_in_batch
+            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1)  # of chat data it may be all prompts
             if self.args.average_tokens_across_devices:  # DDP averages gradients over the ranks
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -91,6 +91,8 @@ def write_texts(root: Path) -> None:
     (root / "field.jsonl").write_text('{"text": "x"}\n{"body": "x"}\n')
     (root / "cut.jsonl").write_text('{"text": "x"}\n{"text": "x"\n')
     (root / "number.jsonl").write_text('{"text": 5}\n')
+    (root / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n' * 2)
+    (root / "cut-chat.jsonl").write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "x"}\n')
     (root / "fake.parquet").write_text("hello")
     (root / "fake.gguf").write_text("hello")
     (root / "bytes.yaml").write_bytes(b"model: \xff\xfe")
@@ -226,6 +228,9 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.train=cut.jsonl", r"cut\.jsonl, line 2: not JSON"),
     ("data.train=number.jsonl", r"number\.jsonl, line 1: field `text` is not a string"),
     ("data.train=fake.parquet", r"fake\.parquet is not a parquet file.*Copy or write it again"),
+    ("data.train=chat.jsonl", r"chat\.jsonl is chat data \(messages\), and the tokenizer of .* has no chat template"),
+    ("data.train=[text.txt, chat.jsonl]", r"`data\.train`: chat\.jsonl is chat data and text\.txt is raw text"),
+    ("data.train=cut-chat.jsonl", r"cut-chat\.jsonl, line 2: no `completion`, which the first line has"),
     ("data.eval=none.txt", r"`data\.eval`: file none\.txt does not exist"),
     ("data.eval=[]", r"data\.eval=\(\) names no source"),
     ("data.eval=text.txt", r"`data\.eval`: text\.txt is in `data\.train` too"),

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.data.packing import (
     CausalLMCollator,
-    pack_dataset,
     pack_tokens,
     token_counts,
     tokenise_documents,
     tokenizer_key,
 )
+from ast_sparse.data.text import pack_dataset
 from ast_sparse.errors import UserError
 from tests.models import generated_text, tiny_tokenizer
 
