@@ -15,7 +15,7 @@ from ast_sparse.evaluation import plots
 from ast_sparse.evaluation.overview import Counts
 from ast_sparse.evaluation.runs import Run
 
-_SHARE, _DOMAIN_LOSS = "domain_share/", "domain_loss/"
+_SHARE = "domain_share/"
 _TEST, _TEST_LOSS = "_perplexity", "eval_loss"
 _LOGARITHMIC = 30  # a larger ratio of rates is coloured on a logarithmic scale
 _COLOURS = "cividis"  # grows evenly in lightness, so that it reads in grey
@@ -43,7 +43,8 @@ def draw_runs(runs: Mapping[str, Run]) -> list[Picture]:
 def _losses(runs: Mapping[str, Run]) -> Picture | None:
     """Train loss, held-out loss and every perplexity of the log, a panel each, a line for each run."""
     keys = list(dict.fromkeys(key for run in runs.values() for key in run.logged_keys()))
-    tested = [key for key in keys if key.endswith(_TEST) and key != f"eval{_TEST}"]
+    # a perplexity that has a loss beside it is that loss again
+    tested = [key for key in keys if key.endswith(_TEST) and f"{key.removesuffix(_TEST)}_loss" not in keys]
     shown = [key for key in ("loss", _TEST_LOSS) if key in keys] + tested
     if not shown:
         return None
@@ -123,22 +124,18 @@ def _layer_flips(run: Run, suffix: str, of: str) -> Picture | None:
 
 
 def _domains(run: Run, suffix: str, of: str) -> Picture | None:
-    """Shares and losses of the domains over the steps."""
-    keys = run.logged_keys()
-    parts = [
-        (prefix, label, [key for key in keys if key.startswith(prefix)])
-        for prefix, label in ((_SHARE, "share of the sequences (%)"), (_DOMAIN_LOSS, "loss (nats per token)"))
-    ]
-    parts = [part for part in parts if part[2]]
-    if not parts:
+    """Shares and held-out losses of the domains over the steps."""
+    names = [key.removeprefix(_SHARE) for key in run.logged_keys() if key.startswith(_SHARE)]
+    if not names:
         return None
+    parts = [(_SHARE, "", 100, "share of the sequences (%)")]
+    if any(run.logged(f"eval_{name}_loss") for name in names):
+        parts.append(("eval_", "_loss", 1, "held-out loss (nats per token)"))
     figure, panels = plots.panels(1, len(parts), (4.3 * len(parts), 3.4))
-    names = list(dict.fromkeys(key.removeprefix(prefix) for prefix, _, shown in parts for key in shown))
-    for axes, (prefix, label, shown) in zip(panels, parts, strict=True):
-        scale = 100 if prefix == _SHARE else 1
-        for key in shown:
-            name = key.removeprefix(prefix)
-            plots.line(axes, names.index(name), name, [(step, scale * value) for step, value in run.logged(key)])
+    for axes, (before, after, scale, label) in zip(panels, parts, strict=True):
+        for index, name in enumerate(names):
+            points = run.logged(f"{before}{name}{after}")
+            plots.line(axes, index, name, [(step, scale * value) for step, value in points])
         axes.set_ylabel(label)
         plots.step_axis(axes)
     panels[0].set_ylim(bottom=0)
@@ -146,7 +143,7 @@ def _domains(run: Run, suffix: str, of: str) -> Picture | None:
     return Picture(
         name=f"domains{suffix}",
         title=f"Domains over the steps{of}",
-        caption="The share of the training sequences that each domain gives, and its loss.",
+        caption="The share of the training sequences that each domain gives, and its held-out loss.",
         figure=figure,
     )
 
