@@ -1,0 +1,140 @@
+"""How fast does `ast-data prepare` tokenise, and does its memory stay flat?
+
+Rate: the command, with as many processes as cores, from JSONL to shards. Alternative: `load_dataset("json")` and
+`map(tokenise, batched=True, num_proc=cores)` of `datasets` into its Arrow cache, started in the same way. Memory: the
+peak of all processes of the command (private pages, sampled) on 1 GB of text, against that on a quarter of it. The text
+is that of Python's standard library, repeated with variations; the tokenizer a byte-level BPE of 32,000 tokens of it.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from harness import Result, Settings, interleave, main
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from ast_sparse.data.shards import read_manifest
+
+WORKERS = os.cpu_count() or 1
+ALTERNATIVE = """
+import sys
+from datasets import load_dataset
+from transformers import AutoTokenizer
+if __name__ == "__main__":
+    text, model, cache, workers = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = load_dataset("json", data_files=text, split="train", cache_dir=cache)
+    rows.map(lambda batch: {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
+             batched=True, num_proc=int(workers), remove_columns=["text"])
+"""
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    sizes = (1, 2, 4) if settings.quick else (32, 256, 1024)  # MB of text: rate, memory, memory
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model", 2_000 if settings.quick else 32_000)
+        texts = [write_text(folder / f"{size}.jsonl", size * 10**6) for size in sizes]
+        runs = iter(range(10**6))
+        sides = {
+            "ours": lambda: prepare(folder, texts[0], next(runs)),
+            "datasets": lambda: tokenise_with_datasets(folder, texts[0], next(runs)),
+        }
+        times = interleave(sides, settings.pairs(3), warmup=0)
+        yield Result.of(
+            times["ours"], times["datasets"], question="tokenising text", goal=1.0,
+            case=f"{sizes[0]} MB, {WORKERS} processes", against="datasets.map to Arrow",
+        )  # fmt: skip
+        seconds, peaks, tokens = zip(*(measured(folder, text, next(runs)) for text in texts[1:]), strict=True)
+        rates = {
+            f"{size} MB": f"{count:,} tokens, {count / time_:,.0f} tokens/s, {size / time_:.2f} MB/s"
+            for size, count, time_ in zip(sizes[1:], tokens, seconds, strict=True)
+        }
+        yield Result.of(
+            [peaks[1] / 1e6], [peaks[0] / 1e6], question="memory of tokenising", unit="MB", goal=1.1,
+            case=f"{sizes[2]:,} MB, {WORKERS} processes", against=f"the same on {sizes[1]} MB", notes=rates,
+        )  # fmt: skip
+
+
+def write_model(folder: Path, vocab_size: int) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer.train_from_iterator(library()[:400], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    LlamaConfig().save_pretrained(folder)
+
+
+def library() -> list[str]:
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return [part for file in files for part in file.read_text(encoding="utf-8", errors="ignore").split("\n\n\n")]
+
+
+def write_text(file: Path, size: int) -> Path:
+    """Documents of a few thousand characters until there are `size`, each with numbers of its own."""
+    rng, parts, written = random.Random(0), library(), 0
+    with file.open("w", encoding="utf-8") as stream:
+        while written < size:
+            text = f"{rng.random()}\n" + "\n\n\n".join(rng.choices(parts, k=3))
+            stream.write(json.dumps({"text": text}) + "\n")
+            written += len(text)
+    return file
+
+
+def command(folder: Path, text: Path, run: int) -> list[str]:
+    out = [str(folder / f"shards-{run}"), str(text), "--tokenizer", str(folder / "model")]
+    return [sys.executable, "-m", "ast_sparse.cli.data", "prepare", *out, "--workers", str(WORKERS)]
+
+
+def prepare(folder: Path, text: Path, run: int) -> None:
+    subprocess.run(command(folder, text, run), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def tokenise_with_datasets(folder: Path, text: Path, run: int) -> None:
+    script = folder / "alternative.py"
+    script.write_text(ALTERNATIVE)
+    arguments = [str(text), str(folder / "model"), str(folder / f"cache-{run}"), str(WORKERS)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True, env=environment)
+
+
+def measured(folder: Path, text: Path, run: int) -> tuple[float, int, int]:
+    """Seconds, peak of the private memory of all processes in bytes, and tokens of one call of the command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command(folder, text, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = [0]
+    watch = threading.Thread(target=watch_memory, args=(psutil.Process(process.pid), peak))
+    watch.start()
+    if process.wait():
+        raise RuntimeError(f"ast-data prepare ended with {process.returncode}")
+    seconds = time.perf_counter() - start
+    watch.join()
+    manifest = read_manifest(folder / f"shards-{run}")
+    return seconds, peak[0], manifest.tokens
+
+
+def watch_memory(root: psutil.Process, peak: list[int]) -> None:
+    while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
+        total = 0
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().uss
+            except psutil.Error:  # it has ended
+                continue
+        peak[0] = max(peak[0], total)
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main(measure)
