@@ -18,6 +18,7 @@ import numpy as np
 
 from ast_sparse.config import MixtureConfig
 from ast_sparse.data.order import BlockOrder, mix, seed_key
+from ast_sparse.data.packing import DOMAIN
 
 _CHUNK = 2**20  # samples that are counted at once
 
@@ -43,7 +44,7 @@ class DomainBlocks(Sequence[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         domain = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        return {**self._parts[domain][int(index - self.offsets[domain])], "domain": domain}
+        return {**self._parts[domain][int(index - self.offsets[domain])], DOMAIN: domain}
 
 
 @dataclass(frozen=True)

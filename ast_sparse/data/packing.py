@@ -24,6 +24,8 @@ from ast_sparse.data.shard_writer import text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
+DOMAIN = "domain_index"  # column of a row of a mixture: the number of its domain
+
 _FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
 _DOCUMENTS_PER_BATCH = 256
 _TOKENISED = Features({"input_ids": List(Value("int32")), "key": Value("uint64")})
@@ -191,7 +193,7 @@ class CausalLMCollator:
 
         Returns:
             int64 `[batch, longest]`: `input_ids`, `labels` (-100 on padding), and `attention_mask` only if lengths
-            differ or a row brings one.
+            differ or a row brings one; `domain_index`, `[batch]`, if the rows have it.
 
         Raises:
             UserError: lengths differ and there is no pad token, or a row's labels or mask differ in length from it.
@@ -217,6 +219,8 @@ class CausalLMCollator:
                 for feature, row in zip(features, rows, strict=True)
             ]
             batch["attention_mask"] = _padded(masks, length, 0)
+        if all(DOMAIN in feature for feature in features):
+            batch[DOMAIN] = _long([feature[DOMAIN] for feature in features])
         return batch
 
 

@@ -26,6 +26,8 @@ def chunked_distillation_loss(
     teacher_head: nn.Linear | OutputHead | None,
     labels: Tensor,
     config: DistillationConfig | None,
+    *,
+    by_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`distillation_loss` of the logits that the heads make of the hidden states; no `[tokens, vocab]` tensor exists.
 
@@ -38,6 +40,7 @@ def chunked_distillation_loss(
         teacher_hidden, teacher_head: those of the teacher, `[..., its hidden]`; None where D has no weight.
         labels: `[...]` int64, already shifted; positions with −100 do not count.
         config: weights and temperature; None is plain cross-entropy.
+        by_position: `[positions]` of zeros, which gets the loss of each position, without a gradient; None for none.
 
     Returns:
         The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
@@ -63,6 +66,7 @@ def chunked_distillation_loss(
         ours,
         theirs,
         terms,
+        by_position,
     )
     return loss, (labels != IGNORE_INDEX).sum()
 
@@ -81,6 +85,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: OutputHead,
         teacher_head: OutputHead | None,
         terms: Terms,
+        by_position: Tensor | None,
     ) -> Tensor:
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
         size = _chunk_size(len(rows), len(weight))
@@ -97,9 +102,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 reference = None
                 if teacher is not None and teacher_hidden is not None:
                     reference = teacher.logits(teacher_hidden[part])
-                total += loss_rows_(
+                losses = loss_rows_(
                     logits, reference, labels[part], terms, softcap=head.softcap, with_gradient=grads.are_needed
                 )
+                total += losses.sum()
+                if by_position is not None:
+                    by_position[part] = losses.to(by_position.dtype)
                 grads.add(part, logits, inputs)
         ctx.save_for_backward(grads.by_hidden, grads.by_weight, grads.by_bias)
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
@@ -111,7 +119,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: a copy of the head's gradient is as large as the head. Autograd refuses a second backward pass.
         scaled = (None if each is None else each.mul_(grads[0]) for each in ctx.saved_tensors)
         cast = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True))
-        return *cast, None, None, None, None, None
+        return *cast, None, None, None, None, None, None
 
 
 def _chunk_size(tokens: int, vocab: int) -> int:

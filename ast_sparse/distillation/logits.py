@@ -18,8 +18,9 @@ _BLOCK_ELEMENTS = (
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, config: DistillationConfig | None
-) -> tuple[Tensor, Tensor]:
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, config: DistillationConfig | None,
+    *, by_position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`w_ce · CE + w_kl · D`, summed over the tokens whose label is not −100: the part of (4) that looks at logits.
 
     D by `config.kind`: kl and squarehead T² · KL(teacher‖student), (4) and (13); reverse_kl T² · KL(student‖teacher),
@@ -35,6 +36,7 @@ def distillation_loss(
         teacher_logits: `[..., vocab]`, no gradient; None where D has no weight or looks at no logits.
         labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
         config: weights and temperature; None is plain cross-entropy.
+        by_position: `[positions]` of zeros, which gets the loss of each position, without a gradient; None for none.
 
     Returns:
         The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
@@ -54,6 +56,7 @@ def distillation_loss(
         None if teacher_logits is None or terms.kl_weight == 0 else teacher_logits.detach().flatten(0, -2),
         labels.flatten(),
         terms,
+        by_position,
     )
     return loss, (labels != IGNORE_INDEX).sum()
 
@@ -80,14 +83,19 @@ class _DistillationLoss(torch.autograd.Function):
     """Sum of the loss over tokens; the gradient is ready when the forward pass ends."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, by_position: Tensor | None
+    ) -> Tensor:
         work_dtype = torch.promote_types(student.dtype, torch.float32)
         grad = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=work_dtype, device=student.device)
         for rows in (labels != IGNORE_INDEX).nonzero().squeeze(-1).split(_CHUNK_TOKENS):
             logits = student[rows]
             reference = None if teacher is None else teacher[rows]
-            total += loss_rows_(logits, reference, labels[rows], terms, with_gradient=grad is not None)
+            losses = loss_rows_(logits, reference, labels[rows], terms, with_gradient=grad is not None)
+            total += losses.sum()
+            if by_position is not None:
+                by_position[rows] = losses.to(by_position.dtype)
             if grad is not None:
                 grad[rows] = logits
         if grad is not None:
@@ -98,14 +106,14 @@ class _DistillationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None
+        return grad * grads[0].to(grad.dtype), None, None, None, None
 
 
 def loss_rows_(
     logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, *, softcap: float | None = None,
     with_gradient: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The summed loss of rows that all count; `logits` is overwritten, by the gradient if there is to be one.
+    """The loss of each row `[rows]`, which all count; `logits` is overwritten, by the gradient if there is to be one.
 
     Goes over blocks of rows: the passes over a block find it in the cache.
 
@@ -117,7 +125,7 @@ def loss_rows_(
     """
     work_dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    total = torch.zeros((), dtype=work_dtype, device=logits.device)
+    losses = torch.empty(len(logits), dtype=work_dtype, device=logits.device)
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         block = logits[rows].to(work_dtype)
@@ -127,19 +135,19 @@ def loss_rows_(
             block.div_(softcap).tanh_()
             slope = 1 - block.square() if with_gradient else None
             block.mul_(softcap)
-        total += _block_loss_(block, reference, labels[rows], terms, with_gradient)
+        losses[rows] = _block_loss_(block, reference, labels[rows], terms, with_gradient)
         if slope is not None:
             block.mul_(slope)
         if with_gradient and block.dtype != logits.dtype:
             logits[rows] = block
-    return total
+    return losses
 
 
 def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, with_gradient: bool) -> Tensor:
     """As `loss_rows_`, all rows at once. ∂CE/∂z = p_s − onehot."""
     index = labels.unsqueeze(-1)
     log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    loss = log_p.gather(-1, index).sum() * -terms.ce_weight
+    loss = log_p.gather(-1, index).squeeze(-1) * -terms.ce_weight
     grad, is_p = None, False  # whether the soft loss has turned log p_s into p_s
     if teacher is not None:
         width = min(logits.shape[-1], teacher.shape[-1])
@@ -157,7 +165,7 @@ def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: 
 
 
 def _soft_loss_(log_s: Tensor, log_t: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """`kl_weight · D`, summed over rows, and its gradient by the student's logits; `log_s` is overwritten by p_s.
+    """`kl_weight · D` of each row, and its gradient by the student's logits; `log_s` is overwritten by p_s.
 
     Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL). Soft CE, which is
     the forward KL plus the teacher's entropy, without T²: weight · (p_s − p_t) / T.
@@ -168,8 +176,8 @@ def _soft_loss_(log_s: Tensor, log_t: Tensor, terms: Terms) -> tuple[Tensor, Ten
         difference = log_t.neg_().add_(log_s)
         p_s = log_s.exp_()
         kl = torch.linalg.vecdot(p_s, difference)
-        return scale * kl.sum(), difference.sub_(kl.unsqueeze(-1)).mul_(p_s).mul_(scale / temperature)
+        return scale * kl, difference.sub_(kl.unsqueeze(-1)).mul_(p_s).mul_(scale / temperature)
     p_t = log_t.exp()
     compared = log_s.neg() if terms.kind == "tinybert" else log_t.sub_(log_s)
-    loss = torch.linalg.vecdot(p_t, compared).sum()
+    loss = torch.linalg.vecdot(p_t, compared)
     return scale * loss, torch.sub(log_s.exp_(), p_t, out=p_t).mul_(scale / temperature)

@@ -75,7 +75,13 @@ class MicroBatchLoss:
         self.heads = heads
 
     def __call__(
-        self, model: nn.Module, student: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor, needs_logits: bool
+        self,
+        model: nn.Module,
+        student: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        needs_logits: bool,
+        by_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """The summed loss, the number of tokens in it, and what the student returned.
 
@@ -84,6 +90,7 @@ class MicroBatchLoss:
             student: the same without the wrapper.
             labels: `[batch, seq]` int64, already shifted.
             needs_logits: the outputs are to hold logits; otherwise they may be None.
+            by_position: `[batch · seq]` of zeros, which gets the loss of each position, features left out.
         """
         config = self.config if model.training else None
         inside = config if self.teacher is not None else None  # what the loss looks at inside the models
@@ -91,12 +98,14 @@ class MicroBatchLoss:
         reference, teacher_features = self._reference(inputs, inside, theirs)
         if ours is None:
             outputs, features = forward_with_features(model, student, inputs, inside)
-            loss, tokens = distillation_loss(outputs.logits, reference, labels, config)
+            loss, tokens = distillation_loss(outputs.logits, reference, labels, config, by_position=by_position)
         else:
             head = ours
 
             def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor]:
-                return chunked_distillation_loss(hidden, head, reference, theirs, labels, config)
+                return chunked_distillation_loss(
+                    hidden, head, reference, theirs, labels, config, by_position=by_position
+                )
 
             with loss_for_logits(student, head, loss_of) as counts:
                 outputs, features = forward_with_features(model, student, inputs, inside)

@@ -4,13 +4,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ast_sparse.config import MixtureConfig
 from ast_sparse.data.domains import Mixture, updated_shares
+from ast_sparse.data.packing import DOMAIN
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
+from ast_sparse.training.ranks import mean_over_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +120,47 @@ class MixtureCallback(TrainerCallback):
             **{f"domain_share/{name}": share for name, share in zip(self.mixture.names, shares, strict=True)},
             **{f"domain_epoch/{name}": float(part) for name, part in zip(self.mixture.names, epochs, strict=True)},
         }
+
+
+class DomainLosses:
+    """The loss (4) of the training by domain, features left out, over the tokens since the last record of the log.
+
+    Args:
+        names: of the domains, in the order of `DomainBlocks`.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums: Tensor | None = None  # loss and tokens by domain
+
+    def positions(self, inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
+        """Zeros for the loss of each position of a micro-batch that says where its rows are from; else None."""
+        if DOMAIN not in inputs or not self.names:
+            return None
+        return torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
+
+    def add(self, domains: Tensor, by_position: Tensor, labels: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            domains: int64 `[batch]`.
+            by_position: float32 `[batch · seq]`.
+            labels: `[batch, seq]`, shifted; −100 does not count.
+        """
+        counts = (labels != IGNORE_INDEX).sum(-1)
+        rows = torch.stack([by_position.view_as(labels).sum(-1), counts.float()])
+        if self._sums is None:
+            self._sums = rows.new_zeros(2, len(self.names))
+        self._sums.index_add_(1, domains.to(rows.device), rows)
+
+    def figures(self) -> dict[str, float]:
+        """`domain_loss/NAME` of the domains that had tokens since the last call; all ranks must call it."""
+        if self._sums is None:
+            return {}
+        losses, tokens = mean_over_ranks(self._sums).tolist()
+        self._sums = None
+        figures = zip(self.names, losses, tokens, strict=True)
+        return {f"domain_loss/{name}": loss / count for name, loss, count in figures if count}
 
 
 def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:

@@ -33,7 +33,7 @@ from ast_sparse.config import (
     WatchConfig,
 )
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.packing import CausalLMCollator, calibration_samples
+from ast_sparse.data.packing import DOMAIN, CausalLMCollator, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
@@ -52,7 +52,7 @@ from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, 
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
-from ast_sparse.training.mixture import MixtureCallback, check_mixture, mean_loss
+from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback, divergence
 
@@ -166,6 +166,7 @@ class SparseTrainer(Trainer):
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
             self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
+        self._domain_losses = DomainLosses(tuple(self._parts or ()))
         self._watch = WatchCallback(watch_config or WatchConfig())
         self._late_slorb = LateSLoRB(slorb_config)
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
@@ -241,9 +242,12 @@ class SparseTrainer(Trainer):
         if inputs.get("labels") is None:
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
-        features = {key: value for key, value in inputs.items() if key != "labels"}
+        features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
         needs_logits = return_outputs and self._needs_logits
-        loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits)
+        by_position = self._domain_losses.positions(inputs, labels) if model.training else None
+        loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits, by_position)
+        if by_position is not None:
+            self._domain_losses.add(inputs[DOMAIN], by_position, labels)
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
@@ -361,7 +365,7 @@ class SparseTrainer(Trainer):
         The perplexity is exact where every row counts as many tokens.
         """
         if "loss" in logs:
-            logs.update(self._speed.figures(self.args), **self._watch.figures())
+            logs.update(self._speed.figures(self.args), **self._watch.figures(), **self._domain_losses.figures())
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from ast_sparse.config import WatchConfig
+from ast_sparse.data.packing import DOMAIN
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.training.checkpoints import last_checkpoint
 from ast_sparse.training.ranks import mean_over_ranks
@@ -180,7 +181,8 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
     """
     batches, _ = load_batch(path)
     with torch.no_grad():
-        return [float(model(**{name: v.to(model.device) for name, v in batch.items()}).loss) for batch in batches]
+        known = [{name: value for name, value in batch.items() if name != DOMAIN} for batch in batches]
+        return [float(model(**{name: v.to(model.device) for name, v in batch.items()}).loss) for batch in known]
 
 
 def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:

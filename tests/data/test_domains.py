@@ -123,8 +123,8 @@ def test_rows_of_domains_say_where_they_are_from() -> None:
     parts = {name: [{"input_ids": [number, place]} for place in range(3 + number)] for number, name in enumerate("ab")}
     joined = DomainBlocks(parts)
     assert len(joined) == 7 and joined.offsets.tolist() == [0, 3, 7]
-    assert [row["domain"] for row in joined] == [0, 0, 0, 1, 1, 1, 1]
-    assert joined[4] == {"input_ids": [1, 1], "domain": 1} and joined[2:4] == [joined[2], joined[3]]
+    assert [row["domain_index"] for row in joined] == [0, 0, 0, 1, 1, 1, 1]
+    assert joined[4] == {"input_ids": [1, 1], "domain_index": 1} and joined[2:4] == [joined[2], joined[3]]
     with pytest.raises(IndexError):
         joined[7]
 

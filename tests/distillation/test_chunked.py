@@ -10,6 +10,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation import chunked
 from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.distillation.head import OutputHead
+from ast_sparse.distillation.logits import distillation_loss
 from tests.distillation.test_logits import CONFIGS, plain_loss
 
 VOCAB, HIDDEN, TEACHER_HIDDEN = 13, 8, 6
@@ -209,3 +210,23 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         chunked_distillation_loss(
             case.hidden, linear, case.teacher_hidden[:1], case.teacher_head, case.labels, DistillationConfig()
         )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_loss_of_a_position_is_that_of_a_batch_where_it_alone_counts(config: DistillationConfig | None) -> None:
+    case = Case()
+    expected = torch.zeros(case.labels.numel(), dtype=torch.float64)
+    for place in (case.labels.flatten() != -100).nonzero().flatten().tolist():
+        alone = torch.full_like(case.labels, -100)
+        alone.view(-1)[place] = case.labels.view(-1)[place]
+        student, teacher = logits(case.head, case.hidden), logits(case.teacher_head, case.teacher_hidden)
+        expected[place] = plain_loss(student, teacher, alone, config).detach()
+    found = [torch.zeros_like(expected), torch.zeros_like(expected)]
+    chunked_distillation_loss(
+        case.hidden, case.head, case.teacher_hidden, case.teacher_head, case.labels, config, by_position=found[0]
+    )
+    whole = [logits(case.head, case.hidden), logits(case.teacher_head, case.teacher_hidden).detach()]
+    distillation_loss(*whole, case.labels, config, by_position=found[1])
+    for each in found:
+        torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-12)
+        assert not each.requires_grad

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from ast_sparse import SparseTrainer, SparsityConfig, UserError
 from ast_sparse.cli.train import main
 from ast_sparse.config import MixtureConfig
+from ast_sparse.data.domains import Mixture
 from ast_sparse.training.loader import DATA_STATE
 from tests.data.test_blocks import shards
 from tests.data.test_packing import documents
@@ -96,9 +98,22 @@ def test_shares_follow_the_rule_and_a_resumed_run_goes_on_with_the_same_blocks(r
             else:
                 ours, theirs = map(load_file, paths)
                 assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    check_domain_losses(tmp_path / "whole", state)
     epochs = {name: by_step(tmp_path / "whole", f"domain_epoch/{name}")[8] for name in START}
     used = {name: epochs[name] * state["domains"][name] for name in START}
     assert sum(used.values()) == pytest.approx(32) and all(abs(count - round(count)) < 1e-9 for count in used.values())
+
+
+def check_domain_losses(out: Path, state: dict[str, Any]) -> None:
+    """The losses of the domains, each by its samples, are together the loss of the step."""
+    names = list(state["domains"])  # in the order of the YAML file
+    mixture = Mixture(state["domains"], [START[name] for name in names], state["seed"], state["batch"])
+    mixture.load_history(state)
+    for step in range(8):
+        counts = np.bincount(mixture.samples(step)[0], minlength=3)
+        losses = [by_step(out, f"domain_loss/{name}").get(step + 1, 0.0) for name in names]
+        assert [loss > 0 for loss in losses] == [count > 0 for count in counts]
+        assert by_step(out, "loss")[step + 1] == pytest.approx(float(losses @ counts) / 4, rel=1e-5)
 
 
 def test_text_and_shards_of_a_mixture_train_alike(root: Path, tmp_path: Path) -> None:
