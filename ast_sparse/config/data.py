@@ -91,6 +91,13 @@ class DataConfig(Section):
     eval_share: float = field(default=0.02, metadata=about("Share of the documents held out of training, 0 to 0.5."))
     text_field: str = field(default="text", metadata=about("Name of the text column or key."))
     block_size: int = field(default=1024, metadata=about("Tokens of a training sequence."))
+    packing: Literal["joined", "documents"] = field(
+        default="joined",
+        metadata=about(
+            "documents: attention stays inside a document, positions begin at 0 with it, and its first token is not "
+            "predicted from the one before; joined: documents of a block see those before them."
+        ),
+    )
     domains: dict[str, Any] | None = field(
         default=None, metadata=about("NAME: {train, eval, share, target}, instead of `train`: a mixture of domains.")
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -135,25 +136,29 @@ def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block
         starts, stops: int64 `[documents]`.
 
     Returns:
-        `{"input_ids": block_size token ids}` a row, and `labels` of conversations, cached.
+        `{"input_ids": block_size token ids}` a row, cached; of conversations `labels` and `position_ids` as well, which
+            begin at 0 with each conversation, and with each block.
     """
     rows = np.flatnonzero(stops > starts)
     starts, stops = starts[rows], stops[rows]
     key = Hasher.hash(
         (_FORMAT_VERSION, "pack", tokenised._fingerprint, block_size, *(a.tobytes() for a in (rows, starts, stops)))
     )
-    columns = [name for name in ("input_ids", "labels") if name in tokenised.column_names]
+    columns = ["input_ids", *(("labels", "position_ids") if "labels" in tokenised.column_names else ())]
     # of one map batch into the next: one process, batches in order
     carried = {column: np.empty(0, dtype=np.int32) for column in columns}
 
     def cut(column: str, table: pa.Table, indices: list[int]) -> pa.ListArray:
-        documents = table.column(column).combine_chunks()
+        is_position = column == "position_ids"
+        documents = table.column("input_ids" if is_position else column).combine_chunks()
         tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
         pieces = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
+        if is_position:
+            pieces = [np.arange(len(piece), dtype=np.int32) for piece in pieces]
         stream = np.concatenate([carried[column], *pieces])
-        blocks = len(stream) // block_size
-        carried[column] = stream[blocks * block_size :].copy()
-        return list_array(list(stream[: blocks * block_size].reshape(blocks, block_size)))
+        blocks = stream[: len(stream) // block_size * block_size].reshape(-1, block_size)
+        carried[column] = stream[blocks.size :].copy()
+        return list_array(list(_from_the_begin(blocks) if is_position else blocks))
 
     packed = (
         tokenised.select(rows)
@@ -172,6 +177,12 @@ def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block
     return packed.with_format(None)
 
 
+def _from_the_begin(positions: np.ndarray) -> np.ndarray:
+    """Positions `[blocks, block_size]` where a document that began in an earlier block begins anew."""
+    is_continued = np.cumsum(positions == 0, axis=1) == 0
+    return np.where(is_continued, positions - positions[:, :1], positions)
+
+
 class CausalLMCollator:
     """Stack token rows to a batch; labels are the inputs unless a row brings its own.
 
@@ -180,10 +191,14 @@ class CausalLMCollator:
 
     Args:
         pad_token_id: fills rows on the right where lengths differ; with None such a batch is refused.
+        document_end: keep documents apart, which end with this token unless rows bring `position_ids`: positions begin
+            at 0 with every document, which transformers' attention masks take for its border, and the first token of a
+            document is no label. With None they are not kept apart.
     """
 
-    def __init__(self, pad_token_id: int | None = None) -> None:
+    def __init__(self, pad_token_id: int | None = None, document_end: int | None = None) -> None:
         self.pad_token_id = pad_token_id
+        self.document_end = document_end
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch.
@@ -193,10 +208,12 @@ class CausalLMCollator:
 
         Returns:
             int64 `[batch, longest]`: `input_ids`, `labels` (-100 on padding), and `attention_mask` only if lengths
-            differ or a row brings one; `domain_index`, `[batch]`, if the rows have it.
+            differ or a row brings one; `position_ids` where documents are kept apart; `domain_index`, `[batch]`, if the
+            rows have it.
 
         Raises:
-            UserError: lengths differ and there is no pad token, or a row's labels or mask differ in length from it.
+            UserError: lengths differ and there is no pad token, or documents are to be kept apart; or a row's labels or
+                mask differ in length from it.
         """
         rows = [_long(feature["input_ids"]) for feature in features]
         length = max(map(len, rows))
@@ -221,7 +238,25 @@ class CausalLMCollator:
             batch["attention_mask"] = _padded(masks, length, 0)
         if all(DOMAIN in feature for feature in features):
             batch[DOMAIN] = _long([feature[DOMAIN] for feature in features])
-        return batch
+        return batch if self.document_end is None else self._apart(batch, features, self.document_end)
+
+    def _apart(
+        self, batch: dict[str, Tensor], features: Sequence[Mapping[str, Any]], document_end: int
+    ) -> dict[str, Tensor]:
+        if "attention_mask" in batch:
+            raise UserError(
+                "data.packing='documents' needs blocks of one length without padding, and these rows differ in length "
+                "or bring an attention_mask. Pass packed blocks, or raw text, or take data.packing='joined'."
+            )
+        if all(feature.get("position_ids") is not None for feature in features):
+            positions = torch.stack([_long(feature["position_ids"]) for feature in features])
+        else:
+            place = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+            ends = torch.eq(batch["input_ids"][:, :-1], document_end)
+            begins = F.pad(ends, (1, 0), value=True)
+            positions = place - torch.where(begins, place, 0).cummax(dim=1).values
+        labels = batch["labels"].masked_fill(positions == 0, IGNORE_INDEX)
+        return {**batch, "labels": labels, "position_ids": positions}
 
 
 def _long(values: Any) -> Tensor:
@@ -244,7 +279,7 @@ def _unpadded(feature: Mapping[str, Any], row: Tensor) -> Tensor:
 
 
 def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:
-    return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=fill) for row in rows])
+    return torch.stack([F.pad(row, (0, length - len(row)), value=fill) for row in rows])
 
 
 def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:

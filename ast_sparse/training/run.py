@@ -195,6 +195,7 @@ def _prepare(
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            packing=config.data.packing,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from ast_sparse.config import (
     WatchConfig,
 )
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.packing import DOMAIN, CausalLMCollator, calibration_samples
+from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
@@ -43,6 +43,7 @@ from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.slorb import SLoRB
+from ast_sparse.training.apart import check_apart, make_collator
 from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
 from ast_sparse.training.callbacks import SparsityCallback
@@ -74,9 +75,11 @@ class SparseTrainer(Trainer):
             magnitude masks, because a checkpoint brings the masks and weights.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
         train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
-            counts), or raw text, which is tokenised and packed. Blocks of token shards are read where they lie. A
-            mapping of names to such is a mixture of domains; the losses held out are then reported by domain.
+            counts), raw text, or chat data (`messages`, or `prompt` and `completion`), of which what the assistant says
+            is counted; both are tokenised and packed. Blocks of token shards are read where they lie. A mapping of
+            names to such is a mixture of domains; the losses held out are then reported by domain.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
+        packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
 
     Raises:
@@ -103,6 +106,7 @@ class SparseTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         text_field: str = "text",
         block_size: int | None = None,
+        packing: Literal["joined", "documents"] = "joined",
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -139,11 +143,12 @@ class SparseTrainer(Trainer):
         self.calibration_config = calibration_config or CalibrationConfig()
         self.sparsity_report: SparsityReport = self._sparsify(model, args, train_dataset, calibration_dataset, pack)
         check_optimizer(optimizers[0], model)
-        pad = processing_class.pad_token_id if processing_class is not None else None
+        if packing == "documents":
+            check_apart(model, self.teacher, processing_class, args, data_collator)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or CausalLMCollator(pad),
+            data_collator=data_collator or make_collator(processing_class, packing),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -243,6 +248,8 @@ class SparseTrainer(Trainer):
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
+        if "position_ids" in features:
+            features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits
         by_position = self._domain_losses.positions(inputs, labels) if model.training else None
         loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits, by_position)

@@ -182,7 +182,11 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
     batches, _ = load_batch(path)
     with torch.no_grad():
         known = [{name: value for name, value in batch.items() if name != DOMAIN} for batch in batches]
-        return [float(model(**{name: v.to(model.device) for name, v in batch.items()}).loss) for batch in known]
+        # beside a cache, transformers sees no borders of documents in `position_ids`
+        return [
+            float(model(use_cache=False, **{name: v.to(model.device) for name, v in batch.items()}).loss)
+            for batch in known
+        ]
 
 
 def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:

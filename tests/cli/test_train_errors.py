@@ -247,6 +247,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.block_size=16.5", r"data\.block_size=16\.5 is a number, expected an integer"),
     ("data.block_size=true", r"data\.block_size=True is true or false, expected an integer"),
     ("data.text_field=5", r"data\.text_field=5 is an integer, expected text"),
+    ("data.packing=documnts", r"data\.packing='documnts' is text, expected 'joined' or 'documents'"),
     ("data.sead=1", r"Unknown key data\.sead\. Did you mean 'seed'"),
     # domains
     (["data.train=null"], r"data\.train is missing\. Name text in it, or domains in data\.domains"),
