@@ -124,26 +124,33 @@ def _layer_flips(run: Run, suffix: str, of: str) -> Picture | None:
 
 
 def _domains(run: Run, suffix: str, of: str) -> Picture | None:
-    """Shares and held-out losses of the domains over the steps."""
+    """Shares of the domains over the steps, and their losses in training and held out."""
     names = [key.removeprefix(_SHARE) for key in run.logged_keys() if key.startswith(_SHARE)]
-    if not names:
+    parts = [
+        (f"{_SHARE}{{}}", 100, "share of the sequences (%)"),
+        ("domain_loss/{}", 1, "train loss (nats per token)"),
+        ("eval_{}_loss", 1, "held-out loss (nats per token)"),
+    ]
+    parts = [part for part in parts if any(run.logged(part[0].format(name)) for name in names)]
+    if not parts:
         return None
-    parts = [(_SHARE, "", 100, "share of the sequences (%)")]
-    if any(run.logged(f"eval_{name}_loss") for name in names):
-        parts.append(("eval_", "_loss", 1, "held-out loss (nats per token)"))
-    figure, panels = plots.panels(1, len(parts), (4.3 * len(parts), 3.4))
-    for axes, (before, after, scale, label) in zip(panels, parts, strict=True):
+    columns = min(2, len(parts))
+    rows = math.ceil(len(parts) / columns)
+    figure, panels = plots.panels(rows, columns, (4.3 * columns, 0.4 + 3.0 * rows))
+    for axes, (key, scale, label) in zip(panels, parts, strict=False):
         for index, name in enumerate(names):
-            points = run.logged(f"{before}{name}{after}")
+            points = run.logged(key.format(name))
             plots.line(axes, index, name, [(step, scale * value) for step, value in points])
         axes.set_ylabel(label)
         plots.step_axis(axes)
+    for axes in panels[len(parts) :]:
+        axes.remove()
     panels[0].set_ylim(bottom=0)
     plots.legend(figure, panels[0])
     return Picture(
         name=f"domains{suffix}",
         title=f"Domains over the steps{of}",
-        caption="The share of the training sequences that each domain gives, and its held-out loss.",
+        caption="The share of the training sequences that each domain gives, and its losses.",
         figure=figure,
     )
 

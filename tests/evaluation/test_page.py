@@ -169,13 +169,14 @@ def recorded(folder: Path, log: list[dict[str, float]], history: list[dict[str, 
 def test_domains_have_a_line_each_for_shares_and_losses(tmp_path: Path) -> None:
     log = [{"step": s, "domain_share/cc": 0.5 + s / 100, "domain_share/wiki": 0.5 - s / 100} for s in (0, 10)]
     log += [{"step": s, "eval_cc_loss": 3.0 - s / 10, "eval_cc_perplexity": 9.0} for s in (0, 10)]
-    log += [{"step": s, "eval_wiki_loss": 2.0} for s in (0, 10)]
+    log += [{"step": s, "eval_wiki_loss": 2.0, "domain_loss/wiki": 2.5} for s in (0, 10)]
     (picture,) = draw_runs({"a": recorded(tmp_path, log, [])})
     assert picture.name == "domains"
-    shares, losses = picture.figure.axes
+    shares, trained, losses = picture.figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in shares.lines}
     assert lines == {"cc": pytest.approx([50, 60]), "wiki": pytest.approx([50, 40])}
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0, 2.0], [2.0, 2.0]]
+    assert [list(line.get_ydata()) for line in trained.lines] == [[], [2.5, 2.5]]
 
 
 def test_flips_by_layer_are_means_over_the_blocks(tmp_path: Path) -> None:
