@@ -1,91 +1,17 @@
 """SparseAdamW: AdamW with a decay on pruned weights, in three placements (paper Sec. 3.2 and 6.6).
 
-A placement is one pure update function; a further variant is one more function in `_PLACEMENTS`.
+A placement is one pure update function, in `kernels/updates.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-
-@dataclass(frozen=True)
-class StepValues:
-    """The scalars of one update: step t counts from 1, `mask_decay` is λ(t)."""
-
-    step: int
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    mask_decay: float
-
-    @property
-    def correction1(self) -> float:
-        """`1 − β1^t`."""
-        return 1 - self.beta1**self.step
-
-    @property
-    def correction2(self) -> float:
-        """`1 − β2^t`."""
-        return 1 - self.beta2**self.step
-
-
-def _descend(weight: Tensor, direction: Tensor, second: Tensor, values: StepValues) -> None:
-    """`W ← (1 − γ·wd) W − γ · direction / ((1 − β1^t)(√v̂ + ε))`; `direction` stays as it is."""
-    denominator = (second / values.correction2).sqrt_().add_(values.eps)
-    weight.mul_(1 - values.lr * values.weight_decay)
-    weight.addcdiv_(direction, denominator, value=-values.lr / values.correction1)
-
-
-def momentum_update(
-    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
-) -> None:
-    """(20)-(23), in place: the decay enters the step and the second moment, never the first moment.
-
-    (22) holds for every element of a masked tensor, kept ones and λ = 0 included.
-    """
-    first.lerp_(grad, 1 - values.beta1)
-    direction = first
-    if values.mask_decay:
-        direction = torch.where(mask, 0, weight).mul_(values.mask_decay).add_(first)
-    second.mul_(values.beta2).addcmul_(direction, direction, value=1 - values.beta2)
-    _descend(weight, direction, second, values)
-
-
-def gradient_update(
-    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
-) -> None:
-    """(18)-(19), in place: `g̃ = g + λ (¬m ⊙ W)`, then plain AdamW on g̃."""
-    if values.mask_decay:
-        grad = torch.where(mask, 0, weight).mul_(values.mask_decay).add_(grad)
-    first.lerp_(grad, 1 - values.beta1)
-    second.mul_(values.beta2).addcmul_(grad, grad, value=1 - values.beta2)
-    _descend(weight, first, second, values)
-
-
-def weight_update(
-    weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
-) -> None:
-    """(16)-(17), in place: AdamW, and the decay directly on the weight.
-
-    λ·γ is often below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight): at such settings this placement
-    does nothing.
-    """
-    decay = torch.where(mask, 0, weight).mul_(values.lr * values.mask_decay) if values.mask_decay else None
-    first.lerp_(grad, 1 - values.beta1)
-    second.mul_(values.beta2).addcmul_(grad, grad, value=1 - values.beta2)
-    _descend(weight, first, second, values)
-    if decay is not None:
-        weight.sub_(decay)
-
-
-Update = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, StepValues], None]
-_PLACEMENTS: dict[str, Update] = {"momentum": momentum_update, "gradient": gradient_update, "weight": weight_update}
+from ast_sparse.kernels.choice import Kernels
+from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -99,7 +25,11 @@ class SparseAdamW(torch.optim.Optimizer):
             parameters must have a mask.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         mask_decay: λ of (3).
-        decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17).
+        decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17). Under `weight`, λ·γ is often
+            below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight), and then the decay does nothing.
+
+    Attributes:
+        kernels: `compiled` or `eager`, for the masked parameters; may be set before any step.
 
     Raises:
         ValueError: a value out of range, or an unknown placement.
@@ -115,8 +45,8 @@ class SparseAdamW(torch.optim.Optimizer):
         mask_decay: float = 0.0,
         decay_placement: str = "momentum",
     ) -> None:
-        if decay_placement not in _PLACEMENTS:
-            raise ValueError(f"decay_placement={decay_placement!r} is unknown. Use one of {', '.join(_PLACEMENTS)}.")
+        if decay_placement not in PLACEMENTS:
+            raise ValueError(f"decay_placement={decay_placement!r} is unknown. Use one of {', '.join(PLACEMENTS)}.")
         for name, value in dict(lr=lr, eps=eps, weight_decay=weight_decay, mask_decay=mask_decay).items():
             if not value >= 0:
                 raise ValueError(f"{name}={value} must be 0 or more.")
@@ -128,6 +58,7 @@ class SparseAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         super().__init__(params, defaults)
         self._masks: dict[Tensor, Tensor] = {}
+        self.kernels: Kernels = "eager"
 
     def bind_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
         """Say which mask belongs to which parameter; the mask tensors are read at every step, not copied.
@@ -197,8 +128,10 @@ class SparseAdamW(torch.optim.Optimizer):
             eps=group["eps"], weight_decay=group["weight_decay"], mask_decay=group["mask_decay"],
         )  # fmt: skip
         assert parameter.grad is not None  # filtered in `step`
-        update = _PLACEMENTS[group["decay_placement"]]
-        update(parameter, parameter.grad, mask, state["exp_avg"], state["exp_avg_sq"], values)
+        update_weights(
+            group["decay_placement"], _local(parameter), _local(parameter.grad), _local(mask),
+            _local(state["exp_avg"]), _local(state["exp_avg_sq"]), values, self.kernels,
+        )  # fmt: skip
 
     def _plain_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
@@ -210,3 +143,8 @@ class SparseAdamW(torch.optim.Optimizer):
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP2 has sharded; any other tensor itself."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor

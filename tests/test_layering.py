@@ -13,14 +13,14 @@ ORDER = [
     ("data",),
     ("distillation", "optim"),
     ("sparsity",),
-    ("schedules",),
+    ("schedules", "kernels"),
     ("config",),
     ("conversion",),
     ("yaml12",),
     ("errors",),
 ]
 RANK = {room: len(ORDER) - level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_ONLY = ("sparsity", "optim", "schedules", "distillation", "export/codec")
+TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -52,6 +52,13 @@ class SparsityConfig(Section):
     decay_placement: Literal["momentum", "gradient", "weight"] = field(
         default="momentum", metadata=about("Where the decay enters AdamW: (20)-(23), (18)-(19) or (16)-(17).")
     )
+    kernels: Literal["auto", "eager", "compiled"] = field(
+        default="auto",
+        metadata=about(
+            "Masks and updates by torch.compile or eager; auto: compiled from 10 million masked weights on, where a "
+            "compiler works. Resumed as the checkpoint was trained."
+        ),
+    )
     include: tuple[str, ...] = field(default=(), metadata=about("Prune only layers that match; * is a wildcard."))
     exclude: tuple[str, ...] = field(default=(), metadata=about("Layers that stay dense; * is a wildcard."))
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.kernels.choice import Kernels
+from ast_sparse.kernels.masks import magnitude_mask
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
 
@@ -44,6 +46,7 @@ class SparseLayer(nn.Module):
         slorb: the low-rank adapter, or None.
         pattern: what the mask must fit.
         fixed_mask: pruned weights get no gradient, because the mask will never move.
+        kernels: `compiled` or `eager`; both give the same masks and products.
     """
 
     group_dim: int
@@ -53,6 +56,7 @@ class SparseLayer(nn.Module):
     slorb: SLoRB | None
     pattern: Pattern
     fixed_mask: bool
+    kernels: Kernels = "eager"
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned positions exactly 0.0, in the layer's own layout; differentiable by STE (1)."""
@@ -61,6 +65,8 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
         """The pattern's mask of |W|, in the layer's own layout."""
+        if self.pattern.structured:
+            return magnitude_mask(self.weight, self.pattern.n, self.pattern.m, self.group_dim, self.kernels)
         return self.pattern.mask(self.weight.abs().movedim(self.group_dim, -1)).movedim(-1, self.group_dim)
 
     def unpacked_start_mask(self) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ast_sparse.config import UNSTRUCTURED, SparsityConfig
-
-_PAIRWISE_LIMIT = 8  # up to this M, comparing all pairs is faster than sorting
+from ast_sparse.kernels.masks import nm_group_mask
 
 
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
@@ -27,19 +26,7 @@ def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
         raise ValueError(f"N:M pattern {n}:{m} needs 0 < N < M.")
     if scores.shape[-1] % m:
         raise ValueError(f"Cannot build an {n}:{m} mask: {scores.shape[-1]} columns are not a multiple of {m}.")
-    groups = scores.unflatten(-1, (-1, m))
-    if m > _PAIRWISE_LIMIT:
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
-        return mask.flatten(-2)
-    columns = groups.unbind(-1)
-    losses = [torch.zeros_like(columns[0], dtype=torch.uint8) for _ in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            first_wins = columns[i] >= columns[j]
-            losses[j] += first_wins
-            losses[i] += ~first_wins
-    return torch.stack([lost < n for lost in losses], dim=-1).flatten(-2)
+    return nm_group_mask(scores.reshape(-1, scores.shape[-1]), n, m).view(scores.shape)
 
 
 def check_nm(weight: Tensor, n: int, m: int, dim: int = -1) -> bool:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.kernels.choice import Kernels
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
@@ -338,6 +339,12 @@ def densify_model(model: nn.Module) -> None:
     """Turn every sparse layer back into a plain `nn.Linear` or `Conv1D` with the masked weight; SLoRB is dropped."""
     for layer in sparse_layers(model).values():
         make_dense(layer)
+
+
+def use_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """Set which kernels the sparse layers of a model use."""
+    for layer in sparse_layers(model).values():
+        layer.kernels = kernels
 
 
 def masks_by_parameter(model: nn.Module) -> dict[Tensor, Tensor]:

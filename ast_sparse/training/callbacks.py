@@ -8,10 +8,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.kernels.choice import Kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
 from ast_sparse.sparsity.calibration import InputRecorder
-from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers
+from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, use_kernels
 from ast_sparse.training.baselines import check_steps
 from ast_sparse.training.metrics import append_row, keep_rows_until
 
@@ -29,6 +30,9 @@ class SparsityCallback(TrainerCallback):
         log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
         calibration: SparseGPT's damping and block size.
         slorb: where SLoRB comes after the sparse training, masks stop moving when it begins.
+
+    Attributes:
+        kernels: what masks and updates are computed with, from the beginning of training on.
     """
 
     def __init__(
@@ -42,13 +46,17 @@ class SparsityCallback(TrainerCallback):
         self.log = log
         self.calibration = calibration
         self.slorb = slorb
+        self.kernels: Kernels = "eager"
         self._recorder: InputRecorder | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_steps(self.config, self.slorb, state.max_steps)
-        _sparse_optimizer(kwargs["optimizer"]).bind_masks(masks_by_parameter(kwargs["model"]))
+        optimizer = _sparse_optimizer(kwargs["optimizer"])
+        optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
+        optimizer.kernels = self.kernels
+        use_kernels(kwargs["model"], self.kernels)
         if args.should_save:
             keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 

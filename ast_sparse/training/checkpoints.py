@@ -19,6 +19,7 @@ from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
+from ast_sparse.kernels.choice import Kernels
 from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
@@ -27,6 +28,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_EPOCHS = 10**9
+_MAY_DIFFER = ("kernels",)  # a warning says what it means
 _STATE = ("optimizer.pt", "scheduler.pt")
 
 
@@ -178,7 +180,7 @@ def check_same_run(
             (f"{section}.{key}", was[section][key], value)
             for section in defaults
             for key, value in now[section].items()
-            if was[section][key] != value
+            if was[section][key] != value and key not in _MAY_DIFFER
         ]
         other_layers = set(saved["layers"]) ^ set(layers)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -194,6 +196,11 @@ def check_same_run(
             f"{shown(min(other_layers, key=str))} is pruned in only one of this run and {str(checkpoint)!r}. "
             "Resume with the model and the sparsity.include/exclude of the run."
         )
+
+
+def stored_kernels(checkpoint: Path) -> Kernels:
+    """What a checkpoint's masks and updates were computed with; eager, where it is older than the choice."""
+    return "compiled" if read_json(checkpoint / SPARSITY_CONFIG_NAME).get("kernels") == "compiled" else "eager"
 
 
 def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -39,6 +39,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
 from ast_sparse.export.checksums import write_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
+from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
@@ -47,13 +48,14 @@ from ast_sparse.training.apart import check_apart, make_collator
 from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
 from ast_sparse.training.callbacks import SparsityCallback
-from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint
+from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
+from ast_sparse.training.ranks import any_rank
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback, divergence
 
@@ -177,8 +179,8 @@ class SparseTrainer(Trainer):
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
-        sparsity = SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config)
-        for callback in (self._watch, sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
+        self._sparsity = SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config)
+        for callback in (self._watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
             self.add_callback(callback)
         if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
@@ -334,6 +336,7 @@ class SparseTrainer(Trainer):
             UserError: the checkpoint is incomplete, or was made with other sparsity settings.
         """
         if not resume_from_checkpoint:
+            self._sparsity.kernels = self._kernels(None)
             return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
@@ -342,6 +345,7 @@ class SparseTrainer(Trainer):
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
+        self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
         if state.global_step < last_step:
             return super().train(str(checkpoint), trial, ignore_keys_for_eval)
         # Trainer would do one more step: the run was finished, and stopped before the final save.
@@ -366,6 +370,12 @@ class SparseTrainer(Trainer):
             self.log({f"{metric_key_prefix}_loss": loss})
         return metrics
 
+    def _kernels(self, stored: Kernels | None) -> Kernels:
+        """The kernels of the run; eager on all ranks where one cannot compile, for their weights must stay the same."""
+        weights, device = self.sparsity_report.pruned_parameters, self.args.device
+        choice = choose_kernels(self.sparsity_config.kernels, weights, device, stored)
+        return "eager" if any_rank(choice == "eager", device) else choice
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss.
 
@@ -387,6 +397,7 @@ class SparseTrainer(Trainer):
             "sparsity": self.sparsity_config.to_dict(),
             "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
             "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
+            "kernels": self._sparsity.kernels,
             "layers": sorted(self.sparsity_report.pruned),
         }
 

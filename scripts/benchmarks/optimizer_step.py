@@ -1,6 +1,6 @@
 """What does an optimizer step with masks and decay cost, beside dense AdamW?
 
-Ours: `SparseAdamW` on 12 masked float32 matrices of 2048², λ > 0, each placement. Alternative:
+Ours: `SparseAdamW` on 12 masked float32 matrices of 2048², λ > 0, each placement, compiled and eager. Alternative:
 `torch.optim.AdamW(fused=True)` on copies of the same tensors and gradients. Interleaved pairs. Memory: what the first
 step, which creates the state, and a second one add to weights, gradients and masks, each side in a child process.
 """
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from harness import PeakMemory, Result, Settings, interleave, main
 
+from ast_sparse.kernels.choice import Kernels, compiler_fault
 from ast_sparse.optim import SparseAdamW
 
 GOAL = 1.10
 OPTIONS: dict[str, Any] = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def build(side: str, count: int, size: int, device: torch.device) -> Callable[[], Any]:
+def build(side: str, kernels: Kernels, count: int, size: int, device: torch.device) -> Callable[[], Any]:
     """The step of one side; `side` is a decay placement, or `adamw`."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(size, size, generator=generator).to(device)) for _ in range(count)]
@@ -27,12 +28,14 @@ def build(side: str, count: int, size: int, device: torch.device) -> Callable[[]
         return torch.optim.AdamW(weights, fused=True, **OPTIONS).step
     group = {"params": weights, "is_masked": True}
     optimizer = SparseAdamW([group], mask_decay=1e-4, decay_placement=side, **OPTIONS)
+    optimizer.kernels = kernels
     optimizer.bind_masks({weight: torch.rand(weight.shape, device=device) < 0.5 for weight in weights})
     return optimizer.step
 
 
-def peak(side: str, count: int, size: int, device: torch.device) -> float:
-    step = build(side, count, size, device)
+def peak(side: str, kernels: Kernels, count: int, size: int, device: torch.device) -> float:
+    build(side, kernels, 1, 8, device)()  # what compiling and the first threads take stays out of it
+    step = build(side, kernels, count, size, device)
     with PeakMemory() as memory:
         step()
         step()
@@ -41,14 +44,21 @@ def peak(side: str, count: int, size: int, device: torch.device) -> float:
 
 def measure(settings: Settings) -> Iterator[Result]:
     count, size = (2, 64) if settings.quick else (12, 2048)
-    about = dict(question="optimizer step", against="AdamW(fused=True)", goal=GOAL)
-    dense = build("adamw", count, size, settings.device)
-    for placement in ("momentum", "gradient", "weight"):
-        ours = build(placement, count, size, settings.device)
-        times = interleave({"ours": ours, "dense": dense}, settings.pairs(20))
-        yield Result.of(times["ours"], times["dense"], case=f"{placement} {count}x{size}²", **about)
-        sides = [settings.in_child(peak, side, count, size, settings.device) for side in (placement, "adamw")]
-        yield Result.of(sides[:1], sides[1:], case=f"{placement} {count}x{size}², memory", unit="MB", **about)
+    about = dict(question="optimizer step", against="AdamW(fused=True)")
+    size_of = (count, size, settings.device)
+    dense = build("adamw", "eager", *size_of)
+    dense_peak = settings.in_child(peak, "adamw", "eager", *size_of)
+    fault = compiler_fault(settings.device.type)
+    for kernels, goal in (("compiled", GOAL), ("eager", None)):
+        for placement in ("momentum", "gradient", "weight"):
+            case = f"{placement} {count}x{size}², {kernels}"
+            if kernels == "compiled" and fault:
+                yield Result(case=case, reason=fault, goal=goal, **about)
+                continue
+            times = interleave({"ours": build(placement, kernels, *size_of), "dense": dense}, settings.pairs(20))
+            yield Result.of(times["ours"], times["dense"], case=case, goal=goal, **about)
+            ours_peak = settings.in_child(peak, placement, kernels, *size_of)
+            yield Result.of([ours_peak], [dense_peak], case=f"{case}, memory", unit="MB", goal=GOAL, **about)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""One AdamW update with the decay on pruned weights, by placement (paper Sec. 3.2 and 6.6).
+
+Compiled, an update is one pass over weight, gradient, mask and moments. Eager, it goes block by block: what the
+placement adds is computed into a temporary the size of a block, and torch's fused AdamW does the rest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ast_sparse.kernels.choice import Kernels, compile_kernel
+
+_BLOCK = 1 << 18  # elements of an eager block on a CPU
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The scalars of one update: step t counts from 1, `mask_decay` is λ(t)."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    mask_decay: float
+
+    @property
+    def correction1(self) -> float:
+        """`1 − β1^t`."""
+        return 1 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> float:
+        """`1 − β2^t`."""
+        return 1 - self.beta2**self.step
+
+    def as_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What the compiled updates read, so that a change of a value compiles nothing anew."""
+        values = [
+            self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - self.lr * self.weight_decay,
+            self.lr / self.correction1, self.correction2**-0.5, self.eps, self.mask_decay, self.lr * self.mask_decay,
+        ]  # fmt: skip
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def update_weights(
+    placement: str,
+    weight: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    first: Tensor,
+    second: Tensor,
+    values: StepValues,
+    kernels: Kernels,
+) -> None:
+    """One update of one masked weight and its moments, in place.
+
+    Args:
+        placement: a key of `PLACEMENTS`.
+        weight, grad, mask, first, second: of one shape, this process's own parts; mask bool, True = kept. 16-bit
+            weights are computed in float32 by the compiled kernels, by the eager ones as torch's fused AdamW does.
+    """
+    w, g, m, first_, second_ = (tensor.detach().contiguous() for tensor in (weight, grad, mask, first, second))
+    (_update_eager if kernels == "eager" else _update_compiled)(placement, w, g, m, first_, second_, values)
+    for target, result in ((weight.detach(), w), (first, first_), (second, second_)):
+        if not target.is_contiguous():
+            target.copy_(result)
+    torch.autograd.graph.increment_version(weight)  # neither way to update tells autograd
+
+
+def _update_eager(
+    placement: str, weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
+) -> None:
+    rows = len(weight) or 1
+    if weight.device.type == "cpu" and weight.numel():
+        rows = max(_BLOCK * rows // weight.numel(), 1)
+    blocks = (tensor.split(rows) for tensor in (weight, grad, mask, first, second))
+    for w, g, m, u, v in zip(*blocks, strict=True):
+        PLACEMENTS[placement][0](w, g, m, u, v, values)
+
+
+def _update_compiled(
+    placement: str, weight: Tensor, grad: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues
+) -> None:
+    computed_in = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w, g, m, u, v = (tensor.view(-1) for tensor in (weight, grad, mask, first, second))
+    # vectors of booleans are slow in the inductor, those of bytes are not
+    scalars = values.as_tensor(computed_in, weight.device)
+    _compiled_update(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), u, v, scalars)
+
+
+def _momentum_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
+    """(20)-(23): the decay enters the step and the second moment, never the first moment."""
+    first.lerp_(g, 1 - values.beta1)
+    step = _plus_decay(first, w, mask, values.mask_decay)
+    correction = values.correction1  # AdamW with β1 = 0 takes what it is given as its first moment
+    _adamw(w, step, torch.zeros_like(first), second, values, 0.0, values.lr / correction, correction)
+
+
+def _gradient_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
+    """(18)-(19): `g̃ = g + λ (¬m ⊙ W)`, then plain AdamW on g̃."""
+    _adamw(w, _plus_decay(g, w, mask, values.mask_decay), first, second, values, values.beta1, values.lr)
+
+
+def _weight_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
+    """(16)-(17): AdamW, and the decay directly on the weight."""
+    decay = _pruned(mask, w.dtype) * w
+    _adamw(w, g, first, second, values, values.beta1, values.lr)
+    w.sub_(decay, alpha=values.lr * values.mask_decay)
+
+
+def _plus_decay(to: Tensor, w: Tensor, mask: Tensor, decay: float) -> Tensor:
+    return torch.addcmul(to, _pruned(mask, w.dtype), w, value=decay) if decay else to
+
+
+def _pruned(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where pruned: on a CPU a product with it takes a tenth of `torch.where`; bytes convert faster than bools."""
+    return (~mask).view(torch.uint8).to(dtype)
+
+
+def _adamw(
+    w: Tensor, g: Tensor, first: Tensor, second: Tensor, values: StepValues, beta1: float, lr: float, share: float = 1.0
+) -> None:
+    on_cpu = w.device.type == "cpu"
+    step = torch.tensor(float(values.step - 1))
+    adamw(
+        [w], [g], [first], [second], [], [step], foreach=not on_cpu, fused=on_cpu, amsgrad=False, beta1=beta1,
+        beta2=values.beta2, lr=lr, weight_decay=values.weight_decay * share, eps=values.eps, maximize=False,
+    )  # fmt: skip
+
+
+def _momentum(w: Tensor, g: Tensor, decay: Tensor, first: Tensor, second: Tensor, s: Sequence[Tensor]) -> list[Tensor]:
+    first = first * s[0] + g * s[1]
+    step = first + decay * s[8]
+    second = second * s[2] + step * step * s[3]
+    return [_descend(w, step, second, s), first, second]
+
+
+def _gradient(w: Tensor, g: Tensor, decay: Tensor, first: Tensor, second: Tensor, s: Sequence[Tensor]) -> list[Tensor]:
+    g = g + decay * s[8]
+    first = first * s[0] + g * s[1]
+    second = second * s[2] + g * g * s[3]
+    return [_descend(w, first, second, s), first, second]
+
+
+def _weight(w: Tensor, g: Tensor, decay: Tensor, first: Tensor, second: Tensor, s: Sequence[Tensor]) -> list[Tensor]:
+    first = first * s[0] + g * s[1]
+    second = second * s[2] + g * g * s[3]
+    return [_descend(w, first, second, s) - decay * s[9], first, second]
+
+
+def _descend(w: Tensor, direction: Tensor, second: Tensor, s: Sequence[Tensor]) -> Tensor:
+    """`(1 − γ·wd) W − γ · direction / ((1 − β1^t)(√v̂ + ε))`."""
+    return w * s[4] - direction / (second.sqrt() * s[6] + s[7]) * s[5]
+
+
+Eager = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, StepValues], None]
+Pure = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], list[Tensor]]
+PLACEMENTS: dict[str, tuple[Eager, Pure]] = {
+    "momentum": (_momentum_eager, _momentum),
+    "gradient": (_gradient_eager, _gradient),
+    "weight": (_weight_eager, _weight),
+}
+
+
+@cache
+def _compiled_update(update: Pure) -> Callable[..., Any]:
+    def in_place(w: Tensor, g: Tensor, kept: Tensor, first: Tensor, second: Tensor, values: Tensor) -> None:
+        scalars = values.unbind()
+        w_, g_, first_, second_ = (tensor.to(values.dtype) for tensor in (w, g, first, second))
+        decay = torch.where(kept.to(torch.int32) != 0, 0, w_)
+        for target, result in zip((w, first, second), update(w_, g_, decay, first_, second_, scalars), strict=True):
+            target.copy_(result)
+
+    return compile_kernel(in_place)

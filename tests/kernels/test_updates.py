@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from ast_sparse.kernels.choice import Kernels
+from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
+
+
+def twin(placement: str, w, g, mask, first, second, values: StepValues) -> list[torch.Tensor]:
+    """(16)-(23) on whole tensors in float64, without a thought of speed."""
+    w, g, first, second = (tensor.double() for tensor in (w, g, first, second))
+    pruned = torch.where(mask, 0, w)
+    if placement == "gradient":
+        g = g + values.mask_decay * pruned
+    first = values.beta1 * first + (1 - values.beta1) * g
+    step = first + values.mask_decay * pruned if placement == "momentum" else first
+    second = values.beta2 * second + (1 - values.beta2) * (step if placement == "momentum" else g).square()
+    hat = (second / (1 - values.beta2**values.step)).sqrt() + values.eps
+    new = w - values.lr * values.weight_decay * w - values.lr * step / ((1 - values.beta1**values.step) * hat)
+    return [new - (values.lr * values.mask_decay * pruned if placement == "weight" else 0), first, second]
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_updates_equal_the_equations_in_float64(
+    placement: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ast_sparse.kernels.updates._BLOCK", 100)  # several blocks, the last one short
+    generator = torch.Generator().manual_seed(1)
+    cases = [((13, 20), torch.float32, 2e-6), ((13, 20), torch.float64, 1e-13), ((7, 4), torch.bfloat16, 2e-2)]
+    cases = cases if kernels == "eager" or placement == "momentum" else cases[:1]  # each dtype is compiled anew
+    for shape, dtype, tolerance in cases:
+        for step in (1, 7):  # with the values of a step nothing is compiled anew
+            w, g = torch.randn(2, *shape, generator=generator, dtype=dtype).unbind()
+            first, second = torch.randn(2, *shape, generator=generator, dtype=dtype).mul_(0.1).unbind()
+            second.square_()
+            mask = torch.rand(shape, generator=generator) < 0.5
+            values = StepValues(step, 0.01 * step, 0.9, 0.99, 1e-8, 0.1, 0.05 * (step - 1))
+            expected = twin(placement, w, g, mask, first, second, values)
+            before = g.clone(), mask.clone()
+            update_weights(placement, w, g, mask, first, second, values, kernels)
+            for got, wanted in zip((w, first, second), expected, strict=True):
+                torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+            assert torch.equal(g, before[0]) and torch.equal(mask, before[1])
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_weights_in_any_layout_are_updated_where_they_lie(kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(2)
+    w, g = torch.randn(2, 12, 8, generator=generator).unbind()
+    mask = torch.rand(12, 8, generator=generator) < 0.5
+    values = StepValues(1, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.1)
+    turned = w.t().contiguous().t()
+    base, zeros = turned.t(), torch.zeros(4, 12, 8).unbind()
+    update_weights("momentum", w, g, mask, zeros[0], zeros[1], values, kernels)
+    update_weights("momentum", turned, g, mask, zeros[2], zeros[3], values, kernels)
+    torch.testing.assert_close(turned, w)
+    assert turned.t().data_ptr() == base.data_ptr() and not turned.is_contiguous()
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"])
+def test_autograd_sees_that_a_weight_was_updated(kernels: Kernels) -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    version = weight._version
+    values = StepValues(1, 0.1, 0.9, 0.99, 1e-8, 0.1, 0.1)
+    moments = torch.zeros(2, 4, 4)
+    update_weights("momentum", weight, torch.ones(4, 4), torch.ones(4, 4) > 0, *moments.unbind(), values, kernels)
+    assert weight._version > version and (weight < 1).all()
