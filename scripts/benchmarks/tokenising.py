@@ -1,9 +1,8 @@
-"""How fast does `ast-data prepare` tokenise, and does its memory stay flat?
+"""How fast does `ast-data prepare` tokenise?
 
-Rate: the command, with as many processes as cores, from JSONL to shards. Alternative: `load_dataset("json")` and
-`map(tokenise, batched=True, num_proc=cores)` of `datasets` into its Arrow cache, started in the same way. Memory: the
-peak of all processes of the command (private pages, sampled) on 1 GB of text, against that on a quarter of it. The text
-is that of Python's standard library, repeated with variations; the tokenizer a byte-level BPE of 32,000 tokens of it.
+Ours: the command, with as many processes as cores, from JSONL to shards. Alternative: `load_dataset("json")` and
+`map(tokenise, batched=True, num_proc=cores)` of `datasets` into its Arrow cache, started in the same way. The text is
+that of Python's standard library, repeated with variations; the tokenizer a byte-level BPE of 32,000 tokens of it.
 """
 
 import json
@@ -13,13 +12,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-from harness import Result, Settings, interleave, main
+from harness import Result, Settings, Spread, interleave, main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -40,29 +36,23 @@ if __name__ == "__main__":
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    sizes = (1, 2, 4) if settings.quick else (32, 256, 1024)  # MB of text: rate, memory, memory
+    size = 1 if settings.quick else 32  # MB of text
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", 2_000 if settings.quick else 32_000)
-        texts = [write_text(folder / f"{size}.jsonl", size * 10**6) for size in sizes]
+        text = write_text(folder / "text.jsonl", size * 10**6)
         runs = iter(range(10**6))
         sides = {
-            "ours": lambda: prepare(folder, texts[0], next(runs)),
-            "datasets": lambda: tokenise_with_datasets(folder, texts[0], next(runs)),
+            "ours": lambda: prepare(folder, text, next(runs)),
+            "datasets": lambda: tokenise_with_datasets(folder, text, next(runs)),
         }
         times = interleave(sides, settings.pairs(3), warmup=0)
+        tokens = read_manifest(folder / "shards-0").tokens
+        rates = {side: f"{tokens / Spread.of(taken).median:,.0f} tokens/s" for side, taken in times.items()}
         yield Result.of(
             times["ours"], times["datasets"], question="tokenising text", goal=1.0,
-            case=f"{sizes[0]} MB, {WORKERS} processes", against="datasets.map to Arrow",
-        )  # fmt: skip
-        seconds, peaks, tokens = zip(*(measured(folder, text, next(runs)) for text in texts[1:]), strict=True)
-        rates = {
-            f"{size} MB": f"{count:,} tokens, {count / time_:,.0f} tokens/s, {size / time_:.2f} MB/s"
-            for size, count, time_ in zip(sizes[1:], tokens, seconds, strict=True)
-        }
-        yield Result.of(
-            [peaks[1] / 1e6], [peaks[0] / 1e6], question="memory of tokenising", unit="MB", goal=1.1,
-            case=f"{sizes[2]:,} MB, {WORKERS} processes", against=f"the same on {sizes[1]} MB", notes=rates,
+            case=f"{size} MB, {WORKERS} processes", against="datasets.map to Arrow",
+            notes={"tokens": tokens, "with the start of the processes": rates},
         )  # fmt: skip
 
 
@@ -107,33 +97,6 @@ def tokenise_with_datasets(folder: Path, text: Path, run: int) -> None:
     arguments = [str(text), str(folder / "model"), str(folder / f"cache-{run}"), str(WORKERS)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True, env=environment)
-
-
-def measured(folder: Path, text: Path, run: int) -> tuple[float, int, int]:
-    """Seconds, peak of the private memory of all processes in bytes, and tokens of one call of the command."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command(folder, text, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = [0]
-    watch = threading.Thread(target=watch_memory, args=(psutil.Process(process.pid), peak))
-    watch.start()
-    if process.wait():
-        raise RuntimeError(f"ast-data prepare ended with {process.returncode}")
-    seconds = time.perf_counter() - start
-    watch.join()
-    manifest = read_manifest(folder / f"shards-{run}")
-    return seconds, peak[0], manifest.tokens
-
-
-def watch_memory(root: psutil.Process, peak: list[int]) -> None:
-    while root.is_running() and root.status() != psutil.STATUS_ZOMBIE:
-        total = 0
-        for process in [root, *root.children(recursive=True)]:
-            try:
-                total += process.memory_full_info().uss
-            except psutil.Error:  # it has ended
-                continue
-        peak[0] = max(peak[0], total)
-        time.sleep(0.2)
 
 
 if __name__ == "__main__":
