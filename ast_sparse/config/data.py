@@ -98,6 +98,10 @@ class DataConfig(Section):
             "predicted from the one before; joined: documents of a block see those before them."
         ),
     )
+    streaming: bool = field(
+        default=False,
+        metadata=about("Tokenise `train` while it is trained on; data sets of the hub are not downloaded."),
+    )
     domains: dict[str, Any] | None = field(
         default=None, metadata=about("NAME: {train, eval, share, target}, instead of `train`: a mixture of domains.")
     )
@@ -116,6 +120,10 @@ class DataConfig(Section):
             self._check_entries(key, value)
         self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
+        if self.streaming:
+            self._require(self.domains is None, "streaming", "reads no domains. Make shards with ast-data prepare.")
+            mend = "leaves no document to hold out. Name data.eval, or set data.eval_share: 0."
+            self._require(bool(self.eval) or self.eval_share == 0, "streaming", mend)
         if self.domains is None:
             self._require(not self.update, "update", "needs data.domains. Name domains, or remove it.")
             return

@@ -57,7 +57,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
                 raise UserError(
                     f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
                 )
-        pieces = list(_token_ids(tokenizer, texts, eos))
+        pieces = list(token_ids(tokenizer, texts, eos))
         keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
         return pa.table({"input_ids": list_array(pieces), "key": keys})
 
@@ -100,7 +100,9 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> Iterator[np.ndarray]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> Iterator[np.ndarray]:
+    """The tokens of each text, int32 `[tokens]`, ended by EOS; of an empty one none."""
+
     def encode(group: list[str]) -> Any:
         # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
         return tokenizer(

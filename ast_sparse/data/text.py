@@ -26,6 +26,7 @@ from ast_sparse.data.packing import (
 )
 from ast_sparse.data.shards import ShardFolder
 from ast_sparse.data.sources import Entry, Source, load_documents, shard_folders
+from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks
+Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks | StreamedBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +64,16 @@ class DataReport:
     """What became of the text. A document cut in two by the held-out share counts in both splits."""
 
     block_size: int
-    train: SplitReport
+    train: SplitReport | None  # None: streamed, so its length is not known
     eval: SplitReport | None
     empty_documents: int
 
     def lines(self) -> list[str]:
         """The report as lines to print."""
-        lines = []
+        lines: list[str] = []
         for split in (self.train, self.eval):
             if split is None:
-                lines.append("held out: nothing")
+                lines.append("held out: nothing" if lines else "train: streamed, tokenised while it is trained on")
                 continue
             lines.append(
                 f"{split.name}: {_counts(split)} -> {split.blocks:,} blocks of {self.block_size:,}, "
@@ -108,6 +109,8 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
             another tokenizer.
     """
     trained, evaluated = config.entries("train"), config.entries("eval")
+    if config.streaming:
+        return _streamed(config, tokenizer)
     train = _read(config, tokenizer, trained, 0.0 if evaluated else config.eval_share)
     held_out = _read(config, tokenizer, evaluated, 0.0) if evaluated else None
     blocks, train_report = _pack(train, "train", False, config)
@@ -119,6 +122,19 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     empty = train.empty + (held_out.empty if held_out else 0)
     report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
     return blocks, held_out_blocks, report
+
+
+def _streamed(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[StreamedBlocks, Blocks | None, DataReport]:
+    train = StreamedBlocks(config.train or (), config.root, config.text_field, tokenizer, config.block_size)
+    next(iter(train))  # so that what cannot be read at all is found before a model is loaded
+    held_out, blocks, report = None, None, None
+    if evaluated := config.entries("eval"):
+        held_out = _read(config, tokenizer, evaluated, 0.0)
+        blocks, report = _pack(held_out, "eval", False, config)
+    empty = held_out.empty if held_out else 0
+    return train, blocks, DataReport(block_size=config.block_size, train=None, eval=report, empty_documents=empty)
 
 
 def _read(

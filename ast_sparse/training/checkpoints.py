@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -119,7 +120,8 @@ def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
     known = _NAME.fullmatch(name)
     if known and "global_step" in content and state.global_step != int(known[1]):
         return f"is of step {state.global_step}"
-    epochs = (state.epoch or 0.0, state.num_train_epochs)
+    endless = state.num_train_epochs == sys.maxsize  # Trainer's word for a stream
+    epochs = (state.epoch or 0.0, 0 if endless else state.num_train_epochs)
     if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # NaN is not
         return "is damaged"
     return None if isinstance(state.log_history, list) else "is damaged"

@@ -18,6 +18,7 @@ from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.sources import check_entries, check_sources
+from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
@@ -92,6 +93,7 @@ def run_training(
     check_sources(config.data)
     check_entries(config.calibration.data or (), config.data.root, "calibration.data")
     check_evaluations(config.data.mixture, args)
+    _check_streaming(config, args)
     _check_held_out(config, args)
     hardware = hardware or Hardware()
     plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
@@ -170,7 +172,8 @@ def _prepare(
             ) from error
     if args.should_log:
         echo("\n".join(data_report.lines()))
-    _check_batches(args, len(train))
+    if not isinstance(train, StreamedBlocks):
+        _check_batches(args, len(train))
     model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
     _check_token_ids(train, tokenizer, model)
     output = Path(str(args.output_dir))
@@ -278,10 +281,23 @@ def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
             )
 
 
+def _check_streaming(config: RunConfig, args: TrainingArguments) -> None:
+    """What a stream needs to be told."""
+    if not config.data.streaming:
+        return
+    if args.max_steps <= 0:
+        raise UserError("data.streaming=true does not know the length of the text. Set training.max_steps.")
+    if args.dataloader_num_workers > 1:
+        raise UserError(
+            f"training.dataloader_num_workers={args.dataloader_num_workers}: each worker would read the same stream. "
+            "Set it to 0 or 1, or make shards with ast-data prepare."
+        )
+
+
 def _check_token_ids(train: Blocks, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Every token of the text has its row in the embedding: a tokenizer with spare entries is no fault."""
     rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) <= rows:
+    if len(tokenizer) <= rows or isinstance(train, StreamedBlocks):
         return
     largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
     if largest >= rows:

@@ -149,6 +149,7 @@ DOMAINS = [
     "data.train=null", "data.domains.cc={{train: text.txt, share: 0.6}}",
     "data.domains.wiki={{train: other.txt, share: 0.4}}",
 ]  # fmt: skip
+STREAMING = ["data.streaming=true", "data.eval=other.txt"]
 TARGETS = ["data.domains.cc.target=1.0", "data.domains.wiki.target=1.0"]
 
 # what is set, as after --set, or several; and what the error says
@@ -249,6 +250,12 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.text_field=5", r"data\.text_field=5 is an integer, expected text"),
     ("data.packing=documnts", r"data\.packing='documnts' is text, expected 'joined' or 'documents'"),
     ("data.sead=1", r"Unknown key data\.sead\. Did you mean 'seed'"),
+    # streaming
+    ("data.streaming=true", r"data\.streaming=True leaves no document to hold out\. Name data\.eval"),
+    ([*STREAMING, "training.max_steps=-1"], r"does not know the length of the text\. Set training\.max_steps"),
+    ([*STREAMING, "training.dataloader_num_workers=2"], r"dataloader_num_workers=2: each worker would read the same"),
+    ([*STREAMING, "data.train=latin.txt"], r"latin\.txt, line 1: not UTF-8"),
+    ([*DOMAINS, "data.streaming=true"], r"data\.streaming=True reads no domains\. Make shards"),
     # domains
     (["data.train=null"], r"data\.train is missing\. Name text in it, or domains in data\.domains"),
     ("data.domains.cc.train=other.txt", r"data\.train=\('text\.txt',\) stands beside data\.domains|stands beside"),
