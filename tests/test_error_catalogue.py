@@ -1,0 +1,261 @@
+"""Messages that no other test triggers: each fault is made, and ends in its line.
+
+`scripts/check_errors.py` runs the suite and lists the messages of the package that nothing triggered.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ast_sparse import AstSparse24Config
+from ast_sparse.cli.options import check_json_file
+from ast_sparse.config import DataConfig
+from ast_sparse.data import files as text_files
+from ast_sparse.data.prepare import PrepareSettings, prepare_shards
+from ast_sparse.data.sources import check_sources, load_documents
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.harness import Harness
+from ast_sparse.export import checkpoint, files
+from ast_sparse.export.adapter import check_pairs, read_adapter
+from ast_sparse.export.checkpoint import export_model
+from ast_sparse.export.checksums import check_checksums, write_checksums
+from ast_sparse.loading import load_causal_lm, load_model_config
+from ast_sparse.sparsity.masks import Pattern
+from tests.evaluation.tasks import choice_task
+from tests.export.sparse_models import save_training_checkpoint, sparse_model
+from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
+
+Patch = pytest.MonkeyPatch
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no such thing\nin here")
+
+
+def no_package(*args: Any, **kwargs: Any) -> Any:
+    raise ImportError("gguf is not installed")
+
+
+def changed_on_disk(change: Callable[[Any], None]) -> Callable[..., Any]:
+    """A `load_checkpoint` that gives an export back otherwise than it was written."""
+    load = checkpoint.load_checkpoint
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        change(loaded)
+        return loaded
+
+    return changed
+
+
+# ---- exports -----------------------------------------------------------------------------------------------------
+
+
+def adapter_that_differs(root: Path, patch: Patch) -> None:
+    patch.setattr(checkpoint, "load_checkpoint", changed_on_disk(lambda loaded: loaded.slorb.clear()))
+    export_model(sparse_model(slorb_k=8), root / "out", "dense")
+
+
+def negative_zeros(root: Path, patch: Patch) -> None:
+    def negate(loaded: Any) -> None:
+        weight = loaded.model.model.layers[0].mlp.up_proj.weight.data
+        weight[weight == 0] = -0.0
+
+    patch.setattr(checkpoint, "load_checkpoint", changed_on_disk(negate))
+    export_model(sparse_model(), root / "out", "dense")
+
+
+def export_without_pattern(root: Path, patch: Patch) -> None:
+    def deny(loaded: Any) -> None:  # what is read back fits no pattern any more
+        patch.setattr(Pattern, "holds", lambda *args, **kwargs: False)
+
+    patch.setattr(checkpoint, "load_checkpoint", changed_on_disk(deny))
+    export_model(sparse_model(), root / "out", "dense")
+
+
+def sizes_that_differ(root: Path, patch: Patch) -> None:
+    patch.setattr(checkpoint, "coded_bytes", lambda entries, itemsize: entries)
+    export_model(sparse_model(), root / "out", "compressed")
+
+
+def export_with_peft(root: Path, patch: Patch) -> None:
+    model: Any = tiny_model()
+    model._hf_peft_config_loaded = True
+    export_model(model, root / "out", "dense")
+
+
+def export_of_compressed_layers(root: Path, patch: Patch) -> None:
+    export_model(sparse_model(), root / "out", "compressed")
+    loaded = AutoModelForCausalLM.from_pretrained(root / "out", quantization_config=AstSparse24Config(dequantize=False))
+    export_model(loaded, root / "again", "dense")
+
+
+# ---- files of checkpoints ----------------------------------------------------------------------------------------
+
+
+def adapter_with_more(root: Path, patch: Patch) -> None:
+    export_model(sparse_model(slorb_k=8), root / "out", "dense")
+    file = root / "out" / "slorb" / "adapter_model.safetensors"
+    save_file({**load_file(file), "more": torch.zeros(1)}, file)
+    (file.parent / "checksums.json").unlink(missing_ok=True)
+    read_adapter(file.parent)
+
+
+def slorb_of_no_layer(root: Path, patch: Patch) -> None:
+    check_pairs(tiny_model(), {"model.nowhere": (torch.zeros(4, 2), torch.zeros(2, 4))}, "out")
+
+
+def mask_of_no_layer(root: Path, patch: Patch) -> None:
+    folder = save_training_checkpoint(sparse_model(), root / "checkpoint-1")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("mask", "start_mask", "weight"):
+        tensors[f"model.nowhere.{name}"] = tensors[f"model.layers.0.mlp.up_proj.{name}"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    load_causal_lm(folder)
+
+
+def weights_that_vanish(root: Path, patch: Patch) -> None:
+    save_tiny_model(root)
+    write_checksums(root)
+    (root / "model.safetensors").unlink()
+    check_checksums(root, [root / "model.safetensors"])
+
+
+def json_too_large(root: Path, patch: Patch) -> None:
+    patch.setattr(files, "_LARGEST_JSON", 10)
+    load_model_config(save_tiny_model(root / "model"))
+
+
+def index_without_weights(root: Path, patch: Patch) -> None:
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    files.weight_files(root)
+
+
+def tensors_of_no_file(root: Path, patch: Patch) -> None:
+    (root / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    files.read_tensors([root / "model.safetensors"], lambda name: True)
+
+
+def package_that_is_missing(root: Path, patch: Patch) -> None:
+    patch.setattr(AutoConfig, "from_pretrained", no_package)
+    load_model_config(save_tiny_model(root / "model"))
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def text_too_large(root: Path, patch: Patch) -> None:
+    (root / "a.txt").write_text("two of four")
+    patch.setattr(text_files, "_LARGEST_TEXT_FILE", 10)
+    list(text_files.file_documents([root / "a.txt"], "text", "text"))
+
+
+def array_too_large(root: Path, patch: Patch) -> None:
+    (root / "a.json").write_text('[{"text": "two of four"}]')
+    patch.setattr(text_files, "_LARGEST_TEXT_FILE", 10)
+    list(text_files.file_documents([root / "a.json"], "json", "text"))
+
+
+def no_sources(root: Path, patch: Patch) -> None:
+    load_documents([], None, "text")
+
+
+def text_without_rights(root: Path, patch: Patch) -> None:
+    (root / "a.txt").write_text("two of four")
+    patch.setattr(os, "access", lambda path, mode: False)
+    check_sources(DataConfig(train="a.txt", root=str(root)))
+
+
+def damaged_parquet(root: Path, patch: Patch) -> None:
+    file = root / "a.parquet"
+    pq.write_table(pa.table({"text": [f"{number} of four" for number in range(2000)]}), file, compression="snappy")
+    data = bytearray(file.read_bytes())
+    data[4:4000] = bytes(3996)
+    file.write_bytes(data)
+    load_documents(["a.parquet"], str(root), "text")
+
+
+def text_of_blanks(root: Path, patch: Patch) -> None:
+    (root / "a.jsonl").write_text('{"text": "two"}\n')
+    patch.setattr("ast_sparse.data.prepare.iterate_documents", lambda *args, **kwargs: iter([" ", "\n"]))
+    prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
+
+
+def tokens_beyond_the_type(root: Path, patch: Patch) -> None:
+    (root / "a.jsonl").write_text('{"text": "two of four"}\n')
+    patch.setattr("ast_sparse.data.prepare.token_type", lambda size: "uint8")
+    patch.setattr("ast_sparse.data.shard_writer._encoder", lambda tokenizer: lambda texts: [[300] for _ in texts])
+    prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
+
+
+def shards_without_rights(root: Path, patch: Patch) -> None:
+    (root / "a.jsonl").write_text('{"text": "two of four"}\n')
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    patch.setattr("ast_sparse.data.prepare._write_json", refused)
+    prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+def report_without_rights(root: Path, patch: Patch) -> None:
+    patch.setattr(os, "access", lambda path, mode: False)
+    check_json_file(root / "figures.json")
+
+
+def task_that_breaks(root: Path, patch: Patch) -> None:
+    harness = Harness([str(choice_task(root, "mine"))])
+    patch.setattr(harness._lm_eval, "evaluate", broken)
+    harness(tiny_model(), tiny_tokenizer())
+
+
+CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
+    (adapter_that_differs, "Reading the export back failed, so nothing was kept: .*: the SLoRB adapter differs."),
+    (negative_zeros, "Reading the export back failed, .* holds negative zeros."),
+    (export_without_pattern, "Reading the export back failed, .* is not 2:4."),
+    (sizes_that_differ, "Reading the export back failed, .*: the pruned layers take .* bytes."),
+    (export_with_peft, "Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from."),
+    (export_of_compressed_layers, "Cannot export compressed layers. Load the model with `dequantize: true`"),
+    (adapter_with_more, "adapter_model.safetensors` holds no SLoRB pairs. Write the adapter again."),
+    (slorb_of_no_layer, "`out` has SLoRB for 'model.nowhere', which the model lacks."),
+    (mask_of_no_layer, "has a mask for `model.nowhere`, which the model lacks. Write it again."),
+    (weights_that_vanish, "model.safetensors` cannot be read: No such file or directory. Copy or write"),
+    (json_too_large, "config.json`: it is larger than 256 MiB. Restore the file."),
+    (index_without_weights, "model.safetensors.index.json` lists no weights. Restore the file."),
+    (tensors_of_no_file, "model.safetensors` is damaged: .* Copy or write the checkpoint again."),
+    (package_that_is_missing, "Cannot load the configuration of .*: gguf is not installed. Install the package."),
+    (text_too_large, "a.txt is larger than 1 GiB, and a text file is one document. Write its documents as JSONL."),
+    (array_too_large, "a.json is larger than 1 GiB, and an array is read in one go. Write its elements as JSONL."),
+    (no_sources, "`data.train` names no text. List files or data sets."),
+    (text_without_rights, "`data.train`: .*a.txt cannot be read: permission denied."),
+    (damaged_parquet, "a.parquet is damaged: .* Copy or write it again."),
+    (text_of_blanks, "a.jsonl holds no text. Name other text."),
+    (tokens_beyond_the_type, "makes a token 300 does not fit uint8 of its .* tokens. Mend it."),
+    (shards_without_rights, "out cannot be written to: Permission denied. Correct its rights, or name another folder."),
+    (report_without_rights, "--json .*figures.json: the folder .* cannot be written to."),
+    (task_that_breaks, "--tasks .*mine.*: no such thing in here"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), CATALOGUE, ids=[fault.__name__ for fault, _ in CATALOGUE])
+def test_a_fault_ends_in_its_line(
+    fault: Callable[[Path, Patch], None], message: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    with pytest.raises(UserError) as raised:
+        fault(tmp_path, monkeypatch)
+    monkeypatch.undo()
+    assert re.search(message, str(raised.value)), str(raised.value)
+    assert "\n" not in str(raised.value)
