@@ -95,12 +95,17 @@ class Budget:
         if self.memory is None:
             return [f"memory: not counted, because this model cannot run without data ({self.reason})"]
         how = {"none": "", "ddp": ", DDP", "fsdp2": ", FSDP2"}[self.setup.sharding]
-        lines = [f"memory of each of {self.setup.world_size} devices{how}, at its peak, the {self.memory.moment}:"]
-        lines += [f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in self.memory.items.items()]
-        lines.append(f"  {'total':<40} {self.memory.total / GIB:8.2f} GiB")
+        whose = f"each of {self.setup.world_size} devices" if self.setup.world_size > 1 else "the device"
         share = "" if self.on_cpu else f", {USABLE:.0%} of {self.device_bytes / GIB:.1f}"
         beside = "; Python and its libraries come on top" if self.on_cpu else ""
-        return [*lines, f"  {'can be used':<40} {self.limit / GIB:8.2f} GiB{share}{beside}"]
+        rows = {**self.memory.items, "total": self.memory.total}
+        return [
+            f"memory of {whose}{how}, at its peak, the {self.memory.moment}:",
+            *(f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in rows.items()),
+            f"  {'can be used':<40} {self.limit / GIB:8.2f} GiB{share}{beside}",
+            "in all at other moments:",
+            *(f"  {moment:<40} {size / GIB:8.2f} GiB" for moment, size in self.memory.others.items()),
+        ]
 
 
 def _shown(size: float) -> str:

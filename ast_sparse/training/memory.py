@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -43,7 +43,7 @@ class Setup:
         dtype: of the matrix products: float32, or what autocast uses.
         gradient_checkpointing: blocks keep their input alone, and run again in the backward pass.
         world_size: number of devices.
-        sharding: whether each holds everything (`ddp`) or its share (`fsdp2`).
+        sharding: whether each holds everything (`ddp`) or its share (`fsdp2`), once training has begun.
     """
 
     batch_size: int
@@ -78,10 +78,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by item at the moment when a device holds most; `moment` says which that is."""
+    """Bytes by item at the moment when a device holds most.
+
+    Attributes:
+        moment: which that is.
+        others: bytes in all at the other moments.
+    """
 
     items: dict[str, int]
     moment: str
+    others: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -133,23 +139,34 @@ class MemoryModel:
         self._peaks: dict[tuple[Any, ...], _Peak] = {}
 
     def __call__(self, setup: Setup) -> Memory:
-        """What one device holds when it holds most: in the passes of a step, its update, or an evaluation."""
+        """What one device holds when it holds most, of all moments of a run."""
         held = self._held(setup)
         gradients = _trained_bytes(self.student) // self._shards(setup)
         step, evaluation = self._step(setup), self._evaluation(setup)
+        activations = "activations, logits, temporaries"
         moments = {
             "forward and backward pass": {
+                **held,
                 "gradients": gradients if self._keeps_gradients(setup) else step.gradients,
-                "activations, logits, temporaries": step.activations,
+                activations: step.activations,
             },
             "update of the weights": {
+                **held,
                 "gradients": gradients,
                 "temporaries of the update": self._update_bytes() // self._shards(setup),
             },
-            "evaluation": {"activations, logits, temporaries": evaluation.activations},
         }
-        moment = max(moments, key=lambda name: sum(moments[name].values()))
-        return Memory({name: size for name, size in {**held, **moments[moment]}.items() if size}, moment)
+        if evaluation.activations:
+            moments["evaluation"] = {**held, activations: evaluation.activations}
+        if setup.sharding == "fsdp2":
+            whole = {"the whole student in float32, its masks": _parameter_bytes(self.student)}
+            teacher = 0 if self.teacher is None else _parameter_bytes(self.teacher)
+            moments["preparation, before sharding"] = {**whole, "the whole teacher in float32": teacher}
+            moments["measurement of the retrained model"] = {**held, **whole}
+        totals = {name: sum(items.values()) for name, items in moments.items()}
+        moment = max(totals, key=lambda name: totals[name])
+        items = {name: size for name, size in moments[moment].items() if size}
+        return Memory(items, moment, {name: total for name, total in totals.items() if name != moment})
 
     # ---- what is always there ------------------------------------------------------------------------------------
 

@@ -92,6 +92,15 @@ def test_settings_move_the_peak_as_they_should() -> None:
     assert sharded.items["gathered blocks and embeddings"] > 0
 
 
+def test_a_sharded_run_is_measured_whole_at_its_end() -> None:
+    """The student is gathered for that: with little else to hold, it is the peak."""
+    small = replace(SETUP, batch_size=1, block_size=2, world_size=64, sharding="fsdp2")
+    planned = memory_model("llama", DistillationConfig())(small)
+    assert planned.moment == "measurement of the retrained model"
+    assert planned.items["the whole student in float32, its masks"] == 4 * 19_616 + 15_360 + 15_360 // 8
+    assert planned.items["moments"] == 8 * 19_616 // 64
+
+
 def counted(calls: list[Setup]) -> Any:
     """A memory of 100 a sequence, a third of it with checkpointing, and 900 that FSDP2 shards."""
 
