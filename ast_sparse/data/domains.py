@@ -20,7 +20,7 @@ from ast_sparse.config import MixtureConfig
 from ast_sparse.data.order import BlockOrder, mix, seed_key
 from ast_sparse.data.packing import DOMAIN
 
-_CHUNK = 2**20  # samples that are counted at once
+_CHUNK = 2**16  # samples that are counted at once
 
 
 class DomainBlocks(Sequence[dict[str, Any]]):

@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ast_sparse.config import MixtureConfig
 from ast_sparse.data.domains import Mixture, updated_shares
-from ast_sparse.data.packing import DOMAIN
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.training.ranks import mean_over_ranks
@@ -132,12 +131,6 @@ class DomainLosses:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self._sums: Tensor | None = None  # loss and tokens by domain
-
-    def positions(self, inputs: Mapping[str, Any], labels: Tensor) -> Tensor | None:
-        """Zeros for the loss of each position of a micro-batch that says where its rows are from; else None."""
-        if DOMAIN not in inputs or not self.names:
-            return None
-        return torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
 
     def add(self, domains: Tensor, by_position: Tensor, labels: Tensor) -> None:
         """Add a micro-batch.

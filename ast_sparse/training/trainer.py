@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 import ast_sparse
 from ast_sparse.config import (
@@ -50,6 +50,7 @@ from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_
 from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.held_out import HeldOutLoss
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
@@ -173,6 +174,7 @@ class SparseTrainer(Trainer):
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
             self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
+        self._held_out_loss: HeldOutLoss | None = None
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
         self._watch = WatchCallback(watch_config or WatchConfig())
         self._late_slorb = LateSLoRB(slorb_config)
@@ -253,9 +255,13 @@ class SparseTrainer(Trainer):
         if "position_ids" in features:
             features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits
-        by_position = self._domain_losses.positions(inputs, labels) if model.training else None
+        held_out = None if model.training else self._held_out_loss
+        by_domain = model.training and DOMAIN in inputs and self._parts is not None
+        by_position = torch.zeros(labels.numel(), device=labels.device) if by_domain or held_out else None
         loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits, by_position)
-        if by_position is not None:
+        if by_position is not None and held_out is not None:
+            held_out.add(by_position, labels)
+        elif by_position is not None:
             self._domain_losses.add(inputs[DOMAIN], by_position, labels)
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
@@ -264,6 +270,27 @@ class SparseTrainer(Trainer):
             if self.args.average_tokens_across_devices:  # DDP averages gradients over the ranks
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer; the loss is the mean over all tokens, each counted once."""
+        self._held_out_loss = HeldOutLoss(dataloader, self.args)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            loss = self._held_out_loss.mean()
+        finally:
+            self._held_out_loss = None
+        if output.metrics is not None and loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -377,10 +404,7 @@ class SparseTrainer(Trainer):
         return "eager" if any_rank(choice == "eager", device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss.
-
-        The perplexity is exact where every row counts as many tokens.
-        """
+        """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss."""
         if "loss" in logs:
             logs.update(self._speed.figures(self.args), **self._watch.figures(), **self._domain_losses.figures())
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:

@@ -1,6 +1,7 @@
 """Blocks out of shards are those that the same text gives without shards."""
 
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from ast_sparse.config import DataConfig
-from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.blocks import TokenBlocks, split_folders
+from ast_sparse.data.domains import Mixture
 from ast_sparse.data.prepare import PrepareSettings, prepare_shards
+from ast_sparse.data.shards import Manifest, Shard, ShardFolder
 from ast_sparse.data.sources import check_entries
 from ast_sparse.data.text import Blocks, DataReport, build_datasets
 from ast_sparse.errors import UserError
@@ -98,3 +101,25 @@ def test_shards_of_another_tokenizer_or_too_short_are_refused(tmp_path: Path) ->
     edited(tokenizer_key="0" * 32)(tmp_path / folder)
     with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, of .*again"):
         build(tmp_path, folder)
+
+
+def test_blocks_and_order_of_eight_billion_tokens_take_no_memory(tmp_path: Path) -> None:
+    shards = [Shard(f"shard-{n:05d}", 1, 0, 61_000_000, 0, 0, 0) for n in range(130)]
+    for shard in shards:
+        with (tmp_path / f"{shard.name}.tokens").open("wb") as file:
+            file.truncate(2 * shard.tokens)  # a hole takes no room on the disk
+        (tmp_path / f"{shard.name}.documents").write_bytes(np.array([shard.tokens, 7], dtype="<u8").tobytes())
+    manifest = Manifest(
+        format_version=1, tokenizer="t", tokenizer_key="k", vocab_size=9, eos_token_id=0, token_type="uint16",
+        text_field="text", sources=["x"], text_key="x", shards=shards,
+    )  # fmt: skip
+    tracemalloc.start()
+    ((trains, _),) = split_folders([ShardFolder("big", tmp_path, manifest)], 0.0, 0)
+    blocks = TokenBlocks([ShardFolder("big", tmp_path, manifest)], trains, 4096)
+    mixture = Mixture({"big": len(blocks)}, (1.0,), 0, 128)
+    assert len(blocks) == 1_936_035
+    for step in (0, 1, 15_000):
+        assert all(len(blocks[int(block)]["input_ids"]) == 4096 for block in mixture.samples(step)[1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6  # the tokens would take 16 GB, and a list of the blocks 15 MB

@@ -47,9 +47,9 @@ def train(folder: Path, ranks: int, interval: int, *options: str, kind: str = "k
     return out
 
 
-def losses(out: Path) -> list[float]:
+def logged(out: Path, key: str) -> list[float]:
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in log if "loss" in entry]
+    return [entry[key] for entry in log if key in entry]
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +57,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     save_tiny_model(folder / "model")
     documents = [{"text": generated_text(12, seed=seed)} for seed in range(40)]
-    (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, part in (("text", documents), ("even", documents[::2]), ("odd", documents[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(document) + "\n" for document in part))
     return folder
 
 
-@pytest.mark.parametrize("kind", ["kl", "tinybert"])
-def test_two_ranks_follow_one_process_with_fixed_masks(folder: Path, kind: str) -> None:
-    one, two = train(folder, 1, 0, kind=kind), train(folder, 2, 0, kind=kind)
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+DOMAINS = "{{even: {{train: {folder}/even.jsonl, target: 1.0}}, odd: {{train: {folder}/odd.jsonl, target: 0.5}}}}"
+MIXTURE = (
+    "data.train=null", "data.update={type: doremi}", "training.eval_strategy=steps", "training.eval_steps=2",
+    "training.per_device_eval_batch_size=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "is_mixture"), [("kl", True), ("tinybert", False)])
+def test_two_ranks_follow_one_process_with_fixed_masks(folder: Path, kind: str, is_mixture: bool) -> None:
+    settings = [*MIXTURE, f"data.domains={DOMAINS.format(folder=folder)}"] if is_mixture else []
+    options = [part for setting in settings for part in ("--set", setting)]
+    one, two = (train(folder, ranks, 0, *options, kind=kind) for ranks in (1, 2))
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
+    if is_mixture:  # rows of the last held-out batch are dealt out unevenly
+        for key in ("eval_even_loss", "eval_odd_loss", "domain_share/odd", "domain_loss/even", "domain_epoch/odd"):
+            assert len(logged(one, key)) >= 4 and logged(two, key) == pytest.approx(logged(one, key), abs=1e-5)
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-5)
