@@ -67,9 +67,9 @@ class _Settings:
     multiple=True,
     default=(WIKITEXT2,),
     metavar="wikitext2|c4|FILE",
-    help="WikiText-2 (the default), C4, or a file of text, JSONL or parquet; repeatable, a row for each. C4 is the "
-    "first 1100 documents of its first validation file, joined by a space, and 256 windows, as in the pruning "
-    "literature.",
+    help="WikiText-2 (the default), C4, or a file of text, JSONL or parquet; repeatable, a row for each. Of chat data "
+    "(columns messages, or prompt and completion) what the assistant says is predicted. C4 is the first 1100 documents "
+    "of its first validation file, joined by a space, and 256 windows, as in the pruning literature.",
 )
 @click.option(
     "--split",

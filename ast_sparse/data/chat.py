@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.conversations import ROW, chat_columns
+from ast_sparse.data.conversations import chat_columns, read_row
 from ast_sparse.data.files import one_line, shown
 from ast_sparse.data.packing import eos_token, list_array, text_key, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
@@ -49,23 +49,13 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
         UserError: the tokenizer has no chat template, or no offsets; a row that is no conversation.
     """
     columns = chat_columns(rows.column_names)
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    first = _read({key: rows[0][key] for key in columns}) if len(rows) else {}
-    if not template and not isinstance(first.get("prompt"), str):
-        raise UserError(
-            f"{name} is chat data ({', '.join(first)}), and the tokenizer of `{tokenizer.name_or_path}` has no chat "
-            "template. Take the tokenizer of a chat model, or put a chat_template.jinja into its folder."
-        )
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{name} is chat data, and the tokenizer of `{tokenizer.name_or_path}` is a slow one, which does not say "
-            "where tokens begin. Put a tokenizer.json into its folder."
-        )
-    eos = eos_token(tokenizer)
+    if len(rows):
+        _check_tokenizer(tokenizer, read_row({key: rows[0][key] for key in columns}), name)
+    template, eos = str(getattr(tokenizer, "chat_template", None)), eos_token(tokenizer)
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:
         found = [
-            _tokens(_read(dict(zip(batch, values, strict=True))), tokenizer, eos, f"{name}, row {number}")
+            _tokens(read_row(dict(zip(batch, values, strict=True))), tokenizer, eos, f"{name}, row {number}")
             for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True)
         ]
         keys = [text_key(json.dumps(values, sort_keys=True)) for values in zip(*batch.values(), strict=True)]
@@ -90,8 +80,29 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
     return tokenised
 
 
-def _read(row: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(row[ROW]) if ROW in row else row
+def conversation_tokens(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and labels of rows that were read; arguments and errors as of `tokenise_conversations`."""
+    eos = eos_token(tokenizer)
+    for number, row in enumerate(rows):
+        if not number:
+            _check_tokenizer(tokenizer, row, name)
+        yield _tokens(row, tokenizer, eos, f"{name}, row {number}")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
+    """Raise UserError unless the tokenizer can write and take apart what the first row holds."""
+    if not getattr(tokenizer, "chat_template", None) and not isinstance(row.get("prompt"), str):
+        raise UserError(
+            f"{name} is chat data ({', '.join(row)}), and the tokenizer of `{tokenizer.name_or_path}` has no chat "
+            "template. Take the tokenizer of a chat model, or put a chat_template.jinja into its folder."
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{name} is chat data, and the tokenizer of `{tokenizer.name_or_path}` is a slow one, which does not say "
+            "where tokens begin. Put a tokenizer.json into its folder."
+        )
 
 
 def _tokens(

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ast_sparse.data.files import json_rows, one_line
 from ast_sparse.errors import UserError
@@ -54,3 +55,8 @@ def json_conversations(files: tuple[Path, ...], columns: tuple[str, ...]) -> Ite
                 yield {ROW: json.dumps({column: row.get(column) for column in columns})}
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
             raise UserError(f"{file} cannot be read: {one_line(error)} Copy it again, or mend its rights.") from error
+
+
+def read_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row by the columns of its conversation, out of the column `ROW` where it stands there."""
+    return dict(json.loads(row[ROW])) if ROW in row else row

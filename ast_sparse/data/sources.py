@@ -20,7 +20,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from ast_sparse.data.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations
+from ast_sparse.data.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations, read_row
 from ast_sparse.data.files import COMPRESSED, READABLE, file_documents, json_rows, one_line, shown, uncompressed_name
 from ast_sparse.data.shards import ShardFolder, is_shard_folder, read_manifest
 from ast_sparse.errors import UserError
@@ -250,6 +250,18 @@ def read_texts(entry: str, root: str | None, text_field: str, field: str) -> lis
     if kind == "parquet":
         return list(_load_parquet(files, text_field)[text_field])
     return list(file_documents(files, kind, text_field))
+
+
+def read_conversations(entry: str, root: str | None, field: str) -> list[dict[str, Any]]:
+    """The rows of one file or glob of chat data, read into memory; none where it is raw text.
+
+    Raises:
+        UserError: as `load_documents`.
+    """
+    kind, files = _check_text(entry, root, field)
+    if not chat_columns_of_file(files[0], kind):
+        return []
+    return [read_row(row) for row in _load(entry, kind, files, "").documents]
 
 
 def read_groups(entry: str, root: str | None, text_field: str, by: str, field: str) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """The figures of a report: losses and perplexities, flip rates, flips and density by layer, domain shares."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ast_sparse.evaluation.runs import Run
 _SHARE = "domain_share/"
 _TEST, _TEST_LOSS = "_perplexity", "eval_loss"
 _LOGARITHMIC = 30  # a larger ratio of rates is coloured on a logarithmic scale
+_TITLE = 24  # characters of a line above a panel of the density
 _COLOURS = "cividis"  # grows evenly in lightness, so that it reads in grey
 
 
@@ -109,7 +111,7 @@ def _layer_flips(run: Run, suffix: str, of: str) -> Picture | None:
     first = {name: 100 * rate[1] for name, rate in rows[-1]["layers"].items()}
     figure, (left, right) = plots.panels(1, 2, (8.4, 1.7 + 0.3 * len(kinds)), sharey=True)
     _heat(figure, left, flips, kinds, "flip rate, mean of the blocks (%)")
-    ticks = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int))
+    ticks = np.unique(np.linspace(0, len(steps) - 1, min(8, len(steps))).round().astype(int))
     left.set_xticks(ticks, [str(steps[tick]) for tick in ticks])
     left.set_xlabel("optimizer steps (a column for each refresh)")
     _heat(figure, right, _matrix(first, kinds), kinds, "initial flip rate, last refresh (%)")
@@ -161,14 +163,15 @@ def draw_density(counts: Mapping[str, Counts]) -> Picture | None:
     for model, layers in counts.items():
         if total := sum(entries for _, entries in layers.values()):
             share = sum(kept for kept, _ in layers.values()) / total
-            shown[f"{model}: {share:.1%}"] = {name: kept / entries for name, (kept, entries) in layers.items()}
+            title = f"{textwrap.fill(model, _TITLE)}\n{share:.1%}"
+            shown[title] = {name: kept / entries for name, (kept, entries) in layers.items()}
     if not shown:
         return None
     kinds = list(dict.fromkeys(layer_place(name)[0] for shares in shown.values() for name in shares))
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure, panels = plots.panels(
-        rows, columns, (2.0 + 2.2 * columns, rows * (1.1 + 0.26 * len(kinds)) + 0.7), sharey=True
+        rows, columns, (2.0 + 2.2 * columns, rows * (1.4 + 0.26 * len(kinds)) + 0.7), sharey=True
     )
     for axes, (name, shares) in zip(panels, shown.items(), strict=False):
         image = axes.imshow(_matrix(shares, kinds, 100), aspect="auto", cmap=_COLOURS, norm=Normalize(0, 100))

@@ -18,7 +18,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score
 from ast_sparse.evaluation.texts import Text
-from ast_sparse.evaluation.windows import cut, tokenise
+from ast_sparse.evaluation.windows import cut, tokenise, tokenise_chat
 
 _SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
 
@@ -45,10 +45,11 @@ class TextResult(PerplexityResult):
 def measure_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[Any],
     seq_len: int,
     windows: int | None = None,
     *,
+    is_chat: bool = False,
     stride: int | None = None,
     join: str = "blank-line",
     teacher: nn.Module | None = None,
@@ -61,7 +62,8 @@ def measure_text(
     are float32, a chunk of positions at a time.
 
     Args:
-        documents: texts, joined as `join` says.
+        documents: texts, joined as `join` says; or with `is_chat` rows of chat data, which stay separate, and of which
+            what the assistant says is predicted.
         seq_len: tokens of a window.
         windows: measure only the first so many.
         stride: tokens between the begins of windows, as of `windows.cut`; None: they do not overlap, and the rest of
@@ -77,14 +79,17 @@ def measure_text(
     check_window(config, seq_len, windows)
     if teacher is not None:
         check_teacher(config, getattr(teacher, "config", None), seq_len)
-    streams = tokenise(tokenizer, documents, join)
+    join = "separate" if is_chat else join
+    streams = tokenise_chat(tokenizer, documents, "the text") if is_chat else tokenise(tokenizer, documents, join)
     total_tokens = sum(len(stream.tokens) for stream in streams)
     separate = join == "separate"
     every = cut(streams, seq_len, stride, keep_rest=separate)
     check_streams(model, streams, seq_len, is_cut=bool(every) and (separate or total_tokens >= seq_len))
     measured = every[:windows]
-    pairs = ((window.tokens, window.scored) for window in measured)
+    pairs = ((window.tokens, window.chosen) for window in measured)
     sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
+    if not sums.tokens:
+        raise UserError(f"Nothing is predicted in {len(measured):,} windows: they hold prompts alone. Measure more.")
     return _result(
         sums,
         [window.scored_bytes for window in measured],
@@ -123,6 +128,7 @@ def measure_texts(
                 min(limits, default=None),
                 stride=stride,
                 join=text.join,
+                is_chat=text.is_chat,
                 teacher=teacher,
                 progress=progress,
                 label="Perplexity" if len(texts) == 1 else f"Perplexity, {text.name}",
@@ -137,13 +143,14 @@ def measure_texts(
                 group = []
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, documents: Sequence[str]) -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, documents: Sequence[Any]) -> None:
     """Check that the tokenizer of a teacher makes the model's tokens of the beginning of a text.
 
     Raises:
         UserError: it makes others.
     """
-    sample = "\n".join(islice((document for document in documents if document.strip()), 20))[:_SAMPLE]
+    texts = map(str, documents)  # of chat data rows
+    sample = "\n".join(islice((text for text in texts if text.strip()), 20))[:_SAMPLE]
     ours, theirs = (each(sample, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
     if ours != theirs:
         raise UserError(

@@ -308,7 +308,7 @@ def _continuations(rows: Sequence[ModelRow]) -> str:
 
 
 def _made_with(made_with: Mapping[str, Any]) -> str:
-    return _table(["", ""], [[name, str(value)] for name, value in made_with.items()], words=2)
+    return _table(["name", "value"], [[name, str(value)] for name, value in made_with.items()], words=2)
 
 
 _MODELS_NOTE = (
@@ -331,12 +331,12 @@ tbody th { font-weight: 600; overflow-wrap: break-word; max-width: 18rem; }
 .note, figcaption { font-size: .85rem; color: #333; max-width: 46rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; display: block; margin-bottom: .5rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .8rem; }
-.card { border: 1px solid #ccc; padding: .6rem .7rem; break-inside: avoid; }
+.card { box-sizing: border-box; min-width: 0; border: 1px solid #ccc; padding: .6rem .7rem; break-inside: avoid; }
 .card p { margin: 0; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prompt { color: #666; } .kind { font-weight: normal; }
 @page { margin: 15mm; }
 @media print {
-  body { font-size: 10pt; margin: 0; padding: 0; max-width: none; }
+  body { font-size: 10pt; margin: 0; padding: 0 1mm; max-width: none; }
   h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } .wide { overflow: visible; }
 }
 """

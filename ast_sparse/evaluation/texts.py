@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ast_sparse.data.sources import load_documents, read_groups, read_texts
+from ast_sparse.data.sources import load_documents, read_conversations, read_groups, read_texts
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import wikitext2_rows
 
@@ -26,14 +27,15 @@ class Text:
 
     Attributes:
         name: what tables call it.
-        documents: to be joined by `join`.
+        documents: to be joined by `join`; of chat data rows of its columns.
         windows: measure only the first so many; None: all.
         group: the file whose documents this text is a group of.
     """
 
     name: str
-    documents: list[str]
+    documents: list[Any]
     join: str
+    is_chat: bool = False
     windows: int | None = None
     group: str | None = None
 
@@ -53,7 +55,7 @@ def read_datasets(
     first 256 windows.
 
     Args:
-        names: `wikitext2`, `c4` or files of text, JSONL or parquet.
+        names: `wikitext2`, `c4` or files of text, chat data among them, JSONL or parquet.
         split, data_dir: as of `wikitext2_rows`.
         by: group the documents of every file by this field; a text for every value.
         join: as of `windows.tokenise`; None: a space for C4, a blank line for all else.
@@ -73,6 +75,12 @@ def read_datasets(
         elif name == C4:
             documents = _c4_documents()
             texts.append(Text(name=f"{C4} validation", documents=documents, join=join or "space", windows=_C4_WINDOWS))
+        elif rows := read_conversations(str(_file(name).absolute()), None, "--dataset"):
+            if join not in (None, "separate"):
+                raise UserError(
+                    f"--join {join} joins text, and {name} is chat data, whose rows stay separate. Drop it."
+                )
+            texts.append(Text(name=label, documents=rows, join="separate", is_chat=True))
         else:
             documents = read_texts(str(_file(name).absolute()), None, text_field, "--dataset")
             texts.append(Text(name=label, documents=documents, join=join or "blank-line"))

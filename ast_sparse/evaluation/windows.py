@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from ast_sparse.data.chat import conversation_tokens
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,10 +28,12 @@ class Stream:
         tokens: token ids.
         ends: how many UTF-8 bytes of the text end with each token, None for a tokenizer without offsets. A token stands
             for the bytes from the end of the token before it to its own end, so that every byte belongs to one token.
+        counted: which tokens are predicted, None for all.
     """
 
     tokens: list[int]
     ends: list[int] | None
+    counted: list[bool] | None = None
 
 
 class Window(NamedTuple):
@@ -40,6 +47,15 @@ class Window(NamedTuple):
     @property
     def tokens(self) -> list[int]:
         return self.stream.tokens[self.begin : self.end]
+
+    @property
+    def chosen(self) -> int | Tensor:
+        """What is predicted, as `scoring.score` takes it."""
+        if self.stream.counted is None:
+            return self.scored
+        counted = torch.tensor(self.stream.counted[self.begin + 1 : self.end], dtype=torch.bool)
+        counted[: len(counted) - self.scored] = False
+        return counted
 
     @property
     def scored_bytes(self) -> int | None:
@@ -70,6 +86,16 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join:
             "--join eos: the tokenizer has no end-of-text token. Join by blank-line, newline, space or none."
         )
     return [_joined_by(eos, streams)]
+
+
+def tokenise_chat(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], name: str) -> list[Stream]:
+    """Conversations, a stream each, of which what the assistant says is predicted.
+
+    Raises:
+        UserError: as `data.chat.tokenise_conversations`.
+    """
+    found = conversation_tokens(rows, tokenizer, name)
+    return [Stream(ids.tolist(), None, (labels != IGNORE_INDEX).tolist()) for ids, labels in found]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Stream]:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ast_sparse.data.chat import tokenise_conversations
 from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.loading import load_causal_lm
 from tests.cli.test_eval import refused, run, table
+from tests.data.test_chat import ROWS, tokenizer
 from tests.evaluation.tasks import choice_task, perplexity_task
 from tests.export.sparse_models import sparse_model
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
@@ -177,6 +180,26 @@ def test_bad_options_are_one_line_and_leave_nothing(model: str, domains: Path, t
     for name, (arguments, message) in cases.items():
         assert message in refused(*arguments, "--json", tmp_path / "out.json"), name
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_of_chat_data_what_the_assistant_says_is_predicted(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in ROWS))
+    text = (tmp_path / "model", "--dataset", tmp_path / "chat.jsonl", "--seq-len", "16")
+    losses = []
+    for row in tokenise_conversations(Dataset.from_dict({"messages": ROWS}), tokenizer(), "rows"):
+        for begin in range(0, len(row["input_ids"]), 16):
+            ids, labels = row["input_ids"][begin : begin + 16], row["labels"][begin : begin + 16]
+            with torch.no_grad():
+                log_p = tiny_model().double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+            losses += [-float(log_p[at - 1, label]) for at, label in enumerate(labels) if at and label != -100]
+    found = table(run(*text, "--teacher", tmp_path / "model"))[2]
+    assert found[5:7] == [f"{len(losses)}", f"{math.exp(sum(losses) / len(losses)):.2f}"]
+    assert found[-2:] == ["0.0000", "100.00%"]
+    assert "--join newline joins text, and" in refused(*text, "--join", "newline")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "has no chat template" in refused(*text)
 
 
 def test_report_has_the_figures_of_the_table(model: str, domains: Path, tmp_path: Path) -> None:
