@@ -165,10 +165,12 @@ def write_report(out: Path, report: Report) -> Path:
                 pictures.append(density)
             for picture in pictures:
                 plots.save(picture.figure, out / f"{picture.name}.png")
-        page = out / PAGE
-        temporary = out / f".{PAGE}.{os.getpid()}.tmp"
-        temporary.write_text(_page(report, pictures, out), encoding="utf-8")
-        temporary.replace(page)
+        page, temporary = out / PAGE, out / f".{PAGE}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(_page(report, pictures, out), encoding="utf-8")
+            temporary.replace(page)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"The report cannot be written to {out}: {error.strerror or error}.") from error
     return page

@@ -1,6 +1,7 @@
 """Chat data: which tokens are counted, against the text itself; the same from every place it may lie."""
 
 import copy
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ast_sparse.config import DataConfig
 from ast_sparse.data.chat import tokenise_conversations
 from ast_sparse.data.text import build_datasets, pack_dataset
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.evaluation.perplexity import evaluate_blocks
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -137,6 +139,28 @@ def test_perplexity_of_held_out_chat_is_over_what_is_counted() -> None:
     result = evaluate_blocks(tiny_model(), blocks, progress=False)
     assert result.predicted_tokens == len(losses) and result.windows == len(blocks)
     assert result.mean_nll == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_held_out_prompts_alone_measure_nothing() -> None:
+    with pytest.raises(UserError, match=r"Nothing in 1 held-out blocks is predicted: all labels are −100"):
+        evaluate_blocks(tiny_model(), [{"input_ids": [1, 2, 3], "labels": [-100] * 3}], progress=False)
+    with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they hold prompts alone"):
+        rows = [{"messages": conversation("two of four weights while", "late")}]
+        measure_text(tiny_model(), tokenizer(), rows, 4, 1, is_chat=True, progress=False)
+
+
+def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(UserError, match=r"is a slow one, which does not say where tokens begin"):
+        made(Dataset.from_dict({"messages": ROWS}))
+
+
+def test_a_cut_archive_is_named(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"messages": row, "id": seed}) + "\n" for seed in range(3000) for row in ROWS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-100])
+    config = DataConfig(root=str(tmp_path), train=("a.jsonl.gz",), eval_share=0.0, block_size=16)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read: .*Copy it again"):
+        build_datasets(config, tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,20 @@ def test_figures_of_an_earlier_report_go(folder: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UserError, match=r"The report cannot be written to .*: disk full"):
+        write_report(tmp_path, run_report(folder / "run"))
+    assert (tmp_path / "report.html").read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
 def recorded(folder: Path, log: list[dict[str, float]], history: list[dict[str, object]]) -> Run:
     return Run(folder=folder, config={}, stages={}, log=log, history=history, samples={})
 
