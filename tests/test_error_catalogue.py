@@ -3,10 +3,13 @@
 `scripts/check_errors.py` runs the suite and lists the messages of the package that nothing triggered.
 """
 
+import copy
 import json
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,6 +25,7 @@ from ast_sparse import AstSparse24Config
 from ast_sparse.cli.options import check_json_file
 from ast_sparse.config import DataConfig
 from ast_sparse.data import files as text_files
+from ast_sparse.data.chat import tokenise_conversations
 from ast_sparse.data.prepare import PrepareSettings, prepare_shards
 from ast_sparse.data.sources import check_sources, load_documents
 from ast_sparse.errors import UserError
@@ -30,7 +35,10 @@ from ast_sparse.export.adapter import check_pairs, read_adapter
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.checksums import check_checksums, write_checksums
 from ast_sparse.loading import load_causal_lm, load_model_config
+from ast_sparse.sparsity.calibration import calibrate_blocks
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.model import decoder_blocks
+from ast_sparse.yaml12 import read_yaml
 from tests.evaluation.tasks import choice_task
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
@@ -208,6 +216,59 @@ def shards_without_rights(root: Path, patch: Patch) -> None:
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 
+def worker_that_is_killed(root: Path, patch: Patch) -> None:
+    class Killed:
+        def __init__(self, *args: Any) -> None: ...
+
+        def submit(self, *args: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool("a process was killed"))
+            return future
+
+        def shutdown(self, **kwargs: Any) -> None: ...
+
+    (root / "a.jsonl").write_text('{"text": "two of four"}\n')
+    patch.setattr("ast_sparse.data.prepare.ProcessPoolExecutor", Killed)
+    prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root), workers=2), tiny_tokenizer())
+
+
+def chat_and_slow_tokenizer(root: Path, patch: Patch) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    patch.setattr(type(tokenizer), "is_fast", False)
+    rows = Dataset.from_dict({"prompt": ["two"], "completion": [" of four"]})
+    tokenise_conversations(rows, tokenizer, "a.jsonl")
+
+
+def config_without_rights(root: Path, patch: Patch) -> None:
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    (root / "run.yaml").write_text("model: {}")
+    patch.setattr(Path, "open", refused)
+    read_yaml(root / "run.yaml")
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+def model_without_blocks(root: Path, patch: Patch) -> None:
+    decoder_blocks(torch.nn.Linear(4, 4))
+
+
+def block_without_hidden_states(root: Path, patch: Patch) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = torch.nn.Linear(4, 4)
+
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return self.block(input=input_ids.float())
+
+    model = Odd()
+    blocks = {"block": model.block}
+    next(calibrate_blocks(model, blocks, blocks, torch.zeros(1, 4, dtype=torch.long), with_hessian=False))
+
+
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +306,11 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (text_of_blanks, "a.jsonl holds no text. Name other text."),
     (tokens_beyond_the_type, "makes a token 300 does not fit uint8 of its .* tokens. Mend it."),
     (shards_without_rights, "out cannot be written to: Permission denied. Correct its rights, or name another folder."),
+    (worker_that_is_killed, "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers"),
+    (chat_and_slow_tokenizer, "a.jsonl is chat data, and the tokenizer of .* is a slow one"),
+    (config_without_rights, "Config .*run.yaml' cannot be read \\(Permission denied\\). Give a readable file."),
+    (model_without_blocks, "Linear has no list of decoder blocks"),
+    (block_without_hidden_states, "`block` is not called with hidden states, so it cannot be calibrated by itself."),
     (report_without_rights, "--json .*figures.json: the folder .* cannot be written to."),
     (task_that_breaks, "--tasks .*mine.*: no such thing in here"),
 ]
