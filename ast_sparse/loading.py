@@ -30,6 +30,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter
 from ast_sparse.export.checksums import check_checksums
+from ast_sparse.export.sharded import is_sharded_checkpoint, merged
 from ast_sparse.yaml12 import shown, shown_name
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,15 @@ def load_checkpoint(
     """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as of `load_causal_lm`."""
     source = _Source.find(name_or_path, gguf_file)
     folder = source.model_folder
+    if folder and is_sharded_checkpoint(folder):
+        with merged(folder) as plain:
+            return load_checkpoint(
+                plain,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                config_overrides=config_overrides,
+            )
     masks, slorb = _stored_sparsity(folder) if folder else ({}, {})
     config = load_model_config(
         name_or_path,

@@ -4,7 +4,7 @@ A placement is one pure update function, in `kernels/updates.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
+from ast_sparse.sparsity.shards import local
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -97,7 +98,7 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for parameter in parameters:
-                self._init_state(parameter)
+                self.state_of(parameter)
             plain = []
             for parameter in parameters:
                 if group["is_masked"] or parameter in self._masks:
@@ -108,12 +109,14 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._plain_step(plain, group)
         return loss
 
-    def _init_state(self, parameter: Tensor) -> None:
+    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter, made of zeros where it was never updated."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
 
     def _masked_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -129,8 +132,8 @@ class SparseAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         assert parameter.grad is not None  # filtered in `step`
         update_weights(
-            group["decay_placement"], _local(parameter), _local(parameter.grad), _local(mask),
-            _local(state["exp_avg"]), _local(state["exp_avg_sq"]), values, self.kernels,
+            group["decay_placement"], local(parameter), local(parameter.grad), local(mask),
+            local(state["exp_avg"]), local(state["exp_avg_sq"]), values, self.kernels,
         )  # fmt: skip
 
     def _plain_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -143,8 +146,3 @@ class SparseAdamW(torch.optim.Optimizer):
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 has sharded; any other tensor itself."""
-    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor

@@ -109,7 +109,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     """Names and types against `TrainingArguments`; its own checks run when it is built."""
     from transformers import TrainingArguments  # takes seconds: only when a config is read
 
-    hints = typing.get_type_hints(TrainingArguments)
+    # text for `fsdp` was FSDP1's way; that it may be true is not in its annotation
+    hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | None}
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     for key in values:
         if key not in known:

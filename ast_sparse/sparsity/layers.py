@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.masks import magnitude_mask
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.shards import local
 from ast_sparse.sparsity.slorb import SLoRB
 
 
@@ -64,14 +65,16 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
-        """The pattern's mask of |W|, in the layer's own layout."""
+        """The pattern's mask of |W|, in the layer's own layout; of this process's part, where the layer is sharded."""
+        weight = local(self.weight)
         if self.pattern.structured:
-            return magnitude_mask(self.weight, self.pattern.n, self.pattern.m, self.group_dim, self.kernels)
-        return self.pattern.mask(self.weight.abs().movedim(self.group_dim, -1)).movedim(-1, self.group_dim)
+            return magnitude_mask(weight, self.pattern.n, self.pattern.m, self.group_dim, self.kernels)
+        return self.pattern.mask(weight.abs().movedim(self.group_dim, -1)).movedim(-1, self.group_dim)
 
     def unpacked_start_mask(self) -> Tensor:
-        """The first mask, bool, shape of the weight."""
-        return unpack_bits(self.start_mask, self.group_dim).narrow(self.group_dim, 0, self.mask.shape[self.group_dim])
+        """The first mask, bool, shape of the weight; this process's part, where the layer is sharded."""
+        bits = unpack_bits(local(self.start_mask), self.group_dim)
+        return bits.narrow(self.group_dim, 0, self.mask.shape[self.group_dim])
 
     def extra_repr(self) -> str:
         slorb = f", slorb k={self.slorb.k}" if self.slorb is not None else ""

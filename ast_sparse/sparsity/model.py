@@ -17,13 +17,15 @@ from ast_sparse.kernels.choice import Kernels
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
-from ast_sparse.sparsity.masks import Pattern, flip_rate, gradual_mask
+from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
+from ast_sparse.sparsity.shards import local, piece_for, sum_over_shards, whole
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 
 logger = logging.get_logger(__name__)
 
 Prunable = nn.Linear | Conv1D
+CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP wraps blocks for activation checkpointing
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,8 @@ def _prune_layers(
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    return {name.replace(CHECKPOINTED, ""): layer for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -298,22 +301,46 @@ def refresh_masks(
     Returns:
         By layer name, the flip rate against the previous mask and the initial flip rate against the start mask.
     """
-    rates = {}
-    for name, layer in sparse_layers(model).items():
-        weight, mask = layer.weight.movedim(layer.group_dim, -1), layer.mask.movedim(layer.group_dim, -1)
-        if sparsity is not None:
-            new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
-        elif criterion == "magnitude":
-            new = layer.magnitude_mask().movedim(layer.group_dim, -1)
-        else:
-            seen = (statistics or {}).get(name)
-            if seen is None:
-                logger.warning_once(f"No input of `{name}` was seen: its mask is refreshed by magnitude.")
-            new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration_config).mask
-        new = new.movedim(-1, layer.group_dim)
-        rates[name] = (flip_rate(new, layer.mask), flip_rate(new, layer.unpacked_start_mask()))
-        layer.mask.copy_(new)  # never rebound: the optimizer and torch.compile hold this tensor
-    return rates
+    layers = sparse_layers(model)
+    flips = []
+    for name, layer in layers.items():
+        if criterion == "magnitude" and sparsity is None and layer.pattern.structured:
+            new = layer.magnitude_mask()
+        else:  # from the whole layer, which every process of a sharded run has for this moment
+            new = piece_for(_layer_mask(name, layer, criterion, statistics, sparsity, calibration_config), layer.mask)
+        mask = local(layer.mask)
+        flips.append(torch.stack([(new ^ before).count_nonzero() for before in (mask, layer.unpacked_start_mask())]))
+        mask.copy_(new)  # never rebound: the optimizer and torch.compile hold this tensor
+    if not flips:
+        return {}
+    entries = [layer.mask.numel() for layer in layers.values()]
+    counts = sum_over_shards(torch.stack(flips), next(iter(layers.values())).mask).tolist()
+    return {
+        name: (now / total, initial / total)
+        for name, (now, initial), total in zip(layers, counts, entries, strict=True)
+    }
+
+
+def _layer_mask(
+    name: str,
+    layer: SparseLayer,
+    criterion: Method,
+    statistics: Mapping[str, InputStatistics] | None,
+    sparsity: float | None,
+    calibration: CalibrationConfig | None,
+) -> Tensor:
+    """The new mask of a whole layer, by what cannot be told from a part of it; in the layer's own layout."""
+    weight, mask = (whole(tensor).movedim(layer.group_dim, -1) for tensor in (layer.weight, layer.mask))
+    if sparsity is not None:
+        new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
+    elif criterion == "magnitude":
+        new = layer.pattern.mask(weight.abs())
+    else:
+        seen = (statistics or {}).get(name)
+        if seen is None:
+            logger.warning_once(f"No input of `{name}` was seen: its mask is refreshed by magnitude.")
+        new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration).mask
+    return new.movedim(-1, layer.group_dim)
 
 
 @torch.no_grad()
@@ -324,15 +351,17 @@ def restart_slorb(model: nn.Module, init: Literal["mean", "zero"]) -> None:
     """
     for layer in sparse_layers(model).values():
         if layer.slorb is not None:
-            weight, mask = layer.weight.movedim(layer.group_dim, -1), layer.mask.movedim(layer.group_dim, -1)
-            layer.slorb.S.copy_(slorb_init(weight, torch.where(mask, weight, 0), layer.slorb.k, init)[0])
+            weight, mask = (local(tensor).movedim(layer.group_dim, -1) for tensor in (layer.weight, layer.mask))
+            start, _ = slorb_init(weight, torch.where(mask, weight, 0), layer.slorb.k, init)
+            local(layer.slorb.S).copy_(start)
 
 
 @torch.no_grad()
 def apply_masks(model: nn.Module) -> None:
     """Set every pruned weight to exactly 0.0, in place; the layers stay sparse layers."""
     for layer in sparse_layers(model).values():
-        layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
+        weight, mask = local(layer.weight), local(layer.mask)
+        weight.copy_(torch.where(mask, weight, 0))
 
 
 def densify_model(model: nn.Module) -> None:

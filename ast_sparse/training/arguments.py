@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import inspect
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,19 +20,19 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
 from ast_sparse.errors import UserError
+from ast_sparse.training.distributed import env_flag, sharding_plugin
 
 # field: why, and the mend; refused whenever it is not at its default
 _REFUSED = {
     "optim": "AST trains with its own SparseAdamW. Remove it; set adam_beta1, adam_beta2, adam_epsilon, weight_decay.",
     "optim_args": "AST trains with its own SparseAdamW. Remove it.",
     "optim_target_modules": "AST trains with its own SparseAdamW. Remove it.",
-    "deepspeed": "DeepSpeed shards weights where masks cannot follow. Remove it; use DDP (torchrun).",
-    "fsdp": "sharded training is not supported yet. Remove it; use DDP (torchrun).",
+    "deepspeed": "DeepSpeed shards weights where masks cannot follow. Remove it; set fsdp: true (FSDP2).",
     "label_smoothing_factor": "the distillation loss has no label smoothing. Remove it.",
     "use_liger_kernel": "Liger replaces the loss that AST computes itself. Remove it.",
     "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
-    "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; use DDP (torchrun).",
+    "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; set fsdp: true (FSDP2).",
     "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
     "auto_find_batch_size": "a batch size that changes makes a run unrepeatable. Set per_device_train_batch_size.",
 }
@@ -57,6 +56,11 @@ _CHOICES = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
     "metric_for_best_model": ("loss", "eval_loss"),
+}
+_ENGINES = {
+    "DEEPSPEED": "DeepSpeed",
+    "MEGATRON_LM": "Megatron-LM",
+    "PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 _ANY_STEPS = 1000  # stands for the length of a run that the data decides
@@ -120,12 +124,13 @@ def check_arguments(args: TrainingArguments) -> None:
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
             "Use hub_strategy: end."
         )
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):
+    for name, what in _ENGINES.items():
+        if env_flag(f"ACCELERATE_USE_{name}"):
             raise UserError(
-                f"accelerate is configured for {name} (ACCELERATE_USE_{name}), and masks cannot be sharded yet. "
-                "Choose multi-GPU (DDP) in `accelerate config`, or start with torchrun."
+                f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
+                "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
             )
+    sharding_plugin(args)
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel does not carry masks. Start with "

@@ -5,12 +5,15 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
@@ -20,17 +23,20 @@ from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
+from ast_sparse.export.sharded import is_sharded_checkpoint, shard_faults
+from ast_sparse.export.sharded import tensor_shapes as sharded_shapes
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
+_TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_EPOCHS = 10**9
 _MAY_DIFFER = ("kernels",)  # a warning says what it means
-_STATE = ("optimizer.pt", "scheduler.pt")
+_STATE = ("optimizer.pt", "scheduler.pt")  # of a sharded run, the optimizer is in the shards
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -45,7 +51,10 @@ def faults(checkpoint: Path) -> list[str]:
     `trainer_state.json` is written last, so it marks a finished save. Files that did not change are not read again.
     """
     found = []
-    if not any((checkpoint / name).is_file() for name in _WEIGHTS):
+    sharded = is_sharded_checkpoint(checkpoint)
+    if sharded:
+        found += shard_faults(checkpoint)
+    elif not any((checkpoint / name).is_file() for name in _WEIGHTS):
         found.append(f"{_WEIGHTS[0]} is missing")
     else:
         try:
@@ -56,7 +65,7 @@ def faults(checkpoint: Path) -> list[str]:
         if (checkpoint / name).exists():  # beside shards, Trainer takes it for the weights
             found.append(f"{name} is pickled, which is not read")
     states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
-    for path in (*(checkpoint / name for name in _STATE), *states):
+    for path in (*(checkpoint / name for name in _STATE[sharded:]), *states):
         if not path.is_file():
             found.append(f"{path.name} is missing")
         elif fault := _state_fault(path, _stamp(path)):
@@ -211,11 +220,35 @@ def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     Args:
         shapes: of the weights, by name of the layer.
     """
-    stored = {name: value for file in weight_files(checkpoint) for name, value in tensor_shapes(file).items()}
+    if is_sharded_checkpoint(checkpoint):
+        stored = sharded_shapes(checkpoint)
+    else:
+        files = weight_files(checkpoint)
+        stored = {name: tuple(value[1]) for file in files for name, value in tensor_shapes(file).items()}
     for layer, shape in shapes.items():
-        found = tuple(stored.get(f"{layer}.weight", ("", []))[1])
+        found = stored.get(f"{layer}.weight", ())
         if found != tuple(shape):
             raise UserError(
                 f"`{layer}` of the model has shape {tuple(shape)}, in {str(checkpoint)!r} {found}. "
                 "Resume with the model.name_or_path of the run."
             )
+
+
+@contextmanager
+def write_errors(folder: Path) -> Iterator[None]:
+    """One line instead of what torch, safetensors and Python say of a folder that cannot be written.
+
+    Raises:
+        UserError: naming the last good checkpoint.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and not _TORCH_WRITE.search(reason):
+            raise
+        if isinstance(error, CheckpointException):
+            reason = " ".join(str(next(iter(error.failures.values()))[0]).split())
+        last = last_checkpoint(folder.parent)
+        good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
+        raise UserError(f"Cannot write `{folder}`: {reason}. {good}. Make room, then use --resume.") from error

@@ -16,6 +16,7 @@ from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, wei
 from ast_sparse.loading import load_model_config
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
+from ast_sparse.training.distributed import check_shardable, sharding_plugin
 from ast_sparse.training.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.inputs import check_vocabularies
 from ast_sparse.training.memory import MemoryModel
@@ -108,6 +109,8 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     if distills and config.model.teacher is not None:
         _check_teacher(config.model.teacher, model_config, config.distillation)
     model = _meta_model(config.model, model_config)
+    if sharding_plugin(args) is not None:
+        check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)
     teacher = config.model.teacher or model
     args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher))

@@ -1,5 +1,7 @@
 """What the processes of a distributed run agree on."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -21,6 +23,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any process."""
     return bool(mean_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process gives, in the order of the processes, on all of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all() -> None:

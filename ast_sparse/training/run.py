@@ -36,12 +36,14 @@ from ast_sparse.training.checkpoints import (
     last_checkpoint,
     resolve_checkpoint,
 )
+from ast_sparse.training.distributed import check_sharding
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.metrics import METRICS
 from ast_sparse.training.mixture import check_evaluations
 from ast_sparse.training.plan import Hardware, Plan, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
+from ast_sparse.training.ranks import wait_for_all
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
 from ast_sparse.training.watch import REPLAY
@@ -84,6 +86,8 @@ def run_training(
     planned = {key: value for key, value in config.training.items() if key not in ("fsdp", "fsdp_config")}
     values = {**planned, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
+    if not dry_run:
+        check_sharding(args)
     checkpoint = _checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
@@ -122,14 +126,18 @@ def run_training(
     trainer.add_callback(PreemptionCallback(signals))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     signals.finish()
-    _check_final(trainer.student)
+    # without the autocast of training: all stages are measured in the float32 that is saved
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    student = trainer.whole_student()
+    if student is not None:
+        _check_final(student)
     trainer.save_model()
     trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
-    # without the autocast of training: all stages are measured in the float32 that is saved
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    rows[stage] = measured(stage, model, tokenizer, trainer.eval_dataset)
+    if student is not None:  # of a sharded run, on one process while the others wait
+        rows[stage] = measured(stage, student.to(args.device), tokenizer, trainer.eval_dataset)  # type: ignore[arg-type]
+    wait_for_all()
     if args.should_save:
         _write_figures(output, rows, measured)
         echo(results_table(rows))

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -36,9 +34,7 @@ from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
-from ast_sparse.export.checkpoint import ExportReport, export_model, save_sparse_model
-from ast_sparse.export.checksums import write_checksums
-from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
+from ast_sparse.export.checkpoint import ExportReport, export_model
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
@@ -49,6 +45,13 @@ from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
 from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
+from ast_sparse.training.distributed import (
+    check_shardable,
+    check_sharding,
+    shard_teacher,
+    sharding_plugin,
+    without_weights,
+)
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.held_out import HeldOutLoss
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
@@ -57,11 +60,12 @@ from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.ranks import any_rank
+from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
-from ast_sparse.training.watch import WatchCallback, divergence
+from ast_sparse.training.watch import WatchCallback
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(CheckpointTrainer):
     """Trainer whose student is masked, distilled from its dense self, and saved exactly N:M.
 
     Args:
@@ -117,6 +121,7 @@ class SparseTrainer(Trainer):
     ) -> None:
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
+        check_sharding(args)
         if optimizers[0] is not None and not isinstance(optimizers[0], SparseAdamW):
             raise UserError(
                 f"optimizers[0] is {type(optimizers[0]).__name__}, which knows no masks. Pass a SparseAdamW, or None."
@@ -126,6 +131,8 @@ class SparseTrainer(Trainer):
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
         model = load_causal_lm(model) if isinstance(model, str) else model
         check_model(model)
+        if sharding_plugin(args) is not None:
+            check_shardable(model)
         self.sparsity_config = sparsity_config or SparsityConfig()
         self._trained_parameters = student_parameters(model, self.sparsity_config, slorb_config)
         args, matched = match_flops(
@@ -161,7 +168,11 @@ class SparseTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
-        if self.teacher is not None:
+        plugin = sharding_plugin(self.args)
+        self._frame = None if plugin is None else without_weights(cast(PreTrainedModel, self.model))
+        if self.teacher is not None and plugin is not None:
+            shard_teacher(cast(PreTrainedModel, self.teacher), self.args.device, bool(plugin.reshard_after_forward))
+        elif self.teacher is not None:
             self.teacher.to(self.args.device)
         taught = cast(PreTrainedModel | None, self.teacher)
         heads = find_heads(self.student, taught, distillation_config, self.args)
@@ -186,11 +197,6 @@ class SparseTrainer(Trainer):
             self.add_callback(callback)
         if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
-
-    @property
-    def student(self) -> PreTrainedModel:
-        """The model that is trained, without the wrapper of a distributed run."""
-        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
 
     def _frozen_teacher(
         self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
@@ -425,40 +431,10 @@ class SparseTrainer(Trainer):
             "layers": sorted(self.sparsity_report.pruned),
         }
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the masked model as an ordinary checkpoint; inside training, its dense weights and masks for resume.
-
-        Raises:
-            DivergenceError: weights are not finite; nothing is written.
-        """
-        folder = Path(str(output_dir or self.args.output_dir))
-        for name, parameter in self.student.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                what = f"`{name}` holds values that are not finite"
-                raise divergence(what, self.args, self.state.global_step)
-        if _internal_call and re.fullmatch(r"checkpoint-\d+", folder.name):
-            self._save_as_in_memory(folder)
-            if self.args.should_save:
-                write_checksums(folder)
-                write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
-                if self._mixture is not None and self._parts is not None:
-                    save_data_state(folder, self._mixture, self._parts)
-            return
-        if self.args.should_save:
-            save_sparse_model(self.student, folder, self.sparsity_config_dict())
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_as_in_memory(self, folder: Path) -> None:
-        """Trainer's save under the names of the live model: its load knows no others (fused experts of MoE models)."""
-        student: Any = self.student
-        student.save_pretrained = partial(student.save_pretrained, save_original_format=False)
-        try:
-            super().save_model(str(folder), _internal_call=True)
-        finally:
-            del student.save_pretrained
+    def _save_for_resume(self, folder: Path) -> None:
+        super()._save_for_resume(folder)
+        if self.args.should_save and self._mixture is not None and self._parts is not None:
+            save_data_state(folder, self._mixture, self._parts)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Trainer, 6 for each token and parameter outside the embeddings, SLoRB's too; masks are none."""
@@ -470,9 +446,9 @@ class SparseTrainer(Trainer):
         Returns:
             What was written; None on ranks that do not write.
         """
-        report = None
-        if self.args.should_save:
+        report, student = None, self.whole_student()
+        if self.args.should_save and student is not None:
             tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-            report = export_model(self.student, out_dir, format, tokenizer=tokenizer, **kwargs)
+            report = export_model(student, out_dir, format, tokenizer=tokenizer, **kwargs)
         self.accelerator.wait_for_everyone()
         return report

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ast_sparse.config import WatchConfig
 from ast_sparse.data.packing import DOMAIN
 from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.checkpoints import last_checkpoint
 from ast_sparse.training.ranks import mean_over_ranks
 
@@ -193,4 +194,4 @@ def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
     """The norm after clipping, which leaves a NaN where it was not finite."""
     if getattr(optimizer, "scaler", None) is not None:  # of fp16: it overflows now and then, and sees to it itself
         return torch.zeros(())
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

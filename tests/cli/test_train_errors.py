@@ -396,7 +396,28 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     # training: what AST would ignore
     ("training.optim=adafactor", r"training\.optim='adafactor': AST trains with its own SparseAdamW"),
     ("training.deepspeed=none.json", r"training\.deepspeed='none\.json': DeepSpeed shards weights"),
-    ("training.fsdp=full_shard", r"training\.fsdp='full_shard': sharded training is not supported"),
+    ("training.fsdp=full_shard", r"training\.fsdp='full_shard' is text, expected true or false"),
+    ("training.fsdp=true", r"training\.fsdp=True needs processes to shard over\. Start with `accelerate launch"),
+    ("training.fsdp_config={{version: 2}}", r"training\.fsdp_config=.*would be ignored\. Set fsdp: true, or remove"),
+    (["training.fsdp=true", "training.fsdp_config.version=1"], r"fsdp_config: version 1 flattens .*fsdp_version: 2"),
+    (
+        ["training.fsdp=true", "training.fsdp_config.reshard_after=true"],
+        r"there is no .reshard_after.\. Did you mean",
+    ),
+    (["training.fsdp=true", "training.fsdp_config.xla=true"], r"fsdp_config: xla is not supported\. Remove it"),
+    (
+        ["training.fsdp=true", "training.fsdp_config.state_dict_type=FULL_STATE_DICT"],
+        r"fsdp_config: state_dict_type='FULL_STATE_DICT': checkpoints of a sharded run are sharded\. Remove it",
+    ),
+    (
+        ["training.fsdp=true", "training.fsdp_config.cpu_ram_efficient_loading=true"],
+        r"cpu_ram_efficient_loading le",
+    ),
+    (["training.fsdp=true", "training.fsdp_config.cpu_offload=true"], r"fsdp_config: cpu_offload has not been made"),
+    (
+        ["training.fsdp=true", "training.save_only_model=true"],
+        r"training\.save_only_model=True cannot be had of a",
+    ),
     ("training.do_train=false", r"training\.do_train=False: ast-train always trains"),
     ("training.resume_from_checkpoint=x", r"training\.resume_from_checkpoint='x': .*--resume"),
     ("training.gradient_checkpointing_kwargs.use_reentrant=false", r"gradient_checkpointing_kwargs=.*would be ignored"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.training.distributed import check_shardable
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -310,12 +311,45 @@ def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, model)
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_sharding_set_up_by_accelerate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "tensor or context")],
+)
+def test_what_accelerate_may_be_set_up_for_is_refused_where_masks_would_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, what: str
+) -> None:
     args = arguments(tmp_path)
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(UserError, match=f"configured for {engine}"):
+    with pytest.raises(UserError, match=f"configured for {what}.*where masks cannot follow the weights"):
         SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "version 1 flattens weights and masks .* Set fsdp_version: 2"),
+        ({}, "version 1 flattens"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "cpu_ram_efficient_loading leaves all processes but one without"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload has not been made to work with masks"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "ignored_modules would get no gradients"),
+        ({"FSDP_AUTO_WRAP_POLICY": "BY_LAYER"}, "Invalid auto wrap policy: BY_LAYER"),
+    ],
+    ids=["fsdp1", "no version", "ram", "offload", "ignored", "policy"],
+)
+def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
+) -> None:
+    args = arguments(tmp_path)
+    version = {} if "version" in message else {"FSDP_VERSION": "2"}
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **version, **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^fsdp_config of `accelerate launch`: {message}"):
+        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+def test_a_conv1d_is_not_sharded() -> None:
+    with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose groups .* use DDP"):
+        check_shardable(tiny_model("gpt2"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,0 +1,175 @@
+"""Runs of FSDP2 between gloo ranks, started by `test_fsdp.py` under torchrun; what they found goes into a JSON file.
+
+Every run has its twin of one process, made by the same functions.
+"""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainingArguments
+
+from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.model import sparse_layers
+from tests.models import tiny_model
+
+RANKS = 3  # 32, 48 and 16 rows: no layer can be shared out evenly
+BATCH = 6
+
+
+def data(rows: int = 48) -> Dataset:
+    ids = torch.randint(0, 128, (rows, 16), generator=torch.Generator().manual_seed(3)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def make(out: Path, sparsity: SparsityConfig, world: int, *, kind: str = "kl", slorb: Any = None, **args: Any) -> Any:
+    """A trainer of the tiny model in float64, its batch shared out over the ranks."""
+    model = tiny_model("llama").double()
+    accumulate = args.pop("gradient_accumulation_steps", 1)
+    values: dict[str, Any] = dict(
+        max_steps=6, per_device_train_batch_size=BATCH // world // accumulate, gradient_accumulation_steps=accumulate,
+        learning_rate=3e-3, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        fsdp=world > 1,
+    )  # fmt: skip
+    return SparseTrainer(
+        model,
+        TrainingArguments(str(out), **{**values, **args}),
+        sparsity_config=sparsity,
+        distillation_config=DistillationConfig(kind=kind),
+        slorb_config=slorb,
+        train_dataset=data(),
+    )
+
+
+RUNS: dict[str, Callable[[Path, int], Any]] = {
+    "accumulated, SLoRB": lambda out, world: make(
+        out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16),
+        gradient_accumulation_steps=BATCH // RANKS,
+    ),
+    "tinybert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="tinybert"),
+    "mobilebert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="mobilebert"),
+    "recomputed": lambda out, world: make(
+        out, SparsityConfig(mask_interval=0), world,
+        **({"fsdp_config": {"activation_checkpointing": True}} if world > 1 else {}),
+    ),
+    "moving": lambda out, world: make(out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world),
+    "wanda": lambda out, world: make(out, SparsityConfig(mask_interval=3, criterion="wanda"), world),
+    "unstructured": lambda out, world: make(out, SparsityConfig(mask_interval=3, pattern="unstructured"), world),
+    "gmp": lambda out, world: make(out, SparsityConfig(schedule="gmp", mask_interval=2), world),
+    "late SLoRB": lambda out, world: make(
+        out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16, start=0.5)
+    ),
+}  # fmt: skip
+
+
+def found(run: Any) -> dict[str, Any]:
+    """Losses and flip rates of a run that is over, and its masks as they are on every rank together."""
+    log = run.state.log_history
+    student = run.whole_student()
+    masks = {} if student is None else {name: layer.mask for name, layer in sparse_layers(student).items()}
+    return {
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "flip rates": [entry["flip_rate"] for entry in log if "flip_rate" in entry],
+        "masks": {name: mask.to(torch.uint8).flatten().tolist() for name, mask in masks.items()},
+    }
+
+
+class MasksFit(TrainerCallback):
+    """Whether after a refresh this rank's part of every mask is that of the whole weight."""
+
+    def __init__(self) -> None:
+        self.fits: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % 2 == 0:
+            layers = sparse_layers(kwargs["model"]).values()
+            whole = [(layer.weight.full_tensor(), layer.mask.full_tensor()) for layer in layers]
+            self.fits.append(all(torch.equal(nm_mask(weight.abs()), mask) for weight, mask in whole))
+
+
+def kinds(run: Any) -> dict[str, Any]:
+    """What is sharded, and how a bf16 run computes."""
+    seen: set[str] = set()
+    layer = next(iter(sparse_layers(run.student).values()))
+    handle = layer.register_forward_hook(lambda module, args, out: seen.update((str(args[0].dtype), str(out.dtype))))
+    run.train()
+    handle.remove()
+    moments = next(iter(run.optimizer.optimizer.state.values()))
+    tensors = {
+        "weight": layer.weight, "mask": layer.mask, "start_mask": layer.start_mask, "S": layer.slorb.S,
+        "X": layer.slorb.X, "moment": moments["exp_avg"], "teacher": run.teacher.model.layers[0].mlp.up_proj.weight,
+    }  # fmt: skip
+    kinds = {name: [isinstance(tensor, DTensor), str(tensor.dtype)] for name, tensor in tensors.items()}
+    return {"tensors": kinds, "computed in": sorted(seen)}
+
+
+def refused_for_space(out: Path) -> list[Any]:
+    """A save that the file system refuses after a good one: the message, and which checkpoints are left."""
+    run = make(out, SparsityConfig(mask_interval=0), RANKS, save_strategy="steps", save_steps=3)
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    run.add_callback(Full())
+    try:
+        run.train()
+    except UserError as error:
+        return [str(error), sorted(path.name for path in out.glob("checkpoint-*"))]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ["no error", []]
+
+
+def main(out: Path) -> None:
+    facts: dict[str, Any] = {}
+    for name, build in RUNS.items():
+        run = build(out / name, RANKS)
+        fit = MasksFit()
+        if name == "moving":
+            run.add_callback(fit)
+        run.train()
+        facts[name] = found(run)
+        if name == "moving":
+            facts["masks fit"] = fit.fits
+            run.save_model()
+            run.export(out / "exported", format="compressed")
+    fixed = SparsityConfig(mask_interval=0)
+    saved = make(out / "saved", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5), save_strategy="steps", save_steps=2)
+    saved.train()
+    saved.save_model()
+    facts["saved"] = found(saved)
+    resumed = make(out / "plain", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5))
+    resumed.train(resume_from_checkpoint=str(out / "plain" / "checkpoint-2"))  # of one process
+    facts["resumed from one process"] = found(resumed)
+    resumed = make(out / "again", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5))
+    resumed.train(resume_from_checkpoint=str(out / "saved" / "checkpoint-2"))
+    facts["resumed"] = found(resumed)
+    facts["no space"] = refused_for_space(out / "full")
+    model = tiny_model("llama")
+    args = TrainingArguments(
+        str(out / "bf16"), max_steps=2, use_cpu=True, bf16=True, fsdp=True, report_to="none", disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=2,
+    )  # fmt: skip
+    half = SparseTrainer(
+        model, args, distillation_config=DistillationConfig(), slorb_config=SLoRBConfig(k=16), train_dataset=data()
+    )
+    facts["bf16"] = kinds(half)
+    gathered: list[Any] = [None] * RANKS
+    torch.distributed.all_gather_object(gathered, facts)
+    if os.environ["RANK"] == "0":
+        (out / "facts.json").write_text(json.dumps(gathered))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,110 @@
+"""FSDP2 between gloo ranks trains as one process does, and its checkpoints go both ways."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ast_sparse import SLoRBConfig, SparsityConfig
+from ast_sparse.evaluation.perplexity import evaluate_blocks
+from ast_sparse.export.checkpoint import export_model
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.training.checkpoints import faults
+from tests.distributed.fsdp_facts import RANKS, RUNS, data, found, make
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What three ranks left, after one process left a checkpoint for them."""
+    out = tmp_path_factory.mktemp("fsdp")
+    slorb = SLoRBConfig(k=16, start=0.5)
+    one = make(out / "plain", SparsityConfig(mask_interval=0), 1, slorb=slorb, save_strategy="steps", save_steps=2)
+    one.train()
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
+    command = [sys.executable, *launch, "-m", "tests.distributed.fsdp_facts", str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def facts(out: Path) -> list[dict[str, Any]]:
+    """By rank."""
+    facts = json.loads((out / "facts.json").read_text())
+    assert len(facts) == RANKS
+    return facts
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_three_uneven_shards_train_as_one_process(facts: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    run = RUNS[name](tmp_path, 1)
+    run.train()
+    expected = found(run)
+    for rank in facts:
+        assert rank[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert rank[name]["flip rates"] == pytest.approx(expected["flip rates"], abs=1e-12)
+    assert facts[0][name]["masks"] == expected["masks"]
+
+
+def test_every_mask_fits_its_weight_after_each_refresh(facts: list[dict[str, Any]]) -> None:
+    assert all(rank["masks fit"] == [True] * 3 for rank in facts)
+
+
+def test_half_of_the_pruned_layers_is_zero_after_save_and_export(out: Path) -> None:
+    layers = json.loads((out / "moving" / "sparsity_config.json").read_text())["layers"]
+    saved = load_file(out / "moving" / "model.safetensors")
+    exported = load_causal_lm(out / "exported").state_dict()
+    for name in layers:
+        assert (saved[f"{name}.weight"] == 0).double().mean() == 0.5
+        assert torch.equal(exported[f"{name}.weight"], saved[f"{name}.weight"].bfloat16().float())
+
+
+def test_weights_masks_moments_slorb_and_teacher_are_sharded_and_masters_stay_float32(
+    facts: list[dict[str, Any]],
+) -> None:
+    masters = {name: [True, "torch.float32"] for name in ("weight", "S", "X", "moment")}
+    others = {"mask": [True, "torch.bool"], "start_mask": [True, "torch.uint8"], "teacher": [True, "torch.bfloat16"]}
+    for rank in facts:
+        assert rank["bf16"] == {"tensors": {**masters, **others}, "computed in": ["torch.bfloat16"]}
+
+
+def test_a_run_continues_on_shards_from_shards_and_from_one_process(facts: list[dict[str, Any]]) -> None:
+    for rank in facts:
+        for name in ("resumed", "resumed from one process"):
+            assert rank[name]["losses"] == pytest.approx(rank["saved"]["losses"], abs=1e-5)
+
+
+def test_a_sharded_checkpoint_is_resumed_by_one_process(out: Path, facts: list[dict[str, Any]], tmp_path: Path) -> None:
+    run = make(tmp_path, SparsityConfig(mask_interval=0), 1, slorb=SLoRBConfig(k=16, start=0.5))
+    run.train(resume_from_checkpoint=str(out / "saved" / "checkpoint-2"))
+    assert found(run)["losses"] == pytest.approx(facts[0]["saved"]["losses"], abs=1e-5)
+
+
+def test_a_sharded_checkpoint_is_read_and_exported_like_any_other(out: Path, tmp_path: Path) -> None:
+    run, checkpoint = out / "saved", out / "saved" / "checkpoint-6"
+    export_model(checkpoint, tmp_path / "exported", "dense", dtype="float32")
+    exported, saved = load_file(tmp_path / "exported" / "model.safetensors"), load_file(run / "model.safetensors")
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name].float()) for name, tensor in exported.items())
+    assert (tmp_path / "exported" / "slorb" / "adapter_config.json").is_file()
+    perplexities = [evaluate_blocks(load_causal_lm(each), data(), 4).perplexity for each in (checkpoint, run)]
+    assert perplexities[0] == perplexities[1]
+    assert list(run.glob(".*")) == []
+
+
+def test_a_save_without_space_ends_in_one_line_and_leaves_the_last_good_checkpoint(
+    out: Path, facts: list[dict[str, Any]]
+) -> None:
+    folder = out / "full"
+    for rank in facts:
+        message, left = rank["no space"]
+        assert message.startswith(f"Cannot write `{folder}/checkpoint-6`: ")
+        assert message.endswith(f"Last good checkpoint: {folder}/checkpoint-3. Make room, then use --resume.")
+    assert left == ["checkpoint-3"] and faults(folder / "checkpoint-3") == []
