@@ -34,9 +34,9 @@ def data(rows: int = 48) -> Dataset:
 def make(out: Path, sparsity: SparsityConfig, world: int, *, kind: str = "kl", slorb: Any = None, **args: Any) -> Any:
     """A trainer of the tiny model in float64, its batch shared out over the ranks."""
     model = tiny_model("llama").double()
-    accumulate = args.pop("gradient_accumulation_steps", 1)
+    accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
-        max_steps=6, per_device_train_batch_size=BATCH // world // accumulate, gradient_accumulation_steps=accumulate,
+        max_steps=6, per_device_train_batch_size=batch // world // accumulate, gradient_accumulation_steps=accumulate,
         learning_rate=3e-3, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
         fsdp=world > 1,
     )  # fmt: skip

@@ -1,20 +1,27 @@
 """FSDP2 between gloo ranks trains as one process does, and its checkpoints go both ways."""
 
+import io
 import json
+import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
-from ast_sparse import SLoRBConfig, SparsityConfig
+from ast_sparse import SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.evaluation.perplexity import evaluate_blocks
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.loading import load_causal_lm
-from ast_sparse.training.checkpoints import faults
+from ast_sparse.training.checkpoints import faults, last_checkpoint
 from tests.distributed.fsdp_facts import RANKS, RUNS, data, found, make
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +104,60 @@ def test_a_sharded_checkpoint_is_read_and_exported_like_any_other(out: Path, tmp
     perplexities = [evaluate_blocks(load_causal_lm(each), data(), 4).perplexity for each in (checkpoint, run)]
     assert perplexities[0] == perplexities[1]
     assert list(run.glob(".*")) == []
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("evil",)
+
+
+def _write_evil_metadata(folder: Path) -> None:
+    (folder / "pytorch_model_fsdp_0" / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
+def _write_evil_value(folder: Path) -> None:
+    """In the place of a value of the optimizer's groups, which torch would unpickle."""
+    metadata = FileSystemReader(folder / "optimizer_0").read_metadata()
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn.endswith(".betas"))
+    buffer = io.BytesIO()
+    torch.save(Evil(), buffer)
+    shard = folder / "optimizer_0" / place.relative_path
+    place.offset, place.length = shard.stat().st_size, len(buffer.getvalue())
+    shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+    (folder / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _flip(folder: Path) -> None:
+    shard = folder / "optimizer_0" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "half written": (lambda folder: (folder / "pytorch_model_fsdp_0" / ".metadata").unlink(), r"\.metadata is missing"),
+    "no shard": (lambda folder: (folder / "optimizer_0" / "__2_0.distcp").unlink(), r"__2_0\.distcp is missing"),
+    "cut": (lambda folder: os.truncate(folder / "optimizer_0" / "__0_0.distcp", 999), r"__0_0\.distcp is cut"),
+    "flipped": (_flip, r"optimizer_0/__1_0\.distcp has not the checksum"),
+    "evil metadata": (_write_evil_metadata, r"posix\.mkdir is no part of a description of tensors"),
+    "evil value": (_write_evil_value, r"\.metadata is damaged .*Weights only load failed"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_of_a_damaged_sharded_checkpoint_nothing_is_run_and_the_one_before_is_taken(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (4, 6):
+        shutil.copytree(out / "saved" / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    damage, message = DAMAGES[name]
+    damage(tmp_path / "checkpoint-6")
+    assert any(re.search(message, fault) for fault in faults(tmp_path / "checkpoint-6"))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        load_causal_lm(tmp_path / "checkpoint-6")
+    assert not (tmp_path / "evil").exists()
 
 
 def test_a_save_without_space_ends_in_one_line_and_leaves_the_last_good_checkpoint(
