@@ -19,6 +19,7 @@ from ast_sparse.evaluation.runs import Run
 _SHARE = "domain_share/"
 _TEST, _TEST_LOSS = "_perplexity", "eval_loss"
 _LOGARITHMIC = 30  # a larger ratio of rates is coloured on a logarithmic scale
+_DECADE = 10  # a larger ratio of shares is drawn on a logarithmic axis
 _TITLE = 24  # characters of a line above a panel of the density
 _COLOURS = "cividis"  # grows evenly in lightness, so that it reads in grey
 
@@ -147,7 +148,12 @@ def _domains(run: Run, suffix: str, of: str) -> Picture | None:
         plots.step_axis(axes)
     for axes in panels[len(parts) :]:
         axes.remove()
-    panels[0].set_ylim(bottom=0)
+    shares = [share for name in names for _, share in run.logged(f"{_SHARE}{name}") if share > 0]
+    if shares and max(shares) / min(shares) > _DECADE:
+        panels[0].set_yscale("log")
+        plots.plain_ticks(panels[0], "y")
+    else:
+        panels[0].set_ylim(bottom=0)
     plots.legend(figure, panels[0])
     return Picture(
         name=f"domains{suffix}",
@@ -224,7 +230,7 @@ def _heat(figure: Figure, axes: Axes, matrix: Any, kinds: Sequence[str], label: 
     _heat_axes(axes, kinds)
     bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02, label=label)
     if is_wide:
-        plots.decimal_ticks(bar.ax, "x")
+        plots.plain_ticks(bar.ax, "x")
 
 
 def _heat_axes(axes: Axes, kinds: Sequence[str]) -> None:

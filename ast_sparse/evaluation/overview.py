@@ -1,7 +1,7 @@
 """The models of a report side by side: the stages of runs and the models that were measured, each once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.evaluation.measure import TextResult
-from ast_sparse.evaluation.runs import Run, is_run
+from ast_sparse.evaluation.runs import PROTOCOL, Run, is_run
 from ast_sparse.export import files
 from ast_sparse.sparsity.model import decoder_blocks
 
@@ -24,10 +24,11 @@ class Protocol(NamedTuple):
     stride: int | None
     windows: int
     predicted_tokens: int
+    total_tokens: int
 
     def __str__(self) -> str:
         stride = f", stride {self.stride:,}" if self.stride is not None else ""
-        return f"{self.text}, {self.windows:,} × {self.seq_len:,} tokens{stride}"
+        return f"{self.text}, {self.windows:,} × {self.seq_len:,} of {self.total_tokens:,} tokens{stride}"
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,8 @@ def model_rows(
         for stage, results in run.stages.items():
             row = rows.setdefault(_stage_key(run, stage), _stage_row(label if len(runs) > 1 else "", run, stage))
             for dataset, figures in results.items():
-                row.perplexities[_protocol_of(dataset, figures)] = figures.get("perplexity")
+                text = "wikitext2 test" if dataset == "wikitext2" else Path(dataset).name  # as ast-eval calls it
+                row.perplexities[_protocol_of(text, figures)] = figures.get("perplexity")
             row.samples = run.samples.get(stage, {})
     for model, label in names.items():
         row = rows.setdefault(_key(model), ModelRow(name=label, kind=_kind(model)))
@@ -78,8 +80,7 @@ def model_rows(
         row.zeros = _zeros(counts.get(model, {}))
         row.samples = samples.get(model, row.samples)
     for model, text, _, result in texts:
-        protocol = Protocol(text, result.seq_len, result.stride, result.windows, result.predicted_tokens)
-        rows[_key(model)].perplexities[protocol] = result.perplexity
+        rows[_key(model)].perplexities[_protocol_of(text, asdict(result))] = result.perplexity
     return list(rows.values())
 
 
@@ -105,9 +106,8 @@ def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
     )
 
 
-def _protocol_of(dataset: str, figures: Mapping[str, Any]) -> Protocol:
-    text = "wikitext2 test" if dataset == "wikitext2" else Path(dataset).name
-    return Protocol(text, figures["seq_len"], None, figures["windows"], figures["predicted_tokens"])
+def _protocol_of(text: str, figures: Mapping[str, Any]) -> Protocol:
+    return Protocol(text=text, stride=figures.get("stride"), **{key: figures[key] for key in PROTOCOL})
 
 
 def _zeros(counts: Counts) -> float | None:

@@ -15,6 +15,7 @@ RESULTS = "results.json"
 RESOLVED_CONFIG = "config.yaml"
 SAMPLES = "samples.json"
 REPORT = "report"  # a folder
+PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a perplexity of a stage says of its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,15 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: names the file that is damaged.
     """
+    stages = _read_figures(folder / RESULTS)
+    for stage, results in stages.items():
+        for name, figures in results.items():
+            if not isinstance(figures, dict) or not all(isinstance(figures.get(key), int) for key in PROTOCOL):
+                raise UserError(f"Cannot read `{folder / RESULTS}`: {stage}, {name!r:.60}. Restore the file.")
     return Run(
         folder=folder,
         config=read_yaml(folder / RESOLVED_CONFIG),
-        stages=_read_figures(folder / RESULTS),
+        stages=stages,
         log=_read_rows(folder / METRICS),
         history=_read_rows(folder / MASK_HISTORY),
         samples=_read_figures(folder / SAMPLES),

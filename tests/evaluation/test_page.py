@@ -226,6 +226,17 @@ def test_counts_are_those_of_the_masks(family: str, tmp_path: Path) -> None:
     assert weight_bytes(str(tmp_path / "dense")) == sum(file.stat().st_size for file in files)
 
 
+def test_texts_of_different_length_are_no_common_column(tmp_path: Path) -> None:
+    figures = {"perplexity": 9.0, "seq_len": 32, "windows": 3, "predicted_tokens": 93}
+    runs = {}
+    for name, total in (("a", 100), ("b", 200)):
+        stages = {"retrained 2:4": {"heldout": {**figures, "total_tokens": total}}}
+        runs[name] = Run(folder=tmp_path / name, config={}, stages=stages, log=[], history=[], samples={})
+    rows = model_rows(runs, [], {}, {}, {})
+    columns = [str(protocol) for row in rows for protocol in row.perplexities]
+    assert columns == ["heldout, 3 × 32 of 100 tokens", "heldout, 3 × 32 of 200 tokens"]
+
+
 def test_names_are_as_long_as_it_takes() -> None:
     names = short_names(["/a/one/model", "/a/two/model", "org/name"])
     assert names == {"/a/one/model": "one/model", "/a/two/model": "two/model", "org/name": "name"}
@@ -244,4 +255,7 @@ def test_a_cut_record_is_read_and_a_damaged_one_named(folder: Path, tmp_path: Pa
     (tmp_path / "metrics.jsonl").write_text(rows)
     (tmp_path / "results.json").write_text('{"dense": 5}')
     with pytest.raises(UserError, match=r"results\.json`: 'dense' holds no figures"):
+        read_run(tmp_path)
+    (tmp_path / "results.json").write_text('{"dense": {"heldout": {"perplexity": 5, "seq_len": "x"}}}')
+    with pytest.raises(UserError, match=r"results\.json`: dense, 'heldout'\. Restore"):
         read_run(tmp_path)
