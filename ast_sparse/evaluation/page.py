@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 _PICTURES = ("losses", "flips", "layer_flips*", "domains*", "density")  # files of an earlier report
+_PIXELS = 108  # of an inch of a figure: the widest, 8.6 inches, fills the page
 _SETTINGS = (
     ("model", ("model", "name_or_path")),
     ("pattern", ("sparsity", "pattern")),
@@ -288,9 +289,10 @@ def _setting(value: Any) -> str | None:
 
 def _figure(picture: Picture, out: Path) -> str:
     data = base64.b64encode((out / f"{picture.name}.png").read_bytes()).decode()
+    width = round(_PIXELS * picture.figure.get_figwidth())  # so that letters are of one size in all figures
     return (
         f"<section>\n<h2>{escape(picture.title)}</h2>\n<figure>\n"
-        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">\n'
+        f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}" width="{width}">\n'
         f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>\n</section>"
     )
 
