@@ -152,7 +152,7 @@ def _show_budget(
 ) -> None:
     """What the plan costs; UserError where a device has too little memory for it."""
     devices = hardware.world_size or args.world_size
-    sharding: Sharding = "none" if devices == 1 else "fsdp2" if config.training.get("fsdp") else "ddp"
+    sharding: Sharding = "fsdp2" if config.training.get("fsdp") else "ddp" if devices > 1 else "none"
     setup = Setup.of(args, config.data.block_size, devices, sharding)
     budget = Budget(plan, setup, hardware, on_cpu=bool(config.training.get("use_cpu")))
     echo("\n".join(budget.lines()))

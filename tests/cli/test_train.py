@@ -54,6 +54,13 @@ def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) 
     assert "memory of each of 4 devices, DDP, at its peak, the forward and backward pass:" in result.stdout
 
 
+def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path) -> None:
+    result = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=full_shard")
+    assert result.exit_code == 0, result.output
+    assert "memory of each of 4 devices, FSDP2, at its peak, the " in result.stdout
+    assert "before sharding" in result.stdout and "gathered blocks" in result.stdout
+
+
 def test_a_run_that_does_not_fit_ends_with_the_settings_that_mend_it(folder: Path) -> None:
     result = dry_run(folder, "--device-memory", "0.001", "--set", "training.per_device_train_batch_size=8")
     assert result.exit_code == 2
