@@ -36,7 +36,7 @@ from ast_sparse.training.checkpoints import (
     last_checkpoint,
     resolve_checkpoint,
 )
-from ast_sparse.training.distributed import check_sharding
+from ast_sparse.training.distributed import check_sharding, sharding_plugin
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.metrics import METRICS
@@ -82,9 +82,8 @@ def run_training(
     """
     signals = signals or PreemptionSignals()
     output = _output_dir(config, output_dir)
-    # a plan needs no accelerator, and bf16 without one would be refused; nor processes to shard over
-    planned = {key: value for key, value in config.training.items() if key not in ("fsdp", "fsdp_config")}
-    values = {**planned, "use_cpu": True} if dry_run else config.training
+    # a plan needs no accelerator, and bf16 without one would be refused
+    values = {**config.training, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
     if not dry_run:
         check_sharding(args)
@@ -152,7 +151,7 @@ def _show_budget(
 ) -> None:
     """What the plan costs; UserError where a device has too little memory for it."""
     devices = hardware.world_size or args.world_size
-    sharding: Sharding = "fsdp2" if config.training.get("fsdp") else "ddp" if devices > 1 else "none"
+    sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
     setup = Setup.of(args, config.data.block_size, devices, sharding)
     budget = Budget(plan, setup, hardware, on_cpu=bool(config.training.get("use_cpu")))
     echo("\n".join(budget.lines()))

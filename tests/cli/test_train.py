@@ -55,7 +55,7 @@ def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) 
 
 
 def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path) -> None:
-    result = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=full_shard")
+    result = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=true")
     assert result.exit_code == 0, result.output
     assert "memory of each of 4 devices, FSDP2, at its peak, the " in result.stdout
     assert "before sharding" in result.stdout and "gathered blocks" in result.stdout
