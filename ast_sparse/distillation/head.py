@@ -27,6 +27,12 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., vocab]` of the hidden states `[..., hidden]` that the head is fed with."""
+        logits = self.linear(hidden)
+        logits = logits if self.scale == 1 else logits.mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether it is still the head of the model, and nothing watches or changes what it returns."""
         return self.linear is _output_embeddings(model) and not _has_hooks(self.linear)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-_POSITIONS_PER_CHUNK = 256  # float32 logits of this many positions exist at a time
+from ast_sparse.distillation.head import OutputHead, UnknownHeadError, find_output_head, hidden_states
+from ast_sparse.distillation.logits import Terms, loss_rows_
+from ast_sparse.kernels.activations import fused_activations
+
+_POSITIONS_PER_CHUNK = 256  # logits of this many positions exist at a time
+_CROSS_ENTROPY = Terms.of(None)
 
 
 @dataclass
@@ -45,8 +50,8 @@ def score(
 ) -> Sums:
     """Run windows through a model, and its teacher if there is one, and sum losses.
 
-    Both run in eval mode, without gradients, on their own devices and in their own dtypes. The logits of one window
-    exist in the model's dtype; losses and divergence are float32, summed in float64.
+    Both run in eval mode, without gradients, on their own devices and in their own dtypes. Logits exist for a
+    chunk of positions in the model's dtype; losses and divergence are float32, summed in float64.
 
     Args:
         windows: token ids (int64 tensor or list) and how many of the last of them are scored, at least one and fewer
@@ -55,13 +60,15 @@ def score(
         teacher: has the vocabulary of the model.
     """
     sums = Sums()
+    scored_by = _Scored(model), None if teacher is None else _Scored(teacher)
     with (
         eval_mode(model),
         eval_mode(teacher) if teacher is not None else nullcontext(),
+        fused_activations(model, teacher),
         tqdm(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
     ):
         for tokens, scored in bar:
-            _add(sums, model, teacher, torch.as_tensor(tokens, dtype=torch.long), scored)
+            _add(sums, *scored_by, torch.as_tensor(tokens, dtype=torch.long), scored)
             bar.set_postfix_str(f"ppl {sums.perplexity:.2f}")
     return sums
 
@@ -79,35 +86,48 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _add(sums: Sums, model: nn.Module, teacher: nn.Module | None, tokens: Tensor, scored: int | Tensor) -> None:
+class _Scored:
+    """A model whose logits exist for a chunk of positions at a time, where its head is understood."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.head: OutputHead | None = None
+        with suppress(UnknownHeadError):  # its logits are whole then
+            self.head = find_output_head(model)
+
+    def parts(self, tokens: Tensor, chosen: slice | Tensor) -> Iterator[Tensor]:
+        """Logits `[positions, vocab]` that predict the chosen ones of the tokens after the first, by chunks."""
+        inputs: dict[str, Any] = dict(input_ids=tokens[None].to(self.device), use_cache=False)
+        if self.head is None:
+            states = self.model(**inputs).logits
+        else:
+            with hidden_states(self.head) as captured:
+                self.model(**inputs)
+            states = captured[0]
+        states = states[0, :-1][chosen if isinstance(chosen, slice) else chosen.to(self.device)]
+        for part in states.split(_POSITIONS_PER_CHUNK):
+            yield part if self.head is None else self.head.logits(part)
+
+
+def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, scored: int | Tensor) -> None:
     chosen = slice(-scored, None) if isinstance(scored, int) else scored
     sums.windows += 1
     if not len(targets := tokens[1:][chosen]):
         return
-    student = _logits(model, tokens, chosen)
-    targets = targets.to(student.device)
-    losses = [
-        F.cross_entropy(part.float(), target, reduction="none").double().sum()
-        for part, target in zip(student.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
-    ]
     sums.tokens += len(targets)
-    sums.nll += float(torch.stack(losses).sum())
-    if teacher is None:
-        return
-    other = _logits(teacher, tokens, chosen)
-    compared = [
-        _compare(ours.float(), theirs.to(ours.device).float())
-        for ours, theirs in zip(student.split(_POSITIONS_PER_CHUNK), other.split(_POSITIONS_PER_CHUNK), strict=True)
-    ]
-    sums.kl += float(torch.stack([kl for kl, _ in compared]).sum())
-    sums.agreed += int(torch.stack([agreed for _, agreed in compared]).sum())
-
-
-def _logits(model: nn.Module, tokens: Tensor, chosen: slice | Tensor) -> Tensor:
-    """Logits `[scored, vocab]` that predict the chosen ones of the tokens after the first."""
-    device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=tokens[None].to(device), use_cache=False).logits[0, :-1]
-    return logits[chosen if isinstance(chosen, slice) else chosen.to(device)]
+    theirs = iter(()) if teacher is None else teacher.parts(tokens, chosen)
+    nll, kl, agreed = [], [], []
+    for ours, target in zip(model.parts(tokens, chosen), targets.split(_POSITIONS_PER_CHUNK), strict=True):
+        if teacher is not None:
+            compared = _compare(ours.float(), next(theirs).to(ours.device).float())
+            kl.append(compared[0])
+            agreed.append(compared[1])
+        nll.append(loss_rows_(ours, None, target.to(ours.device), _CROSS_ENTROPY, with_gradient=False).double().sum())
+    sums.nll += float(torch.stack(nll).sum())
+    if teacher is not None:
+        sums.kl += float(torch.stack(kl).sum())
+        sums.agreed += int(torch.stack(agreed).sum())
 
 
 def _compare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

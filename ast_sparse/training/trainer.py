@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
+from ast_sparse.kernels.activations import fused_activations
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
@@ -310,7 +312,9 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        fused = nullcontext() if self.args.torch_compile else fused_activations(self.student, self.teacher)
+        with fused:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)
         self._speed.count(int(inputs["input_ids"].numel()))

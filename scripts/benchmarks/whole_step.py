@@ -2,7 +2,7 @@
 
 Ours: `SparseTrainer` in float32, 2:4, α = 0.67, batch 8 x 256, random weights in the shape of GPT-2 124M and of
 SmolLM2-135M; one of the measured steps refreshes the masks. Alternative: a loop with the dense model of transformers as
-the student, the same teacher, `F.kl_div` on the logits of both beside the model's own loss, clipping, AdamW(fused=True).
+the student, the same teacher, `F.kl_div` on the logits of both beside the model's own loss, clipping, fused AdamW.
 Each side runs in a process of its own, the sides in turns: the mean time of the steps after the first, and the peak of
 resident memory, of which what Python and its modules held before the models were made is taken off on both sides.
 The floor is what no step can do without: student forward and backward, teacher forward, one optimizer pass, without
