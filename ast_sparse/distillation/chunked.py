@@ -15,7 +15,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, loss_rows_
 
-_CHUNK_ELEMENTS = 1 << 25  # logits of one model that exist at a time
+_CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at a time
 _MIN_CHUNK, _MAX_CHUNK = 64, 1024  # tokens; a smaller chunk reads the heads too often
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedModel
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation import scoring
@@ -17,7 +17,8 @@ from ast_sparse.evaluation.perplexity import (
     perplexity,
     wikitext2_rows,
 )
-from tests.models import FAMILIES, generated_text, tiny_model, tiny_tokenizer
+from tests.distillation.test_head import SMALL, changed
+from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
 
 
 def twin(model: PreTrainedModel, tokens: list[int], seq_len: int, windows: int | None = None) -> float:
@@ -49,6 +50,34 @@ def test_chunks_of_positions_do_not_change_the_figure(monkeypatch: pytest.Monkey
     monkeypatch.setattr(scoring, "_POSITIONS_PER_CHUNK", chunk)
     expected = twin(tiny_model(), tokens_of(text), 48)
     assert perplexity(tiny_model(), tiny_tokenizer(), text, 48) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "unknown"])
+def test_heads_that_cap_scale_or_do_something_else_give_the_same_figure(name: str) -> None:
+    def model() -> PreTrainedModel:
+        torch.manual_seed(0)
+        if name == "unknown":
+            return changed(factor=torch.linspace(1, 2, VOCAB))
+        config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5) if name == "gemma2" else None
+        return AutoModelForCausalLM.from_config(config or CohereConfig(**SMALL, logit_scale=4.0))
+
+    text = generated_text(20)
+    expected = twin(model(), tokens_of(text), 48)
+    assert perplexity(model(), tiny_tokenizer(), text, 48) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_known_head_makes_logits_of_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = tiny_model(), []
+    linear = torch.nn.functional.linear
+
+    def watched(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows.append(input.shape[-2] if len(weight) == VOCAB else 0)
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(scoring, "_POSITIONS_PER_CHUNK", 7)
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    perplexity(model, tiny_tokenizer(), generated_text(20), 48)
+    assert max(rows) == 7
 
 
 def test_rows_are_joined_by_a_blank_line() -> None:

@@ -1,0 +1,70 @@
+"""What does a perplexity cost, in time and memory, beside a plain loop over full logits?
+
+Ours: `evaluate_blocks` on two windows of 1024 tokens, float32, random weights in the shape of GPT-2 124M and of
+SmolLM2-135M. Alternative: `model(input_ids, labels=input_ids).loss` of transformers on the same windows, without
+gradients. Interleaved; memory beyond the model in child processes, with the window given and with twice of it. The
+figures of both must agree to 1e-4.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from harness import PeakMemory, Result, Settings, interleave, main
+from transformers import PreTrainedModel
+from whole_step import new_model
+
+from ast_sparse.evaluation.perplexity import evaluate_blocks
+
+TIME_GOAL = 0.80
+WINDOWS = 2
+
+
+def ours(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    return evaluate_blocks(model, list(blocks), progress=False).mean_nll
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    losses = [float(model(input_ids=block[None], labels=block[None], use_cache=False).loss) for block in blocks]
+    return sum(losses) / len(losses)
+
+
+SIDES = {"ours": ours, "plain": plain}
+
+
+def case(name: str, window: int, device: torch.device) -> tuple[PreTrainedModel, torch.Tensor]:
+    model = new_model(name).to(device).eval()
+    return model, torch.randint(0, model.config.vocab_size, (WINDOWS, window), device=device)
+
+
+def peak(side: str, name: str, window: int, device: torch.device) -> float:
+    """MB beyond the model."""
+    model, blocks = case(name, window, device)
+    with PeakMemory() as memory:
+        SIDES[side](model, blocks)
+    return memory.above / 1e6
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    window = 32 if settings.quick else 512
+    for name in ("tiny",) if settings.quick else ("gpt2", "smollm2"):
+        model, blocks = case(name, 2 * window, settings.device)
+        figures = [side(model, blocks) for side in SIDES.values()]
+        if abs(figures[0] / figures[1] - 1) > 1e-4:
+            raise ValueError(f"{name}: {figures[0]} and {figures[1]} are not the same loss.")
+        calls = {key: partial(side, model, blocks) for key, side in SIDES.items()}
+        times = interleave(calls, settings.pairs(20), warmup=1)
+        about: dict[str, Any] = dict(question="perplexity", against="plain loop")
+        shape = f"{name}, {WINDOWS} x {2 * window}"
+        yield Result.of(times["ours"], times["plain"], case=shape, goal=TIME_GOAL, **about)
+        del model, blocks, calls
+        for tokens in (window, 2 * window):
+            peaks = [settings.in_child(peak, side, name, tokens, settings.device) for side in SIDES]
+            memory = f"{name}, {WINDOWS} x {tokens}, memory"
+            yield Result.of(peaks[:1], peaks[1:], case=memory, unit="MB", **about)
+
+
+if __name__ == "__main__":
+    main(measure)
