@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
+from ast_sparse.config import MixtureConfig
 from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.domains import DomainBlocks, Mixture
 from ast_sparse.errors import UserError
@@ -31,6 +32,7 @@ _SAME = {  # between a checkpoint and the run that resumes it
     "batch": "The sequences of a step, per_device_train_batch_size x gradient_accumulation_steps x processes,",
     "domains": "The number of training blocks",
     "fingerprints": "The training text",
+    "update": "A share or target of data.domains, or data.update,",
 }
 
 
@@ -39,7 +41,6 @@ class BlockBatches:
 
     Args:
         offsets: where each domain begins in the data set, int64 `[domains]`.
-        accumulation: micro-batches of a step.
     """
 
     def __init__(self, mixture: Mixture, offsets: np.ndarray, args: TrainingArguments) -> None:
@@ -120,17 +121,21 @@ class _Rows(Dataset[Any]):
         return self.rows[index]
 
 
-def save_data_state(folder: Path, mixture: Mixture, parts: dict[str, Any]) -> None:
+def save_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> None:
     """Write what a resumed run needs to go on at the very next block."""
+    write_json(folder / DATA_STATE, {"format_version": 1, **_state(mixture, config, parts)})
+
+
+def _state(mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> dict[str, Any]:
     fingerprints = {name: _fingerprint(part) for name, part in parts.items()}
-    write_json(folder / DATA_STATE, {"format_version": 1, **mixture.state(), "fingerprints": fingerprints})
+    return {**mixture.state(), "fingerprints": fingerprints, "update": config.to_dict()}
 
 
-def load_data_state(folder: Path, mixture: Mixture, parts: dict[str, Any]) -> None:
+def load_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> None:
     """Take the history of the shares from a checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, or the run that resumes has other text, seed or batch.
+        UserError: the file is missing or damaged, or the run that resumes has other text, seed, batch or shares.
     """
     path = folder / DATA_STATE
     if not path.is_file():
@@ -138,7 +143,7 @@ def load_data_state(folder: Path, mixture: Mixture, parts: dict[str, Any]) -> No
             f"{str(folder)!r} holds no {DATA_STATE}: its run read other data. Resume with the data of the run."
         )
     saved = read_json(path)
-    ours = {**mixture.state(), "fingerprints": {name: _fingerprint(part) for name, part in parts.items()}}
+    ours = _state(mixture, config, parts)
     for key, what in _SAME.items():
         if key in saved and json.dumps(saved[key]) != json.dumps(ours[key]):  # the order of domains matters too
             values = f" ({ours[key]} instead of {shown(saved[key])})" if isinstance(ours[key], int) else ""

@@ -77,7 +77,7 @@ class MixtureCallback(TrainerCallback):
         self._steps_done, self._losses = False, {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._steps_done:
+        if state.global_step == 1:
             due = control.should_log
             self.log(self.figures(state.global_step - 1))
             control.should_log = due  # logging clears it, and the loss of this step would go unlogged

@@ -182,7 +182,7 @@ class SparseTrainer(CheckpointTrainer):
         self._needs_logits = True  # where outputs are returned
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
         self._parts, self._mixture = block_source(train_dataset), None
-        mixture_config = mixture_config or MixtureConfig()
+        self._mixture_config = mixture_config = mixture_config or MixtureConfig()
         if self._parts is not None:
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
@@ -378,7 +378,7 @@ class SparseTrainer(CheckpointTrainer):
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
         if self._mixture is not None and self._parts is not None:
-            load_data_state(checkpoint, self._mixture, self._parts)
+            load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
@@ -438,7 +438,7 @@ class SparseTrainer(CheckpointTrainer):
     def _save_for_resume(self, folder: Path) -> None:
         super()._save_for_resume(folder)
         if self.args.should_save and self._mixture is not None and self._parts is not None:
-            save_data_state(folder, self._mixture, self._parts)
+            save_data_state(folder, self._mixture, self._mixture_config, self._parts)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Trainer, 6 for each token and parameter outside the embeddings, SLoRB's too; masks are none."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from accelerate import skip_first_batches
 
+from ast_sparse.config import MixtureConfig
 from ast_sparse.data.domains import DomainBlocks, Mixture
 from ast_sparse.errors import UserError
 from ast_sparse.training.loader import (
@@ -25,6 +26,9 @@ PARTS: dict[str, Any] = {
     name: [{"input_ids": [100 * number + place]} for place in range(count)]
     for number, (name, count) in enumerate({"cc": 21, "wiki": 5}.items())
 }
+
+
+UPDATE = MixtureConfig(shares={"cc": 0.6, "wiki": 0.4}, targets={"cc": 1.0, "wiki": 2.0}, type="doremi")
 
 
 @dataclass
@@ -148,8 +152,8 @@ def test_state_brings_the_history_of_the_shares_back(tmp_path: Path) -> None:
     args = arguments()
     ours, theirs = mixture(args), mixture(args)
     ours.change_shares(4, [0.1, 0.9], [2.0, 3.0])
-    save_data_state(tmp_path, ours, PARTS)
-    load_data_state(tmp_path, theirs, PARTS)
+    save_data_state(tmp_path, ours, UPDATE, PARTS)
+    load_data_state(tmp_path, theirs, UPDATE, PARTS)
     assert theirs.history == ours.history and theirs.used(9).tolist() == ours.used(9).tolist()
 
 
@@ -164,6 +168,10 @@ def edited(**values: Any) -> Callable[[Path], Any]:
         (edited(batch=4), r"The sequences of a step, .* \(2 instead of 4\) differs from .*repeated or left out"),
         (edited(domains={"wiki": 5, "cc": 21}), r"The number of training blocks differs"),
         (edited(fingerprints={"cc": "x", "wiki": ""}), r"The training text differs"),
+        (
+            edited(update={**UPDATE.to_dict(), "rate": 2.0}),
+            r"A share or target of data\.domains, or data\.update,",
+        ),
         (edited(history=[]), r"data_state\.json is damaged"),
         (edited(format_version=2), r"data_state\.json is damaged"),
         (lambda path: path.write_text("{"), r"data_state\.json"),
@@ -174,7 +182,7 @@ def test_state_of_another_run_or_damaged_is_refused(
     tmp_path: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     ours = mixture(arguments())
-    save_data_state(tmp_path, ours, PARTS)
+    save_data_state(tmp_path, ours, UPDATE, PARTS)
     damage(tmp_path / DATA_STATE)
     with pytest.raises(UserError, match=message):
-        load_data_state(tmp_path, mixture(arguments()), PARTS)
+        load_data_state(tmp_path, mixture(arguments()), UPDATE, PARTS)
