@@ -1,5 +1,6 @@
 """Which checkpoint of a run can be resumed, and whether it belongs to the run."""
 
+import errno
 import pickle
 import re
 import struct
@@ -30,6 +31,7 @@ from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -235,8 +237,12 @@ def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
+def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
     """One line instead of what torch, safetensors and Python say of a folder that cannot be written.
+
+    Args:
+        run: the output folder of the run.
+        folder: what is written; default: the run.
 
     Raises:
         UserError: naming the last good checkpoint.
@@ -244,11 +250,14 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and not _TORCH_WRITE.search(reason):
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = " ".join(str(cause).split()).rstrip(".")
+        if isinstance(error, OSError) and error.errno not in _NOT_WRITABLE:
             raise
-        if isinstance(error, CheckpointException):
-            reason = " ".join(str(next(iter(error.failures.values()))[0]).split())
-        last = last_checkpoint(folder.parent)
+        if isinstance(error, RuntimeError):
+            if not _TORCH_WRITE.search(reason):
+                raise
+            reason = "a file could not be written whole"  # torch says where in its own code
+        last = last_checkpoint(run)
         good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
-        raise UserError(f"Cannot write `{folder}`: {reason}. {good}. Make room, then use --resume.") from error
+        raise UserError(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error

@@ -35,6 +35,7 @@ from ast_sparse.training.checkpoints import (
     checkpoint_folders,
     last_checkpoint,
     resolve_checkpoint,
+    write_errors,
 )
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
@@ -123,15 +124,16 @@ def run_training(
         measure = partial(measured.during_training, tokenizer=tokenizer, held_out=trainer.eval_dataset)
         trainer.add_callback(PerplexityCallback(config.evaluation.steps, measure, trainer.log))
     trainer.add_callback(PreemptionCallback(signals))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    signals.finish()
-    # without the autocast of training: all stages are measured in the float32 that is saved
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    student = trainer.whole_student()
-    if student is not None:
-        _check_final(student)
-    trainer.save_model()
-    trainer.save_state()
+    with write_errors(output):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        signals.finish()
+        # without the autocast of training: all stages are measured in the float32 that is saved
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        student = trainer.whole_student()
+        if student is not None:
+            _check_final(student)
+        trainer.save_model()
+        trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
     if student is not None:  # of a sharded run, on one process while the others wait

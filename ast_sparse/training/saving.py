@@ -123,7 +123,7 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save and folder.is_dir():  # of a save that was cut off, maybe of more processes
             shutil.rmtree(folder)
         wait_for_all()
-        with write_errors(folder):
+        with write_errors(folder.parent, folder):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException as error:

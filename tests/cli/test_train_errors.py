@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse.cli.train import main
+from ast_sparse.training.checkpoints import faults
+from ast_sparse.training.trainer import SparseTrainer
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_tokenizer
 
 CHECKPOINT_FILES = (
@@ -613,3 +616,44 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     whole, again = (load_file(folder / "model.safetensors") for folder in (root / "finished", tmp_path / "run"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason", "what"),
+    [
+        (0, "File too large", "out"),
+        (20_000, "File too large", "out/checkpoint-2"),
+        (120_000, "a file could not be written whole", "out/checkpoint-2"),
+    ],
+    ids=["log", "weights", "optimizer"],
+)
+def test_a_run_without_space_ends_in_one_line_and_leaves_the_last_good_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch, limit: int, reason: str, what: str
+) -> None:
+    """The file system refuses what is larger than the limit, from the second step on."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    build = SparseTrainer.__init__
+
+    def build_full(self: SparseTrainer, *arguments: Any, **keywords: Any) -> None:
+        build(self, *arguments, **keywords)
+        self.add_callback(Full)
+
+    monkeypatch.setattr(SparseTrainer, "__init__", build_full)
+    try:
+        result = train(root, base(root), "--output-dir", root / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    last = [line for line in re.split(r"[\r\n]+", result.stderr) if line.startswith("Error: ")]
+    assert result.exit_code == 2 and len(last) == 1, result.output
+    assert re.match(rf"Error: Cannot write `{root / what}`: .*({reason})", last[0]), last[0]
+    assert last[0].endswith(f"Last good checkpoint: {root}/out/checkpoint-1. Make room, then use --resume."), last[0]
+    assert [path.name for path in (root / "out").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert faults(root / "out" / "checkpoint-1") == []
+    shutil.rmtree(root / "out")
