@@ -174,7 +174,7 @@ def _compiled_update(update: Pure) -> Callable[..., Any]:
     def in_place(w: Tensor, g: Tensor, kept: Tensor, first: Tensor, second: Tensor, values: Tensor) -> None:
         scalars = values.unbind()
         w_, g_, first_, second_ = (tensor.to(values.dtype) for tensor in (w, g, first, second))
-        decay = torch.where(kept.to(torch.int32) != 0, 0, w_)
+        decay = w_ * (1 - kept.to(values.dtype))  # faster than `torch.where` on the inductor's vectors
         for target, result in zip((w, first, second), update(w_, g_, decay, first_, second_, scalars), strict=True):
             target.copy_(result)
 

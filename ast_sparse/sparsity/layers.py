@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.masks import magnitude_mask
+from ast_sparse.kernels.products import masked
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.shards import local
 from ast_sparse.sparsity.slorb import SLoRB
@@ -26,14 +27,14 @@ class _StraightThrough(torch.autograd.Function):
         ctx.fixed = fixed
         if fixed:
             ctx.save_for_backward(mask)
-        return torch.where(mask, weight, 0)  # a product would leave -0.0
+        return masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         if ctx.fixed:
             (mask,) = ctx.saved_tensors
-            grad = torch.where(mask, grad, 0)
+            grad = masked(grad, mask)
         return grad, None, None
 
 
@@ -123,7 +124,8 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, holding the masked weight; SLoRB is dropped."""
     layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
     del layer.mask, layer.start_mask, layer.slorb
-    del layer.pattern, layer.fixed_mask
+    for name in ("pattern", "fixed_mask", "kernels"):
+        vars(layer).pop(name, None)
     dense = cast(nn.Module, layer)
     dense.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
     return dense

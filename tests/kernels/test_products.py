@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from ast_sparse.kernels.products import masked
+from tests.sparsity.test_layers import sparse_linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_masked_values_are_those_of_where_to_the_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(9, 14, generator=generator)
+    values[0, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+    values[1, :5] = values[0, :5]
+    values, mask = values.to(dtype), torch.rand(9, 14, generator=generator) < 0.5
+    mask[0, :5], mask[1, :5] = True, False
+    for v, m in ((values, mask), (values.t(), mask.t()), (values[:, ::2], mask[:, ::2]), (values[:0], mask[:0])):
+        expected = torch.where(m, v, torch.zeros((), dtype=dtype))
+        got = masked(v, m)
+        assert got.shape == v.shape and got.dtype == dtype
+        bits = [tensor.contiguous().view(torch.uint8) for tensor in (got, expected)]
+        assert torch.equal(*bits)
+    assert not torch.isnan(masked(values.float(), mask)[1, :5]).any()
+
+
+def test_a_compiled_layer_is_one_graph_with_the_same_output_and_gradient() -> None:
+    layer = sparse_linear().float()
+    x = torch.randn(5, 8)
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.weight.grad = None
+        output = call(x)
+        output.square().sum().backward()
+        results.append((output.detach(), layer.weight.grad))
+    torch.testing.assert_close(results[0], results[1])
