@@ -9,6 +9,7 @@
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -97,30 +98,31 @@ def command(out: Path, name: str, engine: str, *options: str) -> list[str]:
     return [*launcher(2), "-m", "ast_sparse.cli.train", *config, *sharded, *options]
 
 
+def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Until a run begins a checkpoint, or ends."""
+    known = {path.name for path in folder.glob("checkpoint-*")}
+    while run.poll() is None and {path.name for path in folder.glob("checkpoint-*")} <= known:
+        time.sleep(0.002)
+
+
 def kill_until_done(out: Path, engine: str, kills: int, rng: random.Random) -> bool:
     """The second part for one engine."""
-    began = time.monotonic()
     subprocess.run(command(out, f"{engine}-undisturbed", engine), check=True, capture_output=True)
-    length = time.monotonic() - began
-    name, done, moments = f"{engine}-killed", 0, []
-    while done < kills:
+    name, moments = f"{engine}-killed", []
+    for kill in range(kills):
         resume = ["--resume"] if (out / name / "config.yaml").exists() else []
         run = subprocess.Popen(
             command(out, name, engine, *resume), start_new_session=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        try:
-            run.wait(rng.uniform(0.4, 1.0) * length)
-        except subprocess.TimeoutExpired:
-            saved = sorted((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        wait_for_save(run, out / name)
+        time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))  # inside it, or some steps later
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-            moments.append(
-                saved[-1].name + ("" if (saved[-1] / "trainer_state.json").exists() else "?") if saved else "-"
-            )
-        done += 1
-        if run.returncode == 0:
+        if run.wait() == 0:
             break
+        newest = max((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        moments.append(newest.name + ("" if (newest / "trainer_state.json").exists() else "?"))
     resume = ["--resume"] if (out / name / "config.yaml").exists() else []
     last = subprocess.run(command(out, name, engine, *resume), capture_output=True, text=True)
     if last.returncode:
