@@ -1,7 +1,5 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
-import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,33 +20,34 @@ from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
-from ast_sparse.evaluation.runs import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
-from ast_sparse.export.files import ADAPTER_FOLDER, read_json, write_json
+from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
-from ast_sparse.training.callbacks import MASK_HISTORY
 from ast_sparse.training.checkpoints import (
     check_same_model,
     check_same_run,
-    checkpoint_folders,
-    last_checkpoint,
-    resolve_checkpoint,
     write_errors,
 )
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
 from ast_sparse.training.memory import Setup, Sharding
-from ast_sparse.training.metrics import METRICS
 from ast_sparse.training.mixture import check_evaluations
+from ast_sparse.training.output import (
+    checkpoint_to_resume,
+    clear_for_run,
+    output_folder,
+    read_rows,
+    read_samples,
+    refuse_used,
+    write_figures,
+)
 from ast_sparse.training.plan import Hardware, Plan, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.ranks import wait_for_all
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
-from ast_sparse.training.watch import REPLAY
-from ast_sparse.yaml12 import dump_yaml, read_yaml
 
 logger = logging.get_logger(__name__)
 
@@ -82,16 +81,16 @@ def run_training(
         Preempted: a signal came, and the run can be resumed.
     """
     signals = signals or PreemptionSignals()
-    output = _output_dir(config, output_dir)
+    output = output_folder(config, output_dir)
     # a plan needs no accelerator, and bf16 without one would be refused
     values = {**config.training, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
     if not dry_run:
         check_sharding(args)
-    checkpoint = _checkpoint_to_resume(output, resume)
+    checkpoint = checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
-        _refuse_used(output)
+        refuse_used(output)
     if config.evaluation.report:
         check_report(output / REPORT, "evaluation.report")
     check_sources(config.data)
@@ -140,7 +139,7 @@ def run_training(
         rows[stage] = measured(stage, student.to(args.device), tokenizer, trainer.eval_dataset)  # type: ignore[arg-type]
     wait_for_all()
     if args.should_save:
-        _write_figures(output, rows, measured)
+        write_figures(output, rows, measured)
         echo(results_table(rows))
         echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
@@ -187,8 +186,8 @@ def _prepare(
     _check_token_ids(train, tokenizer, model)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
-    rows = _read_rows(output, config) if checkpoint is not None else {}
-    measured.samples = _read_samples(output, rows) if config.evaluation.report else {}
+    rows = read_rows(output, config) if checkpoint is not None else {}
+    measured.samples = read_samples(output, rows) if config.evaluation.report else {}
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
         rows[stage] = measured(stage, model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
@@ -213,7 +212,7 @@ def _prepare(
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
     with signals.held():
         if args.should_save:
-            _clear(config, output, checkpoint, overwrite)
+            clear_for_run(config, output, checkpoint, overwrite)
         signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
     stage = f"one-shot {pattern}"
     is_one_shot = config.sparsity.schedule == "constant"  # imp and gmp reach the pattern later
@@ -222,7 +221,7 @@ def _prepare(
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
-        _write_figures(output, rows, measured)
+        write_figures(output, rows, measured)
     return trainer, rows
 
 
@@ -238,33 +237,6 @@ def _calibration(
     with args.main_process_first(desc="tokenising the calibration text"):
         length = settings.seq_len or config.data.block_size
         return calibration_blocks(settings.data, config.data.root, config.data.text_field, tokenizer, length)
-
-
-def _output_dir(config: RunConfig, output_dir: str | None) -> Path:
-    folder = output_dir or config.training.get("output_dir")
-    if not folder:
-        raise UserError("training.output_dir is missing. Set it, or give --output-dir.")
-    path = Path(folder).expanduser()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"Output folder {str(path)!r} is a file. Give another --output-dir.")
-    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"Output folder {str(path)!r}: {str(above)!r} cannot be written to. Give another --output-dir.")
-    for key in ("name_or_path", "teacher"):
-        model = getattr(config.model, key)
-        if model is not None and path.is_dir() and Path(model).expanduser().resolve() == path.resolve():
-            raise UserError(f"Output folder {str(path)!r} is model.{key}, and would be replaced. Give another folder.")
-    return path
-
-
-def _checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None:
-    """The checkpoint to continue from; None to begin, also where a run was stopped before its first checkpoint."""
-    if not resume:
-        return None
-    if resume is True and (output / RESOLVED_CONFIG).exists() and last_checkpoint(output) is None:
-        logger.warning(f"{output} holds a run without a complete checkpoint yet: it starts from the beginning.")
-        return None
-    return resolve_checkpoint(output, resume)
 
 
 def _slorb(config: RunConfig) -> SLoRBConfig | None:
@@ -337,55 +309,6 @@ def _check_batches(args: TrainingArguments, blocks: int) -> None:
         )
 
 
-def _refuse_used(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()):
-        what = "a run" if (output / RESOLVED_CONFIG).exists() or checkpoint_folders(output) else "files"
-        raise UserError(
-            f"Output folder {str(output)!r} holds {what} already. Continue it with --resume, replace it with "
-            "--overwrite, or give another --output-dir."
-        )
-
-
-def _clear(config: RunConfig, output: Path, checkpoint: Path | None, overwrite: bool) -> None:
-    """Make the output folder that of this run: what is stale goes, its configuration is written."""
-    if overwrite:
-        _remove_run(output)
-    if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
-        _remove_newer(checkpoint)
-    _write_config(config, output)
-
-
-def _remove_run(output: Path) -> None:
-    """Remove what an earlier run left that this one might not overwrite; other files stay."""
-    for folder in checkpoint_folders(output):
-        shutil.rmtree(folder)
-    for name in (MASK_HISTORY, METRICS, RESULTS, SAMPLES, "trainer_state.json"):
-        (output / name).unlink(missing_ok=True)
-    for name in (REPLAY, REPORT):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for weights in output.glob("model*.safetensors*"):
-        weights.unlink()
-    shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
-
-
-def _remove_newer(checkpoint: Path) -> None:
-    """Remove the half-written or abandoned checkpoints after the one that is resumed: a later --resume took them."""
-    for folder in checkpoint_folders(checkpoint.parent):
-        if folder.resolve() == checkpoint.resolve():
-            return
-        logger.warning(f"{folder} is removed: the run continues from {checkpoint.name}.")
-        shutil.rmtree(folder)
-
-
-def _write_config(config: RunConfig, output: Path) -> None:
-    """The resolved configuration: enough to repeat the run."""
-    output.mkdir(parents=True, exist_ok=True)
-    tree = config.to_dict()
-    tree["training"] = {**config.training, "output_dir": str(output)}
-    text = dump_yaml(tree)
-    (output / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
-
-
 def _load_dense(model: ModelConfig) -> PreTrainedModel:
     dense = load_causal_lm(model.name_or_path, **_load_options(model))
     _check_finite(dense, model.name_or_path)
@@ -414,31 +337,3 @@ def _check_final(model: nn.Module) -> None:
     for name, layer in sparse_layers(model).items():
         if not layer.pattern.holds(layer.weight, layer.group_dim):
             raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")
-
-
-def _read_rows(output: Path, config: RunConfig) -> Rows:
-    """The figures of the stages before training, if they were measured as this run measures."""
-    try:
-        rows = read_json(output / RESULTS)
-        before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
-        now = config.evaluation.to_dict()
-        if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows", "prompts")):
-            return {}
-        return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError):
-        return {}
-
-
-def _read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
-    """The continuations of the stages whose figures were read."""
-    try:
-        samples = read_json(output / SAMPLES)
-        return {stage: dict(samples[stage]) for stage in stages if stage in samples}
-    except (OSError, ValueError, TypeError, UserError):
-        return {}
-
-
-def _write_figures(output: Path, rows: Rows, measured: Measured) -> None:
-    write_json(output / RESULTS, rows)
-    if measured.samples:
-        write_json(output / SAMPLES, measured.samples)
