@@ -4,6 +4,8 @@ A nibble is `idx0 | idx1 << 2` with `idx0 < idx1`; the even group of a pair lies
 read as a little-endian int16, are CUTLASS's metadata before its reordering.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ _KEPT = 2
 _ROWS = 64  # a block whose temporaries stay in the cache
 # By occupancy (bit b: position b is kept) the nibble; only six of sixteen occupancies keep two.
 _NIBBLE_OF = {0b0011: 4, 0b0101: 8, 0b0110: 9, 0b1001: 12, 0b1010: 13, 0b1100: 14}
+_NIBBLES = sum(nibble << 4 * occupancy for occupancy, nibble in _NIBBLE_OF.items())  # the same table in an integer
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,9 +38,11 @@ def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     out_features, in_features = weight.shape
     values = weight.new_empty(out_features, in_features // 2)
     meta = torch.empty(out_features, in_features // 8, dtype=torch.uint8, device=weight.device)
+    words = _fills_words(weight) and not (weight.requires_grad and torch.is_grad_enabled())
     for rows in _row_blocks(weight):
         kept = _mask_of(weight[rows]) if mask is None else mask[rows]
-        values[rows], meta[rows] = _pack_rows(weight[rows], kept)
+        pack = _pack_words if words else _pack_rows
+        values[rows], meta[rows] = pack(weight[rows], kept)
     return values, meta
 
 
@@ -57,6 +62,11 @@ def unpack24(values: Tensor, meta: Tensor) -> Tensor:
             f"Metadata {meta.dtype} {tuple(meta.shape)} does not fit values {tuple(values.shape)}: "
             "uint8 [out, in/8] and [out, in/2] are needed."
         )
+    if _fills_words(values) and not (values.requires_grad and torch.is_grad_enabled()):
+        dense = values.new_empty(values.shape[0], 2 * values.shape[1])
+        for rows in _row_blocks(values):
+            dense[rows] = _unpack_words(values[rows], meta[rows])
+        return dense
     blocks = [_unpack_rows(values[rows], meta[rows]) for rows in _row_blocks(values)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
@@ -102,6 +112,41 @@ def _pack_rows(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     occupancy = groups[..., 0] | groups[..., 1] << 1 | groups[..., 2] << 2 | groups[..., 3] << 3
     nibbles = nibble_of[occupancy.int()].unflatten(1, (-1, 2))
     return weight[mask].view(weight.shape[0], -1), nibbles[..., 0] | nibbles[..., 1] << 4
+
+
+def _fills_words(tensor: Tensor) -> bool:
+    """Whether a group is one 64-bit word on this little-endian CPU: all its entries are moved by one shift."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.element_size() == 2 and tensor.numel() > 0 and sys.byteorder == "little"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless it can be viewed as words of a group."""
+    starts_whole = tensor.is_contiguous() and tensor.storage_offset() % _GROUP == 0
+    return tensor.detach() if starts_whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _pack_words(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`_pack_rows` of 16-bit weights."""
+    # the four bytes of a group's mask become four neighbouring bits
+    occupancy = (_whole(mask).view(torch.int32) * 0x01020408 >> 24).bitwise_and_(15).long()
+    nibbles = torch.tensor(_NIBBLES) >> occupancy.mul_(4) & 15
+    if not bool(nibbles.all()):
+        raise ValueError("The mask does not keep exactly two of each four columns.")
+    groups = _whole(weight).view(torch.int64)
+    pairs = (groups >> (nibbles & 3).mul_(16)).bitwise_and_(0xFFFF)
+    pairs |= (groups >> (nibbles >> 2).mul_(16)).bitwise_and_(0xFFFF).mul_(1 << 16)
+    bytes_ = nibbles.to(torch.uint8).unflatten(1, (-1, 2))
+    return pairs.int().view(weight.dtype), bytes_[..., 0] | bytes_[..., 1] << 4
+
+
+def _unpack_words(values: Tensor, meta: Tensor) -> Tensor:
+    """`_unpack_rows` of 16-bit values."""
+    pairs = _whole(values).view(torch.int32).long()
+    nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1).long()
+    first = (pairs & 0xFFFF).bitwise_left_shift_((nibbles & 3).mul_(16))
+    second = (pairs >> 16).bitwise_and_(0xFFFF).bitwise_left_shift_((nibbles >> 2).mul_(16))
+    return first.bitwise_or_(second).view(values.dtype)
 
 
 def _unpack_rows(values: Tensor, meta: Tensor) -> Tensor:

@@ -50,6 +50,34 @@ def test_pack_and_unpack_equal_their_slow_twins(dtype: torch.dtype) -> None:
     assert torch.equal(dense, torch.where(mask, weight, 0))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "shifted"))
+def test_every_bit_of_the_kept_values_survives(dtype: torch.dtype, shift: int) -> None:
+    """Negative zeros and the payloads of NaN too, from tensors that do not begin at a whole word, too."""
+    torch.manual_seed(0)
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    limit = torch.iinfo(integer)
+    bits = torch.randint(limit.min, limit.max, (70 * 24 + shift,), dtype=integer)
+    bits[::5] = limit.min  # the negative zero
+    mask = torch.cat((torch.zeros(shift, dtype=torch.bool), nm_mask(torch.rand(70, 24)).flatten()))[shift:].view(70, 24)
+    weight = bits[shift:].view(70, 24)
+    values, meta = pack24(weight.view(dtype), mask)
+    slow_values, slow_meta = slow_pack(weight, mask)
+    assert values.view(integer).tolist() == slow_values and meta.tolist() == slow_meta
+    moved = torch.empty(values.numel() + shift, dtype=integer)[shift:].view(values.shape)
+    moved.copy_(values.view(integer))
+    assert torch.equal(unpack24(moved.view(dtype), meta).view(integer), torch.where(mask, weight, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_other_occupancy_of_a_group_is_refused(dtype: torch.dtype) -> None:
+    for occupancy in range(16):
+        kept = [bool(occupancy >> i & 1) for i in range(4)]
+        if sum(kept) != 2:
+            with pytest.raises(ValueError, match="exactly two"):
+                pack24(torch.zeros(1, 8, dtype=dtype), torch.tensor([[True, True, False, False, *kept]]))
+
+
 def test_pruned_entries_are_never_negative_zero() -> None:
     dense = unpack24(*pack24(-torch.ones(3, 16), nm_mask(torch.rand(3, 16))))
     assert not (dense == 0).logical_and(dense.signbit()).any()
