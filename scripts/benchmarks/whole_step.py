@@ -29,7 +29,7 @@ from transformers import (
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
 
-ALPHA = 0.67
+ALPHA, DECAY = 0.67, 6e-5
 TIME_GOAL, MEMORY_GOAL = 0.80, 0.50
 STEPS = 4  # measured, after one more
 OPTIONS: dict[str, Any] = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -112,7 +112,7 @@ def ours(model: PreTrainedModel, ids: torch.Tensor) -> list[float]:
         )  # fmt: skip
         trainer = SparseTrainer(
             model, args,
-            sparsity_config=SparsityConfig(mask_interval=STEPS, mask_decay=6e-5),
+            sparsity_config=SparsityConfig(mask_interval=STEPS, mask_decay=DECAY),
             distillation_config=DistillationConfig(alpha=ALPHA),
             train_dataset=[{"input_ids": row.tolist()} for row in ids.cpu().flatten(0, 1)],
         )  # fmt: skip

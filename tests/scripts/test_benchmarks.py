@@ -68,3 +68,10 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         block = bytearray(50_000_000)
         del block
     assert 45e6 < peak.above < 60e6 < peak.total
+
+
+def test_a_reference_that_is_none_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "reference_step.py"), "--quick", "--reference", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert f"--reference {tmp_path} has no file adamw.py." in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,126 @@
+"""Does a whole training step beat the public AST code, GPT-2 of 124M, on the same batch?
+
+`--reference CHECKOUT` names a checkout of the public code, which is imported from there: its models of that shape
+from random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
+in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way. It refreshes masks
+every 10 steps: a tenth of a refresh, measured by itself, is added to its step, and the notes have both; ours refreshes
+once in 4 steps here. Each side runs in a process of its own, in turns; memory as in `whole_step`.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from harness import PeakMemory, Result, Settings, main
+from transformers import GPT2Config
+from whole_step import ALPHA, DECAY, OPTIONS, run
+
+from ast_sparse.errors import UserError
+
+TIME_GOALS = {"cpu": 1.0, "cuda": 0.5}  # on a CPU both sides spend most of it on the same products
+MEMORY_GOAL = 0.50
+STEPS, INTERVAL = 2, 10  # measured, after one more; steps from refresh to refresh
+FILES = ("adamw", "sparse_modeling", "model", "utils")
+MEND = "Give a checkout of the public AST code."
+UNUSED = ("wandb", "tiktoken", "datasets")  # imported there, without part in a step
+
+
+@contextlib.contextmanager
+def public_code(checkout: Path) -> Iterator[dict[str, ModuleType]]:
+    """The files that a step is made of, by name; what they print is dropped.
+
+    Raises:
+        UserError: they cannot be imported.
+    """
+    absent = [name for name in UNUSED if name not in sys.modules and not importlib.util.find_spec(name)]
+    sys.modules.update({name: _Absent(name) for name in absent})
+    sys.path.insert(0, str(checkout))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                modules = {file: importlib.import_module(file) for file in FILES}
+            except Exception as error:  # whatever the code of a folder raises
+                raise UserError(f"--reference {checkout} cannot be imported: {error}. {MEND}") from error
+            yield modules
+    finally:
+        sys.path.remove(str(checkout))
+        for name in (*FILES, *absent):
+            sys.modules.pop(name, None)
+
+
+class _Absent(ModuleType):
+    """A package that is not installed, and that no step calls."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def public_step(checkout: Path, shape: tuple[int, int], device: torch.device) -> tuple[float, float, float]:
+    """Seconds of a step without refresh, those of a refresh, and the peak in MB."""
+    config = GPT2Config()
+    with public_code(checkout) as code, PeakMemory() as memory:
+        torch.manual_seed(0)
+        gpt = code["model"]
+        sizes = dict(block_size=config.n_positions, vocab_size=config.vocab_size)
+        teacher = gpt.GPT(gpt.GPTConfig(**sizes, is_teacher=True))
+        masked = code["sparse_modeling"].SparseLinearConfig(SLoRB=False)
+        student = gpt.GPT(gpt.GPTConfig(**sizes, is_teacher=False), masked)
+        code["utils"].initialize_model(student)
+        model = code["sparse_modeling"].Distill_Model(student.train(), teacher, output_hidden_state=True)
+        optimizer = student.configure_optimizers(OPTIONS["weight_decay"], OPTIONS["lr"], OPTIONS["betas"], device.type)
+        code["utils"].sync_weight(model, device)
+        ids = torch.randint(0, config.vocab_size, (STEPS + 1, shape[0], shape[1] + 1), device=device)
+        refresh = _seconds(code["utils"].calculate_model_mask, model)  # first: decay wants the integer masks it makes
+        times = [_seconds(_train, model, optimizer, batch) for batch in ids]
+    return sum(times[1:]) / STEPS, refresh, memory.above / 1e6
+
+
+def _train(model: Any, optimizer: Any, batch: torch.Tensor) -> None:
+    _, task, _, kl = model(batch[:, :-1], batch[:, 1:])
+    ((1 - ALPHA) * task + ALPHA * kl).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step(decay=DECAY)
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _seconds(call: Any, *args: Any) -> float:
+    start = time.perf_counter()
+    call(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(settings: Settings) -> Iterator[Result]:
+    shape = (2, 16) if settings.quick else (8, 256)
+    about: dict[str, Any] = dict(question="whole step", against="public AST code")
+    case = f"gpt2, {shape[0]} x {shape[1]}"
+    if settings.reference is None:
+        yield Result(case=case, reason="give --reference CHECKOUT", **about)
+        return
+    for file in FILES:
+        if not (settings.reference / f"{file}.py").is_file():
+            raise UserError(f"--reference {settings.reference} has no file {file}.py. {MEND}")
+    ours, theirs, refreshes = [], [], []
+    for _ in range(settings.pairs(2)):
+        ours.append(settings.in_child(run, "ours", "gpt2", shape, settings.device))
+        seconds, refresh, peak = settings.in_child(public_step, settings.reference, shape, settings.device)
+        theirs.append((seconds + refresh / INTERVAL, peak))
+        refreshes.append(refresh)
+    (times, peaks), (their_times, their_peaks) = zip(*ours, strict=True), zip(*theirs, strict=True)
+    notes = {"seconds of a refresh of theirs": [round(each, 2) for each in refreshes]}
+    yield Result.of(times, their_times, case=case, goal=TIME_GOALS[settings.device.type], notes=notes, **about)
+    yield Result.of(peaks, their_peaks, case=f"{case}, memory", unit="MB", goal=MEMORY_GOAL, **about)
+
+
+if __name__ == "__main__":
+    main(measure)
