@@ -4,7 +4,7 @@
 from random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
 in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way. It refreshes masks
 every 10 steps: a tenth of a refresh, measured by itself, is added to its step, and the notes have both; ours refreshes
-once in 4 steps here. Each side runs in a process of its own, in turns; memory as in `whole_step`.
+once in 2 steps here. Each side runs in a process of its own, in turns; memory as in `whole_step`.
 """
 
 import contextlib
