@@ -2,9 +2,10 @@
 
 `--reference CHECKOUT` names a checkout of the public code, which is imported from there: its models of that shape
 from random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
-in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way. It refreshes masks
-every 10 steps: a tenth of a refresh, measured by itself, is added to its step, and the notes have both; ours refreshes
-once in 2 steps here. Each side runs in a process of its own, in turns; memory as in `whole_step`.
+in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way; their loss is left
+out. It refreshes masks every 10 steps: a tenth of a refresh, measured by itself, is added to its step, and the notes
+have both; ours refreshes once in 2 steps here. Each side runs in a process of its own, in turns; memory as in
+`whole_step`.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ def public_step(checkout: Path, shape: tuple[int, int], device: torch.device) ->
         optimizer = student.configure_optimizers(OPTIONS["weight_decay"], OPTIONS["lr"], OPTIONS["betas"], device.type)
         code["utils"].sync_weight(model, device)
         ids = torch.randint(0, config.vocab_size, (STEPS + 1, shape[0], shape[1] + 1), device=device)
-        refresh = _seconds(code["utils"].calculate_model_mask, model)  # first: decay wants the integer masks it makes
+        refresh = _seconds(code["utils"].calculate_model_mask, model)
         times = [_seconds(_train, model, optimizer, batch) for batch in ids]
     return sum(times[1:]) / STEPS, refresh, memory.above / 1e6
 
