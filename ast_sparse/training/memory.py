@@ -197,7 +197,7 @@ class MemoryModel:
         return setup.gradient_accumulation_steps > 1 or setup.sharding == "fsdp2"
 
     def _update_bytes(self) -> int:
-        """Two temporaries of the largest weight: the decayed direction and the denominator."""
+        """An upper bound, two temporaries of the largest weight: compiled kernels need none, eager CPU ones blocks."""
         return 2 * max(p.nbytes for p in self.student.parameters() if p.requires_grad)
 
     # ---- what a pass adds ----------------------------------------------------------------------------------------
