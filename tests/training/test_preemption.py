@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ast_sparse import SparseTrainer
 from ast_sparse.cli.train import main
+from ast_sparse.training import output as output_module
 from ast_sparse.training import run as run_module
 from ast_sparse.training import signals as signals_module
 from ast_sparse.training.checkpoints import faults
@@ -67,7 +68,7 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         (run_module, "build_datasets", signal.SIGUSR1, "start it again with the same command"),
         (run_module, "load_causal_lm", signal.SIGTERM, "start it again with the same command"),
-        (run_module, "_write_config", signal.SIGTERM, "--resume starts it again"),
+        (output_module, "_write_config", signal.SIGTERM, "--resume starts it again"),
         (SparseTrainer, "get_train_dataloader", signal.SIGTERM, "--resume starts it again"),
     ],
     ids=["tokenising", "loading", "writing", "evaluated"],
@@ -89,7 +90,7 @@ def test_before_training_a_signal_leaves_at_once(
 def test_a_run_that_left_before_training_is_resumed_from_the_beginning(
     interrupted: Callable[..., Result], inputs: Path, tmp_path: Path
 ) -> None:
-    assert interrupted(run_module, "_write_config", signal.SIGTERM).exit_code == 75
+    assert interrupted(output_module, "_write_config", signal.SIGTERM).exit_code == 75
     options = ["--config", f"{inputs}/run.yaml", "--output-dir", f"{tmp_path}/out", "--resume"]
     assert CliRunner().invoke(main, options).exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
