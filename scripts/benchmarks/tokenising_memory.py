@@ -1,7 +1,8 @@
 """Does the memory of `ast-data prepare` stay flat?
 
-The peak of all processes of the command (private pages, sampled five times a second) on 1 GB of text, against that on
-64 MB. Text and tokenizer are those of `tokenising`. The rate is by CPU time, so that other work does not count.
+The peak of all processes of the command (private pages, sampled five times a second) on 1 GB of text, against that on a
+quarter of it: less is one shard, which one process makes. Text and tokenizer are those of `tokenising`.
+The rate is by CPU time, so that other work does not count.
 """
 
 import resource
@@ -20,7 +21,7 @@ from ast_sparse.data.shards import read_manifest
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    sizes = (2, 4) if settings.quick else (64, 1024)  # MB of text
+    sizes = (2, 4) if settings.quick else (256, 1024)  # MB of text
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", 2_000 if settings.quick else 32_000)
