@@ -86,7 +86,7 @@ def public_step(checkout: Path, shape: tuple[int, int], device: torch.device) ->
 
 
 def _train(model: Any, optimizer: Any, batch: torch.Tensor) -> None:
-    _, task, _, kl = model(batch[:, :-1], batch[:, 1:])
+    _, task, _, kl = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
     ((1 - ALPHA) * task + ALPHA * kl).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step(decay=DECAY)
