@@ -26,8 +26,9 @@ from ast_sparse.cli.options import check_json_file
 from ast_sparse.config import DataConfig
 from ast_sparse.data import files as text_files
 from ast_sparse.data.chat import tokenise_conversations
+from ast_sparse.data.entries import check_sources
 from ast_sparse.data.prepare import PrepareSettings, prepare_shards
-from ast_sparse.data.sources import check_sources, load_documents
+from ast_sparse.data.sources import load_documents
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
 from ast_sparse.export import checkpoint, files
@@ -195,7 +196,7 @@ def damaged_parquet(root: Path, patch: Patch) -> None:
 
 def text_of_blanks(root: Path, patch: Patch) -> None:
     (root / "a.jsonl").write_text('{"text": "two"}\n')
-    patch.setattr("ast_sparse.data.prepare.iterate_documents", lambda *args, **kwargs: iter([" ", "\n"]))
+    patch.setattr("ast_sparse.data.prepare.iterate_documents", lambda *args, **kwargs: iter([(" ", "a"), ("\n", "a")]))
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 

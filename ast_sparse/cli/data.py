@@ -13,8 +13,8 @@ from ast_sparse.cli.command import Command, Group
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
+    from ast_sparse.data.entries import Entry
     from ast_sparse.data.shards import Manifest
-    from ast_sparse.data.sources import Entry
 
 
 @click.group(cls=Group)
@@ -39,8 +39,9 @@ def main() -> None:
 )  # fmt: skip
 @click.option(
     "--shard-size", type=click.FloatRange(0, min_open=True), default=64, show_default=True, metavar="MILLIONS",
-    help="Millions of characters of text a shard takes. A document is never cut: a longer one is a shard by itself.",
+    help="Millions of characters of text a shard takes. A document is never cut, and a longer one is refused.",
 )  # fmt: skip
+@click.option("--keep-long", is_flag=True, help="Give a document that is longer than a shard a shard by itself.")
 @click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
@@ -59,7 +60,7 @@ def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **opti
     tokenizer = load_tokenizer(
         options["tokenizer"], gguf_file=options["gguf_file"], trust_remote_code=options["trust_remote_code"]
     )
-    from ast_sparse.data.sources import check_entries
+    from ast_sparse.data.entries import check_entries
 
     for entries in parts.values():
         check_entries(entries, options["root"], "SOURCE")
@@ -102,6 +103,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         root=options["root"],
         text_field=options["text_field"],
         shard_characters=max(1, round(options["shard_size"] * 1e6)),
+        keep_long=options["keep_long"],
         workers=options["workers"] or os.cpu_count() or 1,
         streaming=options["streaming"],
     )
@@ -111,10 +113,8 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         def finished(shard: Shard, is_new: bool) -> None:
             nonlocal made, kept
             made, kept = made + (shard.tokens if is_new else 0), kept + (not is_new)
-            if is_new:
-                bar.update(shard.tokens)
 
-        manifest = prepare_shards(folder, settings, tokenizer, options["overwrite"], finished)
+        manifest = prepare_shards(folder, settings, tokenizer, options["overwrite"], finished, bar.update)
     rate = f", {made / max(time.monotonic() - began, 1e-9):,.0f} tokens/s" if made else ""
     before = f" ({kept} of them made before)" if kept else ""
     click.echo(

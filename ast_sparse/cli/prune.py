@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from ast_sparse.data.sources import Entry
+    from ast_sparse.data.entries import Entry
     from ast_sparse.sparsity.model import SparsityReport
 
 _LONGEST = 2048  # tokens of a calibration sequence where the model would take more

@@ -22,8 +22,8 @@ _LARGEST_TEXT_FILE = 2**30  # a text file is one document and is tokenised in on
 _LONGEST_LINE = 2**28  # bytes of a JSONL line, which is one document
 
 
-def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterator[str]:
-    """The documents of files in order: a text file is one, a JSONL line is one (its `text_field`).
+def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterator[tuple[str, str]]:
+    """The documents of files in order, and where each stands: a text file is one, a JSONL line is one (`text_field`).
 
     Args:
         kind: of the files, `json` or `text`.
@@ -34,9 +34,9 @@ def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterato
     for file in files:
         is_empty = True
         try:
-            for text in _json_texts(file, text_field) if kind == "json" else [_text(file)]:
+            for text, where in _json_texts(file, text_field) if kind == "json" else [(_text(file), str(file))]:
                 is_empty = is_empty and not text.strip()
-                yield text
+                yield text, where
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
             raise UserError(f"{file} cannot be read: {one_line(error)} Copy it again, or mend its rights.") from error
         if is_empty:
@@ -88,9 +88,9 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:
     return f"{file}, line {line}: not UTF-8 (byte 0x{byte:02x}, {error.reason}). Convert the file to UTF-8."
 
 
-def _json_texts(file: Path, text_field: str) -> Iterator[str]:
+def _json_texts(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
     for row, where in json_rows(file):
-        yield _json_text(row, where, text_field)
+        yield _json_text(row, where, text_field), where
 
 
 def json_rows(file: Path) -> Iterator[tuple[Any, str]]:

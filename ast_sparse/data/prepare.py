@@ -1,8 +1,9 @@
 """Text to token shards: read once, tokenised by several processes, continued after a kill.
 
-One process reads the documents in order and groups them, the others tokenise and write a shard each, so what a shard
-holds does not depend on how many they are. `prepare.json` lists the shards that are finished; a run that was killed
-reads the text again, passes over what those hold, and goes on.
+One process reads the documents in order and writes the shards, the others tokenise batches of them, which come back in
+order: what a shard holds does not depend on how many they are, and no more text is held than `_AHEAD` batches for each.
+`prepare.json` lists the shards that are finished; a run that was killed reads the text again, passes over what those
+hold, and goes on.
 """
 
 from __future__ import annotations
@@ -10,21 +11,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.entries import Entry, source_stamps
 from ast_sparse.data.packing import eos_token, tokenizer_key
-from ast_sparse.data.shard_writer import TEMPORARY, ShardWriter, WriterSettings, start_process, write_shard
+from ast_sparse.data.shard_writer import (
+    TEMPORARY,
+    Batch,
+    Tokeniser,
+    TokeniserSettings,
+    start_process,
+    tokenise,
+    write_shard,
+)
 from ast_sparse.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -37,12 +50,12 @@ from ast_sparse.data.shards import (
     shard_name,
     token_type,
 )
-from ast_sparse.data.sources import Entry, iterate_documents, source_stamps
+from ast_sparse.data.sources import iterate_documents
 from ast_sparse.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 SHARD_CHARACTERS = 64_000_000
+_BATCH_CHARACTERS = 250_000  # of documents that go to a process together; some 50 ms of its time
+_AHEAD = 4  # batches for each process that are read and not yet written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +64,8 @@ class PrepareSettings:
 
     Attributes:
         entries, root, text_field: as of `data.train`.
-        shard_characters: a shard takes whole documents until it has so many; a longer document is a shard by itself.
+        shard_characters: a shard takes whole documents until it has so many.
+        keep_long: give a longer document a shard by itself, instead of refusing it.
         workers: processes that tokenise; with one there is none beside that which reads.
         streaming: read hub data sets over the network instead of downloading them.
     """
@@ -60,6 +74,7 @@ class PrepareSettings:
     root: str | None = None
     text_field: str = "text"
     shard_characters: int = SHARD_CHARACTERS
+    keep_long: bool = False
     workers: int = 1
     streaming: bool = False
 
@@ -70,15 +85,18 @@ def prepare_shards(
     tokenizer: PreTrainedTokenizerBase,
     overwrite: bool = False,
     finished: Callable[[Shard, bool], object] = lambda shard, is_new: None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> Manifest:
     """Tokenise the text into `folder`, or finish what an earlier call began; one that is complete is left as it is.
 
     Args:
         finished: called with every shard, and whether this call made it.
+        progress: called with the number of tokens of each batch.
 
     Raises:
-        UserError: the text cannot be read, the folder holds something else or shards of other text, settings or
-            another tokenizer, or the disk is full. Finished shards stay, and no manifest is written.
+        UserError: the text cannot be read, a document is longer than a shard, the folder holds something else or shards
+            of other text, settings or another tokenizer, or the disk is full. Finished shards stay, and no manifest is
+            written.
     """
     manifest = _empty_manifest(settings, tokenizer)
     _check_folder(folder, overwrite)
@@ -94,7 +112,7 @@ def prepare_shards(
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f".*{TEMPORARY}"):
             leftover.unlink()
-        for shard in _write_all(folder, settings, tokenizer, manifest, done):
+        for shard in _write_all(folder, settings, tokenizer, manifest, done, progress):
             done[shard.name] = shard
             _write_json(folder / PROGRESS, _with_shards(manifest, done).to_dict())
             finished(shard, True)
@@ -180,71 +198,89 @@ def _write_all(
     tokenizer: PreTrainedTokenizerBase,
     manifest: Manifest,
     done: Mapping[str, Shard],
+    progress: Callable[[int], object],
 ) -> Iterator[Shard]:
-    """Make every shard that is not done, as they finish."""
+    """Make every shard that is not done, one after the other."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    writer = WriterSettings(
-        folder=str(folder),
+    tokeniser = TokeniserSettings(
         tokenizer=pickle.dumps(tokenizer) if backend is None else backend.to_str(),
         eos_token_id=manifest.eos_token_id,
         token_type=manifest.token_type,
     )
-    documents = iterate_documents(settings.entries, settings.root, settings.text_field, "SOURCE", settings.streaming)
     already = frozenset(done)
-    tasks = (
-        (name, group)
-        for number, group in enumerate(_grouped(documents, settings.shard_characters))
-        if (name := shard_name(number)) not in already
-    )
+    tasks = ((name, texts) for name, texts in _batches(settings) if name not in already)
+
+    def counted(batch: Batch) -> Batch:
+        progress(int(batch.lengths.sum()))
+        return batch
+
     try:
-        if settings.workers == 1:
-            write = ShardWriter(writer)
-            yield from (write(*task) for task in tasks)
-        else:
-            yield from _in_processes(tasks, writer, settings.workers)
+        with closing(_tokenised(tasks, tokeniser, settings.workers)) as batches:
+            for name, group in groupby(batches, key=itemgetter(0)):
+                yield write_shard(folder, name, (counted(batch) for _, batch in group))
     except OverflowError as error:
         raise UserError(
             f"The tokenizer {manifest.tokenizer} makes a {error} of its {manifest.vocab_size:,} tokens. Mend it."
         ) from error
 
 
-def _grouped(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for text in documents:
-        if group and size + len(text) > characters:
-            yield group
-            group, size = [], 0
-        if len(text) > characters:
-            logger.warning(
-                f"A document of {len(text):,} characters is longer than a shard of {characters:,}: its shard is longer."
-            )
-        group.append(text)
-        size += len(text)
-    if group:
-        yield group
+def _batches(settings: PrepareSettings) -> Iterator[tuple[str, list[str]]]:
+    """The documents in order, some at a time, and the name of the shard they belong to."""
+    documents = iterate_documents(settings.entries, settings.root, settings.text_field, "SOURCE", settings.streaming)
+    number = size = characters = 0  # of the shard, and of the batch
+    batch: list[str] = []
+    for text, where in documents:
+        if len(text) > settings.shard_characters and not settings.keep_long:
+            raise UserError(_too_long(text, where, settings))
+        is_full = bool(size) and size + len(text) > settings.shard_characters
+        if batch and (is_full or characters + len(text) > _BATCH_CHARACTERS):
+            yield shard_name(number), batch
+            batch, characters = [], 0
+        if is_full:
+            number, size = number + 1, 0
+        batch.append(text)
+        size, characters = size + len(text), characters + len(text)
+    if batch:
+        yield shard_name(number), batch
 
 
-def _in_processes(tasks: Iterator[tuple[str, list[str]]], writer: WriterSettings, workers: int) -> Iterator[Shard]:
-    """Run the tasks in processes; one task waits for each, so that what is read ahead is bounded."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_process, (writer,))
-    pending: set[Future[Shard]] = set()
+def _too_long(text: str, where: str, settings: PrepareSettings) -> str:
+    return (
+        f"{where}: a document of {len(text):,} characters is longer than a shard of {settings.shard_characters:,} "
+        "(--shard-size). Add --keep-long, which gives it a shard by itself and keeps the shards that are finished, or "
+        "split the document."
+    )
+
+
+def _tokenised(
+    tasks: Iterator[tuple[str, list[str]]], settings: TokeniserSettings, workers: int
+) -> Generator[tuple[str, Batch]]:
+    """The batches in order; what is read ahead, and waits to be written, is bounded."""
+    if workers == 1:
+        tokeniser = Tokeniser(settings)
+        yield from ((name, tokeniser(texts)) for name, texts in tasks)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_process, (settings,))
+    pending: deque[tuple[str, Future[Batch]]] = deque()
     try:
-        for task in tasks:
-            pending.add(pool.submit(write_shard, *task))
-            if len(pending) > workers:
-                ready, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in ready)
+        for name, texts in tasks:
+            pending.append((name, pool.submit(tokenise, texts)))
+            if len(pending) >= _AHEAD * workers:
+                yield _first(pending)
         while pending:
-            ready, pending = wait(pending, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
+            yield _first(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers or a smaller "
-            "--shard-size, and run the same command again: finished shards are kept."
+            "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers, and run the same "
+            "command again: finished shards are kept."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _first(pending: deque[tuple[str, Future[Batch]]]) -> tuple[str, Batch]:
+    name, future = pending.popleft()
+    return name, future.result()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

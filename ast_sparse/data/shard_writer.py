@@ -1,4 +1,4 @@
-"""Tokenise a group of documents and write it as one shard: what each process of `ast-data prepare` does.
+"""Tokenise batches of documents, which each process of `ast-data prepare` does, and write them as a shard.
 
 Nothing heavy is imported here, because every process imports this.
 """
@@ -10,7 +10,7 @@ import os
 import pickle
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, parent_process
@@ -26,7 +26,7 @@ TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriterSettings:
+class TokeniserSettings:
     """What a process needs to know.
 
     Attributes:
@@ -34,61 +34,83 @@ class WriterSettings:
         token_type: a numpy type.
     """
 
-    folder: str
     tokenizer: str | bytes
     eos_token_id: int
     token_type: str
 
 
-class ShardWriter:
-    """Writes shards of one folder; keep one per process."""
+@dataclass(frozen=True)
+class Batch:
+    """Some documents as they stand in a shard: their tokens as bytes, and by document `[documents]` count and hash."""
 
-    def __init__(self, settings: WriterSettings) -> None:
-        self.settings = settings
+    tokens: bytes
+    lengths: np.ndarray
+    keys: np.ndarray
+    largest_token: int
+
+
+class Tokeniser:
+    """Tokenises batches of documents; keep one per process."""
+
+    def __init__(self, settings: TokeniserSettings) -> None:
         self._encode = _encoder(settings.tokenizer)
+        self._eos = settings.eos_token_id
+        self._type = np.dtype(settings.token_type).newbyteorder("<")
 
-    def __call__(self, name: str, texts: Sequence[str]) -> Shard:
-        """Write `name.tokens` and `name.documents`, each through a temporary file that is renamed when it is whole.
+    def __call__(self, texts: Sequence[str]) -> Batch:
+        """Every document ended by EOS; an empty one has no token.
 
         Raises:
-            OSError: the disk is full or cannot be written to; no temporary file is left.
+            OverflowError: a token does not fit the type.
         """
-        dtype = np.dtype(self.settings.token_type).newbyteorder("<")
-        lengths, keys, largest, checksum = [], [], 0, 0
-        folder = Path(self.settings.folder)
-        with _whole_file(folder / (name + TOKENS)) as stream:
-            for text, ids in zip(texts, encoded(self._encode, texts), strict=True):
-                tokens = np.append(ids, self.settings.eos_token_id) if text.strip() else ids[:0]
-                lengths.append(len(tokens))
-                keys.append(text_key(text))
-                if len(tokens):
-                    largest = max(largest, int(tokens.max()))
-                    content = _as_type(tokens, dtype).tobytes()
-                    checksum = zlib.crc32(content, checksum)
-                    stream.write(content)
-        index = np.stack([np.cumsum(lengths, dtype="<u8"), np.asarray(keys, dtype="<u8")]).tobytes()
-        with _whole_file(folder / (name + DOCUMENTS)) as stream:
-            stream.write(index)
-        return Shard(
-            name=name,
-            documents=len(texts),
-            empty=lengths.count(0),
-            tokens=sum(lengths),
+        pieces = [
+            np.append(ids, self._eos) if text.strip() else ids[:0]
+            for text, ids in zip(texts, encoded(self._encode, texts), strict=True)
+        ]
+        tokens = np.concatenate(pieces)
+        largest = int(tokens.max(initial=0))
+        if largest > np.iinfo(self._type).max:  # a tokenizer that makes tokens beyond its own length
+            raise OverflowError(f"token {largest} does not fit {self._type.name}")
+        return Batch(
+            tokens=tokens.astype(self._type).tobytes(),
+            lengths=np.asarray([len(piece) for piece in pieces], dtype=np.int64),
+            keys=np.asarray([text_key(text) for text in texts], dtype="<u8"),
             largest_token=largest,
-            tokens_crc32=checksum,
-            documents_crc32=zlib.crc32(index),
         )
+
+
+def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
+    """Write `name.tokens` and `name.documents`, each through a temporary file that is renamed when it is whole.
+
+    Raises:
+        OSError: the disk is full or cannot be written to; no temporary file is left.
+    """
+    lengths, keys, largest, checksum = [], [], 0, 0
+    with _whole_file(folder / (name + TOKENS)) as stream:
+        for batch in batches:
+            lengths.append(batch.lengths)
+            keys.append(batch.keys)
+            largest = max(largest, batch.largest_token)
+            checksum = zlib.crc32(batch.tokens, checksum)
+            stream.write(batch.tokens)
+    counts = np.concatenate(lengths)
+    index = np.stack([np.cumsum(counts, dtype="<u8"), np.concatenate(keys)]).tobytes()
+    with _whole_file(folder / (name + DOCUMENTS)) as stream:
+        stream.write(index)
+    return Shard(
+        name=name,
+        documents=len(counts),
+        empty=int(np.count_nonzero(counts == 0)),
+        tokens=int(counts.sum()),
+        largest_token=largest,
+        tokens_crc32=checksum,
+        documents_crc32=zlib.crc32(index),
+    )
 
 
 def text_key(text: str) -> int:
     """A 64-bit hash of a text, by which documents are held out."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _as_type(tokens: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if tokens.max() > np.iinfo(dtype).max:  # a tokenizer that makes tokens beyond its own length
-        raise OverflowError(f"token {int(tokens.max())} does not fit {dtype.name}")
-    return tokens.astype(dtype)
 
 
 def _encoder(tokenizer: str | bytes) -> Encode:
@@ -117,21 +139,21 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-_writer: ShardWriter | None = None
+_tokeniser: Tokeniser | None = None
 
 
-def start_process(settings: WriterSettings) -> None:
+def start_process(settings: TokeniserSettings) -> None:
     """Begin a process of the pool: it goes when the one that started it is gone, however that ended."""
-    global _writer
+    global _tokeniser
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = parent_process()
     if parent is not None:
         sentinel = parent.sentinel
         threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
-    _writer = ShardWriter(settings)
+    _tokeniser = Tokeniser(settings)
 
 
-def write_shard(name: str, texts: Sequence[str]) -> Shard:
-    """`ShardWriter` of this process."""
-    assert _writer is not None, "start_process did not run"
-    return _writer(name, texts)
+def tokenise(texts: Sequence[str]) -> Batch:
+    """`Tokeniser` of this process."""
+    assert _tokeniser is not None, "start_process did not run"
+    return _tokeniser(texts)

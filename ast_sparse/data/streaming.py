@@ -10,8 +10,9 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.entries import Entry
 from ast_sparse.data.packing import eos_token, token_ids
-from ast_sparse.data.sources import Entry, iterate_documents
+from ast_sparse.data.sources import iterate_documents
 from ast_sparse.errors import UserError
 
 _DOCUMENTS = 16  # tokenised at once
@@ -56,7 +57,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         while True:
             total = 0
             documents = iterate_documents(self.entries, self.root, self.text_field, "data.train", streaming=True)
-            while texts := list(islice(documents, _DOCUMENTS)):
+            while texts := [text for text, _ in islice(documents, _DOCUMENTS)]:
                 tokens = np.concatenate(list(token_ids(self.tokenizer, texts, self.eos)))
                 total += len(tokens)
                 yield tokens

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
 from ast_sparse.data.chat import chat_columns, tokenise_conversations
 from ast_sparse.data.domains import DomainBlocks
+from ast_sparse.data.entries import Entry, shard_folders
 from ast_sparse.data.held_out import training_tokens
 from ast_sparse.data.packing import (
     document_keys,
@@ -25,7 +26,7 @@ from ast_sparse.data.packing import (
     tokenizer_key,
 )
 from ast_sparse.data.shards import ShardFolder
-from ast_sparse.data.sources import Entry, Source, load_documents, shard_folders
+from ast_sparse.data.sources import Source, load_documents
 from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.errors import UserError
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.sources import check_entries, check_sources
+from ast_sparse.data.entries import check_entries, check_sources
 from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError

@@ -11,9 +11,9 @@ import pytest
 from ast_sparse.config import DataConfig
 from ast_sparse.data.blocks import TokenBlocks, split_folders
 from ast_sparse.data.domains import Mixture
+from ast_sparse.data.entries import check_entries
 from ast_sparse.data.prepare import PrepareSettings, prepare_shards
 from ast_sparse.data.shards import Manifest, Shard, ShardFolder
-from ast_sparse.data.sources import check_entries
 from ast_sparse.data.text import Blocks, DataReport, build_datasets
 from ast_sparse.errors import UserError
 from tests.data.test_packing import documents
@@ -32,7 +32,7 @@ def rows(blocks: Blocks | None) -> list[list[int]]:
 
 
 def shards(folder: Path, name: str, characters: int = 500) -> str:
-    settings = PrepareSettings(entries=(name,), root=str(folder), shard_characters=characters)
+    settings = PrepareSettings(entries=(name,), root=str(folder), shard_characters=characters, keep_long=True)
     out = Path(name).stem
     prepare_shards(folder / out, settings, tiny_tokenizer())
     return out

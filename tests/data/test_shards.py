@@ -9,7 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from ast_sparse.cli.data import main
 from ast_sparse.data import prepare
 from ast_sparse.data.prepare import PrepareSettings, prepare_shards
-from ast_sparse.data.shard_writer import ShardWriter, WriterSettings, text_key
+from ast_sparse.data.shard_writer import Tokeniser, TokeniserSettings, text_key, write_shard
 from ast_sparse.data.shards import (
     MANIFEST,
     PROGRESS,
@@ -105,33 +106,78 @@ def test_token_type_is_chosen_by_the_vocabulary(
     assert tokens_of(tmp_path / "out") == stream(texts)
 
 
-def test_a_document_longer_than_a_shard_is_kept_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    long = generated_text(60)
-    (tmp_path / "a.jsonl").write_bytes(lines({"text": "two"}, {"text": long}, {"text": "of"}))
-    manifest = prepare_shards(tmp_path / "out", settings(tmp_path, "a.jsonl"), tiny_tokenizer())
-    assert [shard.documents for shard in manifest.shards] == [1, 1, 1]
-    assert tokens_of(tmp_path / "out") == stream(["two", long, "of"])
-    assert f"A document of {len(long):,} characters is longer than a shard of 400" in caplog.text
+def test_batches_make_no_difference(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_shards(tmp_path / "whole", settings(tmp_path, *SOURCES), tiny_tokenizer())
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 70)
+    prepare_shards(tmp_path / "pieces", settings(tmp_path, *SOURCES), tiny_tokenizer())
+    assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
+
+
+def test_what_is_read_ahead_is_bounded(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, waiting, most = [0], [0], [0]
+    documents = prepare.iterate_documents
+
+    def counting(*args: Any) -> Iterator[tuple[str, str]]:
+        for document in documents(*args):
+            read[0] += 1
+            most[0] = max(most[0], read[0] - waiting[0])
+            yield document
+
+    class AtOnce:
+        def __init__(self, *args: Any) -> None: ...
+
+        def submit(self, function: Any, batch: list[str]) -> "Future[Any]":
+            future: Future[Any] = Future()
+            future.set_result(tokeniser(batch))
+            return future
+
+        def shutdown(self, **kwargs: Any) -> None: ...
+
+    tokeniser = Tokeniser(TokeniserSettings(tokenizer=pickle.dumps(tiny_tokenizer()), eos_token_id=0, token_type="<u2"))
+    monkeypatch.setattr(prepare, "iterate_documents", counting)
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1)  # a document each
+
+    def written(tokens: int) -> None:
+        waiting[0] += 1
+
+    prepare_shards(tmp_path / "out", settings(tmp_path, *SOURCES, workers=2), tiny_tokenizer(), progress=written)
+    assert waiting[0] == len(texts) and most[0] == 2 * prepare._AHEAD + 1
+
+
+def test_a_document_longer_than_a_shard_is_refused_and_can_be_kept(tmp_path: Path) -> None:
+    long, short = generated_text(60), "two of four " * 20
+    save_tiny_model(tmp_path / "model")
+    rows = [short, short, short, long, "of"]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": text} for text in rows)))
+    arguments = ["prepare", str(tmp_path / "out"), "a.jsonl", "--root", str(tmp_path), "--workers", "1"]
+    arguments += ["--tokenizer", str(tmp_path / "model"), "--shard-size", "0.0004"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+    reason = f"a.jsonl, line 4: a document of {len(long):,} characters is longer than a shard of 400 (--shard-size)"
+    assert reason in result.stderr
+    names = ["prepare.json", "shard-00000.documents", "shard-00000.tokens"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    result = CliRunner().invoke(main, [*arguments, "--keep-long"])
+    assert result.exit_code == 0 and "(1 of them made before)" in result.output, result.output
+    assert [shard.documents for shard in verify_shards(tmp_path / "out").shards] == [1, 1, 1, 1, 1]
+    assert tokens_of(tmp_path / "out") == stream(rows)
 
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 from ast_sparse.cli.data import main
-from ast_sparse.data import shard_writer
-from ast_sparse.data.shard_writer import ShardWriter
+from ast_sparse.data import prepare, shard_writer
 
-class Dying(ShardWriter):
-    def __call__(self, name, texts):
-        if name == "shard-00002":
-            with shard_writer._whole_file(Path(self.settings.folder) / (name + ".tokens")) as stream:
-                stream.write(b"half")
-                stream.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(name, texts)
+def dying(folder, name, batches):
+    if name == "shard-00002":
+        with shard_writer._whole_file(folder / (name + ".tokens")) as stream:
+            stream.write(b"half")
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return shard_writer.write_shard(folder, name, batches)
 
-from ast_sparse.data import prepare
-prepare.ShardWriter = Dying
+prepare.write_shard = dying
 main(sys.argv[1:])
 """
 
@@ -331,20 +377,13 @@ def test_info_shows_counts_and_tokenizer(whole: Path) -> None:
         assert part in result.output
 
 
-def test_writer_ends_every_document_and_refuses_tokens_that_do_not_fit(tmp_path: Path) -> None:
+def test_tokeniser_ends_every_document_and_refuses_tokens_that_do_not_fit(tmp_path: Path) -> None:
     state = tiny_tokenizer().backend_tokenizer.to_str()
-    writer = ShardWriter(
-        WriterSettings(folder=str(tmp_path), tokenizer=state, eos_token_id=70_000, token_type="uint16")
-    )
+    tokeniser = Tokeniser(TokeniserSettings(tokenizer=state, eos_token_id=70_000, token_type="uint16"))
     with pytest.raises(OverflowError, match="token 70000 does not fit uint16"):
-        writer("shard-00000", ["two"])
+        write_shard(tmp_path, "shard-00000", map(tokeniser, [["two"]]))
     assert list(tmp_path.iterdir()) == []
-    pickled = WriterSettings(
-        folder=str(tmp_path),
-        tokenizer=pickle.dumps(tiny_tokenizer()),
-        eos_token_id=0,
-        token_type="uint16",
-    )
-    shard: Shard = ShardWriter(pickled)("shard-00000", ["two of", "four"])
+    pickled = TokeniserSettings(tokenizer=pickle.dumps(tiny_tokenizer()), eos_token_id=0, token_type="uint16")
+    shard: Shard = write_shard(tmp_path, "shard-00000", map(Tokeniser(pickled), [["two of"], ["four", " "]]))
     assert np.fromfile(tmp_path / "shard-00000.tokens", dtype="<u2").tolist() == stream(["two of", "four"])
-    assert shard.documents == 2
+    assert (shard.documents, shard.empty) == (3, 1)

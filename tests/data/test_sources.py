@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from ast_sparse.config import DataConfig
 from ast_sparse.data import files
-from ast_sparse.data.sources import check_sources, iterate_documents, load_documents
+from ast_sparse.data.entries import check_sources
+from ast_sparse.data.sources import iterate_documents, load_documents
 from ast_sparse.errors import UserError
 
 
@@ -45,7 +46,7 @@ def test_a_jsonl_line_is_one_document(tmp_path: Path) -> None:
     expected = ["one\ntwo", "é ✓"]
     names = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "lines.json", "array.json"]
     assert texts(tmp_path, *names) == [expected] * 5
-    assert list(iterate_documents(names, str(tmp_path), "text", "data.train")) == expected * 5
+    assert [text for text, _ in iterate_documents(names, str(tmp_path), "text", "data.train")] == expected * 5
 
 
 def test_byte_order_mark_is_not_text(tmp_path: Path) -> None:
@@ -205,7 +206,8 @@ def test_documents_are_iterated_as_they_are_loaded(tmp_path: Path, streaming: bo
     found = list(
         iterate_documents(["a.parquet", hub, {**hub, "streaming": True}], str(tmp_path), "text", "x", streaming)
     )
-    assert found == [row["text"] for row in rows] * 3
+    assert [text for text, _ in found] == [row["text"] for row in rows] * 3
+    assert [found[place][1] for place in (3, 20)] == ["a.parquet, row 3", "json, row 0"]
 
 
 def test_bad_row_of_a_stream_is_named(tmp_path: Path) -> None:
