@@ -48,7 +48,7 @@ _PUBLIC = {
     "pack24": "export.codec",
     "unpack24": "export.codec",
     "load_causal_lm": "loading",
-    "load_tokenizer": "loading",
+    "load_tokenizer": "places",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -1,47 +1,35 @@
 """Load a causal LM from wherever it lies: hub, local folder, training checkpoint, export or `.gguf` file."""
 
-import difflib
 import logging
 import math
-import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
-from ast_sparse.yaml12 import shown, shown_name
+from ast_sparse.places import Place, load_model_config, named_errors, quiet_transformers
 
 logger = logging.getLogger(__name__)
 
-_MESSAGE_LIMIT = 300
 _SMALL = 10**6  # parameters of a model too small to exhaust anything
 _LARGEST_BUFFERS = 10**8  # entries that a model computes and no file holds: rotary tables, causal masks
 _NO_FLOATS = ("I", "U", "BOOL")  # safetensors' names of integers and bools
-_COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
-_LARGEST_COUNT = 2**16  # ... of the largest model
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -57,49 +45,6 @@ class Checkpoint:
     model: PreTrainedModel
     masks: dict[str, Tensor]
     slorb: files.SlorbPairs
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a model lies. `folder` is None for a model on the hub."""
-
-    name: str
-    gguf_file: str | None
-    folder: Path | None
-
-    @classmethod
-    def find(cls, name_or_path: str | Path, gguf_file: str | None) -> "_Source":
-        path = Path(name_or_path).expanduser()
-        if gguf_file is None and path.suffix == ".gguf":
-            path, gguf_file = path.parent, path.name
-            if not (path / gguf_file).is_file():
-                raise UserError(f"There is no file `{name_or_path}`. Check the path.")
-        if path.is_dir():
-            if gguf_file is None:
-                files.require_model_folder(path)
-            elif not (path / gguf_file).is_file():
-                raise UserError(f"`{path}` holds no file `{gguf_file}`. Check `gguf_file`.")
-            return cls(str(path), gguf_file, path)
-        if path.exists():
-            raise UserError(f"`{name_or_path}` is a file, but no .gguf file. Give a folder, a .gguf file or a hub id.")
-        name = str(name_or_path)
-        beside = path.parent != Path() and path.parent.is_dir()  # `out/export` could be a hub id, were there no `out`
-        if beside or not _HUB_ID.fullmatch(name) or name.startswith("."):
-            raise UserError(f"There is no folder `{name}`, nor is it a hub id. Check the path.")
-        return cls(name, gguf_file, None)
-
-    @property
-    def model_folder(self) -> Path | None:
-        """The local folder of an ordinary model, None for the hub and for a .gguf."""
-        return self.folder if self.gguf_file is None else None
-
-    def arguments(self, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if self.gguf_file is not None:
-            arguments["gguf_file"] = self.gguf_file
-        if revision is not None and self.folder is None:
-            arguments["revision"] = revision
-        return arguments
 
 
 def load_causal_lm(
@@ -191,8 +136,8 @@ def load_checkpoint(
     config_overrides: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as of `load_causal_lm`."""
-    source = _Source.find(name_or_path, gguf_file)
-    folder = source.model_folder
+    place = Place.find(name_or_path, gguf_file)
+    folder = place.model_folder
     if folder and is_sharded_checkpoint(folder):
         with merged(folder) as plain:
             return load_checkpoint(
@@ -210,18 +155,18 @@ def load_checkpoint(
         trust_remote_code=trust_remote_code,
         config_overrides=config_overrides,
     )
-    arguments = source.arguments(revision, trust_remote_code)
+    arguments = place.arguments(revision, trust_remote_code)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    if source.gguf_file is not None:
+    if place.gguf_file is not None:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
-    model = _load_weights(source, config, dtype, set(masks), arguments)
-    _apply_stored_masks(model, masks, source.name)
+    model = _load_weights(place, config, dtype, set(masks), arguments)
+    _apply_stored_masks(model, masks, place.name)
     if folder and not slorb and files.has_adapter(folder):
         slorb = read_adapter(folder / files.ADAPTER_FOLDER)
-    check_pairs(model, slorb, source.name)
+    check_pairs(model, slorb, place.name)
     return Checkpoint(model, masks, slorb)
 
 
@@ -233,41 +178,41 @@ def _stored_sparsity(folder: Path) -> tuple[dict[str, Tensor], files.SlorbPairs]
 
 
 def _load_weights(
-    source: _Source,
+    place: Place,
     config: PreTrainedConfig,
     dtype: torch.dtype | Literal["auto"],
     masked: set[str],
     arguments: dict[str, Any],
 ) -> PreTrainedModel:
-    if source.model_folder is not None:
-        _check_files(source.model_folder, source, config, arguments)
+    if place.model_folder is not None:
+        _check_files(place.model_folder, place, config, arguments)
     # transformers' report would list every mask as an unexpected key: the findings are judged here instead.
-    with _named_errors("model", source), _quiet_transformers():
+    with named_errors("model", place), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            place.name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     for name, stored, expected in sorted(info["mismatched_keys"], key=str):
         raise UserError(
-            f"`{source.name}`: the tensor `{name}` has shape {tuple(stored)}, the model needs {tuple(expected)}. "
+            f"`{place.name}`: the tensor `{name}` has shape {tuple(stored)}, the model needs {tuple(expected)}. "
             "The weights do not belong to this config.json."
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"`{source.name}` lacks {len(missing)} tensors of {type(model).__name__}, the first is `{missing[0]}`. "
+            f"`{place.name}` lacks {len(missing)} tensors of {type(model).__name__}, the first is `{missing[0]}`. "
             "The checkpoint is incomplete, or was saved without its language-model head."
         )
     if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
-        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", source.name, len(unused), unused[0])
+        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), unused[0])
     _forget_quantization(model)
     return model
 
 
-def _check_files(folder: Path, source: _Source, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
+def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
     """Raise UserError if the files cannot be config.json's: transformers would allocate or cast what mismatches."""
     own = {"trust_remote_code": arguments["trust_remote_code"]}
-    with _named_errors("model", source), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    with named_errors("model", place), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, **own)
     parameters = dict(model.named_parameters())
     needed = sum(parameter.numel() for parameter in parameters.values())
@@ -283,7 +228,7 @@ def _check_files(folder: Path, source: _Source, config: PreTrainedConfig, argume
     for name in [] if packed else parameters.keys() & stored.keys():
         if parameters[name].is_floating_point() and stored[name][0].startswith(_NO_FLOATS):
             raise UserError(
-                f"`{source.name}`: the tensor `{name}` holds {stored[name][0]}, the model needs floating-point "
+                f"`{place.name}`: the tensor `{name}` holds {stored[name][0]}, the model needs floating-point "
                 "numbers. Write the checkpoint again."
             )
 
@@ -312,98 +257,3 @@ def _apply_stored_masks(model: PreTrainedModel, masks: dict[str, Tensor], name: 
         if bool((mask.view(torch.uint8) > 1).any()):
             raise UserError(f"`{name}`: the mask of `{layer}` holds more than 0 and 1. Write the checkpoint again.")
         weight.copy_(torch.where(mask, weight, 0))
-
-
-def load_model_config(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-    config_overrides: Mapping[str, Any] | None = None,
-) -> PreTrainedConfig:
-    """Load the configuration of a model without its weights.
-
-    Raises:
-        UserError: the configuration is missing or damaged, or an override names no value of it.
-    """
-    source = _Source.find(name_or_path, gguf_file)
-    if source.model_folder is not None:
-        _check_counts(files.read_json(source.model_folder / files.CONFIG_NAME), source.name)
-    with _named_errors("configuration", source), _quiet_transformers():
-        config = AutoConfig.from_pretrained(source.name, **source.arguments(revision, trust_remote_code))
-    for key, value in (config_overrides or {}).items():
-        if not hasattr(config, key):
-            near = difflib.get_close_matches(key, config.to_dict(), n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else f" See {files.CONFIG_NAME} of the model for its names."
-            raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`.{hint}")
-        try:
-            setattr(config, key, value)
-        except StrictDataclassError as error:
-            raise UserError(f"model.config_overrides: {_one_line(error)} Give a value of that kind.") from None
-    return config
-
-
-def _check_counts(config: dict[str, Any], name: str) -> None:
-    """Raise UserError if a count in config.json would keep transformers busy for ever."""
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _check_counts(value, name)
-        elif isinstance(value, int) and _COUNTS.search(key) and abs(value) > _LARGEST_COUNT:
-            where = f"`{name}/{files.CONFIG_NAME}`: {shown_name(key)}"
-            raise UserError(f"{where}={shown(value)} is too large. Restore the file.")
-
-
-def load_tokenizer(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, from the same places as the model.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    source = _Source.find(name_or_path, gguf_file)
-    # Given a folder without tokenizer files, transformers may invent an empty tokenizer.
-    if source.model_folder and not files.tokenizer_files(source.model_folder):
-        raise UserError(
-            f"`{source.name}` holds no tokenizer. Copy the tokenizer files of the original model into the folder."
-        )
-    with _named_errors("tokenizer", source):
-        return AutoTokenizer.from_pretrained(source.name, **source.arguments(revision, trust_remote_code))
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _named_errors(what: str, source: _Source) -> Iterator[None]:
-    """Turn the errors of transformers, often many lines long, into one line that names the model."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        mend = "Install it: pip install 'ast-sparse[gguf]'." if source.gguf_file else "Install the package."
-        raise UserError(f"Cannot load the {what} of `{source.name}`: {_one_line(error)} {mend}") from error
-    except Exception as error:
-        where = f"{source.name}/{source.gguf_file}" if source.gguf_file else source.name
-        mend = "Check the files in the folder." if source.folder else "Check the hub id, or give a local folder."
-        raise UserError(f"Cannot load the {what} of `{where}`: {_one_line(error)} {mend}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > _MESSAGE_LIMIT:
-        text = text[:_MESSAGE_LIMIT].rsplit(" ", 1)[0] + " …"
-    return text if text.endswith((".", "…", "!", "?")) else f"{text}."

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from ast_sparse.evaluation.report import format_table
-from ast_sparse.loading import load_tokenizer
+from ast_sparse.places import load_tokenizer
 
 CONFIG = """
 model: {{name_or_path: {model}}}

@@ -35,7 +35,8 @@ from ast_sparse.export import checkpoint, files
 from ast_sparse.export.adapter import check_pairs, read_adapter
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.checksums import check_checksums, write_checksums
-from ast_sparse.loading import load_causal_lm, load_model_config
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.calibration import calibrate_blocks
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import decoder_blocks

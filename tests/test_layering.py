@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ast_sparse"
 # A room may import from itself and from rooms further down.
 ORDER = [
     ("cli",),
-    ("training", "evaluation", "export", "loading"),
+    ("training", "evaluation", "export", "loading", "places"),
     ("data",),
     ("distillation", "optim"),
     ("sparsity",),

@@ -55,7 +55,7 @@ def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **opti
     """
     folder = Path(out).expanduser()
     parts = _parts(folder, sources, domains)
-    from ast_sparse.loading import load_tokenizer  # takes seconds: not for --help
+    from ast_sparse.places import load_tokenizer  # takes seconds: not for --help
 
     tokenizer = load_tokenizer(
         options["tokenizer"], gguf_file=options["gguf_file"], trust_remote_code=options["trust_remote_code"]

@@ -240,7 +240,7 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
     """Find a wrong name, window or vocabulary before the first weights are loaded."""
     from ast_sparse.evaluation.measure import check_teacher
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
-    from ast_sparse.loading import load_model_config
+    from ast_sparse.places import load_model_config
 
     teacher = None
     if settings.teacher is not None:
@@ -297,7 +297,7 @@ def _evaluate(
     """Measure one model and add its figures, and what a report shows of it."""
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
-    from ast_sparse.loading import load_tokenizer
+    from ast_sparse.places import load_tokenizer
 
     if settings.tokenizer:
         tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
@@ -336,7 +336,7 @@ def _evaluate(
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:
     from ast_sparse.evaluation.measure import check_tokens
-    from ast_sparse.loading import load_tokenizer
+    from ast_sparse.places import load_tokenizer
 
     assert settings.teacher is not None
     try:

@@ -109,7 +109,8 @@ def _prune(
 ) -> None:
     from ast_sparse.export.checkpoint import export_model
     from ast_sparse.export.saving import check_out_dir
-    from ast_sparse.loading import load_causal_lm, load_tokenizer
+    from ast_sparse.loading import load_causal_lm
+    from ast_sparse.places import load_tokenizer
     from ast_sparse.sparsity.model import sparsify_model
     from ast_sparse.training.plan import meta_student
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.loading import load_model_config
+from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.model import select_layers
 
 logger = logging.get_logger(__name__)

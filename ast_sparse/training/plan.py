@@ -13,7 +13,7 @@ from ast_sparse.config import DistillationConfig, ModelConfig, RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
-from ast_sparse.loading import load_model_config
+from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.distributed import check_shardable, sharding_plugin

@@ -21,7 +21,8 @@ from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
-from ast_sparse.loading import load_causal_lm, load_tokenizer, random_causal_lm
+from ast_sparse.loading import load_causal_lm, random_causal_lm
+from ast_sparse.places import load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget

@@ -10,7 +10,8 @@ from ast_sparse.cli.command import Command
 from ast_sparse.cli.export import main
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import read_json
-from ast_sparse.loading import load_causal_lm, load_tokenizer
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.places import load_tokenizer
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.models import save_tiny_model
 

@@ -21,7 +21,8 @@ from ast_sparse.evaluation.page import Report, run_report, write_report
 from ast_sparse.evaluation.runs import Run, is_run, read_run
 from ast_sparse.evaluation.samples import continue_prompts
 from ast_sparse.export.checkpoint import export_model
-from ast_sparse.loading import load_causal_lm, load_tokenizer
+from ast_sparse.loading import load_causal_lm
+from ast_sparse.places import load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.run import run_training
 from tests.export.sparse_models import sparse_model

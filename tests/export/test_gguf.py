@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ast_sparse.loading import load_causal_lm, load_model_config, random_causal_lm
+from ast_sparse.loading import load_causal_lm, random_causal_lm
+from ast_sparse.places import load_model_config
 from tests.export.sparse_models import token_ids
 from tests.models import tiny_model
 

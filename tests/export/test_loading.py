@@ -14,7 +14,8 @@ from torch import Tensor
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.saving import save_sparse_model
-from ast_sparse.loading import load_causal_lm, load_checkpoint, load_model_config, load_tokenizer
+from ast_sparse.loading import load_causal_lm, load_checkpoint
+from ast_sparse.places import load_model_config, load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
 from tests.export.sparse_models import change_tensors, masked_state, save_training_checkpoint, sparse_model, token_ids
 from tests.fuzz.mutate import evil_pickle, read_safetensors, write_safetensors
