@@ -34,7 +34,7 @@ class OutputHead:
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether it is still the head of the model, and nothing watches or changes what it returns."""
+        """Whether it is still the head of the model, and nothing but FSDP watches or changes what it returns."""
         return self.linear is _output_embeddings(model) and not _has_hooks(self.linear)
 
 
@@ -75,7 +75,8 @@ def loss_for_logits(
     """Inside, the output of `model` has the loss of its hidden states as `loss`, and None as `logits`.
 
     The loss is computed in the place of the head, inside the forward pass: a wrapper (DDP) then finds the head's weight
-    used, autocast is what it is there, and sharded parameters are whole.
+    used, autocast is what it is there, and sharded parameters are whole. It comes back through what the head returns,
+    because the hooks of FSDP2 are there: they see the backward pass begin, and shard the head's gradient.
 
     Args:
         model: causal LM, not its wrapper; it may be called through one.
@@ -89,12 +90,12 @@ def loss_for_logits(
 
     def forward(hidden: Tensor) -> Tensor:
         loss, count = loss_of(hidden)
-        computed.append(loss)
         tokens.append(count)
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        computed.append(loss.expand(*hidden.shape[:-1], 1).clone())
+        return computed[0]
 
     def put(module: nn.Module, args: Any, output: Any) -> Any:
-        output["loss"], output["logits"] = computed.pop(), None
+        output["loss"], output["logits"] = computed.pop().flatten()[0], None
         return output
 
     handle = model.register_forward_hook(put, prepend=True)  # before hooks that reshard parameters
@@ -146,8 +147,13 @@ def _output_embeddings(model: nn.Module) -> Any:
 
 
 def _has_hooks(head: nn.Linear) -> bool:
-    """Whether something else than its own forward decides what it returns, or sees it."""
-    return bool("forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
+    """Whether something else than its own forward decides what it returns, or sees it; not FSDP, which gathers it."""
+    hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
+    return "forward" in vars(head) or any(not _is_of_fsdp(hook) for hook in hooks)
+
+
+def _is_of_fsdp(hook: Callable[..., Any]) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Tensor | None:

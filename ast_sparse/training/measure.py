@@ -30,6 +30,7 @@ from ast_sparse.evaluation.perplexity import (
 )
 from ast_sparse.evaluation.report import format_table
 from ast_sparse.evaluation.samples import continue_prompts
+from ast_sparse.training.distributed import sharding_plugin
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
 
@@ -41,15 +42,18 @@ class Measured:
     """Perplexities of `evaluation.datasets`, whose texts are read at once, before any model is loaded.
 
     Args:
-        show: whether there are progress bars.
+        args: device, progress bars, and whether a model that was measured leaves the device again, because it is
+            sharded from the CPU.
 
     Raises:
         UserError: a text that is not there or cannot be read.
     """
 
-    def __init__(self, config: RunConfig, show: bool) -> None:
+    def __init__(self, config: RunConfig, args: TrainingArguments) -> None:
         self.config = config
-        self.show = show
+        self.device = args.device
+        self.show = bool(args.should_log) and not args.disable_tqdm
+        self.leaves_device = sharding_plugin(args) is not None
         self.texts: dict[str, list[str]] = {}
         self.samples: dict[str, dict[str, str]] = {}  # by stage and prompt, for the report
         settings = config.evaluation
@@ -100,12 +104,17 @@ class Measured:
     ) -> dict[str, dict[str, Any]]:
         """The figures of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model continues the prompts as well.
+        For a report the model continues the prompts as well. It is on the device for that alone, where it is asked for.
         """
-        if self.config.evaluation.report:
-            prompts = self.config.evaluation.prompts
-            self.samples[stage] = continue_prompts(model, tokenizer, prompts, "evaluation.prompts")
+        settings = self.config.evaluation
+        if not (settings.datasets or settings.report):
+            return {}
+        model.to(self.device)  # type: ignore[arg-type]
+        if settings.report:
+            self.samples[stage] = continue_prompts(model, tokenizer, settings.prompts, "evaluation.prompts")
         results = self._measure(stage, model, tokenizer, held_out, self.show)
+        if self.leaves_device:
+            model.to("cpu")  # type: ignore[arg-type]
         return {name: asdict(result) for name, result in results.items()}
 
     def during_training(

@@ -25,6 +25,7 @@ from ast_sparse.distillation.features import needs_attention
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.kernels.activations import fused_activations
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
+from ast_sparse.training.distributed import sharding_plugin
 from ast_sparse.training.losses import MicroBatchLoss
 
 Sharding = Literal["none", "ddp", "fsdp2"]
@@ -45,6 +46,8 @@ class Setup:
         gradient_checkpointing: blocks keep their input alone, and run again in the backward pass.
         world_size: number of devices.
         sharding: whether each holds everything (`ddp`) or its share (`fsdp2`), once training has begun.
+        measured_by: settings for which perplexities are measured, each as it would be without; a sharded student is
+            whole for that.
     """
 
     batch_size: int
@@ -55,10 +58,19 @@ class Setup:
     gradient_checkpointing: bool
     world_size: int = 1
     sharding: Sharding = "none"
+    measured_by: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, args: TrainingArguments, block_size: int, world_size: int, sharding: Sharding) -> "Setup":
+    def of(
+        cls,
+        args: TrainingArguments,
+        block_size: int,
+        world_size: int,
+        sharding: Sharding,
+        measured_by: tuple[str, ...] = (),
+    ) -> "Setup":
         """The setup of a run's arguments."""
+        plugin = sharding_plugin(args)
         evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no" or args.eval_on_start
         return cls(
             batch_size=args.per_device_train_batch_size,
@@ -66,9 +78,12 @@ class Setup:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             block_size=block_size,
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-            gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing=bool(
+                args.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing)
+            ),
             world_size=world_size,
             sharding=sharding,
+            measured_by=measured_by,
         )
 
     @property
@@ -141,13 +156,14 @@ class MemoryModel:
 
     def __call__(self, setup: Setup) -> Memory:
         """What one device holds when it holds most, of all moments of a run."""
-        held = self._held(setup)
+        held, gathered = self._held(setup), self._gathered(setup)
         gradients = _trained_bytes(self.student) // self._shards(setup)
         step, evaluation = self._step(setup), self._evaluation(setup)
         activations = "activations, logits, temporaries"
         moments = {
             "forward and backward pass": {
                 **held,
+                **gathered,
                 "gradients": gradients if self._keeps_gradients(setup) else step.gradients,
                 activations: step.activations,
             },
@@ -158,12 +174,13 @@ class MemoryModel:
             },
         }
         if evaluation.activations:
-            moments["evaluation"] = {**held, activations: evaluation.activations}
+            moments["evaluation"] = {**held, **gathered, activations: evaluation.activations}
         if setup.sharding == "fsdp2":
-            whole = {"the whole student in float32, its masks": _parameter_bytes(self.student)}
-            teacher = 0 if self.teacher is None else _parameter_bytes(self.teacher)
-            moments["preparation, before sharding"] = {**whole, "the whole teacher in float32": teacher}
-            moments["measurement of the retrained model"] = {**held, **whole}
+            passing = _passing_bytes(self.student, setup.is_half)
+            moments["forward and backward pass"]["gradients before they are sharded"] = passing
+            if setup.measured_by:
+                whole = {"the whole student in float32, its masks": _parameter_bytes(self.student)}
+                moments["measurement of the retrained model"] = {**held, **whole}
         totals = {name: sum(items.values()) for name, items in moments.items()}
         moment = max(totals, key=lambda name: totals[name])
         items = {name: size for name, size in moments[moment].items() if size}
@@ -175,19 +192,28 @@ class MemoryModel:
         shards = self._shards(setup)
         trained = _trained_bytes(self.student)
         masks = sum(layer.mask.nbytes + layer.start_mask.nbytes for layer in sparse_layers(self.student).values())
-        half = 2 if setup.is_half else 1
-        held = {
+        teacher = 0
+        if self.teacher is not None:  # its embeddings and head stay whole
+            outside = _outside_bytes(self.teacher, setup.is_half) if setup.sharding == "fsdp2" else 0
+            teacher = outside + (_compute_bytes(self.teacher, setup.is_half) - outside) // shards
+        return {
             "weights (float32 masters)": trained // shards,
             "masks": masks // shards,
             "moments": 2 * trained // shards,
-            "teacher": 0 if self.teacher is None else _parameter_bytes(self.teacher) // half // shards,
+            "teacher": teacher,
             "gradient buckets of DDP": trained if setup.sharding == "ddp" else 0,
             "Hessians of a refresh": self.hessians,
         }
-        if setup.sharding == "fsdp2":
-            models = [self.student] if self.teacher is None else [self.student, self.teacher]
-            held["gathered blocks and embeddings"] = sum(_gathered_bytes(model, half) for model in models)
-        return held
+
+    def _gathered(self, setup: Setup) -> dict[str, int]:
+        """What FSDP2 has whole during a pass: all outside the student's blocks, and two of the blocks, one ahead.
+
+        The teacher's blocks, which are smaller, are whole before the student's first one is.
+        """
+        if setup.sharding != "fsdp2":
+            return {}
+        outside = _outside_bytes(self.student, setup.is_half)
+        return {"gathered blocks and embeddings": outside + 2 * _block_bytes(self.student, setup.is_half)}
 
     def _shards(self, setup: Setup) -> int:
         return setup.world_size if setup.sharding == "fsdp2" else 1
@@ -347,11 +373,22 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _gathered_bytes(model: PreTrainedModel, half: int) -> int:
-    """What FSDP2 gathers of a model: two of its blocks, one ahead, and all that lies outside the blocks."""
-    blocks = [_compute_bytes(block, half) for block in decoder_blocks(model).values()]
-    return _compute_bytes(model, half) - sum(blocks) + 2 * max(blocks)
+def _block_bytes(model: PreTrainedModel, is_half: bool) -> int:
+    """The largest decoder block as it computes."""
+    return max(_compute_bytes(block, is_half) for block in decoder_blocks(model).values())
 
 
-def _compute_bytes(module: nn.Module, half: int) -> int:
-    return sum(p.nbytes // half if p.is_floating_point() else p.nbytes for p in module.parameters())
+def _outside_bytes(model: PreTrainedModel, is_half: bool) -> int:
+    """Embeddings, head and norms outside the decoder blocks as they compute."""
+    inside = sum(_compute_bytes(block, is_half) for block in decoder_blocks(model).values())
+    return _compute_bytes(model, is_half) - inside
+
+
+def _passing_bytes(model: PreTrainedModel, is_half: bool) -> int:
+    """Gradients of a block that runs backward, and those of the block before in float32, on their way to the shards."""
+    largest = max(_trained_bytes(block) for block in decoder_blocks(model).values())
+    return largest + (largest // 2 if is_half else largest)
+
+
+def _compute_bytes(module: nn.Module, is_half: bool) -> int:
+    return sum(p.nbytes // 2 if is_half and p.is_floating_point() else p.nbytes for p in module.parameters())

@@ -33,6 +33,7 @@ class Mend:
             if (value := getattr(after, field)) != getattr(before, field):
                 changed.append(f"{name}={str(value).lower()}")
         changed += ["training.fsdp=true"] if after.sharding == "fsdp2" != before.sharding else []
+        changed += before.measured_by if before.measured_by != after.measured_by else []
         return changed + ([f"{after.world_size} devices"] if after.world_size != before.world_size else [])
 
 
@@ -87,6 +88,8 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iter
         yield lambda now: replace(
             now, batch_size=now.batch_size // 2, gradient_accumulation_steps=2 * now.gradient_accumulation_steps
         )
+    if can_shard and devices > 1 and setup.measured_by:
+        yield lambda now: replace(now, measured_by=())
 
 
 def _numbers_of_devices(first: int, can_shard: bool) -> Iterator[int]:
@@ -98,4 +101,15 @@ def _numbers_of_devices(first: int, can_shard: bool) -> Iterator[int]:
 
 
 def _with_devices(number: int) -> Step:
-    return lambda now: replace(now, world_size=number, sharding=now.sharding if now.sharding == "fsdp2" else "ddp")
+    """More devices; where it can be, the batch of a step stays what it is."""
+
+    def step(now: Setup) -> Setup:
+        steps, more = now.gradient_accumulation_steps, number // now.world_size
+        return replace(
+            now,
+            world_size=number,
+            sharding=now.sharding if now.sharding == "fsdp2" else "ddp",
+            gradient_accumulation_steps=steps // more if steps % more == 0 else steps,
+        )
+
+    return step

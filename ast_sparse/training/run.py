@@ -111,7 +111,7 @@ def run_training(
             _show_budget(plan, config, args, hardware, echo)
         return None
 
-    measured = Measured(config, show=bool(args.should_log) and not args.disable_tqdm)
+    measured = Measured(config, args)
     tokenizer = load_tokenizer(
         config.model.name_or_path,
         revision=config.model.revision,
@@ -137,7 +137,7 @@ def run_training(
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
     if student is not None:  # of a sharded run, on one process while the others wait
-        rows[stage] = measured(stage, student.to(args.device), tokenizer, trainer.eval_dataset)  # type: ignore[arg-type]
+        rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if args.should_save:
         write_figures(output, rows, measured)
@@ -154,7 +154,10 @@ def _show_budget(
     """What the plan costs; UserError where a device has too little memory for it."""
     devices = hardware.world_size or args.world_size
     sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
-    setup = Setup.of(args, config.data.block_size, devices, sharding)
+    evaluation = config.evaluation
+    measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
+    measured_by += ["evaluation.report=false"] if evaluation.report else []
+    setup = Setup.of(args, config.data.block_size, devices, sharding, tuple(measured_by))
     budget = Budget(plan, setup, hardware, on_cpu=bool(config.training.get("use_cpu")))
     echo("\n".join(budget.lines()))
     budget.check()
@@ -191,7 +194,7 @@ def _prepare(
     measured.samples = read_samples(output, rows) if config.evaluation.report else {}
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
-        rows[stage] = measured(stage, model.to(args.device), tokenizer, held_out)  # type: ignore[arg-type]
+        rows[stage] = measured(stage, model, tokenizer, held_out)
     try:
         trainer = SparseTrainer(
             model,

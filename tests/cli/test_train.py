@@ -58,7 +58,9 @@ def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path)
     result = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=true")
     assert result.exit_code == 0, result.output
     assert "memory of each of 4 devices, FSDP2, at its peak, the " in result.stdout
-    assert "before sharding" in result.stdout and "gathered blocks" in result.stdout
+    assert "gathered blocks" in result.stdout and "measurement of the retrained model" in result.stdout
+    unmeasured = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=true", "--set", "evaluation.datasets=[]")
+    assert "measurement" not in unmeasured.stdout
 
 
 def test_a_run_that_does_not_fit_ends_with_the_settings_that_mend_it(folder: Path) -> None:

@@ -31,9 +31,12 @@ def data(rows: int = 48) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def make(out: Path, sparsity: SparsityConfig, world: int, *, kind: str = "kl", slorb: Any = None, **args: Any) -> Any:
-    """A trainer of the tiny model in float64, its batch shared out over the ranks."""
-    model = tiny_model("llama").double()
+def make(
+    out: Path, sparsity: SparsityConfig, world: int, *, family: str = "llama", kind: str = "kl", slorb: Any = None,
+    **args: Any,
+) -> Any:  # fmt: skip
+    """A trainer of a tiny model in float64, its batch shared out over the ranks."""
+    model = tiny_model(family).double()
     accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
         max_steps=6, per_device_train_batch_size=batch // world // accumulate, gradient_accumulation_steps=accumulate,
@@ -55,6 +58,7 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
         out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16),
         gradient_accumulation_steps=BATCH // RANKS,
     ),
+    "head not tied": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, family="mistral"),
     "tinybert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="tinybert"),
     "mobilebert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="mobilebert"),
     "recomputed": lambda out, world: make(
@@ -83,6 +87,19 @@ def found(run: Any) -> dict[str, Any]:
     }
 
 
+class Logits:
+    """How often the student, called in training, returned logits."""
+
+    def __init__(self, run: Any) -> None:
+        self.made = self.calls = 0
+        run.student.register_forward_hook(self._see)
+
+    def _see(self, module: Any, args: Any, output: Any) -> None:
+        if module.training:
+            self.calls += 1
+            self.made += output["logits"] is not None
+
+
 class MasksFit(TrainerCallback):
     """Whether after a refresh this rank's part of every mask is that of the whole weight."""
 
@@ -109,7 +126,23 @@ def kinds(run: Any) -> dict[str, Any]:
         "X": layer.slorb.X, "moment": moments["exp_avg"], "teacher": run.teacher.model.layers[0].mlp.up_proj.weight,
     }  # fmt: skip
     kinds = {name: [isinstance(tensor, DTensor), str(tensor.dtype)] for name, tensor in tensors.items()}
-    return {"tensors": kinds, "computed in": sorted(seen)}
+    return {"tensors": kinds, "computed in": sorted(seen), "losses": found(run)["losses"]}
+
+
+def half(out: Path, world: int) -> Any:
+    """A trainer in bf16."""
+    args = TrainingArguments(
+        str(out), max_steps=6, use_cpu=True, bf16=True, fsdp=world > 1, report_to="none", disable_tqdm=True,
+        save_strategy="no", per_device_train_batch_size=BATCH // world, learning_rate=3e-3, logging_steps=1,
+    )  # fmt: skip
+    return SparseTrainer(
+        tiny_model("llama"),
+        args,
+        sparsity_config=SparsityConfig(mask_interval=0),
+        distillation_config=DistillationConfig(),
+        slorb_config=SLoRBConfig(k=16),
+        train_dataset=data(),
+    )
 
 
 def refused_for_space(out: Path) -> list[Any]:
@@ -135,11 +168,11 @@ def main(out: Path) -> None:
     facts: dict[str, Any] = {}
     for name, build in RUNS.items():
         run = build(out / name, RANKS)
-        fit = MasksFit()
+        fit, logits = MasksFit(), Logits(run)
         if name == "moving":
             run.add_callback(fit)
         run.train()
-        facts[name] = found(run)
+        facts[name] = {**found(run), "calls with logits": [logits.calls, logits.made]}
         if name == "moving":
             facts["masks fit"] = fit.fits
             run.save_model()
@@ -156,15 +189,7 @@ def main(out: Path) -> None:
     resumed.train(resume_from_checkpoint=str(out / "saved" / "checkpoint-2"))
     facts["resumed"] = found(resumed)
     facts["no space"] = refused_for_space(out / "full")
-    model = tiny_model("llama")
-    args = TrainingArguments(
-        str(out / "bf16"), max_steps=2, use_cpu=True, bf16=True, fsdp=True, report_to="none", disable_tqdm=True,
-        save_strategy="no", per_device_train_batch_size=2,
-    )  # fmt: skip
-    half = SparseTrainer(
-        model, args, distillation_config=DistillationConfig(), slorb_config=SLoRBConfig(k=16), train_dataset=data()
-    )
-    facts["bf16"] = kinds(half)
+    facts["bf16"] = kinds(half(out / "bf16", RANKS))
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
     if os.environ["RANK"] == "0":

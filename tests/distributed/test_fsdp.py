@@ -22,7 +22,7 @@ from ast_sparse.evaluation.perplexity import evaluate_blocks
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.training.checkpoints import faults, last_checkpoint
-from tests.distributed.fsdp_facts import RANKS, RUNS, data, found, make
+from tests.distributed.fsdp_facts import RANKS, RUNS, data, found, half, make
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +57,8 @@ def test_three_uneven_shards_train_as_one_process(facts: list[dict[str, Any]], t
     for rank in facts:
         assert rank[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert rank[name]["flip rates"] == pytest.approx(expected["flip rates"], abs=1e-12)
+        calls, made = rank[name]["calls with logits"]
+        assert calls >= len(expected["losses"]) and made == 0  # the loss is that of hidden states
     assert facts[0][name]["masks"] == expected["masks"]
 
 
@@ -74,12 +76,16 @@ def test_half_of_the_pruned_layers_is_zero_after_save_and_export(out: Path) -> N
 
 
 def test_weights_masks_moments_slorb_and_teacher_are_sharded_and_masters_stay_float32(
-    facts: list[dict[str, Any]],
+    facts: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    run = half(tmp_path, 1)
+    run.train()
+    expected = pytest.approx(found(run)["losses"], rel=1e-3)  # of bf16, which has three digits
     masters = {name: [True, "torch.float32"] for name in ("weight", "S", "X", "moment")}
     others = {"mask": [True, "torch.bool"], "start_mask": [True, "torch.uint8"], "teacher": [True, "torch.bfloat16"]}
     for rank in facts:
-        assert rank["bf16"] == {"tensors": {**masters, **others}, "computed in": ["torch.bfloat16"]}
+        assert rank["bf16"]["tensors"] == {**masters, **others} and rank["bf16"]["computed in"] == ["torch.bfloat16"]
+        assert rank["bf16"]["losses"] == expected
 
 
 def test_a_run_continues_on_shards_from_shards_and_from_one_process(facts: list[dict[str, Any]]) -> None:

@@ -9,10 +9,12 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from ast_sparse.cli.train import main
-from ast_sparse.training.measure import PerplexityCallback
-from tests.models import generated_text, save_tiny_model
+from ast_sparse.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from ast_sparse.training.measure import Measured, PerplexityCallback
+from tests.models import generated_text, save_tiny_model, tiny_tokenizer
 from tests.training.test_trainer import trainer, weights
 
 KEYS = ("heldout_perplexity", "other_perplexity")
@@ -74,6 +76,35 @@ def test_a_resumed_run_measures_the_same(folder: Path) -> None:
     assert measured(folder, "resumed") == measured(folder, "loud")
     loud, resumed = (load_file(folder / out / "model.safetensors") for out in ("loud", "resumed"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in loud.items())
+
+
+class Placed:
+    """Stands for a model, and writes down where it is put."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+
+    def to(self, device: Any) -> None:
+        self.places.append(str(device))
+
+
+def test_a_model_is_on_the_device_only_to_be_measured_where_it_is_sharded_from_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measured, "_measure", lambda *args, **kwargs: {})
+    for datasets, sharded, places in (
+        ([], True, []),
+        (["heldout"], False, ["meta"]),
+        (["heldout"], True, ["meta", "cpu"]),
+    ):
+        config = RunConfig(
+            model=ModelConfig(name_or_path="model"), data=DataConfig(train=["text"]),
+            evaluation=EvaluationConfig(datasets=datasets),
+        )  # fmt: skip
+        measured = Measured(config, TrainingArguments(str(tmp_path), use_cpu=True, fsdp=sharded))
+        measured.device = torch.device("meta")
+        model: Any = Placed()
+        assert measured("dense", model, tiny_tokenizer(), None) == {} and model.places == places
 
 
 def test_the_figure_of_the_last_step_is_that_of_the_retrained_model(folder: Path, tmp_path: Path) -> None:

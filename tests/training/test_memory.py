@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.activations import fused_activations
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.training.memory import LiveBytes, Memory, MemoryModel, Setup
 from ast_sparse.training.mends import find_mend
-from tests.models import FAMILIES, tiny_config, tiny_model
+from tests.models import FAMILIES, VOCAB, tiny_config, tiny_model
 from tests.training.test_trainer import trainer
 
 SETUP = Setup(
@@ -90,28 +90,52 @@ def test_settings_move_the_peak_as_they_should() -> None:
     assert several.items["gradient buckets of DDP"] == several.items["weights (float32 masters)"]
     sharded = model(replace(SETUP, world_size=4, sharding="fsdp2"))
     assert sharded.items["moments"] == usual.items["moments"] // 4
-    assert sharded.items["gathered blocks and embeddings"] > 0
 
 
-def test_a_sharded_run_is_measured_whole_at_its_end() -> None:
-    """The student is gathered for that: with little else to hold, it is the peak."""
-    small = replace(SETUP, batch_size=1, block_size=2, world_size=64, sharding="fsdp2")
-    planned = memory_model("llama", DistillationConfig())(small)
-    assert planned.moment == "measurement of the retrained model"
-    assert planned.items["the whole student in float32, its masks"] == 4 * 19_616 + 15_360 + 15_360 // 8
-    assert planned.items["moments"] == 8 * 19_616 // 64
+def test_what_is_sharded_and_what_is_gathered_is_hand_computed() -> None:
+    block = 3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32  # parameters; two blocks
+    outside = VOCAB * 32 + 32  # of a head that is tied
+    masks = 7_680 + 7_680 // 8  # bytes of a block
+    sharded = replace(SETUP, world_size=4, sharding="fsdp2")
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        items = memory_model("llama", DistillationConfig())(replace(sharded, dtype=dtype)).items
+        assert items["weights (float32 masters)"] == 4 * (2 * block + outside) // 4
+        assert items["teacher"] == size * outside + size * 2 * block // 4
+        assert items["gathered blocks and embeddings"] == size * outside + 2 * (size * block + masks)
+        assert items["gradients before they are sharded"] == (4 + size) * block
 
 
-def counted(calls: list[Setup]) -> Any:
-    """A memory of 100 a sequence, a third of it with checkpointing, and 900 that FSDP2 shards."""
+def test_blocks_are_recomputed_by_either_setting(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{}, {"activation_checkpointing": True}]
+    setups = [
+        Setup.of(TrainingArguments(str(tmp_path), use_cpu=True, fsdp=True, fsdp_config=config), 64, 2, "fsdp2")
+        for config in settings
+    ]
+    assert [setup.gradient_checkpointing for setup in setups] == [False, True]
+    usual = TrainingArguments(str(tmp_path), use_cpu=True, gradient_checkpointing=True)
+    assert Setup.of(usual, 64, 1, "none").gradient_checkpointing
 
-    def memory(setup: Setup) -> Memory:
-        calls.append(setup)
-        activations = setup.batch_size * 100 // (3 if setup.gradient_checkpointing else 1)
-        shards = setup.world_size if setup.sharding == "fsdp2" else 1
-        return Memory({"held": 900 // shards, "activations": activations}, "step")
 
-    return memory
+def test_a_sharded_run_that_measures_is_whole_at_its_end() -> None:
+    """The student is gathered for that, beside what every process holds."""
+    sharded = replace(SETUP, world_size=4, sharding="fsdp2")
+    model, moment = memory_model("llama", DistillationConfig()), "measurement of the retrained model"
+    without = model(sharded)
+    measured = model(replace(sharded, measured_by=("evaluation.datasets=[]",)))
+    held = sum(without.items[name] for name in ("weights (float32 masters)", "masks", "moments", "teacher"))
+    assert moment not in without.others
+    assert measured.others[moment] == held + 4 * 19_616 + 15_360 + 15_360 // 8
+
+
+def counted(setup: Setup) -> Memory:
+    """100 a sequence, a third of it with checkpointing, 900 that FSDP2 shards, and 300 for a measurement."""
+    activations = setup.batch_size * 100 // (3 if setup.gradient_checkpointing else 1)
+    shards = setup.world_size if setup.sharding == "fsdp2" else 1
+    whole = 300 if setup.measured_by else 0
+    return Memory({"held": 900 // shards, "activations": activations, "whole": whole}, "step")
+
+
+MEASURES = ("evaluation.datasets=[]", "evaluation.report=false")
 
 
 @pytest.mark.parametrize(
@@ -125,11 +149,15 @@ def counted(calls: list[Setup]) -> Any:
         ),
         (replace(SETUP, batch_size=1, world_size=2, sharding="ddp"), 600, ["training.fsdp=true"]),
         (replace(SETUP, batch_size=1), 400, ["training.fsdp=true", "4 devices"]),
+        (
+            replace(SETUP, batch_size=1, gradient_accumulation_steps=6, measured_by=MEASURES), 600,
+            ["training.gradient_accumulation_steps=3", "training.fsdp=true", *MEASURES, "2 devices"],
+        ),
         (replace(SETUP, batch_size=1), 20, None),
     ],
 )  # fmt: skip
 def test_a_mend_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
-    mend = find_mend(counted([]), setup, limit, can_shard=True, can_halve=False)
+    mend = find_mend(counted, setup, limit, can_shard=True, can_halve=False)
     assert (None if mend is None else mend.settings(setup)) == settings
     assert mend is None or mend.memory.total <= limit
 
