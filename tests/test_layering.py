@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import ast_sparse
+
 PACKAGE = Path(__file__).parents[1] / "ast_sparse"
 # A room may import from itself and from rooms further down.
 ORDER = [
@@ -54,3 +56,7 @@ MATHEMATICS = [path for path in FILES if str(path.relative_to(PACKAGE)).startswi
 def test_the_mathematics_knows_nothing_of_trainer_files_or_commands(path: Path) -> None:
     for name in imports(path):
         assert not name.startswith(("click", "yaml", "datasets", "accelerate", "pathlib", "transformers.Trainer")), name
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert all(getattr(ast_sparse, name) is not None for name in ast_sparse.__all__)

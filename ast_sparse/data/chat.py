@@ -18,20 +18,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.conversations import chat_columns, read_row
 from ast_sparse.data.files import one_line, shown
-from ast_sparse.data.packing import eos_token, list_array, text_key, tokenizer_key
+from ast_sparse.data.packing import LABELLED, eos_token, list_array, text_key, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
 _FORMAT_VERSION = 1  # part of the cache key: raise it when tokens or labels come out differently
 _ROWS_PER_BATCH = 256
-_TOKENISED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "key": Value("uint64")})
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -73,7 +72,7 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
         batched=True,
         batch_size=_ROWS_PER_BATCH,
         remove_columns=columns,
-        features=_TOKENISED,
+        features=LABELLED,
         new_fingerprint=Hasher.hash(parts),
         desc=f"Tokenising {name}",
     )

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -146,11 +146,21 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(name[:_LONGEST_SHOWN] for name in first) or "none"
 
 
+def name_text(names: Collection[str]) -> str:
+    """The mend where rows of these names have no text."""
+    if "messages" in names or {"prompt", "completion"} <= set(names):
+        return (
+            "This is chat data, and here raw text is read: name it in `data.train` without streaming, or in ast-eval "
+            "without --by."
+        )
+    return "Set `text_field`."
+
+
 def _json_text(row: Any, where: str, text_field: str) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object but {shown(row)}. Each line must be one JSON object.")
     if text_field not in row:
-        raise UserError(f"{where}: no field `{text_field}` but {_listed(row)}. Set `text_field`.")
+        raise UserError(f"{where}: no field `{text_field}` but {_listed(row)}. {name_text(row)}")
     text = row[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field `{text_field}` is not a string but {shown(text)}. Leave the line out.")

@@ -30,6 +30,7 @@ DOMAIN = "domain_index"  # column of a row of a mixture: the number of its domai
 _FORMAT_VERSION = 1  # part of every cache key: raise it when tokens or blocks come out differently
 _DOCUMENTS_PER_BATCH = 256
 _TOKENISED = Features({"input_ids": List(Value("int32")), "key": Value("uint64")})
+LABELLED = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "key": Value("uint64")})
 _TOKENS = List(Value("int32"))
 
 
@@ -75,6 +76,23 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
         desc=f"Tokenising {name}",
     )
     return tokenised.with_format(None)
+
+
+def with_labels(tokenised: Dataset) -> Dataset:
+    """Documents as rows of chat data, every token a label; cached."""
+
+    def add(table: pa.Table) -> pa.Table:
+        tokens, keys = table.column("input_ids"), table.column("key")
+        return pa.table({"input_ids": tokens, "labels": tokens, "key": keys})
+
+    labelled = tokenised.with_format("arrow").map(
+        add,
+        batched=True,
+        features=LABELLED,
+        new_fingerprint=Hasher.hash((_FORMAT_VERSION, "labels", tokenised._fingerprint)),
+        desc="Labels",
+    )
+    return labelled.with_format(None)
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -250,13 +268,13 @@ class CausalLMCollator:
                 "data.packing='documents' needs blocks of one length without padding, and these rows differ in length "
                 "or bring an attention_mask. Pass packed blocks, or raw text, or take data.packing='joined'."
             )
-        if all(feature.get("position_ids") is not None for feature in features):
-            positions = torch.stack([_long(feature["position_ids"]) for feature in features])
-        else:
-            place = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-            ends = torch.eq(batch["input_ids"][:, :-1], document_end)
-            begins = F.pad(ends, (1, 0), value=True)
-            positions = place - torch.where(begins, place, 0).cummax(dim=1).values
+        place = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        ends = torch.eq(batch["input_ids"][:, :-1], document_end)
+        begins = F.pad(ends, (1, 0), value=True)
+        positions = place - torch.where(begins, place, 0).cummax(dim=1).values
+        for row, feature in enumerate(features):
+            if feature.get("position_ids") is not None:
+                positions[row] = _long(feature["position_ids"])
         labels = batch["labels"].masked_fill(positions == 0, IGNORE_INDEX)
         return {**batch, "labels": labels, "position_ids": positions}
 

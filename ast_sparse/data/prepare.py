@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
@@ -108,6 +108,7 @@ def prepare_shards(
     done = _read_progress(folder, manifest)
     for shard in done.values():
         finished(shard, False)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f".*{TEMPORARY}"):
@@ -122,7 +123,11 @@ def prepare_shards(
         _write_json(folder / MANIFEST, manifest.to_dict())
         (folder / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
+        _remove_empty(made)
         raise _write_error(folder, error) from error
+    except BaseException:
+        _remove_empty(made)
+        raise
     return manifest
 
 
@@ -281,6 +286,13 @@ def _tokenised(
 def _first(pending: deque[tuple[str, Future[Batch]]]) -> tuple[str, Batch]:
     name, future = pending.popleft()
     return name, future.result()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Folders that were made for shards that did not come."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from datasets.fingerprint import Hasher
 
 from ast_sparse.data.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations, read_row
 from ast_sparse.data.entries import Entry, file_stamps, text_files
-from ast_sparse.data.files import file_documents, json_rows, one_line, shown
+from ast_sparse.data.files import file_documents, json_rows, name_text, one_line, shown
 from ast_sparse.errors import UserError
 
 _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are read differently
@@ -221,7 +221,7 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
 
 
 def _no_column(name: str, text_field: str, columns: Sequence[str]) -> str:
-    return f"{name} has no column `{text_field}` but {', '.join(columns)}. Set `text_field`."
+    return f"{name} has no column `{text_field}` but {', '.join(columns)}. {name_text(columns)}"
 
 
 def _load_files(files: list[Path], kind: str, text_field: str) -> Dataset:

@@ -24,6 +24,7 @@ from ast_sparse.data.packing import (
     token_counts,
     tokenise_documents,
     tokenizer_key,
+    with_labels,
 )
 from ast_sparse.data.shards import ShardFolder
 from ast_sparse.data.sources import Source, load_documents
@@ -159,7 +160,7 @@ class _Text:
         self.fields = [field for field, part in sources.items() for _ in part]
         every = [source for part in sources.values() for source in part]
         self.names = [source.name for source in every]
-        self.tokenised = _tokenise_all(every, self.fields[0], tokenizer)
+        self.tokenised = _tokenise_all(every, tokenizer)
         self.lengths = [token_counts(part) for part in self.tokenised]
         self.empty = sum(int((length == 0).sum()) for length in self.lengths)
         keys = [document_keys(part) for part in self.tokenised]
@@ -269,19 +270,17 @@ def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_fiel
     return packed
 
 
-def _tokenise_all(sources: Sequence[Source], field: str, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
-    kinds = {source.is_chat: source.name for source in sources}
-    if len(kinds) > 1:
-        raise UserError(
-            f"`{field}`: {kinds[True]} is chat data and {kinds[False]} is raw text. Train on one kind of them: write "
-            "the text as `prompt` and `completion`, the prompt empty."
-        )
-    return [
+def _tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+    """Of raw text beside chat data every token is a label."""
+    tokenised = [
         tokenise_conversations(source.documents, tokenizer, source.name)
         if source.is_chat
         else tokenise_documents(source.documents, tokenizer, source.text_field, source.name)
         for source in sources
     ]
+    if not any(source.is_chat for source in sources):
+        return tokenised
+    return [part if source.is_chat else with_labels(part) for part, source in zip(tokenised, sources, strict=True)]
 
 
 def calibration_blocks(
@@ -298,7 +297,7 @@ def calibration_blocks(
         UserError: a source cannot be read, or there is less text than one block.
     """
     sources = load_documents(entries, root, text_field, field=field)
-    tokenised = _tokenise_all(sources, field, tokenizer)
+    tokenised = _tokenise_all(sources, tokenizer)
     ends = np.concatenate([token_counts(part) for part in tokenised])
     if ends.sum() < block_size:
         raise UserError(
@@ -331,4 +330,5 @@ def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) ->
             "Raise `data.eval_share`, lower `data.block_size`, or name `data.eval`."
         )
     after = " after the held-out share" if split == "train" and config.eval_share and not config.entries("eval") else ""
-    return f"The text of {shown} {need}{after}. Give more text in `data.{split}` or lower `data.block_size`."
+    where = "" if config.domains else f" in `data.{split}`"
+    return f"The text of {shown} {need}{after}. Give more text{where} or lower `data.block_size`."

@@ -233,7 +233,10 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.train=number.jsonl", r"number\.jsonl, line 1: field `text` is not a string"),
     ("data.train=fake.parquet", r"fake\.parquet is not a parquet file.*Copy or write it again"),
     ("data.train=chat.jsonl", r"chat\.jsonl is chat data \(messages\), and the tokenizer of .* has no chat template"),
-    ("data.train=[text.txt, chat.jsonl]", r"`data\.train`: chat\.jsonl is chat data and text\.txt is raw text"),
+    (
+        ["data.streaming=true", "data.eval=text.txt", "data.train=chat.jsonl"],
+        r"chat\.jsonl, line 1: no field `text` but messages\. This is chat data, and here raw text is read",
+    ),
     ("data.train=cut-chat.jsonl", r"cut-chat\.jsonl, line 2: no `completion`, which the first line has"),
     ("data.eval=none.txt", r"`data\.eval`: file none\.txt does not exist"),
     ("data.eval=[]", r"data\.eval=\(\) names no source"),

@@ -17,7 +17,7 @@ from ast_sparse.data.text import build_datasets, pack_dataset
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.evaluation.perplexity import evaluate_blocks
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import generated_text, tiny_model, tiny_tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<' + message['role'] + '>\n' }}"
@@ -147,6 +147,32 @@ def test_held_out_prompts_alone_measure_nothing() -> None:
     with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they hold prompts alone"):
         rows = [{"messages": conversation("two of four weights while", "late")}]
         measure_text(tiny_model(), tokenizer(), rows, 4, 1, is_chat=True, progress=False)
+
+
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_of_raw_text_beside_chat_data_every_token_counts(tmp_path: Path, is_mixture: bool) -> None:
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in ROWS))
+    texts = [generated_text(4, seed=seed) for seed in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    names = ("chat.jsonl", "a.jsonl")
+    sources: dict[str, Any] = (
+        {"domains": {name[0]: {"train": name} for name in names}} if is_mixture else {"train": names}
+    )
+    config = DataConfig(root=str(tmp_path), eval_share=0.0, block_size=8, **sources)
+    blocks, _, _ = build_datasets(config, tokenizer())
+    rows = [token for row in made(Dataset.from_dict({"messages": ROWS})) for token in zip(*columns(row), strict=True)]
+    raw = [(token, token) for text in texts for token in [*tiny_tokenizer()(text)["input_ids"], 0]]
+    if is_mixture:
+        rows, raw = rows[: len(rows) // 8 * 8], raw[: len(raw) // 8 * 8]
+    expected = [*rows, *raw]
+    found = [pair for block in blocks for pair in zip(*columns(block), strict=True)]
+    assert len(found) > len(rows) + 8 and found == expected[: len(found)]
+    positions = [place for block in blocks for place in block["position_ids"]]
+    assert positions.count(0) >= len(ROWS) + len(texts)
+
+
+def columns(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return row["input_ids"], row["labels"]
 
 
 def test_a_slow_tokenizer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

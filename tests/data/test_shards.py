@@ -343,6 +343,12 @@ REFUSED: list[tuple[list[str], str]] = [
     (["out", "{path: no/such}"], r"Cannot load data set no/such"),
     (["out", "{path: [}"], r"SOURCE .* is no valid YAML"),
     (["out", "a.jsonl", "--text-field", "body"], r"no field `body` but text"),
+    (["out", "chat.jsonl"], r"line 1: no field `text` but messages\. This is chat data, and here raw text is read"),
+    (
+        ["out", "a.jsonl", "--shard-size", "1e-6"],
+        r"a\.jsonl, line 1: a document of 3 characters is longer than a shard",
+    ),
+    (["out", "--domain", "cc=blank.jsonl"], r"blank\.jsonl holds no text"),
     (["file", "a.jsonl"], r"file is a file\. Name a folder"),
     (["full", "a.jsonl"], r"full holds other files already"),
     (["out", "a.jsonl", "--workers", "0"], r"Invalid value for '--workers'"),
@@ -360,13 +366,14 @@ def test_wrong_input_of_prepare_is_one_line_and_leaves_no_manifest(
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "two"}))
     (tmp_path / "bad.jsonl").write_bytes(lines({"text": "two"}) + b'{"text": "\xff"}\n')
     (tmp_path / "blank.jsonl").write_bytes(lines({"text": " "}))
+    (tmp_path / "chat.jsonl").write_bytes(lines({"messages": []}))
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("x")
     result = CliRunner().invoke(main, ["prepare", "--workers", "1", "--tokenizer", "model", *arguments])
     assert result.exit_code == 2 and result.stderr.startswith("Error: "), result.output
     assert result.stderr.count("\n") == 1 and re.search(message, result.stderr), result.stderr
-    assert not list(tmp_path.rglob(MANIFEST)) and not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob(MANIFEST)) + list(tmp_path.rglob("*.tmp"))
 
 
 def test_info_shows_counts_and_tokenizer(whole: Path) -> None:

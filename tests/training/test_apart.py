@@ -43,6 +43,13 @@ def test_positions_and_labels_begin_anew_with_each_document() -> None:
     assert "attention_mask" not in made
 
 
+def test_a_row_that_brings_positions_keeps_them_beside_one_that_does_not() -> None:
+    given = {"input_ids": ROWS_OF_TOKENS[1], "position_ids": [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2]}
+    made = CausalLMCollator(document_end=EOS)([{"input_ids": ROWS_OF_TOKENS[0]}, given])
+    assert made["position_ids"].tolist() == [batch()["position_ids"][0].tolist(), given["position_ids"]]
+    assert [place for place, label in enumerate(made["labels"][1].tolist()) if label == -100] == [0, 3, 9]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
 def test_logits_of_a_packed_block_are_those_of_each_document_alone(family: str, attention: str) -> None:
