@@ -1,12 +1,17 @@
 """ast-train: retrain a dense causal LM to N:M sparsity."""
 
 import dataclasses
+import os
+import time
 
 import click
 
-from ast_sparse.cli.command import Command
+from ast_sparse.cli.command import USER_ERROR_EXIT, Command
 from ast_sparse.config import SECTIONS
+from ast_sparse.errors import SharedError
 from ast_sparse.training.signals import PREEMPTED_EXIT, Preempted, preemption_signals
+
+_SAID_S = 1.0  # until the first process has said what ended all of them: a launcher ends the others when one exits
 
 
 def _fields() -> str:
@@ -97,6 +102,11 @@ def main(
             if str(stop):
                 click.echo(f"\n{stop}", err=True)  # not behind a progress bar
             raise SystemExit(PREEMPTED_EXIT) from None
+        except SharedError:
+            if os.environ.get("RANK", "0") == "0":
+                raise
+            time.sleep(_SAID_S)
+            raise SystemExit(USER_ERROR_EXIT) from None
 
 
 if __name__ == "__main__":

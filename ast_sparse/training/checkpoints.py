@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.errors import UserError
+from ast_sparse.errors import SharedError, UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
 from ast_sparse.export.sharded import is_sharded_checkpoint, shard_faults
@@ -245,7 +245,7 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
         folder: what is written; default: the run.
 
     Raises:
-        UserError: naming the last good checkpoint.
+        UserError: naming the last good checkpoint; of a sharded save, a SharedError.
     """
     try:
         yield
@@ -260,4 +260,5 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
             reason = "a file could not be written whole"  # torch says where in its own code
         last = last_checkpoint(run)
         good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
-        raise UserError(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error
+        made = SharedError if isinstance(error, CheckpointException) else UserError
+        raise made(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error

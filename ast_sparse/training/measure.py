@@ -30,6 +30,7 @@ from ast_sparse.evaluation.perplexity import (
 )
 from ast_sparse.evaluation.report import format_table
 from ast_sparse.evaluation.samples import continue_prompts
+from ast_sparse.sparsity.shards import reshard
 from ast_sparse.training.distributed import sharding_plugin
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
@@ -122,6 +123,7 @@ class Measured:
     ) -> dict[str, float]:
         """The perplexities alone, by the names they are logged under; no bar beside that of the training."""
         results = self._measure("training", model, tokenizer, held_out, show=False)
+        reshard(model)
         return {logged_key(name): result.perplexity for name, result in results.items()}
 
     def _measure(

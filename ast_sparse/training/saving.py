@@ -58,6 +58,12 @@ class CheckpointTrainer(Trainer):
             use_plugin(self.accelerator, plugin)
             self.is_fsdp_enabled = True
 
+    def shard_student(self) -> None:
+        """Shard the student now, where it is going to be: accelerate does so together with the optimizer only."""
+        if self.is_fsdp_enabled and not is_sharded(self.student):
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+            self.model_wrapped = self.model
+
     # ---- save ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -41,6 +41,7 @@ from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
+from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.training.apart import check_apart, make_collator
 from ast_sparse.training.arguments import check_arguments
@@ -288,6 +289,7 @@ class SparseTrainer(CheckpointTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in Trainer; the loss is the mean over all tokens, each counted once."""
+        self.shard_student()
         self._held_out_loss = HeldOutLoss(dataloader, self.args)
         try:
             output = super().evaluation_loop(
@@ -296,6 +298,7 @@ class SparseTrainer(CheckpointTrainer):
             loss = self._held_out_loss.mean()
         finally:
             self._held_out_loss = None
+            reshard(self.student)
         if output.metrics is not None and loss is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse.cli.train import main
+from ast_sparse.errors import SharedError
 from ast_sparse.training.checkpoints import faults
 from ast_sparse.training.trainer import SparseTrainer
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_tokenizer
@@ -619,6 +620,21 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     whole, again = (load_file(folder / "model.safetensors") for folder in (root / "finished", tmp_path / "run"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "Error: no room\n"), ("1", "")])
+def test_an_error_that_all_processes_get_is_said_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, said: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SharedError("no room")
+
+    monkeypatch.setattr("ast_sparse.training.run.run_training", full)
+    monkeypatch.setattr("ast_sparse.cli.train._SAID_S", 0)
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
+    result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])
+    assert (result.exit_code, result.stderr) == (2, said)
 
 
 @pytest.mark.parametrize(

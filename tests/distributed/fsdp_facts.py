@@ -6,6 +6,7 @@ Every run has its twin of one process, made by the same functions.
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,29 +15,39 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
-from ast_sparse.errors import UserError
+from ast_sparse.errors import SharedError
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import sparse_layers
-from tests.models import tiny_model
+from ast_sparse.training.preemption import PreemptionCallback
+from ast_sparse.training.signals import Preempted, preemption_signals
+from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be shared out evenly
 BATCH = 6
 
 
-def data(rows: int = 48) -> Dataset:
-    ids = torch.randint(0, 128, (rows, 16), generator=torch.Generator().manual_seed(3)).tolist()
+def data(rows: int = 48, seed: int = 3) -> Dataset:
+    ids = torch.randint(0, 128, (rows, 16), generator=torch.Generator().manual_seed(seed)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
+def few_rows() -> Any:
+    """A model whose k_proj and v_proj have two rows: the third rank has nothing of them."""
+    config = tiny_config("llama")
+    config.num_key_value_heads, config.head_dim = 1, 2
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def make(
-    out: Path, sparsity: SparsityConfig, world: int, *, family: str = "llama", kind: str = "kl", slorb: Any = None,
+    out: Path, sparsity: SparsityConfig, world: int, *, model: Any = None, kind: str = "kl", slorb: Any = None,
     **args: Any,
 ) -> Any:  # fmt: skip
     """A trainer of a tiny model in float64, its batch shared out over the ranks."""
-    model = tiny_model(family).double()
+    model = (model or tiny_model("llama")).double()
     accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
         max_steps=6, per_device_train_batch_size=batch // world // accumulate, gradient_accumulation_steps=accumulate,
@@ -50,6 +61,7 @@ def make(
         distillation_config=DistillationConfig(kind=kind),
         slorb_config=slorb,
         train_dataset=data(),
+        eval_dataset=data(7, seed=5),
     )
 
 
@@ -58,14 +70,20 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
         out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16),
         gradient_accumulation_steps=BATCH // RANKS,
     ),
-    "head not tied": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, family="mistral"),
+    "head not tied": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, model=tiny_model("mistral")),
+    "fewer rows than ranks": lambda out, world: make(
+        out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world, model=few_rows(), slorb=SLoRBConfig(k=8)
+    ),
     "tinybert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="tinybert"),
     "mobilebert": lambda out, world: make(out, SparsityConfig(mask_interval=0), world, kind="mobilebert"),
     "recomputed": lambda out, world: make(
         out, SparsityConfig(mask_interval=0), world,
         **({"fsdp_config": {"activation_checkpointing": True}} if world > 1 else {}),
     ),
-    "moving": lambda out, world: make(out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world),
+    "moving": lambda out, world: make(  # whose blocks an evaluation, the last one too, leaves whole
+        out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world, eval_strategy="steps", eval_steps=3,
+        **({"fsdp_config": {"reshard_after_forward": False}} if world > 1 else {}),
+    ),
     "wanda": lambda out, world: make(out, SparsityConfig(mask_interval=3, criterion="wanda"), world),
     "unstructured": lambda out, world: make(out, SparsityConfig(mask_interval=3, pattern="unstructured"), world),
     "gmp": lambda out, world: make(out, SparsityConfig(schedule="gmp", mask_interval=2), world),
@@ -157,11 +175,54 @@ def refused_for_space(out: Path) -> list[Any]:
     run.add_callback(Full())
     try:
         run.train()
-    except UserError as error:
+    except SharedError as error:
         return [str(error), sorted(path.name for path in out.glob("checkpoint-*"))]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return ["no error", []]
+
+
+BEST = dict(
+    save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, load_best_model_at_end=True
+)  # fmt: skip
+
+
+def best(run: Any) -> dict[str, Any]:
+    """The figures of a run that ends with its best checkpoint, and the held-out loss before and after it."""
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    return {
+        "best": [Path(run.state.best_model_checkpoint).name, run.state.best_metric],
+        "before and after": [before, run.evaluate()["eval_loss"]],
+        **found(run),
+    }
+
+
+class Asked(TrainerCallback):
+    """A scheduler's signal to one rank in the middle of a step."""
+
+    def __init__(self, rank: int, step: int, number: signal.Signals) -> None:
+        self.rank, self.step, self.number = rank, step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (args.process_index, state.global_step) == (self.rank, self.step):
+            os.kill(os.getpid(), self.number)
+
+
+def preempted(out: Path) -> list[Any]:
+    """What is said at the end of each part of a run that is asked to leave twice, and then the losses of all of it."""
+    said: list[Any] = []
+    for asked in (Asked(1, 2, signal.SIGUSR1), Asked(0, 3, signal.SIGTERM), None):
+        run = make(out, SparsityConfig(mask_interval=2), RANKS)
+        with preemption_signals() as signals:
+            for callback in (asked, PreemptionCallback(signals)):
+                if callback is not None:
+                    run.add_callback(callback)
+            try:
+                run.train(resume_from_checkpoint=bool(said))
+            except Preempted as end:
+                said.append(str(end))
+    return [*said, found(run)["losses"]]
 
 
 def main(out: Path) -> None:
@@ -188,6 +249,11 @@ def main(out: Path) -> None:
     resumed = make(out / "again", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5))
     resumed.train(resume_from_checkpoint=str(out / "saved" / "checkpoint-2"))
     facts["resumed"] = found(resumed)
+    facts["best"] = best(make(out / "best", fixed, RANKS, **BEST))
+    facts["preempted"] = preempted(out / "preempted")
+    undisturbed = make(out / "undisturbed", SparsityConfig(mask_interval=2), RANKS)
+    undisturbed.train()
+    facts["undisturbed"] = found(undisturbed)
     facts["no space"] = refused_for_space(out / "full")
     facts["bf16"] = kinds(half(out / "bf16", RANKS))
     gathered: list[Any] = [None] * RANKS

@@ -22,7 +22,7 @@ from ast_sparse.evaluation.perplexity import evaluate_blocks
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.training.checkpoints import faults, last_checkpoint
-from tests.distributed.fsdp_facts import RANKS, RUNS, data, found, half, make
+from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,6 +164,30 @@ def test_of_a_damaged_sharded_checkpoint_nothing_is_run_and_the_one_before_is_ta
     with pytest.raises(UserError, match="is no complete checkpoint"):
         load_causal_lm(tmp_path / "checkpoint-6")
     assert not (tmp_path / "evil").exists()
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_a_model_is_evaluated_before_it_trains(
+    facts: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    expected = best(make(tmp_path, SparsityConfig(mask_interval=0), 1, **BEST))
+    assert expected["best"][0] == "checkpoint-4" and expected["before and after"][1] == expected["best"][1]
+    for rank in facts:
+        assert rank["best"]["best"] == ["checkpoint-4", pytest.approx(expected["best"][1], abs=1e-5)]
+        for key in ("losses", "before and after"):
+            assert rank["best"][key] == pytest.approx(expected[key], abs=1e-5)
+
+
+def test_a_signal_to_one_rank_saves_all_shards_and_the_run_goes_on_as_if_undisturbed(
+    out: Path, facts: list[dict[str, Any]]
+) -> None:
+    first, last = (str(out / "preempted" / f"checkpoint-{step}") for step in (3, 4))
+    assert facts[0]["preempted"][:2] == [
+        f"A signal to another rank: saved {first}; --resume continues from there.",
+        f"SIGTERM: saved {last}; --resume continues from there.",
+    ]
+    for rank in facts:
+        assert rank["preempted"][2] == pytest.approx(rank["undisturbed"]["losses"], abs=1e-12)
+    assert all(rank["preempted"][:2] == ["", ""] for rank in facts[1:])
 
 
 def test_a_save_without_space_ends_in_one_line_and_leaves_the_last_good_checkpoint(
