@@ -1,5 +1,6 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
@@ -49,6 +51,7 @@ from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.ranks import wait_for_all
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
+from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +102,7 @@ def run_training(
     check_evaluations(config.data.mixture, args)
     _check_streaming(config, args)
     _check_held_out(config, args)
+    _check_best(config, args)
     hardware = hardware or Hardware()
     plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
     if checkpoint is not None:
@@ -264,6 +268,28 @@ def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
                 f"training.{key}={shown} needs held-out text, and data.eval_share is 0. Set data.eval or "
                 f"data.eval_share, or remove {key}."
             )
+
+
+def _check_best(config: RunConfig, args: TrainingArguments) -> None:
+    """The best checkpoint is not chosen by a test set, or by text whose perplexity is reported."""
+    if args.load_best_model_at_end:
+        by = "training.load_best_model_at_end=True"
+    elif args.save_strategy == SaveStrategy.BEST:
+        by = "training.save_strategy='best'"
+    else:
+        return
+    for where, entries in config.data.entries("eval").items():
+        for entry in entries:
+            if isinstance(entry, dict) and "test" in re.split(r"\W+", str(entry.get("split"))):
+                raise UserError(
+                    f"{where}: {shown(entry)} is a test set, and {by} would choose a checkpoint by it. Name another "
+                    "split, or remove it: a share of the training text is held out then."
+                )
+            if entry in config.evaluation.datasets:
+                raise UserError(
+                    f"{where}: {shown(entry)} is in evaluation.datasets too, and {by} would choose the checkpoint that "
+                    "is reported by it. Name other text in one of them."
+                )
 
 
 def _check_streaming(config: RunConfig, args: TrainingArguments) -> None:

@@ -149,6 +149,7 @@ def is_bar(line: str) -> bool:
 
 
 # a mixture that succeeds, and what doremi and bandit need as well
+BEST = ("training.eval_strategy=steps", "training.eval_steps=1")
 DOMAINS = [
     "data.train=null", "data.domains.cc={{train: text.txt, share: 0.6}}",
     "data.domains.wiki={{train: other.txt, share: 0.4}}",
@@ -392,6 +393,23 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.save_strategy=best", r"training\.save_strategy='best' needs.*metric_for_best_model"),
     ("training.eval_strategy=never", r"training\.eval_strategy='never' is text, expected 'no' or 'steps' or 'epoch'"),
     ("training.load_best_model_at_end=true", r"training\.load_best_model_at_end=True: .*eval strategy"),
+    (
+        [*BEST, "training.load_best_model_at_end=true", "data.eval={{path: wikitext, split: test}}"],
+        r"data\.eval: .*'test'.* is a test set, and training\.load_best_model_at_end=True would choose .*Name another",
+    ),
+    (
+        [
+            *BEST,
+            "training.save_strategy=best",
+            "training.metric_for_best_model=loss",
+            "data.eval={{path: wikitext, split: 'test[:10%]'}}",
+        ],
+        r"data\.eval: .*is a test set, and training\.save_strategy='best' would choose a checkpoint by it",
+    ),
+    (
+        [*BEST, "training.load_best_model_at_end=true", "data.eval=other.txt"],
+        r"data\.eval: 'other\.txt' is in evaluation\.datasets too, and training\.load_best_model_at_end=True",
+    ),
     ("training.metric_for_best_model=accuracy", r"training\.metric_for_best_model='accuracy' is unknown"),
     ("training.report_to=wandbx", r"training\.report_to='wandbx' is no tracker\. Did you mean 'wandb'"),
     ("training.report_to=swanlab", r"training\.report_to='swanlab' is not installed"),
