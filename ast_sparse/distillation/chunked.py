@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, loss_rows_
+from ast_sparse.kernels.products import add_product, product
 
 _CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at a time
 _MIN_CHUNK, _MAX_CHUNK = 64, 1024  # tokens; a smaller chunk reads the heads too often
@@ -109,6 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if by_position is not None:
                     by_position[part] = losses.to(by_position.dtype)
                 grads.add(part, logits, inputs)
+                del logits, reference  # before those of the next chunk are made
         ctx.save_for_backward(grads.by_hidden, grads.by_weight, grads.by_bias)
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         return total
@@ -145,7 +147,7 @@ class _Product:
 
     def products(self, inputs: Tensor) -> Tensor:
         """`[rows, vocab]`, the logits before the soft cap; valid until the next call."""
-        products = torch.mm(inputs, self.weight.t(), out=self.buffer[: len(inputs)])
+        products = product(inputs, self.weight.t(), out=self.buffer[: len(inputs)])
         return products if self.bias is None else products.add_(self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -178,11 +180,8 @@ class _Gradients:
         """
         scale = self.product.head.scale
         if self.by_hidden is not None:
-            self.by_hidden[rows] = torch.mm(grad, self.product.weight).to(self.dtype).mul_(scale)
+            self.by_hidden[rows] = product(grad, self.product.weight).to(self.dtype).mul_(scale)
         if self.by_weight is not None:
-            if grad.dtype == self.dtype:
-                self.by_weight.addmm_(grad.t(), inputs)
-            else:
-                self.by_weight.add_(torch.mm(grad.t(), inputs))
+            add_product(self.by_weight, grad.t(), inputs)
         if self.by_bias is not None:
             self.by_bias.add_(grad.sum(0, dtype=self.dtype), alpha=scale)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ast_sparse.kernels.products import linear
+
 _PROBE_LIMIT = 50.0  # logits are probed up to here, far into the cap of those models that have one
 _PROBE_SMALL = 1e-6  # where tanh is its argument, to rounding
 
@@ -29,7 +31,7 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the hidden states `[..., hidden]` that the head is fed with."""
-        logits = self.linear(hidden)
+        logits = linear(hidden, self.linear.weight, self.linear.bias)
         logits = logits if self.scale == 1 else logits.mul_(self.scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 

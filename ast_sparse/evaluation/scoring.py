@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ast_sparse.distillation.head import OutputHead, UnknownHeadError, find_output_head, hidden_states
 from ast_sparse.distillation.logits import Terms, loss_rows_
-from ast_sparse.kernels.activations import fused_activations
+from ast_sparse.kernels.forward import fast_forward
 
 _POSITIONS_PER_CHUNK = 256  # logits of this many positions exist at a time
 _CROSS_ENTROPY = Terms.of(None)
@@ -64,7 +64,7 @@ def score(
     with (
         eval_mode(model),
         eval_mode(teacher) if teacher is not None else nullcontext(),
-        fused_activations(model, teacher),
+        fast_forward(model, teacher),
         tqdm(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
     ):
         for tokens, scored in bar:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.masks import magnitude_mask
-from ast_sparse.kernels.products import masked
+from ast_sparse.kernels.products import linear, masked
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.shards import local
 from ast_sparse.sparsity.slorb import SLoRB
@@ -88,7 +88,7 @@ class SparseLinear(SparseLayer, nn.Linear):
     group_dim = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        output = F.linear(input, self.masked_weight(), self.bias)
+        output = linear(input, self.masked_weight(), self.bias)
         return output if self.slorb is None else output + self.slorb(input)
 
 
@@ -98,8 +98,7 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]  # Parameter ther
     group_dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        output = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.masked_weight())
-        output = output.view(*x.shape[:-1], self.nf)
+        output = linear(x, self.masked_weight(), self.bias, by_input=True)
         return output if self.slorb is None else output + self.slorb(x)
 
 

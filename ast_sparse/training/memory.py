@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.features import needs_attention
 from ast_sparse.distillation.head import OutputHead
-from ast_sparse.kernels.activations import fused_activations
+from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 from ast_sparse.training.distributed import sharding_plugin
 from ast_sparse.training.losses import MicroBatchLoss
@@ -253,7 +253,7 @@ class MemoryModel:
             live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
         self.student.train(train)
         with self._mode, _checkpointing(self.student, setup.gradient_checkpointing and train), \
-             fused_activations(*((self.student, teacher) if train else ())), \
+             fast_forward(*((self.student, teacher) if train else ())), \
              _counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
             ids = torch.zeros((batch_size, setup.block_size), dtype=torch.long)
             loss = self._loss(teacher, {"input_ids": ids}, ids.clone(), setup)

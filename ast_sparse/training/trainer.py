@@ -36,8 +36,8 @@ from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
-from ast_sparse.kernels.activations import fused_activations
 from ast_sparse.kernels.choice import Kernels, choose_kernels
+from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
@@ -315,7 +315,7 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        fused = nullcontext() if self.args.torch_compile else fused_activations(self.student, self.teacher)
+        fused = nullcontext() if self.args.torch_compile else fast_forward(self.student, self.teacher)
         with fused:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)

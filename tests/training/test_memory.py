@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.kernels.activations import fused_activations
+from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.training.memory import LiveBytes, Memory, MemoryModel, Setup
 from ast_sparse.training.mends import find_mend
@@ -67,7 +67,7 @@ def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, family: str, 
     ids = torch.randint(0, 100, (4, 64))
     live = LiveBytes()
     live.ignore([tensor for model in (run.model, run.teacher) for tensor in (*model.parameters(), *model.buffers())])
-    with live, fused_activations(run.model, run.teacher):  # as `training_step` does
+    with live, fast_forward(run.model, run.teacher):  # as `training_step` does
         run.compute_loss(run.model, {"input_ids": ids, "labels": ids}).backward()
     planned = memory_model(family, DistillationConfig(), SLoRBConfig(k=16))(
         replace(SETUP, gradient_checkpointing=checkpointing)
