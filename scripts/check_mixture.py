@@ -34,7 +34,19 @@ SMALL = {
 def main(model: str, data: str, out: Path) -> None:
     out.mkdir(parents=True)
     domains = [part for name in DOMAINS for part in ("--domain", f"{name}={name}.jsonl")]
-    run("data", "prepare", out / "shards", "--tokenizer", model, "--root", data, "--shard-size", 1, *domains)
+    run(
+        "data",
+        "prepare",
+        out / "shards",
+        "--tokenizer",
+        model,
+        "--root",
+        data,
+        "--shard-size",
+        1,
+        "--keep-long",
+        *domains,
+    )
     (out / "run.yaml").write_text(yaml.safe_dump(settings(model, out)))
     run("train", "--config", out / "run.yaml", "--output-dir", out / "whole")
     kill_after(out, KILLED_AT)

@@ -68,8 +68,8 @@ def _losses(runs: Mapping[str, Run]) -> Picture | None:
     return Picture(
         name="losses",
         title="Loss and perplexity over the steps",
-        caption="Losses are what training minimises and the cross-entropy of held-out text; perplexities are those of "
-        "evaluation.steps. Dashed: the dense model.",
+        caption="Losses are what training minimises and the cross-entropy of held-out text"
+        + ("; perplexities are those of evaluation.steps. Dashed: the dense model." if tested else "."),
         figure=figure,
     )
 

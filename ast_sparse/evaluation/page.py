@@ -202,13 +202,12 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> str:
     """A table; the first `words` columns are text, the others numbers to the right."""
-    head = "".join(f'<th scope="col">{escape(header)}</th>' for header in headers)
+    kinds = ["" if column < words else ' class="number"' for column in range(len(headers))]
+    head = "".join(f'<th scope="col"{kind}>{escape(header)}</th>' for header, kind in zip(headers, kinds, strict=True))
     lines = []
     for first, *others in rows:
         cells = [f'<th scope="row">{escape(shown(first))}</th>']
-        for column, cell in enumerate(others, start=1):
-            kind = "" if column < words else ' class="number"'
-            cells.append(f"<td{kind}>{escape(shown(cell))}</td>")
+        cells += [f"<td{kind}>{escape(shown(cell))}</td>" for cell, kind in zip(others, kinds[1:], strict=True)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(lines)
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
@@ -276,7 +275,9 @@ def _settings_table(runs: Mapping[str, Run]) -> str:
     ]
     lines.append(["optimizer steps", *(max((row["step"] for row in run.log), default=0) for run in runs.values())])
     speeds = [[value for _, value in run.logged("tokens_per_second")] for run in runs.values()]
-    lines.append(["tokens per second, median", *(sorted(each)[len(each) // 2] if each else None for each in speeds)])
+    lines.append(
+        ["tokens per second, median", *(round(sorted(each)[len(each) // 2]) if each else None for each in speeds)]
+    )
     lines = [line for line in lines if any(cell is not None for cell in line[1:])]
     return _table(["setting", *runs], lines, words=1)
 
@@ -331,7 +332,8 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ccc; }
 thead th { border-bottom: 2px solid #111; max-width: 11rem; vertical-align: bottom; }
 tbody th { font-weight: 600; overflow-wrap: break-word; max-width: 18rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 .note, figcaption { font-size: .85rem; color: #333; max-width: 46rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; display: block; margin-bottom: .5rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: .8rem; }
