@@ -11,10 +11,13 @@ from torch import Tensor
 
 _GROUP = 4
 _KEPT = 2
-_ROWS = 64  # a block whose temporaries stay in the cache
+_BLOCK = 1 << 19  # entries of a block whose temporaries stay in the cache
+_CHECKED = 1 << 16  # words of metadata, the same
 # By occupancy (bit b: position b is kept) the nibble; only six of sixteen occupancies keep two.
 _NIBBLE_OF = {0b0011: 4, 0b0101: 8, 0b0110: 9, 0b1001: 12, 0b1010: 13, 0b1100: 14}
-_NIBBLES = sum(nibble << 4 * occupancy for occupancy, nibble in _NIBBLE_OF.items())  # the same table in an integer
+# The same as tables of two bits in an int32, of idx0 and of idx1 - 1; what is no nibble gets idx0 = 3, idx1 = 1
+_FIRST = sum((_NIBBLE_OF.get(occupancy, 3) & 3) << 2 * occupancy for occupancy in range(16)) - (1 << 32)
+_SECOND = sum((_NIBBLE_OF.get(occupancy, 4) // 4 - 1) << 2 * occupancy for occupancy in range(16))
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,12 +76,15 @@ def unpack24(values: Tensor, meta: Tensor) -> Tensor:
 
 def check_meta(meta: Tensor) -> bool:
     """Whether every nibble of the metadata (uint8) names two different positions in order."""
-    valid = torch.zeros(16, dtype=torch.bool, device=meta.device)
-    valid[list(_NIBBLE_OF.values())] = True
-    return all(
-        bool((valid[(block & 15).int()] & valid[(block >> 4).int()]).all())
-        for block in (meta[rows] for rows in _row_blocks(meta))
-    )
+    flat = _whole(meta, 8).view(-1)
+    ends = len(flat) - len(flat) % 8
+    # eight bytes at a time: 4 + idx1 - idx0 - 1 never borrows from its neighbours, and has the 4 where idx0 < idx1
+    for part, scale in ((flat[:ends].view(torch.int64), 0x0101010101010101), (flat[ends:].int(), 1)):
+        for words in part.split(_CHECKED):
+            order = ((words >> 2) & 0x33 * scale) + 0x44 * scale - (words & 0x33 * scale) - 0x11 * scale
+            if not bool((order.bitwise_and_(0x44 * scale) == 0x44 * scale).all()):
+                return False
+    return True
 
 
 def coded_bytes(numel: int, itemsize: int) -> int:
@@ -87,8 +93,8 @@ def coded_bytes(numel: int, itemsize: int) -> int:
 
 
 def _row_blocks(tensor: Tensor) -> list[slice]:
-    rows = tensor.shape[0]
-    step = _ROWS if tensor.device.type == "cpu" else max(rows, 1)
+    rows, columns = tensor.shape
+    step = max(_BLOCK // max(columns, 1), 1) if tensor.device.type == "cpu" else max(rows, 1)
     return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
 
 
@@ -120,32 +126,37 @@ def _fills_words(tensor: Tensor) -> bool:
     return plain and tensor.element_size() == 2 and tensor.numel() > 0 and sys.byteorder == "little"
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless it can be viewed as words of a group."""
-    starts_whole = tensor.is_contiguous() and tensor.storage_offset() % _GROUP == 0
+def _whole(tensor: Tensor, entries: int = _GROUP) -> Tensor:
+    """The tensor, copied unless it can be viewed as words of so many entries."""
+    starts_whole = tensor.is_contiguous() and tensor.storage_offset() % entries == 0
     return tensor.detach() if starts_whole else tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _pack_words(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """`_pack_rows` of 16-bit weights."""
-    # the four bytes of a group's mask become four neighbouring bits
-    occupancy = (_whole(mask).view(torch.int32) * 0x01020408 >> 24).bitwise_and_(15).long()
-    nibbles = torch.tensor(_NIBBLES) >> occupancy.mul_(4) & 15
-    if not bool(nibbles.all()):
+    # the four bytes of a group's mask become four neighbouring bits: two times the occupancy, which the tables are
+    # shifted by
+    occupancy = (_whole(mask).view(torch.int32) * 0x01020408 >> 23).bitwise_and_(30)
+    first, second = (torch.tensor(table, dtype=torch.int32) >> occupancy & 3 for table in (_FIRST, _SECOND))
+    nibbles = first.to(torch.uint8).add_(second.to(torch.uint8) + 1 << 2).unflatten(1, (-1, 2))
+    meta = nibbles[..., 0] | nibbles[..., 1] << 4
+    if not check_meta(meta):
         raise ValueError("The mask does not keep exactly two of each four columns.")
     groups = _whole(weight).view(torch.int64)
-    pairs = (groups >> (nibbles & 3).mul_(16)).bitwise_and_(0xFFFF)
-    pairs |= (groups >> (nibbles >> 2).mul_(16)).bitwise_and_(0xFFFF).mul_(1 << 16)
-    bytes_ = nibbles.to(torch.uint8).unflatten(1, (-1, 2))
-    return pairs.int().view(weight.dtype), bytes_[..., 0] | bytes_[..., 1] << 4
+    pairs = (groups >> first.mul_(16).long()).bitwise_and_(0xFFFF)
+    pairs |= (groups >> second.mul_(16).long()).bitwise_and_(0xFFFF0000)  # one entry below the second, in its place
+    return pairs.int().view(weight.dtype), meta
 
 
 def _unpack_words(values: Tensor, meta: Tensor) -> Tensor:
     """`_unpack_rows` of 16-bit values."""
-    pairs = _whole(values).view(torch.int32).long()
-    nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1).long()
-    first = (pairs & 0xFFFF).bitwise_left_shift_((nibbles & 3).mul_(16))
-    second = (pairs >> 16).bitwise_and_(0xFFFF).bitwise_left_shift_((nibbles >> 2).mul_(16))
+    second = _whole(values).view(torch.uint32).long()
+    first = second & 0xFFFF
+    second ^= first
+    # how far the entries move, in bits; the second one lies at the first position already
+    moves = ((meta << 4 & 48, meta & 48), ((meta << 2 & 48) - 16, (meta >> 2 & 48) - 16))
+    for entry, (even, odd) in zip((first, second), moves, strict=True):
+        entry <<= torch.stack((even, odd), dim=-1).flatten(1).long()
     return first.bitwise_or_(second).view(values.dtype)
 
 
