@@ -119,6 +119,11 @@ def test_metadata_check_knows_the_valid_bytes() -> None:
     for byte in range(256):
         expected = byte % 16 in valid and byte // 16 in valid
         assert check_meta(torch.tensor([[0x44, byte]], dtype=torch.uint8)) is expected
+        for place in range(11):  # in each byte of a word, and behind the last whole one; neighbours of either end
+            for around in (0x44, 0xEE):
+                meta = torch.full((1, 12), around, dtype=torch.uint8)
+                meta[0, place] = byte
+                assert check_meta(meta[:, :11]) is expected and check_meta(meta[:, 1:]) is (expected or place == 0)
 
 
 def test_metadata_check_reads_every_block_of_rows() -> None:
