@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
@@ -108,9 +108,7 @@ def prepare_shards(
     done = _read_progress(folder, manifest)
     for shard in done.values():
         finished(shard, False)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         for leftover in folder.glob(f".*{TEMPORARY}"):
             leftover.unlink()
         for shard in _write_all(folder, settings, tokenizer, manifest, done, progress):
@@ -122,12 +120,6 @@ def prepare_shards(
             raise UserError(f"{', '.join(manifest.sources)} holds no text. Name other text.")
         _write_json(folder / MANIFEST, manifest.to_dict())
         (folder / PROGRESS).unlink(missing_ok=True)
-    except OSError as error:
-        _remove_empty(made)
-        raise _write_error(folder, error) from error
-    except BaseException:
-        _remove_empty(made)
-        raise
     return manifest
 
 
@@ -160,6 +152,22 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         names = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
         if names and not names & {MANIFEST, PROGRESS}:
             raise UserError(f"{folder} holds other files already. Name an empty or new folder.")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; what fails with nothing in it leaves none, and errors of the disk are explained."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise _write_error(folder, error) from error
+        raise
 
 
 def _remove_shards(folder: Path) -> None:
@@ -286,13 +294,6 @@ def _tokenised(
 def _first(pending: deque[tuple[str, Future[Batch]]]) -> tuple[str, Batch]:
     name, future = pending.popleft()
     return name, future.result()
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Folders that were made for shards that did not come."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
