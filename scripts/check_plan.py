@@ -1,12 +1,14 @@
 """How far is the memory that `ast-train --dry-run` plans from what runs take? Short runs on this machine's CPU.
 
-Each run is `ast-train` in a process of its own. Measured is the most memory that was resident (VmHWM) less what was
-resident once Python and the libraries were loaded; planned is the total of the dry run.
+Each run is `ast-train` in a process of its own, or two. Measured is the most memory that was resident (VmHWM) less what
+was resident once Python and the libraries were loaded; planned is the total of the dry run. glibc's malloc is told to
+give freed blocks back (MALLOC_MMAP_THRESHOLD_): else what it keeps of them is measured too.
 
     python scripts/check_plan.py MODEL TEXT [RUN ...]    # SmolLM2-135M as .gguf; JSONL with a `text` key; minutes
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +27,8 @@ training: {{max_steps: 2, per_device_train_batch_size: 1, learning_rate: 1e-4, u
 evaluation: {{datasets: []}}
 """
 GPT2 = "model={name_or_path: FOLDER, random_weights: true}"
+SHARDED = "training.fsdp=true"
+PROCESSES = 2
 RUNS = {
     "1 x 256": [],
     "2 x 256": ["training.per_device_train_batch_size=2"],
@@ -35,6 +39,9 @@ RUNS = {
     "GPT-2, 1 x 512, no teacher": [GPT2, "distillation=null", "data.block_size=512"],
     "GPT-2, 1 x 512, checkpointing": [GPT2, "distillation=null", "data.block_size=512",
                                       "training.gradient_checkpointing=true"],
+    "2 processes, sharded, 1 x 256": [SHARDED],
+    "2 processes, sharded, 2 x 256, checkpointing": [SHARDED, "training.per_device_train_batch_size=2",
+                                                     "training.fsdp_config.activation_checkpointing=true"],
 }  # fmt: skip
 CHILD = """
 import json, re, sys
@@ -52,15 +59,20 @@ print("MEASURED", status("VmHWM") - before)
 
 
 def run(config: Path, out: Path, settings: list[str]) -> int:
-    """Bytes that a real run took."""
-    command = [sys.executable, "-c", CHILD, str(config), str(out), *settings]
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(printed.split("MEASURED")[1])
+    """Bytes that a real run took, or the largest of its processes."""
+    child = config.with_name("child.py")
+    child.write_text(CHILD)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    command = [sys.executable, *(launch if SHARDED in settings else []), str(child), str(config), str(out), *settings]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return max(int(size) for size in re.findall(r"MEASURED (\d+)", printed))
 
 
 def plan(config: Path, out: Path, settings: list[str]) -> tuple[float, str]:
     """GiB of the dry run, and its moment."""
     options = [option for setting in settings for option in ("--set", setting)]
+    options += ["--world-size", str(PROCESSES)] if SHARDED in settings else []
     command = [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(config), "--output-dir", str(out),
                "--dry-run", *options]  # fmt: skip
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

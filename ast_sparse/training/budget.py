@@ -16,17 +16,13 @@ _GPU_GIB, _GPU_FLOPS, _GPU = 80, 989.4e12, "an H100 SXM"
 
 
 class Budget:
-    """Memory and time of a plan.
+    """Memory and time of a plan."""
 
-    Args:
-        on_cpu: the run is to use the CPU of a machine like this one.
-    """
-
-    def __init__(self, plan: Plan, setup: Setup, hardware: Hardware, on_cpu: bool) -> None:
+    def __init__(self, plan: Plan, setup: Setup, hardware: Hardware) -> None:
         self.plan = plan
         self.setup = setup
-        self.on_cpu = on_cpu
-        self.has_gpu = torch.cuda.is_available() and not on_cpu
+        self.on_cpu = setup.on_cpu
+        self.has_gpu = torch.cuda.is_available() and not setup.on_cpu
         self.hardware = hardware
         self.memory: Memory | None = None
         self.reason = ""  # why memory is not known

@@ -68,6 +68,11 @@ class Measured:
         if settings.steps is not None:
             self._check_keys()
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether models are measured at all."""
+        return bool(self.config.evaluation.datasets or self.config.evaluation.report)
+
     def _read(self, name: str) -> list[str]:
         try:
             return read_texts(name, self.config.data.root, self.config.data.text_field, _FIELD)
@@ -108,7 +113,7 @@ class Measured:
         For a report the model continues the prompts as well. It is on the device for that alone, where it is asked for.
         """
         settings = self.config.evaluation
-        if not (settings.datasets or settings.report):
+        if not self.is_asked:
             return {}
         model.to(self.device)  # type: ignore[arg-type]
         if settings.report:

@@ -48,6 +48,7 @@ class Setup:
         sharding: whether each holds everything (`ddp`) or its share (`fsdp2`), once training has begun.
         measured_by: settings for which perplexities are measured, each as it would be without; a sharded student is
             whole for that.
+        on_cpu: the devices are processes on a CPU, in whose memory a sharded student is put together to be saved.
     """
 
     batch_size: int
@@ -59,6 +60,7 @@ class Setup:
     world_size: int = 1
     sharding: Sharding = "none"
     measured_by: tuple[str, ...] = ()
+    on_cpu: bool = False
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Setup:
         world_size: int,
         sharding: Sharding,
         measured_by: tuple[str, ...] = (),
+        on_cpu: bool = False,
     ) -> "Setup":
         """The setup of a run's arguments."""
         plugin = sharding_plugin(args)
@@ -84,6 +87,7 @@ class Setup:
             world_size=world_size,
             sharding=sharding,
             measured_by=measured_by,
+            on_cpu=on_cpu,
         )
 
     @property
@@ -178,9 +182,12 @@ class MemoryModel:
         if setup.sharding == "fsdp2":
             passing = _passing_bytes(self.student, setup.is_half)
             moments["forward and backward pass"]["gradients before they are sharded"] = passing
+            whole = {**held, "the whole student in float32, its masks": _parameter_bytes(self.student)}
             if setup.measured_by:
-                whole = {"the whole student in float32, its masks": _parameter_bytes(self.student)}
-                moments["measurement of the retrained model"] = {**held, **whole}
+                moments["measurement of the retrained model"] = whole
+            if setup.on_cpu:
+                masked = sum(layer.weight.nbytes for layer in sparse_layers(self.student).values())
+                moments["saving of the retrained model"] = {**whole, "masked copies of its weights": masked}
         totals = {name: sum(items.values()) for name, items in moments.items()}
         moment = max(totals, key=lambda name: totals[name])
         items = {name: size for name, size in moments[moment].items() if size}

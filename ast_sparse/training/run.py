@@ -26,6 +26,7 @@ from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
 from ast_sparse.training.checkpoints import (
@@ -133,13 +134,12 @@ def run_training(
         signals.finish()
         # without the autocast of training: all stages are measured in the float32 that is saved
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        student = trainer.whole_student()
-        if student is not None:
-            _check_final(student)
+        _check_final(trainer.student)
         trainer.save_model()
         trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
+    student = trainer.whole_student() if measured.is_asked else None
     if student is not None:  # of a sharded run, on one process while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
@@ -161,8 +161,9 @@ def _show_budget(
     evaluation = config.evaluation
     measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
     measured_by += ["evaluation.report=false"] if evaluation.report else []
-    setup = Setup.of(args, config.data.block_size, devices, sharding, tuple(measured_by))
-    budget = Budget(plan, setup, hardware, on_cpu=bool(config.training.get("use_cpu")))
+    on_cpu = bool(config.training.get("use_cpu"))
+    setup = Setup.of(args, config.data.block_size, devices, sharding, tuple(measured_by), on_cpu)
+    budget = Budget(plan, setup, hardware)
     echo("\n".join(budget.lines()))
     budget.check()
 
@@ -363,7 +364,7 @@ def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
 
 
 def _check_final(model: nn.Module) -> None:
-    """Every trained layer is exactly N:M, by the checker of the export."""
+    """Every trained layer is exactly N:M, by the checker of the export; a sharded one is gathered for that."""
     for name, layer in sparse_layers(model).items():
-        if not layer.pattern.holds(layer.weight, layer.group_dim):
+        if not layer.pattern.holds(whole(layer.weight), layer.group_dim):
             raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")

@@ -125,6 +125,9 @@ def test_a_sharded_run_that_measures_is_whole_at_its_end() -> None:
     held = sum(without.items[name] for name in ("weights (float32 masters)", "masks", "moments", "teacher"))
     assert moment not in without.others
     assert measured.others[moment] == held + 4 * 19_616 + 15_360 + 15_360 // 8
+    saved = model(replace(sharded, on_cpu=True))
+    whole = saved.total if "saving" in saved.moment else saved.others["saving of the retrained model"]
+    assert whole == measured.others[moment] + 4 * 15_360
 
 
 def counted(setup: Setup) -> Memory:
