@@ -1,10 +1,12 @@
 """Which of the package's messages does the test suite trigger? Runs the tests and lists every place that raises one.
 
-Each `UserError`, in this process of pytest and in those that it starts, writes down the line that made it.
+Each `UserError`, in the processes of pytest and in those that they start, writes down the line that made it. Folders of
+tests run one after another.
 
-    python scripts/check_errors.py [ARGUMENTS OF PYTEST]    # exit code 1 if a message was never triggered
+    python scripts/check_errors.py [--notes FILE] [TESTS ...]    # exit code 1 if a message was never triggered
 """
 
+import argparse
 import ast
 import os
 import subprocess
@@ -12,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "ast_sparse"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ast_sparse"
 HOOK = """
 import os, sys
 try:
@@ -25,9 +28,9 @@ if errors is not None:
         frame = sys._getframe(1)
         while frame is not None and "ast_sparse" not in frame.f_code.co_filename:
             frame = frame.f_back
-        if frame is not None:
-            with open(os.environ["RAISED"], "a") as file:
-                print(frame.f_code.co_filename, frame.f_lineno, sep=":", file=file)
+        if frame is not None:  # an empty file, which is there for the process that must not write any more too
+            place = f"{os.path.realpath(frame.f_code.co_filename)}:{frame.f_lineno}".replace("/", "+")
+            os.close(os.open(os.path.join(os.environ["RAISED"], place), os.O_CREAT))
         made(self, *args, **kwargs)
     errors.UserError.__init__ = noted
 """
@@ -46,24 +49,48 @@ def sites() -> dict[tuple[str, int, int], str]:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", type=Path, help="files and folders of tests; default: all")
+    parser.add_argument("--notes", type=Path, help="folder for what was raised; run again with it, the rest is done")
+    args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
+        notes = args.notes or Path(folder) / "notes"
+        notes.mkdir(exist_ok=True)
         (Path(folder) / "sitecustomize.py").write_text(HOOK)
-        raised = Path(folder) / "raised"
-        raised.touch()
-        path = os.pathsep.join([folder, str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "RAISED": str(raised)}
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], env=environment, check=False)
-        lines = {tuple(line.rsplit(":", 1)) for line in raised.read_text().splitlines()}
-    places = {(str(Path(file).resolve()), int(line)) for file, line in lines}
+        failed = [tests for tests in args.tests or parts() if not run(tests, Path(folder), notes)]
+        places = [path.name.replace("+", "/").rsplit(":", 1) for path in notes.glob("*:*")]
     known = sites()
     missing = {
         site: text for site, text in known.items()
-        if not any(file == str(Path(site[0]).resolve()) and site[1] <= line <= site[2] for file, line in places)
+        if not any(file == site[0] and site[1] <= int(line) <= site[2] for file, line in places)
     }  # fmt: skip
     for (file, line, _), text in missing.items():
-        print(f"never triggered: {Path(file).relative_to(PACKAGE.parent)}:{line}  {text}")
+        print(f"never triggered: {Path(file).relative_to(ROOT)}:{line}  {text}")
     print(f"{len(known) - len(missing)} of {len(known)} messages were triggered")
-    return int(bool(missing) or tests.returncode != 0)
+    return int(bool(missing or failed))
+
+
+def parts() -> list[Path]:
+    """Folders of the tests, and the files beside them."""
+    tests = ROOT / "tests"
+    return sorted(path for path in tests.iterdir() if path.name.startswith("test_") or (path / "__init__.py").exists())
+
+
+def run(tests: Path, folder: Path, notes: Path) -> bool:
+    """Run some tests, unless the notes say that it was done; whether they passed."""
+    done = notes / str(tests.resolve()).replace("/", "+")
+    if done.exists():
+        return True
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "RAISED": str(notes.resolve())}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:xdist", str(tests)]
+    finished = subprocess.run(command, env=environment, check=False, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    print(f"{tests}: {finished.stdout.splitlines()[-1] if finished.stdout else finished.returncode}", flush=True)
+    if finished.returncode:
+        print(finished.stdout[-3000:])
+        return False
+    done.touch()
+    return True
 
 
 if __name__ == "__main__":

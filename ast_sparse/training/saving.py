@@ -163,6 +163,12 @@ class CheckpointTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in Trainer; a tied weight, which is stored under its other name, is not missing."""
+        tied = getattr(self.student, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         if self.is_fsdp_enabled or is_sharded_checkpoint(Path(best)):
