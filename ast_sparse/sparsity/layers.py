@@ -9,33 +9,57 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.masks import magnitude_mask
-from ast_sparse.kernels.products import linear, masked
+from ast_sparse.kernels.products import linear, masked, product
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.shards import local
 from ast_sparse.sparsity.slorb import SLoRB
 
 
-class _StraightThrough(torch.autograd.Function):
-    """`m ⊙ W` forward; backward the whole gradient (1), or its kept part where masks are fixed."""
+class _MaskedLinear(torch.autograd.Function):
+    """The product with `m ⊙ W`; backward the whole gradient of it (1), or its kept part where masks are fixed.
+
+    The masked weight is made again for the backward pass instead of being kept: the copies of all layers together would
+    be as large as the model. The price is a pass over the weight, beside two products with it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, fixed: bool) -> Tensor:
-        ctx.fixed = fixed
-        if fixed:
-            ctx.save_for_backward(mask)
-        return masked(weight, mask)
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, by_input: bool, fixed: bool
+    ) -> Tensor:
+        device = input.device.type
+        cast = None  # as autocast would: float64 stays
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            cast = torch.get_autocast_dtype(device)
+        ctx.by_input, ctx.fixed, ctx.dtypes = by_input, fixed, (input.dtype, None if bias is None else bias.dtype)
+        kept = masked(weight, mask)
+        if cast is not None:
+            input, kept, bias = input.to(cast), kept.to(cast), None if bias is None else bias.to(cast)
+        ctx.save_for_backward(input, weight, mask)
+        with torch.autocast(device, enabled=False):
+            return linear(input, kept, bias, by_input=by_input)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        if ctx.fixed:
-            (mask,) = ctx.saved_tensors
-            grad = masked(grad, mask)
-        return grad, None, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mask = ctx.saved_tensors
+        input_dtype, bias_dtype = ctx.dtypes
+        grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
+        by_rows = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            kept = masked(weight, mask).to(grad.dtype)
+            by_rows = product(grad, kept.t() if ctx.by_input else kept).view(input.shape).to(input_dtype)
+        if ctx.needs_input_grad[1]:
+            by_weight = product(rows.t(), grad) if ctx.by_input else product(grad.t(), rows)
+            by_weight = by_weight.to(weight.dtype)
+            by_weight = masked(by_weight, mask) if ctx.fixed else by_weight
+        if ctx.needs_input_grad[3]:
+            by_bias = grad.sum(0).to(bias_dtype)
+        return by_rows, by_weight, None, by_bias, None, None
 
 
 class SparseLayer(nn.Module):
@@ -53,6 +77,7 @@ class SparseLayer(nn.Module):
 
     group_dim: int
     weight: Tensor
+    bias: Any
     mask: nn.Parameter
     start_mask: nn.Parameter
     slorb: SLoRB | None
@@ -61,8 +86,14 @@ class SparseLayer(nn.Module):
     kernels: Kernels = "eager"
 
     def masked_weight(self) -> Tensor:
-        """The weight with pruned positions exactly 0.0, in the layer's own layout; differentiable by STE (1)."""
-        return cast(Tensor, _StraightThrough.apply(self.weight, self.mask, self.fixed_mask))
+        """The weight with pruned positions exactly 0.0, in the layer's own layout, without gradients."""
+        return masked(self.weight.detach(), self.mask)
+
+    def masked_linear(self, input: Tensor) -> Tensor:
+        """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
+        by_input = self.group_dim == 0
+        product = _MaskedLinear.apply(input, self.weight, self.mask, self.bias, by_input, self.fixed_mask)
+        return cast(Tensor, product)
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
@@ -88,7 +119,7 @@ class SparseLinear(SparseLayer, nn.Linear):
     group_dim = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        output = linear(input, self.masked_weight(), self.bias)
+        output = self.masked_linear(input)
         return output if self.slorb is None else output + self.slorb(input)
 
 
@@ -98,7 +129,7 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]  # Parameter ther
     group_dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        output = linear(x, self.masked_weight(), self.bias, by_input=True)
+        output = self.masked_linear(x)
         return output if self.slorb is None else output + self.slorb(x)
 
 

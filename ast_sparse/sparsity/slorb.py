@@ -3,8 +3,9 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ast_sparse.kernels.products import linear
 
 
 def slorb_init(
@@ -57,4 +58,4 @@ class SLoRB(nn.Module):
         return self.X.shape[1] // self.X.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(F.linear(input, self.X), self.S)
+        return linear(linear(input, self.X), self.S)

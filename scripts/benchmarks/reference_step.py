@@ -3,9 +3,9 @@
 `--reference CHECKOUT` names a checkout of the public code, which is imported from there: its models of that shape
 from random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
 in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way; their loss is left
-out. It refreshes masks every 10 steps: a tenth of a refresh, measured by itself, is added to its step, and the notes
-have both; ours refreshes once in 2 steps here. Each side runs in a process of its own, in turns; memory as in
-`whole_step`.
+out. It has no dropout, so ours has none here. It refreshes masks every 10 steps: a tenth of a refresh, measured by
+itself, is added to its step, and the notes have both; ours refreshes once in 2 steps here. Each side runs in a process
+of its own, in turns; memory as in `whole_step`.
 """
 
 import contextlib
@@ -104,7 +104,8 @@ def _seconds(call: Any, *args: Any) -> float:
 def measure(settings: Settings) -> Iterator[Result]:
     shape = (2, 16) if settings.quick else (8, 256)
     about: dict[str, Any] = dict(question="whole step", against="public AST code")
-    case = f"gpt2, {shape[0]} x {shape[1]}"
+    name = "gpt2, no dropout"
+    case = f"{name}, {shape[0]} x {shape[1]}"
     if settings.reference is None:
         yield Result(case=case, reason="give --reference CHECKOUT", **about)
         return
@@ -113,7 +114,7 @@ def measure(settings: Settings) -> Iterator[Result]:
             raise UserError(f"--reference {settings.reference} has no file {file}.py. {MEND}")
     ours, theirs, refreshes = [], [], []
     for _ in range(settings.pairs(2)):
-        ours.append(settings.in_child(run, "ours", "gpt2", shape, settings.device))
+        ours.append(settings.in_child(run, "ours", name, shape, settings.device))
         seconds, refresh, peak = settings.in_child(public_step, settings.reference, shape, settings.device)
         theirs.append((seconds + refresh / INTERVAL, peak))
         refreshes.append(refresh)

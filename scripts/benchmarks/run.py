@@ -13,7 +13,7 @@ import click
 from harness import Command, provenance, read_lines, table
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run"))
+BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run", "step_profile"))
 
 
 @click.command(cls=Command, help=__doc__)

@@ -36,9 +36,11 @@ OPTIONS: dict[str, Any] = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The shape of a model."""
+    """The shape of a model; `gpt2, no dropout` is trained as the public AST code trains it."""
     if name == "gpt2":
         return GPT2Config()
+    if name == "gpt2, no dropout":
+        return GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if name == "smollm2":
         return LlamaConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,

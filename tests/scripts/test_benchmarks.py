@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
-NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness"})
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile"})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,6 +29,15 @@ def test_every_benchmark_measures_in_its_quick_form(name: str) -> None:
     results = list(import_module(name).measure(Settings(quick=True)))
     assert results and all((result.ratio is None) == bool(result.reason) for result in results)
     assert all(result.verdict in table(results) for result in results)
+
+
+def test_the_profile_shows_the_operations_of_both_sides() -> None:
+    from step_profile import main
+
+    shown = CliRunner().invoke(main, ["tiny", "--rows", "60"])
+    assert shown.exit_code == 0, shown.output
+    ours, plain = shown.stdout.split("plain loop, tiny")
+    assert all("aten::mm" in side and "aten::_fused_adamw_" in side for side in (ours, plain))
 
 
 def test_run_writes_what_the_table_shows(tmp_path: Path) -> None:

@@ -38,6 +38,44 @@ def test_pruned_weights_of_a_fixed_mask_get_no_gradient() -> None:
     torch.testing.assert_close(layer.weight.grad, torch.where(layer.mask, upstream.T @ x, 0))
 
 
+@pytest.mark.parametrize("family", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, "autocast"])
+def test_output_and_gradients_are_to_the_bit_those_of_autograd(family: str, dtype: torch.dtype | str) -> None:
+    torch.manual_seed(0)
+    own = torch.float32 if dtype == "autocast" else dtype
+    layer = nn.Linear(8, 12, dtype=own) if family == "linear" else Conv1D(12, 8).to(own)
+    mask = nm_mask(torch.rand(12, 8))
+    make_sparse(layer, mask if family == "linear" else mask.t(), Pattern(2, 4))
+    x = torch.randn(2, 5, 8, dtype=own, requires_grad=True)
+    inputs = [x, layer.weight, layer.bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+        through = layer.weight + (torch.where(layer.mask, layer.weight, 0) - layer.weight).detach()
+        through = torch.where(layer.mask, through, through - through.detach())  # exactly 0.0 where pruned
+        if family == "linear":
+            expected = nn.functional.linear(x, through, layer.bias)
+        else:
+            expected = torch.addmm(layer.bias, x.view(-1, 8), through).view(2, 5, 12)
+        result = layer(x)
+    assert result.dtype == expected.dtype and torch.equal(result, expected)
+    outside = torch.randn_like(result)
+    grads, expected_grads = (torch.autograd.grad(output, inputs, outside) for output in (result, expected))
+    for grad, twin in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == twin.dtype and torch.equal(grad, twin)
+
+
+def test_no_copy_of_the_weight_is_kept_for_the_backward_pass() -> None:
+    layer, x = sparse_linear(), torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        layer(x)
+    assert sorted(kept) == sorted(each.data_ptr() for each in (x, layer.weight, layer.mask))
+
+
+def test_input_of_another_dtype_is_an_error_as_in_a_dense_layer() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        sparse_linear()(torch.randn(5, 8))
+
+
 def test_masked_weight_has_no_negative_zero() -> None:
     layer = sparse_linear()
     pruned = layer.masked_weight()[~layer.mask]
