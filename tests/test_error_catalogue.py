@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ast_sparse import AstSparse24Config
 from ast_sparse.cli.options import check_json_file
@@ -40,6 +40,7 @@ from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.calibration import calibrate_blocks
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import decoder_blocks
+from ast_sparse.training.distributed import check_shardable, load_weights, sharding_plugin
 from ast_sparse.yaml12 import read_yaml
 from tests.evaluation.tasks import choice_task
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
@@ -285,6 +286,32 @@ def task_that_breaks(root: Path, patch: Patch) -> None:
     harness(tiny_model(), tiny_tokenizer())
 
 
+# ---- sharded training --------------------------------------------------------------------------------------------
+
+
+def launched(patch: Patch, root: Path, **environment: str) -> None:
+    """The settings of `accelerate launch`, which no TrainingArguments have checked."""
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **environment}.items():
+        patch.setenv(name, value)
+    sharding_plugin(TrainingArguments(str(root), use_cpu=True))
+
+
+def sharding_by_an_unknown_policy(root: Path, patch: Patch) -> None:
+    launched(patch, root, FSDP_AUTO_WRAP_POLICY="nowhere")
+
+
+def sharding_but_for_some_modules(root: Path, patch: Patch) -> None:
+    launched(patch, root, FSDP_IGNORED_MODULES="norm")
+
+
+def sharding_of_a_conv1d(root: Path, patch: Patch) -> None:
+    check_shardable(tiny_model("gpt2"))
+
+
+def weights_of_another_model(root: Path, patch: Patch) -> None:
+    load_weights(save_tiny_model(root / "model"), tiny_model("mistral"))
+
+
 CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (adapter_that_differs, "Reading the export back failed, so nothing was kept: .*: the SLoRB adapter differs."),
     (negative_zeros, "Reading the export back failed, .* holds negative zeros."),
@@ -315,6 +342,10 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (block_without_hidden_states, "`block` is not called with hidden states, so it cannot be calibrated by itself."),
     (report_without_rights, "--json .*figures.json: the folder .* cannot be written to."),
     (task_that_breaks, "--tasks .*mine.*: no such thing in here"),
+    (sharding_by_an_unknown_policy, "fsdp_config of `accelerate launch`: .*nowhere.* Correct it."),
+    (sharding_but_for_some_modules, "fsdp_config of `accelerate launch`: ignored_modules would get no gradients"),
+    (sharding_of_a_conv1d, "`transformer.h.0.attn.c_attn` is a Conv1D, whose groups of a mask FSDP2 would cut."),
+    (weights_of_another_model, "model: `lm_head.weight` is missing. Resume from another checkpoint."),
 ]
 
 

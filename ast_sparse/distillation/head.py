@@ -97,7 +97,7 @@ def loss_for_logits(
         return computed[0]
 
     def put(module: nn.Module, args: Any, output: Any) -> Any:
-        output["loss"], output["logits"] = computed.pop().flatten()[0], None
+        output["loss"], output["logits"] = computed.pop().flatten()[0].clone(), None  # FSDP2 warns of views
         return output
 
     handle = model.register_forward_hook(put, prepend=True)  # before hooks that reshard parameters

@@ -165,7 +165,7 @@ class CheckpointTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As in Trainer; a tied weight, which is stored under its other name, is not missing."""
-        tied = getattr(self.student, "all_tied_weights_keys", {})
+        tied = getattr(self.student, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)
 
