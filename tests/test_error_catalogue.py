@@ -4,6 +4,7 @@
 """
 
 import copy
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -19,11 +21,14 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ast_sparse import AstSparse24Config
+from ast_sparse.cli import eval as eval_command
 from ast_sparse.cli.options import check_json_file
-from ast_sparse.config import DataConfig
+from ast_sparse.config import DataConfig, DistillationConfig, MixtureConfig
+from ast_sparse.data import entries
 from ast_sparse.data import files as text_files
 from ast_sparse.data.chat import tokenise_conversations
 from ast_sparse.data.entries import check_sources
@@ -31,7 +36,7 @@ from ast_sparse.data.prepare import PrepareSettings, prepare_shards
 from ast_sparse.data.sources import load_documents
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
-from ast_sparse.export import checkpoint, files
+from ast_sparse.export import checkpoint, files, sharded
 from ast_sparse.export.adapter import check_pairs, read_adapter
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.checksums import check_checksums, write_checksums
@@ -40,11 +45,14 @@ from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.calibration import calibrate_blocks
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import decoder_blocks
+from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.distributed import check_shardable, load_weights, sharding_plugin
+from ast_sparse.training.inputs import as_blocks
+from ast_sparse.training.teacher import check_feature_settings
 from ast_sparse.yaml12 import read_yaml
 from tests.evaluation.tasks import choice_task
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
-from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.models import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 Patch = pytest.MonkeyPatch
 
@@ -286,6 +294,58 @@ def task_that_breaks(root: Path, patch: Patch) -> None:
     harness(tiny_model(), tiny_tokenizer())
 
 
+def teacher_of_another_tokenizer(root: Path, patch: Patch) -> None:
+    other = copy.deepcopy(tiny_tokenizer())
+    other.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    other.save_pretrained(save_tiny_model(root / "teacher"))
+    settings: Any = SimpleNamespace(teacher=str(root / "teacher"), trust_remote_code=False)
+    texts: Any = [SimpleNamespace(documents=["the sparse model"])]
+    eval_command._check_tokens(tiny_tokenizer(), texts, settings)
+
+
+# ---- arguments and data of a trainer -----------------------------------------------------------------------------
+
+
+def several_gpus_of_one_process(root: Path, patch: Patch) -> None:
+    args = TrainingArguments(str(root), use_cpu=True)
+    patch.setattr(TrainingArguments, "n_gpu", 2)
+    check_arguments(args)
+
+
+def rate_below_zero(root: Path, patch: Patch) -> None:
+    schedule: dict[str, Any] = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": -1.0}}
+    check_arguments(TrainingArguments(str(root), use_cpu=True, **schedule))
+
+
+def text_without_tokenizer(root: Path, patch: Patch) -> None:
+    as_blocks(Dataset.from_dict({"text": ["the text"]}), None, "text", 16)
+
+
+def text_that_streams_into_a_trainer(root: Path, patch: Patch) -> None:
+    as_blocks(Dataset.from_dict({"text": ["the text"]}).to_iterable_dataset(), tiny_tokenizer(), "text", 16)
+
+
+def blocks_left_out_of_a_comparison(root: Path, patch: Patch) -> None:
+    config = tiny_config("opt")
+    config.layerdrop = 0.1
+    check_feature_settings(DistillationConfig(kind="tinybert"), config, TrainingArguments(str(root), use_cpu=True))
+
+
+# ---- domains -----------------------------------------------------------------------------------------------------
+
+
+def domain_without_share(root: Path, patch: Patch) -> None:
+    MixtureConfig(shares={"cc": 1.0}).check_names(["cc", "wiki"])
+
+
+def shards_beside_text(root: Path, patch: Patch) -> None:
+    patch.setattr(entries, "shard_folders", lambda part, root, field: "cc" in field)
+    for name in ("cc", "wiki"):
+        (root / f"{name}.txt").write_text("the text")
+    domains = {name: {"train": [f"{name}.txt"]} for name in ("cc", "wiki")}
+    check_sources(DataConfig(root=str(root), domains=domains))
+
+
 # ---- sharded training --------------------------------------------------------------------------------------------
 
 
@@ -310,6 +370,16 @@ def sharding_of_a_conv1d(root: Path, patch: Patch) -> None:
 
 def weights_of_another_model(root: Path, patch: Patch) -> None:
     load_weights(save_tiny_model(root / "model"), tiny_model("mistral"))
+
+
+def merge_without_room(root: Path, patch: Patch) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(sharded, "shard_faults", lambda folder: [])
+    patch.setattr(sharded, "read_tensors", full)
+    with sharded.merged(root / "checkpoint-2"):
+        pass
 
 
 CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
@@ -345,6 +415,18 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (sharding_by_an_unknown_policy, "fsdp_config of `accelerate launch`: .*nowhere.* Correct it."),
     (sharding_but_for_some_modules, "fsdp_config of `accelerate launch`: ignored_modules would get no gradients"),
     (sharding_of_a_conv1d, "`transformer.h.0.attn.c_attn` is a Conv1D, whose groups of a mask FSDP2 would cut."),
+    (teacher_of_another_tokenizer, "--teacher .*teacher makes other tokens of the same text. Name a teacher"),
+    (several_gpus_of_one_process, "2 GPUs are visible to one process, and nn.DataParallel does not carry masks."),
+    (rate_below_zero, "training.lr_scheduler_kwargs=.*: min_lr is negative. Set it to 0 or more."),
+    (
+        text_without_tokenizer,
+        "The data set has raw text \\('text'\\) and there is no tokenizer. Pass processing_class.",
+    ),
+    (text_that_streams_into_a_trainer, "IterableDataset of raw text .* cannot be packed here. Tokenise it"),
+    (blocks_left_out_of_a_comparison, "layerdrop=0.1 of the student leaves blocks out. Set model.config_overrides"),
+    (domain_without_share, "data.domains.wiki.share is missing. Give every domain a share"),
+    (shards_beside_text, "`data.domains.cc.train` is a folder of shards and `data.domains.wiki.train` is text."),
+    (merge_without_room, "checkpoint-2` cannot be merged beside itself: .*No space left on device. Make room there"),
     (weights_of_another_model, "model: `lm_head.weight` is missing. Resume from another checkpoint."),
 ]
 

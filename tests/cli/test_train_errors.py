@@ -640,6 +640,23 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, tmp_path: Path) -> None
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("build_datasets", r"The tokenised text cannot be cached: .*No space left.* HF_DATASETS_CACHE name a folder"),
+        ("SparseTrainer", r"training: .*No space left on device\. Correct training\.output_dir"),
+    ],
+)
+def test_a_full_disk_before_training_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, what: str, message: str
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"ast_sparse.training.run.{what}", full)
+    refused(root, message, base(root), "--output-dir", root / "out")
+
+
 @pytest.mark.parametrize(("rank", "said"), [("0", "Error: no room\n"), ("1", "")])
 def test_an_error_that_all_processes_get_is_said_once(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, said: str
