@@ -145,8 +145,10 @@ def test_small_products_and_other_processors_go_by_pytorch_itself(
     ],
 )
 def test_onednn_is_taken_on_processors_where_mkl_stops_at_half_the_width(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], faster: bool
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capabilities: dict[str, Any], faster: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.onednn_is_faster.__wrapped__() is faster
+    with caplog.at_level("INFO"):
+        assert products.onednn_is_faster.__wrapped__() is faster
+    assert ("go through oneDNN" in caplog.text) is faster
