@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORTHWHILE = 1 << 22  # multiplications of a product, 40 µs; what Python takes on the way is less
 
+_BLOCK = 1 << 22  # elements of a product that is made to be added
+
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """The values where the mask is True, and 0.0 elsewhere, never -0.0; bit for bit `torch.where(mask, values, 0)`.
@@ -66,11 +68,15 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """`target += left @ right`, as `product`."""
-    if left.dtype == target.dtype and not _through_onednn(left, right, left.numel() * right.shape[1]):
+    """`target += left @ right`, as `product`; what oneDNN cannot add in place is made a block of rows at a time."""
+    if left.dtype != target.dtype:
+        target.add_(product(left, right))
+    elif not _through_onednn(left, right, left.numel() * right.shape[1]):
         target.addmm_(left, right)
     else:
-        target.add_(product(left, right))
+        rows = max(_BLOCK // right.shape[1], 1)
+        for part, factor in zip(target.split(rows), left.split(rows), strict=True):
+            part.add_(_onednn(factor, right))
 
 
 def _through_onednn(left: Tensor, right: Tensor, multiplications: int) -> bool:

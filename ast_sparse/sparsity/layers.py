@@ -32,13 +32,13 @@ class _MaskedLinear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, by_input: bool, fixed: bool
     ) -> Tensor:
         device = input.device.type
-        cast = None  # as autocast would: float64 stays
+        lower = None  # as autocast would: float64 stays
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            cast = torch.get_autocast_dtype(device)
+            lower = torch.get_autocast_dtype(device)
         ctx.by_input, ctx.fixed, ctx.dtypes = by_input, fixed, (input.dtype, None if bias is None else bias.dtype)
         kept = masked(weight, mask)
-        if cast is not None:
-            input, kept, bias = input.to(cast), kept.to(cast), None if bias is None else bias.to(cast)
+        if lower is not None:
+            input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
         ctx.save_for_backward(input, weight, mask)
         with torch.autocast(device, enabled=False):
             return linear(input, kept, bias, by_input=by_input)
@@ -92,8 +92,7 @@ class SparseLayer(nn.Module):
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
         by_input = self.group_dim == 0
-        product = _MaskedLinear.apply(input, self.weight, self.mask, self.bias, by_input, self.fixed_mask)
-        return cast(Tensor, product)
+        return cast(Tensor, _MaskedLinear.apply(input, self.weight, self.mask, self.bias, by_input, self.fixed_mask))
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
