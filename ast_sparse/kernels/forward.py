@@ -1,53 +1,99 @@
 """Parts of transformers models in faster operations of PyTorch, while a step or an evaluation runs.
 
 GPT-2's GELU keeps six tensors of the width of the feed-forward layer for the backward pass; the fused one keeps its
-input. Dense products go the way `kernels/products.py` chooses. Both are the same formulas, equal to rounding.
+input. What norms, activation functions and gated MLPs give is made again (`kernels/recompute.py`). Dense products go
+the way `kernels/products.py` chooses. All are the same formulas, equal to rounding.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import FastGELUActivation, NewGELUActivation
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import (
+    FastGELUActivation,
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    QuickGELUActivation,
+    SiLUActivation,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.kernels.products import linear
+from ast_sparse.kernels.recompute import Recomputation
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
+_FUSED = (NewGELUActivation, FastGELUActivation)  # GELUs by tanh in plain operations
+# Activation functions whose gradient needs the input; a ReLU's needs the output, which is not worth making again
+_SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GELU, nn.SiLU)
+
+_Forward = Callable[..., Tensor]
 
 
 @contextmanager
 def fast_forward(*models: nn.Module | None) -> Iterator[None]:
-    """Inside, GELUs by tanh run as `F.gelu(approximate="tanh")`, dense layers by `linear`; outside all is as it was.
+    """Inside, the models compute the same by faster operations, which keep less; outside all is as it was.
 
-    A step must be inside with its backward pass: activation checkpointing runs the forward pass again there. Output
-    heads are left alone, because they are called from hidden states.
+    A step must be inside with its backward pass: activation checkpointing runs the forward pass again there. A model
+    with activation checkpointing makes whole blocks again, and nothing else. Output heads are left alone, because they
+    are called from hidden states.
     """
     with ExitStack() as stack:
+        recompute = Recomputation()
+        stack.enter_context(recompute)
         for model in models:
+            modules = [] if model is None else list(model.modules())
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
-            for module in () if model is None else model.modules():
-                faster = _FASTER.get(type(module))
-                if faster is not None and module is not head and "forward" not in vars(module):
-                    module.forward = faster(module)
-                    stack.callback(delattr, module, "forward")
+            checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+            for module in modules:
+                if module is not head and "forward" not in vars(module):
+                    faster = _faster(module, None if checkpointing else recompute)
+                    if faster is not None:
+                        module.forward = faster
+                        stack.callback(delattr, module, "forward")
         yield
 
 
-def _linear_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    return lambda input: linear(input, layer.weight, layer.bias)
+def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
+    """Another forward for a module, or None where its own stays."""
+    kind, own = type(module), module.forward
+    if kind is nn.Linear:
+        return lambda input: linear(input, module.weight, module.bias)
+    if kind is Conv1D:
+        return lambda x: linear(x, module.weight, module.bias, by_input=True)
+    if kind in _FUSED:
+        return _gelu_tanh if recompute is None else partial(recompute, _gelu_tanh)
+    if recompute is None:
+        return None
+    if kind in _SMOOTH or kind is nn.LayerNorm:
+        return partial(recompute, own)
+    if kind.__name__.endswith("RMSNorm"):  # of transformers; in plain operations, which keep two tensors more
+        return partial(_checkpointed, recompute, own)
+    if _code(kind.forward) == _gated_code():
+        gated = lambda gate, up: module.act_fn(gate) * up  # noqa: E731
+        return lambda x: module.down_proj(recompute(gated, module.gate_proj(x), module.up_proj(x)))
+    return None
 
 
-def _conv1d_forward(layer: Any) -> Callable[[Tensor], Tensor]:
-    return lambda x: linear(x, layer.weight, layer.bias, by_input=True)
+def _checkpointed(recompute: Recomputation, norm: _Forward, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or not torch.is_grad_enabled():
+        return norm(input, *args, **kwargs)
+    return recompute(lambda x: checkpoint(norm, x, use_reentrant=False, preserve_rng_state=False), input)
 
 
-_FASTER: dict[type, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
-    NewGELUActivation: lambda _: _gelu_tanh,
-    FastGELUActivation: lambda _: _gelu_tanh,
-    nn.Linear: _linear_forward,
-    Conv1D: _conv1d_forward,
-}
+@cache
+def _gated_code() -> tuple[Any, ...]:
+    """That of Llama's MLP, which most families have copied."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    return _code(LlamaMLP.forward)
+
+
+def _code(function: Any) -> tuple[Any, ...]:
+    code = getattr(function, "__code__", None)
+    return () if code is None else (code.co_code, code.co_names, code.co_consts)

@@ -23,8 +23,8 @@ from ast_sparse.sparsity.slorb import SLoRB
 class _MaskedLinear(torch.autograd.Function):
     """The product with `m ⊙ W`; backward the whole gradient of it (1), or its kept part where masks are fixed.
 
-    The masked weight is made again for the backward pass instead of being kept: the copies of all layers together would
-    be as large as the model. The price is a pass over the weight, beside two products with it.
+    The masked weight, and what autocast makes of the input, are made again for the backward pass instead of being kept:
+    the copies of all layers together would be as large as the model, and those of an input as many as it has layers.
     """
 
     @staticmethod
@@ -35,11 +35,11 @@ class _MaskedLinear(torch.autograd.Function):
         lower = None  # as autocast would: float64 stays
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             lower = torch.get_autocast_dtype(device)
-        ctx.by_input, ctx.fixed, ctx.dtypes = by_input, fixed, (input.dtype, None if bias is None else bias.dtype)
+        ctx.by_input, ctx.fixed, ctx.bias_dtype = by_input, fixed, None if bias is None else bias.dtype
+        ctx.save_for_backward(input, weight, mask)
         kept = masked(weight, mask)
         if lower is not None:
             input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
-        ctx.save_for_backward(input, weight, mask)
         with torch.autocast(device, enabled=False):
             return linear(input, kept, bias, by_input=by_input)
 
@@ -47,18 +47,18 @@ class _MaskedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mask = ctx.saved_tensors
-        input_dtype, bias_dtype = ctx.dtypes
         grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
             kept = masked(weight, mask).to(grad.dtype)
-            by_rows = product(grad, kept.t() if ctx.by_input else kept).view(input.shape).to(input_dtype)
+            by_rows = product(grad, kept.t() if ctx.by_input else kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
+            rows = rows.to(grad.dtype)
             by_weight = product(rows.t(), grad) if ctx.by_input else product(grad.t(), rows)
             by_weight = by_weight.to(weight.dtype)
             by_weight = masked(by_weight, mask) if ctx.fixed else by_weight
         if ctx.needs_input_grad[3]:
-            by_bias = grad.sum(0).to(bias_dtype)
+            by_bias = grad.sum(0).to(ctx.bias_dtype)
         return by_rows, by_weight, None, by_bias, None, None
 
 

@@ -1,0 +1,92 @@
+"""Selective recomputation: outputs that are cheap to make again are not kept for the backward pass.
+
+Norms, activation functions and the gate of an MLP make more than half of a decoder block's activations, which the
+products they go into keep, and next to none of its arithmetic. They are made again when a backward pass asks for them.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_REMEMBERED = 8  # outputs; between a norm and the last product it goes into some models have two more norms
+
+
+class Recomputation(saved_tensors_hooks):
+    """A context for forward and backward pass, inside which outputs of calls to it are made again, not kept.
+
+    `recompute(function, *inputs)` calls a function of tensors, which must do the same each time. Wherever autograd
+    would keep its output as it is, it keeps the inputs, which the function's own gradient needs anyway.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._outputs: deque[_Output] = deque(maxlen=_REMEMBERED)
+        self._latest: tuple[_Recipe | None, Tensor | None] = (None, None)  # several products have the same input
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self._outputs.clear()  # hooks refer to their context: what is left would wait for the garbage collector
+        self._latest = (None, None)
+
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        output = function(*inputs)
+        if output.requires_grad and output.is_contiguous() and not torch.compiler.is_compiling():
+            self._outputs.appendleft(_Output(output, _Recipe(function, *inputs)))
+        return output
+
+    def _pack(self, tensor: Tensor) -> Any:
+        recipe = next((output.recipe for output in self._outputs if output.is_in(tensor)), None)
+        return tensor.detach() if recipe is None else (recipe, tensor.shape)
+
+    def _unpack(self, packed: Any) -> Tensor:
+        self._outputs.clear()  # a backward pass has begun, which frees inputs as it goes
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, shape = packed
+        known, value = self._latest
+        if known is not recipe or value is None:
+            self._latest = (None, None)  # freed before the next one is made
+            value = recipe()
+            self._latest = (recipe, value)
+        return value.view(shape)
+
+
+class _Recipe:
+    """A function and its inputs, with the autocast of the first call."""
+
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+        self._function, self._inputs = function, [each.detach() for each in inputs]
+        self._versions = [each._version for each in self._inputs]
+        device = inputs[0].device.type
+        lower, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        self._autocast = partial(torch.autocast, device, lower, enabled)
+
+    def __call__(self) -> Tensor:
+        if [each._version for each in self._inputs] != self._versions:
+            raise RuntimeError("The input of a norm, an activation function or a gate was changed in place.")
+        with torch.no_grad(), self._autocast():
+            return self._function(*self._inputs)
+
+
+class _Output:
+    """What is known of an output without keeping it."""
+
+    def __init__(self, output: Tensor, recipe: _Recipe) -> None:
+        self.recipe = recipe
+        self._storage = StorageWeakRef(output.untyped_storage())  # while there is one, no other storage has its address
+        self._about = _about(output)
+
+    def is_in(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the output, unchanged and in its order, in whatever shape."""
+        same_storage = self._storage.cdata == tensor.untyped_storage()._cdata
+        return same_storage and self._about == _about(tensor) and tensor.is_contiguous()
+
+
+def _about(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version
