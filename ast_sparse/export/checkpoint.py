@@ -16,7 +16,7 @@ from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
-from ast_sparse.export.codec import coded_bytes, pack24
+from ast_sparse.export.codec import coded_bytes, pack24, same_bits
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.report import ExportReport, SizeRow
 from ast_sparse.export.saving import (
@@ -265,7 +265,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
     nonzero = 0
     cast = _cast_weights(source, plan, dtype)
     for name, value in tqdm(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
-        if not torch.equal(found[name], value.to(found[name].dtype)):
+        if not same_bits(found[name], value.to(found[name].dtype)):
             raise UserError(f"{fault}: `{name}` differs from the masked weight.")
         layer = name.removesuffix(".weight")
         if layer in plan.pruned and layer != name:

@@ -15,7 +15,7 @@ from harness import Result, Settings, interleave, main
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ast_sparse.export.codec import check_meta, pack24, unpack24
+from ast_sparse.export.codec import check_meta, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
 
 GOAL = 1.5
@@ -29,7 +29,7 @@ def write_code(weights: dict[str, Tensor], masks: dict[str, Tensor], file: Path)
         coded[name], coded[name + META] = pack24(weight, masks[name])
     save_file(coded, file)
     for name, dense in read_code(file).items():
-        if not torch.equal(dense, weights[name]):
+        if not same_bits(dense, weights[name]):
             raise ValueError(f"{name} differs.")
 
 

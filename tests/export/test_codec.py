@@ -1,12 +1,14 @@
 """The 2:4 code against slow twins in plain Python."""
 
 import itertools
+import mmap
 
 import pytest
 import torch
 from torch import Tensor
 
-from ast_sparse.export.codec import check_meta, coded_bytes, pack24, unpack24
+from ast_sparse.export import codec
+from ast_sparse.export.codec import check_meta, coded_bytes, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,8 +38,12 @@ def slow_unpack(values: Tensor, meta: Tensor) -> list[list[float]]:
     return dense
 
 
+@pytest.mark.parametrize("block", [1 << 18, 34])  # groups; 780 are no multiple of 34
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pack_and_unpack_equal_their_slow_twins(dtype: torch.dtype) -> None:
+def test_pack_and_unpack_equal_their_slow_twins(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "_WORDS", block)
     torch.manual_seed(0)
     weight = torch.randn(130, 24).to(dtype)  # more than two blocks of rows
     mask = nm_mask(torch.rand(130, 24))
@@ -131,6 +137,52 @@ def test_metadata_check_reads_every_block_of_rows() -> None:
     assert check_meta(meta)
     meta[199, 1] = 0
     assert not check_meta(meta)
+
+
+def test_a_faulty_group_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_WORDS", 6)
+    for group in range(32):
+        mask = nm_mask(torch.rand(4, 32))
+        mask.view(-1)[4 * group : 4 * group + 4] = True
+        with pytest.raises(ValueError, match="exactly two"):
+            pack24(torch.ones(4, 32, dtype=torch.bfloat16), mask)
+
+
+def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(codec, "_madvise", lambda: lambda *args: calls.append(args))
+    weight, mask = torch.randn(2048, 2048).bfloat16(), nm_mask(torch.rand(2048, 2048))
+    values, meta = pack24(weight, mask)  # values of 4 MiB, metadata of 0.5
+    dense = unpack24(values, meta)
+    assert torch.equal(dense, torch.where(mask, weight, 0)) and len(calls) == 2
+    for tensor, (start, length, advice) in zip((values, dense), calls, strict=True):
+        assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
+        assert 0 <= start - tensor.data_ptr() < mmap.PAGESIZE
+        assert 0 <= tensor.data_ptr() + tensor.nbytes - start - length < mmap.PAGESIZE
+    monkeypatch.setattr(codec, "_madvise", lambda: None)
+    assert torch.equal(unpack24(values, meta), dense)
+
+
+def test_same_bits_sees_what_equality_does_not() -> None:
+    for dtype in (*DTYPES, torch.uint8, torch.bool, torch.int64):
+        for shape in ((), (0, 4), (3,), (5, 7)):
+            tensor = (10 * torch.randn(shape)).to(dtype)
+            assert same_bits(tensor, tensor.clone())
+            for place in range(tensor.numel()):
+                other = tensor.clone()
+                other.view(-1).view(torch.uint8)[place * dtype.itemsize] ^= 1
+                assert not same_bits(tensor, other)
+    zeros, nan = torch.zeros(9), torch.full((9,), torch.nan)
+    assert not same_bits(zeros, -zeros) and same_bits(nan, nan.clone())
+    assert not same_bits(zeros, zeros.double()) and not same_bits(zeros, zeros.view(3, 3))
+    grid = torch.randn(7, 9)
+    assert same_bits(grid.t(), grid.t().contiguous()) and same_bits(grid[:, 1:], grid[:, 1:].clone())
+
+
+def test_a_compiled_layer_decodes_as_an_eager_one() -> None:
+    values, meta = pack24(torch.randn(4, 16).bfloat16(), nm_mask(torch.rand(4, 16)))
+    compiled = torch.compile(unpack24, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(values, meta), unpack24(values, meta))
 
 
 def test_code_takes_nine_bits_a_weight() -> None:
