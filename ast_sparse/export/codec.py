@@ -7,7 +7,7 @@ read as a little-endian int16, are CUTLASS's metadata before its reordering.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -45,12 +45,12 @@ def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"The mask is {mask.dtype} {tuple(mask.shape)}, the weight {tuple(weight.shape)}.")
     if mask is None:
-        mask = torch.cat([_mask_of(weight[rows]) for rows in _row_blocks(weight)])
+        mask = _joined([_mask_of(weight[rows]) for rows in _row_blocks(weight)])
     if _fills_words(weight):
         values, meta = _pack_words(weight, mask)
     else:
         blocks = [_pack_rows(weight[rows], mask[rows]) for rows in _row_blocks(weight)]
-        values, meta = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        values, meta = (_joined(parts) for parts in zip(*blocks, strict=True))
     return values, meta
 
 
@@ -72,7 +72,7 @@ def unpack24(values: Tensor, meta: Tensor) -> Tensor:
         )
     if _fills_words(values):
         return _unpack_words(values, meta)
-    return torch.cat([_unpack_rows(values[rows], meta[rows]) for rows in _row_blocks(values)])
+    return _joined([_unpack_rows(values[rows], meta[rows]) for rows in _row_blocks(values)])
 
 
 def check_meta(meta: Tensor) -> bool:
@@ -107,6 +107,10 @@ def _row_blocks(tensor: Tensor) -> list[slice]:
     rows, columns = tensor.shape
     step = max(_BLOCK // max(columns, 1), 1) if tensor.device.type == "cpu" else max(rows, 1)
     return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
 def _mask_of(weight: Tensor) -> Tensor:
@@ -155,20 +159,20 @@ def _whole(tensor: Tensor, entries: int = _GROUP) -> Tensor:
 def _word_blocks(words: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of so many words, each with buffers of a word's length in each dtype, the same ones for all blocks."""
     size = min(words, _WORDS)
-    buffers = [torch.empty(size, dtype=dtype) for dtype in dtypes]
+    buffers = [torch.empty(size, dtype=dtype, device="cpu") for dtype in dtypes]
     for start in range(0, words, size):
         block = slice(start, min(start + size, words))
         yield block, [buffer[: block.stop - start] for buffer in buffers]
 
 
 def _pack_words(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`_pack_rows` of 16-bit weights; all operations write into buffers, since fresh memory costs more than they do."""
+    """`_pack_rows` of 16-bit weights, in buffers but for bytes: touching fresh memory costs more than an operation."""
     out_features, in_features = weight.shape
     values = _in_huge_pages(weight.new_empty(out_features, in_features // 2))
-    meta = torch.empty(out_features, in_features // 8, dtype=torch.uint8)
+    meta = weight.new_empty(out_features, in_features // 8, dtype=torch.uint8)
     groups, kept = _whole(weight).view(torch.int64).view(-1), _whole(mask).view(torch.int32).view(-1)
     pairs, codes = values.view(torch.int32).view(-1), meta.view(-1)
-    tables = [torch.tensor(table, dtype=torch.int32) for table in (_FIRST, _SECOND)]
+    tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (_FIRST, _SECOND)]
     dtypes = (torch.int32, torch.int32, torch.int32, torch.int64, torch.uint8, torch.uint8)
     for at, (occupancy, first, second, moved, idx0, idx1) in _word_blocks(len(groups), *dtypes):
         # the four bytes of a group's mask become four neighbouring bits: two times the occupancy

@@ -7,7 +7,7 @@ the way `kernels/products.py` chooses. All are the same formulas, equal to round
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ _FUSED = (NewGELUActivation, FastGELUActivation)  # GELUs by tanh in plain opera
 # Activation functions whose gradient needs the input; a ReLU's needs the output, which is not worth making again
 _SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GELU, nn.SiLU)
 
+_FSDP_CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
+
 _Forward = Callable[..., Tensor]
 
 
@@ -40,23 +42,31 @@ def fast_forward(*models: nn.Module | None) -> Iterator[None]:
     """Inside, the models compute the same by faster operations, which keep less; outside all is as it was.
 
     A step must be inside with its backward pass: activation checkpointing runs the forward pass again there. A model
-    with activation checkpointing makes whole blocks again, and nothing else. Output heads are left alone, because they
-    are called from hidden states.
+    with activation checkpointing, its own or FSDP's, makes whole blocks again, and nothing else. Output heads are left
+    alone, because they are called from hidden states.
     """
     with ExitStack() as stack:
         recompute = Recomputation()
-        stack.enter_context(recompute)
+        if not all(model is None or _makes_blocks_again(model) for model in models):
+            stack.enter_context(recompute)
         for model in models:
             modules = [] if model is None else list(model.modules())
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
-            checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+            again = None if model is None or _makes_blocks_again(model) else recompute
             for module in modules:
                 if module is not head and "forward" not in vars(module):
-                    faster = _faster(module, None if checkpointing else recompute)
+                    faster = _faster(module, again)
                     if faster is not None:
                         module.forward = faster
                         stack.callback(delattr, module, "forward")
         yield
+
+
+def _makes_blocks_again(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "gradient_checkpointing", False) or hasattr(module, _FSDP_CHECKPOINTED)
+        for module in model.modules()
+    )
 
 
 def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
@@ -67,33 +77,37 @@ def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
     if kind is Conv1D:
         return lambda x: linear(x, module.weight, module.bias, by_input=True)
     if kind in _FUSED:
-        return _gelu_tanh if recompute is None else partial(recompute, _gelu_tanh)
+        return _gelu_tanh if recompute is None else _made_again(recompute, _gelu_tanh, _gelu_tanh)
     if recompute is None:
         return None
     if kind in _SMOOTH or kind is nn.LayerNorm:
-        return partial(recompute, own)
+        return _made_again(recompute, own, own)
     if kind.__name__.endswith("RMSNorm"):  # of transformers; in plain operations, which keep two tensors more
-        return partial(_checkpointed, recompute, own)
-    if _code(kind.forward) == _gated_code():
+        keeping_the_input = partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
+        return _made_again(recompute, own, keeping_the_input)
+    if _code(kind.forward) == _code(_gated_mlp):
         gated = lambda gate, up: module.act_fn(gate) * up  # noqa: E731
         return lambda x: module.down_proj(recompute(gated, module.gate_proj(x), module.up_proj(x)))
     return None
 
 
-def _checkpointed(recompute: Recomputation, norm: _Forward, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not torch.is_grad_enabled():
-        return norm(input, *args, **kwargs)
-    return recompute(lambda x: checkpoint(norm, x, use_reentrant=False, preserve_rng_state=False), input)
+def _made_again(recompute: Recomputation, usual: _Forward, function: _Forward) -> _Forward:
+    """The function of one tensor, its output made again; the usual forward for other arguments or without gradients."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) != 1 or kwargs or not torch.is_grad_enabled():
+            return usual(*args, **kwargs)
+        return recompute(function, *args)
+
+    return forward
 
 
-@cache
-def _gated_code() -> tuple[Any, ...]:
-    """That of Llama's MLP, which most families have copied."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    return _code(LlamaMLP.forward)
+def _gated_mlp(self, x):  # type: ignore[no-untyped-def]
+    """To recognise the MLP of Llama, which most families have copied, by its code."""
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
 
 
 def _code(function: Any) -> tuple[Any, ...]:
     code = getattr(function, "__code__", None)
-    return () if code is None else (code.co_code, code.co_names, code.co_consts)
+    return () if code is None else (code.co_code, code.co_names, code.co_varnames)

@@ -7,7 +7,7 @@ products they go into keep, and next to none of its arithmetic. They are made ag
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,19 +35,24 @@ class Recomputation(saved_tensors_hooks):
         self._latest = (None, None)
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        recipe = _Recipe(function, *inputs)
         output = function(*inputs)
-        if output.requires_grad and output.is_contiguous() and not torch.compiler.is_compiling():
-            self._outputs.appendleft(_Output(output, _Recipe(function, *inputs)))
+        can_be_kept_away = output.requires_grad and output.is_contiguous() and recipe.inputs_are_unchanged
+        if can_be_kept_away and not torch.compiler.is_compiling():
+            self._outputs.appendleft(_Output(output, recipe))
         return output
 
     def _pack(self, tensor: Tensor) -> Any:
         recipe = next((output.recipe for output in self._outputs if output.is_in(tensor)), None)
-        return tensor.detach() if recipe is None else (recipe, tensor.shape)
+        return (tensor.detach(), tensor._version) if recipe is None else (recipe, tensor.shape)
 
     def _unpack(self, packed: Any) -> Tensor:
         self._outputs.clear()  # a backward pass has begun, which frees inputs as it goes
-        if isinstance(packed, Tensor):
-            return packed
+        if not isinstance(packed[0], _Recipe):
+            tensor, version = packed
+            if tensor._version != version:  # autograd does not look where there are hooks
+                raise _changed(f"a tensor of shape {tuple(tensor.shape)}")
+            return cast(Tensor, tensor)
         recipe, shape = packed
         known, value = self._latest
         if known is not recipe or value is None:
@@ -58,7 +63,7 @@ class Recomputation(saved_tensors_hooks):
 
 
 class _Recipe:
-    """A function and its inputs, with the autocast of the first call."""
+    """A function and its inputs as they are before the first call, with its autocast."""
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         self._function, self._inputs = function, [each.detach() for each in inputs]
@@ -67,11 +72,22 @@ class _Recipe:
         lower, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         self._autocast = partial(torch.autocast, device, lower, enabled)
 
+    @property
+    def inputs_are_unchanged(self) -> bool:
+        return [each._version for each in self._inputs] == self._versions
+
     def __call__(self) -> Tensor:
-        if [each._version for each in self._inputs] != self._versions:
-            raise RuntimeError("The input of a norm, an activation function or a gate was changed in place.")
+        if not self.inputs_are_unchanged:
+            raise _changed("the input of a norm, an activation function or a gate")
         with torch.no_grad(), self._autocast():
             return self._function(*self._inputs)
+
+
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation (or the "
+        f"backward pass ran a second time): {what}"
+    )
 
 
 class _Output:

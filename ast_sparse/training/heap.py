@@ -21,4 +21,7 @@ def give_back(device: torch.device) -> None:
 
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
+    return trim

@@ -151,6 +151,7 @@ def test_a_faulty_group_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(codec, "_madvise", lambda: lambda *args: calls.append(args))
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)  # Linux alone has it
     weight, mask = torch.randn(2048, 2048).bfloat16(), nm_mask(torch.rand(2048, 2048))
     values, meta = pack24(weight, mask)  # values of 4 MiB, metadata of 0.5
     dense = unpack24(values, meta)
@@ -161,6 +162,20 @@ def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pyte
         assert 0 <= tensor.data_ptr() + tensor.nbytes - start - length < mmap.PAGESIZE
     monkeypatch.setattr(codec, "_madvise", lambda: None)
     assert torch.equal(unpack24(values, meta), dense)
+
+
+def test_a_default_device_changes_nothing() -> None:
+    weight, mask = torch.randn(4, 16).bfloat16(), nm_mask(torch.rand(4, 16))
+    with torch.device("meta"):
+        dense = unpack24(*pack24(weight, mask))
+    assert torch.equal(dense, torch.where(mask, weight, 0))
+
+
+def test_one_block_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, mask = torch.randn(4, 16), nm_mask(torch.rand(4, 16))
+    monkeypatch.setattr(torch, "cat", None)
+    assert torch.equal(unpack24(*pack24(weight, mask)), torch.where(mask, weight, 0))
+    assert torch.equal(unpack24(*pack24(weight * mask)), weight * mask)
 
 
 def test_same_bits_sees_what_equality_does_not() -> None:

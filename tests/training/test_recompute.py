@@ -5,12 +5,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, Phi3Config, PreTrainedModel, Qwen3Config
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, PreTrainedModel, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ast_sparse import SparsityConfig
+from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.kernels.forward import fast_forward
-from ast_sparse.kernels.recompute import Recomputation
+from ast_sparse.kernels.recompute import Recomputation, _Output, _Recipe
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.training.memory import LiveBytes
 from tests.models import VOCAB, tiny_model
@@ -99,8 +103,75 @@ def test_an_input_that_is_changed_in_place_is_an_error() -> None:
         y, _ = squares(recompute, x)
         loss = y.pow(2).sum()
         x.detach().add_(1)
-        with pytest.raises(RuntimeError, match="changed in place"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_a_kept_tensor_that_is_changed_in_place_is_an_error_as_without_hooks() -> None:
+    for context in (nullcontext(), Recomputation()):
+        with context:
+            x = torch.arange(6.0).requires_grad_() + 1
+            loss = x.pow(2).sum()
+            x.detach().add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
+def test_the_chunked_loss_refuses_a_second_backward_pass() -> None:
+    model, ids = tiny_model("llama").train(), torch.randint(0, VOCAB, (2, 8))
+    with fast_forward(model):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        loss, _ = chunked_distillation_loss(hidden, model.lm_head, None, None, ids, None)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_an_activation_function_that_works_in_place_has_its_own_gradient() -> None:
+    model, x = nn.SiLU(inplace=True), torch.linspace(-2, 2, 9, requires_grad=True)
+    with fast_forward(model):
+        model(x * 1).pow(2).sum().backward()
+    given, x.grad = x.grad, None
+    F.silu(x).pow(2).sum().backward()
+    torch.testing.assert_close(given, x.grad)
+
+
+def test_modules_take_keywords_as_before() -> None:
+    x = torch.randn(3, 8)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2))
+    modules = [
+        ("input", nn.LayerNorm(8)), ("input", nn.Linear(8, 8)), ("input", nn.SiLU()),
+        ("hidden_states", LlamaRMSNorm(8)), ("x", mlp),
+    ]  # fmt: skip
+    for name, module in modules:
+        expected = module(x)
+        with fast_forward(module):
+            assert "forward" in vars(module)
+            torch.testing.assert_close(module(**{name: x}), expected)
+
+
+@pytest.mark.parametrize("by", ["model", "FSDP"])
+def test_with_activation_checkpointing_nothing_else_is_made_again(by: str) -> None:
+    model = tiny_model("llama").train()
+    if by == "model":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    hooks = torch._C._autograd._saved_tensors_hooks_is_enabled, torch._C._autograd._top_saved_tensors_default_hooks
+    with fast_forward(model):
+        assert hooks[0]() and hooks[1](False) is None
+        faster = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+    assert faster == {"Linear"}
+
+
+def test_the_place_of_a_freed_storage_is_not_taken_while_it_is_remembered() -> None:
+    x = torch.randn(8, requires_grad=True)
+    output = _Output(y := x * x, _Recipe(lambda x: x * x, x))
+    assert output.is_in(y)
+    del y
+    assert output._storage.expired()
+    others = [torch.empty(8) for _ in range(1000)]
+    assert not any(each.untyped_storage()._cdata == output._storage.cdata for each in others)
 
 
 class InPlaceOf(torch.autograd.Function):
