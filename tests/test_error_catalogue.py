@@ -384,7 +384,7 @@ def merge_without_room(root: Path, patch: Patch) -> None:
 
 CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (adapter_that_differs, "Reading the export back failed, so nothing was kept: .*: the SLoRB adapter differs."),
-    (negative_zeros, "Reading the export back failed, .* holds negative zeros."),
+    (negative_zeros, "Reading the export back failed, .* differs from the masked weight."),
     (export_without_pattern, "Reading the export back failed, .* is not 2:4."),
     (sizes_that_differ, "Reading the export back failed, .*: the pruned layers take .* bytes."),
     (export_with_peft, "Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from."),
