@@ -19,7 +19,6 @@ from ast_sparse.distillation.head import (
     loss_for_logits,
 )
 from ast_sparse.distillation.logits import distillation_loss
-from ast_sparse.training.heap import give_back
 
 logger = logging.get_logger(__name__)
 
@@ -97,8 +96,6 @@ class MicroBatchLoss:
         inside = config if self.teacher is not None else None  # what the loss looks at inside the models
         ours, theirs = self._usable_heads(student, config, needs_logits)
         reference, teacher_features = self._reference(inputs, inside, theirs)
-        if model.training:
-            give_back(labels.device)
         if ours is None:
             outputs, features = forward_with_features(model, student, inputs, inside)
             loss, tokens = distillation_loss(outputs.logits, reference, labels, config, by_position=by_position)
@@ -115,8 +112,6 @@ class MicroBatchLoss:
             loss, tokens = outputs.loss, counts[0]
         if config is not None and (teacher_features.hidden or teacher_features.attentions):
             loss = loss + config.weights[1] * feature_loss(features, teacher_features, labels, config)
-        if model.training:  # the backward pass comes
-            give_back(labels.device)
         return loss, tokens, outputs
 
     def _usable_heads(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from ast_sparse.training.distributed import (
     without_weights,
 )
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.heap import freed_memory_given_back
 from ast_sparse.training.held_out import HeldOutLoss
 from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
@@ -315,8 +316,10 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        fused = nullcontext() if self.args.torch_compile else fast_forward(self.student, self.teacher)
-        with fused:
+        with ExitStack() as stack:
+            if not self.args.torch_compile:  # it does not see what either changes
+                stack.enter_context(fast_forward(self.student, self.teacher))
+                stack.enter_context(freed_memory_given_back(self.student, self.args.device))
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)

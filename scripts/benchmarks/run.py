@@ -27,7 +27,7 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
 )
 def main(names: tuple[str, ...], quick: bool, reference: Path | None, out: Path | None) -> int:
     if out is None and not quick:
-        out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9]+', '-', provenance()['device'])}.jsonl"
+        out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', provenance()['device'])}.jsonl"
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in names or BENCHMARKS:
