@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
 from ast_sparse.data.chat import chat_columns, tokenise_conversations
+from ast_sparse.data.counted import counted_tokens, nothing_counted
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import Entry, shard_folders
 from ast_sparse.data.held_out import training_tokens
@@ -51,7 +52,11 @@ class SourceReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """One split: its sources joined in order and cut into blocks; `leftover` tokens do not fill a last block."""
+    """One split: its sources joined in order and cut into blocks; `leftover` tokens do not fill a last block.
+
+    Of chat data, and of documents that are kept apart, `counted` tokens of the blocks enter the loss, and `empty` of
+    the blocks have none, so that a run leaves them out.
+    """
 
     name: str
     documents: int
@@ -59,6 +64,8 @@ class SplitReport:
     blocks: int
     leftover: int
     sources: tuple[SourceReport, ...]
+    counted: int | None = None  # None: all but the first token of each block
+    empty: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,8 @@ class DataReport:
                 f"{split.name}: {_counts(split)} -> {split.blocks:,} blocks of {self.block_size:,}, "
                 f"{split.leftover:,} tokens left over"
             )
+            if split.counted is not None:
+                lines.append(f"  counted in the loss: {split.counted:,} tokens; {_left_out(split.empty)}")
             if len(split.sources) > 1:
                 lines.extend(f"  {source.name}: {_counts(source)}" for source in split.sources)
         if self.empty_documents:
@@ -95,6 +104,10 @@ def _counts(part: SplitReport | SourceReport) -> str:
     return f"{part.documents:,} document{'' if part.documents == 1 else 's'}, {part.tokens:,} tokens"
 
 
+def _left_out(empty: int) -> str:
+    return f"{empty:,} block{'' if empty == 1 else 's'} without a counted token left out"
+
+
 def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None, DataReport]:
     """Read, tokenise, hold out and pack; the result is cached by text, tokenizer, block size, share and seed.
 
@@ -104,23 +117,25 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
     Returns:
         Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`, and `labels` of chat
-        data), and the report. Of `data.domains` both are `DomainBlocks`.
+        data), and the report. Of `data.domains` both are `DomainBlocks`. Blocks without a counted token, which the
+        report counts, are among them: `with_counted_tokens` leaves them out.
 
     Raises:
-        UserError: any source cannot be read, a split or a domain has less text than one block, or shards are of
-            another tokenizer.
+        UserError: any source cannot be read, a split or a domain has less text than one block or none that the loss
+            counts, or shards are of another tokenizer.
     """
     trained, evaluated = config.entries("train"), config.entries("eval")
     if config.streaming:
         return _streamed(config, tokenizer)
     train = _read(config, tokenizer, trained, 0.0 if evaluated else config.eval_share)
     held_out = _read(config, tokenizer, evaluated, 0.0) if evaluated else None
-    blocks, train_report = _pack(train, "train", False, config)
+    document_end = _document_end(config, tokenizer)
+    blocks, train_report = _pack(train, "train", False, config, document_end)
     held_out_blocks, held_out_report = None, None
     if held_out is not None:
-        held_out_blocks, held_out_report = _pack(held_out, "eval", False, config)
+        held_out_blocks, held_out_report = _pack(held_out, "eval", False, config, document_end)
     elif config.eval_share:
-        held_out_blocks, held_out_report = _pack(train, "held out", True, config)
+        held_out_blocks, held_out_report = _pack(train, "held out", True, config, document_end)
     empty = train.empty + (held_out.empty if held_out else 0)
     report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
     return blocks, held_out_blocks, report
@@ -134,7 +149,7 @@ def _streamed(
     held_out, blocks, report = None, None, None
     if evaluated := config.entries("eval"):
         held_out = _read(config, tokenizer, evaluated, 0.0)
-        blocks, report = _pack(held_out, "eval", False, config)
+        blocks, report = _pack(held_out, "eval", False, config, _document_end(config, tokenizer))
     empty = held_out.empty if held_out else 0
     return train, blocks, DataReport(block_size=config.block_size, train=None, eval=report, empty_documents=empty)
 
@@ -213,28 +228,57 @@ class _Shards:
         return TokenBlocks(self.folders, join(chosen), block_size)
 
 
-def _pack(split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig) -> tuple[Blocks, SplitReport]:
+def _document_end(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return eos_token(tokenizer) if config.packing == "documents" else None
+
+
+def _pack(
+    split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, document_end: int | None
+) -> tuple[Blocks, SplitReport]:
     """One split; of domains each by itself."""
     size = config.block_size
     every = range(len(split.fields))
     reports = [split.report(source, is_held_out) for source in every]
     if not config.domains:
         report = _split_report(name, reports, config)
-        return split.blocks(list(every), is_held_out, size, name), report
+        blocks = split.blocks(list(every), is_held_out, size, name)
+        return blocks, _counted(blocks, report, document_end)
     parts, totals = {}, []
     for domain in config.domains:
         chosen = [source for source in every if split.fields[source].startswith(f"data.domains.{domain}.")]
         try:
-            totals.append(_split_report(name, [reports[source] for source in chosen], config))
+            report = _split_report(name, [reports[source] for source in chosen], config)
+            parts[domain] = split.blocks(chosen, is_held_out, size, f"{domain}, {name}")
+            totals.append(_counted(parts[domain], report, document_end))
         except UserError as error:
             raise UserError(f"data.domains.{domain}: {error}") from None
-        parts[domain] = split.blocks(chosen, is_held_out, size, f"{domain}, {name}")
-    sums = {key: sum(getattr(part, key) for part in totals) for key in ("documents", "tokens", "blocks", "leftover")}
+    keys = ("documents", "tokens", "blocks", "leftover", "empty")
+    sums: dict[str, Any] = {key: sum(getattr(part, key) for part in totals) for key in keys}
+    if any(part.counted is not None for part in totals):
+        sums["counted"] = sum(_counted_tokens(part, size) for part in totals)
     domains = tuple(
         SourceReport(name=domain, documents=part.documents, tokens=part.tokens)
         for domain, part in zip(parts, totals, strict=True)
     )
     return DomainBlocks(parts), SplitReport(name=name, sources=domains, **sums)
+
+
+def _counted(blocks: Dataset | TokenBlocks, report: SplitReport, document_end: int | None) -> SplitReport:
+    """The report with what the loss counts; every block of raw text that is read as one stream has such tokens."""
+    if not isinstance(blocks, Dataset) or ("labels" not in blocks.column_names and document_end is None):
+        return report
+    found = counted_tokens(blocks, document_end)
+    if not found.any():
+        raise UserError(nothing_counted(f"The text of {_names(report.sources)} ({report.name})", len(blocks)))
+    return replace(report, counted=int(found.sum()), empty=int((found == 0).sum()))
+
+
+def _counted_tokens(report: SplitReport, block_size: int) -> int:
+    return report.blocks * (block_size - 1) if report.counted is None else report.counted
+
+
+def _names(sources: Sequence[SourceReport]) -> str:
+    return ", ".join(source.name for source in sources[:3]) + (f" and {len(sources) - 3} more" if sources[3:] else "")
 
 
 def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int) -> Dataset:

@@ -18,8 +18,12 @@ _TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
 def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str) -> CausalLMCollator:
     """The collator of a run; with packing `documents` it marks where documents begin."""
     pad = tokenizer.pad_token_id if tokenizer is not None else None
-    apart = packing == "documents" and tokenizer is not None
-    return CausalLMCollator(pad, eos_token(tokenizer) if apart and tokenizer is not None else None)
+    return CausalLMCollator(pad, document_end(tokenizer, packing))
+
+
+def document_end(tokenizer: PreTrainedTokenizerBase | None, packing: str) -> int | None:
+    """The token that documents end with where they are kept apart; None where they are not."""
+    return eos_token(tokenizer) if packing == "documents" and tokenizer is not None else None
 
 
 def check_apart(

@@ -17,19 +17,22 @@ from ast_sparse.training.baselines import check_steps
 from ast_sparse.training.metrics import append_row, keep_rows_until
 
 MASK_HISTORY = "mask_history.jsonl"
+_STATE = "ast_sparse.refresh_waits"  # as the state of `WatchCallback`
 
 
 class SparsityCallback(TrainerCallback):
     """Sets λ before each update, refreshes masks after it, and records the flip rates.
 
-    λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone, so a resumed run needs
-    nothing saved. Activations for `criterion` wanda and sparsegpt are those of the step that a refresh follows.
+    λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone. A refresh that is due
+    after a step without a counted token waits for the next step that has some; that it waits is all that is saved for
+    a resumed run. Activations for `criterion` wanda and sparsegpt are those of the step that a refresh follows.
 
     Args:
         config: the sparsity settings.
         log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
         calibration: SparseGPT's damping and block size.
         slorb: where SLoRB comes after the sparse training, masks stop moving when it begins.
+        is_empty: whether the step that ends had no counted token.
 
     Attributes:
         kernels: what masks and updates are computed with, from the beginning of training on.
@@ -41,13 +44,16 @@ class SparsityCallback(TrainerCallback):
         log: Callable[[dict[str, float]], None],
         calibration: CalibrationConfig | None = None,
         slorb: SLoRBConfig | None = None,
+        is_empty: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
         self.log = log
         self.calibration = calibration
         self.slorb = slorb
+        self.is_empty = is_empty
         self.kernels: Kernels = "eager"
         self._recorder: InputRecorder | None = None
+        self._waits = False  # a refresh that was due
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,6 +63,7 @@ class SparsityCallback(TrainerCallback):
         optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
         optimizer.kernels = self.kernels
         use_kernels(kwargs["model"], self.kernels)
+        self._waits = _STATE in (state.stateful_callbacks or {})
         if args.should_save:
             keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
 
@@ -73,6 +80,10 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_due(state.global_step, state.max_steps):
             return
+        if self.is_empty():
+            self._wait(state, True)
+            return
+        self._wait(state, False)
         model: nn.Module = kwargs["model"]
         rates = self._refresh(model, state.global_step, state.max_steps)
         masks = {name: layer.mask for name, layer in sparse_layers(model).items()}
@@ -99,9 +110,20 @@ class SparsityCallback(TrainerCallback):
             refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
         apply_masks(kwargs["model"])
 
+    def _wait(self, state: TrainerState, waits: bool) -> None:
+        """Put the refresh of a step off, or end that; what was recorded for it is dropped with it."""
+        if waits and self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        if waits != self._waits:
+            others = {key: value for key, value in (state.stateful_callbacks or {}).items() if key != _STATE}
+            state.stateful_callbacks = {**others, _STATE: {}} if waits else others  # type: ignore[assignment,dict-item]
+        self._waits = waits
+
     def _is_due(self, step: int, total_steps: int) -> bool:
         last = slorb_step(self.slorb, total_steps)
-        return is_refresh_due(self.config, step, total_steps) and (last is None or step <= last)
+        is_due = self._waits or is_refresh_due(self.config, step, total_steps)
+        return is_due and (last is None or step <= last)
 
     def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
         config = self.config

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -16,6 +15,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import check_entries, check_sources
 from ast_sparse.data.streaming import StreamedBlocks
@@ -27,6 +27,7 @@ from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.shards import whole
+from ast_sparse.training.apart import document_end
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
 from ast_sparse.training.checkpoints import (
@@ -189,6 +190,9 @@ def _prepare(
             ) from error
     if args.should_log:
         echo("\n".join(data_report.lines()))
+    every_block, end = train, document_end(tokenizer, config.data.packing)
+    train = with_counted_tokens(train, "data.train", end, says=False)
+    held_out = with_counted_tokens(held_out, "The held-out text", end, says=False)
     if not isinstance(train, StreamedBlocks):
         _check_batches(args, len(train))
     model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
@@ -209,7 +213,7 @@ def _prepare(
             slorb_config=_slorb(config),
             calibration_config=config.calibration,
             watch_config=config.watch,
-            calibration_dataset=_calibration(config, args, tokenizer, checkpoint),
+            calibration_dataset=_calibration(config, args, tokenizer, checkpoint, every_block),
             teacher_model=_teacher(config),
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
@@ -235,14 +239,18 @@ def _prepare(
 
 
 def _calibration(
-    config: RunConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
-) -> Dataset | bool | None:
-    """What one-shot pruning is calibrated on; False where a checkpoint brings the masks, None for the training text."""
+    config: RunConfig,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+    training: Blocks,
+) -> Blocks | bool:
+    """What one-shot pruning is calibrated on; False where a checkpoint brings the masks."""
     settings = config.calibration
     if checkpoint is not None or config.sparsity.init == "magnitude":
         return False
     if settings.data is None:
-        return None
+        return training
     with args.main_process_first(desc="tokenising the calibration text"):
         length = settings.seq_len or config.data.block_size
         return calibration_blocks(settings.data, config.data.root, config.data.text_field, tokenizer, length)

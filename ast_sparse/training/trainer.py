@@ -31,6 +31,7 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
+from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
@@ -43,7 +44,7 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
-from ast_sparse.training.apart import check_apart, make_collator
+from ast_sparse.training.apart import check_apart, document_end, make_collator
 from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
 from ast_sparse.training.callbacks import SparsityCallback
@@ -152,10 +153,15 @@ class SparseTrainer(CheckpointTrainer):
         train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
         if isinstance(train_dataset, dict):
             train_dataset = DomainBlocks(train_dataset)
+        calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
+        if data_collator is None:  # which may make labels of its own
+            end = document_end(processing_class, packing)
+            train_dataset = with_counted_tokens(train_dataset, "train_dataset", end)
+            eval_dataset = with_counted_tokens(eval_dataset, "eval_dataset", end)
         if isinstance(eval_dataset, DomainBlocks):  # Trainer evaluates a mapping part by part
             eval_dataset = eval_dataset.parts
         self.calibration_config = calibration_config or CalibrationConfig()
-        self.sparsity_report: SparsityReport = self._sparsify(model, args, train_dataset, calibration_dataset, pack)
+        self.sparsity_report: SparsityReport = self._sparsify(model, args, calibration_dataset, pack)
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)
@@ -196,7 +202,9 @@ class SparseTrainer(CheckpointTrainer):
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
-        self._sparsity = SparsityCallback(self.sparsity_config, self.log, self.calibration_config, self.slorb_config)
+        self._sparsity = SparsityCallback(
+            self.sparsity_config, self.log, self.calibration_config, self.slorb_config, lambda: self._watch.is_empty
+        )
         for callback in (self._watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
             self.add_callback(callback)
         if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
@@ -221,20 +229,17 @@ class SparseTrainer(CheckpointTrainer):
                 parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
         return teacher.requires_grad_(False).eval()
 
-    def _sparsify(
-        self, model: PreTrainedModel, args: TrainingArguments, train: Any, calibration: Any, pack: Any
-    ) -> SparsityReport:
+    def _sparsify(self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any) -> SparsityReport:
         """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
         config = self.sparsity_config
         if config.init == "magnitude" or calibration is False:
             return sparsify_model(model, replace(config, init="magnitude"), self.slorb_config)
-        blocks = train if calibration is None else pack(calibration)
         return sparsify_model(
             model,
             config,
             self.slorb_config,
             calibration_config=self.calibration_config,
-            samples=calibration_samples(blocks, self.calibration_config),
+            samples=calibration_samples(pack(calibration), self.calibration_config),
             device=args.device,
             progress=bool(args.should_log) and not args.disable_tqdm,
         )
@@ -276,7 +281,7 @@ class SparseTrainer(CheckpointTrainer):
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
-            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1)  # of chat data it may be all prompts
+            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0 in a step that is passed over
             if self.args.average_tokens_across_devices:  # DDP averages gradients over the ranks
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -302,6 +307,8 @@ class SparseTrainer(CheckpointTrainer):
             reshard(self.student)
         if output.metrics is not None and loss is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = loss
+        elif output.metrics is not None:  # Trainer's own would be 0
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         return output
 
     def prediction_step(
@@ -380,7 +387,7 @@ class SparseTrainer(CheckpointTrainer):
         """
         if not resume_from_checkpoint:
             self._sparsity.kernels = self._kernels(None)
-            return super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
         if self._mixture is not None and self._parts is not None:
@@ -390,7 +397,7 @@ class SparseTrainer(CheckpointTrainer):
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
         self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
         if state.global_step < last_step:
-            return super().train(str(checkpoint), trial, ignore_keys_for_eval)
+            return _with_logged_loss(super().train(str(checkpoint), trial, ignore_keys_for_eval))
         # Trainer would do one more step: the run was finished, and stopped before the final save.
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -405,9 +412,18 @@ class SparseTrainer(CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in Trainer; of a mapping there is also the loss over all of its parts."""
+        """As in Trainer; of a mapping there is also the loss over all of its parts.
+
+        Raises:
+            UserError: no token of the data is counted, so there is no loss.
+        """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(parts, dict) and f"{metric_key_prefix}_loss" not in metrics:
+            raise UserError(
+                f"There is no {metric_key_prefix}_loss: no token of the data to evaluate on is counted, all labels are "
+                "−100. Pass rows with labels."
+            )
         if isinstance(parts, dict) and (loss := mean_loss(metrics, parts, metric_key_prefix)) is not None:
             metrics[f"{metric_key_prefix}_loss"] = loss
             self.log({f"{metric_key_prefix}_loss": loss})
@@ -423,6 +439,9 @@ class SparseTrainer(CheckpointTrainer):
         """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss."""
         if "loss" in logs:
             logs.update(self._speed.figures(self.args), **self._watch.figures(), **self._domain_losses.figures())
+            self._watch.correct_loss(logs)
+        if "train_loss" in logs:
+            self._watch.correct_loss(logs, "train_loss")
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)
@@ -462,3 +481,8 @@ class SparseTrainer(CheckpointTrainer):
             report = export_model(student, out_dir, format, tokenizer=tokenizer, **kwargs)
         self.accelerator.wait_for_everyone()
         return report
+
+
+def _with_logged_loss(output: TrainOutput) -> TrainOutput:
+    """The loss over the steps that have one, as it is logged."""
+    return output._replace(training_loss=output.metrics.get("train_loss", math.nan))

@@ -1,4 +1,7 @@
-"""A loss that is not finite, or jumps: the run stops or passes over the step, and the batch is kept for replay."""
+"""A loss that is not finite, or jumps: the run stops or passes over the step, and the batch is kept for replay.
+
+A step without a counted token is passed over too.
+"""
 
 import json
 import math
@@ -16,6 +19,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import WatchConfig
 from ast_sparse.data.packing import DOMAIN
+from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.checkpoints import last_checkpoint
@@ -49,6 +53,14 @@ class WatchCallback(TrainerCallback):
 
     A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data go on. What
     a later verdict depends on is saved with every checkpoint, so a resumed run decides as the undisturbed one.
+
+    A step whose micro-batches hold no token that the loss counts, on any rank, has nothing to learn from. It leaves
+    weights, moments and step counts as they are as well, and is not judged; the masks wait for the next step that has
+    such tokens (`SparsityCallback`), while λ, learning rate and data go on.
+
+    Attributes:
+        is_empty: whether the step that was judged last had no such token.
+        empty: steps without one so far.
     """
 
     def __init__(self, config: WatchConfig) -> None:
@@ -57,16 +69,40 @@ class WatchCallback(TrainerCallback):
         self._loss: Tensor | None = None
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self.skipped = 0
+        self.empty = 0
+        self.is_empty = False
         self._in_a_row = 0
+        self._tokens: Tensor | None = None
+        self._steps = [0, 0]  # since the last record of the log, and since the beginning of this call of train()
+        self._empty_steps = [0, 0]  # of them
 
     def add(self, inputs: dict[str, Any], loss: Tensor) -> None:
         """Note a micro-batch and its loss, as Trainer adds them up."""
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss)
         self._batches.append(inputs)
         self._loss = loss if self._loss is None else self._loss + loss
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
     def figures(self) -> dict[str, float]:
-        """`skipped_steps` so far, for the log, where steps may be skipped."""
-        return {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+        """For the log: `skipped_steps` so far, where steps may be skipped; `empty_steps`, once there is one."""
+        found = {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+        return {**found, "empty_steps": self.empty} if self.empty else found
+
+    def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
+        """Make the mean over steps that Trainer logs one over the steps that have a loss; without one, take it out.
+
+        Args:
+            key: `loss`, since the last record of the log, or `train_loss`, since the beginning of this call of train().
+        """
+        index = int(key != "loss")
+        steps, empty = self._steps[index], self._empty_steps[index]
+        self._steps[index] = self._empty_steps[index] = 0
+        if self.is_empty:
+            logs.pop("grad_norm", None)
+        if empty and empty == steps:
+            del logs[key]
+        elif empty:
+            logs[key] *= steps / (steps - empty)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,7 +113,7 @@ class WatchCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._batches, self._loss = [], None
+        self._batches, self._loss, self._tokens = [], None, None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,10 +123,15 @@ class WatchCallback(TrainerCallback):
         Raises:
             DivergenceError: the settings say stop.
         """
-        if self._loss is None:
+        if self._loss is None or self._tokens is None:
             return
         norm = _gradient_norm(kwargs["model"], kwargs["optimizer"]).to(self._loss)
-        loss, norm = mean_over_ranks(torch.stack([self._loss, norm])).tolist()
+        loss, norm, tokens = mean_over_ranks(torch.stack([self._loss, norm, self._tokens])).tolist()
+        self.is_empty = tokens == 0
+        self._steps = [steps + 1 for steps in self._steps]
+        if self.is_empty:
+            self._pass_over(args, state.global_step + 1, kwargs["optimizer"])
+            return
         action, what = self._verdict(loss, norm)
         if action == "skip" and self._in_a_row == self.config.max_skips:
             action, what = "stop", f"{what}, after watch.max_skips={self._in_a_row} skipped steps in a row"
@@ -103,23 +144,35 @@ class WatchCallback(TrainerCallback):
         self._in_a_row = self._in_a_row + 1 if action == "skip" else 0
         if action == "skip":
             self.skipped += 1
-            for group in kwargs["optimizer"].param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            _drop_update(kwargs["optimizer"])
         elif self.config.spike != "off":
             self._losses.append(loss)
         if action != "go" and args.should_log:
             logger.warning(f"Step {step} {'is skipped' if action == 'skip' else 'goes on'}: {what}. The batch: {path}.")
 
+    def _pass_over(self, args: TrainingArguments, step: int, optimizer: Any) -> None:
+        """Leave out the update of a step without a counted token, and say so the first time."""
+        self._empty_steps = [steps + 1 for steps in self._empty_steps]
+        self.empty += 1
+        _drop_update(optimizer)
+        if self.empty == 1 and args.should_log:
+            logger.warning(
+                f"Step {step} has no token that the loss counts (all labels are −100), so weights, moments and masks "
+                "stay as they are. Said once; `empty_steps` in the log counts such steps."
+            )
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._batches, self._loss = [], None
-        if self.config.spike != "off" or self.config.nan == "skip":
+        self._batches, self._loss, self._tokens = [], None, None
+        if self.config.spike != "off" or self.config.nan == "skip" or self.empty:
             saved: Any = {"losses": list(self._losses), "skipped": self.skipped, "in_a_row": self._in_a_row}
+            saved = {**saved, "empty": self.empty} if self.empty else saved
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), _STATE: saved}  # type: ignore[assignment,dict-item]
 
     def _reset(self, saved: dict[str, Any]) -> None:
         self._losses = deque(saved.get("losses", ()), self.config.spike_window)
         self.skipped, self._in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
+        self.empty, self.is_empty = saved.get("empty", 0), False
+        self._steps, self._empty_steps = [0, 0], [0, 0]
 
     def _verdict(self, loss: float, norm: float) -> tuple[str, str]:
         config = self.config
@@ -188,6 +241,13 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
             float(model(use_cache=False, **{name: v.to(model.device) for name, v in batch.items()}).loss)
             for batch in known
         ]
+
+
+def _drop_update(optimizer: Any) -> None:
+    """Let the optimizer find nothing to do: neither weights decay nor moments nor step counts move."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
