@@ -19,6 +19,7 @@ ORDER = [
     ("config",),
     ("conversion",),
     ("yaml12",),
+    ("progress",),
     ("errors",),
 ]
 RANK = {room: len(ORDER) - level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -22,7 +22,9 @@ class _OneLine(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
-        with _one_line_errors():
+        from ast_sparse.progress import lines_for_bars  # imports tqdm, which reads the environment once
+
+        with _one_line_errors(), lines_for_bars():
             code = super().main(*args, **kwargs)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -93,10 +93,9 @@ def _entry(source: str) -> Entry:
 
 
 def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[str, Any]) -> None:
-    from tqdm import tqdm
-
     from ast_sparse.data.prepare import PrepareSettings, prepare_shards
     from ast_sparse.data.shards import Shard
+    from ast_sparse.progress import progress_bar
 
     settings = PrepareSettings(
         entries=entries,
@@ -108,7 +107,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         streaming=options["streaming"],
     )
     began, made, kept = time.monotonic(), 0, 0
-    with tqdm(desc=f"Tokenising {folder.name}", unit=" tokens", unit_scale=True, delay=1) as bar:
+    with progress_bar(desc=f"Tokenising {folder.name}", unit=" tokens", unit_scale=True, delay=1) as bar:
 
         def finished(shard: Shard, is_new: bool) -> None:
             nonlocal made, kept
@@ -151,13 +150,12 @@ def info(folders: tuple[str, ...]) -> None:
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 def verify(folders: tuple[str, ...]) -> None:
     """Read every byte of folders of shards and compare it with the checksums of the manifest."""
-    from tqdm import tqdm
-
     from ast_sparse.data.shards import verify_shards
+    from ast_sparse.progress import progress_bar
 
     for name in folders:
         folder = Path(name).expanduser()
-        with tqdm(desc=f"Verifying {folder.name}", unit="B", unit_scale=True, delay=1) as bar:
+        with progress_bar(desc=f"Verifying {folder.name}", unit="B", unit_scale=True, delay=1) as bar:
             manifest = verify_shards(folder, bar.update)
         click.echo(f"{folder}: {_shards(manifest)}, {manifest.tokens:,} tokens are as the manifest says")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ast_sparse.distillation.head import OutputHead, UnknownHeadError, find_output_head, hidden_states
 from ast_sparse.distillation.logits import Terms, loss_rows_
 from ast_sparse.kernels.forward import fast_forward
+from ast_sparse.progress import progress_bar
 
 _POSITIONS_PER_CHUNK = 256  # logits of this many positions exist at a time
 _CROSS_ENTROPY = Terms.of(None)
@@ -65,7 +65,7 @@ def score(
         eval_mode(model),
         eval_mode(teacher) if teacher is not None else nullcontext(),
         fast_forward(model, teacher),
-        tqdm(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
+        progress_bar(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
     ):
         for tokens, scored in bar:
             _add(sums, *scored_by, torch.as_tensor(tokens, dtype=torch.long), scored)

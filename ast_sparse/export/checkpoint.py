@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +27,7 @@ from ast_sparse.export.saving import (
     split_state_dict,
 )
 from ast_sparse.loading import load_checkpoint
+from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers
 
@@ -191,7 +191,7 @@ def _write(
     compress = format == "compressed"
     tensors: dict[str, Tensor] = {}
     cast = _cast_weights(source, plan, dtype)
-    for key, value in tqdm(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
+    for key, value in progress_bar(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
         layer = key.removesuffix(".weight")
         if compress and layer in plan.pruned and key != layer:
             transposed = plan.pruned[layer]
@@ -264,7 +264,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
         raise UserError(f"{fault}: the SLoRB adapter differs.")
     nonzero = 0
     cast = _cast_weights(source, plan, dtype)
-    for name, value in tqdm(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
+    for name, value in progress_bar(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
         if not same_bits(found[name], value.to(found[name].dtype)):
             raise UserError(f"{fault}: `{name}` differs from the masked weight.")
         layer = name.removesuffix(".weight")

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.report import format_table
@@ -24,6 +23,7 @@ from ast_sparse.export.positions import (
     pattern_unrank,
     uniform_huffman_bits,
 )
+from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.masks import Pattern, check_nm, nm_mask
 
 HALVES = (1, 2, 4, 8, 16)  # n of the paper's patterns n:2n
@@ -234,13 +234,13 @@ def measure_positions(
     own = _own_half(layers.values()) if pattern is None else half_of(pattern)
     chosen, reasons = _choose(layers, own, pruned)
     tallies, shapes = _tallies(chosen, own)
-    for name, layer in tqdm(chosen.items(), "Counting", disable=not progress, unit="layer"):
+    for name, layer in progress_bar(chosen.items(), "Counting", disable=not progress, unit="layer"):
         if not bool(layer.weight.isfinite().all()):
             raise UserError(f"`{name}` holds values that are not finite. Choose an earlier checkpoint.")
         own_mask = None if own is None else _own_mask(layer, own)
         for tally in tallies:
             tally.add(layer.weight, own_mask)
-    rows = tuple(tally.cost() for tally in tqdm(tallies, "Encoding", disable=not progress, unit="pattern"))
+    rows = tuple(tally.cost() for tally in progress_bar(tallies, "Encoding", disable=not progress, unit="pattern"))
     weights = sum(layer.weight.numel() for layer in chosen.values())
     name = None if own is None else f"{own}:{2 * own}"
     return CompressionTable(rows, len(chosen), weights, name, value_bits, (*reasons, *shapes))

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
+from ast_sparse.progress import progress_bar
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
@@ -261,7 +261,8 @@ def _prune_layers(
         if samples is None:
             raise UserError(f"sparsity.init={method!r} needs text to calibrate on. Give calibration samples.")
         groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method == "sparsegpt", device)
-    with tqdm(total=len(layers), desc=f"Pruning, {method} {pattern}", unit="layer", disable=not progress) as bar:
+    label = f"Pruning, {method} {pattern}"
+    with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:
         for name, statistics in ((name, group[name]) for group in groups for name in group):
             layer = layers[name]
             weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight

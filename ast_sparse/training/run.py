@@ -25,6 +25,7 @@ from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_tokenizer
+from ast_sparse.progress import library_bars
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.apart import document_end
@@ -180,7 +181,7 @@ def _prepare(
     signals: PreemptionSignals,
 ) -> tuple[SparseTrainer, Rows]:
     """Data, model and trainer; the figures of the dense and the one-shot model."""
-    with args.main_process_first(desc="tokenising"):
+    with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
         try:
             train, held_out, data_report = build_datasets(config.data, tokenizer)
         except OSError as error:  # of the cache: sources that cannot be read are named where they are read
@@ -195,7 +196,8 @@ def _prepare(
     held_out = with_counted_tokens(held_out, "The held-out text", end, says=False)
     if not isinstance(train, StreamedBlocks):
         _check_batches(args, len(train))
-    model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
+    with library_bars(not args.disable_tqdm):
+        model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
     _check_token_ids(train, tokenizer, model)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern

@@ -64,6 +64,7 @@ from ast_sparse.training.loader import block_loader, block_source, load_data_sta
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
+from ast_sparse.training.progress import use_lines
 from ast_sparse.training.ranks import any_rank
 from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
@@ -176,6 +177,7 @@ class SparseTrainer(CheckpointTrainer):
             optimizers=optimizers,
             **kwargs,
         )
+        use_lines(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         plugin = sharding_plugin(self.args)

@@ -242,7 +242,7 @@ def test_ast_train_leaves_empty_blocks_out_and_reports_counted_tokens(
 @pytest.mark.parametrize("is_domain", [False, True])
 def test_text_whose_blocks_are_all_empty_is_refused(tmp_path: Path, is_domain: bool) -> None:
     chat(tmp_path, ["moves"])
-    data: dict[str, Any] = {"eval_share": 0, "block_size": 128}
+    data: dict[str, Any] = {"eval_share": 0, "block_size": 100}
     if is_domain:
         data |= {"train": None, "domains": {"chat": {"train": "chat.jsonl"}}}
     with pytest.raises(UserError, match=r"The text of chat.jsonl \(train\): none of \d+ blocks? has a token") as error:

@@ -1,0 +1,42 @@
+"""Progress of a training whose log is no terminal: lines in place of Trainer's bars."""
+
+from typing import Any
+
+from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ast_sparse.progress import progress_bar, shows_bars
+
+
+class ProgressLines(ProgressCallback):
+    """As its parent, which prints the records of the log too, with the bars of `ast_sparse.progress`."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = progress_bar(
+                total=state.max_steps, initial=state.global_step, desc="Training", unit="step"
+            )
+        self.current_step = state.global_step
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            if self.prediction_bar is None:
+                self.prediction_bar = progress_bar(total=len(eval_dataloader), desc="Evaluating", unit="batch")
+            self.prediction_bar.update(1)
+
+
+def use_lines(trainer: Trainer) -> None:
+    """Let a trainer print lines where bars are not shown; a callback of the user's own stays."""
+    callbacks = trainer.callback_handler.callbacks
+    if not shows_bars() and any(type(callback) is ProgressCallback for callback in callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ProgressLines())
