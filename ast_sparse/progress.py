@@ -35,7 +35,9 @@ class LineBar(plain_bar):
     distributed run alone prints.
     """
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
+    disable: bool
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Print a line if one is due."""
         if not hasattr(self, "start_t"):  # tqdm draws once before it looks at the clock
             return True

@@ -116,8 +116,9 @@ class SparsityCallback(TrainerCallback):
             self._recorder.stop()
             self._recorder = None
         if waits != self._waits:
-            others = {key: value for key, value in (state.stateful_callbacks or {}).items() if key != _STATE}
-            state.stateful_callbacks = {**others, _STATE: {}} if waits else others  # type: ignore[assignment,dict-item]
+            others: dict[str, Any] = dict(state.stateful_callbacks or {})  # type: ignore[arg-type]  # a mapping by now
+            others.pop(_STATE, None)
+            state.stateful_callbacks = {**others, _STATE: {}} if waits else others  # type: ignore[assignment]
         self._waits = waits
 
     def _is_due(self, step: int, total_steps: int) -> bool:

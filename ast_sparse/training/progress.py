@@ -29,9 +29,11 @@ class ProgressLines(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and has_length(eval_dataloader):
-            if self.prediction_bar is None:
-                self.prediction_bar = progress_bar(total=len(eval_dataloader), desc="Evaluating", unit="batch")
-            self.prediction_bar.update(1)
+            bar: Any = self.prediction_bar
+            if bar is None:
+                bar = progress_bar(total=len(eval_dataloader), desc="Evaluating", unit="batch")
+            self.prediction_bar = bar
+            bar.update(1)
 
 
 def use_lines(trainer: Trainer) -> None:

@@ -85,7 +85,9 @@ class WatchCallback(TrainerCallback):
 
     def figures(self) -> dict[str, float]:
         """For the log: `skipped_steps` so far, where steps may be skipped; `empty_steps`, once there is one."""
-        found = {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+        found: dict[str, float] = (
+            {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+        )
         return {**found, "empty_steps": self.empty} if self.empty else found
 
     def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
