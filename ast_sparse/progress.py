@@ -20,7 +20,7 @@ _SHORT_S = 1.0  # what is done sooner prints nothing
 
 def shows_bars() -> bool:
     """Whether bars can redraw themselves: stderr is a terminal, or this is a notebook."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()
+    return "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty()
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,7 @@ def test_a_terminal_and_a_notebook_have_the_bars_of_tqdm(monkeypatch: pytest.Mon
     assert "\r" in sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert callbacks(trainer(tmp_path, args={"disable_tqdm": False})) == [ProgressCallback]
     monkeypatch.setattr(sys, "stderr", Stream(is_terminal=False))
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", sys)
     assert type(progress_bar(total=1, disable=True)) is tqdm.auto.tqdm
 
 
