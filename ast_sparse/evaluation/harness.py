@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import logging
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import check_window
 
-_SEED = 1234  # which examples stand before a question, as the harness itself chooses by default
+_PYTHON_SEED, _SEED = 0, 1234  # what the harness itself begins with: Python's generator, and all others
 _LONGEST_REASON = 300
 
 
@@ -71,10 +75,14 @@ class TaskResult:
 class Harness:
     """Tasks that are found and whose data are read, before any model is loaded.
 
+    Every model gets the same requests, those of `lm_eval.simple_evaluate` for the name alone: whatever was measured
+    before, each name begins with the same seeds.
+
     Args:
         names: of tasks, groups or tags of the harness, paths of task files (YAML), `paper` or `paper-fewshot`.
         include_path: a folder with further task files.
-        num_fewshot: examples before each question; None: as published for the paper's tasks, else the task's own.
+        num_fewshot: examples before each question; None: as published for the paper's tasks, else the task's own. A
+            task whose file says 0 keeps 0, as in the harness.
 
     Raises:
         UserError: the package is missing, a task is unknown, or its data cannot be read.
@@ -86,17 +94,22 @@ class Harness:
         self._lm_eval = _import()
         published = [task for name in names for task in GROUPS.get(name, ())]
         wanted = [each for name in names for each in ([task.name for task in GROUPS.get(name, ())] or [name])]
-        with _quiet():
+        self._loaded: dict[str, Any] = {}
+        self._random: dict[str, _RandomState] = {}  # after the data of the name were read
+        self._asked: dict[tuple[Any, ...], str] = {}  # fingerprints of requests
+        with _quiet(), _random_state_kept():
             self._manager = _manager(wanted, include_path)
-            self._loaded = {name: self._load(name) for name in dict.fromkeys(wanted)}
+            for name in dict.fromkeys(wanted):
+                _seed()
+                self._loaded[name] = self._load(name)
+                self._random[name] = _RandomState.now()
         self._metrics = {task.name: task.metric for task in published}
         fewshot = {task.name: task.num_fewshot for task in published}
         for name, loaded in self._loaded.items():
             for task in loaded["tasks"].values():
-                own = task.get_config("num_fewshot") or 0
-                number = fewshot.get(name, own) if num_fewshot is None else num_fewshot
+                own = task.get_config("num_fewshot")
+                number = fewshot.get(name, own or 0) if num_fewshot is None else num_fewshot if own != 0 else 0
                 task.set_config(key="num_fewshot", value=number)
-                task.set_fewshot_seed(seed=_SEED)
         self._seven = tuple(task.name for task in GROUPS["paper"]) if "paper" in names else ()
 
     def _load(self, name: str) -> Any:
@@ -107,6 +120,25 @@ class Harness:
                 f"--tasks {name} cannot be loaded: {_one_line(error)} The harness takes most data from the hub: check "
                 "the network, or the files that the task names."
             ) from error
+
+    def _begin(self, name: str) -> None:
+        """Put every generator to where the harness has it before it asks the first question."""
+        _seed()  # those of GPUs too
+        self._random[name].restore()
+        for task in self._loaded[name]["tasks"].values():
+            task.set_fewshot_seed(seed=_SEED)
+
+    def _check_requests(self, name: str, *settings: Any) -> None:
+        """Check that a model was asked what the models before it were asked."""
+        digest = hashlib.sha256()
+        for task in self._loaded[name]["tasks"].values():
+            for request in task.instances:
+                digest.update(repr((request.request_type, request.args)).encode())
+        if self._asked.setdefault((name, *settings), digest.hexdigest()) != digest.hexdigest():
+            raise UserError(
+                f"--tasks {name}: this model is asked other questions than the one before it: the code of the task has "
+                "a random generator of its own. Measure one model at a time."
+            )
 
     def __call__(
         self,
@@ -132,18 +164,56 @@ class Harness:
         if max_length is not None:
             check_window(model.config, max_length)
         results: list[TaskResult] = []
-        with _quiet():
+        with _quiet(), _random_state_kept():
             # The harness may add a padding token to the tokenizer.
             lm = HFLM(
                 pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
             )
             for name, loaded in self._loaded.items():
+                self._begin(name)
                 try:
                     record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
                 except Exception as error:
                     raise UserError(f"--tasks {name}: {_one_line(error)}") from error
+                self._check_requests(name, limit)
                 results += _results(name, loaded, record, self._metrics.get(name))
         return results + _mean(results, self._seven)
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """The random generators that a task may draw from, besides the one of its own."""
+
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+
+    @classmethod
+    def now(cls) -> _RandomState:
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+
+
+def _seed() -> None:
+    random.seed(_PYTHON_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the generators of the process as they were."""
+    before = _RandomState.now()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        before.restore()
 
 
 def _import() -> Any:
