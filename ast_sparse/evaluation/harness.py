@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.perplexity import check_window
+from ast_sparse.evaluation.perplexity import check_window, named_positions
 
 _PYTHON_SEED, _SEED = 0, 1234  # what the harness itself begins with: Python's generator, and all others
 _LONGEST_REASON = 300
@@ -154,7 +154,8 @@ class Harness:
         Args:
             limit: ask only the first so many questions of every task.
             batch_size: questions at a time.
-            max_length: tokens the model is given at most; None: its positions.
+            max_length: tokens the model is given at most; None: its positions; if it has no limit, what the
+                harness takes.
 
         Raises:
             UserError: a task fails on its data or on the model, or `max_length` is more than its positions.
@@ -163,6 +164,8 @@ class Harness:
 
         if max_length is not None:
             check_window(model.config, max_length)
+        else:
+            max_length = named_positions(model.config)  # the harness does not know what every family calls them
         results: list[TaskResult] = []
         with _quiet(), _random_state_kept():
             # The harness may add a padding token to the tokenizer.

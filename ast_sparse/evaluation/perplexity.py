@@ -23,6 +23,15 @@ from ast_sparse.evaluation.windows import Stream, cut, tokenise
 _PUBLISHED_WINDOW = {"gpt2": 1024, "opt": 2048}
 _LLAMA2_WINDOW = 4096
 _OTHER_WINDOW = 2048
+# What configs call the longest sequence: most families, GPT-2, MPT, and then those whose code comes with the model.
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "max_seqlen", "seq_length", "context_length", "model_max_length",
+)  # fmt: skip
+# Their table of positions is named whole, and its first rows, up to that of the padding token, belong to no position.
+_POSITIONS_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +179,39 @@ def check_window(model_config: Any, seq_len: int, windows: int | None = None) ->
 
 
 def max_positions(model_config: Any) -> int | None:
-    """Longest sequence a config names (`max_position_embeddings`, `n_positions`), or None."""
+    """Longest sequence a model takes, by its config; None where it sets no limit (Mamba, BLOOM, Falcon with ALiBi).
+
+    Scaling of rotary positions beyond what the config names counts (`linear`, `dynamic`, `yarn`, by their factor).
+    """
     config = text_config(model_config)
-    for name in ("max_position_embeddings", "n_positions"):
+    named = _named_positions(config)
+    if named is None or getattr(config, "alibi", None) is True:
+        return None
+    return max(named, _scaled_positions(config))
+
+
+def named_positions(model_config: Any) -> int | None:
+    """As `max_positions`, without the scaling of rotary positions: what a model is usually measured at."""
+    return _named_positions(text_config(model_config))
+
+
+def _named_positions(config: Any) -> int | None:
+    for name in _POSITIONS:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            padding = getattr(config, "pad_token_id", None)
+            reserved = (padding or 0) + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
+            return value - reserved
     return None
+
+
+def _scaled_positions(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return 0  # of others the named positions hold it already
+    factor = rope.get("factor")
+    before = rope.get("original_max_position_embeddings") or _named_positions(config)
+    return int(before * factor) if before and isinstance(factor, int | float) else 0
 
 
 def default_seq_len(model_config: Any) -> int:
@@ -186,7 +221,7 @@ def default_seq_len(model_config: Any) -> int:
     others, later LLaMAs included, 2048, the usual choice in the pruning literature.
     """
     config = text_config(model_config)
-    limit = max_positions(config)
+    limit = _named_positions(config)
     is_llama2 = config.model_type == "llama" and limit == _LLAMA2_WINDOW
     window = _LLAMA2_WINDOW if is_llama2 else _PUBLISHED_WINDOW.get(config.model_type, _OTHER_WINDOW)
     return window if limit is None else min(window, limit)
@@ -194,7 +229,12 @@ def default_seq_len(model_config: Any) -> int:
 
 def text_config(model_config: Any) -> Any:
     """The part of a config that speaks of the language model."""
-    return model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    if not hasattr(model_config, "get_text_config"):
+        return model_config
+    try:
+        return model_config.get_text_config()
+    except ValueError:  # MusicGen has a text encoder beside its decoder
+        return model_config.get_text_config(decoder=True)
 
 
 def _measure(

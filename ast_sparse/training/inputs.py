@@ -9,6 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ast_sparse.data.conversations import chat_columns
 from ast_sparse.data.text import pack_dataset
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import max_positions
+
+_LONGEST_BLOCK = 1024  # where nothing was asked for
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -47,6 +50,22 @@ def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> 
             f"model.teacher {str(teacher.name_or_path)!r} has a vocabulary of {theirs} tokens, the student {ours}. "
             "Distillation needs the same tokenizer: choose a teacher of the same family."
         )
+
+
+def block_length(block_size: int | None, *models: Any) -> int:
+    """Tokens of a block: as asked for, by default the positions of the student and the teacher, at most 1024.
+
+    Raises:
+        UserError: more than one of them has positions.
+    """
+    limits = [max_positions(model.config) for model in models if getattr(model, "config", None) is not None]
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if block_size is not None and limit is not None and block_size > limit:
+        raise UserError(
+            f"block_size={block_size} is longer than the {limit} positions of the model or its teacher. "
+            f"Set it to {limit} or less."
+        )
+    return block_size or min(_LONGEST_BLOCK, limit or _LONGEST_BLOCK)
 
 
 def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ast_sparse.config import DistillationConfig, ModelConfig, RunConfig
+from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
@@ -107,7 +107,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
-        _check_teacher(config.model.teacher, model_config, config.distillation)
+        _check_teacher(config.model.teacher, model_config, config)
     model = _meta_model(config.model, model_config)
     if sharding_plugin(args) is not None:
         check_shardable(model)
@@ -190,7 +190,7 @@ def _check_dense(folder: Path) -> None:
         )
 
 
-def _check_teacher(name: str, student: PreTrainedConfig, distillation: DistillationConfig | None) -> None:
+def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> None:
     path = Path(name).expanduser()
     try:
         teacher = load_model_config(name)
@@ -199,19 +199,23 @@ def _check_teacher(name: str, student: PreTrainedConfig, distillation: Distillat
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
     check_vocabularies(student, teacher)
-    check_feature_shapes(distillation, student, teacher)
+    check_feature_shapes(config.distillation, student, teacher)
+    _check_lengths({"data.block_size": config.data.block_size}, teacher, f"model.teacher={name!r}")
 
 
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:
-    window = max_positions(model_config)
     asked = {"data.block_size": config.data.block_size, "evaluation.seq_len": config.evaluation.seq_len}
     if config.sparsity.init != "magnitude":
         asked["calibration.seq_len"] = config.calibration.seq_len
+    _check_lengths(asked, model_config, repr(config.model.name_or_path))
+
+
+def _check_lengths(asked: dict[str, int | None], model_config: PreTrainedConfig, model: str) -> None:
+    limit = max_positions(model_config)
     for name, length in asked.items():
-        if window is not None and length is not None and length > window:
+        if limit is not None and length is not None and length > limit:
             raise UserError(
-                f"{name}={length} is longer than the {window} positions of {config.model.name_or_path!r}. "
-                f"Set it to {window} or less."
+                f"{name}={length} is longer than the {limit} positions of {model}. Set it to {limit} or less."
             )
 
 

@@ -59,7 +59,7 @@ from ast_sparse.training.distributed import (
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.heap import freed_memory_given_back
 from ast_sparse.training.held_out import HeldOutLoss
-from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.inputs import as_blocks, block_length, check_model, check_optimizer, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
@@ -149,7 +149,7 @@ class SparseTrainer(CheckpointTrainer):
         self.slorb_config = slorb_config
         self.teacher = self._frozen_teacher(model, teacher_model, args)
         self.base_model_name = str(model.config.name_or_path)
-        block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        block_size = block_length(block_size, model, self.teacher)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
         train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
         if isinstance(train_dataset, dict):
