@@ -10,4 +10,4 @@ class SharedError(UserError):
 
 
 class DivergenceError(UserError):
-    """Training produced a loss or weights that are not finite."""
+    """Training produced a loss or weights that are not finite, or a model that is measured does."""

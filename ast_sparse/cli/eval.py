@@ -195,6 +195,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
         write_json_file(Path(json_file), record)
     if report is not None:
         _write_report(report, figures, record)
+    figures.check()
 
 
 def _check_options(settings: _Settings, given: set[str], has_texts: bool) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ast_sparse.errors import DivergenceError
 from ast_sparse.evaluation.harness import TaskResult
 from ast_sparse.evaluation.measure import TextResult
+from ast_sparse.evaluation.perplexity import NOT_FINITE
 from ast_sparse.evaluation.report import format_table
 
 
@@ -34,23 +36,36 @@ class Figures:
             tables.append(tasks_table(self.tasks))
         return "\n\n".join(tables)
 
+    def check(self) -> None:
+        """Check that all losses are finite, and all figures of tasks that are shown are numbers.
+
+        Raises:
+            DivergenceError: names the model, the text or task, and the first window that is not.
+        """
+        faults = [(model, text, result.fault()) for model, text, _, result in self.texts]
+        faults += [(model, row.task, row.fault()) for model, _, row in self.tasks if row.shown]
+        found = list(dict.fromkeys(f"{model}, {what}: {fault}." for model, what, fault in faults if fault is not None))
+        if found:
+            others = f" So it is in {len(found) - 1:,} more rows." if len(found) > 1 else ""
+            raise DivergenceError(f"{found[0]}{others} {NOT_FINITE}")
+
     def record(self) -> dict[str, list[dict[str, Any]]]:
         """All figures: `results` of texts and, where there are any, `tasks`. What is not finite is None."""
         record = {
             "results": [
-                {"model": model, "dataset": text, "dtype": dtype, **_finite(asdict(result))}
+                {"model": model, "dataset": text, "dtype": dtype, **finite_figures(asdict(result))}
                 for model, text, dtype, result in self.texts
             ]
         }
         if self.tasks:
             record["tasks"] = [
-                {"model": model, "dtype": dtype, **_finite(asdict(row))} for model, dtype, row in self.tasks
+                {"model": model, "dtype": dtype, **finite_figures(asdict(row))} for model, dtype, row in self.tasks
             ]
         return record
 
 
-def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN and no infinity: a model that diverged has null.
+def finite_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures for JSON, which has no NaN and no infinity: None in their place."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in figures.items()

@@ -12,9 +12,9 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class TaskResult:
     stderr: float | None
     examples: int | None
     shown: bool
+
+    def fault(self) -> str | None:
+        """What makes the figure worthless; None for a number. A standard error may be missing."""
+        return "its value is not a number" if math.isnan(self.value) else None
 
 
 class Harness:
@@ -174,12 +178,16 @@ class Harness:
             )
             for name, loaded in self._loaded.items():
                 self._begin(name)
-                try:
-                    record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
-                except Exception as error:
-                    raise UserError(f"--tasks {name}: {_one_line(error)}") from error
+                with _nan_seen(model) as seen:
+                    try:
+                        record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
+                    except Exception as error:
+                        raise UserError(f"--tasks {name}: {_one_line(error)}") from error
                 self._check_requests(name, limit)
-                results += _results(name, loaded, record, self._metrics.get(name))
+                rows = _results(name, loaded, record, self._metrics.get(name))
+                if seen():  # the first choice of NaN, or greedy decoding of it, would be scored as an answer
+                    rows = [replace(row, value=math.nan, stderr=None) for row in rows]
+                results += rows
         return results + _mean(results, self._seven)
 
 
@@ -310,6 +318,21 @@ def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResul
             shown=True,
         )
     ]
+
+
+@contextmanager
+def _nan_seen(model: PreTrainedModel) -> Iterator[Callable[[], bool]]:
+    """Whether a model computed NaN for the last token of a sequence since."""
+    found = torch.zeros((), dtype=torch.bool, device=model.device)
+
+    def look(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        found.logical_or_(torch.isnan(output.logits[:, -1]).any().to(found.device))
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield lambda: bool(found)
+    finally:
+        handle.remove()
 
 
 @contextmanager

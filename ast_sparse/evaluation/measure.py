@@ -40,6 +40,16 @@ class TextResult(PerplexityResult):
     bits_per_byte: float | None
     teacher_kl: float | None  # KL(teacher‖student), nats per token; None without a teacher
     teacher_agreement: float | None  # share of tokens where the likeliest one is the teacher's too
+    bad_kl_window: int | None = None  # as `bad_window`, of the divergence from the teacher
+
+    def fault(self) -> str | None:
+        """As of a perplexity; with a teacher also where the divergence alone is not finite."""
+        if (fault := super().fault()) is not None or self.bad_kl_window is None:
+            return fault
+        return (
+            f"the divergence from the teacher is not finite in window {self.bad_kl_window:,} of {self.windows:,} "
+            f"({self.seq_len:,} tokens each), while the loss is: the teacher is to blame"
+        )
 
 
 def measure_text(
@@ -193,6 +203,8 @@ def total_of(results: Sequence[TextResult]) -> TextResult:
         nll=summed(result.mean_nll for result in results),
         kl=summed(result.teacher_kl for result in results),
         agreed=round(summed(result.teacher_agreement for result in results)),
+        bad_window=_first([result.bad_window for result in results], results),
+        bad_kl_window=_first([result.bad_kl_window for result in results], results),
     )
     return _result(
         sums,
@@ -208,6 +220,16 @@ def total_of(results: Sequence[TextResult]) -> TextResult:
     )
 
 
+def _first(bad: Sequence[int | None], results: Sequence[TextResult]) -> int | None:
+    """The first bad window, counted over all texts."""
+    before = 0
+    for window, result in zip(bad, results, strict=True):
+        if window is not None:
+            return before + window
+        before += result.windows
+    return None
+
+
 def _result(sums: Sums, byte_counts: Sequence[int | None], *, has_teacher: bool, **measured: Any) -> TextResult:
     known = [count for count in byte_counts if count is not None]
     scored_bytes = sum(known) if len(known) == len(byte_counts) else None
@@ -220,5 +242,7 @@ def _result(sums: Sums, byte_counts: Sequence[int | None], *, has_teacher: bool,
         bits_per_byte=sums.nll / math.log(2) / scored_bytes if scored_bytes else None,
         teacher_kl=sums.kl / sums.tokens if has_teacher else None,
         teacher_agreement=sums.agreed / sums.tokens if has_teacher else None,
+        bad_window=sums.bad_window,
+        bad_kl_window=sums.bad_kl_window,
         **measured,
     )

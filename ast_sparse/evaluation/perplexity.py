@@ -6,6 +6,7 @@ dropped. Each window of `seq_len` tokens predicts `seq_len - 1`; the figure is e
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ast_sparse.evaluation.windows import Stream, cut, tokenise
 _PUBLISHED_WINDOW = {"gpt2": 1024, "opt": 2048}
 _LLAMA2_WINDOW = 4096
 _OTHER_WINDOW = 2048
+NOT_FINITE = "Check the weights for values that are not finite, or load the model in float32."
 # What configs call the longest sequence: most families, GPT-2, MPT, and then those whose code comes with the model.
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions",
@@ -45,6 +47,19 @@ class PerplexityResult:
     predicted_tokens: int
     total_tokens: int  # of the whole text, measured or not
     seconds: float
+    bad_window: int | None = None  # first measured window, from 1, whose loss is not finite; None: all are
+
+    def fault(self) -> str | None:
+        """What makes the figures worthless, for an error or a warning; None where the loss of every window is finite.
+
+        A finite loss whose exp is too large for a float is not a fault: its perplexity is inf.
+        """
+        if self.bad_window is None:
+            return None
+        return (
+            f"the loss of window {self.bad_window:,} of {self.windows:,} ({self.seq_len:,} tokens each) is not finite, "
+            "and so the perplexity is not"
+        )
 
 
 def perplexity(
@@ -56,6 +71,8 @@ def perplexity(
 ) -> float:
     """Perplexity of a causal language model on a text; `evaluate_text` returns the particulars as well.
 
+    A loss that is not finite gives nan or inf, and a warning that names the window.
+
     Args:
         text_or_rows: the text, or rows to be joined by a blank line.
         seq_len: tokens of a window.
@@ -64,7 +81,10 @@ def perplexity(
     Raises:
         UserError: as `evaluate_text`.
     """
-    return evaluate_text(model, tokenizer, text_or_rows, seq_len, windows).perplexity
+    result = evaluate_text(model, tokenizer, text_or_rows, seq_len, windows)
+    if fault := result.fault():
+        warnings.warn(f"{fault[0].upper()}{fault[1:]}. {NOT_FINITE}", stacklevel=2)
+    return result.perplexity
 
 
 def evaluate_text(
@@ -259,6 +279,7 @@ def _measure(
         predicted_tokens=sums.tokens,
         total_tokens=total_tokens,
         seconds=time.perf_counter() - started,
+        bad_window=sums.bad_window,
     )
 
 

@@ -28,6 +28,8 @@ class Sums:
     nll: float = 0.0  # nats
     kl: float = 0.0  # KL(teacher‖student), nats
     agreed: int = 0  # tokens where student and teacher hold the same one for the likeliest
+    bad_window: int | None = None  # first window, from 1, whose loss is not finite
+    bad_kl_window: int | None = None  # first window, from 1, whose divergence is not finite
 
     @property
     def perplexity(self) -> float:
@@ -124,9 +126,15 @@ def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, sc
             kl.append(compared[0])
             agreed.append(compared[1])
         nll.append(loss_rows_(ours, None, target.to(ours.device), _CROSS_ENTROPY, with_gradient=False).double().sum())
-    sums.nll += float(torch.stack(nll).sum())
+    loss = float(torch.stack(nll).sum())
+    sums.nll += loss
+    if sums.bad_window is None and not math.isfinite(loss):
+        sums.bad_window = sums.windows
     if teacher is not None:
-        sums.kl += float(torch.stack(kl).sum())
+        divergence = float(torch.stack(kl).sum())
+        sums.kl += divergence
+        if sums.bad_kl_window is None and not math.isfinite(divergence):
+            sums.bad_kl_window = sums.windows
         sums.agreed += int(torch.stack(agreed).sum())
 
 

@@ -16,12 +16,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.sources import read_texts
-from ast_sparse.errors import UserError
+from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.evaluation.perplexity import (
+    NOT_FINITE,
     PerplexityResult,
     default_seq_len,
     evaluate_blocks,
@@ -35,8 +37,21 @@ from ast_sparse.training.distributed import sharding_plugin
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
 
+logger = logging.get_logger(__name__)
 HELDOUT, WIKITEXT2 = "heldout", "wikitext2"
 _FIELD = "evaluation.datasets"
+
+
+def check_finite(rows: Rows) -> None:
+    """Check that the loss of every stage is finite.
+
+    Raises:
+        DivergenceError: naming stage, data set and window.
+    """
+    for stage, figures in rows.items():
+        for name, values in figures.items():
+            if values.get("bad_window") is not None:
+                raise DivergenceError(f"The {stage} model, {name}: {PerplexityResult(**values).fault()}. {NOT_FINITE}")
 
 
 class Measured:
@@ -128,6 +143,9 @@ class Measured:
     ) -> dict[str, float]:
         """The perplexities alone, by the names they are logged under; no bar beside that of the training."""
         results = self._measure("training", model, tokenizer, held_out, show=False)
+        for name, result in results.items():
+            if fault := result.fault():
+                logger.warning(f"evaluation.steps, {name}: {fault}.")
         reshard(model)
         return {logged_key(name): result.perplexity for name, result in results.items()}
 
@@ -187,6 +205,10 @@ class PerplexityCallback(TrainerCallback):
         control.should_log = due  # logging clears it, and the loss of this step would go unlogged
 
 
+def _two_decimals(perplexity: float | None) -> str:
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"  # as a file of results has it
+
+
 def results_table(rows: Rows) -> str:
     """Perplexity by stage and data set, the window length beside every data set."""
     datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
@@ -194,5 +216,5 @@ def results_table(rows: Rows) -> str:
         return "No perplexity was asked for (evaluation.datasets is empty)."
     first = next(iter(rows.values()))
     headers = ["model"] + [f"{name} ({first[name]['windows']} x {first[name]['seq_len']})" for name in datasets]
-    lines = [[stage, *(f"{row[name]['perplexity']:.2f}" for name in datasets)] for stage, row in rows.items()]
+    lines = [[stage, *(_two_decimals(row[name]["perplexity"]) for name in datasets)] for stage, row in rows.items()]
     return "Perplexity (windows x tokens)\n" + format_table(headers, lines)

@@ -10,8 +10,11 @@ from typing import Any
 import psutil  # of accelerate
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ast_sparse.training.ranks import mean_over_ranks
+
+logger = logging.get_logger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -68,6 +71,9 @@ class MetricsCallback(TrainerCallback):
         if args.should_save:  # `logs` has lost what the progress bar takes out of it
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **state.log_history[-1]}
             append_row(Path(str(args.output_dir)) / METRICS, row)
+            for key, value in row.items():
+                if key.startswith("eval_") and key.endswith("_loss") and _finite(value) is None:
+                    logger.warning(f"Step {state.global_step}: {key} is {value}: a held-out loss is not finite.")
 
 
 class SpeedCallback(TrainerCallback):

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.figures import finite_figures
 from ast_sparse.evaluation.runs import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
 from ast_sparse.export.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.training.callbacks import MASK_HISTORY
@@ -126,6 +127,9 @@ def read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
 
 def write_figures(output: Path, rows: Rows, measured: Measured) -> None:
     """The figures of all stages so far, and their continuations where a report is wanted."""
-    write_json(output / RESULTS, rows)
+    finite = {
+        stage: {name: finite_figures(values) for name, values in figures.items()} for stage, figures in rows.items()
+    }
+    write_json(output / RESULTS, finite)
     if measured.samples:
         write_json(output / SAMPLES, measured.samples)

@@ -37,7 +37,7 @@ from ast_sparse.training.checkpoints import (
     write_errors,
 )
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
-from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, results_table
+from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, check_finite, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.mixture import check_evaluations
 from ast_sparse.training.output import (
@@ -151,6 +151,7 @@ def run_training(
         echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
             echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
+    check_finite(rows)
     return output
 
 
@@ -206,6 +207,7 @@ def _prepare(
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
         rows[stage] = measured(stage, model, tokenizer, held_out)
+        check_finite(rows)
     try:
         trainer = SparseTrainer(
             model,
@@ -237,6 +239,7 @@ def _prepare(
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
         write_figures(output, rows, measured)
+    check_finite(rows)
     return trainer, rows
 
 
