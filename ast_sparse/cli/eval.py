@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from click.core import ParameterSource
 
 from ast_sparse.cli.command import Command
 from ast_sparse.cli.options import check_json_file, find_device, write_json_file
+from ast_sparse.cli.task_options import ONLY_TASKS, TaskSettings, find_harness, task_options
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,13 +28,12 @@ if TYPE_CHECKING:
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
 _ONLY_TEXTS = ("stride", "join", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
-_ONLY_TASKS = ("include_path", "num_fewshot", "batch_size")
 _ONLY_REPORT = ("prompt",)
 _JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class _Settings(TaskSettings):
     """The command line, parsed."""
 
     dataset: tuple[str, ...]
@@ -45,10 +47,6 @@ class _Settings:
     limit: int | None
     teacher: str | None
     bits_per_byte: bool
-    tasks: str | None
-    include_path: str | None
-    num_fewshot: int | None
-    batch_size: int
     report: str | None
     prompt: tuple[str, ...]
     dtype: str | None
@@ -118,20 +116,7 @@ class _Settings:
     "first choice.",
 )
 @click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json holds it always.")
-@click.option(
-    "--tasks",
-    metavar="NAME[,NAME]",
-    help="Tasks of the LM Evaluation Harness (ast-sparse[harness]) or their YAML files. paper: BoolQ, RTE, HellaSwag, "
-    "WinoGrande, ARC-e, ARC-c, OBQA, zero-shot, acc. paper-fewshot: MMLU 5, MATH 4, GSM8K 5. Texts are then measured "
-    "only if --dataset is given.",
-)
-@click.option("--include-path", metavar="DIR", help="Folder with further task files of the harness.")
-@click.option(
-    "--num-fewshot", type=click.IntRange(min=0), help="Examples before each question of a task. Default: the task's."
-)
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions of a task at a time."
-)
+@task_options
 @click.option(
     "--report",
     metavar="DIR",
@@ -174,10 +159,14 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
         check_json_file(Path(json_file))
     report = _report(settings, models)
     texts = _texts(settings) if has_texts else []
-    harness = _harness(settings)
+    harness = find_harness(settings)
     device = find_device(settings.device)
     if len(models) > 1 or settings.teacher is not None:  # of a single one, loading it says the same
         _check_models(models, settings)
+    if settings.apply_chat_template is not None and harness is not None:
+        for name in models:
+            with _named_model(name):
+                harness.prompts.template(_tokenizer(name, settings))
     teacher = None
     if settings.teacher is not None:
         teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
@@ -199,7 +188,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
 
 
 def _check_options(settings: _Settings, given: set[str], has_texts: bool) -> None:
-    for name in _ONLY_TASKS if settings.tasks is None else ():
+    for name in ONLY_TASKS if settings.tasks is None else ():
         if name in given:
             raise click.UsageError(f"--{name.replace('_', '-')} belongs to --tasks.")
     for name in _ONLY_REPORT if settings.report is None else ():
@@ -224,17 +213,6 @@ def _texts(settings: _Settings) -> list[Text]:
         by=settings.by,
         join=settings.join,
     )
-
-
-def _harness(settings: _Settings) -> Harness | None:
-    if settings.tasks is None:
-        return None
-    from ast_sparse.evaluation.harness import Harness
-
-    names = [name.strip() for name in settings.tasks.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--tasks {settings.tasks!r} names no task. Name some of the harness, or paper.")
-    return Harness(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
 
 
 def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
@@ -298,17 +276,13 @@ def _evaluate(
     """Measure one model and add its figures, and what a report shows of it."""
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
-    from ast_sparse.places import load_tokenizer
 
-    if settings.tokenizer:
-        tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    else:
-        tokenizer = load_tokenizer(name, **_place(settings))
+    tokenizer = _tokenizer(name, settings)
     if settings.teacher is not None:
         _check_tokens(tokenizer, texts, settings)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
-    try:
+    with _named_model(name):
         measured = measure_texts(
             model,
             tokenizer,
@@ -331,8 +305,23 @@ def _evaluate(
             figures.tasks += [(name, dtype, row) for row in rows]
         if report is not None:
             report.add(name, model, tokenizer, settings.prompt)
+
+
+@contextmanager
+def _named_model(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
+    """That of `--tokenizer`, or the model's own."""
+    from ast_sparse.places import load_tokenizer
+
+    if settings.tokenizer:
+        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(name, **_place(settings))
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:

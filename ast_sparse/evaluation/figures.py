@@ -99,12 +99,14 @@ def texts_table(
 
 def tasks_table(rows: Sequence[tuple[str, str, TaskResult]]) -> str:
     """Metrics of tasks that were asked for, a row for every model, task and metric. Rows: model, dtype and figure."""
-    headers = ("model", "task", "dtype", "few-shot", "examples", "metric", "value", "stderr")
+    has_prompts = any(task.prompt is not None for *_, task in rows)
+    headers = ("model", "task", "dtype", *(["prompt"] if has_prompts else []), "few-shot", "examples", "metric")
     lines = [
         (
             model,
             task.task,
             dtype,
+            *([task.prompt] if has_prompts else []),
             task.num_fewshot,
             task.examples,
             task.metric,
@@ -113,7 +115,7 @@ def tasks_table(rows: Sequence[tuple[str, str, TaskResult]]) -> str:
         for model, dtype, task in rows
         if task.shown
     ]
-    return format_table(headers, lines)
+    return format_table((*headers, "value", "stderr"), lines)
 
 
 def _decimals(value: float | None) -> str | None:

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import check_window, named_positions
+from ast_sparse.evaluation.prompts import PromptFormat
 
+logger = logging.getLogger(__name__)
 _PYTHON_SEED, _SEED = 0, 1234  # what the harness itself begins with: Python's generator, and all others
 _LONGEST_REASON = 300
 
@@ -61,6 +63,7 @@ class TaskResult:
         examples: questions that were asked.
         shown: whether the task and the metric were asked for. The tasks inside a group, and the metrics that the
             paper does not report, are in the record alone.
+        prompt: how questions are put, where it is not as plain text; figures are comparable where it is the same.
     """
 
     task: str
@@ -70,6 +73,7 @@ class TaskResult:
     stderr: float | None
     examples: int | None
     shown: bool
+    prompt: str | None = None
 
     def fault(self) -> str | None:
         """What makes the figure worthless; None for a number. A standard error may be missing."""
@@ -87,14 +91,21 @@ class Harness:
         include_path: a folder with further task files.
         num_fewshot: examples before each question; None: as published for the paper's tasks, else the task's own. A
             task whose file says 0 keeps 0, as in the harness.
+        prompts: whether a chat template is applied, and how.
 
     Raises:
         UserError: the package is missing, a task is unknown, or its data cannot be read.
     """
 
     def __init__(
-        self, names: Sequence[str], *, include_path: str | None = None, num_fewshot: int | None = None
+        self,
+        names: Sequence[str],
+        *,
+        include_path: str | None = None,
+        num_fewshot: int | None = None,
+        prompts: PromptFormat | None = None,
     ) -> None:
+        self.prompts = prompts or PromptFormat()
         self._lm_eval = _import()
         published = [task for name in names for task in GROUPS.get(name, ())]
         wanted = [each for name in names for each in ([task.name for task in GROUPS.get(name, ())] or [name])]
@@ -144,6 +155,13 @@ class Harness:
                 "a random generator of its own. Measure one model at a time."
             )
 
+    def _warn_of_dropped(self, name: str, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        described = any(task.get_config("description") for task in self._loaded[name]["tasks"].values())
+        if described and (fault := self.prompts.drops_system(tokenizer, template)):
+            logger.warning(
+                f"--tasks {name}: its description is left out, as in the harness: the chat template {fault}."
+            )
+
     def __call__(
         self,
         model: PreTrainedModel,
@@ -162,7 +180,8 @@ class Harness:
                 harness takes.
 
         Raises:
-            UserError: a task fails on its data or on the model, or `max_length` is more than its positions.
+            UserError: a task fails on its data or on the model, `max_length` is more than its positions, or the
+                tokenizer does not have the chat template.
         """
         from lm_eval.models.huggingface import HFLM
 
@@ -170,21 +189,34 @@ class Harness:
             check_window(model.config, max_length)
         else:
             max_length = named_positions(model.config)  # the harness does not know what every family calls them
+        template, described = self.prompts.template(tokenizer), self.prompts.described(tokenizer)
+        rendered_by = None if template is None else (template, str(tokenizer.special_tokens_map))
+        options = {
+            "apply_chat_template": template is not None,
+            "fewshot_as_multiturn": self.prompts.multiturn,
+            "system_instruction": self.prompts.system_instruction,
+        }
         results: list[TaskResult] = []
         with _quiet(), _random_state_kept():
             # The harness may add a padding token to the tokenizer.
             lm = HFLM(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=max_length
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                batch_size=batch_size,
+                max_length=max_length,
+                chat_template_args=None if template is None else {"chat_template": template},
             )
             for name, loaded in self._loaded.items():
                 self._begin(name)
                 with _nan_seen(model) as seen:
                     try:
-                        record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False)
+                        record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False, **options)
                     except Exception as error:
                         raise UserError(f"--tasks {name}: {_one_line(error)}") from error
-                self._check_requests(name, limit)
-                rows = _results(name, loaded, record, self._metrics.get(name))
+                self._check_requests(name, limit, rendered_by)
+                if template is not None:
+                    self._warn_of_dropped(name, tokenizer, template)
+                rows = _results(name, loaded, record, self._metrics.get(name), described)
                 if seen():  # the first choice of NaN, or greedy decoding of it, would be scored as an answer
                     rows = [replace(row, value=math.nan, stderr=None) for row in rows]
                 results += rows
@@ -260,7 +292,7 @@ def _unknown(names: Sequence[str], manager: Any) -> list[str]:
     return [name for name in names if name not in known and not Path(name).expanduser().is_file()]
 
 
-def _results(name: str, loaded: Any, record: Any, published: str | None) -> list[TaskResult]:
+def _results(name: str, loaded: Any, record: Any, published: str | None, prompt: str | None) -> list[TaskResult]:
     """All figures of one name; those of the name itself are shown, of the published metric alone if there is one."""
     figures = record["results"]
     inner = {child for children in record.get("group_subtasks", {}).values() for child in children}
@@ -281,6 +313,7 @@ def _results(name: str, loaded: Any, record: Any, published: str | None) -> list
                     stderr=float(stderr) if isinstance(stderr, int | float) else None,
                     examples=row.get("sample_len"),
                     shown=task in top and published in (None, metric),
+                    prompt=prompt,
                 )
             )
     return rows
@@ -316,6 +349,7 @@ def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResul
             stderr=stderr,
             examples=None,
             shown=True,
+            prompt=rows[0].prompt,
         )
     ]
 

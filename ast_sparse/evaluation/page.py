@@ -243,9 +243,16 @@ def _tasks_table(report: Report) -> str:
     for model, _, task in report.figures.tasks:
         if task.shown:
             error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-            key = (task.task, str(task.num_fewshot), shown(task.examples), task.metric)
+            key = (task.task, task.prompt or "plain text", str(task.num_fewshot), shown(task.examples), task.metric)
             cells.setdefault(key, {})[model] = f"{task.value:.4f}{error}"
-    headers = ["task", "few-shot", "examples", "metric", *(report.names.get(model, model) for model in models)]
+    headers = [
+        "task",
+        "prompt",
+        "few-shot",
+        "examples",
+        "metric",
+        *(report.names.get(model, model) for model in models),
+    ]
     return _table(headers, [[*key, *(values.get(model) for model in models)] for key, values in cells.items()])
 
 

@@ -54,6 +54,22 @@ def choice_task(folder: Path, name: str, questions: int = 8, seed: int = 0) -> P
     )
 
 
+def answer_task(folder: Path, name: str, **settings: Any) -> Path:
+    """Twelve questions that a model answers by writing."""
+    return write_task(
+        folder,
+        name,
+        [{"question": generated_text(1, seed), "answer": f"#### {seed}"} for seed in range(12)],
+        output_type="generate_until",
+        training_split="train",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["."], "max_gen_toks": 4},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        **settings,
+    )
+
+
 def perplexity_task(folder: Path, name: str, documents: Sequence[str]) -> Path:
     """Perplexity of documents, as the harness's own `wikitext`."""
     return write_task(

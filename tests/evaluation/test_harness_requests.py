@@ -2,57 +2,15 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import lm_eval
-import numpy as np
 import pytest
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import GROUPS, Harness
-from tests.evaluation.tasks import choice_task, group, write_task
-from tests.models import generated_text, tiny_model, tiny_tokenizer
-
-Requests = list[tuple[Any, ...]]
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Requests]:
-    """Requests as they reach the model; the answers draw random numbers."""
-    requests: Requests = []
-
-    def likelihoods(self: HFLM, instances: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        requests.extend(instance.args for instance in instances)
-        return [(-random.random() - np.random.rand() - float(torch.rand(())), False) for _ in instances]
-
-    def answers(self: HFLM, instances: list[Any], **_: Any) -> list[str]:
-        requests.extend((*instance.args, float(torch.rand(()))) for instance in instances)  # as sampling draws
-        return ["#### 3" for _ in instances]
-
-    monkeypatch.setattr(HFLM, "loglikelihood", likelihoods)
-    monkeypatch.setattr(HFLM, "generate_until", answers)
-    yield requests
-
-
-def answer_task(folder: Path, name: str, **settings: Any) -> Path:
-    return write_task(
-        folder,
-        name,
-        [{"question": generated_text(1, seed), "answer": f"#### {seed}"} for seed in range(12)],
-        output_type="generate_until",
-        training_split="train",
-        doc_to_text="{{question}}",
-        doc_to_target="{{answer}}",
-        generation_kwargs={"until": ["."], "max_gen_toks": 4},
-        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        **settings,
-    )
+from tests.evaluation.asking import Requests, ours, theirs
+from tests.evaluation.tasks import answer_task, choice_task, group
 
 
 def with_code(file: Path, code: str, **functions: str) -> Path:
@@ -65,30 +23,6 @@ def with_code(file: Path, code: str, **functions: str) -> Path:
         text = text.replace(f'"FUNCTION{name}"', f"!function {file.stem}_code.{name}")
     file.write_text(text)
     return file
-
-
-def ours(
-    asked: Requests, harness: Harness, models: int = 2, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
-) -> list[Requests]:
-    """Requests of one model after the other."""
-    found = []
-    for seed in range(models):
-        asked.clear()
-        torch.manual_seed(seed)
-        harness(tiny_model(), tokenizer or tiny_tokenizer(), **options)
-        found.append(list(asked))
-        random.random()
-    return found
-
-
-def theirs(
-    asked: Requests, folder: Path, names: list[str], tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
-) -> Requests:
-    asked.clear()
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    lm = HFLM(pretrained=tiny_model(), tokenizer=tokenizer or tiny_tokenizer())
-    lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, log_samples=False, **options)
-    return list(asked)
 
 
 @pytest.mark.parametrize("limit", [None, 3])

@@ -1,0 +1,40 @@
+"""What a model is asked: by our harness for one model after the other, and by the harness itself."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.evaluation.harness import Harness
+from tests.models import tiny_model, tiny_tokenizer
+
+Requests = list[tuple[Any, ...]]
+
+
+def ours(
+    asked: Requests, harness: Harness, models: int = 2, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> list[Requests]:
+    """Requests of one model after the other."""
+    found = []
+    for seed in range(models):
+        asked.clear()
+        torch.manual_seed(seed)
+        harness(tiny_model(), tokenizer or tiny_tokenizer(), **options)
+        found.append(list(asked))
+        random.random()
+    return found
+
+
+def theirs(
+    asked: Requests, folder: Path, names: list[str], tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+) -> Requests:
+    asked.clear()
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    lm = HFLM(pretrained=tiny_model(), tokenizer=tokenizer or tiny_tokenizer())
+    lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, log_samples=False, **options)
+    return list(asked)
