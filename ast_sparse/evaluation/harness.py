@@ -189,13 +189,7 @@ class Harness:
             check_window(model.config, max_length)
         else:
             max_length = named_positions(model.config)  # the harness does not know what every family calls them
-        template, described = self.prompts.template(tokenizer), self.prompts.described(tokenizer)
-        rendered_by = None if template is None else (template, str(tokenizer.special_tokens_map))
-        options = {
-            "apply_chat_template": template is not None,
-            "fewshot_as_multiturn": self.prompts.multiturn,
-            "system_instruction": self.prompts.system_instruction,
-        }
+        template = self.prompts.template(tokenizer)
         results: list[TaskResult] = []
         with _quiet(), _random_state_kept():
             # The harness may add a padding token to the tokenizer.
@@ -206,21 +200,36 @@ class Harness:
                 max_length=max_length,
                 chat_template_args=None if template is None else {"chat_template": template},
             )
-            for name, loaded in self._loaded.items():
-                self._begin(name)
-                with _nan_seen(model) as seen:
-                    try:
-                        record = self._lm_eval.evaluate(lm, loaded, limit=limit, log_samples=False, **options)
-                    except Exception as error:
-                        raise UserError(f"--tasks {name}: {_one_line(error)}") from error
-                self._check_requests(name, limit, rendered_by)
-                if template is not None:
-                    self._warn_of_dropped(name, tokenizer, template)
-                rows = _results(name, loaded, record, self._metrics.get(name), described)
-                if seen():  # the first choice of NaN, or greedy decoding of it, would be scored as an answer
-                    rows = [replace(row, value=math.nan, stderr=None) for row in rows]
-                results += rows
+            for name in self._loaded:
+                results += self._evaluate(name, lm, model, tokenizer, limit)
         return results + _mean(results, self._seven)
+
+    def _evaluate(
+        self, name: str, lm: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    ) -> list[TaskResult]:
+        template = self.prompts.template(tokenizer)
+        loaded = self._loaded[name]
+        self._begin(name)
+        with _nan_seen(model) as seen:
+            try:
+                record = self._lm_eval.evaluate(
+                    lm,
+                    loaded,
+                    limit=limit,
+                    log_samples=False,
+                    apply_chat_template=template is not None,
+                    fewshot_as_multiturn=self.prompts.multiturn,
+                    system_instruction=self.prompts.system_instruction,
+                )
+            except Exception as error:
+                raise UserError(f"--tasks {name}: {_one_line(error)}") from error
+        self._check_requests(name, limit, None if template is None else (template, str(tokenizer.special_tokens_map)))
+        if template is not None:
+            self._warn_of_dropped(name, tokenizer, template)
+        rows = _results(name, loaded, record, self._metrics.get(name), self.prompts.described(tokenizer))
+        if seen():  # the first choice of NaN, or greedy decoding of it, would be scored as an answer
+            rows = [replace(row, value=math.nan, stderr=None) for row in rows]
+        return rows
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How long a sequence a model takes: found for every family, and the length at which its code works."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma3Config, TrainingArguments
 
 from ast_sparse.cli.eval import main
+from ast_sparse.cli.train import main as train
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
 from ast_sparse.evaluation.perplexity import default_seq_len, max_positions, perplexity
@@ -164,6 +166,24 @@ def test_the_harness_gets_the_positions_of_every_family(tmp_path: Path, monkeypa
     for family in ("mpt", "gpt2", "roberta"):
         harness(tiny(family, **TABLES[family][0]), tiny_tokenizer())
     assert lengths == [48, 48, 46]
+
+
+def test_blocks_of_a_run_fit_student_and_teacher(tmp_path: Path) -> None:
+    tiny("mpt", **TABLES["mpt"][0]).save_pretrained(tmp_path / "mpt")
+    tiny_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text(generated_text(30))
+    for student, teacher, message in (
+        ("mpt", None, f"data.block_size=64 is longer than the 48 positions of '{tmp_path / 'mpt'}'. Set it to 48 or"),
+        ("gpt2", "mpt", f"data.block_size=64 is longer than the 48 positions of model.teacher='{tmp_path / 'mpt'}'."),
+    ):
+        config = {
+            "model": {"name_or_path": str(tmp_path / student), "teacher": teacher and str(tmp_path / teacher)},
+            "data": {"train": str(tmp_path / "text.txt"), "block_size": 64},
+            "training": {"max_steps": 1, "output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none"},
+        }
+        (tmp_path / "run.yaml").write_text(json.dumps(config))
+        result = CliRunner().invoke(train, ["--config", str(tmp_path / "run.yaml"), "--dry-run"])
+        assert result.exit_code == 2 and message in result.stderr, result.output
 
 
 def test_blocks_of_a_trainer_fit_student_and_teacher(tmp_path: Path) -> None:
