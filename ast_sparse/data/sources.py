@@ -22,6 +22,7 @@ from ast_sparse.data.files import file_documents, json_rows, name_text, one_line
 from ast_sparse.errors import UserError
 
 _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are read differently
+_OPTIONAL_READ = 1  # the same of conversations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def read_conversations(entry: str, root: str | None, field: str) -> list[dict[st
     kind, files = text_files(entry, root, field)
     if not chat_columns_of_file(files[0], kind):
         return []
-    return [read_row(row) for row in _load(entry, kind, files, "").documents]
+    documents = _load(entry, kind, files, "").documents
+    return [read_row(row, documents.features) for row in documents]
 
 
 def read_groups(entry: str, root: str | None, text_field: str, by: str, field: str) -> dict[str, list[str]]:
@@ -231,7 +233,9 @@ def _load_files(files: list[Path], kind: str, text_field: str) -> Dataset:
 
 def _load_chat_files(files: list[Path], columns: list[str]) -> Dataset:
     arguments = {"files": tuple(files), "columns": tuple(columns)}
-    return _generated(json_conversations, ROW, arguments, (_FORMAT_VERSION, file_stamps(files), ROW, columns))
+    return _generated(
+        json_conversations, ROW, arguments, (_FORMAT_VERSION, file_stamps(files), ROW, columns, _OPTIONAL_READ)
+    )
 
 
 def _generated(rows: Any, column: str, arguments: dict[str, Any], parts: tuple[Any, ...]) -> Dataset:

@@ -1,0 +1,227 @@
+"""A tokenizer's chat template: a conversation as text, and which stretches of it the assistant says.
+
+A template that asks for today's date is told `DATE`, so that the same conversation gives the same tokens on every day.
+Where the template marks the assistant's turns by `{% generation %}` the marks are taken. Else turns are found by
+prefixes: turn i is what rendering the messages up to it adds to rendering those before it with the generation prompt,
+less white space at its end; a template that writes earlier turns differently when more follow cannot be taken apart so,
+and is refused. Where the generation prompt opens what the turn does not hold (`<think>`), the turn begins where the two
+part.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ast_sparse.data.files import one_line, shown
+from ast_sparse.data.messages import Message, fault_of, missing, text_of, written_forms
+from ast_sparse.errors import UserError
+
+DATE = datetime.datetime(2024, 7, 26)  # the date that Llama 3's templates fall back to
+
+Spans = list[tuple[int, int]]  # of characters
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+_DIRECTIVES = "aAbBcdeHIjmMpSuUVwWxXyYZz"
+_TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_response"}  # templates rewrite what tools say
+_PROBE = "qzxjprobe"
+REFUSALS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """The template for these tools, with the date fixed.
+
+    Raises:
+        UserError: it draws at random.
+    """
+    text = tokenizer.get_chat_template(tools=tools)
+    if _RANDOM.search(text):
+        raise UserError(
+            f"The chat template of `{tokenizer.name_or_path}` draws at random (`random` or `lipsum`), so tokens would "
+            "differ from run to run. Take that out of its chat_template.jinja."
+        )
+    return _fixed_date() + text if "strftime_now" in text else text
+
+
+@cache
+def _fixed_date() -> str:
+    """A macro which hides `strftime_now`: functions cannot be handed to a template."""
+    pairs = [("%" + flag + key, DATE.strftime("%" + key)) for key in _DIRECTIVES for flag in ("-", "#", "")]
+    pairs = [(key, value.lstrip("0") or "0" if key[1] in "-#" else value) for key, value in pairs]
+    replaced = "".join(f" | replace({key!r}, {value!r})" for key, value in [*pairs, ("%%", "%")])
+    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n"
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """How one row is rendered: its tools and its settings of the template.
+
+    Attributes:
+        where: the row, for messages.
+        settings: more variables of the template, `chat_template_kwargs`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    where: str
+    tools: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        return self._rendered(messages, add_generation_prompt, False)[0]
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool, with_marks: bool) -> tuple[str, Spans]:
+        texts, marks = render_jinja_template(
+            conversations=[messages],
+            tools=self.tools,
+            chat_template=template_text(self.tokenizer, self.tools),
+            return_assistant_tokens_mask=with_marks,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **self.settings},
+        )
+        return texts[0], list(marks[0]) if with_marks else []
+
+    def settle(self, messages: list[Message]) -> list[Message]:
+        """The messages in the form that the template writes as it should."""
+        first: BaseException | None = None
+        for form in written_forms(messages):
+            try:
+                if not (fault := fault_of(self.render(form), form)):
+                    return form
+                error: BaseException = UserError(
+                    f"{self.where}: the chat template writes {fault}. Give text that it can write, or leave the row "
+                    "out."
+                )
+            except REFUSALS as found:
+                error = found
+            first = first or error
+        raise first or UserError(f"{self.where}: there is nothing to render.")
+
+    def check_read(self, text: str, messages: list[Message]) -> None:
+        """Raise UserError where the template drops what the user or the system says."""
+        for index, message in enumerate(messages):
+            said = text_of(message).strip()
+            if message["role"] in ("assistant", *_TOOL_ROLES) or said in text:
+                continue
+            probe = {**message, "content": f"{text_of(message)} {_PROBE}"}
+            try:
+                is_read = _PROBE in self.render([*messages[:index], probe, *messages[index + 1 :]])
+            except REFUSALS:
+                is_read = True
+            if not is_read:
+                raise UserError(
+                    f"{self.where}: the chat template drops what message {index} says, of role "
+                    f"{shown(message['role'])}. Give it a role that the template knows, or leave the row out."
+                )
+
+    def turns(self, messages: list[Message], counted: Sequence[bool]) -> tuple[str, Spans]:
+        """The conversation as text, and the stretches that are counted."""
+        if _GENERATION.search(template_text(self.tokenizer, self.tools)):
+            return self._marked(messages, counted)
+        text, spans = self.render(messages), []
+        for index in (index for index, is_counted in enumerate(counted) if is_counted):
+            if not index:
+                raise UserError(
+                    f"{self.where}: the conversation begins with the assistant. Put what it answers before it."
+                )
+            turn = self.render(messages[: index + 1])
+            begin = self._begin(turn, messages, index)
+            self._check_prefix(text, turn)
+            spans.append((begin, len(turn.rstrip())))
+            self.check_said(messages, index, turn[begin:])
+        return text, spans
+
+    def _begin(self, turn: str, messages: list[Message], index: int) -> int:
+        """The character where what the assistant says begins in its turn."""
+        prompt = self.render(messages[:index], add_generation_prompt=True)
+        if turn.startswith(prompt):
+            return len(prompt)
+        before = self.render(messages[:index])
+        self._check_prefix(turn, before)
+        begin = next(place for place, (one, other) in enumerate(zip(f"{prompt}\0", f"{turn}\1")) if one != other)
+        said = text_of(messages[index]).strip()
+        place = turn.find(said, len(before)) if said else -1
+        if begin > len(before) and (place < 0 or begin <= place):
+            return begin
+        if place > len(before):  # the answer begins as what the prompt opens does
+            return place
+        raise UserError(
+            f"{self.where}: the chat template's generation prompt ends in {shown(prompt[-40:])}, and the assistant's "
+            "turn does not begin with it, so where it begins cannot be found. Mark the turns by {% generation %} in "
+            "the template, or give `prompt` and `completion` as text."
+        )
+
+    def completion(
+        self, prompt: list[Message], completion: list[Message], counted: Sequence[bool]
+    ) -> tuple[str, Spans]:
+        """The same of a prompt and its completion, of which all is counted."""
+        messages = prompt + completion
+        text = self.render(messages)
+        begin = self._begin(text, messages, len(prompt))
+        spoken = [
+            is_counted
+            for is_counted, message in zip(counted, completion, strict=True)
+            if message["role"] == "assistant"
+        ]
+        if spoken and not any(spoken):
+            return text, []
+        if not all(spoken):
+            raise UserError(
+                f"{self.where}: some messages of `completion` have weight 0 and some have not. Give `messages`, or "
+                "one message as `completion`."
+            )
+        for index, message in enumerate(messages):
+            if index >= len(prompt) and message["role"] == "assistant":
+                self.check_said(messages, index, text[begin:])
+        return text, [(begin, len(text.rstrip()))]
+
+    def _marked(self, messages: list[Message], counted: Sequence[bool]) -> tuple[str, Spans]:
+        text, spans = self._rendered(messages, False, True)
+        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        said = "\n".join(text[begin:end] for begin, end in spans) if len(spans) >= len(assistants) else text
+        for index in assistants:
+            if counted[index] and spans:
+                self.check_said(messages, index, said)
+        if all(counted[index] for index in assistants):
+            return text, spans
+        # spans of a message: those that rendering it adds
+        ends = [len(self._rendered(messages[:index], False, True)[1]) if index else 0 for index in range(len(messages))]
+        ends.append(len(spans))
+        if ends != sorted(ends) or any(
+            ends[index] != ends[index + 1] for index in range(len(messages)) if index not in assistants
+        ):
+            raise UserError(
+                f"{self.where}: the template marks earlier turns differently when more follow, so `weight` cannot be "
+                "kept. Leave the row out."
+            )
+        return text, [span for index in assistants if counted[index] for span in spans[ends[index] : ends[index + 1]]]
+
+    def check_said(self, messages: list[Message], index: int, turn: str) -> None:
+        """Raise UserError unless the turn holds what the assistant says."""
+        is_last = not any(message["role"] == "user" for message in messages[index + 1 :])
+        if lost := missing(messages[index], turn, is_last):
+            raise UserError(
+                f"{self.where}: the chat template drops or rewrites `{lost}` of message {index}, which the assistant "
+                f"says. Take a template that writes it, or leave the row out."
+            )
+
+    def _check_prefix(self, text: str, before: str) -> None:
+        if not text.startswith(before):
+            raise UserError(
+                f"{self.where}: the chat template writes earlier turns otherwise when more follow, so what the "
+                "assistant says cannot be told. Mark its turns by {% generation %} in the template, or give `prompt` "
+                "and `completion` as text."
+            )
+
+
+def refusal(where: str, error: BaseException) -> UserError:
+    """A template's error in one line."""
+    return UserError(f"{where}: the chat template refuses it: {one_line(error)} Leave the row out.")
