@@ -2,8 +2,8 @@
 
 Recognised by their columns, as TRL does: `prompt` and `completion` (both text, or both lists of messages), or
 `messages`. What is counted of messages: `chat_template`. Of a completion all is counted that follows the prompt, and of
-plain text the EOS after it. A token begins where the one before it ends, whatever offsets the tokenizer gives; one that
-begins before a turn belongs to what stands before. No special tokens are added to those of the template.
+plain text the EOS after it. A token begins where the one before it ends, also where its offset leaves out white space; one
+that begins before a turn belongs to what stands before. No special tokens are added to those of the template.
 """
 
 from __future__ import annotations
@@ -78,6 +78,26 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
     return tokenised
 
 
+def uncounted_rows(lengths: np.ndarray, name: str) -> str | None:
+    """A line on rows of which nothing is counted, None where there are none.
+
+    Args:
+        lengths: tokens of each row, `[rows]`, as `tokenise_conversations` gives them.
+
+    Raises:
+        UserError: nothing of any row is counted.
+    """
+    rows = np.flatnonzero(lengths == 0)
+    if not len(rows):
+        return None
+    if len(rows) == len(lengths):
+        raise UserError(
+            f"{name}: nothing is counted of any of {len(rows):,} rows. Each needs a message of role `assistant` that "
+            "the chat template writes (and marks, where it has {% generation %})."
+        )
+    return f"{name}: rows left out since nothing of them is counted: {len(rows):,}, the first is row {rows[0]}"
+
+
 def conversation_tokens(
     rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -103,7 +123,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
         )
     if getattr(tokenizer, "chat_template", None):
         try:
-            template_text(tokenizer, read_tools(row.get("tools"), name))
+            template_text(tokenizer, read_tools(row.get("tools"), f"{name}, row 0"))
         except UserError:
             raise
         except ValueError as error:  # several templates and none of them the default
@@ -158,8 +178,10 @@ def _counted(text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> tup
     )
     counted, done = [], 0
     for start, end in encoded["offset_mapping"]:
-        # offsets may leave out white space; of a character of several tokens all begin where it does
-        begin = min(start, done) if end > start else done
+        # of a character of several tokens all begin where it does
+        begin = start if end > start else done
+        while begin > done and text[begin - 1].isspace():  # offsets may leave out white space
+            begin -= 1
         counted.append(any(first <= begin < last for first, last in spans))
         done = max(done, end)
     return encoded["input_ids"], counted

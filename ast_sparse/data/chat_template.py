@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
@@ -79,7 +80,7 @@ class Chat:
         return self._rendered(messages, add_generation_prompt, False)[0]
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool, with_marks: bool) -> tuple[str, Spans]:
-        texts, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=self.tools,
             chat_template=template_text(self.tokenizer, self.tools),
@@ -87,6 +88,7 @@ class Chat:
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **self.settings},
         )
+        texts, marks = rendered
         return texts[0], list(marks[0]) if with_marks else []
 
     def settle(self, messages: list[Message]) -> list[Message]:
@@ -146,7 +148,7 @@ class Chat:
             return len(prompt)
         before = self.render(messages[:index])
         self._check_prefix(turn, before)
-        begin = next(place for place, (one, other) in enumerate(zip(f"{prompt}\0", f"{turn}\1")) if one != other)
+        begin = len(commonprefix([prompt, turn]))  # noqa: RUF071
         said = text_of(messages[index]).strip()
         place = turn.find(said, len(before)) if said else -1
         if begin > len(before) and (place < 0 or begin <= place):
@@ -189,7 +191,12 @@ class Chat:
         said = "\n".join(text[begin:end] for begin, end in spans) if len(spans) >= len(assistants) else text
         for index in assistants:
             if counted[index] and spans:
-                self.check_said(messages, index, said)
+                self.check_said(messages, index, text)
+                if missing(messages[index], said, self._is_last(messages, index)):
+                    raise UserError(
+                        f"{self.where}: what the {{% generation %}} marks of the chat template enclose is not what the "
+                        f"assistant says in message {index}. Marks inside a macro are misplaced: move them out of it."
+                    )
         if all(counted[index] for index in assistants):
             return text, spans
         # spans of a message: those that rendering it adds
@@ -206,12 +213,16 @@ class Chat:
 
     def check_said(self, messages: list[Message], index: int, turn: str) -> None:
         """Raise UserError unless the turn holds what the assistant says."""
-        is_last = not any(message["role"] == "user" for message in messages[index + 1 :])
-        if lost := missing(messages[index], turn, is_last):
+        if lost := missing(messages[index], turn, self._is_last(messages, index)):
             raise UserError(
                 f"{self.where}: the chat template drops or rewrites `{lost}` of message {index}, which the assistant "
-                f"says. Take a template that writes it, or leave the row out."
+                "says. Take a template that writes it, or leave the row out."
             )
+
+    @staticmethod
+    def _is_last(messages: list[Message], index: int) -> bool:
+        """Whether no message of the user follows."""
+        return not any(message["role"] == "user" for message in messages[index + 1 :])
 
     def _check_prefix(self, text: str, before: str) -> None:
         if not text.startswith(before):

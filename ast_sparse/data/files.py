@@ -153,6 +153,10 @@ def name_text(names: Collection[str]) -> str:
             "This is chat data, and here raw text is read: name it in `data.train` without streaming, or in ast-eval "
             "without --by."
         )
+    if "conversations" in names:
+        return (
+            "Chat data is recognised by `messages`, with `role` and `content`: rename `conversations`, `from`, `value`."
+        )
     return "Set `text_field`."
 
 

@@ -144,8 +144,8 @@ def missing(message: Message, turn: str, is_last: bool) -> str | None:
         if not mark or answer.strip() not in turn or (is_last and thought not in turn):
             return "content"
     for field in _REASONING:
-        thought = message.get(field)
-        if is_last and isinstance(thought, str) and thought.strip() not in turn:
+        reasoning = message.get(field)
+        if is_last and isinstance(reasoning, str) and reasoning.strip() not in turn:
             return field
     for name in _called(message):
         if name not in turn:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
-from ast_sparse.data.chat import chat_columns, tokenise_conversations
+from ast_sparse.data.chat import chat_columns, tokenise_conversations, uncounted_rows
 from ast_sparse.data.counted import counted_tokens, nothing_counted
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import Entry, shard_folders
@@ -76,6 +76,7 @@ class DataReport:
     train: SplitReport | None  # None: streamed, so its length is not known
     eval: SplitReport | None
     empty_documents: int
+    uncounted: tuple[str, ...] = ()  # a line for each source of chat data that has rows of which nothing is counted
 
     def lines(self) -> list[str]:
         """The report as lines to print."""
@@ -94,6 +95,7 @@ class DataReport:
                 lines.extend(f"  {source.name}: {_counts(source)}" for source in split.sources)
         if self.empty_documents:
             lines.append(f"empty documents left out: {self.empty_documents:,}")
+        lines.extend(f"warning: {line}" for line in self.uncounted)
         return lines
 
     def __str__(self) -> str:
@@ -137,7 +139,13 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     elif config.eval_share:
         held_out_blocks, held_out_report = _pack(train, "held out", True, config, document_end)
     empty = train.empty + (held_out.empty if held_out else 0)
-    report = DataReport(block_size=config.block_size, train=train_report, eval=held_out_report, empty_documents=empty)
+    report = DataReport(
+        block_size=config.block_size,
+        train=train_report,
+        eval=held_out_report,
+        empty_documents=empty,
+        uncounted=train.uncounted + (held_out.uncounted if held_out else ()),
+    )
     return blocks, held_out_blocks, report
 
 
@@ -150,8 +158,12 @@ def _streamed(
     if evaluated := config.entries("eval"):
         held_out = _read(config, tokenizer, evaluated, 0.0)
         blocks, report = _pack(held_out, "eval", False, config, _document_end(config, tokenizer))
-    empty = held_out.empty if held_out else 0
-    return train, blocks, DataReport(block_size=config.block_size, train=None, eval=report, empty_documents=empty)
+    empty, uncounted = (held_out.empty, held_out.uncounted) if held_out else (0, ())
+    return (
+        train,
+        blocks,
+        DataReport(block_size=config.block_size, train=None, eval=report, empty_documents=empty, uncounted=uncounted),
+    )
 
 
 def _read(
@@ -177,7 +189,10 @@ class _Text:
         self.names = [source.name for source in every]
         self.tokenised = _tokenise_all(every, tokenizer)
         self.lengths = [token_counts(part) for part in self.tokenised]
-        self.empty = sum(int((length == 0).sum()) for length in self.lengths)
+        pairs = list(zip(every, self.lengths, strict=True))
+        self.empty = sum(int((length == 0).sum()) for source, length in pairs if not source.is_chat)
+        lost = [uncounted_rows(length, source.name) for source, length in pairs if source.is_chat]
+        self.uncounted = tuple(line for line in lost if line)
         keys = [document_keys(part) for part in self.tokenised]
         self.cuts = training_tokens(keys, self.lengths, self.names, share, seed)
 
@@ -215,6 +230,7 @@ class _Shards:
                     f"{tokenizer.name_or_path}."
                 )
         self.empty = sum(folder.manifest.empty for folder in self.folders)
+        self.uncounted: tuple[str, ...] = ()
         self.stretches = split_folders(self.folders, share, seed)
 
     def report(self, source: int, is_held_out: bool) -> SourceReport:
@@ -294,11 +310,14 @@ def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_fiel
         UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
             `tokenise_conversations`.
     """
-    if chat_columns(dataset.column_names):
+    is_chat = bool(chat_columns(dataset.column_names))
+    if is_chat:
         tokenised = tokenise_conversations(dataset, tokenizer, "the data set")
     else:
         tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set")
     lengths = token_counts(tokenised)
+    if is_chat and (line := uncounted_rows(lengths, "the data set")):
+        logger.warning(line)
     total = int(lengths.sum())
     if total < block_size:
         raise UserError(
@@ -342,7 +361,11 @@ def calibration_blocks(
     """
     sources = load_documents(entries, root, text_field, field=field)
     tokenised = _tokenise_all(sources, tokenizer)
-    ends = np.concatenate([token_counts(part) for part in tokenised])
+    counts = [token_counts(part) for part in tokenised]
+    for source, lengths in zip(sources, counts, strict=True):
+        if source.is_chat and (line := uncounted_rows(lengths, source.name)):
+            logger.warning(line)
+    ends = np.concatenate(counts)
     if ends.sum() < block_size:
         raise UserError(
             f"`{field}`: {', '.join(source.name for source in sources)} has {int(ends.sum()):,} tokens, fewer than one "

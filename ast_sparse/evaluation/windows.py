@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ast_sparse.data.chat import conversation_tokens
+from ast_sparse.data.chat import conversation_tokens, uncounted_rows
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SEPARATORS = {"blank-line": "\n\n", "newline": "\n", "space": " ", "none": ""}
 JOINS = (*SEPARATORS, "eos", "separate")
@@ -94,7 +98,9 @@ def tokenise_chat(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, A
     Raises:
         UserError: as `data.chat.tokenise_conversations`.
     """
-    found = conversation_tokens(rows, tokenizer, name)
+    found = list(conversation_tokens(rows, tokenizer, name))
+    if line := uncounted_rows(np.array([len(ids) for ids, _ in found]), name):
+        logger.warning(line)
     return [Stream(ids.tolist(), None, (labels != IGNORE_INDEX).tolist()) for ids, labels in found]
 
 
