@@ -2,8 +2,8 @@
 
 Recognised by their columns, as TRL does: `prompt` and `completion` (both text, or both lists of messages), or
 `messages`. What is counted of messages: `chat_template`. Of a completion all is counted that follows the prompt, and of
-plain text the EOS after it. A token begins where the one before it ends, also where its offset leaves out white space; one
-that begins before a turn belongs to what stands before. No special tokens are added to those of the template.
+plain text the EOS after it. A token begins where the one before it ends, also where its offset leaves out white space;
+one that begins before a turn belongs to what stands before. No special tokens are added to those of the template.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.chat_template import DATE, REFUSALS, Chat, Spans, refusal, template_text
 from ast_sparse.data.conversations import SETTINGS, chat_columns, read_row, read_settings, read_tools
-from ast_sparse.data.files import one_line
+from ast_sparse.data.files import check_characters, one_line
 from ast_sparse.data.messages import read_messages
 from ast_sparse.data.packing import LABELLED, eos_token, list_array, text_key, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
@@ -55,7 +55,9 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
             _tokens(read_row(dict(zip(batch, values, strict=True)), features), tokenizer, eos, f"{name}, row {number}")
             for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True)
         ]
-        keys = [text_key(json.dumps(values, sort_keys=True)) for values in zip(*batch.values(), strict=True)]
+        keys = [
+            text_key(json.dumps(values, sort_keys=True, default=str)) for values in zip(*batch.values(), strict=True)
+        ]
         return pa.table({
             "input_ids": list_array([ids for ids, _ in found]),
             "labels": list_array([labels for _, labels in found]),
@@ -131,21 +133,23 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
 
 
 def _tokens(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos: int, where: str
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos: int | None, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and labels of a row, int32; both empty if nothing is counted."""
+    """Token ids and labels of a row, int32; both empty if nothing is counted. Only plain text is ended by `eos`."""
     prompt, completion = row.get("prompt"), row.get("completion")
     try:
         if isinstance(prompt, str) and isinstance(completion, str):
             text, spans = prompt + completion, [(len(prompt), len(prompt) + len(completion))]
-            ids, counted = _counted(text, spans, tokenizer)
-            ids, counted = [*ids, eos], [*counted, True]
         else:
-            ids, counted = _counted(*_turns(row, tokenizer, where), tokenizer)
+            text, spans, eos = *_turns(row, tokenizer, where), None
+        check_characters(text, where)
+        ids, counted = _counted(text, spans, tokenizer)
     except UserError:
         raise
     except REFUSALS as error:
         raise refusal(where, error) from error
+    if eos is not None:
+        ids, counted = [*ids, eos], [*counted, True]
     found = np.asarray(ids, dtype=np.int32)
     labels = np.where(np.asarray(counted, dtype=bool), found, IGNORE_INDEX).astype(np.int32)
     labels[:1] = IGNORE_INDEX  # nothing of the row predicts its first token

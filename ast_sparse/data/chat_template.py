@@ -14,7 +14,7 @@ import datetime
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from os.path import commonprefix
 from typing import Any
 
@@ -76,6 +76,10 @@ class Chat:
     tools: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def template(self) -> str:
+        return template_text(self.tokenizer, self.tools)
+
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         return self._rendered(messages, add_generation_prompt, False)[0]
 
@@ -83,7 +87,7 @@ class Chat:
         rendered: Any = render_jinja_template(
             conversations=[messages],
             tools=self.tools,
-            chat_template=template_text(self.tokenizer, self.tools),
+            chat_template=self.template,
             return_assistant_tokens_mask=with_marks,
             add_generation_prompt=add_generation_prompt,
             **{**self.tokenizer.special_tokens_map, **self.settings},
@@ -126,7 +130,7 @@ class Chat:
 
     def turns(self, messages: list[Message], counted: Sequence[bool]) -> tuple[str, Spans]:
         """The conversation as text, and the stretches that are counted."""
-        if _GENERATION.search(template_text(self.tokenizer, self.tools)):
+        if _GENERATION.search(self.template):
             return self._marked(messages, counted)
         text, spans = self.render(messages), []
         for index in (index for index, is_counted in enumerate(counted) if is_counted):
@@ -150,11 +154,12 @@ class Chat:
         self._check_prefix(turn, before)
         begin = len(commonprefix([prompt, turn]))  # noqa: RUF071
         said = text_of(messages[index]).strip()
-        place = turn.find(said, len(before)) if said else -1
-        if begin > len(before) and (place < 0 or begin <= place):
+        # what is said may begin as what the prompt opens does: `<b>` and `<think>`
+        for place in range(max(len(before), begin - len(said) + 1), begin):
+            if turn.startswith(said, place):
+                return place
+        if begin > len(before) or (said and turn[begin:].lstrip().startswith(said)):
             return begin
-        if place > len(before):  # the answer begins as what the prompt opens does
-            return place
         raise UserError(
             f"{self.where}: the chat template's generation prompt ends in {shown(prompt[-40:])}, and the assistant's "
             "turn does not begin with it, so where it begins cannot be found. Mark the turns by {% generation %} in "

@@ -76,7 +76,7 @@ def read_row(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]
 def without_filled(value: Any, feature: Any) -> Any:
     """A value without the keys that Arrow filled with null; what a feature holds as JSON stays as it is."""
     if isinstance(value, dict) and isinstance(feature, dict):
-        return {key: without_filled(item, feature[key]) for key, item in value.items() if item is not None}
+        return {key: without_filled(item, feature.get(key)) for key, item in value.items() if item is not None}
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
         return [without_filled(item, inner) for item in value]

@@ -168,9 +168,14 @@ def _json_text(row: Any, where: str, text_field: str) -> str:
     text = row[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field `{text_field}` is not a string but {shown(text)}. Leave the line out.")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: field `{text_field}` holds half a character (a lone surrogate). Leave the line out.")
+    check_characters(text, f"{where}: field `{text_field}`")
     return text
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raise UserError where a text cannot be written as UTF-8."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where} holds half a character (a lone surrogate). Leave the line out.")
 
 
 def one_line(error: BaseException) -> str:
