@@ -204,15 +204,14 @@ class Chat:
                     )
         if all(counted[index] for index in assistants):
             return text, spans
-        # spans of a message: those that rendering it adds
-        ends = [len(self._rendered(messages[:index], False, True)[1]) if index else 0 for index in range(len(messages))]
-        ends.append(len(spans))
-        if ends != sorted(ends) or any(
-            ends[index] != ends[index + 1] for index in range(len(messages)) if index not in assistants
-        ):
+        # the spans of a message are those that it adds to what stands before it
+        before = [self._rendered(messages[:index], False, True)[1] if index else [] for index in range(len(messages))]
+        ends = [*map(len, before), len(spans)]
+        others = [index for index in range(len(messages)) if index not in assistants]
+        if any(part != spans[: len(part)] for part in before) or any(ends[at] != ends[at + 1] for at in others):
             raise UserError(
-                f"{self.where}: the template marks earlier turns differently when more follow, so `weight` cannot be "
-                "kept. Leave the row out."
+                f"{self.where}: the chat template marks earlier turns otherwise when more follow, so `weight` cannot "
+                "be kept. Leave the row out."
             )
         return text, [span for index in assistants if counted[index] for span in spans[ends[index] : ends[index + 1]]]
 

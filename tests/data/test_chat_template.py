@@ -68,11 +68,7 @@ SPOKEN = [
 
 @pytest.mark.parametrize(
     "template",
-    [
-        PLAIN,
-        MARKED,
-        BARE,
-    ],
+    [PLAIN, MARKED, BARE],
 )
 @pytest.mark.parametrize("trims", [True, False])
 def test_tokens_are_counted_that_begin_inside_a_turn(template: str, trims: bool) -> None:
@@ -86,9 +82,7 @@ def test_tokens_are_counted_that_begin_inside_a_turn(template: str, trims: bool)
             begin = text.index(message["content"], ends)
             ends = begin + len(message["content"])
             if message["role"] == "assistant":
-                closed = ends + len("<|end|>") * ("end" in template)
-                last = closed if template != PLAIN else len(text[:closed].rstrip())
-                last = len(text[:closed].rstrip()) if "end|" not in template else last
+                last = len(text[: ends + len("<|end|>") * ("<|end|>" in template)].rstrip())
                 spans.append((len(text[:begin].encode()), len(text[:last].encode())))
         begins = byte_begins(made.convert_ids_to_tokens(ids.tolist()))
         expected = [any(begin <= place < end for begin, end in spans) for place in begins]
@@ -127,7 +121,8 @@ def test_marks_at_the_begin_of_the_text_end_where_they_end(trims: bool) -> None:
 def test_marks_inside_a_macro_are_refused() -> None:
     template = (
         "{% macro say(m) %}{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endmacro %}"
+        "{% for m in messages %}{{ say(m) }}{% endfor %}"
     )
     with pytest.raises(
         UserError, match=r"row 0: what the {% generation %} marks .* enclose is not what the assistant says"
