@@ -1,7 +1,7 @@
 """Messages of a conversation as they are read: what each says as text, and which of them are counted.
 
-`content` is text, or a list of parts of which all are text. `weight`, `train` and `training` of an assistant's message
-say whether it is counted; templates do not see them.
+`content` is text, or a list of parts of which all are text. `weight`, `train`, `training` and `loss` say whether an
+assistant's message is counted; templates do not see them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ast_sparse.errors import UserError
 
 Message = dict[str, Any]
 
-_WEIGHTS = ("weight", "train", "training")  # OpenAI's; axolotl's and LLaMA-Factory's
+_WEIGHTS = ("weight", "train", "training", "loss")  # as OpenAI, axolotl and ms-swift call it
 _REFUSED_WEIGHTS = ("train_detail", "training_detail")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 

@@ -165,11 +165,21 @@ def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source
         return Source(name=name, documents=documents, text_field=text_field, is_chat=is_chat)
     columns = chat_columns_of_file(files[0], kind)
     if kind == "parquet":
+        _check_columns(files, columns)
         documents = cast(Dataset, _load_parquet(files, *(columns or [text_field])))
         return Source(name=entry, documents=documents, text_field=text_field, is_chat=bool(columns))
     if columns:
         return Source(name=entry, documents=_load_chat_files(files, columns), text_field=ROW, is_chat=True)
     return Source(name=entry, documents=_load_files(files, kind, text_field), text_field="text")
+
+
+def _check_columns(files: list[Path], columns: list[str]) -> None:
+    """Raise UserError where a later file of chat data has a column that the first has not, and that would be lost."""
+    for file in files[1:] if columns else ():
+        if more := [name for name in chat_columns_of_file(file, "parquet") if name not in columns]:
+            raise UserError(
+                f"{file} has a column `{more[0]}`, and {files[0]} has not. Write all files with the same columns."
+            )
 
 
 def _hub_name(entry: Mapping[str, Any]) -> str:

@@ -97,7 +97,9 @@ def test_a_message_that_is_not_text_is_refused_by_row(message: dict[str, Any], r
     )
 
 
-@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+@pytest.mark.parametrize(
+    "field", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}]
+)
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_a_message_of_weight_0_is_not_counted(field: dict[str, Any], template: str) -> None:
     first, last = said("keeps", **field), said("moves", weight=1)
@@ -213,6 +215,21 @@ def test_nulls_of_jsonl_and_of_json_features_stay(tmp_path: Path) -> None:
     message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
     data = Dataset.from_list([row], features=Features({"messages": List(message)}))
     assert '{"x": null, "y": 1}' in written(read_row(data[0], data.features), TOJSON)
+
+
+def test_json_columns_of_parquet_keep_their_nulls(tmp_path: Path) -> None:
+    row = {"messages": [USER, call({"x": None, "y": 1})]}
+    message = {"role": Value("string"), "content": Value("string"), "tool_calls": List(Json())}
+    Dataset.from_list([row, ROWS[0]], features=Features({"messages": List(message)})).to_parquet(tmp_path / "a.parquet")
+    first, second = read_conversations("a.parquet", str(tmp_path), "--dataset")
+    assert '{"x": null, "y": 1}' in written(first, TOJSON) and '{"x": 1}' in written(second, TOJSON)
+
+
+def test_a_column_that_only_later_files_have_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"messages": ROWS[0]["messages"]}]), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has a column `tools`, and .*a\.parquet has not"):
+        read_conversations("*.parquet", str(tmp_path), "--dataset")
 
 
 def test_tools_and_settings_of_the_template_come_from_their_columns() -> None:
