@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from os.path import commonprefix
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -32,7 +32,7 @@ Spans = list[tuple[int, int]]  # of characters
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
-_DIRECTIVES = "aAbBcdeHIjmMpSuUVwWxXyYZz"
+_DIRECTIVES = "aAbBcdDefFGhHIjmMprRSTuUVwWxXyYZz"
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_response"}  # templates rewrite what tools say
 _PROBE = "qzxjprobe"
 REFUSALS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -239,4 +239,6 @@ class Chat:
 
 def refusal(where: str, error: BaseException) -> UserError:
     """A template's error in one line."""
+    if isinstance(error, TemplateSyntaxError):
+        return UserError(f"{where}: the chat template cannot be read: {one_line(error)} Correct chat_template.jinja.")
     return UserError(f"{where}: the chat template refuses it: {one_line(error)} Leave the row out.")

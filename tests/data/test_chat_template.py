@@ -183,6 +183,12 @@ def test_the_date_is_the_same_on_every_day(marks: str, monkeypatch: pytest.Monke
     assert made.decode(before) == "26 Jul 2024, 26.7. 00:00 5%\n" + rest
 
 
+def test_the_date_is_written_as_strftime_does() -> None:
+    for directive in "aAbBcdDefFGhHIjmMprRSTuUVwWxXyYZz":
+        chat = chat_template.Chat(tokenizer=tokenizer("{{ strftime_now('%" + directive + "') }}|"), where="row")
+        assert chat.render(ROWS[0]) == chat_template.DATE.strftime("%" + directive) + "|"
+
+
 def test_the_macro_of_the_date_changes_nothing_else() -> None:
     for begin in ("\n", "  {% if true %}x{% endif %}\n", " x", "{# a #}\n"):
         made = byte_tokenizer(begin + "{% if false %}{{ strftime_now('%d') }}{% endif %}" + PLAIN, True)
@@ -204,6 +210,23 @@ def test_a_template_that_draws_at_random_is_refused() -> None:
         tokenise_conversations(
             Dataset.from_dict({"messages": ROWS}), tokenizer("{{ [1, 2] | random }}" + PLAIN), "chat"
         )
+
+
+def test_a_broken_template_is_not_blamed_on_the_row() -> None:
+    with pytest.raises(UserError, match=r"row 0: the chat template cannot be read: .*Correct chat_template\.jinja\.$"):
+        tokenise_conversations(Dataset.from_dict({"messages": ROWS}), tokenizer("{% nothing %}" + PLAIN), "chat")
+
+
+def test_a_thought_that_the_template_reopens_is_counted() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}"
+        "\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    made = byte_tokenizer(template, True)
+    messages = [*conversation("two"), {"role": "assistant", "content": "moves", "reasoning_content": "late"}]
+    ((ids, labels),) = conversation_tokens([{"messages": messages}], made, "chat")
+    kept = [int(token) for token, label in zip(ids, labels, strict=True) if label != -100]
+    assert bytes_of(made, kept) == "<think>\nlate\n</think>\n\nmoves<|end|>"
 
 
 def test_several_templates_without_a_default_are_refused() -> None:
