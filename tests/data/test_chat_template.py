@@ -220,7 +220,8 @@ def test_a_broken_template_is_not_blamed_on_the_row() -> None:
 def test_a_thought_that_the_template_reopens_is_counted() -> None:
     template = (
         "{% for m in messages %}{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}"
-        "\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+        "\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
     )
     made = byte_tokenizer(template, True)
     messages = [*conversation("two"), {"role": "assistant", "content": "moves", "reasoning_content": "late"}]
