@@ -1,6 +1,5 @@
 """Export an N:M model: plan the layers, write, read back, verify, move into place."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
 from ast_sparse.export.codec import coded_bytes, pack24, same_bits
+from ast_sparse.export.origin import Origin, check_saving, read_generation_config
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.report import ExportReport, SizeRow
 from ast_sparse.export.saving import (
@@ -48,6 +48,7 @@ class _Source:
     masks: dict[str, Tensor]
     slorb: files.SlorbPairs
     folder: Path | None
+    origin: Origin
     sparsity_config: dict[str, Any]
     pattern: Pattern
 
@@ -82,7 +83,8 @@ def export_model(
         dtype: of the weights: bfloat16, float16 or float32.
         pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
         overwrite: replace a model that `out_dir` holds.
-        tokenizer: saved with the model; by default a folder's tokenizer files are copied.
+        tokenizer: saved with the model. What lies beside the weights of the source (tokenizer files, templates, code,
+            generation_config.json) is copied as it is.
         progress: show a progress bar.
         record: how a model object came about, for `sparsity_config.json`.
 
@@ -98,10 +100,11 @@ def export_model(
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
     source = _open_source(model_or_dir, folder, pattern, record or {})
     plan = _plan_layers(source, format)
+    origin = source.origin
+    check_saving(str(folder or type(source.model).__name__), origin.config, origin.generation, tokenizer)
     with finished_folder(out) as partial:
         _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
         report = _report(source, plan, partial, out, format, dtype, nonzero)
     return report
@@ -116,13 +119,14 @@ def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None, re
         found = None if layer is None else str(layer.pattern)
     else:
         files.require_model_folder(folder)
+        read_generation_config(folder)  # before the weights
         checkpoint = load_checkpoint(folder, dtype="auto")
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
         weights = split_state_dict(model.state_dict())[0]
         recorded = files.read_sparsity_config(folder)
         found = files.recorded_pattern(recorded)
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
-    return _Source(model, weights, masks, slorb, folder, recorded, Pattern.of(checked))
+    return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked))
 
 
 def _check_model(model: Any) -> None:
@@ -202,8 +206,6 @@ def _write(
     # Compressed layers have the names and shapes of the model in memory: nothing may convert them on the way.
     save_weights(source.model, folder, tensors, original_format=not compress)
     _edit_config(folder, plan, dtype, compress)
-    if source.folder is not None:
-        _copy_companions(source.folder, folder)
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
@@ -241,15 +243,6 @@ def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype, compress: bool) 
     if compress:
         config["quantization_config"] = AstSparse24Config(sorted(plan.pruned)).to_dict()
     files.write_json(folder / files.CONFIG_NAME, config)
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    generation = source / "generation_config.json"
-    for path in files.tokenizer_files(source) | ({generation} if generation.is_file() else set()):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
 
 
 def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:

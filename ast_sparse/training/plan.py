@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
+from ast_sparse.export.companions import companion_files
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
+from ast_sparse.export.origin import check_saving, read_generation_config, source_folder
 from ast_sparse.places import load_model_config
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
@@ -100,7 +102,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
     distills = config.distillation is not None and config.distillation.needs_teacher
     reads_weights = not config.model.random_weights or (distills and config.model.teacher is None)
-    if world_size is not None and _has_config_alone(config.model):
+    if world_size is not None and has_config_alone(config.model):
         reads_weights = False
         notes.append(f"weights: {config.model.name_or_path!r} holds none; its config.json is all that a plan needs")
     model_config = _student_config(config.model, reads_weights)
@@ -109,6 +111,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     if distills and config.model.teacher is not None:
         _check_teacher(config.model.teacher, model_config, config)
     model = _meta_model(config.model, model_config)
+    _check_saving(config.model, model_config)
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)
@@ -149,7 +152,10 @@ def meta_student(model: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be found or built, or its files are damaged or sparse already.
     """
-    return _meta_model(model, _student_config(model))
+    config = _student_config(model)
+    built = _meta_model(model, config)
+    _check_saving(model, config)
+    return built
 
 
 def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrainedConfig:
@@ -174,7 +180,17 @@ def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTraine
     return config
 
 
-def _has_config_alone(model: ModelConfig) -> bool:
+def _check_saving(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Whether what a run saves beside the weights can be read and written."""
+    folder = source_folder(config)
+    generation = None if folder is None else read_generation_config(folder)
+    if folder is not None:
+        companion_files(folder)
+    check_saving(model.name_or_path, config, generation)
+
+
+def has_config_alone(model: ModelConfig) -> bool:
+    """Whether a folder holds no weights, which a plan can do without."""
     folder = Path(model.name_or_path).expanduser()
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin")
     return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)

@@ -23,6 +23,7 @@ from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
+from ast_sparse.export.origin import check_saving
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_tokenizer
 from ast_sparse.progress import library_bars
@@ -49,7 +50,7 @@ from ast_sparse.training.output import (
     refuse_used,
     write_figures,
 )
-from ast_sparse.training.plan import Hardware, Plan, make_plan
+from ast_sparse.training.plan import Hardware, Plan, has_config_alone, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.ranks import wait_for_all
 from ast_sparse.training.signals import PreemptionSignals
@@ -114,17 +115,14 @@ def run_training(
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
+        if not has_config_alone(config.model):
+            _tokenizer(config.model, plan)
         if args.should_log:
             _show_budget(plan, config, args, hardware, echo)
         return None
 
     measured = Measured(config, args)
-    tokenizer = load_tokenizer(
-        config.model.name_or_path,
-        revision=config.model.revision,
-        gguf_file=config.model.gguf_file,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    tokenizer = _tokenizer(config.model, plan)
     measured.check_lengths(tokenizer, plan.model_config)
     trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo, signals)
     if config.evaluation.steps is not None:
@@ -153,6 +151,18 @@ def run_training(
             echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
     check_finite(rows)
     return output
+
+
+def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, once it has been saved into a temporary folder."""
+    tokenizer = load_tokenizer(
+        model.name_or_path,
+        revision=model.revision,
+        gguf_file=model.gguf_file,
+        trust_remote_code=model.trust_remote_code,
+    )
+    check_saving(model.name_or_path, plan.model_config, tokenizer=tokenizer)
+    return tokenizer
 
 
 def _show_budget(

@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ast_sparse.export.checkpoint import save_sparse_model
 from ast_sparse.export.checksums import write_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
+from ast_sparse.export.origin import Origin
 from ast_sparse.export.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.shards import is_sharded, local
@@ -32,6 +33,7 @@ class CheckpointTrainer(Trainer):
     """
 
     _frame: PreTrainedModel | None  # the student without weights, where it is going to be sharded
+    _origin: Origin  # the student's configuration before training, and where it came from
 
     @property
     def student(self) -> PreTrainedModel:
@@ -79,8 +81,9 @@ class CheckpointTrainer(Trainer):
             return
         student = self.whole_student()
         if self.args.should_save and student is not None:
-            save_sparse_model(student, folder, self.sparsity_config_dict())
-            self._save_tokenizer(folder)
+            with self._origin.applied(student):
+                save_sparse_model(student, folder, self.sparsity_config_dict())
+            self._origin.complete(folder, self._tokenizer)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -104,24 +107,26 @@ class CheckpointTrainer(Trainer):
         if is_sharded(student):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                student.config.save_pretrained(folder)
-                if student.generation_config is not None:
-                    student.generation_config.save_pretrained(folder)
-                self._save_tokenizer(folder)
+                with self._origin.applied(student):
+                    student.config.save_pretrained(folder)
+                    if student.generation_config is not None:
+                        student.generation_config.save_pretrained(folder)
         else:
             student.save_pretrained = partial(student.save_pretrained, save_original_format=False)
             try:
-                super().save_model(str(folder), _internal_call=True)
+                with self._origin.applied(student):
+                    super().save_model(str(folder), _internal_call=True)
             finally:
                 del student.save_pretrained
             if self.args.should_save:
                 write_checksums(folder)
         if self.args.should_save:
+            self._origin.complete(folder, self._tokenizer)
             write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
 
-    def _save_tokenizer(self, folder: Path) -> None:
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return cast(PreTrainedTokenizerBase | None, self.processing_class)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer, into an empty folder, which does not stay behind when the save fails."""

@@ -37,6 +37,7 @@ from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
+from ast_sparse.export.origin import Origin, check_saving, settings_kept
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.loading import load_causal_lm
@@ -137,6 +138,8 @@ class SparseTrainer(CheckpointTrainer):
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
         model = load_causal_lm(model) if isinstance(model, str) else model
         check_model(model)
+        self._origin = Origin.of(model)
+        check_saving(str(model.config.name_or_path), self._origin.config, self._origin.generation, processing_class)
         if sharding_plugin(args) is not None:
             check_shardable(model)
         self.sparsity_config = sparsity_config or SparsityConfig()
@@ -166,17 +169,18 @@ class SparseTrainer(CheckpointTrainer):
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or make_collator(processing_class, packing),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            **kwargs,
-        )
+        with settings_kept(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator or make_collator(processing_class, packing),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                **kwargs,
+            )
         use_lines(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
@@ -300,9 +304,10 @@ class SparseTrainer(CheckpointTrainer):
         self.shard_student()
         self._held_out_loss = HeldOutLoss(dataloader, self.args)
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with settings_kept(self.student, self.args.use_cache):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             loss = self._held_out_loss.mean()
         finally:
             self._held_out_loss = None
@@ -389,7 +394,8 @@ class SparseTrainer(CheckpointTrainer):
         """
         if not resume_from_checkpoint:
             self._sparsity.kernels = self._kernels(None)
-            return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
+            with settings_kept(self.student, self.args.use_cache):
+                return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
         if self._mixture is not None and self._parts is not None:
@@ -399,7 +405,8 @@ class SparseTrainer(CheckpointTrainer):
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
         self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
         if state.global_step < last_step:
-            return _with_logged_loss(super().train(str(checkpoint), trial, ignore_keys_for_eval))
+            with settings_kept(self.student, self.args.use_cache):
+                return _with_logged_loss(super().train(str(checkpoint), trial, ignore_keys_for_eval))
         # Trainer would do one more step: the run was finished, and stopped before the final save.
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -479,8 +486,8 @@ class SparseTrainer(CheckpointTrainer):
         """
         report, student = None, self.whole_student()
         if self.args.should_save and student is not None:
-            tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
-            report = export_model(student, out_dir, format, tokenizer=tokenizer, **kwargs)
+            with self._origin.applied(student):
+                report = export_model(student, out_dir, format, tokenizer=self._tokenizer, **kwargs)
         self.accelerator.wait_for_everyone()
         return report
 

@@ -1,0 +1,261 @@
+"""What a saved model takes over from the one it was loaded from: configuration, generation settings, companions.
+
+transformers writes a configuration anew in its own spelling, and Trainer changes it on the way (`use_cache`, special
+tokens). Whoever reads the result is to find the source's configuration, and in it the intended changes alone.
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ast_sparse.errors import UserError
+from ast_sparse.export import files
+from ast_sparse.export.companions import GENERATION_NAME, companion_files, copy_companions, is_tokenizer_file
+
+logger = logging.get_logger(__name__)
+
+_CHANGED_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
+_ABSENT = object()
+_OF_THE_WRITER = ("transformers_version", "_name_or_path", "torch_dtype")  # no settings of the model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model's configuration before training, and the folder it came from.
+
+    Attributes:
+        config, generation: copies of the model's own.
+        folder: the folder or the hub's cache, None where there is none (a model built from a configuration).
+        raw: content of its config.json; empty without a folder.
+        raw_generation: its generation_config.json to the byte, where the model still has these settings; else None.
+    """
+
+    config: PreTrainedConfig
+    generation: GenerationConfig | None
+    folder: Path | None
+    raw: dict[str, Any]
+    raw_generation: bytes | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path | None = None) -> "Origin":
+        """The origin of a model that has just been loaded.
+
+        Args:
+            folder: where it was loaded from; default: what its configuration says.
+
+        Raises:
+            UserError: generation_config.json there is damaged, or a file beside it is a link out of the folder.
+        """
+        config = copy.deepcopy(model.config)
+        generation = copy.deepcopy(getattr(model, "generation_config", None)) if model.can_generate() else None
+        folder = folder or source_folder(config)
+        if folder is None:
+            return cls(config, generation, None, {}, None)
+        companion_files(folder)
+        stored = read_generation_config(folder)
+        same = stored is not None and generation is not None and _settings(stored) == _settings(generation)
+        raw_generation = (folder / GENERATION_NAME).read_bytes() if same else None
+        return cls(config, generation, folder, files.read_json(folder / files.CONFIG_NAME), raw_generation)
+
+    @contextmanager
+    def applied(self, model: PreTrainedModel) -> Iterator[None]:
+        """The model with the configuration of its origin, to be saved; afterwards with its own again."""
+        before = model.config, getattr(model, "generation_config", None)
+        model.config = copy.deepcopy(self.config)
+        if self.generation is not None:
+            model.generation_config = copy.deepcopy(self.generation)
+        try:
+            yield
+        finally:
+            model.config = before[0]
+            if self.generation is not None:
+                model.generation_config = cast(GenerationConfig, before[1])
+
+    def complete(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Give a saved model what the source has: the spelling of config.json, generation_config.json, companions.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            tokenizer: is saved there too. Of one that was changed since it was loaded, these files alone are kept.
+        """
+        written = set() if tokenizer is None else _save_tokenizer(tokenizer, folder)
+        if self.raw:
+            config = files.read_json(folder / files.CONFIG_NAME)
+            files.write_json(folder / files.CONFIG_NAME, in_source_spelling(config, self.raw, type(self.config)))
+        if self.raw_generation is not None:
+            (folder / GENERATION_NAME).write_bytes(self.raw_generation)
+        if self.folder is None:
+            return
+        if not self.folder.is_dir():  # after hours of training
+            logger.warning(f"{self.folder} is gone: files beside its weights (templates, licence) are not copied.")
+            return
+        own = tokenizer is None or _is_as_in(tokenizer, self.folder)
+        copy_companions(self.folder, folder, lambda path: path not in written and (own or not is_tokenizer_file(path)))
+
+
+@contextmanager
+def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iterator[None]:
+    """Give a model back the settings that Trainer changes: the cache, and special tokens of its tokenizer.
+
+    Args:
+        use_cache: of the configuration meanwhile; None: as it is.
+    """
+    holders = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+    before = [(holder, name, getattr(holder, name, _ABSENT)) for holder in holders for name in _CHANGED_BY_TRAINER]
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    try:
+        yield
+    finally:
+        for holder, name, value in before:
+            if value is not _ABSENT:
+                setattr(holder, name, value)
+            elif hasattr(holder, name):
+                delattr(holder, name)
+
+
+def in_source_spelling(
+    config: dict[str, Any], raw: dict[str, Any], config_class: type[PreTrainedConfig]
+) -> dict[str, Any]:
+    """A configuration as transformers writes it, with what the source says alike spelt as the source spells it.
+
+    transformers renames keys, drops some, and adds defaults. What differs by meaning is taken from `config`.
+
+    Args:
+        config: what `save_pretrained` wrote.
+        raw: the source's config.json.
+
+    Returns:
+        A configuration that reads as `config` does; `config` itself where no mixture of both would.
+    """
+    before = _as_read(raw, config_class)
+    if before is None or raw.get("model_type") != config.get("model_type"):
+        return config
+    mixed = {key: value for key, value in raw.items() if key not in ("torch_dtype", "_name_or_path")}
+    for key in sorted(before.keys() | config.keys()):
+        if key in _OF_THE_WRITER or (key in before and key in config and before[key] == config[key]):
+            continue
+        mixed.pop(key, None)
+        if key in config:
+            mixed[key] = config[key]
+    if "dtype" in config:
+        mixed["dtype"] = config["dtype"]
+    after, wanted = _as_read(mixed, config_class), _as_read(config, config_class)
+    if after is None or wanted is None or _stripped(after) != _stripped(wanted):
+        return config
+    return {key: mixed[key] for key in sorted(mixed)}
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation_config.json of a folder, None where there is none; values that make no sense together are kept.
+
+    Raises:
+        UserError: it is no JSON object, or transformers cannot read a value.
+    """
+    path = folder / GENERATION_NAME
+    if not path.is_file():
+        return None
+    files.read_json(path)  # what transformers would ignore is an error here
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a value of the wrong kind makes it raise
+        raise UserError(f"Cannot read `{path}`: {_one_line(error)}. Correct the value, or remove the file.") from None
+
+
+def check_saving(
+    name: str,
+    config: PreTrainedConfig,
+    generation: GenerationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Save everything but the weights into a temporary folder: what fails here would fail after hours of training.
+
+    Args:
+        name: of the model, for messages.
+
+    Raises:
+        UserError: names what cannot be saved, and why.
+    """
+    parts = {
+        "configuration": (config, "Correct its config.json, or model.config"),
+        "generation settings": (generation, "Correct model.generation_config"),
+        "tokenizer": (tokenizer, "Take another tokenizer, or put its files into the folder of the model"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for what, (part, mend) in parts.items():
+            try:
+                if part is not None:
+                    copy_of = part if what == "tokenizer" else copy.deepcopy(part)
+                    copy_of.save_pretrained(folder)
+            except Exception as error:  # whatever the code of a model or a tokenizer raises
+                raise UserError(f"The {what} of {name!r} cannot be saved: {_one_line(error)}. {mend}.") from error
+
+
+def source_folder(config: PreTrainedConfig) -> Path | None:
+    """The folder, or the folder in the hub's cache, that a configuration was loaded from; None where there is none."""
+    name = str(getattr(config, "name_or_path", "") or "")
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, files.CONFIG_NAME, revision=getattr(config, "_commit_hash", None))
+        except HFValidationError:  # a path that is gone
+            return None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / files.CONFIG_NAME).is_file() else None
+
+
+def _as_read(content: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any] | None:
+    """A config.json as transformers would write it again; None where its class cannot read it."""
+    try:
+        read = config_class.from_dict(copy.deepcopy(content))
+        return cast(dict[str, Any], json.loads(read.to_json_string(use_diff=True)))
+    except Exception:  # whatever the code of a model raises
+        return None
+
+
+def _stripped(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _OF_THE_WRITER}
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[Path]:
+    """The files written, relative to the folder."""
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save_pretrained(name)
+        shutil.copytree(name, folder, dirs_exist_ok=True)
+        return {path.relative_to(name) for path in Path(name).rglob("*") if path.is_file()}
+
+
+def _settings(generation: GenerationConfig) -> dict[str, Any]:
+    ignored = ("transformers_version", "_from_model_config")
+    return {key: value for key, value in generation.to_dict().items() if key not in ignored and value is not None}
+
+
+def _is_as_in(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether a tokenizer is still that of a folder, so that its other files there say the same."""
+    try:
+        stored = type(tokenizer).from_pretrained(folder)
+        return (
+            stored.get_vocab() == tokenizer.get_vocab()
+            and stored.special_tokens_map == tokenizer.special_tokens_map
+            and stored.chat_template == tokenizer.chat_template
+        )
+    except Exception:  # there is none, or it needs code that may not be run
+        return False
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} …"
