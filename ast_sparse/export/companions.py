@@ -57,10 +57,14 @@ def copy_companions(source: Path, target: Path, wanted: Callable[[Path], bool] =
         shutil.copyfile(source / path, target / path)
 
 
+def is_chat_template(path: Path) -> bool:
+    """Whether a companion is a chat template, or one of several."""
+    return _matches(path.parts[0], ("*chat_template*",))
+
+
 def is_tokenizer_file(path: Path) -> bool:
     """Whether a companion belongs to the tokenizer."""
-    name = path.parts[0]
-    return _matches(name, files.TOKENIZER_FILES + files.COMPANION_FILES + ("vocab*", "tekken*", "*chat_template*"))
+    return _matches(path.parts[0], files.TOKENIZER_FILES + files.COMPANION_FILES + ("vocab*", "tekken*"))
 
 
 def _walk(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:

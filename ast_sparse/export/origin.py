@@ -21,7 +21,13 @@ from transformers.utils import logging
 
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
-from ast_sparse.export.companions import GENERATION_NAME, companion_files, copy_companions, is_tokenizer_file
+from ast_sparse.export.companions import (
+    GENERATION_NAME,
+    companion_files,
+    copy_companions,
+    is_chat_template,
+    is_tokenizer_file,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -100,8 +106,13 @@ class Origin:
         if not self.folder.is_dir():  # after hours of training
             logger.warning(f"{self.folder} is gone: files beside its weights (templates, licence) are not copied.")
             return
-        own = tokenizer is None or _is_as_in(tokenizer, self.folder)
-        copy_companions(self.folder, folder, lambda path: path not in written and (own or not is_tokenizer_file(path)))
+        same_tokens, same_templates = (True, True) if tokenizer is None else _is_as_in(tokenizer, self.folder)
+
+        def wanted(path: Path) -> bool:
+            same = same_templates if is_chat_template(path) else same_tokens or not is_tokenizer_file(path)
+            return path not in written and same
+
+        copy_companions(self.folder, folder, wanted)
 
 
 @contextmanager
@@ -243,17 +254,15 @@ def _settings(generation: GenerationConfig) -> dict[str, Any]:
     return {key: value for key, value in generation.to_dict().items() if key not in ignored and value is not None}
 
 
-def _is_as_in(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether a tokenizer is still that of a folder, so that its other files there say the same."""
+def _is_as_in(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[bool, bool]:
+    """Whether a tokenizer has the tokens and the templates of a folder, so that other files there say the same."""
     try:
         stored = type(tokenizer).from_pretrained(folder)
-        return (
-            stored.get_vocab() == tokenizer.get_vocab()
-            and stored.special_tokens_map == tokenizer.special_tokens_map
-            and stored.chat_template == tokenizer.chat_template
-        )
+        vocabulary = stored.get_vocab() == tokenizer.get_vocab()
+        same_tokens = vocabulary and stored.special_tokens_map == tokenizer.special_tokens_map
+        return same_tokens, stored.chat_template == tokenizer.chat_template
     except Exception:  # there is none, or it needs code that may not be run
-        return False
+        return False, False
 
 
 def _one_line(error: Exception) -> str:
