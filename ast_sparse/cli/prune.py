@@ -27,7 +27,7 @@ _C4: dict[str, Any] = {
 }  # fmt: skip
 _OPTIONS = {"init": "method", "data": "calibration"}  # settings that are called otherwise on the command line
 _FIELD = re.compile(
-    r"(?<![\w/.-])(?:(?:sparsity|calibration)\.(init|pattern|include|exclude|data|samples|seq_len|seed|damping|block_size)"
+    r"(?<![\w/.-])(?:(?:sparsity|calibration)\.(init|pattern|include|exclude|data|samples|seq_len|seed|damping|block_size|keep_zeros)"
     r"|model\.(revision|gguf_file|trust_remote_code))\b"
 )
 
@@ -60,6 +60,11 @@ _FIELD = re.compile(
     "--block-size", type=int, default=128, show_default=True,
     help="sparsegpt: columns pruned before all the rest is updated.",
 )  # fmt: skip
+@click.option(
+    "--keep-zeros", is_flag=True,
+    help="sparsegpt: weights that are zero already stay zero, in a MODEL that is sparse; magnitude and wanda never "
+    "move one.",
+)  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only layers that match; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Layers that stay dense; * is a wildcard.")
 @click.option(
@@ -87,7 +92,7 @@ def main(model: str, out: str, **options: Any) -> None:
         )
         calibration = CalibrationConfig(
             data=options["data"] or None,
-            **{key: options[key] for key in ("samples", "seq_len", "seed", "damping", "block_size")},
+            **{key: options[key] for key in ("samples", "seq_len", "seed", "damping", "block_size", "keep_zeros")},
         )
         source = ModelConfig(
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}

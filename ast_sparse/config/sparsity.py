@@ -143,6 +143,10 @@ class CalibrationConfig(Section):
         default=0.01, metadata=about("SparseGPT: share of the Hessian's mean diagonal that is added to it.")
     )
     block_size: int = field(default=128, metadata=about("SparseGPT: columns pruned before the rest is updated."))
+    keep_zeros: bool = field(
+        default=False,
+        metadata=about("SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one."),
+    )
     seed: int = field(default=0, metadata=about("Chooses the sequences."))
 
     def _validate(self) -> None:

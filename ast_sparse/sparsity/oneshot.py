@@ -58,6 +58,7 @@ def sparsegpt_prune(
     block_size: int = 128,
     damping: float = 0.01,
     structured: bool = True,
+    keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Prune column by column and push each error into the columns to the right (Frantar & Alistarh 2023).
 
@@ -69,6 +70,8 @@ def sparsegpt_prune(
         n, m: the pattern; without groups (`structured` False) `n/m` of each block of columns is kept, as published.
         block_size: columns between two updates of all the rest; rounded up to whole groups.
         damping: share of the mean diagonal that is added to the diagonal.
+        keep_zeros: what is 0 in `weight` is pruned first and stays 0, also where the mask keeps it because a group has
+            fewer than `n` other weights. The columns to the right make up for it as for any pruned weight.
 
     Returns:
         The new weight, dtype of `weight`, exactly 0.0 where pruned, and the mask (bool, True = kept).
@@ -82,6 +85,7 @@ def sparsegpt_prune(
     if structured and (not 0 < n < m or columns % m):
         raise ValueError(f"Cannot build an {n}:{m} mask: {columns} columns are not a multiple of {m}.")
     work = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    zeros = (work == 0) if keep_zeros else torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     dead = hessian.diagonal() == 0
     work[:, dead] = 0
     inverse = _inverse_factor(hessian.to(work.dtype), dead, damping)
@@ -90,21 +94,23 @@ def sparsegpt_prune(
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         block, kept, factor = work[:, start:stop], mask[:, start:stop], inverse[start:stop, start:stop]
+        given = zeros[:, start:stop]
         saliency = factor.diagonal().square()
         if not structured:
-            scores = block.square() / saliency
+            scores = torch.where(given, -1, block.square() / saliency)
             threshold = scores.flatten().kthvalue(int(scores.numel() * (1 - n / m)) + 1).values
             kept.copy_(scores > threshold)
         errors = torch.zeros_like(block)
         for i in range(stop - start):
             if structured and i % m == 0:
                 group = slice(i, i + m)
-                kept[:, group] = nm_mask(block[:, group].square() / saliency[group], n, m)
+                scores = block[:, group].square() / saliency[group]
+                kept[:, group] = nm_mask(torch.where(given[:, group], -1, scores), n, m)
             column = block[:, i]
-            errors[:, i] = torch.where(kept[:, i], 0, column) / factor[i, i]
+            errors[:, i] = torch.where(kept[:, i] & ~given[:, i], 0, column) / factor[i, i]
             block[:, i + 1 :] -= errors[:, i : i + 1] @ factor[i : i + 1, i + 1 :]
         work[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return torch.where(mask, work, 0).to(weight.dtype), mask
+    return torch.where(mask & ~zeros, work, 0).to(weight.dtype), mask
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
@@ -151,7 +157,13 @@ def prune_layer(
     hessian = statistics.hessian
     try:
         new, mask = sparsegpt_prune(
-            weight, hessian, *groups, settings.block_size, settings.damping, structured=pattern.structured
+            weight,
+            hessian,
+            *groups,
+            settings.block_size,
+            settings.damping,
+            structured=pattern.structured,
+            keep_zeros=settings.keep_zeros,
         )
     except ValueError as error:
         raise UserError(f"`{name}`: {error}. Raise calibration.damping, or calibrate on more text.") from None

@@ -136,3 +136,27 @@ def test_an_output_folder_in_use_is_refused_unless_overwritten(folder: Path, tmp
     result = run(folder / "llama", out, "--method", "magnitude")
     assert result.exit_code == 2 and "--overwrite" in result.stderr
     assert run(folder / "llama", out, "--method", "magnitude", "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: str, pattern: str, folder: Path, tmp_path: Path) -> None:
+    first = ("--method", "magnitude", "--pattern", "unstructured", "--dtype", "float32")
+    assert run(folder / "llama", tmp_path / "sparse", *first).exit_code == 0
+    calibration = ("--calibration", folder / "text.txt", *CALIBRATION, "--block-size", "8")
+    arguments = ("--method", method, "--pattern", pattern, "--dtype", "float32", *calibration)
+    assert run(tmp_path / "sparse", tmp_path / "kept", *arguments, "--keep-zeros").exit_code == 0
+    assert run(tmp_path / "sparse", tmp_path / "free", *arguments).exit_code == 0
+    before, kept, free = (load_causal_lm(tmp_path / name) for name in ("sparse", "kept", "free"))
+    revived = 0
+    for name in select_layers(before)[0]:
+        zeros = before.get_parameter(f"{name}.weight") == 0
+        assert not kept.get_parameter(f"{name}.weight")[zeros].any()
+        structured = pattern != "unstructured"
+        assert Pattern(2 if structured else 1, 4 if structured else 2, structured).holds(
+            kept.get_parameter(f"{name}.weight")
+        )
+        revived += int(free.get_parameter(f"{name}.weight")[zeros].count_nonzero())
+    assert (revived > 0) == (method == "sparsegpt")
+    recorded = read_json(tmp_path / "kept" / "sparsity_config.json")["one_shot"]
+    assert method == "magnitude" or recorded["calibration"]["keep_zeros"] is True

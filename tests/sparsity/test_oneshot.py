@@ -165,3 +165,68 @@ def test_settled_weights_stay_below_the_smallest_kept_one_of_their_group_with_th
 def test_shapes_and_patterns_that_do_not_fit_are_refused(call: object) -> None:
     with pytest.raises(ValueError, match=r"fit|multiple|needs"):
         call(torch.randn(3, 8), torch.eye(8))  # type: ignore[operator]
+
+
+def slow_sparsegpt_with_zeros(weight: Tensor, hessian: Tensor, n: int, m: int, damping: float) -> tuple[Tensor, Tensor]:
+    """As `slow_sparsegpt`: zeros of `weight` are pruned before anything else, and can only be kept as zeros."""
+    zeros, weight = weight == 0, weight.clone()
+    columns = weight.shape[1]
+    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
+    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    mask = torch.ones_like(zeros)
+    for row, start in ((row, start) for row in range(len(weight)) for start in range(0, columns, m)):
+        for j in range(start, start + m):
+            if j == start:
+                cost = {c: (not zeros[row, c], float(weight[row, c] ** 2 / inverses[c][0, 0])) for c in range(j, j + m)}
+                cost = {c: value if value[0] else (False, 0.0) for c, value in cost.items()}
+                mask[row, sorted(cost, key=lambda c: (cost[c], -c))[: m - n]] = False
+            if zeros[row, j] or not mask[row, j]:
+                weight[row, j:] -= weight[row, j].clone() / inverses[j][0, 0] * inverses[j][0]
+                weight[row, j] = 0
+    return weight, mask
+
+
+@pytest.mark.parametrize(("n", "m", "block_size"), [(2, 4, 8), (2, 4, 128), (1, 2, 5), (4, 8, 16), (3, 6, 4)])
+def test_given_zeros_stay_zero_under_sparsegpt(n: int, m: int, block_size: int) -> None:
+    weight, inputs = random_layer(12, 24, 60, seed=m + block_size)
+    zeros = torch.rand(12, 24, generator=torch.Generator().manual_seed(m)) < 0.65
+    weight[zeros] = 0
+    hessian = inputs.T @ inputs
+    expected, mask = slow_sparsegpt_with_zeros(weight, hessian, n, m, 0.01)
+    found, found_mask = sparsegpt_prune(weight, hessian, n, m, block_size=block_size, keep_zeros=True)
+    assert torch.equal(found_mask, mask) and bool((mask.unflatten(1, (-1, m)).sum(-1) == n).all())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert bool((found[zeros] == 0).all()) and not bool(found[zeros].signbit().any()) and check_nm(found, n, m)
+    assert int(found.count_nonzero()) == int(
+        torch.minimum((~zeros).unflatten(1, (-1, m)).sum(-1), torch.tensor(n)).sum()
+    )
+    revived, _ = sparsegpt_prune(weight, hessian, n, m, block_size=block_size)
+    assert bool((revived[zeros] != 0).any())  # what the option is for
+
+
+def test_without_zeros_the_option_changes_nothing() -> None:
+    weight, inputs = random_layer(6, 24, 60, seed=5)
+    for found, kept in zip(
+        sparsegpt_prune(weight, inputs.T @ inputs),
+        sparsegpt_prune(weight, inputs.T @ inputs, keep_zeros=True),
+        strict=True,
+    ):
+        assert torch.equal(found, kept)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 2, structured=False)], ids=str)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_given_zeros_stay_zero_in_every_method_and_pattern(method: str, pattern: Pattern, share: float) -> None:
+    weight, inputs = random_layer(16, 32, 100, seed=6)
+    zeros = torch.rand(16, 32, generator=torch.Generator().manual_seed(1)) < share
+    weight[zeros] = 0
+    statistics = InputStatistics(32, True, torch.device("cpu"))
+    statistics.add(inputs.float())
+    settings = CalibrationConfig(keep_zeros=True, block_size=8)
+    result = prune_layer("x", weight.float(), method, pattern, statistics, settings)  # type: ignore[arg-type]
+    pruned = torch.where(result.mask, result.weight, 0)
+    assert bool((pruned[zeros] == 0).all()) and pattern.holds(pruned)
+    if pattern.structured:
+        groups = (~zeros).unflatten(1, (-1, 4)).sum(-1).clamp(max=2)
+        assert torch.equal(pruned.count_nonzero(), groups.sum())  # no zero takes the place of another weight
