@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ast_sparse.errors import UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.codec import check_meta, unpack24
+from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.yaml12 import shown
 
 METHOD = "ast_sparse_24"
@@ -90,12 +91,48 @@ class CompressedLinear(nn.Linear):
         else:
             self.register_parameter("bias", None)
 
+    @property
+    def base_layer(self) -> "CompressedLinear":
+        """What PEFT takes for the layer that an adapter lies over; to all others there is none."""
+        if not asked_by_peft():
+            raise AttributeError("base_layer")
+        return _SeenByPeft(self)
+
     def dense_weight(self) -> Tensor:
         """The decoded weight `[out, in]`."""
-        return unpack24(self.weight, self.weight_meta)
+        return unpack24(cast(Tensor, self._parameters["weight"]), self.weight_meta)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.dense_weight(), self.bias)
+
+
+class _SeenByPeft(CompressedLinear):
+    """A compressed layer whose weight looks like the decoded one, and decodes the layer when its values are needed.
+
+    It shares the parameters of the layer, and may take its place in the model, as after PEFT's `unload()`.
+    """
+
+    base_layer = property()  # there is none below
+
+    def __init__(self, layer: CompressedLinear) -> None:
+        self.__dict__.update(layer.__dict__)
+        self.__dict__["_layer"] = layer  # past nn.Module, which would make it a part of this one
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter of the layer
+        stored = cast(Tensor, self._parameters["weight"])
+        return UndecodedWeight.of(self.__dict__["_layer"], stored) if "weight_meta" in self._buffers else stored
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cast(Tensor, self.__dict__["_layer"](input))
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":  # to be replaced by a parametrization, which the layer itself would not see
+            raise UserError(
+                "PEFT's target_parameters names the weight of a layer that is kept compressed. Load the model with "
+                "`dequantize=True`, or name the layer in target_modules."
+            )
+        super().__delattr__(name)
 
 
 class Decode24(ConversionOps):
@@ -218,6 +255,21 @@ class AstSparse24HfQuantizer(HfQuantizer):
                 dense.bias = layer.bias
                 model.set_submodule(name, dense)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Layers that were decoded since, to merge an adapter into them, are saved as the plain ones they are."""
+        kept = {
+            _short(name.removesuffix(".base_layer"), model)
+            for name, layer in model.named_modules()
+            if isinstance(layer, CompressedLinear) and "weight_meta" in layer._buffers
+        }
+        modules = [name for name in self.quantization_config.modules if _short(name, model) in kept]
+        if not modules and self.quantization_config.modules:
+            self.remove_quantization_config(model)
+        elif modules != self.quantization_config.modules:
+            self.quantization_config.modules = modules
+            model.config.quantization_config = self.quantization_config
+        return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

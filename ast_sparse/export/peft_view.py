@@ -1,0 +1,60 @@
+"""The weight of a compressed layer as PEFT sees it: decoded for good when a method needs the values.
+
+A LoRA adapter computes beside its layer and asks the weight for its device and dtype only, so the layer stays
+compressed. Merging, DoRA, PiSSA and others compute with the weight; they would take the packed values for it.
+"""
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_GETTERS: tuple[Any, ...] = (
+    Tensor.device, Tensor.dtype, Tensor.shape, Tensor.ndim, Tensor.layout, Tensor.requires_grad, Tensor.is_meta,
+    Tensor.is_cuda, Tensor.is_cpu, Tensor.is_mps, Tensor.is_xpu, Tensor.is_quantized, Tensor.is_sparse, Tensor.is_leaf,
+    Tensor.grad,
+)  # fmt: skip
+_METHODS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size)
+_NEED_NO_VALUES = {*(getter.__get__ for getter in _GETTERS), *_METHODS}
+
+
+class UndecodedWeight(Tensor):
+    """Shape `[out, in]`, dtype and device of a compressed layer's weight. Whatever needs more decodes the layer."""
+
+    layer: nn.Linear
+
+    @staticmethod
+    def of(layer: nn.Linear, stored: Tensor) -> "UndecodedWeight":
+        """The weight of `layer`, whose values are `stored`."""
+        shaped = stored.new_empty(1).expand(layer.out_features, layer.in_features)
+        weight = cast(UndecodedWeight, Tensor._make_subclass(UndecodedWeight, shaped))
+        weight.layer = layer
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _NEED_NO_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(lambda part: decode(part.layer) if isinstance(part, cls) else part, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def decode(layer: Any) -> nn.Parameter:
+    """Turn a compressed layer into a plain `nn.Linear`, in place; its weight `[out, in]`, not trained."""
+    if "weight_meta" in layer._buffers:
+        dense = layer.dense_weight().detach()
+        del layer._buffers["weight_meta"]
+        layer.weight = nn.Parameter(dense, requires_grad=False)
+        layer.__class__ = nn.Linear
+    return cast(nn.Parameter, layer.weight)
+
+
+def asked_by_peft() -> bool:
+    """Whether the attribute that is looked up right now is looked up by PEFT's `get_base_layer`.
+
+    PEFT takes any other module with a `base_layer` for one of its adapters.
+    """
+    return sys._getframe(2).f_code.co_name == "get_base_layer"
