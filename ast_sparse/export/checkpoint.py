@@ -100,11 +100,12 @@ def export_model(
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
     source = _open_source(model_or_dir, folder, pattern, record or {})
     plan = _plan_layers(source, format)
-    origin = source.origin
-    check_saving(str(folder or type(source.model).__name__), origin.config, origin.generation, tokenizer)
+    model = source.model
+    generation = getattr(model, "generation_config", None)
+    check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
     with finished_folder(out) as partial:
         _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
-        origin.complete(partial, tokenizer)
+        source.origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
         report = _report(source, plan, partial, out, format, dtype, nonzero)
     return report

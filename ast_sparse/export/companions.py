@@ -20,10 +20,10 @@ _CONFIGS = (
     "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
 )  # fmt: skip
 _TRAINING = ("trainer_state.json", "checkpoint-*", "runs")
-# Of the folders that ast-train and ast-prune write; elsewhere such a name may mean something else.
+# What ast-train writes: no other file may take its place.
 _RUN_RECORDS = (
     "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "data_state.json",
-    "shards.json", "*_results.json",
+    "shards.json",
 )  # fmt: skip
 
 
@@ -36,8 +36,7 @@ def companion_files(folder: Path) -> list[Path]:
     Raises:
         UserError: one of them is a link that leads out of the folder: no link may bring another file along.
     """
-    ours = (folder / files.SPARSITY_CONFIG_NAME).is_file()
-    skipped = _CONFIGS + _TRAINING + (_RUN_RECORDS if ours else ())
+    skipped = _CONFIGS + _TRAINING + _RUN_RECORDS
     return [
         path.relative_to(folder)
         for top in sorted(folder.iterdir())

@@ -8,7 +8,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,22 +36,27 @@ _ABSENT = object()
 _OF_THE_WRITER = ("transformers_version", "_name_or_path", "torch_dtype")  # no settings of the model
 
 
+# Where a setting stands, its name, and its value.
+Settings = Sequence[tuple[Any, str, Any]]
+
+
 @dataclass(frozen=True)
 class Origin:
-    """A model's configuration before training, and the folder it came from.
+    """The folder a model came from, and what it said when the model was loaded.
 
     Attributes:
-        config, generation: copies of the model's own.
         folder: the folder or the hub's cache, None where there is none (a model built from a configuration).
         raw: content of its config.json; empty without a folder.
-        raw_generation: its generation_config.json to the byte, where the model still has these settings; else None.
+        raw_generation: its generation_config.json to the byte, if there is one.
+        generation: what that says.
+        config_class: of the model's configuration.
     """
 
-    config: PreTrainedConfig
-    generation: GenerationConfig | None
     folder: Path | None
     raw: dict[str, Any]
     raw_generation: bytes | None
+    generation: GenerationConfig | None
+    config_class: type[PreTrainedConfig]
 
     @classmethod
     def of(cls, model: PreTrainedModel, folder: Path | None = None) -> "Origin":
@@ -63,30 +68,14 @@ class Origin:
         Raises:
             UserError: generation_config.json there is damaged, or a file beside it is a link out of the folder.
         """
-        config = copy.deepcopy(model.config)
-        generation = copy.deepcopy(getattr(model, "generation_config", None)) if model.can_generate() else None
-        folder = folder or source_folder(config)
+        folder = folder or source_folder(model.config)
         if folder is None:
-            return cls(config, generation, None, {}, None)
+            return cls(None, {}, None, None, type(model.config))
         companion_files(folder)
-        stored = read_generation_config(folder)
-        same = stored is not None and generation is not None and _settings(stored) == _settings(generation)
-        raw_generation = (folder / GENERATION_NAME).read_bytes() if same else None
-        return cls(config, generation, folder, files.read_json(folder / files.CONFIG_NAME), raw_generation)
-
-    @contextmanager
-    def applied(self, model: PreTrainedModel) -> Iterator[None]:
-        """The model with the configuration of its origin, to be saved; afterwards with its own again."""
-        before = model.config, getattr(model, "generation_config", None)
-        model.config = copy.deepcopy(self.config)
-        if self.generation is not None:
-            model.generation_config = copy.deepcopy(self.generation)
-        try:
-            yield
-        finally:
-            model.config = before[0]
-            if self.generation is not None:
-                model.generation_config = cast(GenerationConfig, before[1])
+        generation = read_generation_config(folder)
+        raw_generation = None if generation is None else (folder / GENERATION_NAME).read_bytes()
+        raw = files.read_json(folder / files.CONFIG_NAME)
+        return cls(folder, raw, raw_generation, generation, type(model.config))
 
     def complete(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Give a saved model what the source has: the spelling of config.json, generation_config.json, companions.
@@ -98,8 +87,9 @@ class Origin:
         written = set() if tokenizer is None else _save_tokenizer(tokenizer, folder)
         if self.raw:
             config = files.read_json(folder / files.CONFIG_NAME)
-            files.write_json(folder / files.CONFIG_NAME, in_source_spelling(config, self.raw, type(self.config)))
-        if self.raw_generation is not None:
+            files.write_json(folder / files.CONFIG_NAME, in_source_spelling(config, self.raw, self.config_class))
+        saved = read_generation_config(folder)
+        if self.raw_generation is not None and saved is not None and _values(saved) == _values(self.generation):
             (folder / GENERATION_NAME).write_bytes(self.raw_generation)
         if self.folder is None:
             return
@@ -116,24 +106,49 @@ class Origin:
 
 
 @contextmanager
-def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iterator[None]:
+def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iterator[Settings]:
     """Give a model back the settings that Trainer changes: the cache, and special tokens of its tokenizer.
 
     Args:
         use_cache: of the configuration meanwhile; None: as it is.
+
+    Yields:
+        The settings before.
     """
-    holders = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+    holders = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(holder, name, getattr(holder, name, _ABSENT)) for holder in holders for name in _CHANGED_BY_TRAINER]
     if use_cache is not None:
         model.config.use_cache = use_cache
     try:
+        yield before
+    finally:
+        _put(before)
+
+
+@contextmanager
+def saved_with(model: PreTrainedModel, settings: Settings) -> Iterator[None]:
+    """A model to be saved with other settings: what saving changes, it changes in copies of the configuration."""
+    live = model.config, getattr(model, "generation_config", None)
+    now = [(holder, name, getattr(holder, name, _ABSENT)) for holder, name, _ in settings]
+    _put(settings)
+    model.config = copy.deepcopy(live[0])
+    if live[1] is not None:  # a model that cannot generate has none
+        model.generation_config = copy.deepcopy(live[1])
+    _put(now)
+    try:
         yield
     finally:
-        for holder, name, value in before:
-            if value is not _ABSENT:
-                setattr(holder, name, value)
-            elif hasattr(holder, name):
-                delattr(holder, name)
+        model.config = live[0]
+        if live[1] is not None:
+            model.generation_config = live[1]
+
+
+def _put(settings: Settings) -> None:
+    for holder, name, value in settings:
+        if value is not _ABSENT:
+            setattr(holder, name, value)
+        elif hasattr(holder, name):
+            delattr(holder, name)
 
 
 def in_source_spelling(
@@ -249,7 +264,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[Pat
         return {path.relative_to(name) for path in Path(name).rglob("*") if path.is_file()}
 
 
-def _settings(generation: GenerationConfig) -> dict[str, Any]:
+def _values(generation: GenerationConfig | None) -> dict[str, Any]:
+    if generation is None:
+        return {}
     ignored = ("transformers_version", "_from_model_config")
     return {key: value for key, value in generation.to_dict().items() if key not in ignored and value is not None}
 

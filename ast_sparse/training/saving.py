@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ast_sparse.export.checkpoint import save_sparse_model
 from ast_sparse.export.checksums import write_checksums
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, write_json
-from ast_sparse.export.origin import Origin
+from ast_sparse.export.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.export.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.shards import is_sharded, local
@@ -33,7 +35,8 @@ class CheckpointTrainer(Trainer):
     """
 
     _frame: PreTrainedModel | None  # the student without weights, where it is going to be sharded
-    _origin: Origin  # the student's configuration before training, and where it came from
+    _origin: Origin  # of the student
+    _given_settings: Settings = ()  # while Trainer's own are in the student's configuration: those before
 
     @property
     def student(self) -> PreTrainedModel:
@@ -52,6 +55,16 @@ class CheckpointTrainer(Trainer):
     def sparsity_config_dict(self) -> dict[str, Any]:
         """What `sparsity_config.json` says of the run."""
         raise NotImplementedError
+
+    @contextmanager
+    def _settings_of_trainer(self) -> Iterator[None]:
+        """Without a cache, as Trainer trains; afterwards the student has its own settings again."""
+        with settings_kept(self.student, self.args.use_cache) as given:
+            outer, self._given_settings = self._given_settings, self._given_settings or given
+            try:
+                yield
+            finally:
+                self._given_settings = outer
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, with FSDP2 where it is asked for, between CPU processes too."""
@@ -81,7 +94,7 @@ class CheckpointTrainer(Trainer):
             return
         student = self.whole_student()
         if self.args.should_save and student is not None:
-            with self._origin.applied(student):
+            with saved_with(student, self._given_settings):
                 save_sparse_model(student, folder, self.sparsity_config_dict())
             self._origin.complete(folder, self._tokenizer)
         if self.args.push_to_hub and not _internal_call:
@@ -107,14 +120,14 @@ class CheckpointTrainer(Trainer):
         if is_sharded(student):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                with self._origin.applied(student):
+                with saved_with(student, self._given_settings):
                     student.config.save_pretrained(folder)
                     if student.generation_config is not None:
                         student.generation_config.save_pretrained(folder)
         else:
             student.save_pretrained = partial(student.save_pretrained, save_original_format=False)
             try:
-                with self._origin.applied(student):
+                with saved_with(student, self._given_settings):
                     super().save_model(str(folder), _internal_call=True)
             finally:
                 del student.save_pretrained

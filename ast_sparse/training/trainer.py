@@ -37,7 +37,7 @@ from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
-from ast_sparse.export.origin import Origin, check_saving, settings_kept
+from ast_sparse.export.origin import Origin, check_saving, saved_with, settings_kept
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.loading import load_causal_lm
@@ -139,7 +139,8 @@ class SparseTrainer(CheckpointTrainer):
         model = load_causal_lm(model) if isinstance(model, str) else model
         check_model(model)
         self._origin = Origin.of(model)
-        check_saving(str(model.config.name_or_path), self._origin.config, self._origin.generation, processing_class)
+        generation = getattr(model, "generation_config", None)
+        check_saving(str(model.config.name_or_path), model.config, generation, processing_class)
         if sharding_plugin(args) is not None:
             check_shardable(model)
         self.sparsity_config = sparsity_config or SparsityConfig()
@@ -304,7 +305,7 @@ class SparseTrainer(CheckpointTrainer):
         self.shard_student()
         self._held_out_loss = HeldOutLoss(dataloader, self.args)
         try:
-            with settings_kept(self.student, self.args.use_cache):
+            with self._settings_of_trainer():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
@@ -394,7 +395,7 @@ class SparseTrainer(CheckpointTrainer):
         """
         if not resume_from_checkpoint:
             self._sparsity.kernels = self._kernels(None)
-            with settings_kept(self.student, self.args.use_cache):
+            with self._settings_of_trainer():
                 return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
         check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
@@ -405,7 +406,7 @@ class SparseTrainer(CheckpointTrainer):
         check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
         self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
         if state.global_step < last_step:
-            with settings_kept(self.student, self.args.use_cache):
+            with self._settings_of_trainer():
                 return _with_logged_loss(super().train(str(checkpoint), trial, ignore_keys_for_eval))
         # Trainer would do one more step: the run was finished, and stopped before the final save.
         self.state = state
@@ -486,7 +487,7 @@ class SparseTrainer(CheckpointTrainer):
         """
         report, student = None, self.whole_student()
         if self.args.should_save and student is not None:
-            with self._origin.applied(student):
+            with saved_with(student, self._given_settings):
                 report = export_model(student, out_dir, format, tokenizer=self._tokenizer, **kwargs)
         self.accelerator.wait_for_everyone()
         return report
