@@ -12,6 +12,7 @@ from ast_sparse.config.data import DataConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
 from ast_sparse.config.model import ModelConfig
+from ast_sparse.config.removed import removed_hint
 from ast_sparse.config.section import Section
 from ast_sparse.config.sparsity import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.conversion import convert
@@ -114,7 +115,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key training.{shown_name(key)}.{_nearest(key, known)}")
+            hint = removed_hint(key, values[key])
+            raise UserError(hint or f"Unknown key training.{shown_name(key)}.{_nearest(key, known)}")
     return {key: convert(value, hints[key], f"training.{key}") for key, value in values.items()}
 
 
