@@ -31,6 +31,8 @@ from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
+RUN_RECORD = "run.json"  # what the run was: settings, and fingerprints of what it read
+
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -83,6 +85,11 @@ def faults(checkpoint: Path) -> list[str]:
             continue
         if check is not None and (fault := check(content, checkpoint.name)):
             found.append(f"{name} {fault}")
+    try:
+        if (checkpoint / RUN_RECORD).exists():  # older ones have none
+            read_json(checkpoint / RUN_RECORD)
+    except UserError:
+        found.append(f"{RUN_RECORD} is damaged")
     return found
 
 

@@ -53,6 +53,7 @@ from ast_sparse.training.output import (
 from ast_sparse.training.plan import Hardware, Plan, has_config_alone, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.ranks import wait_for_all
+from ast_sparse.training.same_run import check_settings, run_settings
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
 from ast_sparse.yaml12 import shown
@@ -112,6 +113,7 @@ def run_training(
     if checkpoint is not None:
         check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
         check_same_model(checkpoint, plan.sparsity.pruned)
+        check_settings(checkpoint, config, args)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
@@ -237,6 +239,9 @@ def _prepare(
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
+    trainer.run_record.sections = run_settings(config)
+    if checkpoint is not None:
+        trainer.check_resume(checkpoint)
     with signals.held():
         if args.should_save:
             clear_for_run(config, output, checkpoint, overwrite)

@@ -47,7 +47,7 @@ from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.training.apart import check_apart, document_end, make_collator
 from ast_sparse.training.arguments import check_arguments
-from ast_sparse.training.baselines import LateSLoRB, check_baseline, check_same_length
+from ast_sparse.training.baselines import LateSLoRB, check_baseline
 from ast_sparse.training.callbacks import SparsityCallback
 from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
 from ast_sparse.training.distributed import (
@@ -67,6 +67,7 @@ from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.progress import use_lines
 from ast_sparse.training.ranks import any_rank
+from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
@@ -151,6 +152,8 @@ class SparseTrainer(CheckpointTrainer):
         check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
+        self.run_record = RunRecord(model, args)
+        self.packing = packing
         self.teacher = self._frozen_teacher(model, teacher_model, args)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
@@ -185,6 +188,8 @@ class SparseTrainer(CheckpointTrainer):
         use_lines(self)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
+        if self.teacher is not None:
+            self.run_record.add_teacher(self.teacher)
         plugin = sharding_plugin(self.args)
         self._frame = None if plugin is None else without_weights(cast(PreTrainedModel, self.model))
         if self.teacher is not None and plugin is not None:
@@ -202,6 +207,7 @@ class SparseTrainer(CheckpointTrainer):
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
             self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
+        self._compared: Path | None = None  # the checkpoint that this run was compared with
         self._held_out_loss: HeldOutLoss | None = None
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
         self._watch = WatchCallback(watch_config or WatchConfig())
@@ -391,19 +397,17 @@ class SparseTrainer(CheckpointTrainer):
 
         Raises:
             DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
-            UserError: the checkpoint is incomplete, or was made with other sparsity settings.
+            UserError: the checkpoint is incomplete, or that of another run (`check_resume`).
         """
         if not resume_from_checkpoint:
             self._sparsity.kernels = self._kernels(None)
             with self._settings_of_trainer():
                 return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
         checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
-        check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
-        if self._mixture is not None and self._parts is not None:
-            load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
+        self.check_resume(checkpoint)
+        self.check_data_state(checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        check_same_length(self.sparsity_config, self.slorb_config, state.max_steps, last_step)
         self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
         if state.global_step < last_step:
             with self._settings_of_trainer():
@@ -418,6 +422,36 @@ class SparseTrainer(CheckpointTrainer):
         self._metrics.on_train_begin(self.args, self.state, self.control)
         self._flops.on_train_end(self.args, self.state, self.control)
         return TrainOutput(state.global_step, math.nan, {})
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Compare this run with that of a checkpoint, once, and print what may differ and does; on all processes.
+
+        Raises:
+            UserError: a setting that decides the weights, the model, the teacher, the tokenizer or the text differs.
+        """
+        if self._compared != checkpoint.resolve():
+            check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
+            self.run_record.check(self, checkpoint)
+        self._compared = checkpoint.resolve()
+
+    def check_data_state(self, checkpoint: Path) -> None:
+        """Take the history of a mixture from a checkpoint; UserError if its blocks are others."""
+        if self._mixture is not None and self._parts is not None:
+            load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
+
+    @property
+    def update_rule(self) -> str:
+        """How the shares of domains change."""
+        return self._mixture_config.type
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that a resume is compared by, apart from those of `sparsity_config.json`'s masks and SLoRB."""
+        return {
+            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
+            "calibration": self.calibration_config.to_dict(),
+            "watch": self._watch.config.to_dict(),
+            "data": {"packing": self.packing},
+        }
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -472,6 +506,8 @@ class SparseTrainer(CheckpointTrainer):
 
     def _save_for_resume(self, folder: Path) -> None:
         super()._save_for_resume(folder)
+        if self.args.process_index == 0:
+            self.run_record.save(self, folder)
         if self.args.should_save and self._mixture is not None and self._parts is not None:
             save_data_state(folder, self._mixture, self._mixture_config, self._parts)
 

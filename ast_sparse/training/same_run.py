@@ -1,0 +1,307 @@
+"""Whether a run that resumes is the run of its checkpoint: settings by class, and what they name by content."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig
+from ast_sparse.errors import SharedError, UserError
+from ast_sparse.export.files import SPARSITY_CONFIG_NAME, read_json, write_json
+from ast_sparse.training.checkpoints import RUN_RECORD
+from ast_sparse.training.fingerprints import blocks_fingerprint, config_values, tokenizer_values, weights_fingerprint
+from ast_sparse.training.ranks import gather
+from ast_sparse.training.setting_classes import depending, kind_of, length_decides, plain, training_values
+from ast_sparse.yaml12 import shown
+
+_FORMAT_VERSION = 1
+_NEW_RUN = "or start a new run with another output folder."
+# what is compared by content: the settings that name it, an argument of SparseTrainer, and what differs
+_CONTENT = {
+    "model": (("model.name_or_path", "model.revision", "model.gguf_file"), "model", "weights"),
+    "teacher": (("model.teacher",), "teacher_model", "weights"),
+    "tokenizer": (("model.name_or_path", "model.revision"), "processing_class", "tokenizer"),
+    "train": (("data.train", "data.root", "data.text_field"), "train_dataset", "tokens"),
+    "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
+}
+Settings = dict[str, dict[str, Any] | None]
+
+
+def run_settings(config: RunConfig) -> Settings:
+    """The sections of a configuration that SparseTrainer does not see, as a checkpoint keeps them."""
+    data = config.data.to_dict()
+    if config.data.domains:  # places are compared by content
+        domains = config.data.domain_configs
+        data["domains"] = {name: {"share": part.share, "target": part.target} for name, part in domains.items()}
+        data["train"], data["eval"] = (
+            {n: getattr(part, key) for n, part in domains.items()} for key in ("train", "eval")
+        )
+    sections = {"model": config.model.to_dict(), "data": data, "evaluation": config.evaluation.to_dict()}
+    return {name: plain(section) for name, section in sections.items()}
+
+
+class RunRecord:
+    """What checkpoints keep of a run (`run.json`), and the comparison with the run that resumes.
+
+    The first process reads what is hashed, and all of them end with its verdict.
+
+    Args:
+        model: the dense model, before masks are made.
+        args: of the run.
+
+    Attributes:
+        sections: settings that the trainer does not see; of ast-train, `run_settings`.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+        self.sections: Settings = {}
+        self._is_first = args.process_index == 0
+        self._content: dict[str, Any] = {}
+        if self._is_first:
+            self._content = {"model": weights_fingerprint(model), "model_config": config_values(model.config)}
+
+    def add_teacher(self, teacher: nn.Module) -> None:
+        """Keep what the teacher holds; call it before the teacher is sharded."""
+        if self._is_first:
+            self._content["teacher"] = weights_fingerprint(teacher)
+
+    def save(self, trainer: Any, folder: Path) -> None:
+        """Write `run.json`; on the first process."""
+        write_json(folder / RUN_RECORD, {"format_version": _FORMAT_VERSION, **self._now(trainer)})
+
+    def check(self, trainer: Any, checkpoint: Path) -> None:
+        """Compare with a checkpoint, and print what may differ and does; every process must call it.
+
+        Raises:
+            UserError: a setting, the model, the teacher, the tokenizer or the text is not that of the checkpoint.
+        """
+        error = None
+        if self._is_first:
+            try:
+                for line in self._compare(trainer, checkpoint):
+                    print(line)
+            except UserError as refusal:
+                error = str(refusal)
+        if (error := gather(error)[0]) is not None:
+            raise SharedError(error)
+
+    def _now(self, trainer: Any) -> dict[str, Any]:
+        if "train" not in self._content:
+            tokenizer = trainer.processing_class
+            self._content["tokenizer"] = None if tokenizer is None else tokenizer_values(tokenizer)
+            self._content["train"] = blocks_fingerprint(trainer.train_dataset)
+            self._content["eval"] = blocks_fingerprint(trainer.eval_dataset)
+        settings = {**trainer.settings(), **self.sections, "training": training_values(trainer.args)}
+        return {"processes": trainer.args.world_size, "settings": plain(settings), "content": self._content}
+
+    def _compare(self, trainer: Any, checkpoint: Path) -> list[str]:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        args, sparsity, slorb = trainer.args, trainer.sparsity_config, trainer.slorb_config
+        saved, now = _read(checkpoint), self._now(trainer)
+        was: Settings = {"distillation": _stored_distillation(checkpoint)}
+        lines = []
+        if saved is None:
+            lines.append(
+                f"resume: {str(checkpoint)!r} is of a version that kept no settings with it: only sparsity, SLoRB, "
+                "distillation, the steps and the blocks of shards are compared."
+            )
+        else:
+            was |= saved["settings"]
+        strict = depending(args, sparsity, trainer.update_rule)
+        lines += differences(checkpoint, was, now["settings"], strict)
+        reason = length_decides(args, sparsity, slorb)
+        lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, reason)
+        if saved is not None:
+            lines += _batch_differences(checkpoint, saved, now)
+        trainer.check_data_state(checkpoint)
+        if saved is not None:
+            lines += _content_differences(checkpoint, saved, now)
+        return lines
+
+
+def check_settings(checkpoint: Path, config: RunConfig, args: TrainingArguments) -> None:
+    """What can be compared before anything is loaded: the settings that must be those of a checkpoint.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    if (saved := _read(checkpoint)) is not None:
+        was |= saved["settings"]
+    distillation = None if config.distillation is None else config.distillation.to_dict()
+    now = {
+        "distillation": distillation,
+        "calibration": config.calibration.to_dict(),
+        **run_settings(config),
+        "training": training_values(args),
+    }
+    differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
+
+
+def _read(checkpoint: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint; None where it is older than that."""
+    path = checkpoint / RUN_RECORD
+    if not path.is_file():
+        return None
+    saved = read_json(path)
+    settings, content = saved.get("settings"), saved.get("content")
+    is_whole = isinstance(settings, dict) and isinstance(content, dict) and isinstance(saved.get("processes"), int)
+    if saved.get("format_version") != _FORMAT_VERSION or not is_whole or not isinstance(settings["training"], dict):
+        raise UserError(f"{path} is damaged, or of a later version. Resume from another checkpoint.")
+    return saved
+
+
+def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
+    stored = read_json(checkpoint / SPARSITY_CONFIG_NAME).get("distillation")
+    return stored if isinstance(stored, dict) else None
+
+
+def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:
+    """Lines on the settings that differ and may.
+
+    Args:
+        was, now: by section; sections that only one of them has are not compared.
+        strict: settings or sections that may differ elsewhere, but not in this run.
+
+    Raises:
+        UserError: the first setting that must be the same and is not.
+    """
+    lines = []
+    for section in [name for name in now if name in was]:
+        old, new = was[section], now[section]
+        if (old is None) != (new is None):
+            raise UserError(_refusal(section, old, new, checkpoint))
+        for key, before, value in _changed(section, old or {}, new or {}):
+            name, kind = f"{section}.{key}", kind_of(section, key)
+            if kind == "same" or name in strict or section in strict:
+                raise UserError(_refusal(name, before, value, checkpoint))
+            if kind == "free":
+                lines.append(f"resume: {name} {shown(before)} -> {shown(value)}")
+    return lines
+
+
+def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that differ with both values; a setting that came after the checkpoint was written had its default."""
+    fields = dataclasses.fields(TrainingArguments if section == "training" else SECTIONS[section])
+    defaults = {item.name: plain(item.default) for item in fields if item.default is not dataclasses.MISSING}
+    weights = ("alpha", "ce_weight", "kl_weight")
+    same_weights = section == "distillation" and _weights(was) == _weights(now)
+    for key, value in now.items():
+        before = was.get(key, defaults.get(key))
+        if before != value and not (same_weights and key in weights):
+            yield key, before, value
+
+
+def _weights(distillation: Mapping[str, Any]) -> tuple[float, float]:
+    """What `alpha` stands for."""
+    known = {key: distillation.get(key) for key in ("alpha", "ce_weight", "kl_weight")}
+    return DistillationConfig(**known).weights
+
+
+def _refusal(name: str, was: Any, now: Any, checkpoint: Path) -> str:
+    if isinstance(was, dict) and isinstance(now, dict):  # one key of it
+        key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
+        name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+    return (
+        f"{name}={shown(now)} differs from {shown(was)} in {str(checkpoint)!r}. Resume with {name}={shown(was)}, "
+        f"{_NEW_RUN}"
+    )
+
+
+def _length_differences(
+    checkpoint: Path, was: Mapping[str, Any] | None, args: TrainingArguments, steps: int, reason: str | None
+) -> list[str]:
+    """A run may become longer or shorter where no step that was done depends on its length."""
+    if args.max_steps > 0:
+        name, before, value = "training.max_steps", steps, args.max_steps
+        said = f"the {steps} steps that the run was begun with"
+    elif was is not None:
+        name = "training.max_steps" if was["max_steps"] > 0 else "training.num_train_epochs"
+        before, value = was[name.removeprefix("training.")], getattr(args, name.removeprefix("training."))
+        said = f"{before} in {str(checkpoint)!r}"
+    else:
+        return []
+    if before == value:
+        return []
+    if reason is not None:
+        raise UserError(
+            f"{name}={value} differs from {said}, and {reason} follows from the number of steps. Resume with "
+            f"{name}={before}, {_NEW_RUN}"
+        )
+    return [f"resume: {name} {before} -> {value}"]
+
+
+def _batch_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The sequences of a step stay, however many processes and micro-batches share them."""
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    splits = []
+    for record in (saved, now):
+        training = record["settings"]["training"]
+        splits.append((training[keys[0]], training[keys[1]], record["processes"]))
+    (was, old), (value, new) = ((batch[0] * batch[1] * batch[2], batch) for batch in splits)
+    if was != value:
+        raise UserError(
+            f"training.{keys[0]}={new[0]} x {keys[1]}={new[1]} x {new[2]} processes = {value} sequences a step differs "
+            f"from {old[0]} x {old[1]} x {old[2]} = {was} in {str(checkpoint)!r}. Keep the product, {_NEW_RUN}"
+        )
+    names = (f"training.{keys[0]}", f"training.{keys[1]}", "processes")
+    return [f"resume: {name} {a} -> {b}" for name, a, b in zip(names, old, new, strict=True) if a != b]
+
+
+def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines on what lies elsewhere and holds the same; UserError for what does not."""
+    was, has = saved["content"], now["content"]
+    moved: dict[str, tuple[Any, Any]] = {}
+    for section, values in now["settings"].items():
+        for key, before, value in _changed(section, saved["settings"].get(section) or values or {}, values or {}):
+            if kind_of(section, key) == "content":
+                moved[f"{section}.{key}"] = (before, value)
+    _check_config(checkpoint, was.get("model_config"), has["model_config"])
+    for key, (names, argument, what) in _CONTENT.items():
+        old, new = was.get(key), has.get(key)
+        named = [name for name in names if name in moved]
+        if old == new and not (new is None and named and key != "teacher" and key != "eval"):
+            continue
+        if named:
+            before, value = moved[named[0]]
+            start = f"{named[0]}={shown(value)} differs from {shown(before)} in {str(checkpoint)!r}"
+        else:
+            subject = _subject(key, names, argument, now["settings"])
+            start = f"{subject} is not what {str(checkpoint)!r} was trained with"
+        raise UserError(f"{start}: {_said(what, old, new)}. Resume with that of the run, {_NEW_RUN}")
+    return [f"resume: {name} {shown(a)} -> {shown(b)} (the same content)" for name, (a, b) in moved.items()]
+
+
+def _subject(key: str, names: tuple[str, ...], argument: str, settings: Settings) -> str:
+    """What a user calls it: a setting with its value, or an argument of SparseTrainer."""
+    section, field = names[0].split(".")
+    if (values := settings.get(section)) is None or field not in values:
+        return argument
+    name = "data.train" if key == "eval" and not values["eval"] else names[0]  # held out of it
+    return f"{name}={shown(values[name.split('.')[1]])}"
+
+
+def _said(what: str, was: Any, now: Any) -> str:
+    """What differs, with both values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = next((key for key in [*now, *was] if was.get(key) != now.get(key)), "order")
+        what, was, now = f"{what}, {key}", was.get(key), now.get(key)
+    if was == now:
+        return f"the {what} cannot be compared"
+    return f"the {what} differ (fingerprint {str(now)[:8]}, stored {str(was)[:8]})"
+
+
+def _check_config(checkpoint: Path, was: Any, now: dict[str, Any]) -> None:
+    if not isinstance(was, dict):
+        return
+    for key in [*now, *was]:
+        if was.get(key) != now.get(key):
+            raise UserError(
+                f"The model's configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
+                f"{shown(was.get(key))}. Correct its config.json or model.config_overrides, {_NEW_RUN}"
+            )

@@ -1,0 +1,127 @@
+"""What a changed setting means for a run that is resumed: every setting is of exactly one class.
+
+- `same`: it decides the weights that come out, so a resume must have the value of the checkpoint;
+- `content`: the name of something whose content is compared instead, so that a folder may have moved;
+- `free`: the weights stay what they are; a change is printed;
+- `length`, `batch`: judged together with others;
+- `unkept`: secrets and what a launcher sets; not written to a checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+
+Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
+
+_SECTIONS: dict[str, Kind] = {  # of fields that are not named below, also of those that are still to come
+    "model": "same", "data": "same", "sparsity": "same", "distillation": "same", "slorb": "same",
+    "calibration": "free", "evaluation": "free", "watch": "free",
+}  # fmt: skip
+_FIELDS: dict[str, Kind] = {
+    "model.name_or_path": "content", "model.revision": "content", "model.gguf_file": "content",
+    "model.teacher": "content", "model.attn_implementation": "free", "model.trust_remote_code": "free",
+    "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
+    "sparsity.kernels": "free",  # a resume goes on with those of the checkpoint
+}  # fmt: skip
+_TRAINING: dict[Kind, tuple[str, ...]] = {
+    "same": (
+        "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+        "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+        "average_tokens_across_devices", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32",
+        "use_liger_kernel", "liger_kernel_config", "auto_find_batch_size", "seed", "data_seed", "ignore_data_skip",
+        "accelerator_config", "parallelism_config", "deepspeed", "dataloader_drop_last", "dataloader_in_order",
+        "remove_unused_columns", "label_names", "train_sampling_strategy", "length_column_name",
+    ),
+    "length": ("max_steps", "num_train_epochs"),
+    "batch": ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    "free": (
+        "output_dir", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+        "report_to", "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node",
+        "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm",
+        "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only",
+        "eval_on_start", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps",
+        "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "load_best_model_at_end",
+        "metric_for_best_model", "greater_is_better", "save_only_model", "save_strategy", "save_steps",
+        "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_private_repo",
+        "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint",
+        # speed and memory: the same mathematics
+        "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+        "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache",
+        "torch_empty_cache_steps", "full_determinism", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+        "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+        "ddp_timeout", "fsdp", "fsdp_config", "debug", "skip_memory_metrics",
+    ),
+    "unkept": ("hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
+}  # fmt: skip
+_KIND = {name: kind for kind, names in _TRAINING.items() for name in names}
+_EVALUATIONS = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+# the rate of a step follows from the steps before it alone
+_ENDLESS = (
+    SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT,
+    SchedulerType.REDUCE_ON_PLATEAU,
+)  # fmt: skip
+
+
+def kind_of(section: str, key: str) -> Kind:
+    """The class of a setting; of a field of TrainingArguments that is not in the table, the strict one."""
+    if section == "training":
+        return _KIND.get(key, "same")
+    return _FIELDS.get(f"{section}.{key}", _SECTIONS[section])
+
+
+def depending(args: TrainingArguments, sparsity: SparsityConfig, update: str) -> set[str]:
+    """The `free` settings that decide the weights in this run.
+
+    Args:
+        update: `data.update.type`, by which the shares of domains follow the held-out losses.
+    """
+    found = set()
+    if update != "constant" or args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        found |= {f"training.{name}" for name in _EVALUATIONS}
+    if (sparsity.init, sparsity.criterion) != ("magnitude", "magnitude"):
+        found.add("calibration")
+    return found
+
+
+def length_decides(args: TrainingArguments, sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> str | None:
+    """The setting by which what is done at a step depends on the number of all steps; None where none does."""
+    kind = SchedulerType(args.lr_scheduler_type)
+    if sparsity.schedule != "constant":
+        return f"sparsity.schedule={sparsity.schedule}"
+    if slorb is not None and slorb.enabled and slorb.start > 0:
+        return f"slorb.start={slorb.start}"
+    if kind not in _ENDLESS:
+        return f"training.lr_scheduler_type={kind.value}"
+    if kind != SchedulerType.CONSTANT and 0 < args.warmup_steps < 1:
+        return f"training.warmup_steps={args.warmup_steps}"
+    if sparsity.decay_schedule == "annealed" and sparsity.mask_decay > 0 and sparsity.decay_ramp > 0:
+        return "sparsity.decay_schedule=annealed"
+    return None
+
+
+def training_values(args: TrainingArguments) -> dict[str, Any]:
+    """The fields of TrainingArguments that a checkpoint keeps, as JSON values."""
+    names = [item.name for item in dataclasses.fields(args)]
+    return {name: plain(getattr(args, name)) for name in names if kind_of("training", name) != "unkept"}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return plain(value.to_dict()) if hasattr(value, "to_dict") else str(value)
