@@ -55,17 +55,6 @@ def check_steps(sparsity: SparsityConfig, slorb: SLoRBConfig | None, total_steps
         )
 
 
-def check_same_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None, was: int, now: int) -> None:
-    """Raise UserError if a resumed run is longer or shorter than it was begun, and its past depends on that."""
-    if was == now or (sparsity.schedule == "constant" and slorb_step(slorb, was) is None):
-        return
-    what = f"sparsity.schedule={sparsity.schedule}" if sparsity.schedule != "constant" else "slorb.start"
-    raise UserError(
-        f"training.max_steps={now} differs from the {was} steps that the run was begun with, and {what} follows from "
-        "it. Resume with the same, or start a new run."
-    )
-
-
 class LateSLoRB(TrainerCallback):
     """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps without it, then it alone is trained.
 

@@ -155,13 +155,29 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
+def refuse_model_only(folders: Iterable[Path]) -> None:
+    """Raise UserError if the first finished one of the folders was saved with `save_only_model`."""
+    for folder in folders:
+        states = [*folder.glob("rng_state*.pth"), *(path for name in _STATE if (path := folder / name).exists())]
+        is_finished = (folder / TRAINER_STATE_NAME).is_file() and (folder / SPARSITY_CONFIG_NAME).is_file()
+        if is_finished and not states and any((folder / name).is_file() for name in _WEIGHTS):
+            raise UserError(
+                f"{str(folder)!r} holds the model without optimizer, schedule and random state "
+                "(training.save_only_model=true): a resume would begin at step 0. Name a checkpoint that has them, or "
+                "start again with --overwrite and save_only_model: false."
+            )
+        if not faults(folder):
+            return
+
+
 def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Path:
     """The checkpoint to resume: the named one, or the last complete one of `output_dir`.
 
     Raises:
-        UserError: the folder is no complete checkpoint, or there is none.
+        UserError: the folder is no complete checkpoint, was saved with `save_only_model`, or there is none.
     """
     if resume is True:
+        refuse_model_only(checkpoint_folders(output_dir))
         last = last_checkpoint(output_dir)
         if last is None:
             raise UserError(
@@ -172,6 +188,7 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
     folder = Path(str(resume))
     if not folder.is_dir():
         raise UserError(f"Checkpoint {str(folder)!r} is no folder. Name a checkpoint-N folder of the run.")
+    refuse_model_only([folder])
     if found := faults(folder):
         raise UserError(
             f"{str(folder)!r} is no complete training checkpoint: {', '.join(found)}. "

@@ -12,7 +12,12 @@ from ast_sparse.evaluation.figures import finite_figures
 from ast_sparse.evaluation.runs import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
 from ast_sparse.export.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.training.callbacks import MASK_HISTORY
-from ast_sparse.training.checkpoints import checkpoint_folders, last_checkpoint, resolve_checkpoint
+from ast_sparse.training.checkpoints import (
+    checkpoint_folders,
+    last_checkpoint,
+    refuse_model_only,
+    resolve_checkpoint,
+)
 from ast_sparse.training.measure import Measured, Rows
 from ast_sparse.training.metrics import METRICS
 from ast_sparse.training.watch import REPLAY
@@ -47,6 +52,8 @@ def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None
     """The checkpoint to continue from; None to begin, also where a run was stopped before its first checkpoint."""
     if not resume:
         return None
+    if resume is True:
+        refuse_model_only(checkpoint_folders(output))
     if resume is True and (output / RESOLVED_CONFIG).exists() and last_checkpoint(output) is None:
         logger.warning(f"{output} holds a run without a complete checkpoint yet: it starts from the beginning.")
         return None

@@ -26,7 +26,7 @@ _CONTENT = {
     "model": (("model.name_or_path", "model.revision", "model.gguf_file"), "model", "weights"),
     "teacher": (("model.teacher",), "teacher_model", "weights"),
     "tokenizer": (("model.name_or_path", "model.revision"), "processing_class", "tokenizer"),
-    "train": (("data.train", "data.root", "data.text_field"), "train_dataset", "tokens"),
+    "train": (("data.train", "data.root", "data.text_field", "data.eval"), "train_dataset", "tokens"),
     "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
 }
 Settings = dict[str, dict[str, Any] | None]
@@ -181,36 +181,44 @@ def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]
             if kind == "same" or name in strict or section in strict:
                 raise UserError(_refusal(name, before, value, checkpoint))
             if kind == "free":
-                lines.append(f"resume: {name} {shown(before)} -> {shown(value)}")
+                lines.append(f"resume: {name} {_text(before)} -> {_text(value)}")
     return lines
 
 
 def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Keys that differ with both values; a setting that came after the checkpoint was written had its default."""
-    fields = dataclasses.fields(TrainingArguments if section == "training" else SECTIONS[section])
+    made = {**SECTIONS, "training": TrainingArguments}.get(section)
+    fields = () if made is None else dataclasses.fields(made)
     defaults = {item.name: plain(item.default) for item in fields if item.default is not dataclasses.MISSING}
-    weights = ("alpha", "ce_weight", "kl_weight")
-    same_weights = section == "distillation" and _weights(was) == _weights(now)
+    if section == "distillation":
+        was, now = _with_weights(was), _with_weights(now)
     for key, value in now.items():
         before = was.get(key, defaults.get(key))
-        if before != value and not (same_weights and key in weights):
+        if before != value:
             yield key, before, value
 
 
-def _weights(distillation: Mapping[str, Any]) -> tuple[float, float]:
-    """What `alpha` stands for."""
-    known = {key: distillation.get(key) for key in ("alpha", "ce_weight", "kl_weight")}
-    return DistillationConfig(**known).weights
+def _with_weights(distillation: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with α and both weights, whichever were given."""
+    keys = ("alpha", "ce_weight", "kl_weight")
+    ce, kl = DistillationConfig(**{key: distillation.get(key) for key in keys}).weights
+    alpha = {"alpha": kl} if ce == 1 - kl else {}
+    rest = {key: value for key, value in distillation.items() if key not in keys}
+    return {**alpha, "ce_weight": ce, "kl_weight": kl, **rest}
 
 
 def _refusal(name: str, was: Any, now: Any, checkpoint: Path) -> str:
     if isinstance(was, dict) and isinstance(now, dict):  # one key of it
         key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
         name, was, now = f"{name}.{key}", was.get(key), now.get(key)
-    return (
-        f"{name}={shown(now)} differs from {shown(was)} in {str(checkpoint)!r}. Resume with {name}={shown(was)}, "
-        f"{_NEW_RUN}"
-    )
+    mend = "with the section of the run" if isinstance(was, dict) else f"with {name}={_text(was)}"
+    mend = "without it" if was is None else mend
+    return f"{name}={_text(now)} differs from {_text(was)} in {str(checkpoint)!r}. Resume {mend}, {_NEW_RUN}"
+
+
+def _text(value: Any) -> str:
+    """A value for a message; whole numbers without a point, as they are written in a configuration."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else shown(value)
 
 
 def _length_differences(
@@ -233,7 +241,7 @@ def _length_differences(
             f"{name}={value} differs from {said}, and {reason} follows from the number of steps. Resume with "
             f"{name}={before}, {_NEW_RUN}"
         )
-    return [f"resume: {name} {before} -> {value}"]
+    return [f"resume: {name} {_text(before)} -> {_text(value)}"]
 
 
 def _batch_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

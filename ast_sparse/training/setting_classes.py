@@ -22,6 +22,7 @@ Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
 _SECTIONS: dict[str, Kind] = {  # of fields that are not named below, also of those that are still to come
     "model": "same", "data": "same", "sparsity": "same", "distillation": "same", "slorb": "same",
     "calibration": "free", "evaluation": "free", "watch": "free",
+    "optimizer": "same",  # one that was built by hand
 }  # fmt: skip
 _FIELDS: dict[str, Kind] = {
     "model.name_or_path": "content", "model.revision": "content", "model.gguf_file": "content",
@@ -61,6 +62,7 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
     "unkept": ("hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
 }  # fmt: skip
 _KIND = {name: kind for kind, names in _TRAINING.items() for name in names}
+_MOVING = ("params", "initial_lr", "mask_decay")  # of a group of an optimizer: what changes with the steps
 _EVALUATIONS = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
@@ -112,6 +114,13 @@ def training_values(args: TrainingArguments) -> dict[str, Any]:
     """The fields of TrainingArguments that a checkpoint keeps, as JSON values."""
     names = [item.name for item in dataclasses.fields(args)]
     return {name: plain(getattr(args, name)) for name in names if kind_of("training", name) != "unkept"}
+
+
+def optimizer_values(optimizer: Any) -> dict[str, Any]:
+    """What the groups of an optimizer are updated by, each setting with its values in all groups."""
+    groups = optimizer.param_groups
+    values = {key: plain([group.get(key) for group in groups]) for key in groups[0] if key not in _MOVING}
+    return {**values, "lr": plain([group.get("initial_lr", group["lr"]) for group in groups])}
 
 
 def plain(value: Any) -> Any:

@@ -69,6 +69,7 @@ from ast_sparse.training.progress import use_lines
 from ast_sparse.training.ranks import any_rank
 from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
+from ast_sparse.training.setting_classes import optimizer_values
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
 
@@ -207,6 +208,7 @@ class SparseTrainer(CheckpointTrainer):
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
             self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
+        self._has_own_optimizer = False
         self._compared: Path | None = None  # the checkpoint that this run was compared with
         self._held_out_loss: HeldOutLoss | None = None
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
@@ -353,6 +355,7 @@ class SparseTrainer(CheckpointTrainer):
         """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays)."""
         if self.optimizer is not None:
             return self.optimizer
+        self._has_own_optimizer = True
         model = self.student if model is None else model
         masked = {layer.weight for layer in sparse_layers(model).values()}
         slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
@@ -446,11 +449,13 @@ class SparseTrainer(CheckpointTrainer):
 
     def settings(self) -> dict[str, Any]:
         """The settings that a resume is compared by, apart from those of `sparsity_config.json`'s masks and SLoRB."""
+        own = self.optimizer is None or self._has_own_optimizer
         return {
             "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
             "calibration": self.calibration_config.to_dict(),
             "watch": self._watch.config.to_dict(),
             "data": {"packing": self.packing},
+            "optimizer": None if own else optimizer_values(self.optimizer),
         }
 
     def evaluate(
