@@ -16,7 +16,14 @@ from ast_sparse.export.files import SPARSITY_CONFIG_NAME, read_json, write_json
 from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.training.fingerprints import blocks_fingerprint, config_values, tokenizer_values, weights_fingerprint
 from ast_sparse.training.ranks import gather
-from ast_sparse.training.setting_classes import depending, kind_of, length_decides, plain, training_values
+from ast_sparse.training.setting_classes import (
+    depending,
+    kind_of,
+    length_decides,
+    optimizer_values,
+    plain,
+    training_values,
+)
 from ast_sparse.yaml12 import shown
 
 _FORMAT_VERSION = 1
@@ -29,6 +36,7 @@ _CONTENT = {
     "train": (("data.train", "data.root", "data.text_field", "data.eval"), "train_dataset", "tokens"),
     "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
 }
+_NUMBERS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
 Settings = dict[str, dict[str, Any] | None]
 
 
@@ -53,13 +61,18 @@ class RunRecord:
     Args:
         model: the dense model, before masks are made.
         args: of the run.
+        settings: sections that the trainer knows.
+        update_rule: `data.update.type`.
 
     Attributes:
         sections: settings that the trainer does not see; of ast-train, `run_settings`.
     """
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments) -> None:
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, settings: Mapping[str, Any], update_rule: str
+    ) -> None:
         self.sections: Settings = {}
+        self._settings, self._update_rule = plain(settings), update_rule
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
         if self._is_first:
@@ -96,8 +109,14 @@ class RunRecord:
             self._content["tokenizer"] = None if tokenizer is None else tokenizer_values(tokenizer)
             self._content["train"] = blocks_fingerprint(trainer.train_dataset)
             self._content["eval"] = blocks_fingerprint(trainer.eval_dataset)
-        settings = {**trainer.settings(), **self.sections, "training": training_values(trainer.args)}
-        return {"processes": trainer.args.world_size, "settings": plain(settings), "content": self._content}
+        is_own = trainer.optimizer is None or trainer.made_optimizer
+        settings = {
+            **self._settings,
+            **self.sections,
+            "optimizer": None if is_own else optimizer_values(trainer.optimizer),
+            "training": training_values(trainer.args),
+        }
+        return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
 
     def _compare(self, trainer: Any, checkpoint: Path) -> list[str]:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -112,7 +131,7 @@ class RunRecord:
             )
         else:
             was |= saved["settings"]
-        strict = depending(args, sparsity, trainer.update_rule)
+        strict = depending(args, sparsity, self._update_rule)
         lines += differences(checkpoint, was, now["settings"], strict)
         reason = length_decides(args, sparsity, slorb)
         lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, reason)
@@ -149,9 +168,15 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     saved = read_json(path)
-    settings, content = saved.get("settings"), saved.get("content")
-    is_whole = isinstance(settings, dict) and isinstance(content, dict) and isinstance(saved.get("processes"), int)
-    if saved.get("format_version") != _FORMAT_VERSION or not is_whole or not isinstance(settings["training"], dict):
+    settings: Any = saved.get("settings")
+    training: Any = settings.get("training") if isinstance(settings, dict) else None
+    is_whole = (
+        isinstance(training, dict)
+        and isinstance(saved.get("content"), dict)
+        and all(values is None or isinstance(values, dict) for values in settings.values())
+        and all(isinstance(number, int | float) for number in [saved.get("processes"), *map(training.get, _NUMBERS)])
+    )
+    if saved.get("format_version") != _FORMAT_VERSION or not is_whole:
         raise UserError(f"{path} is damaged, or of a later version. Resume from another checkpoint.")
     return saved
 
@@ -201,7 +226,8 @@ def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> It
 def _with_weights(distillation: Mapping[str, Any]) -> dict[str, Any]:
     """The section with α and both weights, whichever were given."""
     keys = ("alpha", "ce_weight", "kl_weight")
-    ce, kl = DistillationConfig(**{key: distillation.get(key) for key in keys}).weights
+    given: Any = {key: distillation.get(key) for key in keys}
+    ce, kl = DistillationConfig(**given).weights
     alpha = {"alpha": kl} if ce == 1 - kl else {}
     rest = {key: value for key, value in distillation.items() if key not in keys}
     return {**alpha, "ce_weight": ce, "kl_weight": kl, **rest}

@@ -69,7 +69,6 @@ from ast_sparse.training.progress import use_lines
 from ast_sparse.training.ranks import any_rank
 from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
-from ast_sparse.training.setting_classes import optimizer_values
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
 
@@ -153,8 +152,13 @@ class SparseTrainer(CheckpointTrainer):
         check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
-        self.run_record = RunRecord(model, args)
-        self.packing = packing
+        sections = {
+            "distillation": None if distillation_config is None else distillation_config.to_dict(),
+            "calibration": (calibration_config or CalibrationConfig()).to_dict(),
+            "watch": (watch_config or WatchConfig()).to_dict(),
+            "data": {"packing": packing},
+        }
+        self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
         self.teacher = self._frozen_teacher(model, teacher_model, args)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
@@ -208,7 +212,7 @@ class SparseTrainer(CheckpointTrainer):
             if isinstance(train_dataset, DomainBlocks):
                 check_mixture(mixture_config, self._parts, eval_dataset, self.args)
             self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
-        self._has_own_optimizer = False
+        self.made_optimizer = False  # its settings are those of `args`
         self._compared: Path | None = None  # the checkpoint that this run was compared with
         self._held_out_loss: HeldOutLoss | None = None
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
@@ -355,7 +359,7 @@ class SparseTrainer(CheckpointTrainer):
         """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays)."""
         if self.optimizer is not None:
             return self.optimizer
-        self._has_own_optimizer = True
+        self.made_optimizer = True
         model = self.student if model is None else model
         masked = {layer.weight for layer in sparse_layers(model).values()}
         slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
@@ -441,22 +445,6 @@ class SparseTrainer(CheckpointTrainer):
         """Take the history of a mixture from a checkpoint; UserError if its blocks are others."""
         if self._mixture is not None and self._parts is not None:
             load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
-
-    @property
-    def update_rule(self) -> str:
-        """How the shares of domains change."""
-        return self._mixture_config.type
-
-    def settings(self) -> dict[str, Any]:
-        """The settings that a resume is compared by, apart from those of `sparsity_config.json`'s masks and SLoRB."""
-        own = self.optimizer is None or self._has_own_optimizer
-        return {
-            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
-            "calibration": self.calibration_config.to_dict(),
-            "watch": self._watch.config.to_dict(),
-            "data": {"packing": self.packing},
-            "optimizer": None if own else optimizer_values(self.optimizer),
-        }
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
