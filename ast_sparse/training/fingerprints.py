@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.domains import DomainBlocks
+from ast_sparse.data.entries import text_files
 from ast_sparse.data.packing import tokenizer_key
 from ast_sparse.data.streaming import StreamedBlocks
 
@@ -24,6 +27,7 @@ _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once
 _FIRST = 256  # rows of a stream, of which no more is known before they are trained on
 _SAMPLED = 1024  # rows of a data set that makes each when it is asked for
+_PIECES, _PIECE = 64, 2**16  # of a file that is streamed, and bytes of each
 _CHUNK = 2**20  # entries of a tensor whose bits are added up
 _TAKEN = 2**14  # entries of a tensor that are hashed one by one
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -85,8 +89,8 @@ def tokenizer_values(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def blocks_fingerprint(blocks: Any) -> Any:
     """Hash of the token ids and labels of a data set, one for each part of a mixture.
 
-    Of a stream it is that of the first 256 rows; of a data set of a class of one's own, of 1024 rows spread over it.
-    None where rows cannot be read twice.
+    Of a stream it is that of the first 256 rows and of samples of its local files; of a data set of a class of one's
+    own, of 1024 rows spread over it. None where rows cannot be read twice.
     """
     if isinstance(blocks, DomainBlocks):
         blocks = blocks.parts
@@ -96,7 +100,10 @@ def blocks_fingerprint(blocks: Any) -> Any:
         return blocks.fingerprint
     if isinstance(blocks, Dataset):
         return _table_fingerprint(blocks)
-    if isinstance(blocks, StreamedBlocks | datasets.IterableDataset):
+    if isinstance(blocks, StreamedBlocks):
+        files = [file for entry in blocks.entries for file in text_files(entry, blocks.root, "data.train")[1]]
+        return _rows_fingerprint(islice(iter(blocks), _FIRST), [_file_sample(file) for file in files])
+    if isinstance(blocks, datasets.IterableDataset):
         return _rows_fingerprint(islice(iter(blocks), _FIRST), "stream")
     if isinstance(blocks, list | tuple):
         return _rows_fingerprint(blocks, len(blocks))
@@ -116,6 +123,16 @@ def _table_fingerprint(dataset: Dataset) -> str:
                 digest.update(np.asarray(pc.list_value_length(chunk)).astype("<i4").tobytes())
                 digest.update(_numbers(pc.list_flatten(chunk)))
     return digest.hexdigest()[:32]
+
+
+def _file_sample(file: Path) -> tuple[int, int]:
+    """The size of a file and a checksum of pieces spread over it, all of it up to 4 MiB."""
+    size, checksum = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        for piece in range(_PIECES):
+            stream.seek(size * piece // _PIECES)
+            checksum = zlib.crc32(stream.read(_PIECE), checksum)
+    return size, checksum
 
 
 def _numbers(values: pa.Array) -> bytes:

@@ -18,6 +18,7 @@ from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.domains import DomainBlocks, Mixture
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import read_json, write_json
+from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.yaml12 import shown
 
 DATA_STATE = "data_state.json"
@@ -144,12 +145,17 @@ def load_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts
         )
     saved = read_json(path)
     ours = _state(mixture, config, parts)
+    is_recorded = (folder / RUN_RECORD).is_file()  # with a fingerprint of the text wherever it lies
     for key, what in _SAME.items():
+        if key == "fingerprints" and is_recorded:
+            continue
         if key in saved and json.dumps(saved[key]) != json.dumps(ours[key]):  # the order of domains matters too
             values = f" ({ours[key]} instead of {shown(saved[key])})" if isinstance(ours[key], int) else ""
+            text = f" (blocks of data.train or data.domains: {ours[key]}, stored: {shown(saved[key])})"
+            text = text if key == "domains" else ""
             raise UserError(
                 f"{what}{values} differs from {str(folder)!r}: blocks would be repeated or left out. Resume with the "
-                "settings and the text of the run."
+                f"settings and the text of the run{text}."
             )
     try:
         mixture.load_history(saved)

@@ -159,7 +159,10 @@ def check_settings(checkpoint: Path, config: RunConfig, args: TrainingArguments)
         **run_settings(config),
         "training": training_values(args),
     }
-    differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
+    try:
+        differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
+    except UserError as error:  # which every process finds
+        raise SharedError(str(error)) from None
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -197,6 +200,8 @@ def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]
         UserError: the first setting that must be the same and is not.
     """
     lines = []
+    if (now.get("data") or {}).get("streaming"):  # of which only the beginning is compared by content
+        strict = strict | {"data.train"}
     for section in [name for name in now if name in was]:
         old, new = was[section], now[section]
         if (old is None) != (new is None):
@@ -234,12 +239,18 @@ def _with_weights(distillation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(name: str, was: Any, now: Any, checkpoint: Path) -> str:
-    if isinstance(was, dict) and isinstance(now, dict):  # one key of it
-        key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
-        name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+    name, was, now = _innermost(name, was, now)
     mend = "with the section of the run" if isinstance(was, dict) else f"with {name}={_text(was)}"
     mend = "without it" if was is None else mend
     return f"{name}={_text(now)} differs from {_text(was)} in {str(checkpoint)!r}. Resume {mend}, {_NEW_RUN}"
+
+
+def _innermost(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """The key of two mappings that differs, with both values."""
+    while isinstance(was, dict) and isinstance(now, dict) and was != now:
+        key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
+        name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+    return name, was, now
 
 
 def _text(value: Any) -> str:
@@ -299,11 +310,14 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
     for key, (names, argument, what) in _CONTENT.items():
         old, new = was.get(key), has.get(key)
         named = [name for name in names if name in moved]
-        if old == new and not (new is None and named and key != "teacher" and key != "eval"):
+        is_unknown = key == "train" and new is None and bool(named)  # rows that cannot be read twice
+        if old == new and not is_unknown:
             continue
         if named:
-            before, value = moved[named[0]]
-            start = f"{named[0]}={shown(value)} differs from {shown(before)} in {str(checkpoint)!r}"
+            name, before, value = _innermost(named[0], *moved[named[0]])
+            if named[0] in ("data.train", "data.eval") and name != named[0]:  # of a domain
+                name = f"data.domains.{name.removeprefix(named[0] + '.')}.{named[0].removeprefix('data.')}"
+            start = f"{name}={shown(value)} differs from {shown(before)} in {str(checkpoint)!r}"
         else:
             subject = _subject(key, names, argument, now["settings"])
             start = f"{subject} is not what {str(checkpoint)!r} was trained with"

@@ -244,6 +244,39 @@ def test_another_configuration_or_template_is_refused(
     assert expected in refusal(resume(tmp_path, out, tree=tree))
 
 
+def test_domains_are_compared_by_shares_and_content(root: Path, tmp_path: Path) -> None:
+    tree = base(root)
+    domains = {name: {"train": f"{name}.txt", "share": 0.5, "target": 2.0} for name in ("text", "other")}
+    tree["data"] = {
+        "root": str(root),
+        "domains": domains,
+        "eval_share": 0.1,
+        "block_size": 16,
+        "update": {"type": "bandit"},
+    }
+    tree["training"] |= {"eval_strategy": "steps", "eval_steps": 1}
+    out = tmp_path / "out"
+    assert train(tmp_path, out, tree=tree).exit_code == 0
+    said = refusal(resume(tmp_path, out, "data.domains.other.target=1.5", tree=tree))
+    assert "data.domains.other.target=1.5 differs from 2 in" in said
+    said = refusal(resume(tmp_path, out, "training.eval_steps=2", tree=tree))  # shares follow the evaluations
+    assert "training.eval_steps=2 differs from 1 in" in said
+    text = (root / "other.txt").read_text()
+    (tmp_path / "moved.txt").write_text(text)
+    assert resume(tmp_path, out, f"data.domains.other.train={tmp_path}/moved.txt", tree=tree).exit_code == 0
+    (tmp_path / "moved.txt").write_text(text.replace("masks move", "move masks"))
+    said = refusal(resume(tmp_path, out, f"data.domains.other.train={tmp_path}/moved.txt", tree=tree))
+    assert "data.domains.other.train=" in said and "the tokens, other differ" in said
+
+
+def test_calibration_counts_where_masks_are_made_by_it(root: Path, tmp_path: Path) -> None:
+    settings = ["sparsity.criterion=wanda", "calibration.samples=4"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert train(root, tmp_path / "out", *options).exit_code == 0
+    said = refusal(resume(root, tmp_path / "out", *settings, "calibration.damping=0.1"))
+    assert "calibration.damping=0.1 differs from 0.01" in said
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_edited_rows_of_jsonl_and_streams_are_refused(root: Path, tmp_path: Path, streaming: bool) -> None:
     tree = base(root)
@@ -254,13 +287,13 @@ def test_edited_rows_of_jsonl_and_streams_are_refused(root: Path, tmp_path: Path
         "block_size": 16,
         "streaming": streaming,
     }
-    rows = [{"text": generated_text(8, seed=seed)} for seed in range(20)]
+    rows = [{"text": generated_text(8, seed=seed)} for seed in range(100)]  # a stream of more than 256 blocks
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert train(tmp_path, tmp_path / "out", tree=tree).exit_code == 0
     assert "training.learning_rate=0.5 differs" in refusal(
         resume(tmp_path, tmp_path / "out", "training.learning_rate=0.5", tree=tree)
     )
-    rows[7]["text"] = "The masks move late. " + rows[7]["text"]
+    rows[97]["text"] = "The masks move late. " + rows[7]["text"]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "the tokens differ" in refusal(resume(tmp_path, tmp_path / "out", tree=tree))
 
