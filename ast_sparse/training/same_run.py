@@ -19,9 +19,10 @@ from ast_sparse.training.ranks import gather
 from ast_sparse.training.setting_classes import (
     depending,
     kind_of,
-    length_decides,
     optimizer_values,
+    past_follows_length,
     plain,
+    rest_follows_length,
     training_values,
 )
 from ast_sparse.yaml12 import shown
@@ -133,8 +134,8 @@ class RunRecord:
             was |= saved["settings"]
         strict = depending(args, sparsity, self._update_rule)
         lines += differences(checkpoint, was, now["settings"], strict)
-        reason = length_decides(args, sparsity, slorb)
-        lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, reason)
+        reasons = (past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity))
+        lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, *reasons)
         if saved is not None:
             lines += _batch_differences(checkpoint, saved, now)
         trainer.check_data_state(checkpoint)
@@ -259,9 +260,17 @@ def _text(value: Any) -> str:
 
 
 def _length_differences(
-    checkpoint: Path, was: Mapping[str, Any] | None, args: TrainingArguments, steps: int, reason: str | None
+    checkpoint: Path,
+    was: Mapping[str, Any] | None,
+    args: TrainingArguments,
+    steps: int,
+    past: str | None,
+    rest: list[str],
 ) -> list[str]:
-    """A run may become longer or shorter where no step that was done depends on its length."""
+    """A run may become longer or shorter where the masks it has do not depend on its length.
+
+    Learning rate and mask decay then follow the new length from here on, which is said.
+    """
     if args.max_steps > 0:
         name, before, value = "training.max_steps", steps, args.max_steps
         said = f"the {steps} steps that the run was begun with"
@@ -273,12 +282,13 @@ def _length_differences(
         return []
     if before == value:
         return []
-    if reason is not None:
+    if past is not None:
         raise UserError(
-            f"{name}={value} differs from {said}, and {reason} follows from the number of steps. Resume with "
+            f"{name}={value} differs from {said}, and {past} follows from the number of steps. Resume with "
             f"{name}={before}, {_NEW_RUN}"
         )
-    return [f"resume: {name} {_text(before)} -> {_text(value)}"]
+    note = f" ({' and '.join(rest)} from here on by the new number of steps)" if rest else ""
+    return [f"resume: {name} {_text(before)} -> {_text(value)}{note}"]
 
 
 def _batch_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

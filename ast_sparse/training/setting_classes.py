@@ -94,20 +94,25 @@ def depending(args: TrainingArguments, sparsity: SparsityConfig, update: str) ->
     return found
 
 
-def length_decides(args: TrainingArguments, sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> str | None:
-    """The setting by which what is done at a step depends on the number of all steps; None where none does."""
-    kind = SchedulerType(args.lr_scheduler_type)
+def past_follows_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> str | None:
+    """The setting by which the masks of the steps that were done follow from the number of all steps; None without."""
     if sparsity.schedule != "constant":
         return f"sparsity.schedule={sparsity.schedule}"
     if slorb is not None and slorb.enabled and slorb.start > 0:
         return f"slorb.start={slorb.start}"
-    if kind not in _ENDLESS:
-        return f"training.lr_scheduler_type={kind.value}"
-    if kind != SchedulerType.CONSTANT and 0 < args.warmup_steps < 1:
-        return f"training.warmup_steps={args.warmup_steps}"
-    if sparsity.decay_schedule == "annealed" and sparsity.mask_decay > 0 and sparsity.decay_ramp > 0:
-        return "sparsity.decay_schedule=annealed"
     return None
+
+
+def rest_follows_length(args: TrainingArguments, sparsity: SparsityConfig) -> list[str]:
+    """The settings by which learning rate and mask decay follow from the number of all steps."""
+    kind, found = SchedulerType(args.lr_scheduler_type), []
+    if kind not in _ENDLESS:
+        found.append(f"training.lr_scheduler_type={kind.value}")
+    elif kind != SchedulerType.CONSTANT and 0 < args.warmup_steps < 1:
+        found.append(f"training.warmup_steps={args.warmup_steps}")
+    if sparsity.decay_schedule == "annealed" and sparsity.mask_decay > 0 and sparsity.decay_ramp > 0:
+        found.append("sparsity.decay_schedule=annealed")
+    return found
 
 
 def training_values(args: TrainingArguments) -> dict[str, Any]:

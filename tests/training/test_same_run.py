@@ -15,12 +15,12 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from ast_sparse import DistillationConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
+from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
 from ast_sparse.cli.train import main
 from ast_sparse.config import SECTIONS
 from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.training.fingerprints import blocks_fingerprint, weights_fingerprint
-from ast_sparse.training.setting_classes import _FIELDS, _TRAINING, kind_of, length_decides
+from ast_sparse.training.setting_classes import _FIELDS, _TRAINING, kind_of, past_follows_length, rest_follows_length
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.training.test_trainer import arguments, blocks
 
@@ -127,8 +127,6 @@ def test_a_setting_that_decides_the_weights_is_refused_with_both_values(root: Pa
     ("change", "names"),
     [
         ("training.gradient_accumulation_steps=1", ("gradient_accumulation_steps=1", "= 2 sequences", "= 4 in")),
-        ("training.max_steps=3", ("training.max_steps=3", "the 2 steps", "lr_scheduler_type=linear")),
-        ("training.max_steps=-1", ("training.max_steps=-1", "2 in", "lr_scheduler_type=linear")),
         ("data.train=other.txt", ("data.train=['other.txt'] differs from ['text.txt']", "the tokens differ")),
         ("data.eval=other.txt", ("data.eval=['other.txt'] differs from null", "the tokens differ")),
         ("model.name_or_path={root}/other_model", ("other_model' differs from", "the weights differ")),
@@ -341,23 +339,39 @@ def test_a_run_whose_steps_do_not_depend_on_its_length_may_become_longer(tmp_pat
     assert all(torch.equal(tensor, longer[name]) for name, tensor in whole.items())
 
 
+def test_another_length_is_printed_with_what_follows_from_it(root: Path, out: Path) -> None:
+    for settings, line in (
+        (["training.max_steps=3"], "training.max_steps 2 -> 3 ("),
+        (["training.max_steps=-1", "training.num_train_epochs=0.02"], "training.max_steps 2 -> -1 ("),
+    ):
+        result = resume(root, out, *settings)
+        assert result.exit_code == 0 and f"resume: {line}training.lr_scheduler_type=linear and" in result.stdout
+        shutil.rmtree(out)
+        shutil.copytree(root / "whole", out)
+
+
 @pytest.mark.parametrize(
-    ("args", "sparsity", "reason"),
+    ("args", "sparsity", "expected"),
     [
-        ({}, {}, "training.lr_scheduler_type=linear"),
-        ({"lr_scheduler_type": "constant"}, {}, "sparsity.decay_schedule=annealed"),
-        ({"lr_scheduler_type": "constant"}, {"decay_schedule": "static"}, None),
-        ({"lr_scheduler_type": "constant"}, {"mask_decay": 0.0}, None),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, {"decay_ramp": 0.0}, None),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, {"decay_ramp": 0.0}, "warmup_steps=0.1"),
-        ({"lr_scheduler_type": "constant"}, {"schedule": "gmp"}, "sparsity.schedule=gmp"),
+        ({}, {}, ["training.lr_scheduler_type=linear", "sparsity.decay_schedule=annealed"]),
+        ({"lr_scheduler_type": "constant"}, {}, ["sparsity.decay_schedule=annealed"]),
+        ({"lr_scheduler_type": "constant"}, {"decay_schedule": "static"}, []),
+        ({"lr_scheduler_type": "constant"}, {"mask_decay": 0.0}, []),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, {"decay_ramp": 0.0}, []),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, {"decay_ramp": 0.0},
+            ["training.warmup_steps=0.1"],
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_follows_from_the_number_of_steps(
-    tmp_path: Path, args: dict[str, Any], sparsity: dict[str, Any], reason: str | None
+    tmp_path: Path, args: dict[str, Any], sparsity: dict[str, Any], expected: list[str]
 ) -> None:
-    found = length_decides(arguments(tmp_path, **args), SparsityConfig(**sparsity), None)
-    assert found is None if reason is None else reason in str(found)
+    config = SparsityConfig(**sparsity)
+    assert rest_follows_length(arguments(tmp_path, **args), config) == expected
+    assert past_follows_length(config, SLoRBConfig(start=0.0)) is None
+    assert past_follows_length(config, SLoRBConfig(start=0.5)) == "slorb.start=0.5"
+    assert past_follows_length(SparsityConfig(schedule="gmp"), None) == "sparsity.schedule=gmp"
 
 
 # ---- SparseTrainer -------------------------------------------------------------------------------------------------
@@ -385,7 +399,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         ({"learning_rate": 1e-4}, r"training\.learning_rate=0\.0001 differs from 0\.003"),
         ({"weight_decay": 0.1}, r"training\.weight_decay=0\.1 differs from 0 in"),
-        ({"max_steps": 8}, r"training\.max_steps=8 differs from the 4 steps"),
         ({"per_device_train_batch_size": 2}, r"= 2 sequences a step differs from 4 x 1 x 1 = 4"),
         ({"distillation_config": DistillationConfig(alpha=0.6)}, r"distillation\.alpha=0\.6 differs from 0\.5"),
         ({"distillation_config": None}, r"distillation=null differs from"),
