@@ -177,7 +177,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     harness = _harness(settings)
     device = find_device(settings.device)
     if len(models) > 1 or settings.teacher is not None:  # of a single one, loading it says the same
-        _check_models(models, settings)
+        _check_models(models, texts, settings)
     teacher = None
     if settings.teacher is not None:
         teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
@@ -236,10 +236,10 @@ def _harness(settings: _Settings) -> Harness | None:
     return Harness(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
 
 
-def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
-    """Find a wrong name, window or vocabulary before the first weights are loaded."""
-    from ast_sparse.evaluation.measure import check_teacher
+def _check_models(models: tuple[str, ...], texts: list[Text], settings: _Settings) -> None:
+    """Find a wrong name, window or tokenizer before the first weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
+    from ast_sparse.evaluation.teacher import check_teacher
     from ast_sparse.places import load_model_config
 
     teacher = None
@@ -250,13 +250,19 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
         seq_len = settings.seq_len or default_seq_len(config)
         try:
             check_window(config, seq_len)
-            check_teacher(config, teacher, seq_len)
+            note = None
+            if teacher is not None:
+                tokenizer = _tokenizer(model, settings)
+                name, trusted = str(settings.teacher), settings.trust_remote_code
+                note = check_teacher(name, teacher, config, seq_len, tokenizer, texts, trusted)
         except UserError as error:
             raise UserError(f"{model}: {_named(error, settings)}") from None
+        if note is not None:
+            click.echo(f"Note: {_named(note, settings)}.", err=True)
 
 
-def _named(error: UserError, settings: _Settings) -> str:
-    return str(error).replace("--teacher", f"--teacher {settings.teacher}", 1)
+def _named(message: object, settings: _Settings) -> str:
+    return str(message).replace("--teacher", f"--teacher {settings.teacher}", 1)
 
 
 def _place(settings: _Settings) -> dict[str, Any]:
@@ -297,14 +303,8 @@ def _evaluate(
     """Measure one model and add its figures, and what a report shows of it."""
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
-    from ast_sparse.places import load_tokenizer
 
-    if settings.tokenizer:
-        tokenizer = load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    else:
-        tokenizer = load_tokenizer(name, **_place(settings))
-    if settings.teacher is not None:
-        _check_tokens(tokenizer, texts, settings)
+    tokenizer = _tokenizer(name, settings)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
     try:
@@ -334,20 +334,12 @@ def _evaluate(
         raise UserError(f"{name}: {error}") from error
 
 
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:
-    from ast_sparse.evaluation.measure import check_tokens
+def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
     from ast_sparse.places import load_tokenizer
 
-    assert settings.teacher is not None
-    try:
-        other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    except UserError:  # the model's own serves
-        return
-    try:
-        for text in texts:
-            check_tokens(tokenizer, other, text.documents)
-    except UserError as error:
-        raise UserError(_named(error, settings)) from None
+    if settings.tokenizer:
+        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(name, **_place(settings))
 
 
 def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:

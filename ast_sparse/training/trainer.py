@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 import ast_sparse
 from ast_sparse.config import (
@@ -58,7 +59,7 @@ from ast_sparse.training.distributed import (
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.heap import freed_memory_given_back
 from ast_sparse.training.held_out import HeldOutLoss
-from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.inputs import as_blocks, check_model, check_optimizer, check_taught, check_vocabularies
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
@@ -67,6 +68,8 @@ from ast_sparse.training.ranks import any_rank
 from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
+
+logger = logging.get_logger(__name__)
 
 
 class SparseTrainer(CheckpointTrainer):
@@ -145,7 +148,7 @@ class SparseTrainer(CheckpointTrainer):
         check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
-        self.teacher = self._frozen_teacher(model, teacher_model, args)
+        self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
@@ -203,17 +206,24 @@ class SparseTrainer(CheckpointTrainer):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
 
     def _frozen_teacher(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | str | None,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> nn.Module | None:
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
             return None
         check_feature_settings(self.distillation_config, model.config, args)
+        is_other, name = teacher is not None and teacher is not model, teacher if isinstance(teacher, str) else None
         if isinstance(teacher, str):
             teacher = load_causal_lm(teacher)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
-        check_vocabularies(model.config, teacher.config)
+        note = check_vocabularies(model.config, teacher.config, tokenizer, name) if is_other else None
+        if note is not None and args.should_log:
+            logger.warning(f"{note}.")
         check_feature_shapes(self.distillation_config, model.config, teacher.config)
         use_eager_attention(self.distillation_config, model, teacher, bool(args.should_log))
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
@@ -262,6 +272,8 @@ class SparseTrainer(CheckpointTrainer):
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
+        if model.training and self.teacher is not None:
+            check_taught(inputs["input_ids"], self.student.config, cast(PreTrainedModel, self.teacher).config)
         if "position_ids" in features:
             features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits
