@@ -34,12 +34,15 @@ _ROWS_PER_BATCH = 256
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+def tokenise_conversations(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
+) -> Dataset:
     """Tokenise chat data; rows of which nothing is counted give no token.
 
     Args:
         rows: with the columns of `chat_columns`.
         name: what messages and the progress bar call the data.
+        bos: tokens before a prompt and completion of plain text; a chat template writes its own.
 
     Returns:
         A row each, cached: `input_ids`, `labels` (−100 where nothing is counted; int32) and `key`, a 64-bit hash.
@@ -54,7 +57,7 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:
         found = [
-            _tokens(read_row(dict(zip(batch, values, strict=True))), tokenizer, eos, f"{name}, row {number}")
+            _tokens(read_row(dict(zip(batch, values, strict=True))), tokenizer, eos, f"{name}, row {number}", bos)
             for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True)
         ]
         keys = [text_key(json.dumps(values, sort_keys=True)) for values in zip(*batch.values(), strict=True)]
@@ -65,7 +68,7 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
         })  # fmt: skip
 
     chosen = rows.select_columns(columns)
-    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), template, eos)
+    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), template, eos, *bos)
     tokenised = chosen.map(
         tokenise,
         with_indices=True,
@@ -80,14 +83,14 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
 
 
 def conversation_tokens(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids and labels of rows that were read; arguments and errors as of `tokenise_conversations`."""
     eos = eos_token(tokenizer)
     for number, row in enumerate(rows):
         if not number:
             _check_tokenizer(tokenizer, row, name)
-        yield _tokens(row, tokenizer, eos, f"{name}, row {number}")
+        yield _tokens(row, tokenizer, eos, f"{name}, row {number}", bos)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
@@ -105,14 +108,14 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
 
 
 def _tokens(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos: int, where: str
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos: int, where: str, bos: tuple[int, ...] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and labels of a row, int32; both empty if nothing is counted."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         text, spans = prompt + completion, [(len(prompt), len(prompt) + len(completion))]
         ids, counted = _counted(text, spans, tokenizer)
-        ids, counted = [*ids, eos], [*counted, True]
+        ids, counted = [*bos, *ids, eos], [*(False for _ in bos), *counted, True]
     else:
         try:
             ids, counted = _chat_tokens(row, tokenizer, where)

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.config import CalibrationConfig
+from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.long_text import encoded
-from ast_sparse.data.shard_writer import text_key
+from ast_sparse.data.shard_writer import document_tokens, text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -34,12 +35,15 @@ LABELLED = Features({"input_ids": List(Value("int32")), "labels": List(Value("in
 _TOKENS = List(Value("int32"))
 
 
-def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str) -> Dataset:
-    """Tokenise every document without special tokens and end it with one EOS; empty documents give no token.
+def tokenise_documents(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str, bos: Bos = NO_BOS
+) -> Dataset:
+    """Tokenise every document and end it with one EOS; empty documents give no token.
 
     Args:
         documents: one document a row in the string column `text_field`.
         name: what messages and the progress bar call the text.
+        bos: what stands before each document.
 
     Returns:
         One row a document, cached: `input_ids` (int32) and `key`, a 64-bit hash of the text.
@@ -47,7 +51,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
     Raises:
         UserError: the tokenizer has no EOS token, or a row has no text.
     """
-    eos = eos_token(tokenizer)
+    eos, begin = eos_token(tokenizer), bos.of_document
     if text_field not in documents.column_names:
         raise UserError(f"{name} has no column `{text_field}` (`text_field`) but {', '.join(documents.column_names)}.")
 
@@ -58,7 +62,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
                 raise UserError(
                     f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
                 )
-        pieces = list(token_ids(tokenizer, texts, eos))
+        pieces = list(token_ids(tokenizer, texts, eos, begin))
         keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
         return pa.table({"input_ids": list_array(pieces), "key": keys})
 
@@ -71,7 +75,7 @@ def tokenise_documents(documents: Dataset, tokenizer: PreTrainedTokenizerBase, t
         features=_TOKENISED,
         # Hashing the tokenizer object would miss the cache: its truncation and padding state changes with use.
         new_fingerprint=Hasher.hash(
-            (_FORMAT_VERSION, "tokenise", documents._fingerprint, text_field, tokenizer_key(tokenizer), eos)
+            (_FORMAT_VERSION, "tokenise", documents._fingerprint, text_field, tokenizer_key(tokenizer), eos, *begin)
         ),
         desc=f"Tokenising {name}",
     )
@@ -118,8 +122,10 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) -> Iterator[np.ndarray]:
-    """The tokens of each text, int32 `[tokens]`, ended by EOS; of an empty one none."""
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int, begin: tuple[int, ...] = ()
+) -> Iterator[np.ndarray]:
+    """The tokens of each text, int32 `[tokens]`, after those of `begin` and ended by EOS; of an empty one none."""
 
     def encode(group: list[str]) -> Any:
         # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
@@ -128,7 +134,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int) ->
         )["input_ids"]
 
     for text, ids in zip(texts, encoded(encode, texts), strict=True):
-        yield (np.append(ids, eos) if text.strip() else ids[:0]).astype(np.int32)
+        yield document_tokens(text, ids, eos, begin).astype(np.int32)
 
 
 def list_array(pieces: list[np.ndarray]) -> pa.ListArray:
@@ -148,12 +154,15 @@ def document_keys(tokenised: Dataset) -> np.ndarray:
     return tokenised.data.column("key").to_numpy()
 
 
-def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, name: str) -> Dataset:
+def pack_tokens(
+    tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, name: str, bos: Bos = NO_BOS
+) -> Dataset:
     """Join the tokens `[start, stop)` of every document, in order, and cut them into blocks; the remainder is left out.
 
     Args:
         tokenised: from `tokenise_documents` or `tokenise_conversations`, several of them concatenated if need be.
         starts, stops: int64 `[documents]`.
+        bos: what stands before each block, and counts in its size.
 
     Returns:
         `{"input_ids": block_size token ids}` a row, cached; of conversations `labels` and `position_ids` as well, which
@@ -161,30 +170,38 @@ def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block
     """
     rows = np.flatnonzero(stops > starts)
     starts, stops = starts[rows], stops[rows]
-    key = Hasher.hash(
-        (_FORMAT_VERSION, "pack", tokenised._fingerprint, block_size, *(a.tobytes() for a in (rows, starts, stops)))
-    )
+    front = bos.of_block
+    parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *front)
+    key = Hasher.hash((_FORMAT_VERSION, "pack", tokenised._fingerprint, *parts))
     columns = ["input_ids", *(("labels", "position_ids") if "labels" in tokenised.column_names else ())]
     # of one map batch into the next: one process, batches in order
     carried = {column: np.empty(0, dtype=np.int32) for column in columns}
 
-    def cut(column: str, table: pa.Table, indices: list[int]) -> pa.ListArray:
+    def stream(column: str, table: pa.Table, indices: list[int]) -> np.ndarray:
         is_position = column == "position_ids"
         documents = table.column("input_ids" if is_position else column).combine_chunks()
         tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
         pieces = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
         if is_position:
             pieces = [np.arange(len(piece), dtype=np.int32) for piece in pieces]
-        stream = np.concatenate([carried[column], *pieces])
-        blocks = stream[: len(stream) // block_size * block_size].reshape(-1, block_size)
-        carried[column] = stream[blocks.size :].copy()
-        return list_array(list(_from_the_begin(blocks) if is_position else blocks))
+        return np.concatenate([carried[column], *pieces])
+
+    def cut(table: pa.Table, indices: list[int]) -> pa.Table:
+        streams = {column: stream(column, table, indices) for column in columns}
+        begins, end = block_begins(streams["input_ids"], block_size, front)
+        blocks = {}
+        for column, values in streams.items():
+            carried[column] = values[end:].copy()
+            blocks[column] = [
+                _block(column, values[at : at + block_size - before], before, front) for at, before in begins
+            ]
+        return pa.table({column: list_array(pieces) for column, pieces in blocks.items()})
 
     packed = (
         tokenised.select(rows)
         .with_format("arrow")
         .map(
-            lambda table, indices: pa.table({column: cut(column, table, indices) for column in columns}),
+            cut,
             with_indices=True,
             batched=True,
             batch_size=_DOCUMENTS_PER_BATCH,
@@ -197,10 +214,30 @@ def pack_tokens(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block
     return packed.with_format(None)
 
 
-def _from_the_begin(positions: np.ndarray) -> np.ndarray:
-    """Positions `[blocks, block_size]` where a document that began in an earlier block begins anew."""
-    is_continued = np.cumsum(positions == 0, axis=1) == 0
-    return np.where(is_continued, positions - positions[:, :1], positions)
+def block_begins(stream: np.ndarray, block_size: int, front: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
+    """Where the whole blocks of a stream begin, how many tokens of `front` go before each, and where the last ends.
+
+    A block whose text begins with `front` already, as a chat template writes it, gets no second one.
+    """
+    begins, at = [], 0
+    while True:
+        before = 0 if tuple(stream[at : at + len(front)].tolist()) == front else len(front)
+        if at + block_size - before > len(stream):
+            return begins, at
+        begins.append((at, before))
+        at += block_size - before
+
+
+def _block(column: str, values: np.ndarray, before: int, front: tuple[int, ...]) -> np.ndarray:
+    """A block of one column: `before` tokens of `front`, and its values."""
+    if column == "position_ids":
+        # A document that began in an earlier block begins anew; the first one begins with what stands before it.
+        is_first = np.cumsum(values[1:] == 0) == 0
+        values = np.concatenate([[before], np.where(is_first, values[1:] - values[0] + before, values[1:])])
+        added = np.arange(before)
+    else:
+        added = np.asarray(front[:before] if column == "input_ids" else [IGNORE_INDEX] * before)
+    return np.concatenate([added, values]).astype(np.int32)
 
 
 class CausalLMCollator:
@@ -214,11 +251,15 @@ class CausalLMCollator:
         document_end: keep documents apart, which end with this token unless rows bring `position_ids`: positions begin
             at 0 with every document, which transformers' attention masks take for its border, and the first token of a
             document is no label. With None they are not kept apart.
+        document_begin: BOS, where documents or blocks begin with it. It may be the token that ends documents (OPT).
     """
 
-    def __init__(self, pad_token_id: int | None = None, document_end: int | None = None) -> None:
+    def __init__(
+        self, pad_token_id: int | None = None, document_end: int | None = None, document_begin: int | None = None
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.document_end = document_end
+        self.document_begin = document_begin
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a batch.
@@ -269,7 +310,12 @@ class CausalLMCollator:
                 "or bring an attention_mask. Pass packed blocks, or raw text, or take data.packing='joined'."
             )
         place = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-        ends = torch.eq(batch["input_ids"][:, :-1], document_end)
+        ends = torch.eq(batch["input_ids"], document_end)
+        if self.document_begin == document_end:
+            # BOS is the second of two in a row, or one alone at the begin of the block: nothing ends with it.
+            before = torch.cat([~ends[:, 1:2], ends[:, :-1]], dim=1)
+            ends = ends & ~before
+        ends = ends[:, :-1]
         begins = F.pad(ends, (1, 0), value=True)
         positions = place - torch.where(begins, place, 0).cummax(dim=1).values
         for row, feature in enumerate(features):

@@ -43,6 +43,7 @@ def check_teacher(
         other = None  # none beside its weights
     rows, teacher_rows = (text_config(each).vocab_size for each in (config, teacher_config))
     note = check_teacher_tokens(tokenizer, other, rows, teacher_rows, "--teacher")
-    for text in texts if other is not None else ():
-        check_tokens(tokenizer, other, text.documents)
+    if other is not None:
+        for text in texts:
+            check_tokens(tokenizer, other, text.documents)
     return note
