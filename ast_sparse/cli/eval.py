@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from ast_sparse.cli.command import Command
 from ast_sparse.cli.options import check_json_file, find_device, write_json_file
+from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
-_ONLY_TEXTS = ("stride", "join", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
+_ONLY_TEXTS = ("stride", "join", "bos", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
 _ONLY_TASKS = ("include_path", "num_fewshot", "batch_size")
 _ONLY_REPORT = ("prompt",)
 _JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
@@ -42,6 +43,7 @@ class _Settings:
     join: str | None
     seq_len: int | None
     stride: int | None
+    bos: str
     limit: int | None
     teacher: str | None
     bits_per_byte: bool
@@ -107,6 +109,12 @@ class _Settings:
     "protocol.",
 )
 @click.option(
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="Where BOS stands: nowhere, before each document (before the text, where they are joined), or before each "
+    "window (or block), counted in its length; it is never predicted. auto: what the tokenizer does with a text, the "
+    "published protocol. Gemma needs window.",
+)  # fmt: skip
+@click.option(
     "--limit",
     type=click.IntRange(min=1),
     help="Measure only the first so many windows of a text and questions of a task. Default: all.",
@@ -162,8 +170,8 @@ class _Settings:
 def main(context: click.Context, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Measure each MODEL on texts or tasks and print a table.
 
-    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised without
-    special tokens and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
+    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised as
+    one (--bos) and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
     tokens. A longer window gives a lower figure: compare only at the same window.
     """
     settings = _Settings(**options)
@@ -301,12 +309,15 @@ def _evaluate(
     report: Report | None,
 ) -> None:
     """Measure one model and add its figures, and what a report shows of it."""
+    from ast_sparse.data.bos import bos_note
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
 
     tokenizer = _tokenizer(name, settings)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
+    if texts and (note := bos_note(settings.bos, tokenizer)) is not None:
+        click.echo(f"Note: {name}: {note}", err=True)
     try:
         measured = measure_texts(
             model,
@@ -315,6 +326,7 @@ def _evaluate(
             settings.seq_len or default_seq_len(model.config),
             settings.limit,
             stride=settings.stride,
+            bos=settings.bos,
             teacher=teacher,
         )
         for label, result in measured:

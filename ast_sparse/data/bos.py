@@ -89,8 +89,27 @@ def find_bos(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "data
     return Bos("document" if choice == "document" else "block", tokens, own)
 
 
+def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a table of perplexities should say beside it, where a tokenizer puts BOS before text and a window has none.
+
+    Raises:
+        UserError: as `find_bos`.
+    """
+    found = find_bos(choice, tokenizer, "--bos")
+    if not found.own or found.place == "block":
+        return None
+    where = "each document or text" if found.place == "document" else "no text"
+    return (
+        f"BOS begins {where}, not each window (--bos {choice}). Models that need it everywhere, as Gemma does, are "
+        "measured by --bos window."
+    )
+
+
 def own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts before a text, found by trying; those it puts after it do not count."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
+    if not hasattr(tokenizer, "encode"):
+        return ()
     special = set(tokenizer.all_special_ids)
     size = len(tokenizer)
     texts = [*_TRIED, *(str(tokenizer.decode([index])) for index in range(size // 2, size, max(1, size // 16)))]

@@ -219,7 +219,8 @@ def block_begins(stream: np.ndarray, block_size: int, front: tuple[int, ...]) ->
 
     A block whose text begins with `front` already, as a chat template writes it, gets no second one.
     """
-    begins, at = [], 0
+    begins: list[tuple[int, int]] = []
+    at = 0
     while True:
         before = 0 if tuple(stream[at : at + len(front)].tolist()) == front else len(front)
         if at + block_size - before > len(stream):
@@ -348,12 +349,13 @@ def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:
     return torch.stack([F.pad(row, (0, length - len(row)), value=fill) for row in rows])
 
 
-def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:
+def calibration_samples(blocks: Any, config: CalibrationConfig, front: tuple[int, ...] = ()) -> Tensor:
     """Windows of packed text for one-shot pruning, chosen by `config.seed`.
 
     Args:
         blocks: rows `{"input_ids": ...}` of one length, as `pack_dataset` makes them: one stream cut into blocks.
         config: how many windows; their length, by default that of a block.
+        front: tokens that every block begins with; so does every window.
 
     Returns:
         `[samples, seq_len]` int64.
@@ -366,25 +368,26 @@ def calibration_samples(blocks: Any, config: CalibrationConfig) -> Tensor:
             "There is no text to calibrate on: packed blocks (`input_ids`) are needed. Set calibration.data, or pass "
             "calibration_dataset."
         )
-    size = len(blocks[0]["input_ids"])
-    seq_len = config.seq_len or size
+    seq_len = config.seq_len or len(blocks[0]["input_ids"])
+    size, length = len(blocks[0]["input_ids"]) - len(front), seq_len - len(front)  # without `front`
     tokens = len(blocks) * size
-    windows = tokens // seq_len
+    windows = tokens // length
     if windows < config.samples:
         raise UserError(
             f"The calibration text has {tokens:,} tokens, fewer than calibration.samples={config.samples} windows of "
             f"{seq_len:,}. Give more text, or lower calibration.samples or calibration.seq_len."
         )
     chosen = np.random.default_rng(config.seed).permutation(windows)[: config.samples]
-    samples = torch.empty(config.samples, seq_len, dtype=torch.long)
-    for sample, window in zip(samples, chosen.tolist(), strict=True):
-        start = window * seq_len
-        rows = range(start // size, (start + seq_len - 1) // size + 1)
-        stream = torch.cat([_long(blocks[row]["input_ids"]) for row in rows])
+    samples = _long(front).repeat(config.samples, 1)
+    texts = torch.empty(config.samples, length, dtype=torch.long)
+    for text, window in zip(texts, chosen.tolist(), strict=True):
+        start = window * length
+        rows = range(start // size, (start + length - 1) // size + 1)
+        stream = torch.cat([_long(blocks[row]["input_ids"])[len(front) :] for row in rows])
         if len(stream) != len(rows) * size:
             raise UserError(
                 f"The rows to calibrate on have different lengths, the first {size} tokens. Pass packed blocks as "
                 "calibration_dataset."
             )
-        sample.copy_(stream[start % size :][:seq_len])
-    return samples
+        text.copy_(stream[start % size :][:length])
+    return torch.cat([samples, texts], dim=1)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score
@@ -35,6 +36,7 @@ class TextResult(PerplexityResult):
     all_windows: int  # of the text, measured or not
     stride: int | None
     join: str
+    bos: str  # where the text had BOS: none, document or window
     documents: int
     scored_bytes: int | None  # None: the tokenizer has no offsets
     bits_per_byte: float | None
@@ -52,6 +54,7 @@ def measure_text(
     is_chat: bool = False,
     stride: int | None = None,
     join: str = "blank-line",
+    bos: str = "auto",
     teacher: nn.Module | None = None,
     progress: bool = True,
     label: str = "Perplexity",
@@ -69,6 +72,7 @@ def measure_text(
         stride: tokens between the begins of windows, as of `windows.cut`; None: they do not overlap, and the rest of
             the text is dropped (the published protocol), unless documents are separate, whose rest is a shorter window.
         join: as of `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
+        bos: as of `perplexity`; with `document` or `auto` each document that is tokenised by itself has its own.
         teacher: a model with the same tokenizer; its vocabulary may be padded to another size.
 
     Raises:
@@ -80,11 +84,17 @@ def measure_text(
     if teacher is not None:
         check_teacher_window(getattr(teacher, "config", None), seq_len)
     join = "separate" if is_chat else join
-    streams = tokenise_chat(tokenizer, documents, "the text") if is_chat else tokenise(tokenizer, documents, join)
+    found = find_bos(bos, tokenizer, "--bos")
+    if is_chat:
+        streams = tokenise_chat(tokenizer, documents, "the text", found)
+    else:
+        streams = tokenise(tokenizer, documents, join, found)
+    front = found.of_block
     total_tokens = sum(len(stream.tokens) for stream in streams)
     separate = join == "separate"
-    every = cut(streams, seq_len, stride, keep_rest=separate)
-    check_streams(model, streams, seq_len, is_cut=bool(every) and (separate or total_tokens >= seq_len))
+    every = cut(streams, seq_len, stride, keep_rest=separate, front=front)
+    is_cut = bool(every) and (separate or total_tokens + len(front) >= seq_len)
+    check_streams(model, streams, seq_len, is_cut=is_cut, front=front)
     if teacher is not None:
         _check_taught(model, teacher, streams)
     measured = every[:windows]
@@ -102,6 +112,7 @@ def measure_text(
         all_windows=len(every),
         stride=stride,
         join=join,
+        bos="window" if front else found.place,
         documents=len(documents),
     )
 
@@ -114,6 +125,7 @@ def measure_texts(
     windows: int | None = None,
     *,
     stride: int | None = None,
+    bos: str = "auto",
     teacher: nn.Module | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, TextResult]]:
@@ -130,6 +142,7 @@ def measure_texts(
                 min(limits, default=None),
                 stride=stride,
                 join=text.join,
+                bos=bos,
                 is_chat=text.is_chat,
                 teacher=teacher,
                 progress=progress,
@@ -211,6 +224,7 @@ def total_of(results: Sequence[TextResult]) -> TextResult:
         all_windows=sum(result.all_windows for result in results),
         stride=first.stride,
         join=first.join,
+        bos=first.bos,
         documents=sum(result.documents for result in results),
     )
 

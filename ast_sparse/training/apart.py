@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.data.packing import CausalLMCollator, eos_token
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import eval_mode
@@ -15,11 +16,12 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, for float32 an
 _TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
 
 
-def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str) -> CausalLMCollator:
+def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> CausalLMCollator:
     """The collator of a run; with packing `documents` it marks where documents begin."""
     pad = tokenizer.pad_token_id if tokenizer is not None else None
-    apart = packing == "documents" and tokenizer is not None
-    return CausalLMCollator(pad, eos_token(tokenizer) if apart and tokenizer is not None else None)
+    if tokenizer is None or packing != "documents":
+        return CausalLMCollator(pad)
+    return CausalLMCollator(pad, eos_token(tokenizer), next(iter(find_bos(bos, tokenizer).tokens), None))
 
 
 def check_apart(

@@ -87,10 +87,12 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
+def as_blocks(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int, bos: str = "auto"
+) -> Any:
     """A data set of raw text or chat data as packed blocks; anything that has `input_ids` as it is."""
     if isinstance(dataset, dict):
-        return {name: as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
+        return {name: as_blocks(part, tokenizer, text_field, block_size, bos) for name, part in dataset.items()}
     columns = getattr(dataset, "column_names", None) or []
     chat = chat_columns(columns)
     if "input_ids" in columns or not (chat or text_field in columns):
@@ -103,4 +105,4 @@ def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_fiel
             f"A {type(dataset).__name__} of {what} cannot be packed here. Tokenise it to `input_ids` first, "
             "or pass a datasets.Dataset."
         )
-    return pack_dataset(dataset, tokenizer, text_field, block_size)
+    return pack_dataset(dataset, tokenizer, text_field, block_size, bos)

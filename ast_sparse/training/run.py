@@ -218,6 +218,7 @@ def _prepare(
             eval_dataset=held_out,
             processing_class=tokenizer,
             packing=config.data.packing,
+            bos=config.data.bos,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
@@ -247,7 +248,8 @@ def _calibration(
         return None
     with args.main_process_first(desc="tokenising the calibration text"):
         length = settings.seq_len or config.data.block_size
-        return calibration_blocks(settings.data, config.data.root, config.data.text_field, tokenizer, length)
+        data = config.data
+        return calibration_blocks(settings.data, data.root, data.text_field, tokenizer, length, bos=data.bos)
 
 
 def _slorb(config: RunConfig) -> SLoRBConfig | None:

@@ -32,6 +32,7 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
+from ast_sparse.data.bos import NO_BOS, find_bos
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.packing import DOMAIN, calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
@@ -93,6 +94,7 @@ class SparseTrainer(CheckpointTrainer):
             is counted; both are tokenised and packed. Blocks of token shards are read where they lie. A mapping of
             names to such is a mixture of domains; the losses held out are then reported by domain.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
+        bos: as of `data.bos`, for raw text.
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
 
@@ -121,6 +123,7 @@ class SparseTrainer(CheckpointTrainer):
         text_field: str = "text",
         block_size: int | None = None,
         packing: Literal["joined", "documents"] = "joined",
+        bos: str = "auto",
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -151,21 +154,24 @@ class SparseTrainer(CheckpointTrainer):
         self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
-        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
+        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size, bos=bos)
+        found = NO_BOS if processing_class is None else find_bos(bos, processing_class, "bos")
         train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
         if isinstance(train_dataset, dict):
             train_dataset = DomainBlocks(train_dataset)
         if isinstance(eval_dataset, DomainBlocks):  # Trainer evaluates a mapping part by part
             eval_dataset = eval_dataset.parts
         self.calibration_config = calibration_config or CalibrationConfig()
-        self.sparsity_report: SparsityReport = self._sparsify(model, args, train_dataset, calibration_dataset, pack)
+        self.sparsity_report: SparsityReport = self._sparsify(
+            model, args, train_dataset, calibration_dataset, pack, found.of_block
+        )
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or make_collator(processing_class, packing),
+            data_collator=data_collator or make_collator(processing_class, packing, bos),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -232,7 +238,13 @@ class SparseTrainer(CheckpointTrainer):
         return teacher.requires_grad_(False).eval()
 
     def _sparsify(
-        self, model: PreTrainedModel, args: TrainingArguments, train: Any, calibration: Any, pack: Any
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train: Any,
+        calibration: Any,
+        pack: Any,
+        front: tuple[int, ...],
     ) -> SparsityReport:
         """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
         config = self.sparsity_config
@@ -244,7 +256,7 @@ class SparseTrainer(CheckpointTrainer):
             config,
             self.slorb_config,
             calibration_config=self.calibration_config,
-            samples=calibration_samples(blocks, self.calibration_config),
+            samples=calibration_samples(blocks, self.calibration_config, front),
             device=args.device,
             progress=bool(args.should_log) and not args.disable_tqdm,
         )
