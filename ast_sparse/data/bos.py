@@ -51,9 +51,10 @@ class Bos:
         """What reports say of it; None for a tokenizer that puts nothing before text, where nothing is asked for."""
         if not (self.tokens or self.own):
             return None
-        where = {"none": "none", "document": "before each document", "block": f"before each {unit}"}[self.place]
-        name = "" if self.place == "none" else f"{''.join(tokenizer.convert_ids_to_tokens(list(self.tokens)))} "
-        return f"BOS: {name}{where}"
+        name = "".join(tokenizer.convert_ids_to_tokens(list(self.tokens or self.own)))
+        if self.place == "none":
+            return f"BOS: none; the tokenizer would put {name} before each document"
+        return f"BOS: {name} before each {'document' if self.place == 'document' else unit}"
 
 
 NO_BOS = Bos()

@@ -131,7 +131,7 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
         train=train_report,
         eval=held_out_report,
         empty_documents=empty,
-        bos="; held out: ".join(line.removeprefix("BOS: ") for line in lines if line) or None,
+        bos="; held out: ".join(line for line in lines if line) or None,
     )
     return blocks, held_out_blocks, report
 
