@@ -74,40 +74,33 @@ class _Settings:
     "of its first validation file, joined by a space, and 256 windows, as in the pruning literature.",
 )
 @click.option(
-    "--split",
-    type=click.Choice(["test", "validation"]),
-    default="test",
-    show_default=True,
+    "--split", type=click.Choice(["test", "validation"]), default="test", show_default=True,
     help="Split of WikiText-2; figures are published on test.",
-)
+)  # fmt: skip
 @click.option(
     "--data-dir", metavar="DIR", help="Folder with wiki.test.raw (wiki.valid.raw), or such a file, instead of the hub."
 )
 @click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
 @click.option(
-    "--by",
-    metavar="FIELD",
+    "--by", metavar="FIELD",
     help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, and "
     "one for all.",
-)
+)  # fmt: skip
 @click.option(
-    "--join",
-    type=click.Choice(_JOINS),
+    "--join", type=click.Choice(_JOINS),
     help="What stands between documents; eos is the end-of-text token, separate lets no window cross a document. "
     "Default: blank-line, the published protocol; c4: space.",
-)
+)  # fmt: skip
 @click.option(
-    "--seq-len",
-    type=click.IntRange(min=2),
+    "--seq-len", type=click.IntRange(min=2),
     help="Tokens of a window. Default: the published window of the model's family (GPT-2 1024, OPT 2048, LLaMA2 4096, "
     "others 2048), at most the model's positions. Tasks get at most so many if it is given.",
-)
+)  # fmt: skip
 @click.option(
-    "--stride",
-    type=click.IntRange(min=1),
+    "--stride", type=click.IntRange(min=1),
     help="Let windows begin so many tokens apart; each scores what is new in it. Default: no overlap, the published "
     "protocol.",
-)
+)  # fmt: skip
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
     help="Where BOS stands: nowhere, before each document (before the text, where they are joined), or before each "
@@ -115,16 +108,14 @@ class _Settings:
     "published protocol. Gemma needs window.",
 )  # fmt: skip
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
+    "--limit", type=click.IntRange(min=1),
     help="Measure only the first so many windows of a text and questions of a task. Default: all.",
-)
+)  # fmt: skip
 @click.option(
-    "--teacher",
-    metavar="MODEL",
+    "--teacher", metavar="MODEL",
     help="Show the mean KL(teacher || MODEL) in nats per token, and the share of tokens for which both have the same "
     "first choice.",
-)
+)  # fmt: skip
 @click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json holds it always.")
 @click.option(
     "--tasks",
@@ -185,7 +176,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     harness = _harness(settings)
     device = find_device(settings.device)
     if len(models) > 1 or settings.teacher is not None:  # of a single one, loading it says the same
-        _check_models(models, texts, settings)
+        _check_models(models, settings)
     teacher = None
     if settings.teacher is not None:
         teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
@@ -244,7 +235,7 @@ def _harness(settings: _Settings) -> Harness | None:
     return Harness(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
 
 
-def _check_models(models: tuple[str, ...], texts: list[Text], settings: _Settings) -> None:
+def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
     """Find a wrong name, window or tokenizer before the first weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.evaluation.teacher import check_teacher
@@ -258,15 +249,13 @@ def _check_models(models: tuple[str, ...], texts: list[Text], settings: _Setting
         seq_len = settings.seq_len or default_seq_len(config)
         try:
             check_window(config, seq_len)
-            note = None
             if teacher is not None:
-                tokenizer = _tokenizer(model, settings)
                 name, trusted = str(settings.teacher), settings.trust_remote_code
-                note = check_teacher(name, teacher, config, seq_len, tokenizer, texts, trusted)
+                note = check_teacher(name, teacher, config, seq_len, _tokenizer(model, settings), trusted)
+                if note is not None:
+                    click.echo(f"Note: {_named(note, settings)}.", err=True)
         except UserError as error:
             raise UserError(f"{model}: {_named(error, settings)}") from None
-        if note is not None:
-            click.echo(f"Note: {_named(note, settings)}.", err=True)
 
 
 def _named(message: object, settings: _Settings) -> str:
@@ -314,22 +303,16 @@ def _evaluate(
     from ast_sparse.evaluation.perplexity import default_seq_len
 
     tokenizer = _tokenizer(name, settings)
+    if settings.teacher is not None:
+        _check_tokens(tokenizer, texts, settings)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
     if texts and (note := bos_note(settings.bos, tokenizer)) is not None:
         click.echo(f"Note: {name}: {note}", err=True)
     try:
-        measured = measure_texts(
-            model,
-            tokenizer,
-            texts,
-            settings.seq_len or default_seq_len(model.config),
-            settings.limit,
-            stride=settings.stride,
-            bos=settings.bos,
-            teacher=teacher,
-        )
-        for label, result in measured:
+        seq_len = settings.seq_len or default_seq_len(model.config)
+        options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos, "teacher": teacher}
+        for label, result in measure_texts(model, tokenizer, texts, seq_len, settings.limit, **options):
             figures.texts.append((name, label, dtype, result))
         if harness is not None:
             rows = harness(
@@ -344,6 +327,22 @@ def _evaluate(
             report.add(name, model, tokenizer, settings.prompt)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:
+    from ast_sparse.evaluation.measure import check_tokens
+    from ast_sparse.places import load_tokenizer
+
+    assert settings.teacher is not None
+    try:
+        other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
+    except UserError:  # the model's own serves
+        return
+    try:
+        for text in texts:
+            check_tokens(tokenizer, other, text.documents)
+    except UserError as error:
+        raise UserError(_named(error, settings)) from None
 
 
 def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.vocabulary import check_teacher_tokens
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.measure import check_teacher_window, check_tokens
+from ast_sparse.evaluation.measure import check_teacher_window
 from ast_sparse.evaluation.perplexity import text_config
-from ast_sparse.evaluation.texts import Text
 from ast_sparse.places import load_tokenizer
 
 
@@ -21,10 +19,9 @@ def check_teacher(
     config: Any,
     seq_len: int,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
     trust_remote_code: bool = False,
 ) -> str | None:
-    """Check a teacher against a model, its tokenizer and the texts, before weights are loaded.
+    """Check a teacher against a model and its tokenizer, before weights are loaded.
 
     Args:
         name: of the teacher.
@@ -42,8 +39,4 @@ def check_teacher(
     except UserError:
         other = None  # none beside its weights
     rows, teacher_rows = (text_config(each).vocab_size for each in (config, teacher_config))
-    note = check_teacher_tokens(tokenizer, other, rows, teacher_rows, "--teacher")
-    if other is not None:
-        for text in texts:
-            check_tokens(tokenizer, other, text.documents)
-    return note
+    return check_teacher_tokens(tokenizer, other, rows, teacher_rows, "--teacher")
