@@ -305,10 +305,10 @@ def _evaluate(
     tokenizer = _tokenizer(name, settings)
     if settings.teacher is not None:
         _check_tokens(tokenizer, texts, settings)
-    model = _load(name, device, settings, **_place(settings))
-    dtype = str(model.dtype).removeprefix("torch.")
     if texts and (note := bos_note(settings.bos, tokenizer)) is not None:
         click.echo(f"Note: {name}: {note}", err=True)
+    model = _load(name, device, settings, **_place(settings))
+    dtype = str(model.dtype).removeprefix("torch.")
     try:
         seq_len = settings.seq_len or default_seq_len(model.config)
         options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos, "teacher": teacher}

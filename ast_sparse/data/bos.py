@@ -115,9 +115,7 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     size = len(tokenizer)
     texts = [*_TRIED, *(str(tokenizer.decode([index])) for index in range(size // 2, size, max(1, size // 16)))]
     for text in texts:
-        plain, whole = (
-            list(tokenizer.encode(text, add_special_tokens=around, verbose=False)) for around in (False, True)
-        )
+        plain, whole = (list(tokenizer.encode(text, add_special_tokens=around)) for around in (False, True))
         if not plain or special & set(plain):  # unknown text tells nothing apart from what is put before it
             continue
         for start in range(len(whole) - len(plain) + 1):

@@ -60,7 +60,7 @@ def check_teacher_tokens(
         named: what messages call the teacher.
 
     Returns:
-        A line to print where the tokenizers could not be compared.
+        A line to print where the tokenizers could not be compared, or end text with other tokens.
 
     Raises:
         UserError: the tokenizers differ, or a model lacks rows for tokens of the teacher's tokenizer.
@@ -76,6 +76,8 @@ def check_teacher_tokens(
         raise UserError(f"{named} has another tokenizer: {reason}. {of}")
     if rows != teacher_rows and min(rows, teacher_rows) < min(len(student), len(teacher)):
         raise UserError(f"{sizes}, and its tokenizer makes {len(teacher)}. {of}")
+    if student.eos_token_id != teacher.eos_token_id:  # as of a base model and its chat model
+        return f"{named} ends text with {teacher.eos_token!r}, the student with {student.eos_token!r}"
     return None
 
 

@@ -128,6 +128,13 @@ def test_without_two_tokenizers_the_sizes_decide() -> None:
         check_teacher_tokens(tiny_tokenizer(), None, 128, 192, "t")
 
 
+def test_another_end_of_text_is_said() -> None:
+    other = copy.deepcopy(tiny_tokenizer())
+    other.eos_token = "<|im_end|>"
+    note = check_teacher_tokens(tiny_tokenizer(), other, 128, 128, "t")
+    assert note == "t ends text with '<|im_end|>', the student with '<|end|>'"
+
+
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     assert difference(tiny_tokenizer(), PreTrainedTokenizerFast.from_pretrained(tmp_path)) is None

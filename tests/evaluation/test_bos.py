@@ -13,7 +13,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import TextResult, measure_text
 from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
 from ast_sparse.evaluation.samples import continue_prompts
-from tests.cli.test_eval import run, table
+from tests.cli.test_eval import refused, run, table
 from tests.data.test_bos import BOS, EOS, bos_tokenizer, chat, plain, save_bos_model
 from tests.models import generated_text, save_tiny_model, tiny_model
 
@@ -147,8 +147,9 @@ def test_ast_eval_takes_it_and_says_what_it_means(tmp_path: Path) -> None:
         record = json.loads((tmp_path / "out.json").read_text())
         assert record["results"][0]["bos"] == ("window" if bos else "document")
     save_tiny_model(tmp_path / "bare")
-    (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
     assert "Note" not in run(tmp_path / "bare", *text[1:]).stderr
+    message = refused(tmp_path / "bare", *text[1:], "--bos", "window")
+    assert f"--bos='window': the tokenizer of '{tmp_path / 'bare'}' has no BOS token. Set --bos to none" in message
 
 
 def test_prompts_are_continued_after_bos_and_without_the_eos_of_the_tokenizer() -> None:
