@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ast_sparse.data.conversations import chat_columns, read_row
 from ast_sparse.data.files import one_line, shown
 from ast_sparse.data.packing import LABELLED, eos_token, list_array, text_key, tokenizer_key
+from ast_sparse.data.shard_writer import missing
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -115,6 +116,7 @@ def _tokens(
     if isinstance(prompt, str) and isinstance(completion, str):
         text, spans = prompt + completion, [(len(prompt), len(prompt) + len(completion))]
         ids, counted = _counted(text, spans, tokenizer)
+        bos = missing(bos, ids)
         ids, counted = [*bos, *ids, eos], [*(False for _ in bos), *counted, True]
     else:
         try:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ast_sparse.config import CalibrationConfig
 from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.long_text import encoded
-from ast_sparse.data.shard_writer import document_tokens, text_key
+from ast_sparse.data.shard_writer import document_tokens, missing, text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -222,7 +222,7 @@ def block_begins(stream: np.ndarray, block_size: int, front: tuple[int, ...]) ->
     begins: list[tuple[int, int]] = []
     at = 0
     while True:
-        before = 0 if tuple(stream[at : at + len(front)].tolist()) == front else len(front)
+        before = len(missing(front, stream[at : at + len(front)]))
         if at + block_size - before > len(stream):
             return begins, at
         begins.append((at, before))

@@ -113,7 +113,14 @@ def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
 
 def document_tokens(text: str, ids: np.ndarray, eos: int, begin: tuple[int, ...] = ()) -> np.ndarray:
     """The tokens of a text as a document: after `begin`, and ended by EOS; of an empty one none."""
-    return np.concatenate([np.asarray(begin, dtype=ids.dtype), ids, [eos]]) if text.strip() else ids[:0]
+    if not text.strip():
+        return ids[:0]
+    return np.concatenate([np.asarray(missing(begin, ids), dtype=ids.dtype), ids, [eos]])
+
+
+def missing(begin: tuple[int, ...], ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """What of BOS is to be put before a text: none where the text, a chat written out, begins with it already."""
+    return () if tuple(ids[: len(begin)]) == begin else begin
 
 
 def text_key(text: str) -> int:

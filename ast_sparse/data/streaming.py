@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.entries import Entry
-from ast_sparse.data.packing import eos_token, token_ids
+from ast_sparse.data.packing import block_begins, eos_token, token_ids
 from ast_sparse.data.sources import iterate_documents
 from ast_sparse.errors import UserError
 
@@ -49,14 +49,14 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         carried = np.empty(0, dtype=np.int64)
-        front = np.asarray(self.bos.of_block, dtype=np.int64)
-        size = self.block_size - len(front)
+        front = self.bos.of_block
         for tokens in self._stream():
             stream = np.concatenate([carried, tokens])
-            blocks = len(stream) // size
-            for block in stream[: blocks * size].reshape(blocks, size):
-                yield {"input_ids": np.concatenate([front, block]) if len(front) else block}
-            carried = stream[blocks * size :]
+            begins, end = block_begins(stream, self.block_size, front)
+            for at, before in begins:
+                text = stream[at : at + self.block_size - before]
+                yield {"input_ids": np.concatenate([np.asarray(front, dtype=np.int64), text]) if before else text}
+            carried = stream[end:]
 
     def _stream(self) -> Iterator[np.ndarray]:
         """The tokens of some documents at a time, of all sources again and again."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.chat import conversation_tokens
+from ast_sparse.data.shard_writer import missing
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -143,6 +144,7 @@ def _byte_ends(text: str, spans: list[tuple[int, int]]) -> list[int]:
 
 def _begun(stream: Stream, begin: tuple[int, ...]) -> Stream:
     """A document after BOS, which is not predicted; an empty one stays empty."""
+    begin = missing(begin, stream.tokens)
     if not begin or not stream.tokens:
         return stream
     ends = None if stream.ends is None else [*(0 for _ in begin), *stream.ends]
@@ -206,8 +208,7 @@ def cut(
 def _cut(stream: Stream, seq_len: int, stride: int | None, keep_rest: bool, front: tuple[int, ...]) -> Iterator[Window]:
     length, begin, done = len(stream.tokens), 0, 0
     while begin < length and (stride is None or done < length):
-        has_one = bool(front) and tuple(stream.tokens[begin : begin + len(front)]) == front
-        before = () if has_one else front
+        before = missing(front, stream.tokens[begin : begin + len(front)])
         first = begin if before else begin + 1  # that is predicted
         end = min(begin + seq_len - len(before), length)
         is_whole = len(before) + end - begin == seq_len

@@ -137,6 +137,13 @@ def test_a_tokenizer_without_bos_is_as_before(tmp_path: Path) -> None:
     assert rows(blocks) == expected_blocks(texts, 16, "none") and "BOS" not in str(report)
 
 
+@pytest.mark.parametrize("choice", ["auto", "block"])
+def test_text_that_brings_its_bos_gets_no_second_one(choice: str) -> None:
+    data = Dataset.from_dict({"text": ["<s>two of four"] * 3})
+    one = [BOS, *plain("two of four"), EOS]
+    assert rows(pack_dataset(data, bos_tokenizer(), "text", len(one), choice)) == [one] * 3
+
+
 def test_bos_is_part_of_the_cache_key(tmp_path: Path) -> None:
     save(tmp_path, documents(60))
     found = {}

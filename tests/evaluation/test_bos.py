@@ -79,6 +79,15 @@ def test_each_window_begins_with_it_and_predicts_all_of_its_text(bos: str) -> No
     assert measured(bos).scored_bytes == len(bos_tokenizer().decode(plain(TEXT)[: 31 * len(windows)]).encode())
 
 
+@pytest.mark.parametrize("bos", ["auto", "window"])
+def test_text_that_brings_its_bos_gets_no_second_one(bos: str) -> None:
+    tokens = [BOS, *plain("two of four weights")]
+    result = measure_text(
+        tiny_model(), bos_tokenizer(), ["<s>two of four weights"], 32, join="separate", bos=bos, progress=False
+    )
+    check(result, [(tokens, list(range(1, len(tokens))))])
+
+
 def test_overlapping_windows_score_every_token_once() -> None:
     ids, windows, done = plain(TEXT), [], 0
     for begin in range(0, len(ids), 20):
