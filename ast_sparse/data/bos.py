@@ -136,7 +136,7 @@ def bos_of_shards(fields: Sequence[str], folders: Sequence[ShardFolder], bos: Bo
         if found == expected:
             continue
         has = f"begin their documents with BOS {list(found)}" if found else "hold no BOS"
-        other = f"those of {folders[0].name} are otherwise" if choice == "auto" else f"data.bos is {choice}"
+        other = f"those of {folders[0].name} differ" if choice == "auto" else f"data.bos is {choice}"
         option = "document" if expected else "none"
         raise UserError(
             f"`{field}`: the shards of {folder.name} {has}, and {other}. Make them again with ast-data prepare --bos "

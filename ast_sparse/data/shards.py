@@ -242,11 +242,11 @@ def verify_shards(folder: Path, progress: Callable[[int], object] = lambda size:
         tokens, full = open_tokens(folder, manifest, shard), lengths > 0
         last = tokens[ends[full] - 1] if is_whole else ends
         first = (ends - lengths)[full]
-        begins_otherwise = is_whole and (
+        has_other_begins = is_whole and (
             (lengths[full] <= len(manifest.bos)).any()
             or any((tokens[first + i] != bos).any() for i, bos in enumerate(manifest.bos))
         )
-        if not is_whole or begins_otherwise or (last != manifest.eos_token_id).any():
+        if not is_whole or has_other_begins or (last != manifest.eos_token_id).any():
             raise UserError(f"{folder / shard.name} does not hold the documents its manifest says. Make it again.")
     return manifest
 

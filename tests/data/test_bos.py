@@ -187,7 +187,7 @@ def test_shards_are_read_as_they_were_made_or_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read(choice, folder)
-    with pytest.raises(UserError, match=r"begun begin their documents with BOS .*, and those of .*bare are otherwise"):
+    with pytest.raises(UserError, match=r"begun begin their documents with BOS .*, and those of .*bare differ"):
         read("auto", bare, begun)
 
 
