@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ast_sparse.cli.command import Command, Group
+from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def main() -> None:
 )  # fmt: skip
 @click.option("--root", metavar="FOLDER", help="Folder that relative sources start from.")
 @click.option("--text-field", default="text", show_default=True, help="Name of the text column or key.")
+@click.option(
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="Where BOS is written: before each document, or nowhere; auto is what the tokenizer does. block (or window): "
+    "nowhere, and data.bos: block of ast-train puts one before each block.",
+)  # fmt: skip
 @click.option("--streaming", is_flag=True, help="Read hub data sets over the network instead of downloading them.")
 @click.option(
     "--workers", type=click.IntRange(1), metavar="N",
@@ -105,6 +111,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         keep_long=options["keep_long"],
         workers=options["workers"] or os.cpu_count() or 1,
         streaming=options["streaming"],
+        bos=options["bos"],
     )
     began, made, kept = time.monotonic(), 0, 0
     with progress_bar(desc=f"Tokenising {folder.name}", unit=" tokens", unit_scale=True, delay=1) as bar:
@@ -121,6 +128,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         f"{_shards(manifest)}{before}{rate}"
         + ("" if made else ", complete already")
         + (f"; {manifest.empty:,} documents are empty" if manifest.empty else "")
+        + ("; BOS before each document" if manifest.bos else "")
     )
 
 
@@ -140,6 +148,7 @@ def info(folders: tuple[str, ...]) -> None:
             "shards": f"{len(manifest.shards):,}",
             "tokenizer": f"{manifest.tokenizer}, {manifest.vocab_size:,} tokens, EOS {manifest.eos_token_id}, "
             f"key {manifest.tokenizer_key}",
+            "bos": f"{', '.join(map(str, manifest.bos))} before each document" if manifest.bos else "none",
             "text": f"{', '.join(manifest.sources)}, field {manifest.text_field}",
             "format_version": str(manifest.format_version),
         }

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from ast_sparse.cli.command import Command
 from ast_sparse.cli.options import check_json_file, find_device, write_json_file
 from ast_sparse.cli.task_options import ONLY_TASKS, TaskSettings, find_harness, task_options
+from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
-_ONLY_TEXTS = ("stride", "join", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
+_ONLY_TEXTS = ("stride", "join", "bos", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
 _ONLY_REPORT = ("prompt",)
 _JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
 
@@ -44,6 +45,7 @@ class _Settings(TaskSettings):
     join: str | None
     seq_len: int | None
     stride: int | None
+    bos: str
     limit: int | None
     teacher: str | None
     bits_per_byte: bool
@@ -70,51 +72,48 @@ class _Settings(TaskSettings):
     "of its first validation file, joined by a space, and 256 windows, as in the pruning literature.",
 )
 @click.option(
-    "--split",
-    type=click.Choice(["test", "validation"]),
-    default="test",
-    show_default=True,
+    "--split", type=click.Choice(["test", "validation"]), default="test", show_default=True,
     help="Split of WikiText-2; figures are published on test.",
-)
+)  # fmt: skip
 @click.option(
     "--data-dir", metavar="DIR", help="Folder with wiki.test.raw (wiki.valid.raw), or such a file, instead of the hub."
 )
 @click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
 @click.option(
-    "--by",
-    metavar="FIELD",
+    "--by", metavar="FIELD",
     help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, and "
     "one for all.",
-)
+)  # fmt: skip
 @click.option(
-    "--join",
-    type=click.Choice(_JOINS),
+    "--join", type=click.Choice(_JOINS),
     help="What stands between documents; eos is the end-of-text token, separate lets no window cross a document. "
     "Default: blank-line, the published protocol; c4: space.",
-)
+)  # fmt: skip
 @click.option(
-    "--seq-len",
-    type=click.IntRange(min=2),
+    "--seq-len", type=click.IntRange(min=2),
     help="Tokens of a window. Default: the published window of the model's family (GPT-2 1024, OPT 2048, LLaMA2 4096, "
     "others 2048), at most the model's positions. Tasks get at most so many if it is given.",
-)
+)  # fmt: skip
 @click.option(
-    "--stride",
-    type=click.IntRange(min=1),
+    "--stride", type=click.IntRange(min=1),
     help="Let windows begin so many tokens apart; each scores what is new in it. Default: no overlap, the published "
     "protocol.",
-)
+)  # fmt: skip
 @click.option(
-    "--limit",
-    type=click.IntRange(min=1),
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="Where BOS stands: nowhere, before each document (before the text, where they are joined), or before each "
+    "window (or block), counted in its length; it is never predicted. auto: what the tokenizer does with a text, the "
+    "published protocol. Gemma needs window.",
+)  # fmt: skip
+@click.option(
+    "--limit", type=click.IntRange(min=1),
     help="Measure only the first so many windows of a text and questions of a task. Default: all.",
-)
+)  # fmt: skip
 @click.option(
-    "--teacher",
-    metavar="MODEL",
+    "--teacher", metavar="MODEL",
     help="Show the mean KL(teacher || MODEL) in nats per token, and the share of tokens for which both have the same "
     "first choice.",
-)
+)  # fmt: skip
 @click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json holds it always.")
 @task_options
 @click.option(
@@ -147,8 +146,8 @@ class _Settings(TaskSettings):
 def main(context: click.Context, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Measure each MODEL on texts or tasks and print a table.
 
-    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised without
-    special tokens and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
+    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised as
+    one (--bos) and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
     tokens. A longer window gives a lower figure: compare only at the same window.
     """
     settings = _Settings(**options)
@@ -216,9 +215,9 @@ def _texts(settings: _Settings) -> list[Text]:
 
 
 def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
-    """Find a wrong name, window or vocabulary before the first weights are loaded."""
-    from ast_sparse.evaluation.measure import check_teacher
+    """Find a wrong name, window or tokenizer before the first weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
+    from ast_sparse.evaluation.teacher import check_teacher
     from ast_sparse.places import load_model_config
 
     teacher = None
@@ -229,13 +228,17 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
         seq_len = settings.seq_len or default_seq_len(config)
         try:
             check_window(config, seq_len)
-            check_teacher(config, teacher, seq_len)
+            if teacher is not None:
+                name, trusted = str(settings.teacher), settings.trust_remote_code
+                note = check_teacher(name, teacher, config, seq_len, _tokenizer(model, settings), trusted)
+                if note is not None:
+                    click.echo(f"Note: {_named(note, settings)}.", err=True)
         except UserError as error:
             raise UserError(f"{model}: {_named(error, settings)}") from None
 
 
-def _named(error: UserError, settings: _Settings) -> str:
-    return str(error).replace("--teacher", f"--teacher {settings.teacher}", 1)
+def _named(message: object, settings: _Settings) -> str:
+    return str(message).replace("--teacher", f"--teacher {settings.teacher}", 1)
 
 
 def _place(settings: _Settings) -> dict[str, Any]:
@@ -274,25 +277,21 @@ def _evaluate(
     report: Report | None,
 ) -> None:
     """Measure one model and add its figures, and what a report shows of it."""
+    from ast_sparse.data.bos import bos_note
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
 
     tokenizer = _tokenizer(name, settings)
     if settings.teacher is not None:
         _check_tokens(tokenizer, texts, settings)
+    if texts and (note := bos_note(settings.bos, tokenizer)) is not None:
+        click.echo(f"Note: {name}: {note}", err=True)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
     with _named_model(name):
-        measured = measure_texts(
-            model,
-            tokenizer,
-            texts,
-            settings.seq_len or default_seq_len(model.config),
-            settings.limit,
-            stride=settings.stride,
-            teacher=teacher,
-        )
-        for label, result in measured:
+        seq_len = settings.seq_len or default_seq_len(model.config)
+        options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos, "teacher": teacher}
+        for label, result in measure_texts(model, tokenizer, texts, seq_len, settings.limit, **options):
             figures.texts.append((name, label, dtype, result))
         if harness is not None:
             rows = harness(

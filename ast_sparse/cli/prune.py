@@ -11,6 +11,7 @@ import click
 from ast_sparse.cli.command import Command
 from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
+from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ _FIELD = re.compile(
 @click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
 @click.option("--seq-len", type=int, help="Tokens of a sequence. Default: the model's positions, at most 2048.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences.")
+@click.option(
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="Where the calibration text gets BOS: none, before each document, or before each sequence (block or window); "
+    "auto: what the tokenizer does with a document.",
+)  # fmt: skip
 @click.option(
     "--damping", type=float, default=0.01, show_default=True,
     help="sparsegpt: share of the Hessian's mean diagonal that is added to it.",
@@ -128,7 +134,7 @@ def _prune(
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
     if sparsity.init != "magnitude":
-        samples = _samples(calibration, tokenizer, meta.config, options["text_field"])
+        samples = _samples(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
     model = load_causal_lm(source.name_or_path, **place)
     report = sparsify_model(
         model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
@@ -136,7 +142,7 @@ def _prune(
     click.echo("\n".join([*report.lines(), *_errors(report, sparsity.init)]))
     method: dict[str, Any] = {"method": sparsity.init}
     if samples is not None:
-        method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1]}
+        method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
     written = export_model(
         model,
         out,
@@ -151,8 +157,13 @@ def _prune(
 
 
 def _samples(
-    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig, text_field: str
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PreTrainedConfig,
+    text_field: str,
+    bos: str,
 ) -> Tensor:
+    from ast_sparse.data.bos import find_bos
     from ast_sparse.data.packing import calibration_samples
     from ast_sparse.data.text import calibration_blocks
     from ast_sparse.evaluation.perplexity import max_positions
@@ -164,7 +175,11 @@ def _samples(
             f"calibration.seq_len={length} is longer than the model's {limit:,} positions. Set at most that."
         )
     entries: tuple[Entry, ...] = config.data or (_C4,)
-    return calibration_samples(calibration_blocks(entries, None, text_field, tokenizer, length), config)
+    found = find_bos(bos, tokenizer, "--bos")
+    if (line := found.line(tokenizer, "sequence")) is not None:
+        click.echo(line)
+    blocks = calibration_blocks(entries, None, text_field, tokenizer, length, bos=bos)
+    return calibration_samples(blocks, config, found.of_block)
 
 
 def _errors(report: SparsityReport, method: str) -> list[str]:

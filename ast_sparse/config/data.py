@@ -12,6 +12,7 @@ from ast_sparse.conversion import convert
 from ast_sparse.errors import UserError
 from ast_sparse.yaml12 import shown, shown_name
 
+BOS_CHOICES = ("auto", "none", "document", "block", "window")
 _DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ROUNDING = 1e-6
 _SHARES = "Give every domain a share, or none: then by size."
@@ -96,6 +97,14 @@ class DataConfig(Section):
         metadata=about(
             "documents: attention stays inside a document, positions begin at 0 with it, and its first token is not "
             "predicted from the one before; joined: documents of a block see those before them."
+        ),
+    )
+    bos: Literal["auto", "none", "document", "block", "window"] = field(
+        default="auto",
+        metadata=about(
+            "Where text gets BOS, in calibration and evaluation.datasets too: none, before each document, or before "
+            "each block (or window); auto: what the tokenizer does with a document, and shards as they were made. "
+            "Chat templates write their own."
         ),
     )
     streaming: bool = field(

@@ -49,12 +49,16 @@ class TokenBlocks(Sequence[dict[str, Any]]):
     Args:
         folders: their shards, numbered through.
         stretches: of `split_folders`.
+        front: tokens that every block begins with, which count in its size.
     """
 
-    def __init__(self, folders: Sequence[ShardFolder], stretches: Stretches, block_size: int) -> None:
+    def __init__(
+        self, folders: Sequence[ShardFolder], stretches: Stretches, block_size: int, front: tuple[int, ...] = ()
+    ) -> None:
         self.folders = list(folders)
         self.stretches = stretches
         self.block_size = block_size
+        self.front = front
         self._shards = [(folder, shard) for folder in folders for shard in folder.manifest.shards]
         self._ends = np.cumsum(stretches.stop - stretches.start)
         self._open: dict[int, np.ndarray] = {}
@@ -62,7 +66,7 @@ class TokenBlocks(Sequence[dict[str, Any]]):
     @property
     def fingerprint(self) -> str:
         """Changes when any block does."""
-        digest = hashlib.sha256(repr(self.block_size).encode())
+        digest = hashlib.sha256(repr((self.block_size, *self.front) if self.front else self.block_size).encode())
         for folder in self.folders:
             digest.update(repr([(shard.tokens, shard.tokens_crc32) for shard in folder.manifest.shards]).encode())
         for column in (self.stretches.shard, self.stretches.start, self.stretches.stop):
@@ -72,26 +76,27 @@ class TokenBlocks(Sequence[dict[str, Any]]):
     @property
     def largest_token(self) -> int:
         """The largest token of the shards, held out or not."""
-        return max(shard.largest_token for _, shard in self._shards)
+        return max(*self.front, *(shard.largest_token for _, shard in self._shards), 0)
 
     def __len__(self) -> int:
-        return self.stretches.tokens // self.block_size
+        return self.stretches.tokens // (self.block_size - len(self.front))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        position = int(index) % len(self) * self.block_size
+        filled = len(self.front)
+        position = int(index) % len(self) * (self.block_size - filled)  # of the next token, in all stretches joined
         block = np.empty(self.block_size, dtype=np.int64)
-        filled = 0
+        block[:filled] = self.front
         stretch = int(np.searchsorted(self._ends, position, side="right"))
         while filled < self.block_size:
-            offset = position + filled - (int(self._ends[stretch - 1]) if stretch else 0)
+            offset = position - (int(self._ends[stretch - 1]) if stretch else 0)
             start, stop = int(self.stretches.start[stretch]) + offset, int(self.stretches.stop[stretch])
             count = min(stop - start, self.block_size - filled)
             block[filled : filled + count] = self._tokens(int(self.stretches.shard[stretch]))[start : start + count]
-            filled += count
+            filled, position = filled + count, position + count
             stretch += 1
         return {"input_ids": block}
 

@@ -23,6 +23,7 @@ from ast_sparse.data.conversations import SETTINGS, chat_columns, read_row, read
 from ast_sparse.data.files import check_characters, one_line
 from ast_sparse.data.messages import read_messages
 from ast_sparse.data.packing import LABELLED, eos_token, list_array, text_key, tokenizer_key
+from ast_sparse.data.shard_writer import missing
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -30,12 +31,15 @@ _FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels com
 _ROWS_PER_BATCH = 256
 
 
-def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
+def tokenise_conversations(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
+) -> Dataset:
     """Tokenise chat data; rows of which nothing is counted give no token.
 
     Args:
         rows: with the columns of `chat_columns`.
         name: what messages and the progress bar call the data.
+        bos: tokens before a prompt and completion of plain text; a chat template writes its own.
 
     Returns:
         A row each, cached: `input_ids`, `labels` (−100 where nothing is counted; int32) and `key`, a 64-bit hash.
@@ -52,7 +56,9 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:
         found = [
-            _tokens(read_row(dict(zip(batch, values, strict=True)), features), tokenizer, eos, f"{name}, row {number}")
+            _tokens(
+                read_row(dict(zip(batch, values, strict=True)), features), tokenizer, eos, f"{name}, row {number}", bos
+            )
             for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True)
         ]
         keys = [
@@ -66,7 +72,7 @@ def tokenise_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, na
 
     special = tokenizer.special_tokens_map  # what a template calls bos_token
     fixed = (template, str(DATE), special)
-    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos)
+    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos, *bos)
     tokenised = chosen.map(
         tokenise,
         with_indices=True,
@@ -101,14 +107,14 @@ def uncounted_rows(lengths: np.ndarray, name: str) -> str | None:
 
 
 def conversation_tokens(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids and labels of rows that were read; arguments and errors as of `tokenise_conversations`."""
     eos = eos_token(tokenizer)
     for number, row in enumerate(rows):
         if not number:
             _check_tokenizer(tokenizer, row, name)
-        yield _tokens(row, tokenizer, eos, f"{name}, row {number}")
+        yield _tokens(row, tokenizer, eos, f"{name}, row {number}", bos)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
@@ -133,7 +139,11 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
 
 
 def _tokens(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos: int | None, where: str
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: int | None,
+    where: str,
+    bos: tuple[int, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and labels of a row, int32; both empty if nothing is counted. Only plain text is ended by `eos`."""
     prompt, completion = row.get("prompt"), row.get("completion")
@@ -149,7 +159,8 @@ def _tokens(
     except REFUSALS as error:
         raise refusal(where, error) from error
     if eos is not None:
-        ids, counted = [*ids, eos], [*counted, True]
+        bos = missing(bos, ids)
+        ids, counted = [*bos, *ids, eos], [*(False for _ in bos), *counted, True]
     found = np.asarray(ids, dtype=np.int32)
     labels = np.where(np.asarray(counted, dtype=bool), found, IGNORE_INDEX).astype(np.int32)
     labels[:1] = IGNORE_INDEX  # nothing of the row predicts its first token

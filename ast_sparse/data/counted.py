@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
+from ast_sparse.data.collator import Borders
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
@@ -22,7 +23,7 @@ _FORMAT_VERSION = 1  # part of the fingerprint: raise it when other rows are lef
 _ROWS_PER_BATCH = 1024
 
 
-def counted_tokens(rows: Dataset, document_end: int | None = None) -> np.ndarray:
+def counted_tokens(rows: Dataset, borders: Borders | None = None) -> np.ndarray:
     """How many tokens of each row the loss counts: int64 `[rows]`.
 
     The first token of a row is never predicted, a label of −100 does not count, and of documents that are kept apart
@@ -30,15 +31,16 @@ def counted_tokens(rows: Dataset, document_end: int | None = None) -> np.ndarray
 
     Args:
         rows: `input_ids`, and perhaps `labels` and `position_ids`.
-        document_end: as of `CausalLMCollator`; None where documents are not kept apart.
+        borders: the tokens that documents end and begin with (None: no BOS), as of `CausalLMCollator`; None where
+            documents are not kept apart.
     """
     names = [name for name in ("input_ids", "labels", "position_ids") if name in rows.column_names]
     tables = rows.select_columns(names).with_format("arrow").iter(_ROWS_PER_BATCH)
-    found = [_of_table(table, document_end) for table in tables]
+    found = [_of_table(table, borders) for table in tables]
     return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
-def _of_table(table: pa.Table, document_end: int | None) -> np.ndarray:
+def _of_table(table: pa.Table, borders: Borders | None) -> np.ndarray:
     ids = table.column("input_ids")
     lengths = _lengths(ids)
     first = np.cumsum(lengths) - lengths
@@ -46,13 +48,23 @@ def _of_table(table: pa.Table, document_end: int | None) -> np.ndarray:
     is_counted[first[lengths > 0]] = False
     labels, has_labels = _values(table, "labels", lengths)
     is_counted[has_labels] &= labels != IGNORE_INDEX
-    if document_end is not None:
-        begins = np.roll(_flat(ids) == document_end, 1)
+    if borders is not None:
+        begins = np.roll(_ends(_flat(ids), first[lengths > 0], *borders), 1)
         positions, has_positions = _values(table, "position_ids", lengths)
         begins[has_positions] = positions == 0
         is_counted &= ~begins
     totals = np.concatenate([[0], np.cumsum(is_counted)])
     return (totals[first + lengths] - totals[first]).astype(np.int64)
+
+
+def _ends(ids: np.ndarray, first: np.ndarray, end: int, begin: int | None) -> np.ndarray:
+    """Where documents end, by the rule of `CausalLMCollator`. `first` are the places of the first tokens of rows."""
+    ends = ids == end
+    if begin == end:
+        before = np.roll(ends, 1)
+        before[first] = ~np.roll(ends, -1)[first]
+        ends &= ~before
+    return ends
 
 
 def _values(table: pa.Table, name: str, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +96,7 @@ def nothing_counted(name: str, rows: int) -> str:
     )
 
 
-def with_counted_tokens(dataset: Any, name: str, document_end: int | None = None, says: bool = True) -> Any:
+def with_counted_tokens(dataset: Any, name: str, borders: Borders | None = None, says: bool = True) -> Any:
     """A data set of rows without those that have no counted token; where all have one, the data set itself.
 
     Only a `datasets.Dataset`, a list of rows, domains and a mapping of names to such are looked through; anything else
@@ -92,21 +104,21 @@ def with_counted_tokens(dataset: Any, name: str, document_end: int | None = None
 
     Args:
         name: what messages call the data.
-        document_end: as of `counted_tokens`.
+        borders: as of `counted_tokens`.
         says: log how many are left out.
 
     Raises:
         UserError: no row of a data set has one.
     """
     if isinstance(dataset, Mapping):
-        return {key: with_counted_tokens(part, f"{name} {key!r}", document_end, says) for key, part in dataset.items()}
+        return {key: with_counted_tokens(part, f"{name} {key!r}", borders, says) for key, part in dataset.items()}
     if isinstance(dataset, DomainBlocks):
-        parts = with_counted_tokens(dataset.parts, name, document_end, says)
+        parts = with_counted_tokens(dataset.parts, name, borders, says)
         return dataset if all(parts[key] is part for key, part in dataset.parts.items()) else DomainBlocks(parts)
     if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-        if document_end is None and "labels" not in dataset.column_names:
+        if borders is None and "labels" not in dataset.column_names:
             return dataset
-        kept = np.flatnonzero(counted_tokens(dataset, document_end))
+        kept = np.flatnonzero(counted_tokens(dataset, borders))
     elif isinstance(dataset, list) and all(isinstance(row, dict) for row in dataset):
         kept = np.flatnonzero([_is_counted(row) for row in dataset])
     else:

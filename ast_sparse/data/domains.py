@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ast_sparse.config import MixtureConfig
+from ast_sparse.data.collator import DOMAIN
 from ast_sparse.data.order import BlockOrder, mix, seed_key
-from ast_sparse.data.packing import DOMAIN
 
 _CHUNK = 2**16  # samples that are counted at once
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.data.entries import Entry, source_stamps
 from ast_sparse.data.packing import eos_token, tokenizer_key
 from ast_sparse.data.shard_writer import (
@@ -68,6 +69,7 @@ class PrepareSettings:
         keep_long: give a longer document a shard by itself, instead of refusing it.
         workers: processes that tokenise; with one there is none beside that which reads.
         streaming: read hub data sets over the network instead of downloading them.
+        bos: as of `data.bos`. With `block` documents are written without: blocks get theirs in training.
     """
 
     entries: Sequence[Entry]
@@ -77,6 +79,7 @@ class PrepareSettings:
     keep_long: bool = False
     workers: int = 1
     streaming: bool = False
+    bos: str = "auto"
 
 
 def prepare_shards(
@@ -138,6 +141,7 @@ def _empty_manifest(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBas
         sources=names,
         text_key=hashlib.sha256(key.encode()).hexdigest()[:32],
         shards=[],
+        bos=list(find_bos(settings.bos, tokenizer, "--bos").of_document),
     )
 
 
@@ -182,6 +186,7 @@ def _check_same(ours: Manifest, theirs: Manifest, folder: Path) -> None:
     for key, what in (
         ("tokenizer_key", "another tokenizer"),
         ("eos_token_id", "another end-of-sequence token"),
+        ("bos", "or without BOS before each document (--bos)"),
         ("text_field", "another text field"),
         ("text_key", "other text, text that changed since, or another shard size"),
     ):
@@ -219,6 +224,7 @@ def _write_all(
         tokenizer=pickle.dumps(tokenizer) if backend is None else backend.to_str(),
         eos_token_id=manifest.eos_token_id,
         token_type=manifest.token_type,
+        begin=tuple(manifest.bos),
     )
     already = frozenset(done)
     tasks = ((name, texts) for name, texts in _batches(settings) if name not in already)

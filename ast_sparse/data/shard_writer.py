@@ -32,11 +32,13 @@ class TokeniserSettings:
     Attributes:
         tokenizer: JSON of a fast tokenizer, or a pickled one of another kind.
         token_type: a numpy type.
+        begin: tokens before each document.
     """
 
     tokenizer: str | bytes
     eos_token_id: int
     token_type: str
+    begin: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,17 @@ class Tokeniser:
     def __init__(self, settings: TokeniserSettings) -> None:
         self._encode = _encoder(settings.tokenizer)
         self._eos = settings.eos_token_id
+        self._begin = settings.begin
         self._type = np.dtype(settings.token_type).newbyteorder("<")
 
     def __call__(self, texts: Sequence[str]) -> Batch:
-        """Every document ended by EOS; an empty one has no token.
+        """Every document after its first tokens and ended by EOS; an empty one has no token.
 
         Raises:
             OverflowError: a token does not fit the type.
         """
         pieces = [
-            np.append(ids, self._eos) if text.strip() else ids[:0]
+            document_tokens(text, ids, self._eos, self._begin)
             for text, ids in zip(texts, encoded(self._encode, texts), strict=True)
         ]
         tokens = np.concatenate(pieces)
@@ -106,6 +109,18 @@ def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
         tokens_crc32=checksum,
         documents_crc32=zlib.crc32(index),
     )
+
+
+def document_tokens(text: str, ids: np.ndarray, eos: int, begin: tuple[int, ...] = ()) -> np.ndarray:
+    """The tokens of a text as a document: after `begin`, and ended by EOS; of an empty one none."""
+    if not text.strip():
+        return ids[:0]
+    return np.concatenate([np.asarray(missing(begin, ids), dtype=ids.dtype), ids, [eos]])
+
+
+def missing(begin: tuple[int, ...], ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """What of BOS is to be put before a text: none where the text, a chat written out, begins with it already."""
+    return () if tuple(ids[: len(begin)]) == begin else begin
 
 
 def text_key(text: str) -> int:

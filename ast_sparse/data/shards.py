@@ -3,7 +3,8 @@
 A folder holds
 
 - `manifest.json`: tokenizer, token type, counts, and name, sizes and checksums of every shard;
-- `shard-N.tokens`: token ids, little-endian uint16 or uint32, every document ended by one EOS;
+- `shard-N.tokens`: token ids, little-endian uint16 or uint32, every document ended by one EOS, and begun by BOS where
+  the manifest says so;
 - `shard-N.documents`: two little-endian uint64 arrays `[documents]`: where each document ends in the shard, and a hash
   of its text. Empty documents have no tokens and are kept.
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Manifest:
         tokenizer_key: hash of what decides the tokens of a text, of `packing.tokenizer_key`, and of its EOS.
         vocab_size: tokens of the tokenizer, which decided the token type.
         token_type: uint16 or uint32.
+        bos: tokens that every document begins with, that is not empty; none in folders that do not say it.
         text_field, sources: what was read.
         text_key: hash of what the files were (name, size, time) and how they were cut, by which a call that goes on
             knows its own work.
@@ -69,6 +71,7 @@ class Manifest:
     sources: list[str]
     text_key: str
     shards: list[Shard]
+    bos: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -167,10 +170,11 @@ def parse_manifest(path: Path) -> Manifest:
                 f"{path} has format_version {version}, this version of ast_sparse reads up to {FORMAT_VERSION}. "
                 "Update ast_sparse."
             )
+        content = {"bos": [], **content}  # folders made before it was known have none
         values = {item.name: content[item.name] for item in fields(Manifest)}
         shards = [parse_shard(shard) for shard in values.pop("shards")]
         manifest = Manifest(shards=shards, **values)
-        numbers = (manifest.vocab_size, manifest.eos_token_id)
+        numbers = (manifest.vocab_size, manifest.eos_token_id, *manifest.bos)
         if manifest.token_type not in _TYPES or not all(type(number) is int for number in numbers):
             raise ValueError(manifest.token_type)
     except UserError:
@@ -235,8 +239,14 @@ def verify_shards(folder: Path, progress: Callable[[int], object] = lambda size:
         ends = open_documents(folder, shard)[0].astype(np.int64)
         lengths = np.diff(ends, prepend=0)
         is_whole = int(ends[-1] if len(ends) else 0) == shard.tokens and not (lengths < 0).any()
-        last = open_tokens(folder, manifest, shard)[ends[lengths > 0] - 1] if is_whole else ends
-        if not is_whole or (last != manifest.eos_token_id).any():
+        tokens, full = open_tokens(folder, manifest, shard), lengths > 0
+        last = tokens[ends[full] - 1] if is_whole else ends
+        first = (ends - lengths)[full]
+        has_other_begins = is_whole and (
+            (lengths[full] <= len(manifest.bos)).any()
+            or any((tokens[first + i] != bos).any() for i, bos in enumerate(manifest.bos))
+        )
+        if not is_whole or has_other_begins or (last != manifest.eos_token_id).any():
             raise UserError(f"{folder / shard.name} does not hold the documents its manifest says. Make it again.")
     return manifest
 

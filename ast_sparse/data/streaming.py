@@ -10,8 +10,9 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.entries import Entry
-from ast_sparse.data.packing import eos_token, token_ids
+from ast_sparse.data.packing import block_begins, eos_token, token_ids
 from ast_sparse.data.sources import iterate_documents
 from ast_sparse.errors import UserError
 
@@ -26,6 +27,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
 
     Args:
         entries, root, text_field: as of `data.train`.
+        bos: what stands before documents or blocks.
     """
 
     def __init__(
@@ -35,22 +37,26 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         text_field: str,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int,
+        bos: Bos = NO_BOS,
     ) -> None:
         self.entries = entries
         self.root = root
         self.text_field = text_field
         self.tokenizer = tokenizer
         self.block_size = block_size
+        self.bos = bos
         self.eos = eos_token(tokenizer)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         carried = np.empty(0, dtype=np.int64)
+        front = self.bos.of_block
         for tokens in self._stream():
             stream = np.concatenate([carried, tokens])
-            blocks = len(stream) // self.block_size
-            for block in stream[: blocks * self.block_size].reshape(blocks, self.block_size):
-                yield {"input_ids": block}
-            carried = stream[blocks * self.block_size :]
+            begins, end = block_begins(stream, self.block_size, front)
+            for at, before in begins:
+                text = stream[at : at + self.block_size - before]
+                yield {"input_ids": np.concatenate([np.asarray(front, dtype=np.int64), text]) if before else text}
+            carried = stream[end:]
 
     def _stream(self) -> Iterator[np.ndarray]:
         """The tokens of some documents at a time, of all sources again and again."""
@@ -58,10 +64,10 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             total = 0
             documents = iterate_documents(self.entries, self.root, self.text_field, "data.train", streaming=True)
             while texts := [text for text, _ in islice(documents, _DOCUMENTS)]:
-                tokens = np.concatenate(list(token_ids(self.tokenizer, texts, self.eos)))
+                tokens = np.concatenate(list(token_ids(self.tokenizer, texts, self.eos, self.bos.of_document)))
                 total += len(tokens)
                 yield tokens
-            if total < self.block_size:
+            if total < self.block_size - len(self.bos.of_block):
                 raise UserError(
                     f"`data.train`: the stream ends after {total:,} tokens, fewer than one block of "
                     f"`data.block_size` = {self.block_size:,}. Name more text."

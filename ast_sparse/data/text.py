@@ -13,7 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks import TokenBlocks, join, split_folders
+from ast_sparse.data.bos import Bos, bos_of_shards, find_bos
 from ast_sparse.data.chat import chat_columns, tokenise_conversations, uncounted_rows
+from ast_sparse.data.collator import Borders, document_borders
 from ast_sparse.data.counted import counted_tokens, nothing_counted
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import Entry, shard_folders
@@ -77,6 +79,7 @@ class DataReport:
     eval: SplitReport | None
     empty_documents: int
     uncounted: tuple[str, ...] = ()  # a line for each source of chat data that has rows of which nothing is counted
+    bos: str | None = None  # what stands where, for a tokenizer that has to do with BOS
 
     def lines(self) -> list[str]:
         """The report as lines to print."""
@@ -96,7 +99,7 @@ class DataReport:
         if self.empty_documents:
             lines.append(f"empty documents left out: {self.empty_documents:,}")
         lines.extend(f"warning: {line}" for line in self.uncounted)
-        return lines
+        return lines + ([self.bos] if self.bos else [])
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -127,67 +130,86 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
             counts, or shards are of another tokenizer.
     """
     trained, evaluated = config.entries("train"), config.entries("eval")
+    bos = find_bos(config.bos, tokenizer)
     if config.streaming:
-        return _streamed(config, tokenizer)
-    train = _read(config, tokenizer, trained, 0.0 if evaluated else config.eval_share)
-    held_out = _read(config, tokenizer, evaluated, 0.0) if evaluated else None
-    document_end = _document_end(config, tokenizer)
-    blocks, train_report = _pack(train, "train", False, config, document_end)
+        return _streamed(config, tokenizer, bos)
+    train = _read(config, tokenizer, trained, 0.0 if evaluated else config.eval_share, bos)
+    held_out = _read(config, tokenizer, evaluated, 0.0, bos) if evaluated else None
+    borders = document_borders(tokenizer, config.packing, config.bos)
+    blocks, train_report = _pack(train, "train", False, config, borders)
     held_out_blocks, held_out_report = None, None
     if held_out is not None:
-        held_out_blocks, held_out_report = _pack(held_out, "eval", False, config, document_end)
+        held_out_blocks, held_out_report = _pack(held_out, "eval", False, config, borders)
     elif config.eval_share:
-        held_out_blocks, held_out_report = _pack(train, "held out", True, config, document_end)
+        held_out_blocks, held_out_report = _pack(train, "held out", True, config, borders)
     empty = train.empty + (held_out.empty if held_out else 0)
+    lines = dict.fromkeys(part.bos.line(tokenizer) for part in (train, held_out) if part is not None)
     report = DataReport(
         block_size=config.block_size,
         train=train_report,
         eval=held_out_report,
         empty_documents=empty,
         uncounted=train.uncounted + (held_out.uncounted if held_out else ()),
+        bos="; held out: ".join(line for line in lines if line) or None,
     )
     return blocks, held_out_blocks, report
 
 
 def _streamed(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, bos: Bos
 ) -> tuple[StreamedBlocks, Blocks | None, DataReport]:
-    train = StreamedBlocks(config.train or (), config.root, config.text_field, tokenizer, config.block_size)
+    train = StreamedBlocks(config.train or (), config.root, config.text_field, tokenizer, config.block_size, bos)
     next(iter(train))  # so that what cannot be read at all is found before a model is loaded
-    held_out, blocks, report = None, None, None
+    held_out, blocks, eval_report = None, None, None
     if evaluated := config.entries("eval"):
-        held_out = _read(config, tokenizer, evaluated, 0.0)
-        blocks, report = _pack(held_out, "eval", False, config, _document_end(config, tokenizer))
+        held_out = _read(config, tokenizer, evaluated, 0.0, bos)
+        blocks, eval_report = _pack(
+            held_out, "eval", False, config, document_borders(tokenizer, config.packing, config.bos)
+        )
     empty, uncounted = (held_out.empty, held_out.uncounted) if held_out else (0, ())
-    return (
-        train,
-        blocks,
-        DataReport(block_size=config.block_size, train=None, eval=report, empty_documents=empty, uncounted=uncounted),
+    report = DataReport(
+        block_size=config.block_size,
+        train=None,
+        eval=eval_report,
+        empty_documents=empty,
+        uncounted=uncounted,
+        bos=bos.line(tokenizer),
     )
+    return train, blocks, report
 
 
 def _read(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, entries: Mapping[str, Sequence[Entry]], share: float
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    entries: Mapping[str, Sequence[Entry]],
+    share: float,
+    bos: Bos,
 ) -> _Text | _Shards:
     folders = {field: shard_folders(part, config.root, field) for field, part in entries.items()}
     if any(folders.values()):
-        return _Shards(folders, tokenizer, share, config.seed)
+        return _Shards(folders, tokenizer, share, config.seed, bos, config.bos)
     sources = {
         field: load_documents(part, config.root, config.text_field, field=field) for field, part in entries.items()
     }
-    return _Text(sources, tokenizer, share, config.seed)
+    return _Text(sources, tokenizer, share, config.seed, bos)
 
 
 class _Text:
     """Sources of text, tokenised, and how many tokens of each document train."""
 
     def __init__(
-        self, sources: Mapping[str, list[Source]], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
+        self,
+        sources: Mapping[str, list[Source]],
+        tokenizer: PreTrainedTokenizerBase,
+        share: float,
+        seed: int,
+        bos: Bos,
     ) -> None:
+        self.bos = bos
         self.fields = [field for field, part in sources.items() for _ in part]
         every = [source for part in sources.values() for source in part]
         self.names = [source.name for source in every]
-        self.tokenised = _tokenise_all(every, tokenizer)
+        self.tokenised = _tokenise_all(every, tokenizer, bos)
         self.lengths = [token_counts(part) for part in self.tokenised]
         pairs = list(zip(every, self.lengths, strict=True))
         self.empty = sum(int((length == 0).sum()) for source, length in pairs if not source.is_chat)
@@ -206,7 +228,7 @@ class _Text:
         """The same as blocks, of several sources joined."""
         starts, stops = zip(*(self._range(source, is_held_out) for source in sources), strict=True)
         documents = datasets.concatenate_datasets([self.tokenised[source] for source in sources])
-        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), block_size, label)
+        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), block_size, label, self.bos)
 
     def _range(self, source: int, is_held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         cut = self.cuts[source]
@@ -217,7 +239,13 @@ class _Shards:
     """Folders of shards, and which stretches of them train."""
 
     def __init__(
-        self, folders: Mapping[str, list[ShardFolder]], tokenizer: PreTrainedTokenizerBase, share: float, seed: int
+        self,
+        folders: Mapping[str, list[ShardFolder]],
+        tokenizer: PreTrainedTokenizerBase,
+        share: float,
+        seed: int,
+        bos: Bos,
+        choice: str,
     ) -> None:
         self.fields = [field for field, part in folders.items() for _ in part]
         self.folders = [folder for part in folders.values() for folder in part]
@@ -229,6 +257,7 @@ class _Shards:
                     f"{folder.manifest.tokenizer}. Make them again with ast-data prepare --tokenizer "
                     f"{tokenizer.name_or_path}."
                 )
+        self.bos = bos_of_shards(self.fields, self.folders, bos, choice)
         self.empty = sum(folder.manifest.empty for folder in self.folders)
         self.uncounted: tuple[str, ...] = ()
         self.stretches = split_folders(self.folders, share, seed)
@@ -241,31 +270,28 @@ class _Shards:
     def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> TokenBlocks:
         """The same as blocks, of several folders joined."""
         chosen = [self.stretches[source][int(is_held_out)] for source in sources]
-        return TokenBlocks(self.folders, join(chosen), block_size)
-
-
-def _document_end(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return eos_token(tokenizer) if config.packing == "documents" else None
+        return TokenBlocks(self.folders, join(chosen), block_size, self.bos.of_block)
 
 
 def _pack(
-    split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, document_end: int | None
+    split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, borders: Borders | None
 ) -> tuple[Blocks, SplitReport]:
     """One split; of domains each by itself."""
     size = config.block_size
+    of_text = size - len(split.bos.of_block)
     every = range(len(split.fields))
     reports = [split.report(source, is_held_out) for source in every]
     if not config.domains:
-        report = _split_report(name, reports, config)
+        report = _split_report(name, reports, config, of_text)
         blocks = split.blocks(list(every), is_held_out, size, name)
-        return blocks, _counted(blocks, report, document_end)
+        return blocks, _counted(blocks, report, borders)
     parts, totals = {}, []
     for domain in config.domains:
         chosen = [source for source in every if split.fields[source].startswith(f"data.domains.{domain}.")]
         try:
-            report = _split_report(name, [reports[source] for source in chosen], config)
+            report = _split_report(name, [reports[source] for source in chosen], config, of_text)
             parts[domain] = split.blocks(chosen, is_held_out, size, f"{domain}, {name}")
-            totals.append(_counted(parts[domain], report, document_end))
+            totals.append(_counted(parts[domain], report, borders))
         except UserError as error:
             raise UserError(f"data.domains.{domain}: {error}") from None
     keys = ("documents", "tokens", "blocks", "leftover", "empty")
@@ -279,11 +305,11 @@ def _pack(
     return DomainBlocks(parts), SplitReport(name=name, sources=domains, **sums)
 
 
-def _counted(blocks: Dataset | TokenBlocks, report: SplitReport, document_end: int | None) -> SplitReport:
+def _counted(blocks: Dataset | TokenBlocks, report: SplitReport, borders: Borders | None) -> SplitReport:
     """The report with what the loss counts; every block of raw text that is read as one stream has such tokens."""
-    if not isinstance(blocks, Dataset) or ("labels" not in blocks.column_names and document_end is None):
+    if not isinstance(blocks, Dataset) or ("labels" not in blocks.column_names and borders is None):
         return report
-    found = counted_tokens(blocks, document_end)
+    found = counted_tokens(blocks, borders)
     if not found.any():
         raise UserError(nothing_counted(f"The text of {_names(report.sources)} ({report.name})", len(blocks)))
     return replace(report, counted=int(found.sum()), empty=int((found == 0).sum()))
@@ -297,11 +323,16 @@ def _names(sources: Sequence[SourceReport]) -> str:
     return ", ".join(source.name for source in sources[:3]) + (f" and {len(sources) - 3} more" if sources[3:] else "")
 
 
-def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int) -> Dataset:
+def pack_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int, bos: str = "auto"
+) -> Dataset:
     """Tokenise and pack a data set of raw text or chat data, for SparseTrainer.
 
     Documents are joined in order, one EOS after each, conversations as their template writes them; the number of tokens
     that do not fill a last block is logged.
+
+    Args:
+        bos: as of `data.bos`.
 
     Returns:
         Rows `{"input_ids": block_size token ids}`, with `labels` where it is chat data.
@@ -310,35 +341,36 @@ def pack_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_fiel
         UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
             `tokenise_conversations`.
     """
+    found = find_bos(bos, tokenizer, "bos")
     is_chat = bool(chat_columns(dataset.column_names))
     if is_chat:
-        tokenised = tokenise_conversations(dataset, tokenizer, "the data set")
+        tokenised = tokenise_conversations(dataset, tokenizer, "the data set", found.of_document)
     else:
-        tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set")
+        tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set", found)
     lengths = token_counts(tokenised)
     if is_chat and (line := uncounted_rows(lengths, "the data set")):
         logger.warning(line)
-    total = int(lengths.sum())
-    if total < block_size:
+    total, of_text = int(lengths.sum()), block_size - len(found.of_block)
+    if total < of_text:
         raise UserError(
             f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
             "Give more text or lower `block_size`."
         )
-    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set")
-    if total % block_size:
+    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set", found)
+    if total % of_text:
         logger.warning(
-            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % block_size:,} tokens "
+            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % of_text:,} tokens "
             "do not fill a block and are left out."
         )
     return packed
 
 
-def _tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+def _tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:
     """Of raw text beside chat data every token is a label."""
     tokenised = [
-        tokenise_conversations(source.documents, tokenizer, source.name)
+        tokenise_conversations(source.documents, tokenizer, source.name, bos.of_document)
         if source.is_chat
-        else tokenise_documents(source.documents, tokenizer, source.text_field, source.name)
+        else tokenise_documents(source.documents, tokenizer, source.text_field, source.name, bos)
         for source in sources
     ]
     if not any(source.is_chat for source in sources):
@@ -353,37 +385,44 @@ def calibration_blocks(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     field: str = "calibration.data",
+    bos: str = "auto",
 ) -> Dataset:
     """Text for one-shot pruning as packed blocks (rows `{"input_ids": block_size token ids}`), cached.
+
+    Args:
+        bos: as of `data.bos`.
 
     Raises:
         UserError: a source cannot be read, or there is less text than one block.
     """
     sources = load_documents(entries, root, text_field, field=field)
-    tokenised = _tokenise_all(sources, tokenizer)
+    found = find_bos(bos, tokenizer)
+    tokenised = _tokenise_all(sources, tokenizer, found)
     counts = [token_counts(part) for part in tokenised]
     for source, lengths in zip(sources, counts, strict=True):
         if source.is_chat and (line := uncounted_rows(lengths, source.name)):
             logger.warning(line)
     ends = np.concatenate(counts)
-    if ends.sum() < block_size:
+    if ends.sum() < block_size - len(found.of_block):
         raise UserError(
             f"`{field}`: {', '.join(source.name for source in sources)} has {int(ends.sum()):,} tokens, fewer than one "
             f"sequence of {block_size:,}. Give more text, or shorter sequences."
         )
-    return pack_tokens(datasets.concatenate_datasets(tokenised), np.zeros_like(ends), ends, block_size, "calibration")
+    documents = datasets.concatenate_datasets(tokenised)
+    return pack_tokens(documents, np.zeros_like(ends), ends, block_size, "calibration", found)
 
 
-def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig) -> SplitReport:
+def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig, of_text: int) -> SplitReport:
+    """The report of a split whose blocks take so many tokens of text."""
     tokens = sum(source.tokens for source in sources)
-    if tokens < config.block_size:
+    if tokens < of_text:
         raise UserError(_too_short(split, [source.name for source in sources], tokens, config))
     return SplitReport(
         name=split,
         documents=sum(source.documents for source in sources),
         tokens=tokens,
-        blocks=tokens // config.block_size,
-        leftover=tokens % config.block_size,
+        blocks=tokens // of_text,
+        leftover=tokens % of_text,
         sources=tuple(sources),
     )
 

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score
 from ast_sparse.evaluation.texts import Text
-from ast_sparse.evaluation.windows import cut, tokenise, tokenise_chat
+from ast_sparse.evaluation.windows import Stream, cut, tokenise, tokenise_chat
 
 _SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
 
@@ -35,6 +36,7 @@ class TextResult(PerplexityResult):
     all_windows: int  # of the text, measured or not
     stride: int | None
     join: str
+    bos: str  # where the text had BOS: none, document or window
     documents: int
     scored_bytes: int | None  # None: the tokenizer has no offsets
     bits_per_byte: float | None
@@ -62,6 +64,7 @@ def measure_text(
     is_chat: bool = False,
     stride: int | None = None,
     join: str = "blank-line",
+    bos: str = "auto",
     teacher: nn.Module | None = None,
     progress: bool = True,
     label: str = "Perplexity",
@@ -79,22 +82,31 @@ def measure_text(
         stride: tokens between the begins of windows, as of `windows.cut`; None: they do not overlap, and the rest of
             the text is dropped (the published protocol), unless documents are separate, whose rest is a shorter window.
         join: as of `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
-        teacher: a model with the same vocabulary.
+        bos: as of `perplexity`; with `document` or `auto` each document that is tokenised by itself has its own.
+        teacher: a model with the same tokenizer; its vocabulary may be padded to another size.
 
     Raises:
-        UserError: as `evaluate_text`; a stride not below the window, vocabularies of different size.
+        UserError: as `evaluate_text`; a stride not below the window, a token that the teacher does not know.
     """
     started = time.perf_counter()
     config = getattr(model, "config", None)
     check_window(config, seq_len, windows)
     if teacher is not None:
-        check_teacher(config, getattr(teacher, "config", None), seq_len)
+        check_teacher_window(getattr(teacher, "config", None), seq_len)
     join = "separate" if is_chat else join
-    streams = tokenise_chat(tokenizer, documents, "the text") if is_chat else tokenise(tokenizer, documents, join)
+    found = find_bos(bos, tokenizer, "--bos")
+    if is_chat:
+        streams = tokenise_chat(tokenizer, documents, "the text", found)
+    else:
+        streams = tokenise(tokenizer, documents, join, found)
+    front = found.of_block
     total_tokens = sum(len(stream.tokens) for stream in streams)
     separate = join == "separate"
-    every = cut(streams, seq_len, stride, keep_rest=separate)
-    check_streams(model, streams, seq_len, is_cut=bool(every) and (separate or total_tokens >= seq_len))
+    every = cut(streams, seq_len, stride, keep_rest=separate, front=front)
+    is_cut = bool(every) and (separate or total_tokens + len(front) >= seq_len)
+    check_streams(model, streams, seq_len, is_cut=is_cut, front=front)
+    if teacher is not None:
+        _check_taught(model, teacher, streams)
     measured = every[:windows]
     pairs = ((window.tokens, window.chosen) for window in measured)
     sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
@@ -110,6 +122,7 @@ def measure_text(
         all_windows=len(every),
         stride=stride,
         join=join,
+        bos="window" if front else found.place,
         documents=len(documents),
     )
 
@@ -122,6 +135,7 @@ def measure_texts(
     windows: int | None = None,
     *,
     stride: int | None = None,
+    bos: str = "auto",
     teacher: nn.Module | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, TextResult]]:
@@ -138,6 +152,7 @@ def measure_texts(
                 min(limits, default=None),
                 stride=stride,
                 join=text.join,
+                bos=bos,
                 is_chat=text.is_chat,
                 teacher=teacher,
                 progress=progress,
@@ -169,23 +184,28 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerB
         )
 
 
-def check_teacher(config: Any, teacher_config: Any, seq_len: int) -> None:
-    """Check that a teacher takes the window and has as large a vocabulary as the model.
+def check_teacher_window(teacher_config: Any, seq_len: int) -> None:
+    """Check that a teacher takes the window.
 
     Raises:
         UserError: it does not.
     """
-    if config is None or teacher_config is None:
-        return
     try:
         check_window(teacher_config, seq_len)
     except UserError as error:
         raise UserError(f"--teacher: {error}") from None
-    ours, theirs = text_config(config).vocab_size, text_config(teacher_config).vocab_size
-    if ours != theirs:
+
+
+def _check_taught(model: nn.Module, teacher: nn.Module, streams: Sequence[Stream]) -> None:
+    """Raise UserError for a token that the teacher, whose vocabulary is another, has no embedding for."""
+    config, other = (getattr(each, "config", None) for each in (model, teacher))
+    if config is None or other is None:
+        return
+    ours, theirs = text_config(config).vocab_size, text_config(other).vocab_size
+    if theirs < ours and max(max(stream.tokens, default=0) for stream in streams) >= theirs:
         raise UserError(
-            f"--teacher has a vocabulary of {theirs} tokens, the model one of {ours}. Name a teacher with the model's "
-            "vocabulary, for instance the model it was pruned from."
+            f"--teacher has a vocabulary of {theirs} tokens, the model one of {ours}, and the text has tokens beyond "
+            "it. Name a teacher with the model's tokenizer, for instance the model it was pruned from."
         )
 
 
@@ -216,6 +236,7 @@ def total_of(results: Sequence[TextResult]) -> TextResult:
         all_windows=sum(result.all_windows for result in results),
         stride=first.stride,
         join=first.join,
+        bos=first.bos,
         documents=sum(result.documents for result in results),
     )
 

@@ -1,8 +1,9 @@
 """Perplexity in the published protocol, and the WikiText-2 text it is reported on.
 
-The text is tokenised as one stream without special tokens and cut into windows that do not overlap; the remainder is
-dropped. Each window of `seq_len` tokens predicts `seq_len - 1`; the figure is exp of the mean loss over all of them
-(paper Sec. 7). A longer window gives a lower figure, so no figure means anything without its window length.
+The text is tokenised as one stream, by default as the tokenizer does when it is called with it (BOS at its begin, or
+none), and cut into windows that do not overlap; the remainder is dropped. Each window of `seq_len` tokens predicts
+`seq_len - 1`; the figure is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower figure,
+so no figure means anything without its window length.
 """
 
 import time
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import score
@@ -68,6 +70,7 @@ def perplexity(
     text_or_rows: str | Sequence[str],
     seq_len: int,
     windows: int | None = None,
+    bos: str = "auto",
 ) -> float:
     """Perplexity of a causal language model on a text; `evaluate_text` returns the particulars as well.
 
@@ -77,11 +80,13 @@ def perplexity(
         text_or_rows: the text, or rows to be joined by a blank line.
         seq_len: tokens of a window.
         windows: measure only the first so many.
+        bos: `auto`: what the tokenizer does, BOS at the begin of the text or none; `none`; `document`: at the begin of
+            the text; `window`: at the begin of each window, whose `seq_len` it counts in. It is not predicted.
 
     Raises:
         UserError: as `evaluate_text`.
     """
-    result = evaluate_text(model, tokenizer, text_or_rows, seq_len, windows)
+    result = evaluate_text(model, tokenizer, text_or_rows, seq_len, windows, bos=bos)
     if fault := result.fault():
         warnings.warn(f"{fault[0].upper()}{fault[1:]}. {NOT_FINITE}", stacklevel=2)
     return result.perplexity
@@ -94,10 +99,11 @@ def evaluate_text(
     seq_len: int,
     windows: int | None = None,
     *,
+    bos: str = "auto",
     progress: bool = True,
     label: str = "Perplexity",
 ) -> PerplexityResult:
-    """Perplexity over non-overlapping windows of the text.
+    """Perplexity over non-overlapping windows of the text; arguments as of `perplexity`.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the loss is float32.
     Afterwards every module is back in the mode it was in. `label` stands before the progress bar.
@@ -108,16 +114,19 @@ def evaluate_text(
     """
     documents = [text_or_rows] if isinstance(text_or_rows, str) else text_or_rows
     check_window(getattr(model, "config", None), seq_len, windows)
-    streams = tokenise(tokenizer, documents)
-    cuts = cut(streams, seq_len)[:windows]
-    check_streams(model, streams, seq_len, is_cut=bool(cuts))
-    pairs = ((window.tokens, window.scored) for window in cuts)
+    found = find_bos(bos, tokenizer, "bos")
+    streams = tokenise(tokenizer, documents, bos=found)
+    cuts = cut(streams, seq_len, front=found.of_block)[:windows]
+    check_streams(model, streams, seq_len, is_cut=bool(cuts), front=found.of_block)
+    pairs = ((window.tokens, window.chosen) for window in cuts)
     total = sum(len(stream.tokens) for stream in streams)
     return _measure(model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, progress=progress, label=label)
 
 
-def check_streams(model: nn.Module, streams: Sequence[Stream], seq_len: int, *, is_cut: bool) -> None:
-    """Check that the text gave windows (`is_cut`) and that the model knows its tokens.
+def check_streams(
+    model: nn.Module, streams: Sequence[Stream], seq_len: int, *, is_cut: bool, front: tuple[int, ...] = ()
+) -> None:
+    """Check that the text gave windows (`is_cut`) and that the model knows its tokens and those before each window.
 
     Raises:
         UserError: a text shorter than a window, or a token without an embedding.
@@ -129,7 +138,7 @@ def check_streams(model: nn.Module, streams: Sequence[Stream], seq_len: int, *, 
         )
     config = getattr(model, "config", None)
     embeddings = None if config is None else getattr(text_config(config), "vocab_size", None)
-    largest = max(max(stream.tokens, default=0) for stream in streams)
+    largest = max(0, *front, *(max(stream.tokens, default=0) for stream in streams))
     if embeddings is not None and largest >= embeddings:
         raise UserError(
             f"The tokenizer makes the token {largest}, the model has {embeddings} embeddings. They do not belong "

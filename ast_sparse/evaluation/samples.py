@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ast_sparse.data.bos import find_bos
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.evaluation.scoring import eval_mode
@@ -15,7 +16,11 @@ _NEW_TOKENS = 48
 
 @torch.no_grad()
 def continue_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], field: str = "prompts"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    field: str = "prompts",
+    bos: str = "auto",
 ) -> dict[str, str]:
     """What a model writes after each prompt, taking the likeliest token each time.
 
@@ -23,17 +28,20 @@ def continue_prompts(
 
     Args:
         field: the setting the prompts come from, for messages.
+        bos: as of `data.bos`: whether BOS stands before each prompt.
 
     Raises:
         UserError: a prompt without text, or one that fills the model's positions.
     """
     limit = max_positions(model.config)
+    begin = find_bos(bos, tokenizer).tokens
     found = {}
     with eval_mode(model):
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            inputs = torch.tensor([[*begin, *ids]], dtype=torch.long)
             length = inputs.shape[1]
-            if not length:
+            if not ids:
                 raise UserError(f"{field}: {prompt!r} gives no token. Write another prompt, or remove it.")
             if limit is not None and length >= limit:
                 raise UserError(

@@ -59,7 +59,7 @@ def score(
         windows: token ids (int64 tensor or list) and how many of the last of them are scored, at least one and fewer
             than there are tokens; or which of those after the first are (bool `[tokens − 1]`).
         count: how many windows there are, for the progress bar.
-        teacher: has the vocabulary of the model.
+        teacher: has the tokens of the model; what one of them has more at the end is left out of the comparison.
     """
     sums = Sums()
     scored_by = _Scored(model), None if teacher is None else _Scored(teacher)
@@ -139,7 +139,12 @@ def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, sc
 
 
 def _compare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed KL(teacher‖student) (float64) and how often the likeliest tokens agree (int64), of logits in float32."""
+    """Summed KL(teacher‖student) (float64) and how often the likeliest tokens agree (int64), of logits in float32.
+
+    Where one model has more columns than the other (padding of the vocabulary), over those that both have.
+    """
+    width = min(student.shape[-1], teacher.shape[-1])
+    student, teacher = student[..., :width], teacher[..., :width]
     log_s, log_t = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     p_t = log_t.exp()
     kl = torch.where(p_t == 0, 0, p_t * (log_t - log_s))  # 0 · log 0 = 0

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.chat import conversation_tokens, uncounted_rows
+from ast_sparse.data.shard_writer import missing
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -41,23 +43,25 @@ class Stream:
 
 
 class Window(NamedTuple):
-    """Tokens `begin` to `end` of a stream, of which the last `scored` are predicted and counted."""
+    """Tokens `begin` to `end` of a stream after those of `front`; the last `scored` are predicted and counted."""
 
     stream: Stream
     begin: int
     end: int
     scored: int
+    front: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> list[int]:
-        return self.stream.tokens[self.begin : self.end]
+        return [*self.front, *self.stream.tokens[self.begin : self.end]]
 
     @property
     def chosen(self) -> int | Tensor:
         """What is predicted, as `scoring.score` takes it."""
         if self.stream.counted is None:
             return self.scored
-        counted = torch.tensor(self.stream.counted[self.begin + 1 : self.end], dtype=torch.bool)
+        of_stream = self.stream.counted[self.begin : self.end]
+        counted = torch.tensor([*(False for _ in self.front), *of_stream][1:], dtype=torch.bool)
         counted[: len(counted) - self.scored] = False
         return counted
 
@@ -65,40 +69,50 @@ class Window(NamedTuple):
     def scored_bytes(self) -> int | None:
         """UTF-8 bytes that the scored tokens stand for, None without offsets."""
         ends = self.stream.ends
-        return None if ends is None else ends[self.end - 1] - ends[self.end - self.scored - 1]
+        if ends is None:
+            return None
+        before = self.end - self.scored - 1
+        return ends[self.end - 1] - (ends[before] if before >= 0 else 0)
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str = "blank-line") -> list[Stream]:
-    """Tokenise documents without special tokens.
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str = "blank-line", bos: Bos = NO_BOS
+) -> list[Stream]:
+    """Tokenise documents, without special tokens but those of `bos`.
 
     Args:
         join: `blank-line`, `newline`, `space`, `none`: what stands between documents of the one text. `eos`: documents
             are tokenised one by one, with the end-of-text token between them; it is predicted and stands for no byte.
             `separate`: every document is a stream of its own.
+        bos: what stands before each document; before the one text, where documents are joined to one before they are
+            tokenised. It is not predicted and stands for no byte. Before windows it is put by `cut`.
 
     Raises:
         UserError: `eos` and the tokenizer has no such token.
     """
-    if join in SEPARATORS:
-        return _encode(tokenizer, [SEPARATORS[join].join(documents)])
-    streams = _encode(tokenizer, list(documents))
-    if join == "separate":
-        return streams
-    eos = tokenizer.eos_token_id
-    if not isinstance(eos, int):
-        raise UserError(
-            "--join eos: the tokenizer has no end-of-text token. Join by blank-line, newline, space or none."
-        )
-    return [_joined_by(eos, streams)]
+    texts = [SEPARATORS[join].join(documents)] if join in SEPARATORS else list(documents)
+    streams = [_begun(stream, bos.of_document) for stream in _encode(tokenizer, texts)]
+    if join == "eos":
+        eos = tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise UserError(
+                "--join eos: the tokenizer has no end-of-text token. Join by blank-line, newline, space or none."
+            )
+        streams = [_joined_by(eos, streams)]
+    return [_all_counted(stream) for stream in streams]
 
 
-def tokenise_chat(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], name: str) -> list[Stream]:
+def tokenise_chat(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], name: str, bos: Bos = NO_BOS
+) -> list[Stream]:
     """Conversations, a stream each, of which what the assistant says is predicted.
+
+    Chat templates write their own BOS; of prompts and completions that are plain text it is that of `bos`.
 
     Raises:
         UserError: as `data.chat.tokenise_conversations`.
     """
-    found = list(conversation_tokens(rows, tokenizer, name))
+    found = list(conversation_tokens(rows, tokenizer, name, bos.of_document))
     if line := uncounted_rows(np.array([len(ids) for ids, _ in found]), name):
         logger.warning(line)
     return [Stream(ids.tolist(), None, (labels != IGNORE_INDEX).tolist()) for ids, labels in found]
@@ -134,19 +148,43 @@ def _byte_ends(text: str, spans: list[tuple[int, int]]) -> list[int]:
     return ends
 
 
+def _begun(stream: Stream, begin: tuple[int, ...]) -> Stream:
+    """A document after BOS, which is not predicted; an empty one stays empty."""
+    begin = missing(begin, stream.tokens)
+    if not begin or not stream.tokens:
+        return stream
+    ends = None if stream.ends is None else [*(0 for _ in begin), *stream.ends]
+    counted = [*(False for _ in begin), *(True for _ in stream.tokens)]
+    return Stream([*begin, *stream.tokens], ends, counted)
+
+
+def _all_counted(stream: Stream) -> Stream:
+    """Without a mask where it says no more than that nothing predicts the first token."""
+    return Stream(stream.tokens, stream.ends) if stream.counted and all(stream.counted[1:]) else stream
+
+
 def _joined_by(token: int, streams: list[Stream]) -> Stream:
     tokens: list[int] = []
+    counted: list[bool] = []
     ends: list[int] | None = [] if all(stream.ends is not None for stream in streams) else None
     for index, stream in enumerate(streams):
         count = ends[-1] if ends else 0
         between = [token] if index else []
         tokens += between + stream.tokens
+        counted += [True] * len(between) + (stream.counted or [True] * len(stream.tokens))
         if ends is not None and stream.ends is not None:
             ends += [count] * len(between) + [count + end for end in stream.ends]
-    return Stream(tokens, ends)
+    return Stream(tokens, ends, counted)
 
 
-def cut(streams: Sequence[Stream], seq_len: int, stride: int | None = None, *, keep_rest: bool = False) -> list[Window]:
+def cut(
+    streams: Sequence[Stream],
+    seq_len: int,
+    stride: int | None = None,
+    *,
+    keep_rest: bool = False,
+    front: tuple[int, ...] = (),
+) -> list[Window]:
     """Cut every stream into windows of `seq_len` tokens.
 
     Args:
@@ -155,35 +193,32 @@ def cut(streams: Sequence[Stream], seq_len: int, stride: int | None = None, *, k
             end of the one before it, and so all tokens of a stream but its first are scored once; the last window ends
             with the stream and may be shorter.
         keep_rest: with no stride, keep the rest as a shorter window.
+        front: BOS before every window, context only: `seq_len` less its tokens are of the text, and all of them are
+            predicted. A window that begins with it already, of a chat template, gets no second one.
 
     Raises:
         UserError: `stride` is not between 1 and `seq_len` − 1.
     """
-    if stride is not None and not 1 <= stride < seq_len:
+    longest = seq_len - max(1, len(front))
+    if stride is not None and not 1 <= stride <= longest:
         raise UserError(
-            f"--stride {stride} must be between 1 and {seq_len - 1}, a token less than the window of {seq_len} tokens. "
+            f"--stride {stride} must be between 1 and {longest}, a token less than the window of {seq_len} tokens. "
             "Leave it out for windows that do not overlap."
         )
     windows = []
     for stream in streams:
-        length = len(stream.tokens)
-        spans = _apart(length, seq_len, keep_rest) if stride is None else _overlapping(length, seq_len, stride)
-        windows += [Window(stream, *span) for span in spans]
+        windows += list(_cut(stream, seq_len, stride, keep_rest, front))
     return windows
 
 
-def _apart(length: int, seq_len: int, keep_rest: bool) -> Iterator[tuple[int, int, int]]:
-    for begin in range(0, length, seq_len):
-        end = min(begin + seq_len, length)
-        if end - begin == seq_len or (keep_rest and end - begin > 1):
-            yield begin, end, end - begin - 1
-
-
-def _overlapping(length: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    done = 1  # nothing predicts the first token
-    for begin in range(0, length, stride):
-        if done >= length:
-            return
-        end = min(begin + seq_len, length)
-        yield begin, end, end - done
-        done = end
+def _cut(stream: Stream, seq_len: int, stride: int | None, keep_rest: bool, front: tuple[int, ...]) -> Iterator[Window]:
+    length, begin, done = len(stream.tokens), 0, 0
+    while begin < length and (stride is None or done < length):
+        before = missing(front, stream.tokens[begin : begin + len(front)])
+        first = begin if before else begin + 1  # that is predicted
+        end = min(begin + seq_len - len(before), length)
+        is_whole = len(before) + end - begin == seq_len
+        scored = end - max(done, first)
+        if scored > 0 and (is_whole or keep_rest or stride is not None):
+            yield Window(stream, begin, end, scored, before)
+        begin, done = (end if stride is None else begin + stride), end

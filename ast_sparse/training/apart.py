@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ast_sparse.data.packing import CausalLMCollator, eos_token
+from ast_sparse.data.collator import CausalLMCollator, document_borders
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import eval_mode
 
@@ -15,15 +15,11 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, for float32 an
 _TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
 
 
-def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str) -> CausalLMCollator:
+def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> CausalLMCollator:
     """The collator of a run; with packing `documents` it marks where documents begin."""
     pad = tokenizer.pad_token_id if tokenizer is not None else None
-    return CausalLMCollator(pad, document_end(tokenizer, packing))
-
-
-def document_end(tokenizer: PreTrainedTokenizerBase | None, packing: str) -> int | None:
-    """The token that documents end with where they are kept apart; None where they are not."""
-    return eos_token(tokenizer) if packing == "documents" and tokenizer is not None else None
+    end, begin = document_borders(tokenizer, packing, bos) or (None, None)
+    return CausalLMCollator(pad, end, begin)
 
 
 def check_apart(

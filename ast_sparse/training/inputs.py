@@ -8,8 +8,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ast_sparse.data.conversations import chat_columns
 from ast_sparse.data.text import pack_dataset
+from ast_sparse.data.vocabulary import check_teacher_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
+from ast_sparse.places import load_tokenizer
 
 _LONGEST_BLOCK = 1024  # where nothing was asked for
 
@@ -42,13 +44,41 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedMo
             )
 
 
-def check_vocabularies(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise UserError if the KL cannot compare the two output distributions."""
-    ours, theirs = student.get_text_config().vocab_size, teacher.get_text_config().vocab_size
-    if ours != theirs:
+def check_vocabularies(
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    name: str | None = None,
+) -> str | None:
+    """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer lies beside it.
+
+    Args:
+        tokenizer: of the student; None: the one beside its weights.
+        name: of the teacher, where it is not the one in its configuration.
+
+    Returns:
+        A line to print where there are no two tokenizers to compare.
+
+    Raises:
+        UserError: as `check_teacher_tokens`.
+    """
+    name = name or str(teacher.name_or_path)
+    named = f"model.teacher {name!r}"
+    rows, teacher_rows = (config.get_text_config().vocab_size for config in (student, teacher))
+    if tokenizer is None:
+        tokenizer = find_tokenizer(student.name_or_path)
+    else:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
+    return check_teacher_tokens(tokenizer, find_tokenizer(name), rows, teacher_rows, named)
+
+
+def check_taught(tokens: torch.Tensor, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raise UserError for a token that the teacher, whose vocabulary is the smaller one, has no embedding for."""
+    rows = teacher.get_text_config().vocab_size
+    if rows < student.get_text_config().vocab_size and (largest := int(tokens.max())) >= rows:
         raise UserError(
-            f"model.teacher {str(teacher.name_or_path)!r} has a vocabulary of {theirs} tokens, the student {ours}. "
-            "Distillation needs the same tokenizer: choose a teacher of the same family."
+            f"The training text has the token {largest}, and model.teacher {str(teacher.name_or_path)!r} has {rows} "
+            "embeddings. Leave out text with tokens that were added to the student, or choose another teacher."
         )
 
 
@@ -68,10 +98,20 @@ def block_length(block_size: int | None, *models: Any) -> int:
     return block_size or min(_LONGEST_BLOCK, limit or _LONGEST_BLOCK)
 
 
-def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int) -> Any:
+def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, None where there is none that can be read."""
+    try:
+        return load_tokenizer(name_or_path) if name_or_path else None
+    except UserError:
+        return None
+
+
+def as_blocks(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int, bos: str = "auto"
+) -> Any:
     """A data set of raw text or chat data as packed blocks; anything that has `input_ids` as it is."""
     if isinstance(dataset, dict):
-        return {name: as_blocks(part, tokenizer, text_field, block_size) for name, part in dataset.items()}
+        return {name: as_blocks(part, tokenizer, text_field, block_size, bos) for name, part in dataset.items()}
     columns = getattr(dataset, "column_names", None) or []
     chat = chat_columns(columns)
     if "input_ids" in columns or not (chat or text_field in columns):
@@ -84,4 +124,4 @@ def as_blocks(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_fiel
             f"A {type(dataset).__name__} of {what} cannot be packed here. Tokenise it to `input_ids` first, "
             "or pass a datasets.Dataset."
         )
-    return pack_dataset(dataset, tokenizer, text_field, block_size)
+    return pack_dataset(dataset, tokenizer, text_field, block_size, bos)

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
+from ast_sparse.data.bos import find_bos
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.sources import read_texts
 from ast_sparse.errors import DivergenceError, UserError
@@ -112,8 +113,9 @@ class Measured:
             UserError: naming the text that does not.
         """
         window = self.config.evaluation.seq_len or default_seq_len(model_config)
+        bos = len(find_bos(self.config.data.bos, tokenizer).tokens)
         for name, rows in self.texts.items():
-            tokens = len(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
+            tokens = bos + len(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
             if tokens < window:
                 raise UserError(
                     f"{_FIELD}: {name!r} has {tokens:,} tokens, fewer than one window of {window:,}. "
@@ -132,7 +134,8 @@ class Measured:
             return {}
         model.to(self.device)  # type: ignore[arg-type]
         if settings.report:
-            self.samples[stage] = continue_prompts(model, tokenizer, settings.prompts, "evaluation.prompts")
+            prompts, bos = settings.prompts, self.config.data.bos
+            self.samples[stage] = continue_prompts(model, tokenizer, prompts, "evaluation.prompts", bos)
         results = self._measure(stage, model, tokenizer, held_out, self.show)
         if self.leaves_device:
             model.to("cpu")  # type: ignore[arg-type]
@@ -155,12 +158,14 @@ class Measured:
         settings = self.config.evaluation
         results: dict[str, PerplexityResult] = {}
         for name in settings.datasets:
+            bos = self.config.data.bos
             shown: dict[str, Any] = {"progress": show, "label": f"Perplexity, {stage}, {name}"}
             if name == HELDOUT:
                 results[name] = evaluate_blocks(model, _as_one(held_out), settings.windows, **shown)
             else:
                 seq_len = settings.seq_len or default_seq_len(model.config)
-                results[name] = evaluate_text(model, tokenizer, self.texts[name], seq_len, settings.windows, **shown)
+                text = self.texts[name]
+                results[name] = evaluate_text(model, tokenizer, text, seq_len, settings.windows, bos=bos, **shown)
         return results
 
 

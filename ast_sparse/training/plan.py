@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.errors import UserError
@@ -15,7 +21,7 @@ from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.companions import companion_files
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
 from ast_sparse.export.origin import check_saving, read_generation_config, source_folder
-from ast_sparse.places import load_model_config
+from ast_sparse.places import load_model_config, load_tokenizer
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.distributed import check_shardable, sharding_plugin
@@ -109,7 +115,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
-        _check_teacher(config.model.teacher, model_config, config)
+        notes += _check_teacher(config.model.teacher, model_config, config)
     model = _meta_model(config.model, model_config)
     _check_saving(config.model, model_config)
     if sharding_plugin(args) is not None:
@@ -206,7 +212,8 @@ def _check_dense(folder: Path) -> None:
         )
 
 
-def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> None:
+def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> list[str]:
+    """Notes on a teacher that can be read and fits."""
     path = Path(name).expanduser()
     try:
         teacher = load_model_config(name)
@@ -214,9 +221,18 @@ def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> N
             weight_files(path)
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
-    check_vocabularies(student, teacher)
+    note = check_vocabularies(student, teacher, _tokenizer(config.model), name)
     check_feature_shapes(config.distillation, student, teacher)
     _check_lengths({"data.block_size": config.data.block_size}, teacher, f"model.teacher={name!r}")
+    return [] if note is None else [note]
+
+
+def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase | None:
+    keys = ("revision", "gguf_file", "trust_remote_code")
+    try:
+        return load_tokenizer(model.name_or_path, **{key: getattr(model, key) for key in keys})
+    except UserError:  # said by the run; a plan needs none
+        return None
 
 
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:

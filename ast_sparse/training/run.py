@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.collator import document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import check_entries, check_sources
@@ -25,11 +26,10 @@ from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.export.origin import check_saving
 from ast_sparse.loading import load_causal_lm, random_causal_lm
-from ast_sparse.places import load_tokenizer
+from ast_sparse.places import load_model_config, load_tokenizer
 from ast_sparse.progress import library_bars
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.shards import whole
-from ast_sparse.training.apart import document_end
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
 from ast_sparse.training.checkpoints import (
@@ -38,6 +38,7 @@ from ast_sparse.training.checkpoints import (
     write_errors,
 )
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
+from ast_sparse.training.inputs import check_taught
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, check_finite, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.mixture import check_evaluations
@@ -204,14 +205,15 @@ def _prepare(
             ) from error
     if args.should_log:
         echo("\n".join(data_report.lines()))
-    every_block, end = train, document_end(tokenizer, config.data.packing)
-    train = with_counted_tokens(train, "data.train", end, says=False)
-    held_out = with_counted_tokens(held_out, "The held-out text", end, says=False)
+    every_block, borders = train, document_borders(tokenizer, config.data.packing, config.data.bos)
+    train = with_counted_tokens(train, "data.train", borders, says=False)
+    held_out = with_counted_tokens(held_out, "The held-out text", borders, says=False)
     if not isinstance(train, StreamedBlocks):
         _check_batches(args, len(train))
     with library_bars(not args.disable_tqdm):
         model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
-    _check_token_ids(train, tokenizer, model)
+        teacher = _teacher(config)
+    _check_token_ids(train, tokenizer, model, teacher)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = read_rows(output, config) if checkpoint is not None else {}
@@ -230,12 +232,13 @@ def _prepare(
             calibration_config=config.calibration,
             watch_config=config.watch,
             calibration_dataset=_calibration(config, args, tokenizer, checkpoint, every_block),
-            teacher_model=_teacher(config),
+            teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
             packing=config.data.packing,
+            bos=config.data.bos,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
@@ -273,7 +276,8 @@ def _calibration(
         return training
     with args.main_process_first(desc="tokenising the calibration text"):
         length = settings.seq_len or config.data.block_size
-        return calibration_blocks(settings.data, config.data.root, config.data.text_field, tokenizer, length)
+        data = config.data
+        return calibration_blocks(settings.data, data.root, data.text_field, tokenizer, length, bos=data.bos)
 
 
 def _slorb(config: RunConfig) -> SLoRBConfig | None:
@@ -334,10 +338,13 @@ def _check_streaming(config: RunConfig, args: TrainingArguments) -> None:
         )
 
 
-def _check_token_ids(train: Blocks, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Every token of the text has its row in the embedding: a tokenizer with spare entries is no fault."""
+def _check_token_ids(
+    train: Blocks, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, teacher: PreTrainedModel | str | None
+) -> None:
+    """Every token of the text has its row in the embeddings: a tokenizer with spare entries is no fault."""
     rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) <= rows or isinstance(train, StreamedBlocks):
+    taught_by = load_model_config(teacher) if isinstance(teacher, str) else model.config
+    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size) or isinstance(train, StreamedBlocks):
         return
     largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
     if largest >= rows:
@@ -345,6 +352,7 @@ def _check_token_ids(train: Blocks, tokenizer: PreTrainedTokenizerBase, model: P
             f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
             "embeddings. They do not belong together: put the model's own tokenizer into its folder."
         )
+    check_taught(torch.tensor(largest), model.config, taught_by)
 
 
 def _largest_token(blocks: Any) -> int:
@@ -385,8 +393,9 @@ def _load_options(model: ModelConfig) -> dict[str, Any]:
 
 def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
     """The teacher where it is not the student's own start."""
-    distills = config.distillation is not None and config.distillation.needs_teacher
-    if config.model.teacher is None and config.model.random_weights and distills:
+    if config.distillation is None or not config.distillation.needs_teacher:
+        return None
+    if config.model.teacher is None and config.model.random_weights:
         return _load_dense(config.model)
     return config.model.teacher
 

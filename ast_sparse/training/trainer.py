@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import logging
 
 import ast_sparse
 from ast_sparse.config import (
@@ -31,9 +32,11 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
+from ast_sparse.data.bos import NO_BOS, find_bos
+from ast_sparse.data.collator import DOMAIN, document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.packing import DOMAIN, calibration_samples
+from ast_sparse.data.packing import calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
@@ -45,7 +48,7 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
-from ast_sparse.training.apart import check_apart, document_end, make_collator
+from ast_sparse.training.apart import check_apart, make_collator
 from ast_sparse.training.arguments import check_arguments
 from ast_sparse.training.baselines import LateSLoRB, check_baseline
 from ast_sparse.training.callbacks import SparsityCallback
@@ -60,7 +63,14 @@ from ast_sparse.training.distributed import (
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.heap import freed_memory_given_back
 from ast_sparse.training.held_out import HeldOutLoss
-from ast_sparse.training.inputs import as_blocks, block_length, check_model, check_optimizer, check_vocabularies
+from ast_sparse.training.inputs import (
+    as_blocks,
+    block_length,
+    check_model,
+    check_optimizer,
+    check_taught,
+    check_vocabularies,
+)
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
@@ -71,6 +81,8 @@ from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
+
+logger = logging.get_logger(__name__)
 
 
 class SparseTrainer(CheckpointTrainer):
@@ -94,6 +106,7 @@ class SparseTrainer(CheckpointTrainer):
             is counted; both are tokenised and packed. Blocks of token shards are read where they lie. A mapping of
             names to such is a mixture of domains; the losses held out are then reported by domain.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
+        bos: as of `data.bos`, for raw text.
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
 
@@ -122,6 +135,7 @@ class SparseTrainer(CheckpointTrainer):
         text_field: str = "text",
         block_size: int | None = None,
         packing: Literal["joined", "documents"] = "joined",
+        bos: str = "auto",
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -156,25 +170,26 @@ class SparseTrainer(CheckpointTrainer):
             "distillation": None if distillation_config is None else distillation_config.to_dict(),
             "calibration": (calibration_config or CalibrationConfig()).to_dict(),
             "watch": (watch_config or WatchConfig()).to_dict(),
-            "data": {"packing": packing},
+            "data": {"packing": packing, "bos": bos},
         }
         self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
-        self.teacher = self._frozen_teacher(model, teacher_model, args)
+        self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
-        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
+        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size, bos=bos)
+        found = NO_BOS if processing_class is None else find_bos(bos, processing_class, "bos")
         train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
         if isinstance(train_dataset, dict):
             train_dataset = DomainBlocks(train_dataset)
         calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
         if data_collator is None:  # which may make labels of its own
-            end = document_end(processing_class, packing)
-            train_dataset = with_counted_tokens(train_dataset, "train_dataset", end)
-            eval_dataset = with_counted_tokens(eval_dataset, "eval_dataset", end)
+            borders = document_borders(processing_class, packing, bos)
+            train_dataset = with_counted_tokens(train_dataset, "train_dataset", borders)
+            eval_dataset = with_counted_tokens(eval_dataset, "eval_dataset", borders)
         if isinstance(eval_dataset, DomainBlocks):  # Trainer evaluates a mapping part by part
             eval_dataset = eval_dataset.parts
         self.calibration_config = calibration_config or CalibrationConfig()
-        self.sparsity_report: SparsityReport = self._sparsify(model, args, calibration_dataset, pack)
+        self.sparsity_report: SparsityReport = self._sparsify(model, args, calibration_dataset, pack, found.of_block)
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)
@@ -182,7 +197,7 @@ class SparseTrainer(CheckpointTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=data_collator or make_collator(processing_class, packing),
+                data_collator=data_collator or make_collator(processing_class, packing, bos),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -230,17 +245,24 @@ class SparseTrainer(CheckpointTrainer):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
 
     def _frozen_teacher(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | str | None,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> nn.Module | None:
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
             return None
         check_feature_settings(self.distillation_config, model.config, args)
+        is_other, name = teacher is not None and teacher is not model, teacher if isinstance(teacher, str) else None
         if isinstance(teacher, str):
             teacher = load_causal_lm(teacher)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
-        check_vocabularies(model.config, teacher.config)
+        note = check_vocabularies(model.config, teacher.config, tokenizer, name) if is_other else None
+        if note is not None and args.should_log:
+            logger.warning(f"{note}.")
         check_feature_shapes(self.distillation_config, model.config, teacher.config)
         use_eager_attention(self.distillation_config, model, teacher, bool(args.should_log))
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
@@ -248,7 +270,9 @@ class SparseTrainer(CheckpointTrainer):
                 parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
         return teacher.requires_grad_(False).eval()
 
-    def _sparsify(self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any) -> SparsityReport:
+    def _sparsify(
+        self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any, front: tuple[int, ...]
+    ) -> SparsityReport:
         """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
         config = self.sparsity_config
         if config.init == "magnitude" or calibration is False:
@@ -258,7 +282,7 @@ class SparseTrainer(CheckpointTrainer):
             config,
             self.slorb_config,
             calibration_config=self.calibration_config,
-            samples=calibration_samples(pack(calibration), self.calibration_config),
+            samples=calibration_samples(pack(calibration), self.calibration_config, front),
             device=args.device,
             progress=bool(args.should_log) and not args.disable_tqdm,
         )
@@ -286,6 +310,8 @@ class SparseTrainer(CheckpointTrainer):
             raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
+        if model.training and self.teacher is not None:
+            check_taught(inputs["input_ids"], self.student.config, cast(PreTrainedModel, self.teacher).config)
         if "position_ids" in features:
             features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from ast_sparse.config import WatchConfig
-from ast_sparse.data.packing import DOMAIN
+from ast_sparse.data.collator import DOMAIN
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import DivergenceError, UserError
 from ast_sparse.sparsity.shards import whole

@@ -1,5 +1,6 @@
 """ast-eval: several texts, groups, windows, a teacher, and tasks of the LM Evaluation Harness."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedModel
 
 from ast_sparse.data.chat import tokenise_conversations
@@ -236,3 +238,36 @@ def test_error_in_a_later_text_keeps_the_figures_of_the_first(model: str, domain
     result = run(model, "--dataset", domains, "--dataset", tmp_path / "short.txt", "--seq-len", "48")
     assert result.exit_code == 2 and "mixed.jsonl" in result.stdout
     assert f"{model}: short.txt: The text has" in result.stderr.splitlines()[-1]
+
+
+def test_a_teacher_is_compared_over_the_rows_both_have(model: str, tmp_path: Path) -> None:
+    words, teacher = generated_text(40), tiny_model(seed=1)
+    expected = measure_text(tiny_model(), tiny_tokenizer(), [words], 48, teacher=teacher, progress=False)
+    wide = tiny_model(seed=1)
+    wide.resize_token_embeddings(160, mean_resizing=False)
+    with torch.no_grad():
+        wide.get_input_embeddings().weight[128:].normal_(0, 3)
+    wide.save_pretrained(tmp_path / "wide")
+    (tmp_path / "text.txt").write_text(words)
+    text = ("--dataset", tmp_path / "text.txt", "--seq-len", "48", "--teacher")
+    assert "has no tokenizer to compare" in refused(model, *text, tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    row = table(run(model, *text, tmp_path / "wide"))[2]
+    assert row[-2:] == [f"{expected.teacher_kl:.4f}", f"{expected.teacher_agreement:.2%}"]
+    back = table(run(tmp_path / "wide", *text, model))[2]
+    assert back[-1] == row[-1]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_said(
+    model: str, domains: Path, tmp_path: Path
+) -> None:
+    text = ("--dataset", domains, "--seq-len", "48", "--teacher")
+    tiny_model(seed=1).save_pretrained(tmp_path / "bare")
+    result = run(model, *text, tmp_path / "bare")
+    assert f"Note: --teacher {tmp_path / 'bare'}: the teacher has no tokenizer to compare" in result.stderr
+    tiny_model(seed=1).save_pretrained(tmp_path / "other")
+    other = copy.deepcopy(tiny_tokenizer())
+    other.backend_tokenizer.normalizer = Lowercase()
+    other.save_pretrained(tmp_path / "other")
+    message = refused(model, *text, tmp_path / "other")
+    assert f"--teacher {tmp_path / 'other'} has another tokenizer: it makes" in message

@@ -10,10 +10,13 @@ from click.testing import CliRunner, Result
 from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main
+from ast_sparse.config import CalibrationConfig, SparsityConfig
+from ast_sparse.data.packing import calibration_samples
 from ast_sparse.export.files import read_json
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.masks import Pattern
-from ast_sparse.sparsity.model import select_layers
+from ast_sparse.sparsity.model import select_layers, sparse_layers, sparsify_model
+from tests.data.test_bos import BOS, bos_tokenizer, save_bos_model
 from tests.models import generated_text, save_tiny_model
 
 CALIBRATION = ("--samples", "4", "--seq-len", "16")
@@ -160,3 +163,34 @@ def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: str, pattern: str, f
     assert (revived > 0) == (method == "sparsegpt")
     recorded = read_json(tmp_path / "kept" / "sparsity_config.json")["one_shot"]
     assert method == "magnitude" or recorded["calibration"]["keep_zeros"] is True
+
+
+@pytest.mark.parametrize("bos", ["auto", "none", "document", "window", "block"])
+def test_calibration_text_has_bos_where_it_is_asked_for(bos: str, folder: Path, tmp_path: Path) -> None:
+    model = save_bos_model(tmp_path / "model")
+    arguments = ("--method", "wanda", "--calibration", folder / "text.txt", *CALIBRATION, "--bos", bos)
+    result = run(model, tmp_path / "out", *arguments, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    where = {"none": "none", "window": "<s> before each sequence", "block": "<s> before each sequence"}
+    assert f"BOS: {where.get(bos, '<s> before each document')}" in result.stdout
+    assert read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]["calibration"]["bos"] == bos
+    ids = [*bos_tokenizer().encode(generated_text(), add_special_tokens=False), 0]
+    if bos in ("auto", "document"):
+        ids = [BOS, *ids]
+    front, size = ([BOS], 15) if bos in ("window", "block") else ([], 16)
+    blocks = [{"input_ids": front + ids[at : at + size]} for at in range(0, len(ids) - size + 1, size)]
+    samples = calibration_samples(blocks, CalibrationConfig(samples=4, seq_len=16), tuple(front))
+    expected = load_causal_lm(model)
+    config = SparsityConfig(init="wanda")
+    sparsify_model(expected, config, calibration_config=CalibrationConfig(samples=4), samples=samples)
+    masks = {name: layer.mask for name, layer in sparse_layers(expected).items()}
+    found = load_causal_lm(tmp_path / "out")
+    assert all(torch.equal(found.get_parameter(f"{name}.weight") != 0, mask) for name, mask in masks.items())
+
+
+def test_bos_that_the_tokenizer_lacks_is_refused(folder: Path, tmp_path: Path) -> None:
+    result = run(
+        folder / "llama", tmp_path / "out", "--method", "wanda", "--calibration", folder / "text.txt", "--bos", "window"
+    )
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "--bos='window': the tokenizer of" in result.stderr and "has no BOS token" in result.stderr

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from ast_sparse import DistillationConfig, SparseTrainer, UserError
-from ast_sparse.data.packing import CausalLMCollator
+from ast_sparse.data.collator import CausalLMCollator
 from ast_sparse.data.text import pack_dataset
 from ast_sparse.training.apart import check_apart
 from tests.data.test_chat import ROWS, tokenizer

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ast_sparse import SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
 from ast_sparse.data.blocks import TokenBlocks
-from ast_sparse.data.packing import CausalLMCollator
+from ast_sparse.data.collator import CausalLMCollator
 from ast_sparse.training.loader import DATA_STATE, make_mixture
 from tests.data.test_blocks import build, shards
 from tests.data.test_packing import documents

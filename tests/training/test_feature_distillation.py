@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ast_sparse import DistillationConfig, SparsityConfig, UserError
 from ast_sparse.config import DataConfig, ModelConfig, RunConfig
-from ast_sparse.data.packing import CausalLMCollator
+from ast_sparse.data.collator import CausalLMCollator
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.plan import make_plan
 from ast_sparse.training.teacher import check_feature_settings

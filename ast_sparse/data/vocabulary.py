@@ -1,0 +1,112 @@
+"""Whether the tokens of a student and of its teacher are the same: two tokenizers compared."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.errors import UserError
+
+# What the tokenizer makes of text; truncation, padding, special tokens it puts around a text, and the way back to text
+# may differ.
+_PIPELINE = ("normalizer", "pre_tokenizer", "model")
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  Two blanks,\ttabs,\n\n  line breaks \r\n and a blank at the end ",
+    "HTTPServer isn't camelCase: don't, WE'LL, it's, I'm; 1234567890 3.14159 1,000,000 2026-01-31",
+    "def f(x):\n    return {'a': [x ** 2 for x in range(10)], \"b\": x != 0}  # TODO\n",
+    "naïve café Straße ÅNGSTRÖM ﬁ ½ ① Ａ e\u0301",
+    "Привет, мир! 你好，世界。こんにちは 안녕하세요 مرحبا नमस्ते 🙂👩\u200d💻",
+)
+_GENERATED = 256  # further probes, of random tokens
+_TOKENS = 12  # of each
+
+
+def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    """Why two tokenizers do not make the same ids of a text, or None where they do.
+
+    Every id that both have must be the same token. Tokens that one of them alone has, as added at its end, are no
+    difference. Chat templates, padding, truncation and special tokens that are put around a text are not compared.
+    """
+    ours, theirs = (_by_id(tokenizer) for tokenizer in (student, teacher))
+    shared = sorted(ours.keys() & theirs.keys())
+    for index in shared:
+        if ours[index] != theirs[index]:
+            return f"token {index} is {theirs[index]!r} there and {ours[index]!r} here"
+    if (pipeline := _pipeline(student)) is not None and pipeline == _pipeline(teacher):
+        return None
+    for text in (*_PROBES, *_generated(student, shared)):
+        tokens, others = (_encode(tokenizer, text) for tokenizer in (student, teacher))
+        if tokens != others:
+            return f"it makes {_some(others)} of {text[:20]!r} and the student's {_some(tokens)}"
+    return None
+
+
+def check_teacher_tokens(
+    student: PreTrainedTokenizerBase | None,
+    teacher: PreTrainedTokenizerBase | None,
+    rows: int,
+    teacher_rows: int,
+    named: str,
+) -> str | None:
+    """Check that the logits of a teacher speak of the student's tokens; padding of either vocabulary may differ.
+
+    Args:
+        student, teacher: their tokenizers; None where there is none. Then sizes have to agree.
+        rows, teacher_rows: of the embeddings.
+        named: what messages call the teacher.
+
+    Returns:
+        A line to print where the tokenizers could not be compared, or end text with other tokens.
+
+    Raises:
+        UserError: the tokenizers differ, or a model lacks rows for tokens of the teacher's tokenizer.
+    """
+    of = "Choose a teacher with the student's tokenizer, for instance one of the same family."
+    sizes = f"{named} has a vocabulary of {teacher_rows} tokens, the student {rows}"
+    if student is None or teacher is None:
+        whose = "the teacher" if teacher is None else "the student"
+        if rows != teacher_rows:
+            raise UserError(f"{sizes}, and {whose} has no tokenizer to compare. {of}")
+        return f"{named}: {whose} has no tokenizer to compare; its tokens are taken for the student's"
+    if (reason := difference(student, teacher)) is not None:
+        raise UserError(f"{named} has another tokenizer: {reason}. {of}")
+    if rows != teacher_rows and min(rows, teacher_rows) < min(len(student), len(teacher)):
+        raise UserError(f"{sizes}, and its tokenizer makes {len(teacher)}. {of}")
+    if student.eos_token_id != teacher.eos_token_id:  # as of a base model and its chat model
+        return f"{named} ends text with {teacher.eos_token!r}, the student with {student.eos_token!r}"
+    return None
+
+
+def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for token, index in tokenizer.get_vocab().items():
+        found[index] = min(token, found.get(index, token))  # a few tokenizers have two names for one id
+    return found
+
+
+def _pipeline(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The parts of a fast tokenizer that decide the tokens of a text, None of another kind."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    return [state.get(part) for part in _PIPELINE]
+
+
+def _generated(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """Texts of random tokens, so that a small or a foreign vocabulary is tried as well."""
+    chance = random.Random(0)
+    return [str(tokenizer.decode(chance.choices(tokens, k=_TOKENS))) for _ in range(_GENERATED if tokens else 0)]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _some(tokens: list[int]) -> str:
+    return f"[{', '.join(map(str, tokens[:6]))}{', …' if len(tokens) > 6 else ''}]"

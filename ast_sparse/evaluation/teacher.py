@@ -1,0 +1,42 @@
+"""What `ast-eval --teacher` asks of a teacher: the window, and the tokens of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.data.vocabulary import check_teacher_tokens
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.measure import check_teacher_window
+from ast_sparse.evaluation.perplexity import text_config
+from ast_sparse.places import load_tokenizer
+
+
+def check_teacher(
+    name: str,
+    teacher_config: Any,
+    config: Any,
+    seq_len: int,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+) -> str | None:
+    """Check a teacher against a model and its tokenizer, before weights are loaded.
+
+    Args:
+        name: of the teacher.
+        config, tokenizer: of the model.
+
+    Returns:
+        A line to print where the teacher has no tokenizer to compare.
+
+    Raises:
+        UserError: the window is too long for it, or its tokens are not the model's.
+    """
+    check_teacher_window(teacher_config, seq_len)
+    try:
+        other = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    except UserError:
+        other = None  # none beside its weights
+    rows, teacher_rows = (text_config(each).vocab_size for each in (config, teacher_config))
+    return check_teacher_tokens(tokenizer, other, rows, teacher_rows, "--teacher")
