@@ -132,6 +132,8 @@ def _check_model(model: Any) -> None:
         raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError("Cannot export a quantized model. Give its folder, or load it by `load_causal_lm`.")
 
 
 def _plan_layers(source: _Source, format: str) -> _Plan:

@@ -13,7 +13,9 @@ from ast_sparse.config import DistillationConfig, ModelConfig, RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
+from ast_sparse.export.packed import decode_on_load
 from ast_sparse.places import load_model_config
+from ast_sparse.quantized import forget_quantization
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.distributed import check_shardable, sharding_plugin
@@ -171,6 +173,9 @@ def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTraine
     )
     if path.is_dir() and model.gguf_file is None and reads_weights:
         _check_dense(path)
+    if reads_weights:
+        decode_on_load(config, model.name_or_path)
+    forget_quantization(config)  # a plan counts the decoded model
     return config
 
 
@@ -196,6 +201,7 @@ def _check_teacher(name: str, student: PreTrainedConfig, distillation: Distillat
         teacher = load_model_config(name)
         if path.is_dir():
             weight_files(path)
+        decode_on_load(teacher, name)
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
     check_vocabularies(student, teacher)

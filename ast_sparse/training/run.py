@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -325,12 +324,6 @@ def _largest_token(blocks: Any) -> int:
     return max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in blocks.data.column("input_ids").chunks)
 
 
-def _check_finite(model: PreTrainedModel, name: str) -> None:
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"`{key}` of {name!r} holds values that are not finite. Copy or write the model again.")
-
-
 def _check_batches(args: TrainingArguments, blocks: int) -> None:
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and blocks < batch:
@@ -341,9 +334,7 @@ def _check_batches(args: TrainingArguments, blocks: int) -> None:
 
 
 def _load_dense(model: ModelConfig) -> PreTrainedModel:
-    dense = load_causal_lm(model.name_or_path, **_load_options(model))
-    _check_finite(dense, model.name_or_path)
-    return dense
+    return load_causal_lm(model.name_or_path, **_load_options(model))
 
 
 def _random_student(model: ModelConfig, seed: int) -> PreTrainedModel:

@@ -40,6 +40,7 @@ from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
+from ast_sparse.quantized import make_plain
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
@@ -134,6 +135,7 @@ class SparseTrainer(CheckpointTrainer):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
         model = load_causal_lm(model) if isinstance(model, str) else model
+        make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
         check_model(model)
         if sharding_plugin(args) is not None:
             check_shardable(model)
