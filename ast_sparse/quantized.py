@@ -5,7 +5,7 @@ would so be written as codes again, of weights that training has changed, in a f
 plain.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,7 +33,8 @@ def make_plain(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
         _decode(model, name, dtype)
     conversions = plain_conversions(model)
     if conversions is not getattr(model, "_weight_conversions", None):
-        model._weight_conversions, was_quantized = conversions, True
+        cast(Any, model)._weight_conversions = conversions
+        was_quantized = True
     if was_quantized:
         _cast(model, dtype or model.config.dtype or torch.float32)
     for module in model.modules():

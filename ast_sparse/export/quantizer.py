@@ -133,7 +133,7 @@ class Decode24(ConversionOps):
                 dense = dense.t().contiguous()
             if dense.shape != expected.shape:
                 raise ValueError(f"it decodes to {tuple(dense.shape)}, the model needs {tuple(expected.shape)}")
-            return {full_layer_name: dense.to(expected.dtype)}
+            return {full_layer_name: dense}  # in the dtype it was read in: some models keep layers in float32
         except ValueError as error:
             self.problems.append(f"`{name}`: {error}")
             return {full_layer_name: torch.zeros(expected.shape, dtype=expected.dtype)}

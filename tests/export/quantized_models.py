@@ -85,5 +85,7 @@ def plain_twin(folder: Path, family: str, meant: dict[str, Tensor]) -> dict[str,
     """State dict of a model that was saved with those weights, by transformers alone."""
     AutoModelForCausalLM.from_config(fp8_config(family), dtype=torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    save_file({name: value.contiguous() for name, value in meant.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in meant.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())

@@ -79,7 +79,9 @@ def test_prune_eval_and_export_read_fp8(tmp_path: Path) -> None:
     pruned = torch.where(nm_mask(meant[name].abs(), 2, 4), meant[name], 0).bfloat16()
     assert torch.equal(load_file(tmp_path / "pruned" / "model.safetensors")[name], pruned)
     (tmp_path / "text.txt").write_text(generated_text())
-    result = CliRunner().invoke(evaluate, [str(tmp_path / "fp8"), "--dataset", str(tmp_path / "text.txt"), "--seq-len", "64"])
+    result = CliRunner().invoke(
+        evaluate, [str(tmp_path / "fp8"), "--dataset", str(tmp_path / "text.txt"), "--seq-len", "64"]
+    )
     assert result.exit_code == 0, result.output
 
     sparse = save_fp8_model(tmp_path / "sparse", change=lambda w: torch.where(nm_mask(w.abs(), 2, 4), w, 0))
@@ -127,7 +129,9 @@ def test_float8_without_a_quantization_config_is_refused_by_name(dtype: torch.dt
     save_tiny_model(tmp_path)
     key = "model.layers.1.mlp.up_proj.weight"
     change_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
-    with pytest.raises(UserError, match=rf"`{key}` is stored as F8_E\dM\d, and config.json has no `quantization_config`"):
+    with pytest.raises(
+        UserError, match=rf"`{key}` is stored as F8_E\dM\d, and config.json has no `quantization_config`"
+    ):
         load_causal_lm(tmp_path)
 
 
@@ -138,7 +142,7 @@ def test_an_fp8_folder_that_lost_a_scale_or_its_config_is_refused(tmp_path: Path
     with pytest.raises(UserError, match=f"`{key}` is stored as F8_E4M3 without a scale"):
         load_causal_lm(tmp_path)
     edit_config(tmp_path, quantization_config=None)
-    with pytest.raises(UserError, match="is stored as F8_E4M3, and config.json has no"):
+    with pytest.raises(UserError, match=r"is stored as F8_E4M3, and config\.json has no"):
         load_causal_lm(tmp_path)
 
 
@@ -148,7 +152,10 @@ def test_an_fp8_folder_that_lost_a_scale_or_its_config_is_refused(tmp_path: Path
         ({"quant_method": "modelopt"}, "quantized by 'modelopt', which transformers does not know"),
         ({"quant_method": "gptq", "bits": 4}, "quantized by gptq, and transformers cannot decode that"),
         ({"quant_method": "awq", "bits": 4}, "quantized by awq, and transformers cannot decode that"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "package .* not installed. .* pip install bitsandbytes"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "package .* not installed. .* pip install bitsandbytes",
+        ),
         ({"load_in_8bit": True}, "package .* not installed. .* pip install bitsandbytes"),
         (
             {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}},
