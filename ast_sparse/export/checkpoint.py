@@ -20,6 +20,7 @@ from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
 from ast_sparse.export.codec import coded_bytes, pack24, same_bits
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.export.readback import same_pairs
 from ast_sparse.export.report import ExportReport, SizeRow
 from ast_sparse.export.saving import (
     check_out_dir,
@@ -298,9 +299,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
     remote_code = bool(source.model.is_remote_code())
     written = load_checkpoint(folder, dtype=dtype, trust_remote_code=remote_code)
     found, pairs = written.model.state_dict(), written.slorb
-    if pairs.keys() != source.slorb.keys() or not all(
-        torch.equal(pairs[name][i], source.slorb[name][i].to("cpu", dtype)) for name in pairs for i in range(2)
-    ):
+    if not same_pairs(pairs, source.slorb, dtype):
         raise UserError(f"{fault}: the SLoRB adapter differs.")
     nonzero = 0
     cast = _cast_weights(source, plan)

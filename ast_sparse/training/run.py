@@ -22,6 +22,7 @@ from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
+from ast_sparse.export.readback import check_saved
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_tokenizer
 from ast_sparse.sparsity.model import sparse_layers
@@ -138,8 +139,10 @@ def run_training(
         trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
-    student = trainer.whole_student() if measured.is_asked else None
-    if student is not None:  # of a sharded run, on one process while the others wait
+    student = trainer.whole_student()
+    if student is not None and args.should_save:
+        check_saved(student, output, config.model.trust_remote_code)
+    if student is not None and measured.is_asked:  # of a sharded run, on one process while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if args.should_save:

@@ -183,3 +183,33 @@ def test_what_cannot_be_decoded_is_refused_by_every_command(settings: Any, messa
         result = CliRunner().invoke(command, list(map(str, arguments)))
         assert result.exit_code == 2 and "quantiz" in result.output, (command, result.output)
         assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_called_saved_that_does_not_give_back_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(generated_text())
+    for family in ("llama", "gpt2"):
+        save_tiny_model(tmp_path / family, family)
+    save_fp8_model(tmp_path / "deepseek", "deepseek_v3")
+
+    def rounding(model: Any, folder: Path, weights: dict[str, Any], original_format: bool = True) -> None:
+        name = next(name for name in reversed(weights) if name.endswith("norm.weight") or "ln_f.weight" in name)
+        save_weights(model, folder, weights | {name: weights[name] + 2**-20}, original_format)
+
+    monkeypatch.setattr("ast_sparse.export.saving.save_weights", rounding)
+    for name in ("llama", "gpt2", "deepseek"):
+        options = ["--set", f"model.name_or_path={tmp_path / name}", "--output-dir", str(tmp_path / f"{name}-out")]
+        result = CliRunner().invoke(train, ["--config", str(_run_file(tmp_path)), *options])
+        assert result.exit_code == 2 and "does not give back the model that was trained: `" in result.output
+        assert "norm.weight` differs" in result.output or "ln_f.weight` differs" in result.output
+        assert "Saved" not in result.output
+
+
+def _run_file(folder: Path) -> Path:
+    (folder / "run.yaml").write_text(
+        f"model: {{name_or_path: none}}\ndata: {{train: {folder / 'text.txt'}, block_size: 64, eval_share: 0}}\n"
+        "evaluation: {datasets: [], report: false}\n"
+        "training: {max_steps: 1, per_device_train_batch_size: 2, report_to: none, use_cpu: true}\n"
+    )
+    return folder / "run.yaml"
