@@ -73,9 +73,11 @@ class CompressedLinear(nn.Linear):
     Attributes:
         weight: `[out, in/2]`, the kept values, not trained.
         weight_meta: `[out, in/8]`, uint8.
+        is_conv1d: whether it stands for a `Conv1D`.
     """
 
     weight_meta: Tensor
+    is_conv1d = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -178,6 +180,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
             compressed = CompressedLinear(
                 in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
+            compressed.is_conv1d = isinstance(layer, Conv1D)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -213,8 +216,14 @@ class AstSparse24HfQuantizer(HfQuantizer):
             dtype = cast(torch.dtype, getattr(torch, dtype))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                dense.weight = nn.Parameter(layer.dense_weight().detach().to(dtype or layer.weight.dtype))
+                dense: nn.Linear | Conv1D
+                weight = layer.dense_weight().detach().to(dtype or layer.weight.dtype)
+                with torch.device("meta"):
+                    if layer.is_conv1d:
+                        dense, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
+                    else:
+                        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                dense.weight = nn.Parameter(weight)
                 dense.bias = layer.bias
                 model.set_submodule(name, dense)
         return model
