@@ -26,6 +26,7 @@ from ast_sparse.export.packed import check_codes, decode_on_load, is_code, lefto
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
 from ast_sparse.places import Place, load_model_config, named_errors, quiet_transformers
 from ast_sparse.quantized import forget_quantization, make_plain
+from ast_sparse.sparsity.finite import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def _load_weights(
         )
     _check_unused([key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)], config, place)
     make_plain(model, place.name)
-    _check_finite(model, place)
+    check_finite(model, repr(place.name))
     return model
 
 
@@ -221,14 +222,6 @@ def _check_unused(unused: list[str], config: PreTrainedConfig, place: Place) -> 
     if place.folder is None and plain and (code := next(filter(is_code, sorted(unused)), None)):
         raise UserError(leftover(place.name, code))  # of a folder the files were checked
     logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), min(unused))
-
-
-def _check_finite(model: PreTrainedModel, place: Place) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise UserError(
-                f"`{name}` of {place.name!r} holds values that are not finite. Copy or write the model again."
-            )
 
 
 def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ast_sparse.kernels.choice import Kernels
 from ast_sparse.quantized import make_plain
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
+from ast_sparse.sparsity.finite import check_finite
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
@@ -211,7 +212,7 @@ def sparsify_model(
         raise UserError("The model is sparse already. Load the dense model anew, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
     check_shapes(selected, sparsity_config, slorb_config)
-    _check_finite(model)
+    check_finite(model)
     total = sum(p.numel() for p in model.parameters())
     for name, layer in selected.items():
         if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
@@ -241,14 +242,6 @@ def sparsify_model(
     for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
         model.get_submodule(name).slorb = adapter
     return SparsityReport(pattern, shapes, skipped, total, errors)
-
-
-def _check_finite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            raise UserError(
-                f"`{name}` holds values that are not finite, which a mask could hide. Copy or write the model again."
-            )
 
 
 def _prune_layers(

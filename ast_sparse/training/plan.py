@@ -109,15 +109,15 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
-        _check_teacher(config.model.teacher, model_config, config.distillation)
+        _check_teacher(config.model.teacher, model_config, config.distillation, config.model.trust_remote_code)
     model = _meta_model(config.model, model_config)
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)
-    teacher = config.model.teacher or model
-    args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher))
+    teacher, trusted = config.model.teacher or model, config.model.trust_remote_code
+    args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher, trusted))
     check_baseline(config.sparsity, config.slorb, args)
-    taught_by = teacher_parameters(teacher) if distills else 0
+    taught_by = teacher_parameters(teacher, trusted) if distills else 0
     dense = copy.deepcopy(model) if world_size is not None and distills else None
     report = sparsify_model(model, config.sparsity, config.slorb)
     devices = world_size or args.world_size
@@ -141,7 +141,9 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
         hessians = 4 * sum(width**2 for width in widths)
     if dense is not None and config.model.teacher is not None:
         name = config.model.teacher
-        dense = _meta_model(ModelConfig(name_or_path=name), load_model_config(name))
+        trusted = config.model.trust_remote_code
+        settings = ModelConfig(name_or_path=name, trust_remote_code=trusted)
+        dense = _meta_model(settings, load_model_config(name, trust_remote_code=trusted))
     return MemoryModel(student, dense, config.distillation, hessians)
 
 
@@ -195,10 +197,12 @@ def _check_dense(folder: Path) -> None:
         )
 
 
-def _check_teacher(name: str, student: PreTrainedConfig, distillation: DistillationConfig | None) -> None:
+def _check_teacher(
+    name: str, student: PreTrainedConfig, distillation: DistillationConfig | None, trust_remote_code: bool
+) -> None:
     path = Path(name).expanduser()
     try:
-        teacher = load_model_config(name)
+        teacher = load_model_config(name, trust_remote_code=trust_remote_code)
         if path.is_dir():
             weight_files(path)
         decode_on_load(teacher, name)

@@ -218,6 +218,7 @@ def _prepare(
             eval_dataset=held_out,
             processing_class=tokenizer,
             packing=config.data.packing,
+            trust_remote_code=config.model.trust_remote_code,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error

@@ -93,6 +93,7 @@ class SparseTrainer(CheckpointTrainer):
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
+        trust_remote_code: run code that comes with a model or teacher given by name.
 
     Raises:
         UserError: a setting, shape or vocabulary that does not fit, named in one line.
@@ -122,6 +123,7 @@ class SparseTrainer(CheckpointTrainer):
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
@@ -134,7 +136,7 @@ class SparseTrainer(CheckpointTrainer):
         for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
-        model = load_causal_lm(model) if isinstance(model, str) else model
+        model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
         make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
         check_model(model)
         if sharding_plugin(args) is not None:
@@ -142,12 +144,15 @@ class SparseTrainer(CheckpointTrainer):
         self.sparsity_config = sparsity_config or SparsityConfig()
         self._trained_parameters = student_parameters(model, self.sparsity_config, slorb_config)
         args, matched = match_flops(
-            args, distillation_config, self._trained_parameters, lambda: teacher_parameters(teacher_model or model)
+            args,
+            distillation_config,
+            self._trained_parameters,
+            lambda: teacher_parameters(teacher_model or model, trust_remote_code),
         )
         check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
         self.slorb_config = slorb_config
-        self.teacher = self._frozen_teacher(model, teacher_model, args)
+        self.teacher = self._frozen_teacher(model, teacher_model, args, trust_remote_code)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_size or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size)
@@ -205,14 +210,18 @@ class SparseTrainer(CheckpointTrainer):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
 
     def _frozen_teacher(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | str | None, args: TrainingArguments
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | str | None,
+        args: TrainingArguments,
+        trust_remote_code: bool,
     ) -> nn.Module | None:
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
             return None
         check_feature_settings(self.distillation_config, model.config, args)
         if isinstance(teacher, str):
-            teacher = load_causal_lm(teacher)
+            teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
         check_vocabularies(model.config, teacher.config)

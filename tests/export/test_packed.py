@@ -8,6 +8,8 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
@@ -15,6 +17,7 @@ from ast_sparse.cli.prune import main as prune
 from ast_sparse.cli.train import main as train
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.files import read_json
 from ast_sparse.export.saving import save_weights
 from ast_sparse.loading import load_causal_lm, random_causal_lm
@@ -102,6 +105,15 @@ def test_a_model_object_that_transformers_decoded_is_saved_plain(tmp_path: Path)
     model.save_pretrained(tmp_path / "out")
     assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "out" / "model.safetensors").values())
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(token_ids()).logits, wanted)
+
+
+def test_a_model_object_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path))
+    model.hf_quantizer = FineGrainedFP8HfQuantizer(FineGrainedFP8Config())
+    with pytest.raises(UserError, match="is quantized by fp8, and transformers cannot decode that"):
+        sparsify_model(model, SparsityConfig())
+    with pytest.raises(UserError, match="Cannot export a quantized model"):
+        export_model(model, tmp_path / "out")
 
 
 def test_random_weights_are_not_called_quantized(tmp_path: Path) -> None:

@@ -165,6 +165,17 @@ def test_every_tool_reads_and_writes_a_model_with_code_of_its_own(remote: Path, 
     assert result.exit_code == 0, result.output
 
 
+def test_a_teacher_with_code_of_its_own_is_allowed_by_the_same_setting(remote: Path, tmp_path: Path) -> None:
+    student = save_tiny_model(tmp_path / "student")
+    result = run_training(tmp_path, student, f", teacher: {remote}")
+    assert result.exit_code == 2 and "allow it: --trust-remote-code" in result.output
+    result = run_training(tmp_path, student, f", teacher: {remote}, trust_remote_code: true")
+    assert result.exit_code == 0, result.output
+    args = TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True)
+    trainer = SparseTrainer(str(remote), args, trust_remote_code=True)
+    assert type(trainer.model).__name__ == "OwnForCausalLM"
+
+
 # ---- weights that are no numbers ------------------------------------------------------------------------------------
 
 
@@ -200,6 +211,14 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(name: str, value: float,
             SparseTrainer(model, args)
     with pytest.raises(UserError, match=rf"`{name}`.*not finite"):
         sparsify_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), SparsityConfig())
+
+
+def test_a_buffer_that_decides_which_expert_is_asked_is_looked_at_too(tmp_path: Path) -> None:
+    plain_twin(tmp_path, "deepseek_v3", save_fp8_model(tmp_path, "deepseek_v3"))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.full((4,), math.nan)}))
+    with pytest.raises(UserError, match=f"`{name}`.*not finite"):
+        load_causal_lm(tmp_path)
 
 
 # ---- a dense model with a layer of zeros ----------------------------------------------------------------------------
