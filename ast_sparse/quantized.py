@@ -28,21 +28,23 @@ def make_plain(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
+    named = dtype or model.config.dtype or torch.float32  # a name, where the model has been saved
+    own = named if isinstance(named, torch.dtype) else getattr(torch, named)
     was_quantized = getattr(model, "hf_quantizer", None) is not None
     if was_quantized:
-        _decode(model, name, dtype)
+        _decode(model, name, own)
     conversions = plain_conversions(model)
     if conversions is not getattr(model, "_weight_conversions", None):
         cast(Any, model)._weight_conversions = conversions
         was_quantized = True
     if was_quantized:
-        _cast(model, dtype or model.config.dtype or torch.float32)
+        _cast(model, own)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             forget_quantization(module.config)
 
 
-def _decode(model: PreTrainedModel, name: str, dtype: torch.dtype | None) -> None:
+def _decode(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     quantizer: Any = model.hf_quantizer
     if getattr(quantizer.quantization_config, "dequantize", False):  # while loading
         quantizer.remove_quantization_config(model)
@@ -60,9 +62,9 @@ def _decode(model: PreTrainedModel, name: str, dtype: torch.dtype | None) -> Non
             parameter.requires_grad_(True)
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give every tensor the dtype of a plain model: what was not quantized is read in the dtype it is stored in."""
-    dtypes = loaded_dtypes(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    dtypes = loaded_dtypes(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in dtypes and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes[name])

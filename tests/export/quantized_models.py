@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, Qwen3Config
 
 from tests.models import VOCAB, tiny_tokenizer
 
@@ -89,3 +89,30 @@ def plain_twin(folder: Path, family: str, meant: dict[str, Tensor]) -> dict[str,
         {name: value.contiguous() for name, value in meant.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def save_mxfp4_model(folder: Path) -> dict[str, Tensor]:
+    """Write a gpt-oss model whose experts are MXFP4, two codes a byte; what its weights stand for, by name."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16, num_local_experts=2, num_experts_per_tok=1, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = weight.bfloat16().contiguous()
+            meant[name] = stored[name].float()
+            continue
+        experts, columns, rows = weight.shape
+        codes = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (experts, rows, columns // 32), dtype=torch.uint8)
+        pairs = torch.stack([values[(codes & 15).long()], values[(codes >> 4).long()]], -1).flatten(-2)
+        meant[name] = (pairs * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2).contiguous()
+        stored |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, quantization_config={"quant_method": "mxfp4"}, dtype="bfloat16")
+    return meant

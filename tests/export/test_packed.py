@@ -23,7 +23,7 @@ from ast_sparse.export.saving import save_weights
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import densify_model, sparsify_model
-from tests.export.quantized_models import edit_config, plain_twin, save_fp8_model
+from tests.export.quantized_models import edit_config, plain_twin, save_fp8_model, save_mxfp4_model
 from tests.export.sparse_models import change_tensors, token_ids
 from tests.models import generated_text, save_tiny_model
 
@@ -225,3 +225,16 @@ def _run_file(folder: Path) -> Path:
         "training: {max_steps: 1, per_device_train_batch_size: 2, report_to: none, use_cpu: true}\n"
     )
     return folder / "run.yaml"
+
+
+def test_an_mxfp4_folder_is_a_plain_model_and_without_its_config_it_is_refused(tmp_path: Path) -> None:
+    meant = save_mxfp4_model(tmp_path / "mxfp4")
+    found = load_causal_lm(tmp_path / "mxfp4")
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in meant.items())
+    save_weights(found, tmp_path / "saved", found.state_dict())
+    assert "quantization_config" not in read_json(tmp_path / "saved" / "config.json")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert stored.keys() == meant.keys() and all(torch.equal(stored[name], value) for name, value in meant.items())
+    edit_config(tmp_path / "mxfp4", quantization_config=None)
+    with pytest.raises(UserError, match=r"experts\.down_proj_scales` as a quantized model does"):
+        load_causal_lm(tmp_path / "mxfp4")
