@@ -22,8 +22,11 @@ from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter
 from ast_sparse.export.checksums import check_checksums
+from ast_sparse.export.packed import check_codes, decode_on_load, is_code, leftover
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
 from ast_sparse.places import Place, load_model_config, named_errors, quiet_transformers
+from ast_sparse.quantized import forget_quantization, make_plain
+from ast_sparse.sparsity.finite import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +117,7 @@ def random_causal_lm(
         trust_remote_code=trust_remote_code,
         config_overrides=config_overrides,
     )
+    forget_quantization(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
@@ -155,6 +159,7 @@ def load_checkpoint(
         trust_remote_code=trust_remote_code,
         config_overrides=config_overrides,
     )
+    decode_on_load(config, place.name)
     arguments = place.arguments(revision, trust_remote_code)
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -203,10 +208,20 @@ def _load_weights(
             f"`{place.name}` lacks {len(missing)} tensors of {type(model).__name__}, the first is `{missing[0]}`. "
             "The checkpoint is incomplete, or was saved without its language-model head."
         )
-    if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
-        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), unused[0])
-    _forget_quantization(model)
+    _check_unused([key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)], config, place)
+    make_plain(model, place.name)
+    check_finite(model, repr(place.name))
     return model
+
+
+def _check_unused(unused: list[str], config: PreTrainedConfig, place: Place) -> None:
+    """Name the tensors that no part of the model took; UserError where they are the scales of a quantized model."""
+    if not unused:
+        return
+    plain = place.gguf_file is None and getattr(config, "quantization_config", None) is None
+    if place.folder is None and plain and (code := next(filter(is_code, sorted(unused)), None)):
+        raise UserError(leftover(place.name, code))  # of a folder the files were checked
+    logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), min(unused))
 
 
 def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
@@ -219,6 +234,7 @@ def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments
     buffers = sum(buffer.numel() for buffer in model.buffers())
     stored = {name: value for file in files.weight_files(folder) for name, value in files.tensor_shapes(file).items()}
     packed = getattr(config, "quantization_config", None) is not None
+    check_codes(stored, config, model, place.name)
     held = sum(files.stored_bytes(*value) * 16 if packed else math.prod(value[1]) for value in stored.values())
     if needed > 2 * held + _SMALL or buffers > held + _LARGEST_BUFFERS:
         raise UserError(
@@ -231,15 +247,6 @@ def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments
                 f"`{place.name}`: the tensor `{name}` holds {stored[name][0]}, the model needs floating-point "
                 "numbers. Write the checkpoint again."
             )
-
-
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Drop what a dequantized `.gguf` leaves behind, without which `save_pretrained` works again."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not isinstance(quantizer.quantization_config, GgufConfig):
-        return
-    quantizer.remove_quantization_config(model)
-    model.config._is_quantized = False
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ast_sparse.export import files
 from ast_sparse.yaml12 import shown, shown_name
 
 _MESSAGE_LIMIT = 300
+_UNTRUSTED = "trust_remote_code=True"  # in the message of transformers about code that it was not allowed to run
 _COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
 _LARGEST_COUNT = 2**16  # ... of the largest model
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -152,6 +153,11 @@ def named_errors(what: str, place: Place) -> Iterator[None]:
         mend = "Install it: pip install 'ast-sparse[gguf]'." if place.gguf_file else "Install the package."
         raise UserError(f"Cannot load the {what} of `{place.name}`: {_one_line(error)} {mend}") from error
     except Exception as error:
+        if _UNTRUSTED in str(error):
+            raise UserError(
+                f"The {what} of `{place.name}` needs code that comes with it. Read that code, then allow it: "
+                "--trust-remote-code, or model.trust_remote_code: true."
+            ) from error
         where = f"{place.name}/{place.gguf_file}" if place.gguf_file else place.name
         mend = "Check the files in the folder." if place.folder else "Check the hub id, or give a local folder."
         raise UserError(f"Cannot load the {what} of `{where}`: {_one_line(error)} {mend}") from error

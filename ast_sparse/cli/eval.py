@@ -218,13 +218,16 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
     """Find a wrong name, window or tokenizer before the first weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.evaluation.teacher import check_teacher
+    from ast_sparse.export.packed import decode_on_load
     from ast_sparse.places import load_model_config
 
     teacher = None
     if settings.teacher is not None:
         teacher = load_model_config(settings.teacher, trust_remote_code=settings.trust_remote_code)
+        decode_on_load(teacher, settings.teacher)
     for model in models:
         config = load_model_config(model, **_place(settings))
+        decode_on_load(config, model)
         seq_len = settings.seq_len or default_seq_len(config)
         try:
             check_window(config, seq_len)

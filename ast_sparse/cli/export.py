@@ -48,6 +48,7 @@ _ONLY_TABLE = ("value_bits", "json_file")
     "--value-bits", type=click.IntRange(1, 32), default=4, show_default=True,
     help="--table: bits of a kept value.",
 )  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
 @click.option("--json", "json_file", metavar="FILE", help="--table: write all figures here as well.")
 @click.pass_context
 def main(context: click.Context, checkpoint: str, out: str | None, table: bool, **options: Any) -> None:
@@ -72,13 +73,13 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
         folder = Path(checkpoint).expanduser()
         require_model_folder(folder)
         check_out_dir(Path(out).expanduser().resolve(), folder.resolve(), options["overwrite"])
-    found = _count(checkpoint, pattern, options["value_bits"]) if table else None
+    found = _count(checkpoint, pattern, options["value_bits"], options["trust_remote_code"]) if table else None
     if found is not None:
         click.echo("\n".join([f"{checkpoint}", *found.lines()]))
     if out is not None:
         report = export_model(
             checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
-            overwrite=options["overwrite"], progress=True,
+            overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
         )  # fmt: skip
         click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
     if found is not None and json_file is not None:
@@ -104,7 +105,7 @@ def _check_pattern(pattern: str | None) -> None:
         raise UserError(str(error).replace("sparsity.pattern", "--pattern")) from error
 
 
-def _count(name: str, pattern: str | None, value_bits: int) -> CompressionTable:
+def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: bool) -> CompressionTable:
     from transformers.pytorch_utils import Conv1D
 
     from ast_sparse.export import files
@@ -119,7 +120,7 @@ def _count(name: str, pattern: str | None, value_bits: int) -> CompressionTable:
     own = None if known is None else Pattern.of(SparsityConfig(pattern=known))
     if own is not None:
         half_of(own)  # before the weights are loaded
-    checkpoint = load_checkpoint(name, dtype="auto")
+    checkpoint = load_checkpoint(name, dtype="auto", trust_remote_code=trust_remote_code)
     layers = {}
     for key, layer in select_layers(checkpoint.model)[0].items():
         weight, mask = layer.weight.detach(), checkpoint.masks.get(key)

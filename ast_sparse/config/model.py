@@ -15,7 +15,7 @@ class ModelConfig(Section):
     revision: str | None = field(default=None, metadata=about("Branch, tag or commit on the hub."))
     gguf_file: str | None = field(default=None, metadata=about("Name of a .gguf file inside `name_or_path`."))
     attn_implementation: str | None = field(default=None, metadata=about("Attention of transformers: sdpa, eager, …"))
-    trust_remote_code: bool = field(default=False, metadata=about("Run code that the model's repository brings."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run code that comes with model and teacher."))
     teacher: str | None = field(
         default=None,
         metadata=about("Another teacher, with the student's tokenizer; default: the dense model itself."),

@@ -1,9 +1,10 @@
 """Export an N:M model: plan the layers, write, read back, verify, move into place."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SparsityConfig
+from ast_sparse.dtypes import loaded_dtypes
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
 from ast_sparse.export.codec import coded_bytes, pack24, same_bits
 from ast_sparse.export.origin import Origin, check_saving, read_generation_config
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.export.readback import same_pairs
 from ast_sparse.export.report import ExportReport, SizeRow
 from ast_sparse.export.saving import (
     check_out_dir,
@@ -26,6 +29,7 @@ from ast_sparse.export.saving import (
     save_weights,
     split_state_dict,
 )
+from ast_sparse.export.sharded import is_sharded_checkpoint
 from ast_sparse.loading import load_checkpoint
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.masks import Pattern
@@ -37,6 +41,7 @@ FORMATS = ("dense", "compressed")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DEFAULT_PATTERN = "2:4"
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtypes of config.json as the files spell them
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense."""
+    """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense.
+
+    `dtypes` has the dtype of every floating-point tensor of the model that is written.
+    """
 
     pruned: dict[str, bool]
     dense: dict[str, str]
+    dtypes: dict[str, torch.dtype]
 
 
 def export_model(
@@ -72,6 +81,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
     record: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before they take their place.
 
@@ -87,6 +97,7 @@ def export_model(
             generation_config.json) is copied as it is.
         progress: show a progress bar.
         record: how a model object came about, for `sparsity_config.json`.
+        trust_remote_code: run code that a folder brings.
 
     Raises:
         UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
@@ -98,8 +109,8 @@ def export_model(
     out = Path(out_dir).expanduser().resolve()
     folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
-    source = _open_source(model_or_dir, folder, pattern, record or {})
-    plan = _plan_layers(source, format)
+    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code)
+    plan = _plan_layers(source, format, DTYPES[dtype])
     model = source.model
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
@@ -111,7 +122,9 @@ def export_model(
     return report
 
 
-def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any]) -> _Source:
+def _open_source(
+    model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any], trust_remote_code: bool
+) -> _Source:
     if folder is None:
         model, recorded = model_or_dir, record
         _check_model(model)
@@ -121,7 +134,7 @@ def _open_source(model_or_dir: Any, folder: Path | None, pattern: str | None, re
     else:
         files.require_model_folder(folder)
         read_generation_config(folder)  # before the weights
-        checkpoint = load_checkpoint(folder, dtype="auto")
+        checkpoint = load_checkpoint(folder, dtype=_reading_dtype(folder), trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
         weights = split_state_dict(model.state_dict())[0]
         recorded = files.read_sparsity_config(folder)
@@ -137,14 +150,28 @@ def _check_model(model: Any) -> None:
         raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError("Cannot export a quantized model. Give its folder, or load it by `load_causal_lm`.")
 
 
-def _plan_layers(source: _Source, format: str) -> _Plan:
+def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
+    """In which dtype no weight of a folder is rounded: the one of config.json where all weights are stored in it."""
+    if is_sharded_checkpoint(folder):
+        return "auto"
+    config = files.read_json(folder / files.CONFIG_NAME)
+    named = config.get("dtype", config.get("torch_dtype"))
+    stored = {dtype for file in files.weight_files(folder) for dtype, _ in files.tensor_shapes(file).values()}
+    floats = {dtype for dtype in stored if dtype.startswith(("F", "BF"))}
+    return "auto" if floats == {_SAFETENSORS.get(str(named))} else torch.float32
+
+
+def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
     patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
     selected, _ = select_layers(source.model)
     recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
-    plan = _Plan({}, {})
+    loaded = loaded_dtypes(source.model, dtype)
+    plan = _Plan({}, {}, {name: loaded.get(name, dtype) for name in source.weights})
     first_fault = None
     for name, layer in selected.items():
         transposed = isinstance(layer, Conv1D)
@@ -162,6 +189,10 @@ def _plan_layers(source: _Source, format: str) -> _Plan:
             plan.dense[name] = f"2:4, but in_features={weight.shape[1]} is not a multiple of 8, so it is not compressed"
         else:
             plan.pruned[name] = transposed
+    if first_fault and not any(
+        name in recorded or bool(source.weights[f"{name}.weight"].any()) for name in plan.pruned
+    ):
+        raise UserError(first_fault)  # layers that are zero throughout do not make a dense model sparse
     if not plan.pruned:
         name, reason = next(iter(plan.dense.items()))
         raise UserError(
@@ -195,7 +226,7 @@ def _write(
 ) -> None:
     compress = format == "compressed"
     tensors: dict[str, Tensor] = {}
-    cast = _cast_weights(source, plan, dtype)
+    cast = _cast_weights(source, plan)
     for key, value in progress_bar(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
         layer = key.removesuffix(".weight")
         if compress and layer in plan.pruned and key != layer:
@@ -215,10 +246,11 @@ def _write(
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, recorded or {**own, **source.sparsity_config})
 
 
-def _cast_weights(source: _Source, plan: _Plan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The masked weights in the export dtype, on the CPU; no pruned layer holds a negative zero."""
+def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """The masked weights in the dtypes of the export, on the CPU; no pruned layer holds a negative zero."""
     parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
     for name, stored in source.weights.items():
+        dtype = plan.dtypes[name]
         value = stored.to("cpu", dtype) if stored.is_floating_point() else stored.cpu()
         if name in parameters and not bool(value.isfinite().all()):
             if bool(stored.isfinite().all()):
@@ -239,11 +271,20 @@ def _code_mask(mask: Tensor | None, transposed: bool) -> Tensor | None:
 
 def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype, compress: bool) -> None:
     config = files.read_json(folder / files.CONFIG_NAME)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    _name_dtype(config, str(dtype).removeprefix("torch."))
     config.pop("quantization_config", None)
     if compress:
         config["quantization_config"] = AstSparse24Config(sorted(plan.pruned)).to_dict()
     files.write_json(folder / files.CONFIG_NAME, config)
+
+
+def _name_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Set `dtype` of a configuration and of the models inside it (`text_config`, `vision_config`)."""
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    for value in config.values():
+        if isinstance(value, dict) and "model_type" in value:
+            _name_dtype(value, dtype)
 
 
 def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
@@ -252,14 +293,12 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
     remote_code = bool(source.model.is_remote_code())
     written = load_checkpoint(folder, dtype=dtype, trust_remote_code=remote_code)
     found, pairs = written.model.state_dict(), written.slorb
-    if pairs.keys() != source.slorb.keys() or not all(
-        torch.equal(pairs[name][i], source.slorb[name][i].to("cpu", dtype)) for name in pairs for i in range(2)
-    ):
+    if not same_pairs(pairs, source.slorb, dtype):
         raise UserError(f"{fault}: the SLoRB adapter differs.")
     nonzero = 0
-    cast = _cast_weights(source, plan, dtype)
+    cast = _cast_weights(source, plan)
     for name, value in progress_bar(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
-        if not same_bits(found[name], value.to(found[name].dtype)):
+        if found[name].dtype != value.dtype or not same_bits(found[name], value):
             raise UserError(f"{fault}: `{name}` differs from the masked weight.")
         layer = name.removesuffix(".weight")
         if layer in plan.pruned and layer != name:
@@ -272,25 +311,29 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
 def _report(
     source: _Source, plan: _Plan, folder: Path, out_dir: Path, format: str, dtype: str, nonzero: int
 ) -> ExportReport:
-    itemsize = DTYPES[dtype].itemsize
+    item = {name: plan.dtypes[f"{name}.weight"].itemsize for name in (*plan.pruned, *plan.dense)}
     entries = {name: source.weights[f"{name}.weight"].numel() for name in (*plan.pruned, *plan.dense)}
     shapes = {key: value for file in files.weight_files(folder) for key, value in files.tensor_shapes(file).items()}
     sizes = {key: files.stored_bytes(*value) for key, value in shapes.items()}
     pruned = sum(entries[name] for name in plan.pruned)
-    stored, codes = pruned * itemsize, 0
+    pruned_bytes = stored = sum(entries[name] * item[name] for name in plan.pruned)
+    kept, codes = pruned, 0
     if format == "compressed":
         stored = sum(sizes[f"{name}.weight"] + sizes[f"{name}.weight_meta"] for name in plan.pruned)
+        kept = sum(math.prod(shapes[f"{name}.weight{end}"][1]) for name in plan.pruned for end in ("", "_meta"))
         codes = len(plan.pruned)
-        if stored != coded_bytes(pruned, itemsize):
+        if stored != sum(coded_bytes(entries[name], item[name]) for name in plan.pruned):
             raise UserError(
                 f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
             )
     dense = sum(entries[name] for name in plan.dense)
-    rest = sum(sizes.values()) - stored - dense * itemsize
+    dense_bytes = sum(entries[name] * item[name] for name in plan.dense)
+    rest = sum(sizes.values()) - stored - dense_bytes
     adapter = sum(s.numel() + x.numel() for s, x in source.slorb.values())
-    rest_entries = rest // itemsize
+    rest_entries = sum(math.prod(shape) for _, shape in shapes.values()) - kept - dense
+    itemsize = DTYPES[dtype].itemsize
     others = (
-        SizeRow("left dense", len(plan.dense), dense, dense * itemsize, dense * itemsize),
+        SizeRow("left dense", len(plan.dense), dense, dense_bytes, dense_bytes),
         SizeRow("SLoRB", 2 * len(source.slorb), adapter, adapter * itemsize, adapter * itemsize),
         SizeRow("embeddings, norms, head", len(sizes) - len(entries) - codes, rest_entries, rest, rest),
     )
@@ -299,7 +342,7 @@ def _report(
         format=format,
         dtype=dtype,
         pattern=str(source.pattern),
-        pruned=SizeRow(f"pruned ({source.pattern})", len(plan.pruned), pruned, pruned * itemsize, stored),
+        pruned=SizeRow(f"pruned ({source.pattern})", len(plan.pruned), pruned, pruned_bytes, stored),
         others=others,
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,

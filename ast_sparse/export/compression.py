@@ -281,7 +281,8 @@ def _choose(
         return dict(layers), []
     chosen = {name: layer for name, layer in layers.items() if check_nm(layer.kept, own, 2 * own)}
     others = [name for name in layers if name not in chosen]
-    if faulty := [name for name in others if name in pruned or not chosen]:
+    shown = [name for name in chosen if name in pruned or bool(layers[name].kept.any())]  # not all zero by chance
+    if faulty := [name for name in others if name in pruned or not shown]:
         raise UserError(
             f"`{faulty[0]}` of shape {tuple(layers[faulty[0]].weight.shape)} is not {own}:{2 * own}. Name the model's "
             "pattern with --pattern, or prune it first with ast-prune or ast-train."

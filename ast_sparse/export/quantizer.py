@@ -74,9 +74,11 @@ class CompressedLinear(nn.Linear):
     Attributes:
         weight: `[out, in/2]`, the kept values, not trained.
         weight_meta: `[out, in/8]`, uint8.
+        is_conv1d: whether it stands for a `Conv1D`.
     """
 
     weight_meta: Tensor
+    is_conv1d = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -170,7 +172,7 @@ class Decode24(ConversionOps):
                 dense = dense.t().contiguous()
             if dense.shape != expected.shape:
                 raise ValueError(f"it decodes to {tuple(dense.shape)}, the model needs {tuple(expected.shape)}")
-            return {full_layer_name: dense.to(expected.dtype)}
+            return {full_layer_name: dense}  # in the dtype it was read in: some models keep layers in float32
         except ValueError as error:
             self.problems.append(f"`{name}`: {error}")
             return {full_layer_name: torch.zeros(expected.shape, dtype=expected.dtype)}
@@ -215,6 +217,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
             compressed = CompressedLinear(
                 in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
+            compressed.is_conv1d = isinstance(layer, Conv1D)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -250,8 +253,14 @@ class AstSparse24HfQuantizer(HfQuantizer):
             dtype = cast(torch.dtype, getattr(torch, dtype))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                dense.weight = nn.Parameter(layer.dense_weight().detach().to(dtype or layer.weight.dtype))
+                dense: nn.Linear | Conv1D
+                weight = layer.dense_weight().detach().to(dtype or layer.weight.dtype)
+                with torch.device("meta"):
+                    if layer.is_conv1d:
+                        dense, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
+                    else:
+                        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+                dense.weight = nn.Parameter(weight)
                 dense.bias = layer.bias
                 model.set_submodule(name, dense)
         return model

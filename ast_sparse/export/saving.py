@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import write_adapter
 from ast_sparse.export.checksums import remove_checksums, write_checksums
+from ast_sparse.quantized import plain_conversions
 
 
 def split_state_dict(
@@ -82,11 +83,14 @@ def save_weights(
         if name in weights and kept in weights:
             del weights[name]
     before = model.config.dtype, model.config.architectures
+    conversions: Any = getattr(model, "_weight_conversions", None)
     remove_checksums(folder)
     try:
+        cast(Any, model)._weight_conversions = plain_conversions(model)
         model.save_pretrained(folder, state_dict=weights, save_original_format=original_format)
     finally:
         model.config.dtype, model.config.architectures = before
+        cast(Any, model)._weight_conversions = conversions
     write_checksums(folder)
 
 

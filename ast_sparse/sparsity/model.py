@@ -14,8 +14,10 @@ from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.progress import progress_bar
+from ast_sparse.quantized import make_plain
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
+from ast_sparse.sparsity.finite import check_finite
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
@@ -205,10 +207,12 @@ def sparsify_model(
     Raises:
         UserError: a shape does not fit, no layer is left, the model is sparse already, or samples are missing.
     """
+    make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     if sparse_layers(model):
         raise UserError("The model is sparse already. Load the dense model anew, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
     check_shapes(selected, sparsity_config, slorb_config)
+    check_finite(model)
     total = sum(p.numel() for p in model.parameters())
     for name, layer in selected.items():
         if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask

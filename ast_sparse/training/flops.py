@@ -39,7 +39,7 @@ def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: 
     return count
 
 
-def teacher_parameters(teacher: PreTrainedModel | str) -> int:
+def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool = False) -> int:
     """Parameters of a teacher outside its embeddings; of a named one, by its configuration.
 
     Raises:
@@ -48,11 +48,11 @@ def teacher_parameters(teacher: PreTrainedModel | str) -> int:
     if not isinstance(teacher, str):
         return teacher.num_parameters(exclude_embeddings=True)
     try:
-        config = load_model_config(teacher)
+        config = load_model_config(teacher, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"model.teacher={teacher!r}: {error}") from None
     with torch.device("meta"):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return built.num_parameters(exclude_embeddings=True)
 
 

@@ -21,7 +21,9 @@ from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.export.companions import companion_files
 from ast_sparse.export.files import has_adapter, sparse_keys, tensor_shapes, weight_files
 from ast_sparse.export.origin import check_saving, read_generation_config, source_folder
+from ast_sparse.export.packed import decode_on_load
 from ast_sparse.places import load_model_config, load_tokenizer
+from ast_sparse.quantized import forget_quantization
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.training.baselines import check_baseline
 from ast_sparse.training.distributed import check_shardable, sharding_plugin
@@ -121,10 +123,10 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)
-    teacher = config.model.teacher or model
-    args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher))
+    teacher, trusted = config.model.teacher or model, config.model.trust_remote_code
+    args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher, trusted))
     check_baseline(config.sparsity, config.slorb, args)
-    taught_by = teacher_parameters(teacher) if distills else 0
+    taught_by = teacher_parameters(teacher, trusted) if distills else 0
     dense = copy.deepcopy(model) if world_size is not None and distills else None
     report = sparsify_model(model, config.sparsity, config.slorb)
     devices = world_size or args.world_size
@@ -148,7 +150,9 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
         hessians = 4 * sum(width**2 for width in widths)
     if dense is not None and config.model.teacher is not None:
         name = config.model.teacher
-        dense = _meta_model(ModelConfig(name_or_path=name), load_model_config(name))
+        trusted = config.model.trust_remote_code
+        settings = ModelConfig(name_or_path=name, trust_remote_code=trusted)
+        dense = _meta_model(settings, load_model_config(name, trust_remote_code=trusted))
     return MemoryModel(student, dense, config.distillation, hessians)
 
 
@@ -183,6 +187,9 @@ def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTraine
     )
     if path.is_dir() and model.gguf_file is None and reads_weights:
         _check_dense(path)
+    if reads_weights:
+        decode_on_load(config, model.name_or_path)
+    forget_quantization(config)  # a plan counts the decoded model
     return config
 
 
@@ -216,9 +223,10 @@ def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> l
     """Notes on a teacher that can be read and fits."""
     path = Path(name).expanduser()
     try:
-        teacher = load_model_config(name)
+        teacher = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
         if path.is_dir():
             weight_files(path)
+        decode_on_load(teacher, name)
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
     note = check_vocabularies(student, teacher, _tokenizer(config.model), name)

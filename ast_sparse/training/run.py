@@ -25,6 +25,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.export.origin import check_saving
+from ast_sparse.export.readback import check_saved
 from ast_sparse.loading import load_causal_lm, random_causal_lm
 from ast_sparse.places import load_model_config, load_tokenizer
 from ast_sparse.progress import library_bars
@@ -142,8 +143,10 @@ def run_training(
         trainer.save_state()
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
-    student = trainer.whole_student() if measured.is_asked else None
-    if student is not None:  # of a sharded run, on one process while the others wait
+    student = trainer.whole_student()
+    if student is not None and args.should_save:
+        check_saved(student, output, config.model.trust_remote_code)
+    if student is not None and measured.is_asked:  # of a sharded run, on one process while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if args.should_save:
@@ -239,6 +242,7 @@ def _prepare(
             processing_class=tokenizer,
             packing=config.data.packing,
             bos=config.data.bos,
+            trust_remote_code=config.model.trust_remote_code,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
@@ -361,12 +365,6 @@ def _largest_token(blocks: Any) -> int:
     return max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in blocks.data.column("input_ids").chunks)
 
 
-def _check_finite(model: PreTrainedModel, name: str) -> None:
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"`{key}` of {name!r} holds values that are not finite. Copy or write the model again.")
-
-
 def _check_batches(args: TrainingArguments, blocks: int) -> None:
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and blocks < batch:
@@ -377,9 +375,7 @@ def _check_batches(args: TrainingArguments, blocks: int) -> None:
 
 
 def _load_dense(model: ModelConfig) -> PreTrainedModel:
-    dense = load_causal_lm(model.name_or_path, **_load_options(model))
-    _check_finite(dense, model.name_or_path)
-    return dense
+    return load_causal_lm(model.name_or_path, **_load_options(model))
 
 
 def _random_student(model: ModelConfig, seed: int) -> PreTrainedModel:

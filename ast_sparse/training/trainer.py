@@ -45,6 +45,7 @@ from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.forward import fast_forward
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.optim import SparseAdamW
+from ast_sparse.quantized import make_plain
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
@@ -109,6 +110,7 @@ class SparseTrainer(CheckpointTrainer):
         bos: as of `data.bos`, for raw text.
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
+        trust_remote_code: run code that comes with a model or teacher given by name.
 
     Raises:
         UserError: a setting, shape or vocabulary that does not fit, named in one line.
@@ -139,6 +141,7 @@ class SparseTrainer(CheckpointTrainer):
         data_collator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
@@ -151,7 +154,8 @@ class SparseTrainer(CheckpointTrainer):
         for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
             if kwargs.get(name) is not None:
                 raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
-        model = load_causal_lm(model) if isinstance(model, str) else model
+        model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
+        make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
         check_model(model)
         self._origin = Origin.of(model)
         generation = getattr(model, "generation_config", None)
@@ -161,7 +165,10 @@ class SparseTrainer(CheckpointTrainer):
         self.sparsity_config = sparsity_config or SparsityConfig()
         self._trained_parameters = student_parameters(model, self.sparsity_config, slorb_config)
         args, matched = match_flops(
-            args, distillation_config, self._trained_parameters, lambda: teacher_parameters(teacher_model or model)
+            args,
+            distillation_config,
+            self._trained_parameters,
+            lambda: teacher_parameters(teacher_model or model, trust_remote_code),
         )
         check_baseline(self.sparsity_config, slorb_config, args)
         self.distillation_config = distillation_config
@@ -173,7 +180,7 @@ class SparseTrainer(CheckpointTrainer):
             "data": {"packing": packing, "bos": bos},
         }
         self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
-        self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class)
+        self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class, trust_remote_code)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size, bos=bos)
@@ -250,6 +257,7 @@ class SparseTrainer(CheckpointTrainer):
         teacher: PreTrainedModel | str | None,
         args: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase | None,
+        trust_remote_code: bool,
     ) -> nn.Module | None:
         """The teacher, out of the student's module tree; None where the KL has no weight."""
         if self.distillation_config is None or not self.distillation_config.needs_teacher:
@@ -257,7 +265,7 @@ class SparseTrainer(CheckpointTrainer):
         check_feature_settings(self.distillation_config, model.config, args)
         is_other, name = teacher is not None and teacher is not model, teacher if isinstance(teacher, str) else None
         if isinstance(teacher, str):
-            teacher = load_causal_lm(teacher)
+            teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
         note = check_vocabularies(model.config, teacher.config, tokenizer, name) if is_other else None

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ast_sparse.data.collator import CausalLMCollator
 from ast_sparse.data.packing import (
-    CausalLMCollator,
     pack_tokens,
     token_counts,
     tokenise_documents,

@@ -1,0 +1,24 @@
+"""The dtype of each tensor of a model that is loaded in a dtype: transformers keeps some of them in float32."""
+
+import copy
+import warnings
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+
+
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What `from_pretrained(dtype=…)` gives every parameter and stored buffer of a model, by name.
+
+    Routers' correction biases of DeepSeek-V3, say, are kept in float32 (`_keep_in_fp32_modules_strict`), and what a
+    class creates in a dtype of its own keeps that.
+    """
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        frame = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    plan = frame._get_dtype_plan(dtype)
+    search = build_glob_alternation(list(plan))[0].search if plan else None  # as the loader does
+    return {
+        name: torch.float32 if search is not None and search(name) else tensor.dtype
+        for name, tensor in frame.state_dict().items()
+    }

@@ -1,0 +1,104 @@
+"""Whether a folder that was written gives back what was meant."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from ast_sparse.errors import UserError
+from ast_sparse.export import files
+from ast_sparse.export.adapter import read_adapter
+from ast_sparse.export.codec import same_bits
+from ast_sparse.export.saving import split_state_dict
+from ast_sparse.loading import load_checkpoint
+from ast_sparse.places import load_model_config
+
+
+def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
+    """Compare the folder a trained model was saved in with the model, bit for bit.
+
+    The files are read a tensor at a time, unless loading converts them: then the model is loaded a second time.
+
+    Args:
+        model: with sparse layers, in one piece.
+
+    Raises:
+        UserError: the folder cannot be read, or gives back another model.
+    """
+    weights, _, pairs = split_state_dict(model.state_dict())
+    fault = f"`{folder}` was written, but does not give back the model that was trained"
+    mend = "Export a checkpoint of the run with ast-export, and report this."
+    try:
+        if _is_read_by_name(model, weights, folder, trust_remote_code):
+            tied = _tied(model, weights)
+            wanted: Mapping[str, Tensor] = {name: weights[name] for name in weights if name not in tied}
+            found = _stored(folder)
+            read = read_adapter(folder / files.ADAPTER_FOLDER) if files.has_adapter(folder) else {}
+        else:
+            checkpoint = load_checkpoint(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
+            wanted, found, read = weights, iter(checkpoint.model.state_dict().items()), checkpoint.slorb
+    except UserError as error:
+        raise UserError(f"{fault}: {error} {mend}") from error
+    if (name := differing(found, wanted)) is not None:
+        raise UserError(f"{fault}: `{name}` differs. {mend}")
+    if not same_pairs(read, pairs, None):
+        raise UserError(f"{fault}: the SLoRB adapter differs. {mend}")
+
+
+def _is_read_by_name(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, trust_remote_code: bool
+) -> bool:
+    """Whether loading takes every tensor of the files as it is, for the parameter of its name."""
+    config: Any = load_model_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None or type(config) is not type(model.config):
+        return False
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        frame: PreTrainedModel = type(model)._from_config(copy.deepcopy(config), dtype=model.dtype)
+    shapes = {name: value.shape for name, value in frame.state_dict().items()}
+    stored = {name for file in files.weight_files(folder) for name in files.tensor_shapes(file)}
+    conversions = get_model_conversion_mapping(frame)
+    return (
+        shapes == {name: value.shape for name, value in weights.items()}
+        and stored == shapes.keys() - _tied(frame, shapes) == shapes.keys() - _tied(model, weights)
+        and not any(each.compiled_sources.search(name) for each in conversions for name in stored)
+    )
+
+
+def _tied(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Names of tensors that are stored under another name."""
+    names = set(names)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for name, kept in tied.items() if name in names and kept in names}
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in files.weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no dict)
+                yield name, tensors.get_tensor(name)
+
+
+def differing(found: Iterable[tuple[str, Tensor]], wanted: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that is missing, was added, or differs in dtype or in a bit; None where none is."""
+    seen = set()
+    for name, value in found:
+        seen.add(name)
+        if name not in wanted or value.dtype != wanted[name].dtype or not same_bits(value, wanted[name].cpu()):
+            return name
+    return min(wanted.keys() - seen, default=None)
+
+
+def same_pairs(found: files.SlorbPairs, wanted: files.SlorbPairs, dtype: torch.dtype | None) -> bool:
+    """Whether SLoRB pairs are equal, those that are wanted cast to `dtype`; None: as they are."""
+    return found.keys() == wanted.keys() and all(
+        torch.equal(found[name][i], wanted[name][i].to("cpu", dtype or wanted[name][i].dtype))
+        for name in found
+        for i in range(2)
+    )

@@ -1,0 +1,22 @@
+"""Weights that are not numbers: a mask could hide them."""
+
+import torch
+from torch import nn
+
+from ast_sparse.errors import UserError
+
+
+def check_finite(model: nn.Module, name: str = "the model") -> None:
+    """Raise UserError for the first parameter that is not finite, or stored buffer with a NaN, by its name.
+
+    Args:
+        model: on the meta device nothing is checked.
+        name: of the model, for messages.
+    """
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point() or value.is_meta:
+            continue
+        faulty = ~torch.isfinite(value) if key in parameters else torch.isnan(value)  # buffers may mask by -inf
+        if bool(faulty.any()):
+            raise UserError(f"`{key}` of {name} holds values that are not finite. Copy or write the model again.")
