@@ -1,9 +1,8 @@
-"""Which layers of a model are pruned, and what is done to all of them: sparsify, refresh, apply, densify."""
+"""What is done to all layers of a model that are pruned: sparsify, refresh, apply, densify."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,15 @@ from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
-from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
+from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
+from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, twins
 from ast_sparse.sparsity.shards import local, piece_for, sum_over_shards, whole
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 
 logger = logging.get_logger(__name__)
 
-Prunable = nn.Linear | Conv1D
 CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP wraps blocks for activation checkpointing
 
 
@@ -73,112 +72,6 @@ def _by_kind(rows: dict[str, tuple[Any, ...]]) -> dict[tuple[str, tuple[Any, ...
     return kinds
 
 
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks of a causal LM by name: the entries of its list of `num_hidden_layers` blocks."""
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside_other = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_other:
-            lists[name] = module
-    config = getattr(model, "config", None)
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
-    chosen = {name: blocks for name, blocks in lists.items() if len(blocks) == depth} or lists
-    if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
-        raise UserError(
-            f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none of {depth} entries "
-            "(num_hidden_layers), so the decoder cannot be told. Use a decoder-only model."
-        )
-    if not chosen:
-        raise UserError(
-            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList), so no layer can be selected. "
-            "Use a decoder-only model that AutoModelForCausalLM loads."
-        )
-    return {f"{name}.{i}": block for name, blocks in chosen.items() for i, block in enumerate(blocks)}
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a layer is meant: its full name, its last parts, or a shell pattern of either."""
-    return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
-
-
-def select_layers(model: nn.Module, config: SparsityConfig | None = None) -> tuple[dict[str, Prunable], dict[str, str]]:
-    """Find the layers to prune: every `nn.Linear` and `Conv1D` inside the decoder blocks.
-
-    Args:
-        model: causal LM, dense or already sparse, on any device (meta too).
-        config: its `include` and `exclude` patterns narrow the selection.
-
-    Returns:
-        The selected layers by name, and the reason by name of what stays dense.
-
-    Raises:
-        UserError: no layer is left, or a pattern matches nothing.
-    """
-    config = config or SparsityConfig()
-    inside = tuple(f"{name}." for name in decoder_blocks(model))
-    selected: dict[str, Prunable] = {}
-    skipped: dict[str, str] = {}
-    linears: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            skipped[name] = "embedding"
-        elif isinstance(module, nn.Linear | Conv1D):
-            reason = None
-            if not name.startswith(inside):
-                reason = "outside the decoder blocks"
-            elif type(module) not in (nn.Linear, Conv1D) and not isinstance(module, SparseLayer):
-                reason = f"{type(module).__name__} is no plain nn.Linear or Conv1D"
-            else:
-                linears.append(name)
-                if config.include and not _matches(name, config.include):
-                    reason = "not in sparsity.include"
-                elif _matches(name, config.exclude):
-                    reason = "in sparsity.exclude"
-            if reason is None:
-                selected[name] = module
-            else:
-                skipped[name] = reason
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        is_known = isinstance(owner, nn.Linear | Conv1D | nn.Embedding)
-        if parameter.dim() >= 2 and name.startswith(inside) and not is_known:
-            skipped[name] = f"weight of shape {list(parameter.shape)} of {type(owner).__name__}, not an nn.Linear"
-    _check_selection(config, selected, linears)
-    return selected, skipped
-
-
-def _check_selection(config: SparsityConfig, selected: dict[str, Prunable], linears: list[str]) -> None:
-    for key in ("include", "exclude"):
-        for pattern in getattr(config, key):
-            if linears and not any(_matches(name, (pattern,)) for name in linears):
-                raise UserError(
-                    f"sparsity.{key}: {pattern!r} matches no linear layer. Names look like {linears[0]!r}; "
-                    "'*' stands for anything."
-                )
-    if not selected:
-        raise UserError(
-            f"No layer is left to prune: {len(linears)} linear layers in the decoder blocks, none selected by "
-            f"sparsity.include={list(config.include)} and sparsity.exclude={list(config.exclude)}. Loosen them."
-        )
-
-
-def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:
-    """Raise UserError for the first layer whose in_features is not a multiple of M, or not divisible by SLoRB's k."""
-    for name, layer in selected.items():
-        shape = tuple(layer.weight.shape)
-        in_features = shape[0] if isinstance(layer, Conv1D) else shape[1]
-        if sparsity.structured and in_features % sparsity.m:
-            raise UserError(
-                f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "
-                f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`."
-            )
-        if slorb is not None and slorb.enabled and in_features % slorb.k:
-            raise UserError(
-                f"slorb.k={slorb.k} does not divide in_features={in_features} of `{name}`. "
-                "Choose a k that does, or exclude the layer with `sparsity.exclude`."
-            )
-
-
 @torch.no_grad()
 def sparsify_model(
     model: nn.Module,
@@ -216,6 +109,7 @@ def sparsify_model(
                 f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
             )
     shapes = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
+    same = twins(model, selected)
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
     adapters, errors = {}, {}
@@ -237,6 +131,9 @@ def sparsify_model(
             adapters[name] = SLoRB(*start, slorb.train_projection)
     for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
         model.get_submodule(name).slorb = adapter
+    for name, others in same.items():
+        for twin in others.values():
+            share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
     return SparsityReport(pattern, shapes, skipped, total, errors)
 
 
@@ -277,7 +174,14 @@ def _prune_layers(
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of a model by name."""
+    """The sparse layers of a model by name; those that share one weight come once, under the first name."""
+    first: dict[Tensor, tuple[str, SparseLayer]] = {}
+    for name, layer in _all_sparse_layers(model).items():
+        first.setdefault(layer.weight, (name, layer))
+    return dict(first.values())
+
+
+def _all_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     return {name.replace(CHECKPOINTED, ""): layer for name, layer in layers.items()}
 
@@ -366,13 +270,13 @@ def apply_masks(model: nn.Module) -> None:
 
 def densify_model(model: nn.Module) -> None:
     """Turn every sparse layer back into a plain `nn.Linear` or `Conv1D` with the masked weight; SLoRB is dropped."""
-    for layer in sparse_layers(model).values():
+    for layer in _all_sparse_layers(model).values():
         make_dense(layer)
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Set which kernels the sparse layers of a model use."""
-    for layer in sparse_layers(model).values():
+    for layer in _all_sparse_layers(model).values():
         layer.kernels = kernels
 
 
