@@ -166,8 +166,9 @@ class AstSparse24HfQuantizer(HfQuantizer):
         _check_files(kwargs.get("checkpoint_files") or ())
         if self.quantization_config.dequantize:
             return
+        twins = _twins(model, self._names)
         for name, layer in list(model.named_modules()):
-            if _short(name, model) not in self._names:
+            if _short(name, model) not in self._names and name not in twins:
                 continue
             if isinstance(layer, Conv1D):
                 in_features, out_features = layer.weight.shape
@@ -178,6 +179,8 @@ class AstSparse24HfQuantizer(HfQuantizer):
             compressed = CompressedLinear(
                 in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
+            if name in twins:  # no file holds its metadata
+                compressed.register_buffer("weight_meta", compressed.weight_meta, persistent=False)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -186,8 +189,11 @@ class AstSparse24HfQuantizer(HfQuantizer):
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not any(isinstance(operation, Decode24) for operation in getattr(conversion, "operations", ()))
         ] or None
+        twins = _twins(model, self._names)
         for name, layer in model.named_modules():
             if isinstance(layer, CompressedLinear):
+                if name in twins:
+                    layer.weight_meta = model.get_submodule(twins[name]).weight_meta
                 layer.weight.requires_grad_(False)
                 self._check_compressed(name, layer)
         if self._problems:
@@ -232,6 +238,12 @@ def _check_files(checkpoint_files: Iterable[str]) -> None:
     files = [Path(file) for file in checkpoint_files]
     for folder in {file.parent for file in files}:
         check_checksums(folder, [file for file in files if file.parent == folder])
+
+
+def _twins(model: Any, compressed: frozenset[str]) -> dict[str, str]:
+    """The layers that have their weight from a compressed one (shared blocks), with the name of that."""
+    ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}
+    return {name: of for name, of in ties.items() if _short(of, model) in compressed}
 
 
 def _short(name: str, model: Any) -> str:
