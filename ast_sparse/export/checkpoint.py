@@ -137,8 +137,8 @@ def _check_model(model: Any) -> None:
 def _plan_layers(source: _Source, format: str) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
     patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
-    selected, _ = select_layers(source.model)
     recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
+    selected, _ = select_layers(source.model, recorded=recorded)
     plan = _Plan({}, {})
     first_fault = None
     for name, layer in selected.items():
@@ -293,11 +293,12 @@ def _report(
             )
     dense = sum(entries[name] for name in plan.dense)
     rest = sum(sizes.values()) - stored - dense * itemsize
-    adapter = sum(s.numel() + x.numel() for s, x in source.slorb.values())
+    pairs = [pair for name, pair in source.slorb.items() if name in entries]  # shared ones once
+    adapter = sum(s.numel() + x.numel() for s, x in pairs)
     rest_entries = rest // itemsize
     others = (
         SizeRow("left dense", len(plan.dense), dense, dense * itemsize, dense * itemsize),
-        SizeRow("SLoRB", 2 * len(source.slorb), adapter, adapter * itemsize, adapter * itemsize),
+        SizeRow("SLoRB", 2 * len(pairs), adapter, adapter * itemsize, adapter * itemsize),
         SizeRow("embeddings, norms, head", len(sizes) - len(entries) - codes, rest_entries, rest, rest),
     )
     return ExportReport(

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ast_sparse.errors import UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.codec import check_meta, unpack24
+from ast_sparse.sparsity.reads import read_past_forward
 from ast_sparse.yaml12 import shown
 
 METHOD = "ast_sparse_24"
@@ -166,6 +167,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
         _check_files(kwargs.get("checkpoint_files") or ())
         if self.quantization_config.dequantize:
             return
+        _check_readers(model, self._names)
         twins = _twins(model, self._names)
         for name, layer in list(model.named_modules()):
             if _short(name, model) not in self._names and name not in twins:
@@ -238,6 +240,17 @@ def _check_files(checkpoint_files: Iterable[str]) -> None:
     files = [Path(file) for file in checkpoint_files]
     for folder in {file.parent for file in files}:
         check_checksums(folder, [file for file in files if file.parent == folder])
+
+
+def _check_readers(model: Any, compressed: frozenset[str]) -> None:
+    """Refuse what an earlier version compressed although the model reads its weight itself."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    chosen = {name: layer for name, layer in linears.items() if _short(name, model) in compressed}
+    for name, owner in read_past_forward(model, chosen).items():
+        raise UserError(
+            f"The checkpoint has `{name}` compressed, whose weight {owner} reads past its forward, so it cannot stay "
+            "compressed in memory. Load without dequantize=False, or export the model again."
+        )
 
 
 def _twins(model: Any, compressed: frozenset[str]) -> dict[str, str]:
