@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,8 +55,9 @@ def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = Fa
 def _adapter_tensors(pairs: SlorbPairs, prefix: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (s, x) in pairs.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().contiguous()
-        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().contiguous()
+        # copies: layers that share one weight share their pair, and no file holds one tensor under two names
+        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().clone(memory_format=torch.contiguous_format)
     return tensors
 
 
@@ -99,6 +101,13 @@ def read_adapter(folder: Path) -> SlorbPairs:
     if not pairs or len(tensors) != 2 * len(pairs):
         raise UserError(f"`{folder / _WEIGHTS_NAME}` holds no SLoRB pairs. Write the adapter again.")
     return pairs
+
+
+def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:
+    """The pairs, and those of layers that have their weight from another one: a checkpoint holds them once."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    same = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in ties.items()}
+    return pairs | {name: pairs[of] for name, of in same.items() if of in pairs and name not in pairs}
 
 
 def check_pairs(model: nn.Module, pairs: SlorbPairs, name: str) -> None:
