@@ -145,5 +145,8 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     check_pairs(model, pairs, base_model)
     config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
     tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
-    # The annotation says dict, but a config object is used.
-    model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
+    try:  # the annotation says dict, but a config object is used
+        model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
+    except ValueError as error:  # PEFT knows layers that its adapters do not work on
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error

@@ -18,7 +18,7 @@ from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
-from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, twins
+from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
 from ast_sparse.sparsity.shards import local, piece_for, sum_over_shards, whole
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 
@@ -36,6 +36,7 @@ class SparsityReport:
         skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
         pattern: what the masks fit.
         total_parameters: parameters of the dense model, tied ones once; masks are not counted.
+        without_slorb: the pruned layers that get no SLoRB in a run that has it, because PEFT could not load it.
         errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device, and for IMP and GMP.
     """
 
@@ -44,6 +45,7 @@ class SparsityReport:
     skipped: dict[str, str]
     total_parameters: int
     errors: dict[str, float] = field(default_factory=dict)
+    without_slorb: tuple[str, ...] = ()
     pruned_parameters: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class SparsityReport:
             f"{self.total_parameters:,} parameters ({share:.1%})"
         ]
         lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
+        for (kind, _), count in _by_kind(dict.fromkeys(self.without_slorb, ())).items():
+            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter of it")
         reasons = _by_kind({name: (reason,) for name, reason in self.skipped.items()})
         lines += [f"  skipped  {kind}  ({count}): {reason[0]}" for (kind, reason), count in reasons.items()]
         return lines
@@ -112,12 +116,13 @@ def sparsify_model(
     same = twins(model, selected)
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
+    bare = tuple(name for name in selected if slorb is not None and not takes_slorb(model, name))
     adapters, errors = {}, {}
     for name, layer, result in _prune_layers(
         model, selected, sparsity_config, calibration_config, samples, device, progress
     ):
         conv = isinstance(layer, Conv1D)
-        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None else None
+        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None and name not in bare else None
         weight, mask = result.weight, result.mask
         if sparsity_config.init != "magnitude":
             weight = settle(weight, mask, pattern)
@@ -134,7 +139,7 @@ def sparsify_model(
     for name, others in same.items():
         for twin in others.values():
             share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
-    return SparsityReport(pattern, shapes, skipped, total, errors)
+    return SparsityReport(pattern, shapes, skipped, total, errors, bare)
 
 
 def _prune_layers(

@@ -20,6 +20,7 @@ Prunable = nn.Linear | Conv1D
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|tower|qformer|mtp|nextn", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"router|gating|moe_?gate", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)|expert_gate|gating")
+_NO_ADAPTERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses their out_proj
 _GATE_NAME = ("gate", "wg")  # of routers beside experts, of full-size projections elsewhere
 
 
@@ -264,6 +265,12 @@ def _check_selection(
         f"No layer is left to prune: {type(model).__name__} has {len(linears)} linear layers in its decoder blocks"
         f"{', and none of them can be pruned.' if linears else '.'}{others} Use another model."
     )
+
+
+def takes_slorb(model: nn.Module, name: str) -> bool:
+    """Whether PEFT loads an adapter of a layer: not for those that fused kernels of Mamba would pass over."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind not in _NO_ADAPTERS or name.rpartition(".")[2] != "out_proj"
 
 
 def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:

@@ -111,3 +111,25 @@ def test_a_router_that_was_pruned_on_purpose_is_compressed_too(tmp_path: Path) -
     report = export_model(model, tmp_path / "out", "compressed", dtype="float32")
     assert report.pruned.layers == 4
     torch.testing.assert_close(logits(load_causal_lm(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1"])
+def test_slorb_of_mamba_loads_where_peft_takes_it(tmp_path: Path, family: str) -> None:
+    model = family_model(family)
+    report = sparsify_model(model, SparsityConfig(), SLoRBConfig(k=8))
+    assert report.without_slorb and all(name.endswith("out_proj") for name in report.without_slorb)
+    assert any("no SLoRB" in line for line in report.lines())
+    for layer in sparse_layers(model).values():
+        if layer.slorb is not None:
+            nn.init.normal_(layer.slorb.S, std=0.1)
+    save_sparse_model(model, tmp_path, {"pattern": "2:4"})
+    torch.testing.assert_close(logits(load_causal_lm(tmp_path)), logits(model))
+
+
+def test_an_adapter_that_peft_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ast_sparse.sparsity.model.takes_slorb", lambda model, name: True)
+        model = sparse("mamba", slorb=True)
+    save_sparse_model(model, tmp_path, {"pattern": "2:4"})
+    with pytest.raises(UserError, match=r"The SLoRB adapter of .* cannot be loaded: .*out_proj"):
+        load_causal_lm(tmp_path)
