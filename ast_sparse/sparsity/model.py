@@ -107,11 +107,7 @@ def sparsify_model(
     selected, skipped = select_layers(model, sparsity_config)
     check_shapes(selected, sparsity_config, slorb_config)
     total = sum(p.numel() for p in model.parameters())
-    for name, layer in selected.items():
-        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
-            raise UserError(
-                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
-            )
+    _check_forwards(selected)
     shapes = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
     same = twins(model, selected)
     pattern = Pattern.of(sparsity_config)
@@ -140,6 +136,14 @@ def sparsify_model(
         for twin in others.values():
             share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
     return SparsityReport(pattern, shapes, skipped, total, errors, bare)
+
+
+def _check_forwards(selected: Mapping[str, Prunable]) -> None:
+    for name, layer in selected.items():
+        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
+            raise UserError(
+                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
+            )
 
 
 def _prune_layers(

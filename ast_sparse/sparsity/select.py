@@ -99,8 +99,7 @@ def select_layers(
     holders = _holders(model)
     experts = _expert_counts(model)
     selected: dict[str, Prunable] = {}
-    skipped: dict[str, str] = {}
-    linears: dict[str, str | None] = {}
+    skipped, linears = dict[str, str](), dict[str, str | None]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             skipped[name] = "embedding"
