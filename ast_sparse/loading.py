@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError
 from ast_sparse.export import files
-from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter
+from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter, with_twins
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.packed import check_codes, decode_on_load, is_code, leftover
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
@@ -171,6 +171,7 @@ def load_checkpoint(
     _apply_stored_masks(model, masks, place.name)
     if folder and not slorb and files.has_adapter(folder):
         slorb = read_adapter(folder / files.ADAPTER_FOLDER)
+    slorb = with_twins(model, slorb)
     check_pairs(model, slorb, place.name)
     return Checkpoint(model, masks, slorb)
 

@@ -122,12 +122,12 @@ def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: b
         half_of(own)  # before the weights are loaded
     checkpoint = load_checkpoint(name, dtype="auto", trust_remote_code=trust_remote_code)
     layers = {}
-    for key, layer in select_layers(checkpoint.model)[0].items():
+    pruned = {*checkpoint.masks, *files.recorded_layers(recorded)}
+    for key, layer in select_layers(checkpoint.model, recorded=pruned)[0].items():
         weight, mask = layer.weight.detach(), checkpoint.masks.get(key)
         if isinstance(layer, Conv1D):
             weight, mask = weight.t().contiguous(), None if mask is None else mask.t().contiguous()
         layers[key] = Layer(weight, mask)
-    pruned = {*checkpoint.masks, *files.recorded_layers(recorded)}
     return measure_positions(layers, own, pruned=pruned, value_bits=value_bits, progress=True)
 
 

@@ -142,8 +142,12 @@ def layer_counts(model: nn.Module) -> Counts:
     """Counts of the linear layers inside the decoder blocks."""
     inside = tuple(f"{name}." for name in decoder_blocks(model))
     found = {}
+    counted: set[int] = set()  # weights that several layers share count once
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and name.startswith(inside) and ".lora_" not in name:
+            if id(module.weight) in counted:
+                continue
+            counted.add(id(module.weight))
             weight = module.weight.detach()
             found[name.removesuffix(".base_layer")] = (int(weight.count_nonzero()), weight.numel())
     return found

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -54,8 +55,9 @@ def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = Fa
 def _adapter_tensors(pairs: SlorbPairs, prefix: str) -> dict[str, Tensor]:
     tensors = {}
     for name, (s, x) in pairs.items():
-        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().contiguous()
-        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().contiguous()
+        # copies: layers that share one weight share their pair, and no file holds one tensor under two names
+        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().clone(memory_format=torch.contiguous_format)
     return tensors
 
 
@@ -101,6 +103,13 @@ def read_adapter(folder: Path) -> SlorbPairs:
     return pairs
 
 
+def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:
+    """The pairs, and those of layers that have their weight from another one: a checkpoint holds them once."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    same = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in ties.items()}
+    return pairs | {name: pairs[of] for name, of in same.items() if of in pairs and name not in pairs}
+
+
 def check_pairs(model: nn.Module, pairs: SlorbPairs, name: str) -> None:
     """Raise UserError unless every SLoRB pair fits a linear layer of the model.
 
@@ -136,5 +145,8 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     check_pairs(model, pairs, base_model)
     config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
     tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
-    # The annotation says dict, but a config object is used.
-    model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
+    try:  # the annotation says dict, but a config object is used
+        model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
+    except ValueError as error:  # PEFT knows layers that its adapters do not work on
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error

@@ -168,8 +168,8 @@ def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
 def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
     patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
-    selected, _ = select_layers(source.model)
     recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
+    selected, _ = select_layers(source.model, recorded=recorded)
     loaded = loaded_dtypes(source.model, dtype)
     plan = _Plan({}, {}, {name: loaded.get(name, dtype) for name in source.weights})
     first_fault = None
@@ -329,12 +329,13 @@ def _report(
     dense = sum(entries[name] for name in plan.dense)
     dense_bytes = sum(entries[name] * item[name] for name in plan.dense)
     rest = sum(sizes.values()) - stored - dense_bytes
-    adapter = sum(s.numel() + x.numel() for s, x in source.slorb.values())
+    pairs = [pair for name, pair in source.slorb.items() if name in entries]  # shared ones once
+    adapter = sum(s.numel() + x.numel() for s, x in pairs)
     rest_entries = sum(math.prod(shape) for _, shape in shapes.values()) - kept - dense
     itemsize = DTYPES[dtype].itemsize
     others = (
         SizeRow("left dense", len(plan.dense), dense, dense_bytes, dense_bytes),
-        SizeRow("SLoRB", 2 * len(source.slorb), adapter, adapter * itemsize, adapter * itemsize),
+        SizeRow("SLoRB", 2 * len(pairs), adapter, adapter * itemsize, adapter * itemsize),
         SizeRow("embeddings, norms, head", len(sizes) - len(entries) - codes, rest_entries, rest, rest),
     )
     return ExportReport(

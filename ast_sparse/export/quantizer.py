@@ -22,6 +22,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.codec import check_meta, unpack24
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
+from ast_sparse.sparsity.reads import read_past_forward
 from ast_sparse.yaml12 import shown
 
 METHOD = "ast_sparse_24"
@@ -205,8 +206,10 @@ class AstSparse24HfQuantizer(HfQuantizer):
         _check_files(kwargs.get("checkpoint_files") or ())
         if self.quantization_config.dequantize:
             return
+        _check_readers(model, self._names)
+        twins = _twins(model, self._names)
         for name, layer in list(model.named_modules()):
-            if _short(name, model) not in self._names:
+            if _short(name, model) not in self._names and name not in twins:
                 continue
             if isinstance(layer, Conv1D):
                 in_features, out_features = layer.weight.shape
@@ -218,6 +221,8 @@ class AstSparse24HfQuantizer(HfQuantizer):
                 in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
             )
             compressed.is_conv1d = isinstance(layer, Conv1D)
+            if name in twins:  # no file holds its metadata
+                compressed.register_buffer("weight_meta", compressed.weight_meta, persistent=False)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -226,8 +231,11 @@ class AstSparse24HfQuantizer(HfQuantizer):
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not any(isinstance(operation, Decode24) for operation in getattr(conversion, "operations", ()))
         ] or None
+        twins = _twins(model, self._names)
         for name, layer in model.named_modules():
             if isinstance(layer, CompressedLinear):
+                if name in twins:
+                    layer.weight_meta = model.get_submodule(twins[name]).weight_meta
                 layer.weight.requires_grad_(False)
                 self._check_compressed(name, layer)
         if self._problems:
@@ -293,6 +301,23 @@ def _check_files(checkpoint_files: Iterable[str]) -> None:
     files = [Path(file) for file in checkpoint_files]
     for folder in {file.parent for file in files}:
         check_checksums(folder, [file for file in files if file.parent == folder])
+
+
+def _check_readers(model: Any, compressed: frozenset[str]) -> None:
+    """Refuse what an earlier version compressed although the model reads its weight itself."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    chosen = {name: layer for name, layer in linears.items() if _short(name, model) in compressed}
+    for name, owner in read_past_forward(model, chosen).items():
+        raise UserError(
+            f"The checkpoint has `{name}` compressed, whose weight {owner} reads past its forward, so it cannot stay "
+            "compressed in memory. Load without dequantize=False, or export the model again."
+        )
+
+
+def _twins(model: Any, compressed: frozenset[str]) -> dict[str, str]:
+    """The layers that have their weight from a compressed one (shared blocks), with the name of that."""
+    ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}
+    return {name: of for name, of in ties.items() if _short(of, model) in compressed}
 
 
 def _short(name: str, model: Any) -> str:

@@ -75,8 +75,14 @@ class InputRecorder:
     A forward pass that activation checkpointing repeats counts twice, which scales all sums alike.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], with_hessian: bool) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        with_hessian: bool,
+        twins: Mapping[str, Mapping[str, nn.Module]] | None = None,
+    ) -> None:
         self.layers = layers
+        self.twins = twins or {}  # what else runs with the weight of a layer, by its name
         self.with_hessian = with_hessian
         self._owner: dict[str, str] = {}
         self._sums: dict[str, InputStatistics] = {}
@@ -85,7 +91,8 @@ class InputRecorder:
 
     def start(self) -> None:
         """Attach the hooks."""
-        self._handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in self.layers.items()]
+        modules = [(name, [layer, *self.twins.get(name, {}).values()]) for name, layer in self.layers.items()]
+        self._handles = [each.register_forward_pre_hook(self._hook(name)) for name, all_ in modules for each in all_]
 
     def stop(self) -> None:
         """Remove them."""

@@ -72,6 +72,7 @@ class SparseLayer(nn.Module):
         slorb: the low-rank adapter, or None.
         pattern: what the mask must fit.
         fixed_mask: pruned weights get no gradient, because the mask will never move.
+        dense_class: of the layer before.
         kernels: `compiled` or `eager`; both give the same masks and products.
     """
 
@@ -83,6 +84,7 @@ class SparseLayer(nn.Module):
     slorb: SLoRB | None
     pattern: Pattern
     fixed_mask: bool
+    dense_class: type[nn.Module]
     kernels: Kernels = "eager"
 
     def masked_weight(self) -> Tensor:
@@ -136,15 +138,27 @@ def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bo
     """Turn an `nn.Linear` or `Conv1D` into its sparse form, in place.
 
     Args:
-        layer: the dense layer, exactly of one of the two classes.
+        layer: the dense layer, of one of the two classes or one that computes the same (Falcon's).
         mask: bool, shape of the layer's weight, True = kept.
     """
-    layer.__class__ = SparseLinear if isinstance(layer, nn.Linear) else SparseConv1D
-    sparse = cast(SparseLayer, layer)
-    sparse.pattern, sparse.fixed_mask = pattern, fixed_mask
+    sparse = _sparse_class(layer, pattern, fixed_mask)
     sparse.mask = nn.Parameter(mask.contiguous(), requires_grad=False)
     sparse.start_mask = nn.Parameter(pack_bits(mask, sparse.group_dim), requires_grad=False)
     sparse.slorb = None
+    return sparse
+
+
+def share_mask(twin: nn.Module, layer: SparseLayer) -> None:
+    """Turn a dense layer with the same weight as a sparse one into its sparse form, in place, with the same masks."""
+    sparse = _sparse_class(twin, layer.pattern, layer.fixed_mask)
+    sparse.mask, sparse.start_mask, sparse.slorb = layer.mask, layer.start_mask, layer.slorb
+
+
+def _sparse_class(layer: nn.Module, pattern: Pattern, fixed_mask: bool) -> SparseLayer:
+    dense_class = type(layer)
+    layer.__class__ = SparseLinear if isinstance(layer, nn.Linear) else SparseConv1D
+    sparse = cast(SparseLayer, layer)
+    sparse.pattern, sparse.fixed_mask, sparse.dense_class = pattern, fixed_mask, dense_class
     return sparse
 
 
@@ -153,10 +167,10 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     """Turn a sparse layer back into its dense class, in place, holding the masked weight; SLoRB is dropped."""
     layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
     del layer.mask, layer.start_mask, layer.slorb
-    for name in ("pattern", "fixed_mask", "kernels"):
-        vars(layer).pop(name, None)
     dense = cast(nn.Module, layer)
-    dense.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D
+    dense.__class__ = layer.dense_class
+    for name in ("pattern", "fixed_mask", "kernels", "dense_class"):
+        vars(dense).pop(name, None)
     return dense
 
 

@@ -1,9 +1,8 @@
-"""Which layers of a model are pruned, and what is done to all of them: sparsify, refresh, apply, densify."""
+"""What is done to all layers of a model that are pruned: sparsify, refresh, apply, densify."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from ast_sparse.quantized import make_plain
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
 from ast_sparse.sparsity.finite import check_finite
-from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse
+from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
+from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
 from ast_sparse.sparsity.shards import local, piece_for, sum_over_shards, whole
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 
 logger = logging.get_logger(__name__)
 
-Prunable = nn.Linear | Conv1D
 CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP wraps blocks for activation checkpointing
 
 
@@ -39,6 +38,7 @@ class SparsityReport:
         skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
         pattern: what the masks fit.
         total_parameters: parameters of the dense model, tied ones once; masks are not counted.
+        without_slorb: the pruned layers that get no SLoRB in a run that has it, because PEFT could not load it.
         errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device, and for IMP and GMP.
     """
 
@@ -47,6 +47,7 @@ class SparsityReport:
     skipped: dict[str, str]
     total_parameters: int
     errors: dict[str, float] = field(default_factory=dict)
+    without_slorb: tuple[str, ...] = ()
     pruned_parameters: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class SparsityReport:
             f"{self.total_parameters:,} parameters ({share:.1%})"
         ]
         lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
+        for (kind, _), count in _by_kind(dict.fromkeys(self.without_slorb, ())).items():
+            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter of it")
         reasons = _by_kind({name: (reason,) for name, reason in self.skipped.items()})
         lines += [f"  skipped  {kind}  ({count}): {reason[0]}" for (kind, reason), count in reasons.items()]
         return lines
@@ -73,112 +76,6 @@ def _by_kind(rows: dict[str, tuple[Any, ...]]) -> dict[tuple[str, tuple[Any, ...
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
         kinds[kind, value] = kinds.get((kind, value), 0) + 1
     return kinds
-
-
-def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The decoder blocks of a causal LM by name: the entries of its list of `num_hidden_layers` blocks."""
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside_other = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_other:
-            lists[name] = module
-    config = getattr(model, "config", None)
-    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) if config is not None else None
-    chosen = {name: blocks for name, blocks in lists.items() if len(blocks) == depth} or lists
-    if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
-        raise UserError(
-            f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none of {depth} entries "
-            "(num_hidden_layers), so the decoder cannot be told. Use a decoder-only model."
-        )
-    if not chosen:
-        raise UserError(
-            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList), so no layer can be selected. "
-            "Use a decoder-only model that AutoModelForCausalLM loads."
-        )
-    return {f"{name}.{i}": block for name, blocks in chosen.items() for i, block in enumerate(blocks)}
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a layer is meant: its full name, its last parts, or a shell pattern of either."""
-    return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
-
-
-def select_layers(model: nn.Module, config: SparsityConfig | None = None) -> tuple[dict[str, Prunable], dict[str, str]]:
-    """Find the layers to prune: every `nn.Linear` and `Conv1D` inside the decoder blocks.
-
-    Args:
-        model: causal LM, dense or already sparse, on any device (meta too).
-        config: its `include` and `exclude` patterns narrow the selection.
-
-    Returns:
-        The selected layers by name, and the reason by name of what stays dense.
-
-    Raises:
-        UserError: no layer is left, or a pattern matches nothing.
-    """
-    config = config or SparsityConfig()
-    inside = tuple(f"{name}." for name in decoder_blocks(model))
-    selected: dict[str, Prunable] = {}
-    skipped: dict[str, str] = {}
-    linears: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            skipped[name] = "embedding"
-        elif isinstance(module, nn.Linear | Conv1D):
-            reason = None
-            if not name.startswith(inside):
-                reason = "outside the decoder blocks"
-            elif type(module) not in (nn.Linear, Conv1D) and not isinstance(module, SparseLayer):
-                reason = f"{type(module).__name__} is no plain nn.Linear or Conv1D"
-            else:
-                linears.append(name)
-                if config.include and not _matches(name, config.include):
-                    reason = "not in sparsity.include"
-                elif _matches(name, config.exclude):
-                    reason = "in sparsity.exclude"
-            if reason is None:
-                selected[name] = module
-            else:
-                skipped[name] = reason
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        is_known = isinstance(owner, nn.Linear | Conv1D | nn.Embedding)
-        if parameter.dim() >= 2 and name.startswith(inside) and not is_known:
-            skipped[name] = f"weight of shape {list(parameter.shape)} of {type(owner).__name__}, not an nn.Linear"
-    _check_selection(config, selected, linears)
-    return selected, skipped
-
-
-def _check_selection(config: SparsityConfig, selected: dict[str, Prunable], linears: list[str]) -> None:
-    for key in ("include", "exclude"):
-        for pattern in getattr(config, key):
-            if linears and not any(_matches(name, (pattern,)) for name in linears):
-                raise UserError(
-                    f"sparsity.{key}: {pattern!r} matches no linear layer. Names look like {linears[0]!r}; "
-                    "'*' stands for anything."
-                )
-    if not selected:
-        raise UserError(
-            f"No layer is left to prune: {len(linears)} linear layers in the decoder blocks, none selected by "
-            f"sparsity.include={list(config.include)} and sparsity.exclude={list(config.exclude)}. Loosen them."
-        )
-
-
-def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:
-    """Raise UserError for the first layer whose in_features is not a multiple of M, or not divisible by SLoRB's k."""
-    for name, layer in selected.items():
-        shape = tuple(layer.weight.shape)
-        in_features = shape[0] if isinstance(layer, Conv1D) else shape[1]
-        if sparsity.structured and in_features % sparsity.m:
-            raise UserError(
-                f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "
-                f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`."
-            )
-        if slorb is not None and slorb.enabled and in_features % slorb.k:
-            raise UserError(
-                f"slorb.k={slorb.k} does not divide in_features={in_features} of `{name}`. "
-                "Choose a k that does, or exclude the layer with `sparsity.exclude`."
-            )
 
 
 @torch.no_grad()
@@ -214,20 +111,18 @@ def sparsify_model(
     check_shapes(selected, sparsity_config, slorb_config)
     check_finite(model)
     total = sum(p.numel() for p in model.parameters())
-    for name, layer in selected.items():
-        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
-            raise UserError(
-                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
-            )
+    _check_forwards(selected)
     shapes = {name: tuple(layer.weight.shape) for name, layer in selected.items()}
+    same = twins(model, selected)
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
+    bare = tuple(name for name in selected if slorb is not None and not takes_slorb(model, name))
     adapters, errors = {}, {}
     for name, layer, result in _prune_layers(
         model, selected, sparsity_config, calibration_config, samples, device, progress
     ):
         conv = isinstance(layer, Conv1D)
-        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None else None
+        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None and name not in bare else None
         weight, mask = result.weight, result.mask
         if sparsity_config.init != "magnitude":
             weight = settle(weight, mask, pattern)
@@ -241,7 +136,18 @@ def sparsify_model(
             adapters[name] = SLoRB(*start, slorb.train_projection)
     for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
         model.get_submodule(name).slorb = adapter
-    return SparsityReport(pattern, shapes, skipped, total, errors)
+    for name, others in same.items():
+        for twin in others.values():
+            share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
+    return SparsityReport(pattern, shapes, skipped, total, errors, bare)
+
+
+def _check_forwards(selected: Mapping[str, Prunable]) -> None:
+    for name, layer in selected.items():
+        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
+            raise UserError(
+                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
+            )
 
 
 def _prune_layers(
@@ -282,7 +188,14 @@ def _prune_layers(
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of a model by name."""
+    """The sparse layers of a model by name; those that share one weight come once, under the first name."""
+    first: dict[Tensor, tuple[str, SparseLayer]] = {}
+    for name, layer in _all_sparse_layers(model).items():
+        first.setdefault(layer.weight, (name, layer))
+    return dict(first.values())
+
+
+def _all_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     return {name.replace(CHECKPOINTED, ""): layer for name, layer in layers.items()}
 
@@ -371,13 +284,13 @@ def apply_masks(model: nn.Module) -> None:
 
 def densify_model(model: nn.Module) -> None:
     """Turn every sparse layer back into a plain `nn.Linear` or `Conv1D` with the masked weight; SLoRB is dropped."""
-    for layer in sparse_layers(model).values():
+    for layer in _all_sparse_layers(model).values():
         make_dense(layer)
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Set which kernels the sparse layers of a model use."""
-    for layer in sparse_layers(model).values():
+    for layer in _all_sparse_layers(model).values():
         layer.kernels = kernels
 
 

@@ -12,7 +12,7 @@ from ast_sparse.kernels.choice import Kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
 from ast_sparse.sparsity.calibration import InputRecorder
-from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, use_kernels
+from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
 from ast_sparse.training.baselines import check_steps
 from ast_sparse.training.metrics import append_row, keep_rows_until
 
@@ -74,7 +74,8 @@ class SparsityCallback(TrainerCallback):
         for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
             group["mask_decay"] = decay
         if self.config.criterion != "magnitude" and self._is_due(state.global_step + 1, state.max_steps):
-            self._recorder = InputRecorder(sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt")
+            layers, with_hessian = sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt"
+            self._recorder = InputRecorder(layers, with_hessian, twins(kwargs["model"], layers))
             self._recorder.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -229,9 +229,15 @@ def check_same_run(
             "run, or start a new one with another output folder."
         )
     if other_layers:
+        name = min(other_layers, key=str)
+        older = (
+            " Earlier versions also pruned routers and weights that the model reads itself: start such a run anew."
+            if name in saved["layers"]
+            else ""
+        )
         raise UserError(
-            f"{shown(min(other_layers, key=str))} is pruned in only one of this run and {str(checkpoint)!r}. "
-            "Resume with the model and the sparsity.include/exclude of the run."
+            f"{shown(name)} is pruned in only one of this run and {str(checkpoint)!r}. "
+            f"Resume with the model and the sparsity.include/exclude of the run.{older}"
         )
 
 

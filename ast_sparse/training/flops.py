@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.places import load_model_config
-from ast_sparse.sparsity.model import select_layers
+from ast_sparse.sparsity.select import select_layers, takes_slorb
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,8 @@ def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: 
     """
     count = model.num_parameters(exclude_embeddings=True)
     if slorb is not None and slorb.enabled:
-        for layer in set(select_layers(model, sparsity)[0].values()):
+        selected = select_layers(model, sparsity)[0]
+        for layer in [layer for name, layer in selected.items() if takes_slorb(model, name)]:
             rows, columns = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.weight.t().shape
             count += (rows + columns) * (columns // slorb.k)  # S and X
     return count

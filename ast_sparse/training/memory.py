@@ -387,8 +387,8 @@ def _block_bytes(model: PreTrainedModel, is_half: bool) -> int:
 
 def _outside_bytes(model: PreTrainedModel, is_half: bool) -> int:
     """Embeddings, head and norms outside the decoder blocks as they compute."""
-    inside = sum(_compute_bytes(block, is_half) for block in decoder_blocks(model).values())
-    return _compute_bytes(model, is_half) - inside
+    inside = nn.ModuleList(decoder_blocks(model).values())  # one module, so that shared weights count once
+    return _compute_bytes(model, is_half) - _compute_bytes(inside, is_half)
 
 
 def _passing_bytes(model: PreTrainedModel, is_half: bool) -> int:

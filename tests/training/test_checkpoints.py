@@ -209,3 +209,10 @@ def test_a_damaged_sparsity_config_is_named(tmp_path: Path) -> None:
     (folder / "sparsity_config.json").write_text('{"sparsity": ')
     with pytest.raises(UserError, match=r"sparsity_config\.json cannot be read"):
         check_same_run(folder, SparsityConfig(), None, [])
+
+
+def test_a_run_of_an_earlier_version_that_pruned_a_router_is_told_why_it_cannot_go_on(tmp_path: Path) -> None:
+    router = "model.layers.0.mlp.shared_expert_gate"
+    (tmp_path / "sparsity_config.json").write_text(json.dumps({"sparsity": {}, "slorb": {}, "layers": ["a", router]}))
+    with pytest.raises(UserError, match=rf"{router}' is pruned in only one .* Earlier versions also pruned routers"):
+        check_same_run(tmp_path, SparsityConfig(), None, ["a"])

@@ -1,0 +1,144 @@
+"""Which weights a model reads itself, past the forward of their layer: a mask in the layer would not reach them."""
+
+import copy
+import importlib.util
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_TOKENS = 8
+# These take dtype, device or shape from a tensor, and none of its values.
+_LIKE = (
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as", "expand_as"),
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "view_as", "reshape_as"),
+)
+_FUSED = ("mamba_ssm",)  # packages with kernels that take weights of linear layers as arguments
+_SOURCE = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|is_meta|requires_grad)\b)")
+
+
+def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Find the layers whose `weight` is an operand outside their own forward, as that of Mamba's `dt_proj`.
+
+    One forward pass of a few tokens, without data: a copy of the model on fake tensors, so that a plan on the meta
+    device and a run find the same. Where the model cannot run so, and for fused kernels, its source code decides.
+
+    Args:
+        layers: what to look at, by name.
+
+    Returns:
+        By name of the layer, the class of the module that holds it.
+    """
+    found = _operands(model, layers)
+    if found is None or any(importlib.util.find_spec(package) for package in _FUSED):
+        found = (found or set()) | {name for name in layers if _in_source(model, name)}
+    return {name: type(_owner(model, name)).__name__ for name in layers if name in found}
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _in_source(model: nn.Module, name: str) -> bool:
+    """Whether a method of the owner that runs in its forward mentions `self.<layer>.weight`."""
+    child = name.rpartition(".")[2]
+    for kind in type(_owner(model, name)).__mro__:
+        if kind.__module__.startswith("torch."):
+            continue
+        for key, method in vars(kind).items():
+            if inspect.isfunction(method) and "init" not in key and "reset" not in key:
+                with suppress(OSError, TypeError):
+                    if child in _SOURCE.findall(inspect.getsource(method)):
+                        return True
+    return False
+
+
+@torch.no_grad()
+def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | None:
+    """Names of the layers whose weight is used outside; None where a forward pass without data is not possible."""
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        shadow = _without_data(model, mode)
+        watch = _Watch({name: shadow.get_submodule(name) for name in layers})
+        with torch.random.fork_rng(devices=[]), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
+            shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
+    except Exception:  # whatever the code of a model raises that needs data, or other inputs
+        return None
+    return watch.found
+
+
+def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model whose tensors have a shape and no data."""
+    memo: dict[int, Any] = {}
+    plain = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    with mode:
+        for tensor in (*model.parameters(), *model.buffers(), *plain):
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    shadow = copy.deepcopy(model, memo).eval()
+    with suppress(Exception):  # other attentions look at the values of a mask
+        cast(Any, shadow).set_attn_implementation("eager")
+    with suppress(Exception):  # and other experts at where tokens go
+        cast(Any, shadow).set_experts_implementation("batched_mm")
+    return shadow
+
+
+class _EveryPosition(TorchDispatchMode):
+    """Answers what only data could tell as if every position counted, so that all experts run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long)
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the layers whose weight is an operand of a torch function while none of their forwards runs."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._names: dict[int, list[str]] = {}
+        for name, layer in layers.items():
+            self._names.setdefault(id(layer.weight), []).append(name)
+        self._inside: Counter[int] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        used = args[:1] if name == "to" else (args, kwargs)
+        if name not in _LIKE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            for leaf in tree_leaves(used):
+                if id(leaf) in self._names and not self._inside[id(leaf)] and result is not leaf:  # scaled in place
+                    self.found.update(self._names[id(leaf)])
+        return result
+
+    @contextmanager
+    def own_forwards(self, shadow: nn.Module) -> Iterator[None]:
+        """Know when a layer runs, or another one with its weight, however it is called."""
+        for module in shadow.modules():
+            weight = module._parameters.get("weight")
+            if id(weight) in self._names:
+                vars(module)["forward"] = self._marked(id(weight), cast(Callable[..., Any], module.forward))
+        yield  # the model is a copy
+
+    def _marked(self, key: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._inside[key] += 1
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._inside[key] -= 1
+
+        return run
