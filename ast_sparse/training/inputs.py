@@ -49,12 +49,14 @@ def check_vocabularies(
     teacher: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str | None:
     """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer lies beside it.
 
     Args:
         tokenizer: of the student; None: the one beside its weights.
         name: of the teacher, where it is not the one in its configuration.
+        trust_remote_code: run code that comes with a tokenizer.
 
     Returns:
         A line to print where there are no two tokenizers to compare.
@@ -66,10 +68,10 @@ def check_vocabularies(
     named = f"model.teacher {name!r}"
     rows, teacher_rows = (config.get_text_config().vocab_size for config in (student, teacher))
     if tokenizer is None:
-        tokenizer = find_tokenizer(student.name_or_path)
+        tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
     else:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
-    return check_teacher_tokens(tokenizer, find_tokenizer(name), rows, teacher_rows, named)
+    return check_teacher_tokens(tokenizer, find_tokenizer(name, trust_remote_code), rows, teacher_rows, named)
 
 
 def check_taught(tokens: torch.Tensor, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -98,10 +100,10 @@ def block_length(block_size: int | None, *models: Any) -> int:
     return block_size or min(_LONGEST_BLOCK, limit or _LONGEST_BLOCK)
 
 
-def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(name_or_path: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be read."""
     try:
-        return load_tokenizer(name_or_path) if name_or_path else None
+        return load_tokenizer(name_or_path, trust_remote_code=trust_remote_code) if name_or_path else None
     except UserError:
         return None
 

@@ -216,7 +216,7 @@ def _prepare(
     with library_bars(not args.disable_tqdm):
         model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
         teacher = _teacher(config)
-    _check_token_ids(train, tokenizer, model, teacher)
+    _check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = read_rows(output, config) if checkpoint is not None else {}
@@ -343,11 +343,17 @@ def _check_streaming(config: RunConfig, args: TrainingArguments) -> None:
 
 
 def _check_token_ids(
-    train: Blocks, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, teacher: PreTrainedModel | str | None
+    train: Blocks,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | str | None,
+    trust_remote_code: bool,
 ) -> None:
     """Every token of the text has its row in the embeddings: a tokenizer with spare entries is no fault."""
     rows = model.config.get_text_config().vocab_size
-    taught_by = load_model_config(teacher) if isinstance(teacher, str) else model.config
+    taught_by = model.config
+    if isinstance(teacher, str):
+        taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
     if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size) or isinstance(train, StreamedBlocks):
         return
     largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))

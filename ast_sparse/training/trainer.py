@@ -268,9 +268,10 @@ class SparseTrainer(CheckpointTrainer):
             teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code)
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
-        note = check_vocabularies(model.config, teacher.config, tokenizer, name) if is_other else None
-        if note is not None and args.should_log:
-            logger.warning(f"{note}.")
+        if is_other:
+            note = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
+            if note is not None and args.should_log:
+                logger.warning(f"{note}.")
         check_feature_shapes(self.distillation_config, model.config, teacher.config)
         use_eager_attention(self.distillation_config, model, teacher, bool(args.should_log))
         if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
