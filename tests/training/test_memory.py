@@ -67,7 +67,7 @@ def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, family: str, 
     ids = torch.randint(0, 100, (4, 64))
     live = LiveBytes()
     live.ignore([tensor for model in (run.model, run.teacher) for tensor in (*model.parameters(), *model.buffers())])
-    with live, fast_forward(run.model, run.teacher):  # as `training_step` does
+    with live, run._settings_of_trainer(), fast_forward(run.model, run.teacher):  # as `train` and `training_step` do
         run.compute_loss(run.model, {"input_ids": ids, "labels": ids}).backward()
     planned = memory_model(family, DistillationConfig(), SLoRBConfig(k=16))(
         replace(SETUP, gradient_checkpointing=checkpointing)
