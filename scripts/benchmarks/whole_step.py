@@ -13,6 +13,7 @@ loss and clipping. Products of the floor and of the alternative are PyTorch's ow
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,8 +106,13 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter() - self.start)
 
 
-def ours(model: PreTrainedModel, ids: torch.Tensor, checkpointing: bool = False) -> list[float]:
-    """Seconds of each step of SparseTrainer, with or without activation checkpointing."""
+def ours(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    checkpointing: bool = False,
+    around: AbstractContextManager[Any] | None = None,
+) -> list[float]:
+    """Seconds of each step of SparseTrainer, with or without activation checkpointing; `around` is open meanwhile."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -121,7 +127,8 @@ def ours(model: PreTrainedModel, ids: torch.Tensor, checkpointing: bool = False)
             train_dataset=[{"input_ids": row.tolist()} for row in ids.cpu().flatten(0, 1)],
         )  # fmt: skip
         trainer.add_callback(clock)
-        trainer.train()
+        with around or nullcontext():
+            trainer.train()
     return clock.times
 
 
