@@ -164,8 +164,7 @@ def _samples(
     bos: str,
 ) -> Tensor:
     from ast_sparse.data.bos import find_bos
-    from ast_sparse.data.packing import calibration_samples
-    from ast_sparse.data.text import calibration_blocks
+    from ast_sparse.data.calibration import calibration_blocks, calibration_samples
     from ast_sparse.evaluation.perplexity import max_positions
 
     limit = max_positions(model_config)

@@ -6,19 +6,16 @@ tokenizer and block size reads the cache instead of working again.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.config import CalibrationConfig
 from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.long_text import encoded
 from ast_sparse.data.shard_writer import document_tokens, missing, text_key
@@ -236,47 +233,3 @@ def _block(column: str, values: np.ndarray, before: int, front: tuple[int, ...])
     else:
         added = np.asarray(front[:before] if column == "input_ids" else [IGNORE_INDEX] * before)
     return np.concatenate([added, values]).astype(np.int32)
-
-
-def calibration_samples(blocks: Any, config: CalibrationConfig, front: tuple[int, ...] = ()) -> Tensor:
-    """Windows of packed text for one-shot pruning, chosen by `config.seed`.
-
-    Args:
-        blocks: rows `{"input_ids": ...}` of one length, as `pack_dataset` makes them: one stream cut into blocks.
-        config: how many windows; their length, by default that of a block.
-        front: tokens that every block begins with; so does every window.
-
-    Returns:
-        `[samples, seq_len]` int64.
-
-    Raises:
-        UserError: there are no such rows, or too few tokens.
-    """
-    if not isinstance(blocks, Sequence | Dataset) or not len(blocks) or "input_ids" not in blocks[0]:
-        raise UserError(
-            "There is no text to calibrate on: packed blocks (`input_ids`) are needed. Set calibration.data, or pass "
-            "calibration_dataset."
-        )
-    seq_len = config.seq_len or len(blocks[0]["input_ids"])
-    size, length = len(blocks[0]["input_ids"]) - len(front), seq_len - len(front)  # without `front`
-    tokens = len(blocks) * size
-    windows = tokens // length
-    if windows < config.samples:
-        raise UserError(
-            f"The calibration text has {tokens:,} tokens, fewer than calibration.samples={config.samples} windows of "
-            f"{seq_len:,}. Give more text, or lower calibration.samples or calibration.seq_len."
-        )
-    chosen = np.random.default_rng(config.seed).permutation(windows)[: config.samples]
-    samples = torch.as_tensor(front, dtype=torch.long).repeat(config.samples, 1)
-    texts = torch.empty(config.samples, length, dtype=torch.long)
-    for text, window in zip(texts, chosen.tolist(), strict=True):
-        start = window * length
-        rows = range(start // size, (start + length - 1) // size + 1)
-        stream = torch.cat([torch.as_tensor(blocks[row]["input_ids"], dtype=torch.long)[len(front) :] for row in rows])
-        if len(stream) != len(rows) * size:
-            raise UserError(
-                f"The rows to calibrate on have different lengths, the first {size} tokens. Pass packed blocks as "
-                "calibration_dataset."
-            )
-        text.copy_(stream[start % size :][:length])
-    return torch.cat([samples, texts], dim=1)

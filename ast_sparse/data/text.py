@@ -209,7 +209,7 @@ class _Text:
         self.fields = [field for field, part in sources.items() for _ in part]
         every = [source for part in sources.values() for source in part]
         self.names = [source.name for source in every]
-        self.tokenised = _tokenise_all(every, tokenizer, bos)
+        self.tokenised = tokenise_all(every, tokenizer, bos)
         self.lengths = [token_counts(part) for part in self.tokenised]
         pairs = list(zip(every, self.lengths, strict=True))
         self.empty = sum(int((length == 0).sum()) for source, length in pairs if not source.is_chat)
@@ -365,7 +365,7 @@ def pack_dataset(
     return packed
 
 
-def _tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:
+def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:
     """Of raw text beside chat data every token is a label."""
     tokenised = [
         tokenise_conversations(source.documents, tokenizer, source.name, bos.of_document)
@@ -376,40 +376,6 @@ def _tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase,
     if not any(source.is_chat for source in sources):
         return tokenised
     return [part if source.is_chat else with_labels(part) for part, source in zip(tokenised, sources, strict=True)]
-
-
-def calibration_blocks(
-    entries: Sequence[Entry],
-    root: str | None,
-    text_field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
-    field: str = "calibration.data",
-    bos: str = "auto",
-) -> Dataset:
-    """Text for one-shot pruning as packed blocks (rows `{"input_ids": block_size token ids}`), cached.
-
-    Args:
-        bos: as of `data.bos`.
-
-    Raises:
-        UserError: a source cannot be read, or there is less text than one block.
-    """
-    sources = load_documents(entries, root, text_field, field=field)
-    found = find_bos(bos, tokenizer)
-    tokenised = _tokenise_all(sources, tokenizer, found)
-    counts = [token_counts(part) for part in tokenised]
-    for source, lengths in zip(sources, counts, strict=True):
-        if source.is_chat and (line := uncounted_rows(lengths, source.name)):
-            logger.warning(line)
-    ends = np.concatenate(counts)
-    if ends.sum() < block_size - len(found.of_block):
-        raise UserError(
-            f"`{field}`: {', '.join(source.name for source in sources)} has {int(ends.sum()):,} tokens, fewer than one "
-            f"sequence of {block_size:,}. Give more text, or shorter sequences."
-        )
-    documents = datasets.concatenate_datasets(tokenised)
-    return pack_tokens(documents, np.zeros_like(ends), ends, block_size, "calibration", found)
 
 
 def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig, of_text: int) -> SplitReport:

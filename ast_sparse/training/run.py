@@ -15,12 +15,13 @@ from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
 from ast_sparse.data.blocks import TokenBlocks
+from ast_sparse.data.calibration import calibration_blocks
 from ast_sparse.data.collator import document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import check_entries, check_sources
 from ast_sparse.data.streaming import StreamedBlocks
-from ast_sparse.data.text import Blocks, build_datasets, calibration_blocks
+from ast_sparse.data.text import Blocks, build_datasets
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.page import check_report, run_report, write_report
 from ast_sparse.evaluation.runs import REPORT

@@ -33,10 +33,10 @@ from ast_sparse.config import (
     WatchConfig,
 )
 from ast_sparse.data.bos import NO_BOS, find_bos
+from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.data.collator import DOMAIN, document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.packing import calibration_samples
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model

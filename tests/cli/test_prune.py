@@ -11,7 +11,7 @@ from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main
 from ast_sparse.config import CalibrationConfig, SparsityConfig
-from ast_sparse.data.packing import calibration_samples
+from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.export.files import read_json
 from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.masks import Pattern

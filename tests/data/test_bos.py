@@ -17,10 +17,10 @@ from ast_sparse.cli.data import main
 from ast_sparse.config import CalibrationConfig, DataConfig
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.data.bos import bos_note, find_bos, own_bos
+from ast_sparse.data.calibration import calibration_blocks, calibration_samples
 from ast_sparse.data.collator import CausalLMCollator
-from ast_sparse.data.packing import calibration_samples
 from ast_sparse.data.shards import MANIFEST, read_manifest, verify_shards
-from ast_sparse.data.text import build_datasets, calibration_blocks, pack_dataset
+from ast_sparse.data.text import build_datasets, pack_dataset
 from ast_sparse.errors import UserError
 from tests.data.test_packing import documents
 from tests.models import save_tiny_model, tiny_tokenizer

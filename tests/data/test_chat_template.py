@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.config import DataConfig
 from ast_sparse.data import chat_template
+from ast_sparse.data.calibration import calibration_blocks
 from ast_sparse.data.chat import conversation_tokens, tokenise_conversations
-from ast_sparse.data.text import build_datasets, calibration_blocks, pack_dataset
+from ast_sparse.data.text import build_datasets, pack_dataset
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.windows import tokenise_chat
 from tests.data.test_chat import MARKED, PLAIN, ROWS, conversation, tokenizer
