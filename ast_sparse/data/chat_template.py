@@ -152,12 +152,10 @@ class Chat:
             return len(prompt)
         before = self.render(messages[:index])
         self._check_prefix(turn, before)
-        begin = len(commonprefix([prompt, turn]))  # noqa: RUF071
+        # what the assistant says may begin as what the prompt opens does (`<tool_call>`, `<think>`): other words do not
+        other = self.render([*messages[:index], {"role": "assistant", "content": _PROBE}])
+        begin = len(commonprefix([prompt, turn, other]))  # noqa: RUF071
         said = text_of(messages[index]).strip()
-        # what is said may begin as what the prompt opens does: `<b>` and `<think>`
-        for place in range(max(len(before), begin - len(said) + 1), begin):
-            if turn.startswith(said, place):
-                return place
         if begin > len(before) or (said and turn[begin:].lstrip().startswith(said)):
             return begin
         raise UserError(

@@ -144,6 +144,15 @@ def test_a_generation_prompt_that_opens_a_thought_is_left_out(said: str) -> None
         assert text == "<|end|>".join([said, *(["moves"] if "messages" in row else []), ""])
 
 
+def test_a_call_that_begins_as_the_thought_of_the_prompt_is_counted_whole() -> None:
+    template = THINKS.replace("message['content']", "(message.content or '<tool_call>' ~ message.tool_calls[0].name)")
+    made = byte_tokenizer(template, True)
+    messages = [*conversation("two"), {"role": "assistant", "tool_calls": [{"name": "move"}]}]
+    ((ids, labels),) = conversation_tokens([{"messages": messages}], made, "chat")
+    kept = [int(token) for token, label in zip(ids, labels, strict=True) if label != -100]
+    assert bytes_of(made, kept) == "<tool_call>move<|end|>"
+
+
 def test_a_thought_that_the_prompt_opens_is_not_counted_twice() -> None:
     made = byte_tokenizer(THINKS, True)
     ((ids, labels),) = conversation_tokens(
