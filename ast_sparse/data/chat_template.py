@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ast_sparse.data.files import one_line, shown
-from ast_sparse.data.messages import Message, fault_of, missing, text_of, written_forms
+from ast_sparse.data.messages import Message, fault_of, is_joined, missing, text_of, with_more, written_forms
 from ast_sparse.errors import UserError
 
 DATE = datetime.datetime(2024, 7, 26)  # the date that Llama 3's templates fall back to
@@ -97,19 +97,25 @@ class Chat:
 
     def settle(self, messages: list[Message]) -> list[Message]:
         """The messages in the form that the template writes as it should."""
-        first: BaseException | None = None
+        errors: list[Exception] = []
+        others = []
         for form in written_forms(messages):
             try:
-                if not (fault := fault_of(self.render(form), form)):
-                    return form
-                error: BaseException = UserError(
-                    f"{self.where}: the chat template writes {fault}. Give text that it can write, or leave the row "
-                    "out."
-                )
-            except REFUSALS as found:
-                error = found
-            first = first or error
-        raise first or UserError(f"{self.where}: there is nothing to render.")
+                text = self.render(form)
+                fault = fault_of(text, form)
+            except REFUSALS as error:
+                errors.append(error)
+                continue
+            if fault:
+                way = "Give text that it can write, or leave the row out."
+                errors.append(UserError(f"{self.where}: the chat template writes {fault}. {way}"))
+            elif is_joined(text, messages):
+                return form
+            else:
+                others.append(form)
+        if others:
+            return others[0]
+        raise errors[0]
 
     def check_read(self, text: str, messages: list[Message]) -> None:
         """Raise UserError where the template drops what the user or the system says."""
@@ -117,9 +123,9 @@ class Chat:
             said = text_of(message).strip()
             if message["role"] in ("assistant", *_TOOL_ROLES) or said in text:
                 continue
-            probe = {**message, "content": f"{text_of(message)} {_PROBE}"}
+            probe = with_more(message, f" {_PROBE}")
             try:
-                is_read = _PROBE in self.render([*messages[:index], probe, *messages[index + 1 :]])
+                is_read = _PROBE in self.render([*messages[:index], probe, *messages[index + 1 :]]).lower()
             except REFUSALS:
                 is_read = True
             if not is_read:

@@ -91,18 +91,29 @@ def _is_counted(message: Message, place: str) -> bool:
 
 def text_of(message: Message) -> str:
     """What a message says, its parts joined without anything between them."""
+    return "".join(_parts(message))
+
+
+def with_more(message: Message, text: str) -> Message:
+    """A message that says more, in the form of the given one."""
     content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return {**message, "content": content + (text if isinstance(content, str) else [{"type": "text", "text": text}])}
+
+
+def _parts(message: Message) -> list[str]:
+    content = message.get("content", "")
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 def written_forms(messages: list[Message]) -> Iterator[list[Message]]:
     """The messages in the forms that templates read, as they are given first.
 
-    Parts as they are or joined; arguments of tool calls as they are, as objects or as JSON strings.
+    Contents as they are or as one text, empty where there is none; arguments of tool calls as they are, as objects or
+    as JSON strings.
     """
     contents: list[Callable[[Message], Message]] = [lambda message: message]
-    if any(isinstance(message.get("content"), list) for message in messages):
-        contents.append(lambda message: {**message, "content": text_of(message)} if "content" in message else message)
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        contents.append(lambda message: {**message, "content": text_of(message)})
     arguments: list[Callable[[Any], Any]] = [lambda value: value]
     if any(True for message in messages for _ in _arguments(message)):
         arguments += [_as_object, _as_json]
@@ -111,19 +122,28 @@ def written_forms(messages: list[Message]) -> Iterator[list[Message]]:
             yield [_with_arguments(content(message), argument) for message in messages]
 
 
+def is_joined(text: str, messages: list[Message]) -> bool:
+    """Whether the text holds what each list of parts says, joined without anything between them."""
+    return all(text_of(each).strip() in text for each in messages if isinstance(each.get("content"), list))
+
+
 def fault_of(text: str, messages: list[Message]) -> str | None:
     """What the template writes wrongly of these messages, None where they are written as they should be."""
+
+    def writes(piece: str) -> bool:
+        return text.count(piece) > sum(text_of(message).count(piece) for message in messages)
+
     for index, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list) and content:
-            is_read = all(part["text"].strip() in text for part in content)
-            if not is_read or str(content) in text or json.dumps(content, ensure_ascii=False) in text:
+            is_read = all(part.strip() in text for part in _parts(message))
+            if not is_read or writes(str(content)) or writes(json.dumps(content, ensure_ascii=False)):
                 return f"the list of parts of message {index} as it stands, not their text"
         for value in _arguments(message):
-            if isinstance(value, str) and any(json.dumps(value, ensure_ascii=ascii) in text for ascii in (True, False)):
+            if isinstance(value, str) and any(writes(json.dumps(value, ensure_ascii=ascii)) for ascii in (True, False)):
                 return f"the `arguments` of a tool call of message {index} as a string in a string"
             is_python = isinstance(value, Mapping | list) and str(value) != json.dumps(value, ensure_ascii=False)
-            if is_python and str(value) in text:
+            if is_python and writes(str(value)):
                 return f"the `arguments` of a tool call of message {index} as Python, not as JSON"
     return None
 
@@ -138,7 +158,7 @@ def missing(message: Message, turn: str, is_last: bool) -> str | None:
         is_last: no message of the user follows.
     """
     content = text_of(message)
-    if content.strip() not in turn:
+    if not all(part.strip() in turn for part in _parts(message)):
         before, mark, answer = content.rpartition("</think>")
         thought = before.replace("<think>", "").strip()
         if not mark or answer.strip() not in turn or (is_last and thought not in turn):

@@ -71,6 +71,30 @@ def test_parts_of_text_are_joined_or_read_by_the_template(template: str) -> None
     assert stretches(messages, template)[0].removesuffix("<|end|>") == "keeps the dense"
 
 
+def test_parts_that_the_template_trims_keep_the_white_space_between_them() -> None:
+    trimmed = "{% for part in m.content %}{{ part.text | trim }}{% endfor %}"
+    messages = [{"role": "user", "content": parts("two ", "of four")}, said(parts("keeps ", "the dense"))]
+    either = HEAD + "{% if m.content is string %}{{ m.content }}{% else %}" + trimmed + "{% endif %}" + TAIL
+    assert "two of four<|end|>" in written({"messages": messages}, either)
+    assert stretches(messages, either) == ["keeps the dense<|end|>"]
+    # one that reads nothing but parts writes them as it does
+    assert stretches(messages, HEAD + trimmed + TAIL) == ["keepsthe dense<|end|>"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+def test_calls_without_content_are_read_where_the_template_joins_it(content: dict[str, Any]) -> None:
+    message = {key: value for key, value in call({"x": 1}).items() if key != "content"} | content
+    template = CALLS.replace("m.content or ''", "'' + m.content").replace(" ARGS", "")
+    assert stretches([USER, message], template) == ["move<|end|>"]
+
+
+def test_what_the_user_says_may_look_like_arguments() -> None:
+    for says in ("move {'x': 1}", '"{\\"x\\": 1}"'):
+        for arguments in ({"x": 1}, '{"x": 1}'):
+            found = written({"messages": [{"role": "user", "content": says}, call(arguments)]}, TOJSON)
+            assert says in found and 'move {"x": 1}<|end|>' in found
+
+
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
@@ -152,6 +176,8 @@ def test_a_role_that_the_template_drops_is_refused() -> None:
     # a template may rewrite what the system says
     flags = HEAD + "{{ m.content | replace('/no_think', '') }}" + TAIL
     assert stretches([{"role": "system", "content": "/no_think"}, USER, said("keeps")], flags) == ["keeps<|end|>"]
+    loud = HEAD + "{{ m.content if m.role == 'assistant' else m.content | upper }}" + TAIL
+    assert stretches([USER, said("keeps")], loud) == ["keeps<|end|>"]
 
 
 @pytest.mark.parametrize(
