@@ -15,6 +15,7 @@ import datasets
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.table import CastError
 
 from ast_sparse.data.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations, read_row
 from ast_sparse.data.entries import Entry, file_stamps, text_files
@@ -229,6 +230,11 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
         )
     except DatasetGenerationError as error:
         reason = one_line(error.__cause__ or error)
+        if len(files) > 1 and isinstance(error.__cause__, TypeError | CastError):  # not of the file but of the schema
+            raise UserError(
+                f"{', '.join(map(str, files))} hold columns of different types: {reason} Write all files with the same "
+                "types, or give each an entry of its own."
+            ) from error
         raise UserError(f"{', '.join(map(str, files))} is damaged: {reason} Copy or write it again.") from error
 
 

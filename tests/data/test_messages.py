@@ -258,6 +258,17 @@ def test_a_column_that_only_later_files_have_is_named(tmp_path: Path) -> None:
         read_conversations("*.parquet", str(tmp_path), "--dataset")
 
 
+def test_files_whose_calls_have_other_arguments_are_named_and_may_be_entries(tmp_path: Path) -> None:
+    for name, row in zip("ab", ROWS, strict=False):
+        pq.write_table(pa.Table.from_pylist([{"messages": row["messages"]}]), tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        UserError, match=r"b\.parquet hold columns of different types: .* give each an entry of its own"
+    ):
+        read_conversations("*.parquet", str(tmp_path), "--dataset")
+    config = DataConfig(root=str(tmp_path), train=("a.parquet", "b.parquet"), eval_share=0.0, block_size=16)
+    assert build_datasets(config, tokenizer(TOJSON))[2].train.documents == 2  # type: ignore[union-attr]
+
+
 def test_tools_and_settings_of_the_template_come_from_their_columns() -> None:
     template = "{{ tools | tojson }}{{ mood }}\n" + PLAIN
     tools = json.dumps([{"name": "move", "parameters": json.dumps({"type": "object"})}])
