@@ -3,8 +3,9 @@
 A template that asks for today's date is told `DATE`, so that the same conversation gives the same tokens on every day.
 Where the template marks the assistant's turns by `{% generation %}` the marks are taken. Else turns are found by
 prefixes: turn i is what rendering the messages up to it adds to rendering those before it with the generation prompt,
-less white space at its end; a template that writes earlier turns differently when more follow cannot be taken apart so,
-and is refused. Where the generation prompt opens what the turn does not hold (`<think>`), the turn begins where the two
+less white space at its end. When more messages follow, a template may leave out the thought (`<think>`) of a turn and
+the EOS that ended the conversation; one that otherwise writes earlier turns differently cannot be taken apart so, and
+is refused. Where the generation prompt opens what the turn does not hold (`<think>`), the turn begins where the two
 part.
 """
 
@@ -31,6 +32,8 @@ DATE = datetime.datetime(2024, 7, 26)  # the date that Llama 3's templates fall 
 Spans = list[tuple[int, int]]  # of characters
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\n*", re.DOTALL)
+_EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 _DIRECTIVES = "aAbBcdDefFGhHIjmMprRSTuUVwWxXyYZz"
 _TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_response"}  # templates rewrite what tools say
@@ -145,11 +148,21 @@ class Chat:
                     f"{self.where}: the conversation begins with the assistant. Put what it answers before it."
                 )
             turn = self.render(messages[: index + 1])
-            begin = self._begin(turn, messages, index)
-            self._check_prefix(text, turn)
-            spans.append((begin, len(turn.rstrip())))
-            self.check_said(messages, index, turn[begin:])
+            begin, end = self._stretch(text, turn, self._begin(turn, messages, index))
+            spans.append((begin, end))
+            self.check_said(messages, index, text[begin:end])
         return text, spans
+
+    def _stretch(self, text: str, turn: str, begin: int) -> tuple[int, int]:
+        """Where a turn that begins at `begin` stands in the whole text, which may leave out its thought."""
+        if not text.startswith(turn):
+            begin = len(_EMPTY_THOUGHT.sub("", turn[:begin]))  # which the generation prompt may hold
+            turn = turn[:begin] + _THOUGHT.sub("", turn[begin:]).rstrip()
+            ended = turn.removesuffix(self.tokenizer.eos_token or "").rstrip()
+            if ended.endswith(tuple(self.tokenizer.added_tokens_encoder)) and not text.startswith(turn):
+                turn = ended  # by a token of its own, before the EOS of the conversation
+            self._check_prefix(text, turn)
+        return begin, len(turn.rstrip())
 
     def _begin(self, turn: str, messages: list[Message], index: int) -> int:
         """The character where what the assistant says begins in its turn."""

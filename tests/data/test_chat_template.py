@@ -240,6 +240,40 @@ def test_a_thought_that_the_template_reopens_is_counted() -> None:
     assert bytes_of(made, kept) == "<think>\nlate\n</think>\n\nmoves<|end|>"
 
 
+FORGETS = (
+    "{% for m in messages %}{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% if quick %}<think>\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_thought_that_the_template_leaves_out_of_earlier_turns_is_not_counted(quick: bool) -> None:
+    made = byte_tokenizer(FORGETS, True)
+    row = {"messages": conversation("two", "keeps", "of", "moves"), "chat_template_kwargs": {"quick": quick}}
+    ((ids, labels),) = conversation_tokens([row], made, "chat")
+    kept = [int(token) for token, label in zip(ids, labels, strict=True) if label != -100]
+    assert bytes_of(made, kept) == "keeps<|end|>" + "<think>\n</think>\n\n" * (not quick) + "moves<|end|>"
+    row["messages"] = conversation("two", "keeps", "of")
+    ((ids, labels),) = conversation_tokens([row], made, "chat")
+    assert bytes_of(made, [int(token) for token in labels if token != -100]) == "keeps<|end|>"
+
+
+def test_an_eos_that_ends_the_conversation_ends_no_earlier_turn() -> None:
+    rows = [{"messages": conversation("two", "keeps", "of", "moves")}]
+    template = PLAIN.replace("<|end|>", "<|stop|>").replace("{% endif %}", "{% else %}<|end|>{% endif %}")
+    made = byte_tokenizer(template, True)
+    made.add_tokens(["<|stop|>"])
+    ((_, labels),) = conversation_tokens(rows, made, "chat")
+    text = made.decode([int(token) for token in labels if token != -100])
+    assert text == "keeps<|stop|>moves<|stop|>\n<|end|>"
+    # where the EOS ends the last turn itself, another token may end those before it
+    swapped = PLAIN.replace("'<|end|>'", "('<|end|>' if loop.last else '<|stop|>')")
+    made.chat_template = swapped
+    with pytest.raises(UserError, match=r"row 0: the chat template writes earlier turns otherwise when more follow"):
+        list(conversation_tokens(rows, made, "chat"))
+
+
 def test_several_templates_without_a_default_are_refused() -> None:
     made = tokenizer()
     made.chat_template = {"a": PLAIN, "b": PLAIN}
