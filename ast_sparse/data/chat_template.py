@@ -173,7 +173,7 @@ class Chat:
         self._check_prefix(turn, before)
         # what the assistant says may begin as what the prompt opens does (`<tool_call>`, `<think>`): other words do not
         other = self.render([*messages[:index], {"role": "assistant", "content": _PROBE}])
-        begin = len(commonprefix([prompt, turn, other]))  # noqa: RUF071
+        begin = len(commonprefix([prompt, turn, other]).rstrip("<"))  # noqa: RUF071 - `<think>` is not half `</think>`
         said = text_of(messages[index]).strip()
         if begin > len(before) or (said and turn[begin:].lstrip().startswith(said)):
             return begin

@@ -144,6 +144,15 @@ def test_a_generation_prompt_that_opens_a_thought_is_left_out(said: str) -> None
         assert text == "<|end|>".join([said, *(["moves"] if "messages" in row else []), ""])
 
 
+def test_a_thought_that_the_turn_closes_is_not_cut() -> None:
+    template = THINKS.replace(
+        "message['content']", "('</think>' if message.role == 'assistant' else '') + message.content"
+    )
+    ((_, labels),) = conversation_tokens([{"messages": ROWS[2]}], byte_tokenizer(template, True), "chat")
+    kept = [int(token) for token in labels if token != -100]
+    assert bytes_of(byte_tokenizer(template, True), kept) == "</think>moves<|end|>"
+
+
 def test_a_call_that_begins_as_the_thought_of_the_prompt_is_counted_whole() -> None:
     template = THINKS.replace("message['content']", "(message.content or '<tool_call>' ~ message.tool_calls[0].name)")
     made = byte_tokenizer(template, True)
