@@ -12,18 +12,22 @@ GENERATION_NAME = "generation_config.json"
 
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data*", "*.ot", "*.npz", "*.tflite", "*.nemo", "*.distcp", "*.index.json",
+    "*.onnx_data*", "*.ot", "*.npz", "*.tflite", "*.nemo", "*.distcp", "*.index.json", "*.index.*.json",
 )  # fmt: skip
 # The second line says how weights are packed: beside plain ones it would make a reader unpack them again.
 _CONFIGS = (
     files.CONFIG_NAME, GENERATION_NAME, files.SPARSITY_CONFIG_NAME, CHECKSUMS_NAME, "config.yaml",
     "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
 )  # fmt: skip
-_TRAINING = ("trainer_state.json", "checkpoint-*", "runs")
+# Of Trainer, its examples, trackers and DeepSpeed.
+_TRAINING = (
+    "trainer_state.json", "checkpoint-*", "runs", "wandb", "mlruns", "events.out.tfevents*", "all_results.json",
+    "train_results.json", "eval_results.json", "trainer_log.jsonl", "global_step*", "latest", "zero_to_fp32.py",
+)  # fmt: skip
 # What ast-train writes: no other file may take its place.
 _RUN_RECORDS = (
-    "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "data_state.json",
-    "shards.json",
+    "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "run.json",
+    "data_state.json", "shards.json",
 )  # fmt: skip
 
 
