@@ -22,6 +22,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export import files
 from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter, with_twins
 from ast_sparse.export.checksums import check_checksums
+from ast_sparse.export.origin import read_generation_config, source_folder
 from ast_sparse.export.packed import check_codes, decode_on_load, is_code, leftover
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
 from ast_sparse.places import Place, load_model_config, named_errors, quiet_transformers
@@ -126,6 +127,7 @@ def random_causal_lm(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
+    _take_generation_config(model)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -209,10 +211,20 @@ def _load_weights(
             f"`{place.name}` lacks {len(missing)} tensors of {type(model).__name__}, the first is `{missing[0]}`. "
             "The checkpoint is incomplete, or was saved without its language-model head."
         )
+    if place.gguf_file is not None:
+        _take_generation_config(model)
     _check_unused([key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)], config, place)
     make_plain(model, place.name)
     check_finite(model, repr(place.name))
     return model
+
+
+def _take_generation_config(model: Any) -> None:
+    """Give a model the generation_config.json of its source, which transformers reads beside safetensors only."""
+    folder = source_folder(model.config)
+    generation = None if folder is None else read_generation_config(folder)
+    if generation is not None and model.can_generate():
+        model.generation_config = generation
 
 
 def _check_unused(unused: list[str], config: PreTrainedConfig, place: Place) -> None:

@@ -77,3 +77,11 @@ def test_random_weights_need_the_configuration_of_a_gguf_file_alone(gguf_file: P
     assert model.config.hidden_size == 32 and model.dtype == torch.float32
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_causal_lm(tmp_path / "saved")(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_generation_settings_beside_a_gguf_file_are_read(gguf_file: Path) -> None:
+    assert load_causal_lm(gguf_file).generation_config.top_k is None
+    tiny_model("llama").config.save_pretrained(gguf_file.parent)
+    (gguf_file.parent / "generation_config.json").write_text('{"do_sample": true, "top_k": 7}')
+    assert load_causal_lm(gguf_file).generation_config.top_k == 7
+    assert random_causal_lm(gguf_file, seed=0).generation_config.top_k == 7

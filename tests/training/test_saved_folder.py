@@ -125,6 +125,14 @@ def test_records_of_a_run_stay_out_of_its_exports(root: Path) -> None:
     assert (root / "out" / "metrics.jsonl").is_file()
     written = {path.name for path in (root / "final-dense").iterdir()}
     assert not written & {"metrics.jsonl", "results.json", "config.yaml", "checkpoint-1", "training_args.bin"}
+    assert {path.name for path in (root / "checkpoint-dense").iterdir()} == written
+
+
+def test_random_weights_keep_the_generation_settings(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    result = call(train, "--config", settings(tmp_path, source), "--set", "model.random_weights=true")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == GENERATION
 
 
 def test_overrides_are_in_the_saved_configuration(tmp_path: Path) -> None:
