@@ -29,6 +29,11 @@ _RUN_RECORDS = (
     "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "run.json",
     "data_state.json", "shards.json",
 )  # fmt: skip
+# What a tokenizer is read from; an earlier model may have left it.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+)  # fmt: skip
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -58,6 +63,15 @@ def copy_companions(source: Path, target: Path, wanted: Callable[[Path], bool] =
     for path in filter(wanted, companion_files(source)):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)
+
+
+def remove_tokenizer(folder: Path) -> None:
+    """Remove the tokenizer and the chat templates that an earlier model left: they would be read as the next one's."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and is_chat_template(Path(path.name)):
+            shutil.rmtree(path)
+        elif path.name in _TOKENIZER or is_chat_template(Path(path.name)):
+            path.unlink()
 
 
 def is_chat_template(path: Path) -> bool:

@@ -27,6 +27,7 @@ from ast_sparse.export.companions import (
     copy_companions,
     is_chat_template,
     is_tokenizer_file,
+    remove_tokenizer,
 )
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,9 @@ class Origin:
             folder: what `save_pretrained` wrote.
             tokenizer: is saved there too. Of one that was changed since it was loaded, these files alone are kept.
         """
+        is_source = self.folder is not None and self.folder.resolve() == folder.resolve()
+        if tokenizer is not None and not is_source:
+            remove_tokenizer(folder)
         written = set() if tokenizer is None else _save_tokenizer(tokenizer, folder)
         if self.raw:
             config = files.read_json(folder / files.CONFIG_NAME)
@@ -91,7 +95,7 @@ class Origin:
         saved = read_generation_config(folder)
         if self.raw_generation is not None and saved is not None and _values(saved) == _values(self.generation):
             (folder / GENERATION_NAME).write_bytes(self.raw_generation)
-        if self.folder is None:
+        if self.folder is None or is_source:
             return
         if not self.folder.is_dir():  # after hours of training
             logger.warning(f"{self.folder} is gone: files beside its weights (templates, licence) are not copied.")

@@ -205,6 +205,38 @@ def test_a_source_that_is_gone_does_not_lose_the_model(tmp_path: Path) -> None:
     assert read_json(tmp_path / "saved" / "config.json")["rope_theta"] == 10000.0
 
 
+@pytest.mark.parametrize("notebook", [False, True])
+def test_templates_and_tokens_of_an_earlier_model_do_not_stay(notebook: bool, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "base", "gpt2")  # without a chat template
+    (tmp_path / "out" / "additional_chat_templates").mkdir(parents=True)
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "added_tokens.json", "notes.md"):
+        (tmp_path / "out" / name).write_text('{"<|old|>": 128}')
+    if notebook:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
+        trainer = SparseTrainer(
+            str(tmp_path / "base"), arguments(tmp_path / "out"), train_dataset=blocks(), processing_class=tokenizer
+        )
+        trainer.save_model()
+    else:
+        result = call(train, "--config", settings(tmp_path, tmp_path / "base"), "--overwrite")
+        assert result.exit_code == 0, result.output
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert saved.chat_template is None and "<|old|>" not in saved.get_vocab()
+    assert (tmp_path / "out" / "notes.md").is_file()
+
+
+def test_a_model_may_be_saved_into_its_own_folder(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    trainer = SparseTrainer(
+        str(source), arguments(tmp_path / "out"), train_dataset=blocks(), processing_class=tokenizer
+    )
+    trainer.save_model(str(source))
+    assert (source / "generation_config.json").read_bytes() == GENERATION
+    for companion in COMPANIONS:
+        assert (source / companion).read_text() == companion
+
+
 # ---- what cannot be saved is refused before anything is trained ---------------------------------------------------
 
 
