@@ -261,16 +261,7 @@ class AstSparse24HfQuantizer(HfQuantizer):
             dtype = cast(torch.dtype, getattr(torch, dtype))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
-                dense: nn.Linear | Conv1D
-                weight = layer.dense_weight().detach().to(dtype or layer.weight.dtype)
-                with torch.device("meta"):
-                    if layer.is_conv1d:
-                        dense, weight = Conv1D(layer.out_features, layer.in_features), weight.t().contiguous()
-                    else:
-                        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-                dense.weight = nn.Parameter(weight)
-                dense.bias = layer.bias
-                model.set_submodule(name, dense)
+                model.set_submodule(name, _plain(layer, layer.dense_weight().detach().to(dtype or layer.weight.dtype)))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
@@ -281,6 +272,9 @@ class AstSparse24HfQuantizer(HfQuantizer):
             if isinstance(layer, CompressedLinear) and "weight_meta" in layer._buffers
         }
         modules = [name for name in self.quantization_config.modules if _short(name, model) in kept]
+        for name, layer in list(model.named_modules()):
+            if getattr(layer, "is_conv1d", False) and "weight_meta" not in layer._buffers:
+                model.set_submodule(name, _plain(layer, layer.weight.detach()))  # its weight is stored as [in, out]
         if not modules and self.quantization_config.modules:
             self.remove_quantization_config(model)
         elif modules != self.quantization_config.modules:
@@ -294,6 +288,17 @@ class AstSparse24HfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # not the compressed weights, but an adapter over them
+
+
+def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear | Conv1D:
+    """The layer that a compressed one stands for, with a decoded weight `[out, in]`."""
+    rows, columns = weight.shape
+    dense: nn.Linear | Conv1D
+    with torch.device("meta"):
+        dense = Conv1D(rows, columns) if layer.is_conv1d else nn.Linear(columns, rows, layer.bias is not None)
+    dense.weight = nn.Parameter(weight.t().contiguous() if layer.is_conv1d else weight)
+    dense.bias = cast(nn.Parameter, layer.bias)
+    return dense
 
 
 def _check_files(checkpoint_files: Iterable[str]) -> None:

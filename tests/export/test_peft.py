@@ -141,6 +141,21 @@ def test_only_the_layers_that_are_merged_are_decoded_and_both_are_saved(
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(plain))
 
 
+@pytest.mark.parametrize("targets", [["attn.c_proj"], ["c_attn", "c_fc"], TARGETS["gpt2"]], ids=str)
+def test_merged_layers_of_gpt2_are_saved_in_its_layout(
+    targets: list[str], exports: dict[str, Path], tmp_path: Path
+) -> None:
+    merged = adapted(
+        load(exports["gpt2"], dequantize=False), LoraConfig(r=4, target_modules=targets)
+    ).merge_and_unload()
+    expected = logits(merged)
+    for folder in ("once", "twice"):
+        merged.save_pretrained(tmp_path / folder)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-6)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_unloaded_model_takes_another_adapter_and_can_be_saved(exports: dict[str, Path], tmp_path: Path) -> None:
     model = load(exports["llama"], dequantize=False)
     before, layers = logits(model), compressed(model)
