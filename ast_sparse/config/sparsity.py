@@ -145,7 +145,10 @@ class CalibrationConfig(Section):
     block_size: int = field(default=128, metadata=about("SparseGPT: columns pruned before the rest is updated."))
     keep_zeros: bool = field(
         default=False,
-        metadata=about("SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one."),
+        metadata=about(
+            "SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one. Of a run this "
+            "is its start: training may change them, as any weight."
+        ),
     )
     seed: int = field(default=0, metadata=about("Chooses the sequences."))
 
