@@ -172,19 +172,28 @@ def in_source_spelling(
     before = _as_read(raw, config_class)
     if before is None or raw.get("model_type") != config.get("model_type"):
         return config
-    mixed = {key: value for key, value in raw.items() if key not in ("torch_dtype", "_name_or_path")}
-    for key in sorted(before.keys() | config.keys()):
-        if key in _OF_THE_WRITER or (key in before and key in config and before[key] == config[key]):
-            continue
-        mixed.pop(key, None)
-        if key in config:
-            mixed[key] = config[key]
-    if "dtype" in config:
-        mixed["dtype"] = config["dtype"]
+    mixed = _mixed(config, raw, before)
     after, wanted = _as_read(mixed, config_class), _as_read(config, config_class)
     if after is None or wanted is None or _stripped(after) != _stripped(wanted):
         return config
     return {key: mixed[key] for key in sorted(mixed)}
+
+
+def _mixed(config: dict[str, Any], raw: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """`raw`, with what differs between `before` and `config`, also in the dictionaries inside (`text_config`)."""
+    mixed = {key: value for key, value in raw.items() if key not in ("torch_dtype", "_name_or_path")}
+    for key in before.keys() | config.keys():
+        values = config.get(key), raw.get(key), before.get(key)
+        if key in _OF_THE_WRITER or (key in before and key in config and values[0] == values[2]):
+            continue
+        mixed.pop(key, None)
+        if all(isinstance(value, dict) for value in values):
+            mixed[key] = _mixed(*cast(Any, values))
+        elif key in config:
+            mixed[key] = values[0]
+    if "dtype" in config:
+        mixed["dtype"] = config["dtype"]
+    return mixed
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:

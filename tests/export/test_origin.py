@@ -1,12 +1,13 @@
 """Companion files and the spelling of a configuration, apart from commands."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, Gemma3Config, GenerationConfig, LlamaConfig, Qwen2Config
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.companions import companion_files, copy_companions
@@ -43,6 +44,17 @@ def test_a_changed_value_that_the_source_spells_otherwise_wins(tmp_path: Path) -
     saved = written(config, tmp_path)
     found = in_source_spelling(saved, OLD, LlamaConfig)
     assert LlamaConfig.from_dict(found).rope_parameters == config.rope_parameters
+
+
+def test_a_configuration_inside_another_keeps_its_spelling_too(tmp_path: Path) -> None:
+    inner = {"model_type": "gemma3_text", "hidden_size": 32, "head_dim": 8, "torch_dtype": "bfloat16", "theirs": 1}
+    raw = {"model_type": "gemma3", "text_config": inner, "vision_config": {"hidden_size": 16, "theirs": 2}}
+    config = Gemma3Config.from_dict(copy.deepcopy(raw))
+    config.text_config.dtype, config.text_config.rms_norm_eps = "float32", 1e-3
+    found = in_source_spelling(written(config, tmp_path), raw, Gemma3Config)
+    del inner["torch_dtype"]
+    assert found["text_config"] == {**inner, "dtype": "float32", "rms_norm_eps": 1e-3}
+    assert found["vision_config"] == raw["vision_config"]
 
 
 def test_another_kind_of_model_is_not_mixed_with_the_source(tmp_path: Path) -> None:
