@@ -146,8 +146,8 @@ class CalibrationConfig(Section):
     keep_zeros: bool = field(
         default=False,
         metadata=about(
-            "SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one. Of a run this "
-            "is its start: training may change them, as any weight."
+            "SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one. This holds "
+            "for pruning: training may change them later like any weight."
         ),
     )
     seed: int = field(default=0, metadata=about("Chooses the sequences."))

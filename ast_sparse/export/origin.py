@@ -1,7 +1,7 @@
 """What a saved model takes over from the one it was loaded from: configuration, generation settings, companions.
 
 transformers writes a configuration anew in its own spelling, and Trainer changes it on the way (`use_cache`, special
-tokens). Whoever reads the result is to find the source's configuration, and in it the intended changes alone.
+tokens). The result should have the source's configuration with nothing but the intended changes.
 """
 
 import copy
@@ -34,10 +34,10 @@ logger = logging.get_logger(__name__)
 
 _CHANGED_BY_TRAINER = ("use_cache", "eos_token_id", "bos_token_id", "pad_token_id")
 _ABSENT = object()
-_OF_THE_WRITER = ("transformers_version", "_name_or_path", "torch_dtype")  # no settings of the model
+_OF_THE_WRITER = ("transformers_version", "_name_or_path", "torch_dtype")  # not settings of the model
 
 
-# Where a setting stands, its name, and its value.
+# The object that holds a setting, its name, and its value.
 Settings = Sequence[tuple[Any, str, Any]]
 
 
@@ -83,7 +83,8 @@ class Origin:
 
         Args:
             folder: what `save_pretrained` wrote.
-            tokenizer: is saved there too. Of one that was changed since it was loaded, these files alone are kept.
+            tokenizer: saved there too. If it was changed since it was loaded, the source's tokenizer files are not
+                copied.
         """
         is_source = self.folder is not None and self.folder.resolve() == folder.resolve()
         if tokenizer is not None and not is_source:
@@ -158,7 +159,7 @@ def _put(settings: Settings) -> None:
 def in_source_spelling(
     config: dict[str, Any], raw: dict[str, Any], config_class: type[PreTrainedConfig]
 ) -> dict[str, Any]:
-    """A configuration as transformers writes it, with what the source says alike spelt as the source spells it.
+    """A configuration as transformers writes it, but with the source's keys where the meaning is the same.
 
     transformers renames keys, drops some, and adds defaults. What differs by meaning is taken from `config`.
 
@@ -200,7 +201,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     """The generation_config.json of a folder, None where there is none; values that make no sense together are kept.
 
     Raises:
-        UserError: it is no JSON object, or transformers cannot read a value.
+        UserError: it is not a JSON object, or transformers cannot read a value.
     """
     path = folder / GENERATION_NAME
     if not path.is_file():
@@ -232,13 +233,13 @@ def check_saving(
         "tokenizer": (tokenizer, "Take another tokenizer, or put its files into the folder of the model"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        for what, (part, mend) in parts.items():
+        for what, (part, fix) in parts.items():
             try:
                 if part is not None:
                     copy_of = part if what == "tokenizer" else copy.deepcopy(part)
                     copy_of.save_pretrained(folder)
             except Exception as error:  # whatever the code of a model or a tokenizer raises
-                raise UserError(f"The {what} of {name!r} cannot be saved: {_one_line(error)}. {mend}.") from error
+                raise UserError(f"The {what} of {name!r} cannot be saved: {_one_line(error)}. {fix}.") from error
 
 
 def source_folder(config: PreTrainedConfig) -> Path | None:
