@@ -23,7 +23,7 @@ from ast_sparse.export import files
 from ast_sparse.export.adapter import attach_adapter, check_pairs, read_adapter, with_twins
 from ast_sparse.export.checksums import check_checksums
 from ast_sparse.export.origin import read_generation_config, source_folder
-from ast_sparse.export.packed import check_codes, decode_on_load, is_code, leftover
+from ast_sparse.export.packed import check_codes, check_leftovers, decode_on_load
 from ast_sparse.export.sharded import is_sharded_checkpoint, merged
 from ast_sparse.places import Place, load_model_config, named_errors, quiet_transformers
 from ast_sparse.quantized import forget_quantization, make_plain
@@ -201,6 +201,10 @@ def _load_weights(
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
+    if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
+        if place.folder is None and getattr(config, "quantization_config", None) is None:
+            check_leftovers(unused, model, place.name)  # of a folder the files were checked
+        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), unused[0])
     for name, stored, expected in sorted(info["mismatched_keys"], key=str):
         raise UserError(
             f"`{place.name}`: the tensor `{name}` has shape {tuple(stored)}, the model needs {tuple(expected)}. "
@@ -213,7 +217,6 @@ def _load_weights(
         )
     if place.gguf_file is not None:
         _take_generation_config(model)
-    _check_unused([key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)], config, place)
     make_plain(model, place.name)
     check_finite(model, repr(place.name))
     return model
@@ -225,16 +228,6 @@ def _take_generation_config(model: Any) -> None:
     generation = None if folder is None else read_generation_config(folder)
     if generation is not None and model.can_generate():
         model.generation_config = generation
-
-
-def _check_unused(unused: list[str], config: PreTrainedConfig, place: Place) -> None:
-    """Name the tensors that no part of the model took; UserError where they are the scales of a quantized model."""
-    if not unused:
-        return
-    plain = place.gguf_file is None and getattr(config, "quantization_config", None) is None
-    if place.folder is None and plain and (code := next(filter(is_code, sorted(unused)), None)):
-        raise UserError(leftover(place.name, code))  # of a folder the files were checked
-    logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), min(unused))
 
 
 def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:

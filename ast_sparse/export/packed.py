@@ -2,11 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -133,26 +135,38 @@ def _check_plain(stored: Mapping[str, tuple[str, list[int]]], model: nn.Module, 
                 f"`{name}`: the tensor `{key}` is stored as {dtype}, and config.json has no `quantization_config` that "
                 "says how to decode it. Restore config.json, or give the model that is not quantized."
             )
-    known = {key for key, _ in (*model.named_parameters(), *model.named_buffers())}
-    last_names = {key.rpartition(".")[2] for key in known}
+    check_leftovers(stored, model, name)
+
+
+def check_leftovers(stored: Iterable[str], model: nn.Module, name: str) -> None:
+    """Raise UserError if a quantizer stored one of these tensors for a layer of the model, which is a plain one.
+
+    Parts of the checkpoint that the model lacks (an image encoder) are not looked at.
+    """
+    is_read = _reader(model)
     modules = {key for key, _ in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for key in stored:
         owner, _, last = key.rpartition(".")
-        beside = owner in stored or f"{owner}.weight" in stored  # a subtree that the model lacks is not looked at
-        is_ours = owner and (beside or {owner, prefix + owner, owner.removeprefix(prefix)} & modules)
-        if is_code(key) and last not in last_names and (is_ours or last in _CERTAIN_CODES):
-            raise UserError(leftover(name, key))
+        if _CODES.search(last) is None or is_read(key):
+            continue
+        beside = is_read(owner) or is_read(f"{owner}.weight")
+        if (
+            last in _CERTAIN_CODES
+            or beside
+            or (owner and {owner, prefix + owner, owner.removeprefix(prefix)} & modules)
+        ):
+            raise UserError(
+                f"`{name}` holds `{key}` as a quantized model does, and config.json has no `quantization_config` that "
+                "says how to decode it. Restore config.json, or give the model that is not quantized."
+            )
 
 
-def is_code(key: str) -> bool:
-    """Whether a tensor is called like what a quantizer stores beside or instead of a weight."""
-    return _CODES.search(key.rpartition(".")[2]) is not None
-
-
-def leftover(name: str, key: str) -> str:
-    """The message about a tensor that only a quantized model has."""
-    return (
-        f"`{name}` holds `{key}` as a quantized model does, and config.json has no `quantization_config` that says how "
-        "to decode it. Restore config.json, or give the model that is not quantized."
-    )
+def _reader(model: nn.Module) -> Callable[[str], bool]:
+    """Whether loading takes a stored tensor for one of the model, which may be called otherwise there."""
+    state: Any = model.state_dict()
+    conversions = get_model_conversion_mapping(cast(PreTrainedModel, model))
+    renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters: Any = [each for each in conversions if isinstance(each, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", "") or None
+    return lambda key: key in state or rename_source_key(key, renamings, converters, prefix, state)[0] in state

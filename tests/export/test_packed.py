@@ -25,6 +25,7 @@ from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import densify_model, sparsify_model
 from tests.export.quantized_models import edit_config, plain_twin, save_fp8_model, save_mxfp4_model
 from tests.export.sparse_models import change_tensors, token_ids
+from tests.families import family_model
 from tests.models import generated_text, save_tiny_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -134,6 +135,31 @@ def test_scales_without_a_quantization_config_are_refused_by_name(name: str, tmp
     change_tensors(tmp_path, lambda tensors: tensors.update({f"model.layers.0.self_attn.q_proj.{name}": torch.ones(1)}))
     with pytest.raises(UserError, match=LEFT_OVER.format(name)):
         load_causal_lm(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "inkling_text", "zaya"])
+def test_scales_that_are_parameters_of_the_model_are_read(family: str, tmp_path: Path) -> None:
+    family_model(family).save_pretrained(tmp_path)  # deepseek_v4's are called otherwise in the files
+    assert any("scale" in name for name in load_file(tmp_path / "model.safetensors"))
+    found = load_causal_lm(tmp_path).state_dict()
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+    stored = load_file(tmp_path / "model.safetensors")
+    layer = next(
+        name for name, value in stored.items() if ".0." in name and name.endswith(".weight") and value.dim() == 2
+    )
+    stale = f"{layer.removesuffix('weight')}scale"  # whose last part alone is a name that such a model knows
+    change_tensors(tmp_path, lambda tensors: tensors.update({stale: torch.ones(1)}))
+    with pytest.raises(UserError, match=f"holds `{stale}` as a quantized model does"):
+        load_causal_lm(tmp_path)
+
+
+def test_scales_of_a_part_that_the_model_lacks_are_not_looked_at(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    other = {"logit_scale": torch.ones(1), "vision_tower.blocks.0.norm.weight": torch.ones(4)}
+    other |= {"vision_tower.blocks.0.norm.scale": torch.ones(4), "vision_tower.blocks.0.layer_scale": torch.ones(4)}
+    change_tensors(tmp_path, lambda tensors: tensors.update(other))
+    load_causal_lm(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
