@@ -134,7 +134,7 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     """Add SLoRB pairs to a model with sparse weights, in place and frozen, through PEFT.
 
     Raises:
-        UserError: PEFT is not installed, or a pair fits no layer.
+        UserError: PEFT is not installed, or a pair fits no layer, or PEFT does not load it.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError(
@@ -150,3 +150,12 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     except ValueError as error:  # PEFT knows layers that its adapters do not work on
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error
+    loaded = model.state_dict()
+    for name, value in tensors.items():  # PEFT warns of what it does not place, and goes on
+        found = loaded.get(f"{name.removesuffix('.weight')}.default.weight")
+        if found is None or not torch.equal(found.cpu(), value.cpu()):
+            layer = name.rpartition(".lora_")[0]
+            raise UserError(
+                f"The SLoRB adapter of `{base_model}` cannot be loaded: PEFT does not give `{layer}` its pair. "
+                "Exclude the layer with `sparsity.exclude`, or train without SLoRB."
+            )

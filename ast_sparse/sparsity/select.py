@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
@@ -21,6 +22,8 @@ _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|tower|qformer|mt
 _ROUTER_CLASS = re.compile(r"router|gating|moe_?gate", re.IGNORECASE)
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)|expert_gate|gating")
 _NO_ADAPTERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses their out_proj
+# PEFT takes adapters of layers with these names for those of joined experts, by whose files transformers converts.
+_JOINED_BY_PEFT = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
 _GATE_NAME = ("gate", "wg")  # of routers beside experts, of full-size projections elsewhere
 
 
@@ -267,9 +270,16 @@ def _check_selection(
 
 
 def takes_slorb(model: nn.Module, name: str) -> bool:
-    """Whether PEFT loads an adapter of a layer: not for those that fused kernels of Mamba would pass over."""
+    """Whether PEFT loads an adapter of a layer.
+
+    Not of those that fused kernels of Mamba would pass over, and not where it would change the name: of shared experts
+    and dense MLPs of DeepSeek-V3 and others.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return kind not in _NO_ADAPTERS or name.rpartition(".")[2] != "out_proj"
+    last = name.rpartition(".")[2]
+    if kind in _NO_ADAPTERS and last == "out_proj":
+        return False
+    return last not in _JOINED_BY_PEFT.get(_MODEL_TO_CONVERSION_PATTERN.get(str(kind), ""), ())
 
 
 def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> None:

@@ -8,14 +8,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.adapter import read_adapter, write_adapter
 from ast_sparse.export.checkpoint import export_model
 from ast_sparse.export.files import read_json, write_json
 from ast_sparse.export.quantizer import AstSparse24Config
 from ast_sparse.loading import load_causal_lm
-from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.model import sparse_layers, sparsify_model
 from tests.export.sparse_models import change_tensors, sparse_model, token_ids
+from tests.families import family_model
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -97,3 +99,26 @@ def test_missing_peft_is_named(exported: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'ast-sparse\[slorb\]'"):
         load_causal_lm(exported)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "hunyuan_v1_moe", "qwen3_next"])
+def test_layers_whose_adapter_peft_would_give_to_joined_experts_have_none(family: str, tmp_path: Path) -> None:
+    model = family_model(family).eval()
+    report = sparsify_model(model, SparsityConfig(), SLoRBConfig(enabled=True, k=8))
+    assert report.without_slorb and len(report.without_slorb) < len(report.pruned)
+    assert all(name.endswith(("gate_proj", "up_proj", "down_proj")) for name in report.without_slorb)
+    export_model(model, tmp_path / "out", dtype="float32")
+    expected = model(token_ids()).logits
+    torch.testing.assert_close(load_causal_lm(tmp_path / "out")(token_ids()).logits, expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with_adapter = PeftModel.from_pretrained(base, tmp_path / "out" / "slorb").eval()
+    torch.testing.assert_close(with_adapter(token_ids()).logits, expected)
+
+
+def test_an_adapter_that_peft_does_not_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ast_sparse.sparsity.model.takes_slorb", lambda model, name: True)  # as earlier versions did
+    model = family_model("deepseek_v3")
+    sparsify_model(model, SparsityConfig(), SLoRBConfig(enabled=True, k=8))
+    export_model(model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"PEFT does not give `model\.layers\.0\.mlp\.\w+` its pair"):
+        load_causal_lm(tmp_path / "out")
