@@ -21,8 +21,8 @@ FAMILIES = (
     "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "gpt2",
     "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "llama", "llama4_text", "mamba",
-    "mamba2", "minimax", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon",
-    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma",
+    "mamba2", "minimax", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmoe", "openai-gpt", "opt",
+    "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma",
     "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2", "xlstm", "zamba", "zamba2",
 )  # fmt: skip
 IDS = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -26,7 +26,7 @@ COMPANIONS = (
 )  # fmt: skip
 LEFT_OUT = (
     "pytorch_model.bin", "model.safetensors.index.json", "original/consolidated.00.pth", "original/params.json",
-    "optimizer.pt", "trainer_state.json", "checkpoint-7/note.txt", ".cache/x", "hf_quant_config.json",
+    "optimizer.pt", "trainer_state.json", "run.json", "checkpoint-7/note.txt", ".cache/x", "hf_quant_config.json",
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_what_is_neither_weights_nor_configuration_is_kept(root: Path, name: str
     assert (folder / "generation_config.json").read_bytes() == GENERATION
     for companion in COMPANIONS:
         assert (folder / companion).read_text() == companion
-    own = {"trainer_state.json", "optimizer.pt"} if name.startswith("out") else set()
+    own = {"trainer_state.json", "optimizer.pt", "run.json"} if name.startswith("out") else set()
     for left_out in {*LEFT_OUT} - own:
         assert not (folder / left_out).exists()
     if name.startswith("out"):
