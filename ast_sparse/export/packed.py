@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -141,8 +143,18 @@ def _check_plain(stored: Mapping[str, tuple[str, list[int]]], model: nn.Module, 
         owner, _, last = key.rpartition(".")
         beside = owner in stored or f"{owner}.weight" in stored  # a subtree that the model lacks is not looked at
         is_ours = owner and (beside or {owner, prefix + owner, owner.removeprefix(prefix)} & modules)
-        if is_code(key) and last not in last_names and (is_ours or last in _CERTAIN_CODES):
+        if not is_code(key) or last in last_names or not (is_ours or last in _CERTAIN_CODES):
+            continue
+        if _renamed(model, key).rpartition(".")[2] not in last_names:
             raise UserError(leftover(name, key))
+
+
+def _renamed(model: nn.Module, key: str) -> str:
+    """The name that loading gives a tensor: some families publish theirs under other names than their code has."""
+    if not isinstance(model, PreTrainedModel):
+        return key
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return apply_renamings(key, renamings)
 
 
 def is_code(key: str) -> bool:

@@ -39,7 +39,7 @@ def freed_memory_given_back(model: nn.Module, device: torch.device) -> Iterator[
 
     def give_back_either_way(block: nn.Module, args: Any, output: Any) -> None:
         give_back()
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple | list) else output
         if hidden.requires_grad:
             hidden.register_hook(give_back)
 

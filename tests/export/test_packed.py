@@ -25,6 +25,7 @@ from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import densify_model, sparsify_model
 from tests.export.quantized_models import edit_config, plain_twin, save_fp8_model, save_mxfp4_model
 from tests.export.sparse_models import change_tensors, token_ids
+from tests.families import family_model
 from tests.models import generated_text, save_tiny_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -133,6 +134,15 @@ def test_scales_without_a_quantization_config_are_refused_by_name(name: str, tmp
     save_tiny_model(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors.update({f"model.layers.0.self_attn.q_proj.{name}": torch.ones(1)}))
     with pytest.raises(UserError, match=LEFT_OVER.format(name)):
+        load_causal_lm(tmp_path)
+
+
+def test_a_family_that_publishes_its_own_scales_under_other_names_is_not_called_quantized(tmp_path: Path) -> None:
+    family_model("deepseek_v4").save_pretrained(tmp_path)
+    assert any(key.endswith("hc_attn_scale") for key in load_file(tmp_path / "model.safetensors"))
+    load_causal_lm(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.attn.wq_a.weight_scale": torch.ones(1)}))
+    with pytest.raises(UserError, match="holds `model.layers.0.attn.wq_a.weight_scale` as a quantized model does"):
         load_causal_lm(tmp_path)
 
 
