@@ -142,7 +142,7 @@ def test_a_family_that_publishes_its_own_scales_under_other_names_is_not_called_
     assert any(key.endswith("hc_attn_scale") for key in load_file(tmp_path / "model.safetensors"))
     load_causal_lm(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.attn.wq_a.weight_scale": torch.ones(1)}))
-    with pytest.raises(UserError, match="holds `model.layers.0.attn.wq_a.weight_scale` as a quantized model does"):
+    with pytest.raises(UserError, match=r"holds `.*wq_a\.weight_scale` as a quantized model does"):
         load_causal_lm(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Which layers stay dense and why: weights read past forward, routers, shared blocks, towers, subclasses."""
 
+import logging
 from typing import Any, cast
 
 import pytest
@@ -102,6 +103,27 @@ def test_a_model_that_cannot_run_without_data_is_judged_by_its_source() -> None:
 class _NeedsData(Reader):
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         return self.other(x) @ self.proj.weight.T + len(x.flatten().tolist())
+
+
+def test_nothing_is_logged_where_a_model_cannot_run_without_data() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = _SplitsByData("matmul")
+    records: list[logging.LogRecord] = []
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(records.append)
+    try:
+        _, skipped = select_layers(model)
+    finally:
+        logger.removeFilter(records.append)
+    assert "past its forward" in skipped["model.layers.0.mlp.proj"]
+    assert records == [] and not logger.disabled
+
+
+class _SplitsByData(Reader):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        first = torch.tensor([x.shape[-1]], device=x.device).item()
+        return self.other(torch.split(x, [int(first)], -1)[0]) @ self.proj.weight.T
 
 
 def test_falcon_is_pruned_and_gets_its_own_class_back() -> None:
