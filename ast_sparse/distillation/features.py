@@ -86,7 +86,7 @@ def recorded_blocks(model: nn.Module) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def record(block: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple | list) else output)
 
     handles = [block.register_forward_hook(record) for block in decoder_blocks(model).values()]
     try:

@@ -239,7 +239,7 @@ def _block_inputs(
 
 def _run(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
     output = block(hidden, *call[0], **call[1])
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _moved(call: Any, device: torch.device) -> Any:

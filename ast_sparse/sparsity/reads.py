@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _TOKENS = 8
+_TORCH_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 # These take dtype, device or shape from a tensor, and none of its values.
 _LIKE = (
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as", "expand_as"),
@@ -69,11 +71,21 @@ def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | N
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         shadow = _without_data(model, mode)
         watch = _Watch({name: shadow.get_submodule(name) for name in layers})
-        with torch.random.fork_rng(devices=[]), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
+        with torch.random.fork_rng(devices=[]), _quiet(), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
             shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
     except Exception:  # whatever the code of a model raises that needs data, or other inputs
         return None
     return watch.found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the traceback that torch logs when an operation does not run on fake tensors."""
+    before, _TORCH_LOGGER.disabled = _TORCH_LOGGER.disabled, True
+    try:
+        yield
+    finally:
+        _TORCH_LOGGER.disabled = before
 
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

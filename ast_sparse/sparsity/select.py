@@ -19,12 +19,13 @@ from ast_sparse.sparsity.reads import read_past_forward
 Prunable = nn.Linear | Conv1D
 
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|tower|qformer|mtp|nextn", re.IGNORECASE)
-_ROUTER_CLASS = re.compile(r"router|gating|moe_?gate", re.IGNORECASE)
-_ROUTER_NAME = re.compile(r"(^|_)router(_|$)|expert_gate|gating")
+_ROUTER_CLASS = re.compile(r"[Rr]outer|(Mo_?E(V\d+)?|[Tt]op_?[kK]?\d*)_?Gat(e|ing)(?![a-z])")
+_ROUTER_NAME = re.compile(r"(^|_)router(_|$)|experts?_gat(e|ing)$")
+_EXPERTS = re.compile(r"(^|_)n(um)?_(?!shared)(\w+_)?experts$|(^|_)experts?_(num|count)$")  # settings that count them
 _NO_ADAPTERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses their out_proj
 # PEFT takes adapters of layers with these names for those of joined experts, by whose files transformers converts.
 _JOINED_BY_PEFT = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
-_GATE_NAME = ("gate", "wg")  # of routers beside experts, of full-size projections elsewhere
+_GATE_NAME = ("gate", "gating", "wg")  # of routers beside experts, of full-size projections elsewhere
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -196,7 +197,8 @@ def _expert_counts(model: nn.Module) -> set[int]:
     """How many experts a model has, by every setting whose name says so."""
     config = getattr(model, "config", None)
     values = {} if config is None else config.get_text_config(decoder=True).to_dict()
-    named = [value for key, value in values.items() if "expert" in key and "per_tok" not in key]
+    nested = [settings for settings in values.values() if isinstance(settings, dict)]  # DBRX's ffn_config
+    named = [value for settings in (values, *nested) for key, value in settings.items() if _EXPERTS.search(str(key))]
     flat = [each for value in named for each in (value if isinstance(value, list | tuple) else [value])]
     return {value for value in flat if isinstance(value, int) and not isinstance(value, bool) and value > 1}
 
@@ -209,17 +211,19 @@ def router_part(model: nn.Module, name: str, experts: Collection[int] = ()) -> s
         parent, module = module, module.get_submodule(part)
         if _ROUTER_NAME.search(part) or _ROUTER_CLASS.search(type(module).__name__):
             return part
-        is_last, beside = index == len(parts) - 1, any("expert" in child for child, _ in parent.named_children())
-        if part in _GATE_NAME and (beside or _is_narrow(module, is_last, parts[:index], experts)):
+        beside = any("expert" in child for child, _ in parent.named_children())
+        if part in _GATE_NAME and (beside or _is_narrow(module, parent, parts[:index], experts)):
             return part
     return None
 
 
-def _is_narrow(module: nn.Module, is_layer: bool, path: list[str], experts: Collection[int]) -> bool:
-    """Whether a gate has one output, or one for every expert; gates of attention are told by where they are."""
-    if not is_layer or not isinstance(module, nn.Linear) or any("attn" in part or "attention" in part for part in path):
+def _is_narrow(module: nn.Module, parent: nn.Module, path: list[str], experts: Collection[int]) -> bool:
+    """Whether a gate outside attention has one output or one per expert, and no layer beside it has as many."""
+    if not isinstance(module, nn.Linear) or any("attn" in part or "attention" in part for part in path):
         return False
-    return module.out_features == 1 or module.out_features in experts
+    others = [child for child in parent.children() if isinstance(child, nn.Linear) and child is not module]
+    is_glu = any(child.out_features == module.out_features for child in others)  # what the gate is multiplied with
+    return module.out_features in {1, *experts} and not is_glu
 
 
 def _names_router(part: str, name: str, include: tuple[str, ...]) -> bool:

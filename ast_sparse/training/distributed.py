@@ -111,12 +111,20 @@ def check_sharding(args: TrainingArguments) -> None:
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Raise UserError if a layer's groups would be cut: FSDP2 shards dim 0, along which those of a Conv1D run."""
+    """Raise UserError for a Conv1D, whose groups FSDP2 would cut along dim 0, and for blocks that share weights."""
     name = next((name for name, module in model.named_modules() if isinstance(module, Conv1D)), None)
     if name is not None:
         raise UserError(
             f"`{name}` is a Conv1D, whose groups of a mask FSDP2 would cut. Remove training.fsdp; use DDP (torchrun)."
         )
+    first: dict[nn.Parameter, str] = {}
+    for block_name, block in decoder_blocks(model).items():
+        for key, parameter in block.named_parameters():
+            if first.setdefault(parameter, block_name) != block_name:
+                raise UserError(
+                    f"`{block_name}.{key}` is also a weight of `{first[parameter]}`, and FSDP2 cannot shard a weight "
+                    "that two blocks share. Remove training.fsdp; use DDP (torchrun)."
+                )
 
 
 def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:

@@ -1,6 +1,7 @@
 """Which layers stay dense and why: weights read past forward, routers, shared blocks, towers, subclasses."""
 
-from typing import Any
+import logging
+from typing import Any, cast
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ class _NeedsData(Reader):
         return self.other(x) @ self.proj.weight.T + len(x.flatten().tolist())
 
 
+def test_nothing_is_logged_where_a_model_cannot_run_without_data() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = _SplitsByData("matmul")
+    records: list[logging.LogRecord] = []
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(records.append)
+    try:
+        _, skipped = select_layers(model)
+    finally:
+        logger.removeFilter(records.append)
+    assert "past its forward" in skipped["model.layers.0.mlp.proj"]
+    assert records == [] and not logger.disabled
+
+
+class _SplitsByData(Reader):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        first = torch.tensor([x.shape[-1]], device=x.device).item()
+        return self.other(torch.split(x, [int(first)], -1)[0]) @ self.proj.weight.T
+
+
 def test_falcon_is_pruned_and_gets_its_own_class_back() -> None:
     model = family_model("falcon")
     layer = model.transformer.h[0].mlp.dense_h_to_4h
@@ -134,7 +156,10 @@ ROUTERS = {
     "phimoe": "mlp.router", "hunyuan_v1_moe": "mlp.gate.wg", "afmoe": "mlp.router.gate", "jetmoe": "mlp.router.layer",
     "qwen3_next": "mlp.shared_expert_gate", "gemma3n_text": "altup.modality_router",
 }  # fmt: skip
-NO_ROUTERS = {"llama": "mlp.gate_proj", "minimax": "self_attn.output_gate", "gemma3n_text": "per_layer_input_gate"}
+NO_ROUTERS = {
+    "llama": "mlp.gate_proj", "minimax": "self_attn.output_gate", "gemma3n_text": "per_layer_input_gate",
+    "qwen3_5_moe_text": "linear_attn.in_proj_qkv", "moshi": "mlp.fc1", "qwen3_next": "linear_attn.out_proj",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "router"), ROUTERS.items())
@@ -153,6 +178,26 @@ def test_routers_stay_dense_unless_they_are_included_by_name(family: str, router
 @pytest.mark.parametrize(("family", "name"), NO_ROUTERS.items())
 def test_full_projections_that_are_called_gates_are_pruned(family: str, name: str) -> None:
     assert any(key.endswith(name) for key in select_layers(on_meta(family))[0])
+
+
+@pytest.mark.parametrize("width", [4, 32, 48])  # as many as experts, as its size, as its depth
+def test_a_gate_that_is_multiplied_with_a_layer_beside_it_is_pruned(width: int) -> None:
+    model = on_meta("qwen2_moe", num_experts=4, shared_expert_intermediate_size=48)
+    for layer in cast(Any, model).model.layers:
+        layer.self_attn.mixer = nn.Module()
+        for where in (layer.self_attn.mixer, layer):
+            where.gate = nn.Linear(32, width, device="meta")
+            where.up = nn.Linear(32, width, device="meta")
+    selected = select_layers(model)[0]
+    assert {"model.layers.0.gate", "model.layers.1.self_attn.mixer.gate"} <= set(selected)
+
+
+@pytest.mark.parametrize("part", ["gate", "gating", "wg"])
+def test_a_gate_with_an_output_for_every_expert_stays_dense(part: str) -> None:
+    model = on_meta("qwen2_moe", num_experts=4)
+    for layer in cast(Any, model).model.layers:
+        setattr(layer, part, nn.Linear(32, 4, device="meta"))
+    assert select_layers(model)[1][f"model.layers.0.{part}"] == "router"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "dots1", "minimax"])

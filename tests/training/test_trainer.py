@@ -14,6 +14,7 @@ from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.distributed import check_shardable
+from tests.families import family_model
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -352,6 +353,9 @@ def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
 def test_a_conv1d_is_not_sharded() -> None:
     with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose groups .* use DDP"):
         check_shardable(tiny_model("gpt2"))
+    with pytest.raises(UserError, match="FSDP2 cannot shard a weight that two blocks share"):
+        check_shardable(family_model("zamba2"))
+    check_shardable(tiny_model("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
