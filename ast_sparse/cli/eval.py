@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ast_sparse.data.vocabulary import Renamed
     from ast_sparse.evaluation.figures import Figures
     from ast_sparse.evaluation.harness import Harness
     from ast_sparse.evaluation.page import Report
@@ -285,15 +286,15 @@ def _evaluate(
     from ast_sparse.evaluation.perplexity import default_seq_len
 
     tokenizer = _tokenizer(name, settings)
-    if settings.teacher is not None:
-        _check_tokens(tokenizer, texts, settings)
+    renamed = {} if settings.teacher is None else _check_tokens(tokenizer, texts, settings)
     if texts and (note := bos_note(settings.bos, tokenizer)) is not None:
         click.echo(f"Note: {name}: {note}", err=True)
     model = _load(name, device, settings, **_place(settings))
     dtype = str(model.dtype).removeprefix("torch.")
     with _named_model(name):
         seq_len = settings.seq_len or default_seq_len(model.config)
-        options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos, "teacher": teacher}
+        options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos}
+        options |= {"teacher": teacher, "renamed": renamed}
         for label, result in measure_texts(model, tokenizer, texts, seq_len, settings.limit, **options):
             figures.texts.append((name, label, dtype, result))
         if harness is not None:
@@ -326,7 +327,9 @@ def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
     return load_tokenizer(name, **_place(settings))
 
 
-def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> None:
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> Renamed:
+    """The tokens that the text must not hold, as of `renamed_tokens`."""
+    from ast_sparse.data.vocabulary import renamed_tokens
     from ast_sparse.evaluation.measure import check_tokens
     from ast_sparse.places import load_tokenizer
 
@@ -334,12 +337,13 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], setting
     try:
         other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
     except UserError:  # the model's own serves
-        return
+        return {}
     try:
         for text in texts:
             check_tokens(tokenizer, other, text.documents)
     except UserError as error:
         raise UserError(_named(error, settings)) from None
+    return renamed_tokens(tokenizer, other)
 
 
 def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:

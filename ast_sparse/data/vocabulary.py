@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
@@ -21,6 +23,8 @@ _PROBES = (
     "naïve café Straße ÅNGSTRÖM ﬁ ½ ① Ａ e\u0301",
     "Привет, мир! 你好，世界。こんにちは 안녕하세요 مرحبا नमस्ते 🙂👩\u200d💻",
 )
+Renamed: TypeAlias = dict[int, tuple[str, str]]  # what the student and the teacher call a token
+_ROLES = ("bos", "eos", "pad", "unk")
 _GENERATED = 256  # further probes, of random tokens
 _TOKENS = 12  # of each
 
@@ -28,11 +32,13 @@ _TOKENS = 12  # of each
 def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
     """Why two tokenizers do not make the same ids of a text, or None where they do.
 
-    Every id that both have must be the same token. Tokens that one of them alone has, as added at its end, are no
-    difference. Chat templates, padding, truncation and special tokens that are put around a text are not compared.
+    Every id that both have must be the same token, but for `renamed_tokens`. Tokens that one of them alone has, as
+    added at its end, are no difference. Chat templates, padding, truncation and special tokens that are put around a
+    text are not compared.
     """
     ours, theirs = (_by_id(tokenizer) for tokenizer in (student, teacher))
-    shared = sorted(ours.keys() & theirs.keys())
+    may_differ = _added(student) & _added(teacher)
+    shared = [index for index in sorted(ours.keys() & theirs.keys()) if index not in may_differ]
     for index in shared:
         if ours[index] != theirs[index]:
             return f"token {index} is {theirs[index]!r} there and {ours[index]!r} here"
@@ -43,6 +49,45 @@ def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
         if tokens != others:
             return f"it makes {_some(others)} of {text[:20]!r} and the student's {_some(tokens)}"
     return None
+
+
+def renamed_tokens(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> Renamed:
+    """Added tokens that a teacher has under another name, as a chat model gives reserved tokens a meaning.
+
+    Text without them is the same to both. BOS, EOS and padding have one meaning whatever they are called.
+
+    Returns:
+        What the student and the teacher call each such id.
+    """
+    if student is None or teacher is None:
+        return {}
+    ours, theirs = _by_id(student), _by_id(teacher)
+    ids = [tuple(getattr(each, f"{role}_token_id", None) for each in (student, teacher)) for role in _ROLES]
+    same = {our for our, their in ids if our == their}
+    added = _added(student) & _added(teacher) & ours.keys() & theirs.keys()
+    return {index: (ours[index], theirs[index]) for index in sorted(added - same) if ours[index] != theirs[index]}
+
+
+def check_text_tokens(tokens: Tensor, renamed: Renamed, named: str) -> None:
+    """Check that text holds none of the tokens that a teacher has under another name.
+
+    Args:
+        tokens: ids, of any shape.
+        named: what messages call the teacher.
+
+    Raises:
+        UserError: it holds one.
+    """
+    if not renamed:
+        return
+    found = tokens[torch.isin(tokens, torch.tensor(list(renamed), device=tokens.device))]
+    if found.numel():
+        index = int(found[0])
+        ours, theirs = renamed[index]
+        raise UserError(
+            f"The text has the token {index}, which is {ours!r} to the student and {theirs!r} to {named}. Leave out "
+            "text with this token, or choose another teacher."
+        )
 
 
 def check_teacher_tokens(
@@ -60,7 +105,8 @@ def check_teacher_tokens(
         named: what messages call the teacher.
 
     Returns:
-        A line to print where the tokenizers could not be compared, or end text with other tokens.
+        A line to print where the tokenizers could not be compared, end text with other tokens, or have other names for
+        added tokens.
 
     Raises:
         UserError: the tokenizers differ, or a model lacks rows for tokens of the teacher's tokenizer.
@@ -76,9 +122,16 @@ def check_teacher_tokens(
         raise UserError(f"{named} has another tokenizer: {reason}. {of}")
     if rows != teacher_rows and min(rows, teacher_rows) < min(len(student), len(teacher)):
         raise UserError(f"{sizes}, and its tokenizer makes {len(teacher)}. {of}")
+    notes = []
     if student.eos_token_id != teacher.eos_token_id:  # as of a base model and its chat model
-        return f"{named} ends text with {teacher.eos_token!r}, the student with {student.eos_token!r}"
-    return None
+        notes.append(f"{named} ends text with {teacher.eos_token!r}, the student with {student.eos_token!r}")
+    if renamed := renamed_tokens(student, teacher):
+        index, (ours, theirs) = next(iter(renamed.items()))
+        notes.append(
+            f"{named} has other names for {len(renamed)} added tokens, the first is {index}: {theirs!r} there and "
+            f"{ours!r} here; text with such tokens is refused"
+        )
+    return "; ".join(notes) or None
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -86,6 +139,11 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     for token, index in tokenizer.get_vocab().items():
         found[index] = min(token, found.get(index, token))  # a few tokenizers have two names for one id
     return found
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that stand beside the vocabulary that was learnt from text."""
+    return set(getattr(tokenizer, "added_tokens_decoder", {}))
 
 
 def _pipeline(tokenizer: PreTrainedTokenizerBase) -> Any:

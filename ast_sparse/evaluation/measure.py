@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.bos import find_bos
+from ast_sparse.data.vocabulary import Renamed, check_text_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score
@@ -66,6 +68,7 @@ def measure_text(
     join: str = "blank-line",
     bos: str = "auto",
     teacher: nn.Module | None = None,
+    renamed: Renamed | None = None,
     progress: bool = True,
     label: str = "Perplexity",
 ) -> TextResult:
@@ -84,6 +87,7 @@ def measure_text(
         join: as of `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
         bos: as of `perplexity`; with `document` or `auto` each document that is tokenised by itself has its own.
         teacher: a model with the same tokenizer; its vocabulary may be padded to another size.
+        renamed: as of `renamed_tokens`: tokens of the teacher that the text must not hold.
 
     Raises:
         UserError: as `evaluate_text`; a stride not below the window, a token that the teacher does not know.
@@ -107,6 +111,8 @@ def measure_text(
     check_streams(model, streams, seq_len, is_cut=is_cut, front=front)
     if teacher is not None:
         _check_taught(model, teacher, streams)
+        for stream in streams if renamed else ():
+            check_text_tokens(torch.tensor(stream.tokens), renamed or {}, "--teacher")
     measured = every[:windows]
     pairs = ((window.tokens, window.chosen) for window in measured)
     sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
@@ -137,6 +143,7 @@ def measure_texts(
     stride: int | None = None,
     bos: str = "auto",
     teacher: nn.Module | None = None,
+    renamed: Renamed | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, TextResult]]:
     """Name and figures of every text, and after the groups of a file those of all of them. As `measure_text`."""
@@ -155,6 +162,7 @@ def measure_texts(
                 bos=bos,
                 is_chat=text.is_chat,
                 teacher=teacher,
+                renamed=renamed,
                 progress=progress,
                 label="Perplexity" if len(texts) == 1 else f"Perplexity, {text.name}",
             )

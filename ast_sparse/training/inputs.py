@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ast_sparse.data.conversations import chat_columns
 from ast_sparse.data.text import pack_dataset
-from ast_sparse.data.vocabulary import check_teacher_tokens
+from ast_sparse.data.vocabulary import Renamed, check_teacher_tokens, check_text_tokens, renamed_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.places import load_tokenizer
@@ -50,7 +50,7 @@ def check_vocabularies(
     tokenizer: PreTrainedTokenizerBase | None,
     name: str | None = None,
     trust_remote_code: bool = False,
-) -> str | None:
+) -> tuple[str | None, Renamed]:
     """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer lies beside it.
 
     Args:
@@ -59,7 +59,7 @@ def check_vocabularies(
         trust_remote_code: run code that comes with a tokenizer.
 
     Returns:
-        A line to print where there are no two tokenizers to compare.
+        A line to print, as of `check_teacher_tokens`, and the tokens that text must not hold, as of `renamed_tokens`.
 
     Raises:
         UserError: as `check_teacher_tokens`.
@@ -71,11 +71,20 @@ def check_vocabularies(
         tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
     else:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
-    return check_teacher_tokens(tokenizer, find_tokenizer(name, trust_remote_code), rows, teacher_rows, named)
+    other = find_tokenizer(name, trust_remote_code)
+    note = check_teacher_tokens(tokenizer, other, rows, teacher_rows, named)
+    return note, renamed_tokens(tokenizer, other)
 
 
-def check_taught(tokens: torch.Tensor, student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    """Raise UserError for a token that the teacher, whose vocabulary is the smaller one, has no embedding for."""
+def check_taught(
+    tokens: torch.Tensor, student: PreTrainedConfig, teacher: PreTrainedConfig, renamed: Renamed | None = None
+) -> None:
+    """Raise UserError for a token that the teacher, whose vocabulary is the smaller one, has no embedding for.
+
+    Args:
+        renamed: tokens that mean something else to the teacher; the same for one of them.
+    """
+    check_text_tokens(tokens, renamed or {}, f"model.teacher {str(teacher.name_or_path)!r}")
     rows = teacher.get_text_config().vocab_size
     if rows < student.get_text_config().vocab_size and (largest := int(tokens.max())) >= rows:
         raise UserError(

@@ -229,7 +229,7 @@ def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> l
         decode_on_load(teacher, name)
     except UserError as error:
         raise UserError(f"model.teacher={name!r}: {error}") from None
-    note = check_vocabularies(student, teacher, _tokenizer(config.model), name, config.model.trust_remote_code)
+    note, _ = check_vocabularies(student, teacher, _tokenizer(config.model), name, config.model.trust_remote_code)
     check_feature_shapes(config.distillation, student, teacher)
     _check_lengths({"data.block_size": config.data.block_size}, teacher, f"model.teacher={name!r}")
     return [] if note is None else [note]

@@ -37,6 +37,7 @@ from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.data.collator import DOMAIN, document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
+from ast_sparse.data.vocabulary import Renamed
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
@@ -180,6 +181,7 @@ class SparseTrainer(CheckpointTrainer):
             "data": {"packing": packing, "bos": bos},
         }
         self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
+        self._renamed: Renamed = {}
         self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class, trust_remote_code)
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
@@ -269,7 +271,8 @@ class SparseTrainer(CheckpointTrainer):
         elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
             teacher = copy.deepcopy(model if teacher is None else teacher)
         if is_other:
-            note = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
+            found = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
+            note, self._renamed = found
             if note is not None and args.should_log:
                 logger.warning(f"{note}.")
         check_feature_shapes(self.distillation_config, model.config, teacher.config)
@@ -320,7 +323,8 @@ class SparseTrainer(CheckpointTrainer):
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
         features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
         if model.training and self.teacher is not None:
-            check_taught(inputs["input_ids"], self.student.config, cast(PreTrainedModel, self.teacher).config)
+            taught_by = cast(PreTrainedModel, self.teacher).config
+            check_taught(inputs["input_ids"], self.student.config, taught_by, self._renamed)
         if "position_ids" in features:
             features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits

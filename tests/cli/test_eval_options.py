@@ -258,6 +258,21 @@ def test_a_teacher_is_compared_over_the_rows_both_have(model: str, tmp_path: Pat
     assert back[-1] == row[-1]
 
 
+def test_a_teacher_with_renamed_tokens_is_measured_on_text_without_them(tmp_path: Path) -> None:
+    for folder, name in (("base", "<reserved>"), ("chat", "<call>")):
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+        tiny_model().save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    (tmp_path / "text.txt").write_text(generated_text(40))
+    options = ("--seq-len", "48", "--teacher", tmp_path / "chat", "--dataset")
+    result = run(tmp_path / "base", *options, tmp_path / "text.txt")
+    assert table(result)[2][-2:] == ["0.0000", "100.00%"] and "has other names for 1 added tokens" in result.stderr
+    (tmp_path / "call.txt").write_text(generated_text(400) + "<reserved>")
+    message = refused(tmp_path / "base", *options, tmp_path / "call.txt")
+    assert "The text has the token 82, which is '<reserved>' to the student and '<call>' to --teacher." in message
+
+
 def test_a_teacher_with_another_tokenizer_is_refused_and_one_without_is_said(
     model: str, domains: Path, tmp_path: Path
 ) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ast_sparse.data.vocabulary import check_teacher_tokens, difference
+from ast_sparse.data.vocabulary import check_teacher_tokens, check_text_tokens, difference, renamed_tokens
 from ast_sparse.errors import UserError
 from tests.models import tiny_tokenizer
 
@@ -97,7 +98,6 @@ OTHERS = {
         ),
         "it makes",
     ),
-    "another special token": (lambda: extended("<other>"), "token 82 is"),
     "a slow one of another order": (lambda: Slow(changed(model=reordered)), "there and"),
 }
 
@@ -105,9 +105,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_makes_other_tokens_is_found(name: str) -> None:
     make, message = OTHERS[name]
-    student = extended("<mine>") if name == "another special token" else tiny_tokenizer()
     with pytest.raises(UserError, match=f"^model.teacher 't' has another tokenizer: .*{message}"):
-        check_teacher_tokens(student, make(), 192, 192, "model.teacher 't'")  # type: ignore[no-untyped-call]
+        check_teacher_tokens(tiny_tokenizer(), make(), 192, 192, "model.teacher 't'")  # type: ignore[no-untyped-call]
 
 
 def test_padding_of_the_vocabulary_is_no_difference_but_missing_rows_are() -> None:
@@ -133,6 +132,42 @@ def test_another_end_of_text_is_said() -> None:
     other.eos_token = "<|im_end|>"
     note = check_teacher_tokens(tiny_tokenizer(), other, 128, 128, "t")
     assert note == "t ends text with '<|im_end|>', the student with '<|end|>'"
+
+
+def test_added_tokens_of_other_names_are_allowed_in_no_text() -> None:
+    base, chat = extended("<r0>", "<r1>", "<r2>"), extended("<r0>", "<call>", "<end of turn>")
+    note = check_teacher_tokens(base, chat, 128, 128, "t")
+    assert note == (
+        "t has other names for 2 added tokens, the first is 83: '<call>' there and '<r1>' here; text with such tokens "
+        "is refused"
+    )
+    renamed = renamed_tokens(base, chat)
+    assert renamed == {83: ("<r1>", "<call>"), 84: ("<r2>", "<end of turn>")}
+    check_text_tokens(torch.arange(83), renamed, "t")
+    with pytest.raises(UserError, match="The text has the token 84, which is '<r2>' to the student and '<end of turn"):
+        check_text_tokens(torch.tensor([[3, 84]]), renamed, "t")
+
+
+def test_renamed_tokens_in_the_learnt_vocabulary_are_allowed_too() -> None:
+    def renaming(name: str) -> PreTrainedTokenizerFast:
+        def change(model: dict[str, Any]) -> dict[str, Any]:
+            return {**model, "vocab": {name if i == 127 else t: i for t, i in {**model["vocab"], "x": 127}.items()}}
+
+        tokenizer = changed(model=change)
+        tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+        return tokenizer
+
+    base, chat = renaming("<unused0>"), renaming("<turn>")
+    assert base.convert_tokens_to_ids("<unused0>") == chat.convert_tokens_to_ids("<turn>") == 127
+    assert difference(base, chat) is None and difference(chat, base) is None
+    assert list(renamed_tokens(base, chat)) == [127]
+
+
+def test_the_end_of_text_is_the_same_whatever_it_is_called() -> None:
+    base, chat = extended("<|base|>"), extended("<|chat|>")
+    base.eos_token, chat.eos_token = "<|base|>", "<|chat|>"
+    assert renamed_tokens(base, chat) == {}
+    assert check_teacher_tokens(base, chat, 128, 128, "t") is None
 
 
 def test_saved_and_loaded_again_it_is_the_same(tmp_path: Path) -> None:

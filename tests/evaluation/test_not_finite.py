@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.cli.eval import main
 from ast_sparse.cli.train import main as train
 from ast_sparse.evaluation.measure import measure_text, total_of
 from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
+from ast_sparse.training.held_out import HeldOutLoss
 from ast_sparse.training.measure import Measured
-from ast_sparse.training.trainer import SparseTrainer
 from tests.evaluation.tasks import choice_task, write_task
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -33,22 +34,32 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
+def with_epsilon(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
+    """The model with another epsilon in its norms; of a negative one they take the root of a negative number."""
+    model.config.rms_norm_eps = epsilon
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = epsilon
+    return model
+
+
 def poisoned_token(window: int) -> tuple[PreTrainedModel, int]:
-    """A model with a NaN embedding that windows of 16 before the given one (from 1) do not contain."""
+    """A model that computes NaN of a token which windows of 16 before the given one (from 1) do not contain.
+
+    Its weights are finite: those that are not are refused when they are loaded.
+    """
     tokens = tiny_tokenizer().encode(TEXT, add_special_tokens=False)
     firsts = {token: tokens.index(token) // 16 + 1 for token in set(tokens)}
     token = next(token for token, first in firsts.items() if first == window)
-    model = tiny_model("qwen2")
+    model = with_epsilon(tiny_model("qwen2"), -1e-12)
     with torch.no_grad():
-        model.get_input_embeddings().weight[token] = math.nan
+        model.get_input_embeddings().weight[token] = 0.0
     return model, len(tokens) // 16
 
 
 def nan_model(family: str = "qwen2") -> PreTrainedModel:
-    model = tiny_model(family)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(math.nan)
-    return model
+    """A model of finite weights that computes NaN of every token."""
+    return with_epsilon(tiny_model(family), -1e9)
 
 
 @pytest.fixture
@@ -170,9 +181,7 @@ def tree(root: Path, **evaluation: Any) -> Path:
 
 
 def test_a_run_stops_at_a_dense_model_whose_loss_is_not_finite(text: Path, tmp_path: Path) -> None:
-    model = tiny_model()
-    model.config.rms_norm_eps = -1e9  # finite weights, and the root of a negative number
-    save(model, tmp_path / "model")
+    save(nan_model("llama"), tmp_path / "model")
     result = CliRunner().invoke(train, ["--config", str(tree(tmp_path))])
     assert result.exit_code == 2
     assert "The dense model, heldout: the loss of window 1 of 1 (16 tokens each) is not finite" in result.stderr
@@ -183,17 +192,17 @@ def test_a_run_whose_result_is_not_finite_is_saved_and_says_so(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny_model(tmp_path / "model")
-    plain = Measured._measure
+    plain, plain_add = Measured._measure, HeldOutLoss.add
 
     def measure(self: Measured, stage: str, model: PreTrainedModel, *others: Any, **shown: Any) -> Any:
         bad = nan_model("llama") if stage.startswith(("retrained", "training")) else model
         return plain(self, stage, bad, *others, **shown)
 
-    def evaluation_step(self: SparseTrainer, *arguments: Any, **options: Any) -> Any:
-        return torch.tensor(math.nan), None, None
+    def add(self: HeldOutLoss, by_position: Tensor, labels: Tensor) -> None:
+        plain_add(self, by_position * math.nan, labels)
 
     monkeypatch.setattr(Measured, "_measure", measure)
-    monkeypatch.setattr(SparseTrainer, "prediction_step", evaluation_step)
+    monkeypatch.setattr(HeldOutLoss, "add", add)
     result = CliRunner().invoke(train, ["--config", str(tree(tmp_path, steps=1))])
     assert result.exit_code == 2
     assert "evaluation.steps, heldout: the loss of window 1 of 1" in caplog.text

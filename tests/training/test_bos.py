@@ -157,6 +157,22 @@ def test_added_tokens_that_the_teacher_lacks_are_refused_where_the_text_has_them
     assert result.exit_code == 2 and "The training text has the token 128, and model.teacher" in result.stderr
 
 
+def test_a_chat_teacher_that_renames_reserved_tokens_teaches_text_without_them(tmp_path: Path) -> None:
+    for folder, name in (("model", "<reserved>"), ("teacher", "<call>")):
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.add_special_tokens({"additional_special_tokens": [name]})
+        tiny_model(seed=int(folder == "teacher")).save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    sections = {"model": {"teacher": str(tmp_path / "teacher")}, "distillation": {"alpha": 0.5}}
+    plan = train(tmp_path, "--dry-run", **copy.deepcopy(sections))
+    assert plan.exit_code == 0 and "other names for 1 added tokens, the first is 82: '<call>' there" in plan.stdout
+    assert train(tmp_path, **copy.deepcopy(sections)).exit_code == 0
+    (tmp_path / "tools.txt").write_text("two <reserved> of four " * 100)
+    result = train(tmp_path, "--overwrite", data={"train": "tools.txt", "bos": "none"}, **copy.deepcopy(sections))
+    assert result.exit_code == 2, result.output
+    assert "The text has the token 82, which is '<reserved>' to the student and '<call>' to model.teac" in result.stderr
+
+
 def test_two_teachers_of_one_tokenizer_train_alike_with_and_without_padding(tmp_path: Path) -> None:
     """Rows that never win change nothing: the padding's logits are far below all others."""
     losses = []
