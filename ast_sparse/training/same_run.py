@@ -1,9 +1,10 @@
 """Whether a run that resumes is the run of its checkpoint: settings by class, and what they name by content."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -11,11 +12,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import UserError
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, read_json, write_json
 from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.training.fingerprints import blocks_fingerprint, config_values, tokenizer_values, weights_fingerprint
-from ast_sparse.training.ranks import gather
+from ast_sparse.training.ranks import errors_shared
 from ast_sparse.training.setting_classes import (
     depending,
     kind_of,
@@ -28,6 +29,7 @@ from ast_sparse.training.setting_classes import (
 from ast_sparse.yaml12 import shown
 
 _FORMAT_VERSION = 1
+_ROUNDING = 1e-6  # of steps
 _NEW_RUN = "or start a new run with another output folder."
 # what is compared by content: the settings that name it, an argument of SparseTrainer, and what differs
 _CONTENT = {
@@ -83,6 +85,7 @@ class RunRecord:
         """Keep what the teacher holds; call it before the teacher is sharded."""
         if self._is_first:
             self._content["teacher"] = weights_fingerprint(teacher)
+            self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
 
     def save(self, trainer: Any, folder: Path) -> None:
         """Write `run.json`; on the first process."""
@@ -94,15 +97,10 @@ class RunRecord:
         Raises:
             UserError: a setting, the model, the teacher, the tokenizer or the text is not that of the checkpoint.
         """
-        error = None
-        if self._is_first:
-            try:
+        with errors_shared():
+            if self._is_first:
                 for line in self._compare(trainer, checkpoint):
                     print(line)
-            except UserError as refusal:
-                error = str(refusal)
-        if (error := gather(error)[0]) is not None:
-            raise SharedError(error)
 
     def _now(self, trainer: Any) -> dict[str, Any]:
         if "train" not in self._content:
@@ -135,7 +133,7 @@ class RunRecord:
         strict = depending(args, sparsity, self._update_rule)
         lines += differences(checkpoint, was, now["settings"], strict)
         reasons = (past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity))
-        lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, *reasons)
+        lines += _length_differences(checkpoint, was.get("training"), args, state, *reasons)
         if saved is not None:
             lines += _batch_differences(checkpoint, saved, now)
         trainer.check_data_state(checkpoint)
@@ -160,10 +158,7 @@ def check_settings(checkpoint: Path, config: RunConfig, args: TrainingArguments)
         **run_settings(config),
         "training": training_values(args),
     }
-    try:
-        differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
-    except UserError as error:  # which every process finds
-        raise SharedError(str(error)) from None
+    differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -225,7 +220,7 @@ def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> It
         was, now = _with_weights(was), _with_weights(now)
     for key, value in now.items():
         before = was.get(key, defaults.get(key))
-        if before != value:
+        if before != value and not {str(before), str(value)} <= {"None", "{}"}:  # which both say that nothing is given
             yield key, before, value
 
 
@@ -263,14 +258,15 @@ def _length_differences(
     checkpoint: Path,
     was: Mapping[str, Any] | None,
     args: TrainingArguments,
-    steps: int,
+    state: TrainerState,
     past: str | None,
     rest: list[str],
 ) -> list[str]:
     """A run may become longer or shorter where the masks it has do not depend on its length.
 
-    Learning rate and mask decay then follow the new length from here on, which is said.
+    Learning rate and mask decay then follow the new length from here on, which is said. What is done stays done.
     """
+    steps = state.max_steps
     if args.max_steps > 0:
         name, before, value = "training.max_steps", steps, args.max_steps
         said = f"the {steps} steps that the run was begun with"
@@ -286,6 +282,15 @@ def _length_differences(
         raise UserError(
             f"{name}={value} differs from {said}, and {past} follows from the number of steps. Resume with "
             f"{name}={before}, {_NEW_RUN}"
+        )
+    limit, end = "max_steps", float(args.max_steps)
+    if args.max_steps <= 0 and state.epoch:
+        limit = "num_train_epochs"  # which end with a whole step
+        end = math.ceil(args.num_train_epochs * state.global_step / state.epoch - _ROUNDING)
+    if 0 < end < state.global_step:
+        raise UserError(
+            f"training.{limit}={_text(getattr(args, limit))} ends before step {state.global_step} of "
+            f"{str(checkpoint)!r}. Resume from an earlier checkpoint, or raise {limit}."
         )
     note = f" ({' and '.join(rest)} from here on by the new number of steps)" if rest else ""
     return [f"resume: {name} {_text(before)} -> {_text(value)}{note}"]
@@ -316,7 +321,7 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
         for key, before, value in _changed(section, saved["settings"].get(section) or values or {}, values or {}):
             if kind_of(section, key) == "content":
                 moved[f"{section}.{key}"] = (before, value)
-    _check_config(checkpoint, was.get("model_config"), has["model_config"])
+    _check_config(checkpoint, "model", was.get("model_config"), has["model_config"])
     for key, (names, argument, what) in _CONTENT.items():
         old, new = was.get(key), has.get(key)
         named = [name for name in names if name in moved]
@@ -332,6 +337,7 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
             subject = _subject(key, names, argument, now["settings"])
             start = f"{subject} is not what {str(checkpoint)!r} was trained with"
         raise UserError(f"{start}: {_said(what, old, new)}. Resume with that of the run, {_NEW_RUN}")
+    _check_config(checkpoint, "teacher", was.get("teacher_config"), has.get("teacher_config"))
     return [f"resume: {name} {shown(a)} -> {shown(b)} (the same content)" for name, (a, b) in moved.items()]
 
 
@@ -354,12 +360,13 @@ def _said(what: str, was: Any, now: Any) -> str:
     return f"the {what} differ (fingerprint {str(now)[:8]}, stored {str(was)[:8]})"
 
 
-def _check_config(checkpoint: Path, was: Any, now: dict[str, Any]) -> None:
-    if not isinstance(was, dict):
+def _check_config(checkpoint: Path, which: str, was: Any, now: Any) -> None:
+    if not isinstance(was, dict) or not isinstance(now, dict):
         return
+    fix = "config.json or model.config_overrides" if which == "model" else "config.json"
     for key in [*now, *was]:
         if was.get(key) != now.get(key):
             raise UserError(
-                f"The model's configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
-                f"{shown(was.get(key))}. Correct its config.json or model.config_overrides, {_NEW_RUN}"
+                f"The {which}'s configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
+                f"{shown(was.get(key))}. Correct its {fix}, {_NEW_RUN}"
             )

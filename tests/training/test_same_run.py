@@ -185,6 +185,11 @@ def test_nothing_is_printed_where_nothing_changed(root: Path, out: Path) -> None
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
+def test_an_empty_mapping_is_nothing_given(root: Path, out: Path) -> None:
+    result = resume(root, out, "training.lr_scheduler_kwargs={}", "model.config_overrides={}")
+    assert result.exit_code == 0 and result.stdout.count("resume: ") == 1, result.output
+
+
 def test_a_folder_that_moved_is_the_same(root: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "model", tmp_path / "moved")
     shutil.copy(root / "text.txt", tmp_path / "moved.txt")
@@ -224,6 +229,16 @@ def test_other_weights_under_the_same_name_are_refused(root: Path, tmp_path: Pat
     save_file(weights, file, metadata={"format": "pt"})
     said = refusal(resume(tmp_path, out, tree=tree))
     assert "model.name_or_path=" in said and "the weights differ" in said
+
+
+def test_another_configuration_of_the_teacher_is_refused(root: Path, tmp_path: Path) -> None:
+    tree = base(root)
+    tree["model"]["teacher"] = str(shutil.copytree(root / "other_model", tmp_path / "teacher"))
+    assert train(tmp_path, tmp_path / "out", tree=tree).exit_code == 0
+    path = tmp_path / "teacher/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+    said = refusal(resume(tmp_path, tmp_path / "out", tree=tree))
+    assert "The teacher's configuration has rms_norm_eps=0.001, in" in said and "1e-06" in said
 
 
 @pytest.mark.parametrize(
@@ -348,6 +363,19 @@ def test_another_length_is_printed_with_what_follows_from_it(root: Path, out: Pa
         assert result.exit_code == 0 and f"resume: {line}training.lr_scheduler_type=linear and" in result.stdout
         shutil.rmtree(out)
         shutil.copytree(root / "whole", out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.max_steps=1"], "training.max_steps=1 "),
+        (["training.max_steps=-1", "training.num_train_epochs=0.01"], "training.num_train_epochs=0.01 "),
+    ],
+)
+def test_a_run_is_not_shorter_than_what_is_done(root: Path, out: Path, settings: list[str], message: str) -> None:
+    options = [part for setting in settings for part in ("--set", setting)]
+    said = refusal(train(root, out, "--resume", str(out / "checkpoint-2"), *options))
+    assert f"{message}ends before step 2 of" in said and "Resume from an earlier checkpoint, or raise" in said
 
 
 @pytest.mark.parametrize(
