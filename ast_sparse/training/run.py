@@ -108,15 +108,19 @@ def run_training(
     _check_held_out(config, args)
     _check_best(config, args)
     hardware = hardware or Hardware()
-    plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
+    devices = hardware.world_size or args.world_size
+    plan = make_plan(config, args, devices if dry_run else None)
+    changed = []
     if checkpoint is not None:
         with errors_shared():
             check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
             check_same_model(checkpoint, plan.sparsity.pruned)
-            check_settings(checkpoint, config, args)
+            changed = check_settings(checkpoint, config, args, _slorb(config), devices)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
+        if args.should_log and changed:
+            echo("\n".join(changed))
         if not has_config_alone(config.model):
             _tokenizer(config.model, plan)
         if args.should_log:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig
+from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, read_json, write_json
 from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.training.fingerprints import blocks_fingerprint, config_values, tokenizer_values, weights_fingerprint
+from ast_sparse.training.older_runs import check_bos, stored_training
 from ast_sparse.training.ranks import errors_shared
 from ast_sparse.training.setting_classes import (
     depending,
@@ -40,6 +41,7 @@ _CONTENT = {
     "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
 }
 _NUMBERS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+_CHANGED_BY_SIGNALS = ("save_only_model", "save_strategy")  # so that the step at which one comes is saved
 Settings = dict[str, dict[str, Any] | None]
 
 
@@ -76,6 +78,7 @@ class RunRecord:
     ) -> None:
         self.sections: Settings = {}
         self._settings, self._update_rule = plain(settings), update_rule
+        self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
         if self._is_first:
@@ -113,52 +116,67 @@ class RunRecord:
             **self._settings,
             **self.sections,
             "optimizer": None if is_own else optimizer_values(trainer.optimizer),
-            "training": training_values(trainer.args),
+            "training": {**training_values(trainer.args), **self._saving},
         }
         return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
 
     def _compare(self, trainer: Any, checkpoint: Path) -> list[str]:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        args, sparsity, slorb = trainer.args, trainer.sparsity_config, trainer.slorb_config
         saved, now = _read(checkpoint), self._now(trainer)
-        was: Settings = {"distillation": _stored_distillation(checkpoint)}
+        args, sparsity, slorb = trainer.args, trainer.sparsity_config, trainer.slorb_config
         lines = []
         if saved is None:
             lines.append(
                 f"resume: {str(checkpoint)!r} is of a version that kept no settings with it: only sparsity, SLoRB, "
-                "distillation, the steps and the blocks of shards are compared."
+                "distillation, the optimizer, the steps and the blocks of shards are compared."
             )
-        else:
-            was |= saved["settings"]
-        strict = depending(args, sparsity, self._update_rule)
-        lines += differences(checkpoint, was, now["settings"], strict)
-        reasons = (past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity))
-        lines += _length_differences(checkpoint, was.get("training"), args, state, *reasons)
-        if saved is not None:
-            lines += _batch_differences(checkpoint, saved, now)
+            if self.sections:
+                check_bos(checkpoint, self.sections["data"] or {}, trainer.processing_class, trainer.train_dataset)
+        lines += _settings_differences(checkpoint, saved, now, depending(args, sparsity, self._update_rule))
+        lines += _length_differences(checkpoint, saved, args, sparsity, slorb)
         trainer.check_data_state(checkpoint)
         if saved is not None:
             lines += _content_differences(checkpoint, saved, now)
         return lines
 
 
-def check_settings(checkpoint: Path, config: RunConfig, args: TrainingArguments) -> None:
-    """What can be compared before anything is loaded: the settings that must be those of a checkpoint.
+def check_settings(
+    checkpoint: Path, config: RunConfig, args: TrainingArguments, slorb: SLoRBConfig | None, processes: int
+) -> list[str]:
+    """Compare what can be compared before anything is loaded, and return lines on what may differ and does.
+
+    Args:
+        processes: of the run that resumes.
 
     Raises:
-        UserError: one of them is not.
+        UserError: a setting must be that of the checkpoint, and is not.
     """
-    was: Settings = {"distillation": _stored_distillation(checkpoint)}
-    if (saved := _read(checkpoint)) is not None:
-        was |= saved["settings"]
-    distillation = None if config.distillation is None else config.distillation.to_dict()
-    now = {
-        "distillation": distillation,
+    saved, distillation = _read(checkpoint), config.distillation
+    settings = {
+        "distillation": None if distillation is None else distillation.to_dict(),
         "calibration": config.calibration.to_dict(),
+        "watch": config.watch.to_dict(),
         **run_settings(config),
-        "training": training_values(args),
+        # a dry run sets it
+        "training": {**training_values(args), "use_cpu": config.training.get("use_cpu", False)},
     }
-    differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
+    now = {"processes": processes, "settings": plain(settings)}
+    strict = depending(args, config.sparsity, config.data.mixture.type)
+    lines = _settings_differences(checkpoint, saved, now, strict)
+    if distillation is None or not distillation.match_flops:  # which makes a run longer
+        lines += _length_differences(checkpoint, saved, args, config.sparsity, slorb)
+    return lines
+
+
+def _settings_differences(
+    checkpoint: Path, saved: dict[str, Any] | None, now: Mapping[str, Any], strict: set[str]
+) -> list[str]:
+    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    if saved is None:
+        was["training"] = {} if now["settings"].get("optimizer") else plain(stored_training(checkpoint))
+        training = {key: now["settings"]["training"][key] for key in was["training"] or {}}
+        return differences(checkpoint, was, {**now["settings"], "training": training}, strict)
+    was |= saved["settings"]
+    return [*differences(checkpoint, was, now["settings"], strict), *_batch_differences(checkpoint, saved, now)]
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -256,17 +274,18 @@ def _text(value: Any) -> str:
 
 def _length_differences(
     checkpoint: Path,
-    was: Mapping[str, Any] | None,
+    saved: dict[str, Any] | None,
     args: TrainingArguments,
-    state: TrainerState,
-    past: str | None,
-    rest: list[str],
+    sparsity: SparsityConfig,
+    slorb: SLoRBConfig | None,
 ) -> list[str]:
     """A run may become longer or shorter where the masks it has do not depend on its length.
 
     Learning rate and mask decay then follow the new length from here on, which is said. What is done stays done.
     """
-    steps = state.max_steps
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    steps, was = state.max_steps, None if saved is None else saved["settings"]["training"]
+    past, rest = past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity)
     if args.max_steps > 0:
         name, before, value = "training.max_steps", steps, args.max_steps
         said = f"the {steps} steps that the run was begun with"
