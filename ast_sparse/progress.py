@@ -114,6 +114,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def close_bars() -> None:
+    """Close the bars that an exception left open: otherwise they would draw once more below its message."""
+    for bar in list(plain_bar._instances):
+        bar.close()
+
+
 @contextmanager
 def library_bars(shown: bool) -> Iterator[None]:
     """Whether datasets and transformers show bars; afterwards as before."""
@@ -141,15 +147,13 @@ def lines_for_bars() -> Iterator[None]:
     Loading weights, reading and tokenising data, and the tasks of the harness have bars of their own, which take no
     class to be made of, so tqdm itself draws as `LineBar` does until this ends.
     """
-    if shows_bars():
-        yield
-        return
-    names = ("display", "close", "clear", "moveto")
+    names = () if shows_bars() else ("display", "close", "clear", "moveto")
     before = {name: getattr(plain_bar, name) for name in names}
     for name in names:
         setattr(plain_bar, name, getattr(LineBar, name))
     try:
         yield
     finally:
+        close_bars()
         for name, method in before.items():
             setattr(plain_bar, name, method)

@@ -212,3 +212,15 @@ def test_ast_data_into_a_file_draws_no_bar(tmp_path: Path) -> None:
     )
     checked = CliRunner().invoke(ast_data, ["verify", str(tmp_path / "s")])
     assert made.exit_code == checked.exit_code == 0 and "\r" not in made.output + checked.output
+
+
+def test_a_bar_that_an_exception_left_open_ends_before_the_message(now: list[float], log: Log) -> None:
+    bars = []
+    with pytest.raises(RuntimeError), lines_for_bars():
+        for make in (progress_bar, tqdm.auto.tqdm):
+            bars.append(make(total=4, desc="Training", unit="step"))
+            now[0] += 5
+        raise RuntimeError
+    assert sorted(lines(log)) == ["Training: 0% (0/4 steps, 0:05 elapsed)", "Training: 0% (0/4 steps, 0:10 elapsed)"]
+    del bars
+    assert not lines(log)

@@ -99,6 +99,9 @@ def main(
                 hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click made them numbers
             )
         except Preempted as stop:
+            from ast_sparse.progress import close_bars
+
+            close_bars()
             if str(stop):
                 click.echo(f"\n{stop}", err=True)  # not behind a progress bar
             raise SystemExit(PREEMPTED_EXIT) from None

@@ -232,7 +232,7 @@ def check_same_run(
         name = min(other_layers, key=str)
         older = (
             " Earlier versions also pruned routers and weights that the model reads itself: start such a run anew."
-            if name in saved["layers"]
+            if other_layers <= set(saved["layers"])
             else ""
         )
         raise UserError(

@@ -1,10 +1,14 @@
 """What the processes of a distributed run agree on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from ast_sparse.errors import SharedError, UserError
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -32,6 +36,23 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def errors_shared() -> Iterator[None]:
+    """End every process with the first error of the user that one of them finds in the block; all must enter it.
+
+    Raises:
+        SharedError: that error.
+    """
+    error = None
+    try:
+        yield
+    except UserError as found:
+        error = str(found)
+    first = next((text for text in gather(error) if text is not None), None)
+    if first is not None:
+        raise SharedError(first)
 
 
 def wait_for_all() -> None:

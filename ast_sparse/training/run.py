@@ -34,11 +34,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
-from ast_sparse.training.checkpoints import (
-    check_same_model,
-    check_same_run,
-    write_errors,
-)
+from ast_sparse.training.checkpoints import check_same_model, check_same_run, write_errors
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
 from ast_sparse.training.inputs import check_taught
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, check_finite, results_table
@@ -55,7 +51,7 @@ from ast_sparse.training.output import (
 )
 from ast_sparse.training.plan import Hardware, Plan, has_config_alone, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
-from ast_sparse.training.ranks import wait_for_all
+from ast_sparse.training.ranks import errors_shared, wait_for_all
 from ast_sparse.training.same_run import check_settings, run_settings
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
@@ -99,7 +95,8 @@ def run_training(
     args = build_arguments(values, str(output))
     if not dry_run:
         check_sharding(args)
-    checkpoint = checkpoint_to_resume(output, resume)
+    with errors_shared():
+        checkpoint = checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
         refuse_used(output)
@@ -112,14 +109,19 @@ def run_training(
     _check_held_out(config, args)
     _check_best(config, args)
     hardware = hardware or Hardware()
-    plan = make_plan(config, args, (hardware.world_size or args.world_size) if dry_run else None)
+    devices = hardware.world_size or args.world_size
+    plan = make_plan(config, args, devices if dry_run else None)
+    changed = []
     if checkpoint is not None:
-        check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
-        check_same_model(checkpoint, plan.sparsity.pruned)
-        check_settings(checkpoint, config, args)
+        with errors_shared():
+            check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
+            check_same_model(checkpoint, plan.sparsity.pruned)
+            changed = check_settings(checkpoint, config, args, _slorb(config), devices)
     if args.should_log:
         echo("\n".join(plan.lines()))
     if dry_run:
+        if args.should_log and changed:
+            echo("\n".join(changed))
         if not has_config_alone(config.model):
             _tokenizer(config.model, plan)
         if args.should_log:

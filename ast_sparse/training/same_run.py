@@ -1,21 +1,23 @@
 """Whether a run that resumes is the run of its checkpoint: settings by class, and what they name by content."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.errors import UserError
 from ast_sparse.export.files import SPARSITY_CONFIG_NAME, read_json, write_json
 from ast_sparse.training.checkpoints import RUN_RECORD
 from ast_sparse.training.fingerprints import blocks_fingerprint, config_values, tokenizer_values, weights_fingerprint
-from ast_sparse.training.ranks import gather
+from ast_sparse.training.older_runs import check_bos, stored_training
+from ast_sparse.training.ranks import errors_shared
 from ast_sparse.training.setting_classes import (
     depending,
     kind_of,
@@ -28,6 +30,7 @@ from ast_sparse.training.setting_classes import (
 from ast_sparse.yaml12 import shown
 
 _FORMAT_VERSION = 1
+_ROUNDING = 1e-6  # of steps
 _NEW_RUN = "or start a new run with another output folder."
 # what is compared by content: the settings that name it, an argument of SparseTrainer, and what differs
 _CONTENT = {
@@ -38,6 +41,7 @@ _CONTENT = {
     "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
 }
 _NUMBERS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+_CHANGED_BY_SIGNALS = ("save_only_model", "save_strategy")  # so that the step at which one comes is saved
 Settings = dict[str, dict[str, Any] | None]
 
 
@@ -74,6 +78,7 @@ class RunRecord:
     ) -> None:
         self.sections: Settings = {}
         self._settings, self._update_rule = plain(settings), update_rule
+        self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
         if self._is_first:
@@ -83,6 +88,7 @@ class RunRecord:
         """Keep what the teacher holds; call it before the teacher is sharded."""
         if self._is_first:
             self._content["teacher"] = weights_fingerprint(teacher)
+            self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
 
     def save(self, trainer: Any, folder: Path) -> None:
         """Write `run.json`; on the first process."""
@@ -94,15 +100,10 @@ class RunRecord:
         Raises:
             UserError: a setting, the model, the teacher, the tokenizer or the text is not that of the checkpoint.
         """
-        error = None
-        if self._is_first:
-            try:
+        with errors_shared():
+            if self._is_first:
                 for line in self._compare(trainer, checkpoint):
                     print(line)
-            except UserError as refusal:
-                error = str(refusal)
-        if (error := gather(error)[0]) is not None:
-            raise SharedError(error)
 
     def _now(self, trainer: Any) -> dict[str, Any]:
         if "train" not in self._content:
@@ -115,55 +116,67 @@ class RunRecord:
             **self._settings,
             **self.sections,
             "optimizer": None if is_own else optimizer_values(trainer.optimizer),
-            "training": training_values(trainer.args),
+            "training": {**training_values(trainer.args), **self._saving},
         }
         return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
 
     def _compare(self, trainer: Any, checkpoint: Path) -> list[str]:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        args, sparsity, slorb = trainer.args, trainer.sparsity_config, trainer.slorb_config
         saved, now = _read(checkpoint), self._now(trainer)
-        was: Settings = {"distillation": _stored_distillation(checkpoint)}
+        args, sparsity, slorb = trainer.args, trainer.sparsity_config, trainer.slorb_config
         lines = []
         if saved is None:
             lines.append(
                 f"resume: {str(checkpoint)!r} is of a version that kept no settings with it: only sparsity, SLoRB, "
-                "distillation, the steps and the blocks of shards are compared."
+                "distillation, the optimizer, the steps and the blocks of shards are compared."
             )
-        else:
-            was |= saved["settings"]
-        strict = depending(args, sparsity, self._update_rule)
-        lines += differences(checkpoint, was, now["settings"], strict)
-        reasons = (past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity))
-        lines += _length_differences(checkpoint, was.get("training"), args, state.max_steps, *reasons)
-        if saved is not None:
-            lines += _batch_differences(checkpoint, saved, now)
+            if self.sections:
+                check_bos(checkpoint, self.sections["data"] or {}, trainer.processing_class, trainer.train_dataset)
+        lines += _settings_differences(checkpoint, saved, now, depending(args, sparsity, self._update_rule))
+        lines += _length_differences(checkpoint, saved, args, sparsity, slorb)
         trainer.check_data_state(checkpoint)
         if saved is not None:
             lines += _content_differences(checkpoint, saved, now)
         return lines
 
 
-def check_settings(checkpoint: Path, config: RunConfig, args: TrainingArguments) -> None:
-    """What can be compared before anything is loaded: the settings that must be those of a checkpoint.
+def check_settings(
+    checkpoint: Path, config: RunConfig, args: TrainingArguments, slorb: SLoRBConfig | None, processes: int
+) -> list[str]:
+    """Compare what can be compared before anything is loaded, and return lines on what may differ and does.
+
+    Args:
+        processes: of the run that resumes.
 
     Raises:
-        UserError: one of them is not.
+        UserError: a setting must be that of the checkpoint, and is not.
     """
-    was: Settings = {"distillation": _stored_distillation(checkpoint)}
-    if (saved := _read(checkpoint)) is not None:
-        was |= saved["settings"]
-    distillation = None if config.distillation is None else config.distillation.to_dict()
-    now = {
-        "distillation": distillation,
+    saved, distillation = _read(checkpoint), config.distillation
+    settings = {
+        "distillation": None if distillation is None else distillation.to_dict(),
         "calibration": config.calibration.to_dict(),
+        "watch": config.watch.to_dict(),
         **run_settings(config),
-        "training": training_values(args),
+        # a dry run sets it
+        "training": {**training_values(args), "use_cpu": config.training.get("use_cpu", False)},
     }
-    try:
-        differences(checkpoint, was, plain(now), depending(args, config.sparsity, config.data.mixture.type))
-    except UserError as error:  # which every process finds
-        raise SharedError(str(error)) from None
+    now = {"processes": processes, "settings": plain(settings)}
+    strict = depending(args, config.sparsity, config.data.mixture.type)
+    lines = _settings_differences(checkpoint, saved, now, strict)
+    if distillation is None or not distillation.match_flops:  # which makes a run longer
+        lines += _length_differences(checkpoint, saved, args, config.sparsity, slorb)
+    return lines
+
+
+def _settings_differences(
+    checkpoint: Path, saved: dict[str, Any] | None, now: Mapping[str, Any], strict: set[str]
+) -> list[str]:
+    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    if saved is None:
+        was["training"] = {} if now["settings"].get("optimizer") else plain(stored_training(checkpoint))
+        training = {key: now["settings"]["training"][key] for key in was["training"] or {}}
+        return differences(checkpoint, was, {**now["settings"], "training": training}, strict)
+    was |= saved["settings"]
+    return [*differences(checkpoint, was, now["settings"], strict), *_batch_differences(checkpoint, saved, now)]
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -225,7 +238,7 @@ def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> It
         was, now = _with_weights(was), _with_weights(now)
     for key, value in now.items():
         before = was.get(key, defaults.get(key))
-        if before != value:
+        if before != value and not {str(before), str(value)} <= {"None", "{}"}:  # which both say that nothing is given
             yield key, before, value
 
 
@@ -261,16 +274,18 @@ def _text(value: Any) -> str:
 
 def _length_differences(
     checkpoint: Path,
-    was: Mapping[str, Any] | None,
+    saved: dict[str, Any] | None,
     args: TrainingArguments,
-    steps: int,
-    past: str | None,
-    rest: list[str],
+    sparsity: SparsityConfig,
+    slorb: SLoRBConfig | None,
 ) -> list[str]:
     """A run may become longer or shorter where the masks it has do not depend on its length.
 
-    Learning rate and mask decay then follow the new length from here on, which is said.
+    Learning rate and mask decay then follow the new length from here on, which is said. What is done stays done.
     """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    steps, was = state.max_steps, None if saved is None else saved["settings"]["training"]
+    past, rest = past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity)
     if args.max_steps > 0:
         name, before, value = "training.max_steps", steps, args.max_steps
         said = f"the {steps} steps that the run was begun with"
@@ -286,6 +301,15 @@ def _length_differences(
         raise UserError(
             f"{name}={value} differs from {said}, and {past} follows from the number of steps. Resume with "
             f"{name}={before}, {_NEW_RUN}"
+        )
+    limit, end = "max_steps", float(args.max_steps)
+    if args.max_steps <= 0 and state.epoch:
+        limit = "num_train_epochs"  # which end with a whole step
+        end = math.ceil(args.num_train_epochs * state.global_step / state.epoch - _ROUNDING)
+    if 0 < end < state.global_step:
+        raise UserError(
+            f"training.{limit}={_text(getattr(args, limit))} ends before step {state.global_step} of "
+            f"{str(checkpoint)!r}. Resume from an earlier checkpoint, or raise {limit}."
         )
     note = f" ({' and '.join(rest)} from here on by the new number of steps)" if rest else ""
     return [f"resume: {name} {_text(before)} -> {_text(value)}{note}"]
@@ -316,7 +340,7 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
         for key, before, value in _changed(section, saved["settings"].get(section) or values or {}, values or {}):
             if kind_of(section, key) == "content":
                 moved[f"{section}.{key}"] = (before, value)
-    _check_config(checkpoint, was.get("model_config"), has["model_config"])
+    _check_config(checkpoint, "model", was.get("model_config"), has["model_config"])
     for key, (names, argument, what) in _CONTENT.items():
         old, new = was.get(key), has.get(key)
         named = [name for name in names if name in moved]
@@ -332,6 +356,7 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
             subject = _subject(key, names, argument, now["settings"])
             start = f"{subject} is not what {str(checkpoint)!r} was trained with"
         raise UserError(f"{start}: {_said(what, old, new)}. Resume with that of the run, {_NEW_RUN}")
+    _check_config(checkpoint, "teacher", was.get("teacher_config"), has.get("teacher_config"))
     return [f"resume: {name} {shown(a)} -> {shown(b)} (the same content)" for name, (a, b) in moved.items()]
 
 
@@ -354,12 +379,13 @@ def _said(what: str, was: Any, now: Any) -> str:
     return f"the {what} differ (fingerprint {str(now)[:8]}, stored {str(was)[:8]})"
 
 
-def _check_config(checkpoint: Path, was: Any, now: dict[str, Any]) -> None:
-    if not isinstance(was, dict):
+def _check_config(checkpoint: Path, which: str, was: Any, now: Any) -> None:
+    if not isinstance(was, dict) or not isinstance(now, dict):
         return
+    fix = "config.json or model.config_overrides" if which == "model" else "config.json"
     for key in [*now, *was]:
         if was.get(key) != now.get(key):
             raise UserError(
-                f"The model's configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
-                f"{shown(was.get(key))}. Correct its config.json or model.config_overrides, {_NEW_RUN}"
+                f"The {which}'s configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
+                f"{shown(was.get(key))}. Correct its {fix}, {_NEW_RUN}"
             )

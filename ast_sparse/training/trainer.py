@@ -78,7 +78,7 @@ from ast_sparse.training.losses import MicroBatchLoss, find_heads
 from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
 from ast_sparse.training.progress import use_lines
-from ast_sparse.training.ranks import any_rank
+from ast_sparse.training.ranks import any_rank, errors_shared
 from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
 from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
@@ -476,7 +476,8 @@ class SparseTrainer(CheckpointTrainer):
             UserError: a setting that decides the weights, the model, the teacher, the tokenizer or the text differs.
         """
         if self._compared != checkpoint.resolve():
-            check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
+            with errors_shared():
+                check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
             self.run_record.check(self, checkpoint)
         self._compared = checkpoint.resolve()
 

@@ -93,6 +93,10 @@ def test_two_ranks_end_sparse_with_moving_masks_and_resume(folder: Path) -> None
     train(folder, 2, 2, *late_slorb, "--resume")
     resumed = load_file(out / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+    other = [*command(folder, 2, 3), "--output-dir", str(out), *late_slorb, "--resume"]
+    errors = subprocess.run(other, capture_output=True, text=True).stderr.splitlines()
+    said = [line for line in errors if line.startswith("Error: ")]  # both ranks find it
+    assert len(said) == 1 and "sparsity.mask_interval=3 differs from 2" in said[0]
 
 
 TROUBLED = """

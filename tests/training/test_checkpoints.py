@@ -216,3 +216,5 @@ def test_a_run_of_an_earlier_version_that_pruned_a_router_is_told_why_it_cannot_
     (tmp_path / "sparsity_config.json").write_text(json.dumps({"sparsity": {}, "slorb": {}, "layers": ["a", router]}))
     with pytest.raises(UserError, match=rf"{router}' is pruned in only one .* Earlier versions also pruned routers"):
         check_same_run(tmp_path, SparsityConfig(), None, ["a"])
+    with pytest.raises(UserError, match=r"include/exclude of the run\.$"):  # of another model
+        check_same_run(tmp_path, SparsityConfig(), None, ["a", "b"])

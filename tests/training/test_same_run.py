@@ -13,7 +13,8 @@ import yaml
 from click.testing import CliRunner, Result
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
 from ast_sparse.cli.train import main
@@ -185,6 +186,11 @@ def test_nothing_is_printed_where_nothing_changed(root: Path, out: Path) -> None
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
+def test_an_empty_mapping_is_nothing_given(root: Path, out: Path) -> None:
+    result = resume(root, out, "training.lr_scheduler_kwargs={}", "model.config_overrides={}")
+    assert result.exit_code == 0 and result.stdout.count("resume: ") == 1, result.output
+
+
 def test_a_folder_that_moved_is_the_same(root: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "model", tmp_path / "moved")
     shutil.copy(root / "text.txt", tmp_path / "moved.txt")
@@ -224,6 +230,16 @@ def test_other_weights_under_the_same_name_are_refused(root: Path, tmp_path: Pat
     save_file(weights, file, metadata={"format": "pt"})
     said = refusal(resume(tmp_path, out, tree=tree))
     assert "model.name_or_path=" in said and "the weights differ" in said
+
+
+def test_another_configuration_of_the_teacher_is_refused(root: Path, tmp_path: Path) -> None:
+    tree = base(root)
+    tree["model"]["teacher"] = str(shutil.copytree(root / "other_model", tmp_path / "teacher"))
+    assert train(tmp_path, tmp_path / "out", tree=tree).exit_code == 0
+    path = tmp_path / "teacher/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+    said = refusal(resume(tmp_path, tmp_path / "out", tree=tree))
+    assert "The teacher's configuration has rms_norm_eps=0.001, in" in said and "1e-06" in said
 
 
 @pytest.mark.parametrize(
@@ -308,6 +324,48 @@ def test_a_checkpoint_of_before_is_resumed_and_says_what_is_compared(root: Path,
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
+def test_a_checkpoint_of_before_is_compared_with_its_optimizer(root: Path, out: Path) -> None:
+    (out / "checkpoint-1" / RUN_RECORD).unlink()
+    for change, before in (("learning_rate=0.1", "0.001"), ("weight_decay=0.1", "0"), ("adam_beta2=0.9", "0.999")):
+        said = refusal(resume(root, out, f"training.{change}"))
+        assert f"training.{change} differs from {before} in" in said
+
+
+def test_a_checkpoint_of_before_has_no_bos(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", bos_token="<|end|>")
+    front = TemplateProcessing(single="<|end|> $A", pair="<|end|> $A $B", special_tokens=[("<|end|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = front
+    tokenizer.save_pretrained(tmp_path / "model")
+    tree = base(root)
+    tree["model"]["name_or_path"] = str(tmp_path / "model")
+    tree["data"]["bos"] = "none"
+    assert train(tmp_path, tmp_path / "out", tree=tree).exit_code == 0
+    (tmp_path / "out/checkpoint-1" / RUN_RECORD).unlink()
+    del tree["data"]["bos"]
+    said = refusal(resume(tmp_path, tmp_path / "out", tree=tree))
+    assert "data.bos='auto' puts BOS before the text" in said and "Resume with data.bos=none" in said
+    assert resume(tmp_path, tmp_path / "out", "data.bos=none", tree=tree).exit_code == 0
+
+
+def test_a_dry_run_compares_what_needs_no_weights(root: Path, out: Path) -> None:
+    def dry(setting: str) -> Result:
+        return train(root, out, "--resume", str(out / "checkpoint-1"), "--dry-run", "--set", setting)
+
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert "= 8 sequences a step differs" in refusal(dry("training.per_device_train_batch_size=4"))
+    assert "training.learning_rate=0.1 differs" in refusal(dry("training.learning_rate=0.1"))
+    assert "resume: training.max_steps 2 -> 3 (" in dry("training.max_steps=3").stdout
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_signal_changes_is_no_setting_of_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="no")
+    run.args.save_strategy = "steps"  # as PreemptionCallback does
+    run.run_record.save(run, tmp_path)
+    assert json.loads((tmp_path / RUN_RECORD).read_text())["settings"]["training"]["save_strategy"] == "no"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 2}', '{"format_version": 1, "settings": {}}'])
 def test_a_damaged_record_is_named(root: Path, out: Path, content: str) -> None:
     (out / "checkpoint-1" / RUN_RECORD).write_text(content)
@@ -348,6 +406,19 @@ def test_another_length_is_printed_with_what_follows_from_it(root: Path, out: Pa
         assert result.exit_code == 0 and f"resume: {line}training.lr_scheduler_type=linear and" in result.stdout
         shutil.rmtree(out)
         shutil.copytree(root / "whole", out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.max_steps=1"], "training.max_steps=1 "),
+        (["training.max_steps=-1", "training.num_train_epochs=0.01"], "training.num_train_epochs=0.01 "),
+    ],
+)
+def test_a_run_is_not_shorter_than_what_is_done(root: Path, out: Path, settings: list[str], message: str) -> None:
+    options = [part for setting in settings for part in ("--set", setting)]
+    said = refusal(train(root, out, "--resume", str(out / "checkpoint-2"), *options))
+    assert f"{message}ends before step 2 of" in said and "Resume from an earlier checkpoint, or raise" in said
 
 
 @pytest.mark.parametrize(
