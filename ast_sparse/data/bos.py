@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.config.data import BOS_CHOICES
+from ast_sparse.data.shard_writer import missing
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,11 +33,13 @@ class Bos:
         place: `none`, `document`, or `block`, which is a window where text is measured.
         tokens: BOS; of a few tokenizers several tokens. None where the place is `none`.
         own: what the tokenizer puts before a text itself, for messages.
+        is_end: BOS is also the token that ends documents (OPT).
     """
 
     place: Place = "none"
     tokens: tuple[int, ...] = ()
     own: tuple[int, ...] = ()
+    is_end: bool = False
 
     @property
     def of_document(self) -> tuple[int, ...]:
@@ -46,6 +50,13 @@ class Bos:
     def of_block(self) -> tuple[int, ...]:
         """The tokens before each block or window."""
         return self.tokens if self.place == "block" else ()
+
+    def before_block(self, ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+        """The tokens to put before a block or window; none where its text, a chat written out, begins with them.
+
+        Where BOS ends documents too, it may be the end of a document that a block begins with: BOS is put before it.
+        """
+        return self.of_block if self.is_end else missing(self.of_block, ids)
 
     def line(self, tokenizer: PreTrainedTokenizerBase, unit: str = "block") -> str | None:
         """What reports say of it; None for a tokenizer that puts nothing before text, where nothing is asked for."""
@@ -87,7 +98,8 @@ def find_bos(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "data
                 f"{field} to none or auto, or name a `bos_token` in its tokenizer_config.json."
             )
         tokens = (int(token),)
-    return Bos("document" if choice == "document" else "block", tokens, own)
+    is_end = tokens == (tokenizer.eos_token_id,)
+    return Bos("document" if choice == "document" else "block", tokens, own, is_end)
 
 
 def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.bos import NO_BOS, Bos
 from ast_sparse.data.long_text import encoded
-from ast_sparse.data.shard_writer import document_tokens, missing, text_key
+from ast_sparse.data.shard_writer import document_tokens, text_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -165,7 +165,8 @@ def pack_tokens(
     rows = np.flatnonzero(stops > starts)
     starts, stops = starts[rows], stops[rows]
     front = bos.of_block
-    parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *front)
+    rule = ("always",) if front and bos.is_end else ()
+    parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *front, *rule)
     key = Hasher.hash((_FORMAT_VERSION, "pack", tokenised._fingerprint, *parts))
     columns = ["input_ids", *(("labels", "position_ids") if "labels" in tokenised.column_names else ())]
     # of one map batch into the next: one process, batches in order
@@ -182,7 +183,7 @@ def pack_tokens(
 
     def cut(table: pa.Table, indices: list[int]) -> pa.Table:
         streams = {column: stream(column, table, indices) for column in columns}
-        begins, end = block_begins(streams["input_ids"], block_size, front)
+        begins, end = block_begins(streams["input_ids"], block_size, bos)
         blocks = {}
         for column, values in streams.items():
             carried[column] = values[end:].copy()
@@ -208,15 +209,12 @@ def pack_tokens(
     return packed.with_format(None)
 
 
-def block_begins(stream: np.ndarray, block_size: int, front: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
-    """Where the whole blocks of a stream begin, how many tokens of `front` go before each, and where the last ends.
-
-    A block whose text begins with `front` already, as a chat template writes it, gets no second one.
-    """
+def block_begins(stream: np.ndarray, block_size: int, bos: Bos) -> tuple[list[tuple[int, int]], int]:
+    """Where the whole blocks of a stream begin, how many tokens of BOS go before each, and where the last ends."""
     begins: list[tuple[int, int]] = []
     at = 0
     while True:
-        before = len(missing(front, stream[at : at + len(front)]))
+        before = len(bos.before_block(stream[at : at + len(bos.of_block)]))
         if at + block_size - before > len(stream):
             return begins, at
         begins.append((at, before))

@@ -52,7 +52,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         front = self.bos.of_block
         for tokens in self._stream():
             stream = np.concatenate([carried, tokens])
-            begins, end = block_begins(stream, self.block_size, front)
+            begins, end = block_begins(stream, self.block_size, self.bos)
             for at, before in begins:
                 text = stream[at : at + self.block_size - before]
                 yield {"input_ids": np.concatenate([np.asarray(front, dtype=np.int64), text]) if before else text}

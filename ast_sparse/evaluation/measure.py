@@ -106,7 +106,7 @@ def measure_text(
     front = found.of_block
     total_tokens = sum(len(stream.tokens) for stream in streams)
     separate = join == "separate"
-    every = cut(streams, seq_len, stride, keep_rest=separate, front=front)
+    every = cut(streams, seq_len, stride, keep_rest=separate, bos=found)
     is_cut = bool(every) and (separate or total_tokens + len(front) >= seq_len)
     check_streams(model, streams, seq_len, is_cut=is_cut, front=front)
     if teacher is not None:

@@ -116,7 +116,7 @@ def evaluate_text(
     check_window(getattr(model, "config", None), seq_len, windows)
     found = find_bos(bos, tokenizer, "bos")
     streams = tokenise(tokenizer, documents, bos=found)
-    cuts = cut(streams, seq_len, front=found.of_block)[:windows]
+    cuts = cut(streams, seq_len, bos=found)[:windows]
     check_streams(model, streams, seq_len, is_cut=bool(cuts), front=found.of_block)
     pairs = ((window.tokens, window.chosen) for window in cuts)
     total = sum(len(stream.tokens) for stream in streams)

@@ -183,7 +183,7 @@ def cut(
     stride: int | None = None,
     *,
     keep_rest: bool = False,
-    front: tuple[int, ...] = (),
+    bos: Bos = NO_BOS,
 ) -> list[Window]:
     """Cut every stream into windows of `seq_len` tokens.
 
@@ -193,13 +193,13 @@ def cut(
             end of the one before it, and so all tokens of a stream but its first are scored once; the last window ends
             with the stream and may be shorter.
         keep_rest: with no stride, keep the rest as a shorter window.
-        front: BOS before every window, context only: `seq_len` less its tokens are of the text, and all of them are
-            predicted. A window that begins with it already, of a chat template, gets no second one.
+        bos: where it stands before every window, it is context only: `seq_len` less its tokens are of the text, and all
+            of them are predicted. A window that begins with it already, of a chat template, gets no second one.
 
     Raises:
         UserError: `stride` is not between 1 and `seq_len` − 1.
     """
-    longest = seq_len - max(1, len(front))
+    longest = seq_len - max(1, len(bos.of_block))
     if stride is not None and not 1 <= stride <= longest:
         raise UserError(
             f"--stride {stride} must be between 1 and {longest}, a token less than the window of {seq_len} tokens. "
@@ -207,14 +207,14 @@ def cut(
         )
     windows = []
     for stream in streams:
-        windows += list(_cut(stream, seq_len, stride, keep_rest, front))
+        windows += list(_cut(stream, seq_len, stride, keep_rest, bos))
     return windows
 
 
-def _cut(stream: Stream, seq_len: int, stride: int | None, keep_rest: bool, front: tuple[int, ...]) -> Iterator[Window]:
+def _cut(stream: Stream, seq_len: int, stride: int | None, keep_rest: bool, bos: Bos) -> Iterator[Window]:
     length, begin, done = len(stream.tokens), 0, 0
     while begin < length and (stride is None or done < length):
-        before = missing(front, stream.tokens[begin : begin + len(front)])
+        before = bos.before_block(stream.tokens[begin : begin + len(bos.of_block)])
         first = begin if before else begin + 1  # that is predicted
         end = min(begin + seq_len - len(before), length)
         is_whole = len(before) + end - begin == seq_len

@@ -22,6 +22,7 @@ from ast_sparse.data.collator import CausalLMCollator
 from ast_sparse.data.shards import MANIFEST, read_manifest, verify_shards
 from ast_sparse.data.text import build_datasets, pack_dataset
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.windows import Stream, cut
 from tests.data.test_packing import documents
 from tests.models import save_tiny_model, tiny_tokenizer
 
@@ -128,6 +129,25 @@ def test_blocks_equal_a_plain_loop_whatever_reads_the_text(tmp_path: Path, choic
     assert rows(shard_blocks) == expected and again.lines() == report.lines()
     info = CliRunner().invoke(main, ["info", out]).output
     assert f"bos             {'82 before each document' if place == 'document' else 'none'}" in info
+
+
+def test_a_block_that_begins_with_the_end_of_a_document_gets_bos_where_both_are_one_token(tmp_path: Path) -> None:
+    texts = documents(300)
+    save(tmp_path, texts)
+    tokenizer = bos_tokenizer("<|end|> $A", "<|end|>")  # as OPT's
+    for size in (12, 13, 16):
+        expected = expected_blocks(texts, size, "block", EOS)
+        assert any(block[1] == EOS for block in expected)
+        config = DataConfig(root=str(tmp_path), train=("a.jsonl",), block_size=size, eval_share=0, bos="block")
+        blocks, _, report = build_datasets(config, tokenizer)
+        assert rows(blocks) == expected and report.train is not None and report.train.blocks == len(expected)
+        streamed = build_datasets(DataConfig(**{**config.to_dict(), "streaming": True}), tokenizer)[0]
+        assert [row["input_ids"].tolist() for row, _ in zip(streamed, expected, strict=False)] == expected
+    found = find_bos("window", tokenizer)
+    stream = Stream([*plain(texts[0]), EOS, *plain(texts[0])], None)
+    begins = len(plain(texts[0]))
+    first = cut([stream], begins + 1, bos=found)[:2]  # the second one begins with the end of the first document
+    assert [window.begin for window in first] == [0, begins] and all(window.front == (EOS,) for window in first)
 
 
 def test_a_tokenizer_without_bos_is_as_before(tmp_path: Path) -> None:
