@@ -1,24 +1,17 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
-from ast_sparse.data.blocks import TokenBlocks
 from ast_sparse.data.calibration import calibration_blocks
 from ast_sparse.data.collator import document_borders
 from ast_sparse.data.counted import with_counted_tokens
-from ast_sparse.data.domains import DomainBlocks
 from ast_sparse.data.entries import check_entries, check_sources
 from ast_sparse.data.streaming import StreamedBlocks
 from ast_sparse.data.text import Blocks, build_datasets
@@ -28,15 +21,12 @@ from ast_sparse.evaluation.runs import REPORT
 from ast_sparse.export.origin import check_saving
 from ast_sparse.export.readback import check_saved
 from ast_sparse.loading import load_causal_lm, random_causal_lm
-from ast_sparse.places import load_model_config, load_tokenizer
+from ast_sparse.places import load_tokenizer
 from ast_sparse.progress import library_bars
-from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.sparsity.shards import whole
 from ast_sparse.training.arguments import build_arguments
 from ast_sparse.training.budget import Budget
 from ast_sparse.training.checkpoints import check_same_model, check_same_run, write_errors
 from ast_sparse.training.distributed import check_sharding, sharding_plugin
-from ast_sparse.training.inputs import check_taught
 from ast_sparse.training.measure import Measured, PerplexityCallback, Rows, check_finite, results_table
 from ast_sparse.training.memory import Setup, Sharding
 from ast_sparse.training.mixture import check_evaluations
@@ -52,10 +42,17 @@ from ast_sparse.training.output import (
 from ast_sparse.training.plan import Hardware, Plan, has_config_alone, make_plan
 from ast_sparse.training.preemption import PreemptionCallback
 from ast_sparse.training.ranks import errors_shared, wait_for_all
+from ast_sparse.training.run_checks import (
+    check_batches,
+    check_best,
+    check_final,
+    check_held_out,
+    check_streaming,
+    check_token_ids,
+)
 from ast_sparse.training.same_run import check_settings, run_settings
 from ast_sparse.training.signals import PreemptionSignals
 from ast_sparse.training.trainer import SparseTrainer
-from ast_sparse.yaml12 import shown
 
 logger = logging.get_logger(__name__)
 
@@ -105,9 +102,9 @@ def run_training(
     check_sources(config.data)
     check_entries(config.calibration.data or (), config.data.root, "calibration.data")
     check_evaluations(config.data.mixture, args)
-    _check_streaming(config, args)
-    _check_held_out(config, args)
-    _check_best(config, args)
+    check_streaming(config, args)
+    check_held_out(config, args)
+    check_best(config, args)
     hardware = hardware or Hardware()
     devices = hardware.world_size or args.world_size
     plan = make_plan(config, args, devices if dry_run else None)
@@ -141,7 +138,7 @@ def run_training(
         signals.finish()
         # without the autocast of training: all stages are measured in the float32 that is saved
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        _check_final(trainer.student)
+        check_final(trainer.student)
         trainer.save_model()
         trainer.save_state()
     pattern = config.sparsity.pattern
@@ -215,11 +212,11 @@ def _prepare(
     train = with_counted_tokens(train, "data.train", borders, says=False)
     held_out = with_counted_tokens(held_out, "The held-out text", borders, says=False)
     if not isinstance(train, StreamedBlocks):
-        _check_batches(args, len(train))
+        check_batches(args, len(train))
     with library_bars(not args.disable_tqdm):
         model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
         teacher = _teacher(config)
-    _check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
+    check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
     output = Path(str(args.output_dir))
     pattern = config.sparsity.pattern
     rows = read_rows(output, config) if checkpoint is not None else {}
@@ -291,98 +288,6 @@ def _slorb(config: RunConfig) -> SLoRBConfig | None:
     return config.slorb if config.slorb is not None and config.slorb.enabled else None
 
 
-def _check_held_out(config: RunConfig, args: TrainingArguments) -> None:
-    """Held-out text where something needs it."""
-    if config.data.entries("eval") or config.data.eval_share > 0:
-        return
-    if "heldout" in config.evaluation.datasets:
-        raise UserError(
-            "evaluation.datasets has 'heldout' and data.eval_share is 0. Set data.eval or data.eval_share, or "
-            "remove 'heldout'."
-        )
-    for key in ("eval_strategy", "eval_on_start"):
-        value = getattr(args, key)
-        if getattr(value, "value", value) not in ("no", False):
-            shown = repr(getattr(value, "value", value))
-            raise UserError(
-                f"training.{key}={shown} needs held-out text, and data.eval_share is 0. Set data.eval or "
-                f"data.eval_share, or remove {key}."
-            )
-
-
-def _check_best(config: RunConfig, args: TrainingArguments) -> None:
-    """The best checkpoint is not chosen by a test set, or by text whose perplexity is reported."""
-    if args.load_best_model_at_end:
-        by = "training.load_best_model_at_end=True"
-    elif args.save_strategy == SaveStrategy.BEST:
-        by = "training.save_strategy='best'"
-    else:
-        return
-    for where, entries in config.data.entries("eval").items():
-        for entry in entries:
-            if isinstance(entry, dict) and "test" in re.split(r"\W+", str(entry.get("split"))):
-                raise UserError(
-                    f"{where}: {shown(entry)} is a test set, and {by} would choose a checkpoint by it. Name another "
-                    "split, or remove it: a share of the training text is held out then."
-                )
-            if entry in config.evaluation.datasets:
-                raise UserError(
-                    f"{where}: {shown(entry)} is in evaluation.datasets too, and {by} would choose the checkpoint that "
-                    "is reported by it. Name other text in one of them."
-                )
-
-
-def _check_streaming(config: RunConfig, args: TrainingArguments) -> None:
-    """What a stream needs to be told."""
-    if not config.data.streaming:
-        return
-    if args.max_steps <= 0:
-        raise UserError("data.streaming=true does not know the length of the text. Set training.max_steps.")
-    if args.dataloader_num_workers > 1:
-        raise UserError(
-            f"training.dataloader_num_workers={args.dataloader_num_workers}: each worker would read the same stream. "
-            "Set it to 0 or 1, or make shards with ast-data prepare."
-        )
-
-
-def _check_token_ids(
-    train: Blocks,
-    tokenizer: PreTrainedTokenizerBase,
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | str | None,
-    trust_remote_code: bool,
-) -> None:
-    """Every token of the text has its row in the embeddings: a tokenizer with spare entries is no fault."""
-    rows = model.config.get_text_config().vocab_size
-    taught_by = model.config
-    if isinstance(teacher, str):
-        taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
-    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size) or isinstance(train, StreamedBlocks):
-        return
-    largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
-    if largest >= rows:
-        raise UserError(
-            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
-            "embeddings. They do not belong together: put the model's own tokenizer into its folder."
-        )
-    check_taught(torch.tensor(largest), model.config, taught_by)
-
-
-def _largest_token(blocks: Any) -> int:
-    if isinstance(blocks, TokenBlocks):
-        return blocks.largest_token
-    return max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in blocks.data.column("input_ids").chunks)
-
-
-def _check_batches(args: TrainingArguments, blocks: int) -> None:
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and blocks < batch:
-        raise UserError(
-            f"training.dataloader_drop_last=True leaves nothing to train on: the text makes {blocks:,} blocks, fewer "
-            f"than a batch of {batch:,}. Lower per_device_train_batch_size, or remove it."
-        )
-
-
 def _load_dense(model: ModelConfig) -> PreTrainedModel:
     return load_causal_lm(model.name_or_path, **_load_options(model))
 
@@ -403,10 +308,3 @@ def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
     if config.model.teacher is None and config.model.random_weights:
         return _load_dense(config.model)
     return config.model.teacher
-
-
-def _check_final(model: nn.Module) -> None:
-    """Every trained layer is exactly N:M, by the checker of the export; a sharded one is gathered for that."""
-    for name, layer in sparse_layers(model).items():
-        if not layer.pattern.holds(whole(layer.weight), layer.group_dim):
-            raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")

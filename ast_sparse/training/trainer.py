@@ -1,6 +1,5 @@
 """SparseTrainer: `transformers.Trainer` that retrains a dense causal LM to N:M sparsity (paper Algorithm 1)."""
 
-import copy
 import math
 from contextlib import ExitStack
 from dataclasses import replace
@@ -37,7 +36,6 @@ from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.data.collator import DOMAIN, document_borders
 from ast_sparse.data.counted import with_counted_tokens
 from ast_sparse.data.domains import DomainBlocks
-from ast_sparse.data.vocabulary import Renamed
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.export.checkpoint import ExportReport, export_model
@@ -63,6 +61,7 @@ from ast_sparse.training.distributed import (
     without_weights,
 )
 from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.frozen_teacher import frozen_teacher
 from ast_sparse.training.heap import freed_memory_given_back
 from ast_sparse.training.held_out import HeldOutLoss
 from ast_sparse.training.inputs import (
@@ -71,7 +70,6 @@ from ast_sparse.training.inputs import (
     check_model,
     check_optimizer,
     check_taught,
-    check_vocabularies,
 )
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
@@ -81,7 +79,6 @@ from ast_sparse.training.progress import use_lines
 from ast_sparse.training.ranks import any_rank, errors_shared
 from ast_sparse.training.same_run import RunRecord
 from ast_sparse.training.saving import CheckpointTrainer
-from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.watch import WatchCallback
 
 logger = logging.get_logger(__name__)
@@ -181,8 +178,9 @@ class SparseTrainer(CheckpointTrainer):
             "data": {"packing": packing, "bos": bos},
         }
         self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
-        self._renamed: Renamed = {}
-        self.teacher = self._frozen_teacher(model, teacher_model, args, processing_class, trust_remote_code)
+        self.teacher, self._renamed = frozen_teacher(
+            model, teacher_model, distillation_config, args, processing_class, trust_remote_code
+        )
         self.base_model_name = str(model.config.name_or_path)
         block_size = block_length(block_size, model, self.teacher)
         pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size, bos=bos)
@@ -252,35 +250,6 @@ class SparseTrainer(CheckpointTrainer):
             self.add_callback(callback)
         if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
             self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
-
-    def _frozen_teacher(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | str | None,
-        args: TrainingArguments,
-        tokenizer: PreTrainedTokenizerBase | None,
-        trust_remote_code: bool,
-    ) -> nn.Module | None:
-        """The teacher, out of the student's module tree; None where the KL has no weight."""
-        if self.distillation_config is None or not self.distillation_config.needs_teacher:
-            return None
-        check_feature_settings(self.distillation_config, model.config, args)
-        is_other, name = teacher is not None and teacher is not model, teacher if isinstance(teacher, str) else None
-        if isinstance(teacher, str):
-            teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code)
-        elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
-            teacher = copy.deepcopy(model if teacher is None else teacher)
-        if is_other:
-            found = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
-            note, self._renamed = found
-            if note is not None and args.should_log:
-                logger.warning(f"{note}.")
-        check_feature_shapes(self.distillation_config, model.config, teacher.config)
-        use_eager_attention(self.distillation_config, model, teacher, bool(args.should_log))
-        if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
-            for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
-                parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
-        return teacher.requires_grad_(False).eval()
 
     def _sparsify(
         self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any, front: tuple[int, ...]
