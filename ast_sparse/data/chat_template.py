@@ -1,6 +1,6 @@
 """A tokenizer's chat template: a conversation as text, and which stretches of it the assistant says.
 
-A template that asks for today's date is told `DATE`, so that the same conversation gives the same tokens on every day.
+A template that asks for today's date gets `DATE`, so that the same conversation gives the same tokens on every day.
 Where the template marks the assistant's turns by `{% generation %}` the marks are taken. Else turns are found by
 prefixes: turn i is what rendering the messages up to it adds to rendering those before it with the generation prompt,
 less white space at its end. When more messages follow, a template may leave out the thought (`<think>`) of a turn and
@@ -227,7 +227,7 @@ class Chat:
         others = [index for index in range(len(messages)) if index not in assistants]
         if any(part != spans[: len(part)] for part in before) or any(ends[at] != ends[at + 1] for at in others):
             raise UserError(
-                f"{self.where}: the chat template marks earlier turns otherwise when more follow, so `weight` cannot "
+                f"{self.where}: the chat template marks earlier turns differently when more follow, so `weight` cannot "
                 "be kept. Leave the row out."
             )
         return text, [span for index in assistants if counted[index] for span in spans[ends[index] : ends[index + 1]]]

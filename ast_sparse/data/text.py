@@ -79,7 +79,7 @@ class DataReport:
     eval: SplitReport | None
     empty_documents: int
     uncounted: tuple[str, ...] = ()  # a line for each source of chat data that has rows of which nothing is counted
-    bos: str | None = None  # what stands where, for a tokenizer that has to do with BOS
+    bos: str | None = None  # where BOS stands, for a tokenizer that uses it
 
     def lines(self) -> list[str]:
         """The report as lines to print."""

@@ -33,7 +33,7 @@ def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
     """Why two tokenizers do not make the same ids of a text, or None where they do.
 
     Every id that both have must be the same token, but for `renamed_tokens`. Tokens that one of them alone has, as
-    added at its end, are no difference. Chat templates, padding, truncation and special tokens that are put around a
+    added at its end, make no difference. Chat templates, padding, truncation and special tokens that are put around a
     text are not compared.
     """
     ours, theirs = (_by_id(tokenizer) for tokenizer in (student, teacher))

@@ -1,6 +1,6 @@
 """Perplexity in the published protocol, and the WikiText-2 text it is reported on.
 
-The text is tokenised as one stream, by default as the tokenizer does when it is called with it (BOS at its begin, or
+The text is tokenised as one stream, by default as the tokenizer does when it is called with it (BOS at its start, or
 none), and cut into windows that do not overlap; the remainder is dropped. Each window of `seq_len` tokens predicts
 `seq_len - 1`; the figure is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower figure,
 so no figure means anything without its window length.

@@ -84,9 +84,9 @@ def _check_environment(settings: dict[str, Any], method: str, name: str) -> None
         raise
     except ImportError as error:
         package = _PACKAGES.get(method)
-        mend = f"Install it: pip install {package}." if package else f"({_one_line(error)}) Install the package."
+        fix = f"Install it: pip install {package}." if package else f"({_one_line(error)}) Install the package."
         raise UserError(
-            f"`{name}` is quantized by {method}, and the package that decodes it is not installed. {mend}"
+            f"`{name}` is quantized by {method}, and the package that decodes it is not installed. {fix}"
         ) from error
     except Exception as error:  # whatever a damaged quantization_config makes a quantizer raise
         raise UserError(
@@ -163,7 +163,7 @@ def check_leftovers(stored: Iterable[str], model: nn.Module, name: str) -> None:
 
 
 def _reader(model: nn.Module) -> Callable[[str], bool]:
-    """Whether loading takes a stored tensor for one of the model, which may be called otherwise there."""
+    """Whether loading takes a stored tensor for one of the model, which may have another name there."""
     state: Any = model.state_dict()
     conversions = get_model_conversion_mapping(cast(PreTrainedModel, model))
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]

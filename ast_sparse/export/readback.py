@@ -34,7 +34,7 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
     """
     weights, _, pairs = split_state_dict(model.state_dict())
     fault = f"`{folder}` was written, but does not give back the model that was trained"
-    mend = "Export a checkpoint of the run with ast-export, and report this."
+    fix = "Export a checkpoint of the run with ast-export, and report this."
     try:
         if _is_read_by_name(model, weights, folder, trust_remote_code):
             tied = _tied(model, weights)
@@ -45,11 +45,11 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
             checkpoint = load_checkpoint(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
             wanted, found, read = weights, iter(checkpoint.model.state_dict().items()), checkpoint.slorb
     except UserError as error:
-        raise UserError(f"{fault}: {error} {mend}") from error
+        raise UserError(f"{fault}: {error} {fix}") from error
     if (name := differing(found, wanted)) is not None:
-        raise UserError(f"{fault}: `{name}` differs. {mend}")
+        raise UserError(f"{fault}: `{name}` differs. {fix}")
     if not same_pairs(read, pairs, None):
-        raise UserError(f"{fault}: the SLoRB adapter differs. {mend}")
+        raise UserError(f"{fault}: the SLoRB adapter differs. {fix}")
 
 
 def _is_read_by_name(

@@ -24,7 +24,7 @@ def frozen_teacher(
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> tuple[nn.Module | None, Renamed]:
-    """The teacher, out of the student's module tree, and the tokens that it calls otherwise.
+    """The teacher, out of the student's module tree, and the tokens that it calls by other names.
 
     Args:
         model: the student, still dense.

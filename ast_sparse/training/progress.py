@@ -1,4 +1,4 @@
-"""Progress of a training whose log is no terminal: lines in place of Trainer's bars."""
+"""Progress of a training whose log is not a terminal: lines in place of Trainer's bars."""
 
 from typing import Any
 

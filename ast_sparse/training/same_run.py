@@ -254,9 +254,9 @@ def _with_weights(distillation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refusal(name: str, was: Any, now: Any, checkpoint: Path) -> str:
     name, was, now = _innermost(name, was, now)
-    mend = "with the section of the run" if isinstance(was, dict) else f"with {name}={_text(was)}"
-    mend = "without it" if was is None else mend
-    return f"{name}={_text(now)} differs from {_text(was)} in {str(checkpoint)!r}. Resume {mend}, {_NEW_RUN}"
+    fix = "with the section of the run" if isinstance(was, dict) else f"with {name}={_text(was)}"
+    fix = "without it" if was is None else fix
+    return f"{name}={_text(now)} differs from {_text(was)} in {str(checkpoint)!r}. Resume {fix}, {_NEW_RUN}"
 
 
 def _innermost(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
