@@ -141,7 +141,7 @@ def test_marks_that_change_with_later_turns_cannot_keep_weights() -> None:
         "{% for m in messages %}{% if m.role == 'assistant' and loop.index > messages | length - 2 %}{% generation %}"
         "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     )
-    with pytest.raises(UserError, match=r"row 0: the chat template marks earlier turns otherwise .* `weight`"):
+    with pytest.raises(UserError, match=r"row 0: the chat template marks earlier turns differently .* `weight`"):
         stretches([USER, said("keeps", weight=0), USER, said("moves")], template)
 
 

@@ -176,7 +176,7 @@ def test_a_teacher_with_code_of_its_own_is_allowed_by_the_same_setting(remote: P
     assert type(trainer.model).__name__ == "OwnForCausalLM"
 
 
-# ---- weights that are no numbers ------------------------------------------------------------------------------------
+# ---- weights that are not finite ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
