@@ -20,7 +20,7 @@ FAMILIES = (
     "deepseek_v2", "deepseek_v3", "deepseek_v4", "diffllama", "doge", "dots1", "ernie4_5", "exaone4", "falcon",
     "falcon_h1", "falcon_mamba", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "gpt2",
     "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid",
-    "hy_v4", "kimi_linear", "nemotron_h", "qwen3_5_moe_text", "qwen4_exp_text", "zaya",
+    "hy_v4", "nemotron_h", "qwen3_5_moe_text", "qwen4_exp_text", "zaya",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "llama", "llama4_text", "mamba",
     "mamba2", "minimax", "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmoe", "openai-gpt", "opt",
     "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma",

@@ -99,7 +99,7 @@ def test_a_run_that_left_before_training_is_resumed_from_the_beginning(
 def test_a_signal_during_the_final_save_lets_it_finish(
     interrupted: Callable[..., Result], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    result = interrupted(run_module, "_check_final", signal.SIGTERM)
+    result = interrupted(run_module, "check_final", signal.SIGTERM)
     assert result.exit_code == 0, result.output
     assert "SIGTERM: what is being written will be finished; a second signal stops at once." in capfd.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").exists()
