@@ -41,14 +41,14 @@ _PUBLIC = {
     "mask_decay_at": "schedules",
     "distillation_loss": "distillation.logits",
     "SparseTrainer": "training.trainer",
-    "replay_batch": "training.watch",
+    "replay_batch": "training.callbacks.watch",
     "perplexity": "evaluation.perplexity",
     "AstSparse24Config": "export.quantizer",
-    "export_model": "export.checkpoint",
-    "pack24": "export.codec",
-    "unpack24": "export.codec",
-    "load_causal_lm": "loading",
-    "load_tokenizer": "places",
+    "export_model": "export.export",
+    "pack24": "export.codec24",
+    "unpack24": "export.codec24",
+    "load_causal_lm": "storage.load",
+    "load_tokenizer": "storage.locate",
 }
 
 __all__ = sorted(_PUBLIC)

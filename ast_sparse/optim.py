@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
-from ast_sparse.sparsity.shards import local
 
 
 class SparseAdamW(torch.optim.Optimizer):

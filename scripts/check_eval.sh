@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from ast_sparse.evaluation.perplexity import wikitext2_rows
-from ast_sparse.places import load_tokenizer
+from ast_sparse.storage.locate import load_tokenizer
 
 model, text, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 tokenizer = load_tokenizer(model)

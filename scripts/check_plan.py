@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ast_sparse.evaluation.report import format_table
-from ast_sparse.places import load_tokenizer
+from ast_sparse.storage.locate import load_tokenizer
+from ast_sparse.tables import format_table
 
 CONFIG = """
 model: {{name_or_path: {model}}}
@@ -48,7 +48,7 @@ import json, re, sys
 from pathlib import Path
 import torch._dynamo
 from ast_sparse.config import load_config
-from ast_sparse.training.run import run_training
+from ast_sparse.run.train import run_training
 def status(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before = status("VmRSS")

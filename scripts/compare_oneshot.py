@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.evaluation.report import format_table
-from ast_sparse.sparsity.calibration import InputStatistics
 from ast_sparse.sparsity.oneshot import sparsegpt_prune, wanda_mask
+from ast_sparse.sparsity.statistics import InputStatistics
+from ast_sparse.tables import format_table
 
 ROWS, COLUMNS, SEEDS = 192, 256, 6
 PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), None)

@@ -53,7 +53,7 @@ def summary(folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    from ast_sparse.evaluation.report import format_table
+    from ast_sparse.tables import format_table
 
     stages = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     layers = json.loads((folder / "run" / "sparsity_config.json").read_text(encoding="utf-8"))["layers"]

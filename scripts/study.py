@@ -21,10 +21,10 @@ from study_results import read_outcomes, results_table, write_results
 from study_variants import Study, Variant, commands, read_study
 
 from ast_sparse.cli.command import Command
+from ast_sparse.config.yaml12 import parse_yaml
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.report import format_table
-from ast_sparse.export.files import read_json, write_json
-from ast_sparse.yaml12 import parse_yaml
+from ast_sparse.storage.files import read_json, write_json
+from ast_sparse.tables import format_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

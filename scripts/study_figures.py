@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from study_results import Figures, Outcome, dataset_names, dense_figures
 
-from ast_sparse.evaluation import plots
-from ast_sparse.evaluation.plots import COLOURS, MARKERS, WIDE, finite, rounded
+from ast_sparse.report import plots
+from ast_sparse.report.plots import COLOURS, MARKERS, WIDE, finite, rounded
 
 
 def draw(name: str, outcomes: Sequence[Outcome], path: Path) -> bool:

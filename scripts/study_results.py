@@ -13,9 +13,9 @@ from typing import Any
 from study_variants import Study, Variant, eval_file
 
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.report import format_table
-from ast_sparse.export.files import read_json, write_json
-from ast_sparse.training.callbacks import MASK_HISTORY
+from ast_sparse.storage.files import read_json, write_json
+from ast_sparse.tables import format_table
+from ast_sparse.training.callbacks.sparsity import MASK_HISTORY
 
 Figures = dict[str, dict[str, Any]]  # by data set: perplexity, windows, seq_len
 

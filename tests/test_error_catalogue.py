@@ -28,28 +28,28 @@ from ast_sparse import AstSparse24Config
 from ast_sparse.cli import eval as eval_command
 from ast_sparse.cli.options import check_json_file
 from ast_sparse.config import DataConfig, DistillationConfig, MixtureConfig
-from ast_sparse.data import entries
-from ast_sparse.data import files as text_files
-from ast_sparse.data.chat import tokenise_conversations
-from ast_sparse.data.entries import check_sources
-from ast_sparse.data.prepare import PrepareSettings, prepare_shards
-from ast_sparse.data.sources import load_documents
+from ast_sparse.config.yaml12 import read_yaml
+from ast_sparse.data.sources import entries, text_files
+from ast_sparse.data.sources.documents import load_documents
+from ast_sparse.data.sources.entries import check_sources
+from ast_sparse.data.tokens.chat import tokenise_conversations
+from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
-from ast_sparse.export import checkpoint, files, sharded
-from ast_sparse.export.adapter import check_pairs, read_adapter
-from ast_sparse.export.checkpoint import export_model
-from ast_sparse.export.checksums import check_checksums, write_checksums
-from ast_sparse.loading import load_causal_lm
-from ast_sparse.places import load_model_config
-from ast_sparse.sparsity.calibration import calibrate_blocks
+from ast_sparse.export import export as checkpoint
+from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import decoder_blocks
-from ast_sparse.training.arguments import check_arguments
-from ast_sparse.training.distributed import check_shardable, load_weights, sharding_plugin
-from ast_sparse.training.inputs import as_blocks
-from ast_sparse.training.teacher import check_feature_settings
-from ast_sparse.yaml12 import read_yaml
+from ast_sparse.sparsity.statistics import calibrate_blocks
+from ast_sparse.storage import files, sharded
+from ast_sparse.storage.checksums import check_checksums, write_checksums
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.slorb_adapter import check_pairs, read_adapter
+from ast_sparse.training.checks.arguments import check_arguments
+from ast_sparse.training.checks.features import check_feature_settings
+from ast_sparse.training.checks.inputs import as_blocks
+from ast_sparse.training.fsdp import check_shardable, load_weights, sharding_plugin
 from tests.evaluation.tasks import choice_task
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.models import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
@@ -206,14 +206,18 @@ def damaged_parquet(root: Path, patch: Patch) -> None:
 
 def text_of_blanks(root: Path, patch: Patch) -> None:
     (root / "a.jsonl").write_text('{"text": "two"}\n')
-    patch.setattr("ast_sparse.data.prepare.iterate_documents", lambda *args, **kwargs: iter([(" ", "a"), ("\n", "a")]))
+    patch.setattr(
+        "ast_sparse.data.tokens.prepare.iterate_documents", lambda *args, **kwargs: iter([(" ", "a"), ("\n", "a")])
+    )
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 
 def tokens_beyond_the_type(root: Path, patch: Patch) -> None:
     (root / "a.jsonl").write_text('{"text": "two of four"}\n')
-    patch.setattr("ast_sparse.data.prepare.token_type", lambda size: "uint8")
-    patch.setattr("ast_sparse.data.shard_writer._encoder", lambda tokenizer: lambda texts: [[300] for _ in texts])
+    patch.setattr("ast_sparse.data.tokens.prepare.token_type", lambda size: "uint8")
+    patch.setattr(
+        "ast_sparse.data.tokens.shard_writer._encoder", lambda tokenizer: lambda texts: [[300] for _ in texts]
+    )
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 
@@ -223,7 +227,7 @@ def shards_without_rights(root: Path, patch: Patch) -> None:
     def refused(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    patch.setattr("ast_sparse.data.prepare._write_json", refused)
+    patch.setattr("ast_sparse.data.tokens.prepare._write_json", refused)
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 
@@ -239,7 +243,7 @@ def worker_that_is_killed(root: Path, patch: Patch) -> None:
         def shutdown(self, **kwargs: Any) -> None: ...
 
     (root / "a.jsonl").write_text('{"text": "two of four"}\n')
-    patch.setattr("ast_sparse.data.prepare.ProcessPoolExecutor", Killed)
+    patch.setattr("ast_sparse.data.tokens.prepare.ProcessPoolExecutor", Killed)
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root), workers=2), tiny_tokenizer())
 
 

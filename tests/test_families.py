@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from ast_sparse import SparseTrainer, SparsityConfig
-from ast_sparse.export.checkpoint import export_model
+from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
-from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.model import sparse_layers, sparsify_model
+from ast_sparse.storage.load import load_causal_lm
 from tests.families import family_model
 from tests.models import VOCAB
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ast_sparse.cli.data import main as ast_data
 from ast_sparse.progress import LineBar, library_bars, lines_for_bars, progress_bar
-from ast_sparse.training.progress import ProgressLines
+from ast_sparse.training.callbacks.lines import ProgressLines
 from tests.models import generated_text, save_tiny_model
 from tests.training.test_trainer import blocks, trainer
 

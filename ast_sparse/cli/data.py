@@ -14,8 +14,8 @@ from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
-    from ast_sparse.data.entries import Entry
-    from ast_sparse.data.shards import Manifest
+    from ast_sparse.data.sources.entries import Entry
+    from ast_sparse.data.tokens.shards import Manifest
 
 
 @click.group(cls=Group)
@@ -61,12 +61,12 @@ def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **opti
     """
     folder = Path(out).expanduser()
     parts = _parts(folder, sources, domains)
-    from ast_sparse.places import load_tokenizer  # takes seconds: not for --help
+    from ast_sparse.storage.locate import load_tokenizer  # takes seconds: not for --help
 
     tokenizer = load_tokenizer(
         options["tokenizer"], gguf_file=options["gguf_file"], trust_remote_code=options["trust_remote_code"]
     )
-    from ast_sparse.data.entries import check_entries
+    from ast_sparse.data.sources.entries import check_entries
 
     for entries in parts.values():
         check_entries(entries, options["root"], "SOURCE")
@@ -92,15 +92,15 @@ def _parts(folder: Path, sources: tuple[str, ...], domains: tuple[str, ...]) -> 
 def _entry(source: str) -> Entry:
     if not source.startswith("{"):
         return source
-    from ast_sparse.yaml12 import parse_yaml
+    from ast_sparse.config.yaml12 import parse_yaml
 
     entry: dict[str, Any] = parse_yaml(source, f"SOURCE {source!r}")
     return entry
 
 
 def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[str, Any]) -> None:
-    from ast_sparse.data.prepare import PrepareSettings, prepare_shards
-    from ast_sparse.data.shards import Shard
+    from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
+    from ast_sparse.data.tokens.shards import Shard
     from ast_sparse.progress import progress_bar
 
     settings = PrepareSettings(
@@ -136,7 +136,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 def info(folders: tuple[str, ...]) -> None:
     """Print what folders of shards hold; sizes are compared with the manifest, contents are not read."""
-    from ast_sparse.data.shards import read_manifest
+    from ast_sparse.data.tokens.shards import read_manifest
 
     for name in folders:
         folder = Path(name).expanduser()
@@ -159,7 +159,7 @@ def info(folders: tuple[str, ...]) -> None:
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 def verify(folders: tuple[str, ...]) -> None:
     """Read every byte of folders of shards and compare it with the checksums of the manifest."""
-    from ast_sparse.data.shards import verify_shards
+    from ast_sparse.data.tokens.shards import verify_shards
     from ast_sparse.progress import progress_bar
 
     for name in folders:

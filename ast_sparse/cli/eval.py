@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ast_sparse.data.vocabulary import Renamed
-    from ast_sparse.evaluation.figures import Figures
+    from ast_sparse.data.tokens.vocabulary import Renamed
     from ast_sparse.evaluation.harness import Harness
-    from ast_sparse.evaluation.page import Report
+    from ast_sparse.evaluation.results import Figures
     from ast_sparse.evaluation.texts import Text
+    from ast_sparse.report.page import Report
 
 WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
@@ -170,7 +170,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     teacher = None
     if settings.teacher is not None:
         teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
-    from ast_sparse.evaluation.figures import Figures
+    from ast_sparse.evaluation.results import Figures
 
     figures = Figures()
     try:
@@ -219,8 +219,8 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
     """Find a wrong name, window or tokenizer before the first weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.evaluation.teacher import check_teacher
-    from ast_sparse.export.packed import decode_on_load
-    from ast_sparse.places import load_model_config
+    from ast_sparse.storage.locate import load_model_config
+    from ast_sparse.storage.packed import decode_on_load
 
     teacher = None
     if settings.teacher is not None:
@@ -256,7 +256,7 @@ def _place(settings: _Settings) -> dict[str, Any]:
 def _load(name: str, device: torch.device, settings: _Settings, **place: Any) -> PreTrainedModel:
     import torch
 
-    from ast_sparse.loading import load_causal_lm
+    from ast_sparse.storage.load import load_causal_lm
 
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "auto")
     model = load_causal_lm(
@@ -281,7 +281,7 @@ def _evaluate(
     report: Report | None,
 ) -> None:
     """Measure one model and add its figures, and what a report shows of it."""
-    from ast_sparse.data.bos import bos_note
+    from ast_sparse.data.tokens.bos import bos_note
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
 
@@ -320,7 +320,7 @@ def _named_model(name: str) -> Iterator[None]:
 
 def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
     """That of `--tokenizer`, or the model's own."""
-    from ast_sparse.places import load_tokenizer
+    from ast_sparse.storage.locate import load_tokenizer
 
     if settings.tokenizer:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
@@ -329,9 +329,9 @@ def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> Renamed:
     """The tokens that the text must not hold, as of `renamed_tokens`."""
-    from ast_sparse.data.vocabulary import renamed_tokens
+    from ast_sparse.data.tokens.vocabulary import renamed_tokens
     from ast_sparse.evaluation.measure import check_tokens
-    from ast_sparse.places import load_tokenizer
+    from ast_sparse.storage.locate import load_tokenizer
 
     assert settings.teacher is not None
     try:
@@ -350,7 +350,7 @@ def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:
     """The page to fill, with what the runs among the models recorded."""
     if settings.report is None:
         return None
-    from ast_sparse.evaluation.page import Report, check_report
+    from ast_sparse.report.page import Report, check_report
 
     check_report(Path(settings.report).expanduser(), "--report")
     if not all(prompt.strip() for prompt in settings.prompt):
@@ -359,7 +359,7 @@ def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:
 
 
 def _write_report(report: Report, figures: Figures, record: dict[str, Any]) -> None:
-    from ast_sparse.evaluation.page import write_report
+    from ast_sparse.report.page import write_report
 
     settings = record["settings"]
     report.figures = figures
@@ -371,7 +371,7 @@ def _write_report(report: Report, figures: Figures, record: dict[str, Any]) -> N
 def _record(figures: Figures, device: torch.device, settings: _Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from ast_sparse.evaluation.page import versions
+    from ast_sparse.report.page import versions
 
     made_with = versions()
     record: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
-    from ast_sparse.export.compression import CompressionTable
+    from ast_sparse.export.position_cost import CompressionTable
 
 _ONLY_EXPORT = ("format_", "dtype", "overwrite")
 _ONLY_TABLE = ("value_bits", "json_file")
@@ -62,9 +62,9 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     """
     _check_usage(context, out, table)
     _check_pattern(options["pattern"])
-    from ast_sparse.export.checkpoint import export_model  # takes seconds: not for --help
-    from ast_sparse.export.files import require_model_folder
-    from ast_sparse.export.saving import check_out_dir
+    from ast_sparse.export.export import export_model  # takes seconds: not for --help
+    from ast_sparse.storage.files import require_model_folder
+    from ast_sparse.storage.save import check_out_dir
 
     json_file, pattern = options["json_file"], options["pattern"]
     if json_file is not None:
@@ -108,11 +108,11 @@ def _check_pattern(pattern: str | None) -> None:
 def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: bool) -> CompressionTable:
     from transformers.pytorch_utils import Conv1D
 
-    from ast_sparse.export import files
-    from ast_sparse.export.compression import Layer, half_of, measure_positions
-    from ast_sparse.loading import load_checkpoint
+    from ast_sparse.export.position_cost import Layer, half_of, measure_positions
     from ast_sparse.sparsity.masks import Pattern
     from ast_sparse.sparsity.model import select_layers
+    from ast_sparse.storage import files
+    from ast_sparse.storage.load import load_checkpoint
 
     folder = Path(name).expanduser()
     recorded = files.read_sparsity_config(folder) if folder.is_dir() else {}

@@ -43,7 +43,7 @@ def write_json_file(path: Path, record: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from ast_sparse.export.files import write_json
+    from ast_sparse.storage.files import write_json
 
     try:
         write_json(path, record)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-    from ast_sparse.data.entries import Entry
+    from ast_sparse.data.sources.entries import Entry
     from ast_sparse.sparsity.model import SparsityReport
 
 _LONGEST = 2048  # tokens of a calibration sequence where the model would take more
@@ -118,12 +118,12 @@ def _option(match: re.Match[str]) -> str:
 def _prune(
     source: ModelConfig, out: Path, sparsity: SparsityConfig, calibration: CalibrationConfig, options: dict[str, Any]
 ) -> None:
-    from ast_sparse.export.checkpoint import export_model
-    from ast_sparse.export.saving import check_out_dir
-    from ast_sparse.loading import load_causal_lm
-    from ast_sparse.places import load_tokenizer
+    from ast_sparse.export.export import export_model
+    from ast_sparse.planning.plan import meta_student
     from ast_sparse.sparsity.model import sparsify_model
-    from ast_sparse.training.plan import meta_student
+    from ast_sparse.storage.load import load_causal_lm
+    from ast_sparse.storage.locate import load_tokenizer
+    from ast_sparse.storage.save import check_out_dir
 
     device = find_device(options["device"])
     folder = Path(source.name_or_path).expanduser()
@@ -163,8 +163,8 @@ def _samples(
     text_field: str,
     bos: str,
 ) -> Tensor:
-    from ast_sparse.data.bos import find_bos
     from ast_sparse.data.calibration import calibration_blocks, calibration_samples
+    from ast_sparse.data.tokens.bos import find_bos
     from ast_sparse.evaluation.perplexity import max_positions
 
     limit = max_positions(model_config)

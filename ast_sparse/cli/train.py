@@ -9,7 +9,7 @@ import click
 from ast_sparse.cli.command import USER_ERROR_EXIT, Command
 from ast_sparse.config import SECTIONS
 from ast_sparse.errors import SharedError
-from ast_sparse.training.signals import PREEMPTED_EXIT, Preempted, preemption_signals
+from ast_sparse.run.signals import PREEMPTED_EXIT, Preempted, preemption_signals
 
 _SAID_S = 1.0  # until the first process has said what ended all of them: a launcher ends the others when one exits
 
@@ -85,8 +85,8 @@ def main(
     with preemption_signals() as signals:
         try:
             from ast_sparse.config import load_config
-            from ast_sparse.training.plan import Hardware
-            from ast_sparse.training.run import run_training  # takes seconds: not for --help
+            from ast_sparse.planning.plan import Hardware
+            from ast_sparse.run.train import run_training  # takes seconds: not for --help
 
             run_training(
                 load_config(config_path, overrides),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ast_sparse.config.convert import convert
 from ast_sparse.config.data import DataConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
@@ -15,9 +16,8 @@ from ast_sparse.config.model import ModelConfig
 from ast_sparse.config.removed import removed_hint
 from ast_sparse.config.section import Section
 from ast_sparse.config.sparsity import CalibrationConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.conversion import convert
+from ast_sparse.config.yaml12 import kind_of, parse_yaml, read_yaml, shown, shown_name
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import kind_of, parse_yaml, read_yaml, shown, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)

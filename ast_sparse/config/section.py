@@ -5,9 +5,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from ast_sparse.conversion import convert
+from ast_sparse.config.convert import convert
+from ast_sparse.config.yaml12 import shown
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import shown
 
 
 def about(text: str) -> dict[str, str]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.bos import find_bos
-from ast_sparse.data.vocabulary import Renamed, check_text_tokens
+from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.data.tokens.vocabulary import Renamed, check_text_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score

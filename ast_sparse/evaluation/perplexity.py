@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.bos import find_bos
+from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import score

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ast_sparse.data.bos import find_bos
+from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.evaluation.scoring import eval_mode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ast_sparse.distillation.head import OutputHead, UnknownHeadError, find_output_head, hidden_states
 from ast_sparse.distillation.logits import Terms, loss_rows_
-from ast_sparse.kernels.forward import fast_forward
+from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.progress import progress_bar
 
 _POSITIONS_PER_CHUNK = 256  # logits of this many positions exist at a time

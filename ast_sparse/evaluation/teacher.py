@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.vocabulary import check_teacher_tokens
+from ast_sparse.data.tokens.vocabulary import check_teacher_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import check_teacher_window
 from ast_sparse.evaluation.perplexity import text_config
-from ast_sparse.places import load_tokenizer
+from ast_sparse.storage.locate import load_tokenizer
 
 
 def check_teacher(

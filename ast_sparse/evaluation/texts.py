@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ast_sparse.data.sources import load_documents, read_conversations, read_groups, read_texts
+from ast_sparse.data.sources.documents import load_documents, read_conversations, read_groups, read_texts
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import wikitext2_rows
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ast_sparse.data.bos import NO_BOS, Bos
-from ast_sparse.data.chat import conversation_tokens, uncounted_rows
-from ast_sparse.data.shard_writer import missing
+from ast_sparse.data.tokens.bos import NO_BOS, Bos
+from ast_sparse.data.tokens.chat import conversation_tokens, uncounted_rows
+from ast_sparse.data.tokens.shard_writer import missing
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ast_sparse.errors import UserError
-from ast_sparse.export import files
-from ast_sparse.export.adapter import read_adapter
-from ast_sparse.export.codec import same_bits
-from ast_sparse.export.saving import split_state_dict
-from ast_sparse.loading import load_checkpoint
-from ast_sparse.places import load_model_config
+from ast_sparse.export.codec24 import same_bits
+from ast_sparse.storage import files
+from ast_sparse.storage.load import load_checkpoint
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.save import split_state_dict
+from ast_sparse.storage.slorb_adapter import read_adapter
 
 
 def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
-from ast_sparse.kernels.masks import magnitude_mask
+from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.products import linear, masked, product
 from ast_sparse.sparsity.masks import Pattern
-from ast_sparse.sparsity.shards import local
 from ast_sparse.sparsity.slorb import SLoRB
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ast_sparse.config import UNSTRUCTURED, SparsityConfig
-from ast_sparse.kernels.masks import nm_group_mask
+from ast_sparse.kernels.nm_masks import nm_group_mask
 
 
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:

@@ -10,19 +10,19 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.distributed.pieces import local, piece_for, sum_over_shards, whole
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.progress import progress_bar
-from ast_sparse.quantized import make_plain
 from ast_sparse.schedules import sparsity_at
-from ast_sparse.sparsity.calibration import InputStatistics, calibrate_blocks
-from ast_sparse.sparsity.finite import check_finite
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
-from ast_sparse.sparsity.shards import local, piece_for, sum_over_shards, whole
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
+from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
+from ast_sparse.storage.finite import check_finite
+from ast_sparse.storage.quantized import make_plain
 
 logger = logging.get_logger(__name__)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ast_sparse.config import CalibrationConfig
 from ast_sparse.errors import UserError
-from ast_sparse.sparsity.calibration import InputStatistics
 from ast_sparse.sparsity.masks import Pattern, nm_mask
+from ast_sparse.sparsity.statistics import InputStatistics
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 

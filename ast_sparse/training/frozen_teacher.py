@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig
-from ast_sparse.data.vocabulary import Renamed
-from ast_sparse.loading import load_causal_lm
-from ast_sparse.training.inputs import check_vocabularies
-from ast_sparse.training.teacher import check_feature_settings, check_feature_shapes, use_eager_attention
+from ast_sparse.data.tokens.vocabulary import Renamed
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
+from ast_sparse.training.checks.inputs import check_vocabularies
 
 logger = logging.get_logger(__name__)
 

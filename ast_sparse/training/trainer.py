@@ -31,55 +31,55 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
-from ast_sparse.data.bos import NO_BOS, find_bos
+from ast_sparse.data.blocks.collator import DOMAIN, document_borders
+from ast_sparse.data.blocks.counted import with_counted_tokens
+from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.calibration import calibration_samples
-from ast_sparse.data.collator import DOMAIN, document_borders
-from ast_sparse.data.counted import with_counted_tokens
-from ast_sparse.data.domains import DomainBlocks
+from ast_sparse.data.tokens.bos import NO_BOS, find_bos
 from ast_sparse.distillation.logits import IGNORE_INDEX
+from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.ranks import any_rank, errors_shared
 from ast_sparse.errors import UserError
-from ast_sparse.export.checkpoint import ExportReport, export_model
-from ast_sparse.export.origin import Origin, check_saving, saved_with, settings_kept
+from ast_sparse.export.export import ExportReport, export_model
 from ast_sparse.kernels.choice import Kernels, choose_kernels
-from ast_sparse.kernels.forward import fast_forward
-from ast_sparse.loading import load_causal_lm
+from ast_sparse.kernels.fast_forward import fast_forward
+from ast_sparse.kernels.heap import freed_memory_given_back
 from ast_sparse.optim import SparseAdamW
-from ast_sparse.quantized import make_plain
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
-from ast_sparse.sparsity.shards import reshard
 from ast_sparse.sparsity.slorb import SLoRB
-from ast_sparse.training.apart import check_apart, make_collator
-from ast_sparse.training.arguments import check_arguments
-from ast_sparse.training.baselines import LateSLoRB, check_baseline
-from ast_sparse.training.callbacks import SparsityCallback
-from ast_sparse.training.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
-from ast_sparse.training.distributed import (
-    check_shardable,
-    check_sharding,
-    shard_teacher,
-    sharding_plugin,
-    without_weights,
-)
-from ast_sparse.training.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
-from ast_sparse.training.frozen_teacher import frozen_teacher
-from ast_sparse.training.heap import freed_memory_given_back
-from ast_sparse.training.held_out import HeldOutLoss
-from ast_sparse.training.inputs import (
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.origin import Origin, check_saving, saved_with, settings_kept
+from ast_sparse.storage.quantized import make_plain
+from ast_sparse.training.callbacks.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.callbacks.late_slorb import LateSLoRB, check_baseline
+from ast_sparse.training.callbacks.lines import use_lines
+from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
+from ast_sparse.training.callbacks.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
+from ast_sparse.training.callbacks.sparsity import SparsityCallback
+from ast_sparse.training.callbacks.watch import WatchCallback
+from ast_sparse.training.checkpointing import CheckpointTrainer
+from ast_sparse.training.checks.arguments import check_arguments
+from ast_sparse.training.checks.inputs import (
     as_blocks,
     block_length,
     check_model,
     check_optimizer,
     check_taught,
 )
+from ast_sparse.training.checks.packing import check_apart, make_collator
+from ast_sparse.training.eval_loss import HeldOutLoss
+from ast_sparse.training.frozen_teacher import frozen_teacher
+from ast_sparse.training.fsdp import (
+    check_shardable,
+    check_sharding,
+    shard_teacher,
+    sharding_plugin,
+    without_weights,
+)
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
 from ast_sparse.training.losses import MicroBatchLoss, find_heads
-from ast_sparse.training.metrics import MetricsCallback, SpeedCallback
-from ast_sparse.training.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
-from ast_sparse.training.progress import use_lines
-from ast_sparse.training.ranks import any_rank, errors_shared
-from ast_sparse.training.same_run import RunRecord
-from ast_sparse.training.saving import CheckpointTrainer
-from ast_sparse.training.watch import WatchCallback
+from ast_sparse.training.resume.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
+from ast_sparse.training.resume.same_run import RunRecord
 
 logger = logging.get_logger(__name__)
 

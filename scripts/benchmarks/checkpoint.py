@@ -15,7 +15,7 @@ from harness import Result, Settings, interleave, main
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ast_sparse.export.codec import check_meta, pack24, same_bits, unpack24
+from ast_sparse.export.codec24 import check_meta, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
 
 GOAL = 1.5

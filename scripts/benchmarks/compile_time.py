@@ -14,7 +14,7 @@ import torch
 from harness import Result, Settings, main
 
 from ast_sparse.kernels.choice import compiler_fault
-from ast_sparse.kernels.masks import magnitude_mask
+from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.updates import StepValues, update_weights
 
 LIMIT = 60.0

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from provenance import provenance
 
 from ast_sparse.cli.command import Command
-from ast_sparse.evaluation.report import format_table
+from ast_sparse.tables import format_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from harness import Result, Settings, interleave, main
 
 from ast_sparse.kernels.choice import compiler_fault
-from ast_sparse.kernels.masks import magnitude_mask
+from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.sparsity.model import refresh_masks

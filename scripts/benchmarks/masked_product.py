@@ -16,7 +16,7 @@ from harness import Result, Settings, interleave, main
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ast_sparse.kernels.forward import fast_forward
+from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 

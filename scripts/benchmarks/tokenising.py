@@ -19,7 +19,7 @@ from harness import Result, Settings, Spread, interleave, main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ast_sparse.data.shards import read_manifest
+from ast_sparse.data.tokens.shards import read_manifest
 
 WORKERS = os.cpu_count() or 1
 ALTERNATIVE = """

@@ -17,7 +17,7 @@ import psutil
 from harness import Result, Settings, main
 from tokenising import WORKERS, command, write_model, write_text
 
-from ast_sparse.data.shards import read_manifest
+from ast_sparse.data.tokens.shards import read_manifest
 
 
 def measure(settings: Settings) -> Iterator[Result]:

@@ -11,12 +11,12 @@ from datasets import Dataset
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedModel
 
-from ast_sparse.data.chat import tokenise_conversations
+from ast_sparse.data.tokens.chat import tokenise_conversations
 from ast_sparse.evaluation.measure import measure_text
-from ast_sparse.export.checkpoint import export_model
-from ast_sparse.loading import load_causal_lm
+from ast_sparse.export.export import export_model
+from ast_sparse.storage.load import load_causal_lm
 from tests.cli.test_eval import refused, run, table
-from tests.data.test_chat import ROWS, tokenizer
+from tests.data.tokens.test_chat import ROWS, tokenizer
 from tests.evaluation.tasks import choice_task, perplexity_task
 from tests.export.sparse_models import sparse_model
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
@@ -227,7 +227,7 @@ def test_report_that_cannot_be_made_is_refused_before_anything_is_measured(
     }
     for arguments, message in cases.items():
         assert message in refused(*text, *arguments), arguments
-    monkeypatch.setattr("ast_sparse.evaluation.page.find_spec", lambda name: None)
+    monkeypatch.setattr("ast_sparse.report.page.find_spec", lambda name: None)
     message = refused(*text, "--report", tmp_path / "out")
     assert message.endswith("--report needs matplotlib for its figures. Install it: pip install 'ast-sparse[plots]'.")
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ from click.testing import CliRunner, Result
 from ast_sparse.cli.command import Command
 from ast_sparse.cli.export import main
 from ast_sparse.errors import UserError
-from ast_sparse.export.files import read_json
-from ast_sparse.loading import load_causal_lm
-from ast_sparse.places import load_tokenizer
+from ast_sparse.storage.files import read_json
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.locate import load_tokenizer
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.models import save_tiny_model
 

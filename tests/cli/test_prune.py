@@ -12,11 +12,11 @@ from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main
 from ast_sparse.config import CalibrationConfig, SparsityConfig
 from ast_sparse.data.calibration import calibration_samples
-from ast_sparse.export.files import read_json
-from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers, sparsify_model
-from tests.data.test_bos import BOS, bos_tokenizer, save_bos_model
+from ast_sparse.storage.files import read_json
+from ast_sparse.storage.load import load_causal_lm
+from tests.data.tokens.test_bos import BOS, bos_tokenizer, save_bos_model
 from tests.models import generated_text, save_tiny_model
 
 CALIBRATION = ("--samples", "4", "--seq-len", "16")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse.cli.train import main
 from ast_sparse.errors import SharedError
-from ast_sparse.training.checkpoints import faults
+from ast_sparse.training.resume.checkpoints import faults
 from ast_sparse.training.trainer import SparseTrainer
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_tokenizer
 
@@ -653,7 +653,7 @@ def test_a_full_disk_before_training_is_named(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"ast_sparse.training.run.{what}", full)
+    monkeypatch.setattr(f"ast_sparse.run.train.{what}", full)
     refused(root, message, base(root), "--output-dir", root / "out")
 
 
@@ -664,7 +664,7 @@ def test_an_error_that_all_processes_get_is_said_once(
     def full(*args: Any, **kwargs: Any) -> None:
         raise SharedError("no room")
 
-    monkeypatch.setattr("ast_sparse.training.run.run_training", full)
+    monkeypatch.setattr("ast_sparse.run.train.run_training", full)
     monkeypatch.setattr("ast_sparse.cli.train._SAID_S", 0)
     monkeypatch.setenv("RANK", rank)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))

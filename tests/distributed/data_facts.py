@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 from ast_sparse import SparseTrainer, SparsityConfig
 from ast_sparse.config import DataConfig
-from ast_sparse.data.prepare import PrepareSettings, prepare_shards
-from ast_sparse.data.text import build_datasets
+from ast_sparse.data.build import build_datasets
+from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
 RANKS, BATCH, STEPS, SAVED = 2, 8, 6, 3

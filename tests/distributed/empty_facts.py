@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from ast_sparse import SparseTrainer, SparsityConfig
+from ast_sparse.distributed.pieces import whole
+from ast_sparse.distributed.ranks import gather
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.sparsity.shards import whole
-from ast_sparse.training.ranks import gather
 from tests.models import tiny_model
 from tests.training.test_empty_steps import Rows
 from tests.training.test_trainer import arguments

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.errors import SharedError
+from ast_sparse.run.preemption import PreemptionCallback
+from ast_sparse.run.signals import Preempted, preemption_signals
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.training.preemption import PreemptionCallback
-from ast_sparse.training.signals import Preempted, preemption_signals
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be shared out evenly

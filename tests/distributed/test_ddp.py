@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ast_sparse.training.checkpoints import checkpoint_folders, faults
+from ast_sparse.training.resume.checkpoints import checkpoint_folders, faults
 from tests.models import generated_text, save_tiny_model
 
 CONFIG = """

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from ast_sparse import SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.evaluation.perplexity import evaluate_blocks
-from ast_sparse.export.checkpoint import export_model
-from ast_sparse.loading import load_causal_lm
-from ast_sparse.training.checkpoints import faults, last_checkpoint
+from ast_sparse.export.export import export_model
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.training.resume.checkpoints import faults, last_checkpoint
 from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
 
 ROOT = Path(__file__).parents[2]

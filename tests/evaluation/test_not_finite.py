@@ -16,8 +16,8 @@ from ast_sparse.cli.eval import main
 from ast_sparse.cli.train import main as train
 from ast_sparse.evaluation.measure import measure_text, total_of
 from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
-from ast_sparse.training.held_out import HeldOutLoss
-from ast_sparse.training.measure import Measured
+from ast_sparse.run.stages import Measured
+from ast_sparse.training.eval_loss import HeldOutLoss
 from tests.evaluation.tasks import choice_task, write_task
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ast_sparse.errors import UserError
-from ast_sparse.export.checkpoint import export_model
+from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from tests.export.sparse_models import sparse_model, token_ids
 

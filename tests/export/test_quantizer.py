@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.export.checkpoint import export_model
-from ast_sparse.export.files import read_json, write_json
+from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.storage.files import read_json, write_json
 from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
 from tests.models import FAMILIES
 

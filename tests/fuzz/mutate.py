@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ast_sparse.yaml12 import dump_yaml, parse_yaml
+from ast_sparse.config.yaml12 import dump_yaml, parse_yaml
 
 COUNT = int(os.environ.get("AST_SPARSE_FUZZ", "300"))  # inputs in all; CI keeps it small
 

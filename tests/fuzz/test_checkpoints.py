@@ -17,12 +17,12 @@ from transformers.trainer_callback import TrainerState
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.checkpoint import export_model
-from ast_sparse.export.checksums import write_checksums
-from ast_sparse.export.saving import save_sparse_model
-from ast_sparse.loading import load_causal_lm, load_checkpoint
+from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.training.checkpoints import check_same_model, check_same_run, resolve_checkpoint
+from ast_sparse.storage.checksums import write_checksums
+from ast_sparse.storage.load import load_causal_lm, load_checkpoint
+from ast_sparse.storage.save import save_sparse_model
+from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run, resolve_checkpoint
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.fuzz.mutate import mutate_bytes, mutate_folder, mutate_json, share
 

@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 
 from ast_sparse.config import RunConfig, load_config
+from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.errors import UserError
-from ast_sparse.yaml12 import dump_yaml
 from tests.fuzz.mutate import mutate_config, share
 
 TEXTS = [path.read_text() for path in sorted(Path("configs").glob("*.yaml"))]

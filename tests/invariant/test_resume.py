@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
-from ast_sparse.training.checkpoints import faults
+from ast_sparse.training.resume.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.training.test_trainer import arguments, blocks
 

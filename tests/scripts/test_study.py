@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ast_sparse.config import load_config
-from ast_sparse.training.run import run_training
+from ast_sparse.run.train import run_training
 from tests.models import generated_text, save_tiny_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ast_sparse.config import CalibrationConfig
 from ast_sparse.errors import UserError
-from ast_sparse.sparsity.calibration import InputStatistics
 from ast_sparse.sparsity.masks import Pattern, check_nm
 from ast_sparse.sparsity.oneshot import prune_layer, settle, sparsegpt_prune, wanda_mask
+from ast_sparse.sparsity.statistics import InputStatistics
 
 
 def random_layer(rows: int, columns: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from ast_sparse import SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
-from ast_sparse.data.blocks import TokenBlocks
-from ast_sparse.data.collator import CausalLMCollator
+from ast_sparse.data.blocks.collator import CausalLMCollator
+from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.training.loader import DATA_STATE, make_mixture
-from tests.data.test_blocks import build, shards
-from tests.data.test_packing import documents
-from tests.data.test_text import write
+from tests.data.blocks.test_packing import documents
+from tests.data.blocks.test_stored import build, shards
+from tests.data.test_build import write
 from tests.models import save_tiny_model, tiny_model
 from tests.training.test_trainer import arguments
 

@@ -15,10 +15,10 @@ from tokenizers.normalizers import Lowercase
 from ast_sparse.cli.train import main
 from ast_sparse.config import CalibrationConfig, DistillationConfig, SparsityConfig
 from ast_sparse.evaluation.perplexity import perplexity
-from ast_sparse.loading import load_causal_lm
+from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training import trainer as trainer_module
-from tests.data.test_bos import BOS, EOS, bos_tokenizer, expected_blocks, save_bos_model
-from tests.data.test_packing import documents
+from tests.data.blocks.test_packing import documents
+from tests.data.tokens.test_bos import BOS, EOS, bos_tokenizer, expected_blocks, save_bos_model
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.training.test_trainer import padded, trainer
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from ast_sparse import SparseTrainer
 from ast_sparse.config import load_config
-from ast_sparse.training.run import run_training
-from tests.data.test_chat import ROWS, tokenizer
+from ast_sparse.run.train import run_training
+from tests.data.tokens.test_chat import ROWS, tokenizer
 from tests.models import tiny_model
 from tests.training.test_trainer import arguments
 

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 
 from ast_sparse import CalibrationConfig, SLoRBConfig, SparsityConfig, UserError
-from ast_sparse.sparsity.calibration import InputRecorder
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.statistics import InputRecorder
 from tests.models import tiny_model
 from tests.training.test_trainer import blocks, trainer, weights
 

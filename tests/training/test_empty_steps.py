@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 from ast_sparse import SparseTrainer, SparsityConfig, UserError, WatchConfig
 from ast_sparse.config import load_config
+from ast_sparse.run.train import run_training
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.training.run import run_training
-from tests.data.test_chat import conversation, tokenizer
+from tests.data.tokens.test_chat import conversation, tokenizer
 from tests.models import VOCAB, generated_text, tiny_model
 from tests.training.test_trainer import arguments, weights
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ast_sparse import DistillationConfig, SparsityConfig, UserError
 from ast_sparse.config import DataConfig, ModelConfig, RunConfig
-from ast_sparse.data.collator import CausalLMCollator
+from ast_sparse.data.blocks.collator import CausalLMCollator
+from ast_sparse.planning.plan import make_plan
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.training.plan import make_plan
-from ast_sparse.training.teacher import check_feature_settings
+from ast_sparse.training.checks.features import check_feature_settings
 from tests.models import VOCAB, save_tiny_model, tiny_config, tiny_model
 from tests.training.test_trainer import arguments, blocks, trainer, weights
 

@@ -11,7 +11,7 @@ import pytest
 from accelerate import skip_first_batches
 
 from ast_sparse.config import MixtureConfig
-from ast_sparse.data.domains import DomainBlocks, Mixture
+from ast_sparse.data.blocks.domains import DomainBlocks, Mixture
 from ast_sparse.errors import UserError
 from ast_sparse.training.loader import (
     DATA_STATE,

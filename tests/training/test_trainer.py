@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
-from ast_sparse.loading import load_causal_lm
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.training.distributed import check_shardable
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.training.fsdp import check_shardable
 from tests.families import family_model
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
 

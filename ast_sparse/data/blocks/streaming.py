@@ -1,0 +1,74 @@
+"""Blocks of text that is tokenised while it is trained on: nothing is stored, and nothing is known of its length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.data.blocks.packing import block_begins, eos_token, token_ids
+from ast_sparse.data.sources.documents import iterate_documents
+from ast_sparse.data.sources.entries import Entry
+from ast_sparse.data.tokens.bos import NO_BOS, Bos
+from ast_sparse.errors import UserError
+
+_DOCUMENTS = 16  # tokenised at once
+
+
+class StreamedBlocks(IterableDataset[dict[str, Any]]):
+    """The documents of sources in their order, joined and cut into blocks: rows `{"input_ids": int64 [block_size]}`.
+
+    The blocks are those that `pack_tokens` makes of the text, again and again without an end. A resumed run reads and
+    tokenises again what was used, and goes on at the very next block. Data sets of the hub are read over the network.
+
+    Args:
+        entries, root, text_field: as of `data.train`.
+        bos: what stands before documents or blocks.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        root: str | None,
+        text_field: str,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        bos: Bos = NO_BOS,
+    ) -> None:
+        self.entries = entries
+        self.root = root
+        self.text_field = text_field
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.bos = bos
+        self.eos = eos_token(tokenizer)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        carried = np.empty(0, dtype=np.int64)
+        front = self.bos.of_block
+        for tokens in self._stream():
+            stream = np.concatenate([carried, tokens])
+            begins, end = block_begins(stream, self.block_size, self.bos)
+            for at, before in begins:
+                text = stream[at : at + self.block_size - before]
+                yield {"input_ids": np.concatenate([np.asarray(front, dtype=np.int64), text]) if before else text}
+            carried = stream[end:]
+
+    def _stream(self) -> Iterator[np.ndarray]:
+        """The tokens of some documents at a time, of all sources again and again."""
+        while True:
+            total = 0
+            documents = iterate_documents(self.entries, self.root, self.text_field, "data.train", streaming=True)
+            while texts := [text for text, _ in islice(documents, _DOCUMENTS)]:
+                tokens = np.concatenate(list(token_ids(self.tokenizer, texts, self.eos, self.bos.of_document)))
+                total += len(tokens)
+                yield tokens
+            if total < self.block_size - len(self.bos.of_block):
+                raise UserError(
+                    f"`data.train`: the stream ends after {total:,} tokens, fewer than one block of "
+                    f"`data.block_size` = {self.block_size:,}. Name more text."
+                )

@@ -1,0 +1,174 @@
+"""Tokenise batches of documents, which each process of `ast-data prepare` does, and write them as a shard.
+
+Nothing heavy is imported here, because every process imports this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ast_sparse.data.tokens.long_text import Encode, encoded
+from ast_sparse.data.tokens.shards import DOCUMENTS, TOKENS, Shard
+
+TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokeniserSettings:
+    """What a process needs to know.
+
+    Attributes:
+        tokenizer: JSON of a fast tokenizer, or a pickled one of another kind.
+        token_type: a numpy type.
+        begin: tokens before each document.
+    """
+
+    tokenizer: str | bytes
+    eos_token_id: int
+    token_type: str
+    begin: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some documents as they stand in a shard: their tokens as bytes, and by document `[documents]` count and hash."""
+
+    tokens: bytes
+    lengths: np.ndarray
+    keys: np.ndarray
+    largest_token: int
+
+
+class Tokeniser:
+    """Tokenises batches of documents; keep one per process."""
+
+    def __init__(self, settings: TokeniserSettings) -> None:
+        self._encode = _encoder(settings.tokenizer)
+        self._eos = settings.eos_token_id
+        self._begin = settings.begin
+        self._type = np.dtype(settings.token_type).newbyteorder("<")
+
+    def __call__(self, texts: Sequence[str]) -> Batch:
+        """Every document after its first tokens and ended by EOS; an empty one has no token.
+
+        Raises:
+            OverflowError: a token does not fit the type.
+        """
+        pieces = [
+            document_tokens(text, ids, self._eos, self._begin)
+            for text, ids in zip(texts, encoded(self._encode, texts), strict=True)
+        ]
+        tokens = np.concatenate(pieces)
+        largest = int(tokens.max(initial=0))
+        if largest > np.iinfo(self._type).max:  # a tokenizer that makes tokens beyond its own length
+            raise OverflowError(f"token {largest} does not fit {self._type.name}")
+        return Batch(
+            tokens=tokens.astype(self._type).tobytes(),
+            lengths=np.asarray([len(piece) for piece in pieces], dtype=np.int64),
+            keys=np.asarray([text_key(text) for text in texts], dtype="<u8"),
+            largest_token=largest,
+        )
+
+
+def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
+    """Write `name.tokens` and `name.documents`, each through a temporary file that is renamed when it is whole.
+
+    Raises:
+        OSError: the disk is full or cannot be written to; no temporary file is left.
+    """
+    lengths, keys, largest, checksum = [], [], 0, 0
+    with _whole_file(folder / (name + TOKENS)) as stream:
+        for batch in batches:
+            lengths.append(batch.lengths)
+            keys.append(batch.keys)
+            largest = max(largest, batch.largest_token)
+            checksum = zlib.crc32(batch.tokens, checksum)
+            stream.write(batch.tokens)
+    counts = np.concatenate(lengths)
+    index = np.stack([np.cumsum(counts, dtype="<u8"), np.concatenate(keys)]).tobytes()
+    with _whole_file(folder / (name + DOCUMENTS)) as stream:
+        stream.write(index)
+    return Shard(
+        name=name,
+        documents=len(counts),
+        empty=int(np.count_nonzero(counts == 0)),
+        tokens=int(counts.sum()),
+        largest_token=largest,
+        tokens_crc32=checksum,
+        documents_crc32=zlib.crc32(index),
+    )
+
+
+def document_tokens(text: str, ids: np.ndarray, eos: int, begin: tuple[int, ...] = ()) -> np.ndarray:
+    """The tokens of a text as a document: after `begin`, and ended by EOS; of an empty one none."""
+    if not text.strip():
+        return ids[:0]
+    return np.concatenate([np.asarray(missing(begin, ids), dtype=ids.dtype), ids, [eos]])
+
+
+def missing(begin: tuple[int, ...], ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """What of BOS is to be put before a text: none where the text, a chat written out, begins with it already."""
+    return () if tuple(ids[: len(begin)]) == begin else begin
+
+
+def text_key(text: str) -> int:
+    """A 64-bit hash of a text, by which documents are held out."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _encoder(tokenizer: str | bytes) -> Encode:
+    if isinstance(tokenizer, bytes):
+        slow = pickle.loads(tokenizer)  # from the process that started this one
+        return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_str(tokenizer)
+    fast.no_truncation()
+    fast.no_padding()
+    return lambda texts: [one.ids for one in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is whole and on the disk; of a failure nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with temporary.open("wb", buffering=2**20) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_tokeniser: Tokeniser | None = None
+
+
+def start_process(settings: TokeniserSettings) -> None:
+    """Begin a process of the pool: it goes when the one that started it is gone, however that ended."""
+    global _tokeniser
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
+    _tokeniser = Tokeniser(settings)
+
+
+def tokenise(texts: Sequence[str]) -> Batch:
+    """`Tokeniser` of this process."""
+    assert _tokeniser is not None, "start_process did not run"
+    return _tokeniser(texts)

@@ -1,0 +1,351 @@
+"""Export an N:M model: plan the layers, write, read back, verify, move into place."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.config import SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.export.codec24 import coded_bytes, pack24, same_bits
+from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.export.readback import same_pairs
+from ast_sparse.export.summary import ExportReport, SizeRow
+from ast_sparse.progress import progress_bar
+from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.model import select_layers, sparse_layers
+from ast_sparse.storage import files
+from ast_sparse.storage.dtypes import loaded_dtypes
+from ast_sparse.storage.load import load_checkpoint
+from ast_sparse.storage.origin import Origin, check_saving, read_generation_config
+from ast_sparse.storage.save import (
+    check_out_dir,
+    finished_folder,
+    has_conv1d,
+    save_sparse_model,
+    save_weights,
+    split_state_dict,
+)
+from ast_sparse.storage.sharded import is_sharded_checkpoint
+from ast_sparse.storage.slorb_adapter import write_adapter
+
+__all__ = ["DTYPES", "FORMATS", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
+
+FORMATS = ("dense", "compressed")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_DEFAULT_PATTERN = "2:4"
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtypes of config.json as the files spell them
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported. Weights are masked; `folder` is None when a model object was given."""
+
+    model: PreTrainedModel
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    slorb: files.SlorbPairs
+    folder: Path | None
+    origin: Origin
+    sparsity_config: dict[str, Any]
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense.
+
+    `dtypes` has the dtype of every floating-point tensor of the model that is written.
+    """
+
+    pruned: dict[str, bool]
+    dense: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+
+
+def export_model(
+    model_or_dir: PreTrainedModel | str | Path,
+    out_dir: str | Path,
+    format: str = "compressed",
+    *,
+    dtype: str = "bfloat16",
+    pattern: str | None = None,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+    record: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Write an N:M model in an export format; the files are read back and verified before they take their place.
+
+    Args:
+        model_or_dir: a model with sparse layers, a plain model whose weights are N:M, or a folder: one of our training
+            checkpoints, an export, or any checkpoint of an N:M model. A model object is not changed.
+        out_dir: folder to write. An interrupted or failed export leaves it as it was.
+        format: `dense`, an ordinary checkpoint of any N:M; or `compressed`, 2:4 only (see `quantizer`).
+        dtype: of the weights: bfloat16, float16 or float32.
+        pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
+        overwrite: replace a model that `out_dir` holds.
+        tokenizer: saved with the model. What lies beside the weights of the source (tokenizer files, templates, code,
+            generation_config.json) is copied as it is.
+        progress: show a progress bar.
+        record: how a model object came about, for `sparsity_config.json`.
+        trust_remote_code: run code that a folder brings.
+
+    Raises:
+        UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
+    """
+    if format not in FORMATS:
+        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMATS)}.")
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
+    out = Path(out_dir).expanduser().resolve()
+    folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
+    check_out_dir(out, folder.resolve() if folder else None, overwrite)
+    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code)
+    plan = _plan_layers(source, format, DTYPES[dtype])
+    model = source.model
+    generation = getattr(model, "generation_config", None)
+    check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
+    with finished_folder(out) as partial:
+        _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
+        source.origin.complete(partial, tokenizer)
+        nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
+        report = _report(source, plan, partial, out, format, dtype, nonzero)
+    return report
+
+
+def _open_source(
+    model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any], trust_remote_code: bool
+) -> _Source:
+    if folder is None:
+        model, recorded = model_or_dir, record
+        _check_model(model)
+        weights, masks, slorb = split_state_dict(model.state_dict())
+        layer = next(iter(sparse_layers(model).values()), None)
+        found = None if layer is None else str(layer.pattern)
+    else:
+        files.require_model_folder(folder)
+        read_generation_config(folder)  # before the weights
+        checkpoint = load_checkpoint(folder, dtype=_reading_dtype(folder), trust_remote_code=trust_remote_code)
+        model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
+        weights = split_state_dict(model.state_dict())[0]
+        recorded = files.read_sparsity_config(folder)
+        found = files.recorded_pattern(recorded)
+    checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
+    return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"Cannot export a {type(model).__name__}. Give a causal LM of transformers, or a folder.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
+    if any(isinstance(module, CompressedLinear) for module in model.modules()):
+        raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError("Cannot export a quantized model. Give its folder, or load it by `load_causal_lm`.")
+
+
+def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
+    """In which dtype no weight of a folder is rounded: the one of config.json where all weights are stored in it."""
+    if is_sharded_checkpoint(folder):
+        return "auto"
+    config = files.read_json(folder / files.CONFIG_NAME)
+    named = config.get("dtype", config.get("torch_dtype"))
+    stored = {dtype for file in files.weight_files(folder) for dtype, _ in files.tensor_shapes(file).values()}
+    floats = {dtype for dtype in stored if dtype.startswith(("F", "BF"))}
+    return "auto" if floats == {_SAFETENSORS.get(str(named))} else torch.float32
+
+
+def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
+    """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
+    patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
+    recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
+    selected, _ = select_layers(source.model, recorded=recorded)
+    loaded = loaded_dtypes(source.model, dtype)
+    plan = _Plan({}, {}, {name: loaded.get(name, dtype) for name in source.weights})
+    first_fault = None
+    for name, layer in selected.items():
+        transposed = isinstance(layer, Conv1D)
+        weight = _oriented(source.weights[f"{name}.weight"], transposed)
+        unfit = next((p.m for p in patterns if p.structured and weight.shape[1] % p.m), None)
+        missed = next((pattern for pattern in patterns if not unfit and not pattern.holds(weight)), None)
+        if unfit:
+            plan.dense[name] = f"in_features={weight.shape[1]} is not a multiple of {unfit}"
+        elif missed:
+            plan.dense[name] = f"not {missed}"
+            first_fault = first_fault or _not_nm(source, name, weight, missed)
+            if name in recorded:
+                raise UserError(_not_nm(source, name, weight, missed))
+        elif format == "compressed" and weight.shape[1] % 8:
+            plan.dense[name] = f"2:4, but in_features={weight.shape[1]} is not a multiple of 8, so it is not compressed"
+        else:
+            plan.pruned[name] = transposed
+    if first_fault and not any(
+        name in recorded or bool(source.weights[f"{name}.weight"].any()) for name in plan.pruned
+    ):
+        raise UserError(first_fault)  # layers that are zero throughout do not make a dense model sparse
+    if not plan.pruned:
+        name, reason = next(iter(plan.dense.items()))
+        raise UserError(
+            first_fault or f"No layer can be exported: `{name}`: {reason}. Use another --format or --pattern."
+        )
+    return plan
+
+
+def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern) -> str:
+    if pattern.structured:
+        groups = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
+        faulty = int((groups > pattern.n).sum())
+        what = f"{faulty:,} of {groups.numel():,} groups of {pattern.m} hold more than {pattern.n} non-zeros."
+    else:
+        what = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights are not zero."
+    if pattern != source.pattern:
+        return f"The compressed format holds 2:4, the model is {source.pattern}: in `{name}` {what} Use --format dense."
+    return (
+        f"The model is not {pattern}: in `{name}` {what} Prune it first with ast-prune or ast-train, or name its "
+        "pattern with --pattern."
+    )
+
+
+def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
+    """`[out, in]`, whatever the layout of the layer."""
+    return tensor.t().contiguous() if transposed else tensor
+
+
+def _write(
+    source: _Source, plan: _Plan, folder: Path, format: str, dtype: torch.dtype, name: str, progress: bool
+) -> None:
+    compress = format == "compressed"
+    tensors: dict[str, Tensor] = {}
+    cast = _cast_weights(source, plan)
+    for key, value in progress_bar(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
+        layer = key.removesuffix(".weight")
+        if compress and layer in plan.pruned and key != layer:
+            transposed = plan.pruned[layer]
+            mask = _code_mask(source.masks.get(layer), transposed)
+            tensors[key], tensors[f"{key}_meta"] = pack24(_oriented(value, transposed), mask)
+        else:
+            tensors[key] = value
+    # Compressed layers have the names and shapes of the model in memory: nothing may convert them on the way.
+    save_weights(source.model, folder, tensors, original_format=not compress)
+    _edit_config(folder, plan, dtype, compress)
+    if source.slorb:
+        pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
+        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
+    own = {"pattern": str(source.pattern), "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
+    recorded = source.sparsity_config if source.folder is not None else {}
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, recorded or {**own, **source.sparsity_config})
+
+
+def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """The masked weights in the dtypes of the export, on the CPU; no pruned layer holds a negative zero."""
+    parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
+    for name, stored in source.weights.items():
+        dtype = plan.dtypes[name]
+        value = stored.to("cpu", dtype) if stored.is_floating_point() else stored.cpu()
+        if name in parameters and not bool(value.isfinite().all()):
+            if bool(stored.isfinite().all()):
+                raise UserError(f"`{name}` holds values too large for {dtype}. Export with --dtype bfloat16.")
+            raise UserError(f"`{name}` holds values that are not finite. Export an earlier checkpoint.")
+        if name.removesuffix(".weight") in plan.pruned and name.endswith(".weight"):
+            value = torch.where(value != 0, value, 0)
+        yield name, value
+
+
+def _code_mask(mask: Tensor | None, transposed: bool) -> Tensor | None:
+    """The mask to encode from; None where it does not keep exactly two of four, and the non-zeros have to tell."""
+    if mask is None:
+        return None
+    mask = _oriented(mask.cpu(), transposed)
+    return mask if bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()) else None
+
+
+def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype, compress: bool) -> None:
+    config = files.read_json(folder / files.CONFIG_NAME)
+    _name_dtype(config, str(dtype).removeprefix("torch."))
+    config.pop("quantization_config", None)
+    if compress:
+        config["quantization_config"] = AstSparse24Config(sorted(plan.pruned)).to_dict()
+    files.write_json(folder / files.CONFIG_NAME, config)
+
+
+def _name_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Set `dtype` of a configuration and of the models inside it (`text_config`, `vision_config`)."""
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    for value in config.values():
+        if isinstance(value, dict) and "model_type" in value:
+            _name_dtype(value, dtype)
+
+
+def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
+    """Compare what the files give back with the masked weights; the number of non-zeros in the pruned layers."""
+    fault = f"Reading the export back failed, so nothing was kept: `{folder.name}`"
+    remote_code = bool(source.model.is_remote_code())
+    written = load_checkpoint(folder, dtype=dtype, trust_remote_code=remote_code)
+    found, pairs = written.model.state_dict(), written.slorb
+    if not same_pairs(pairs, source.slorb, dtype):
+        raise UserError(f"{fault}: the SLoRB adapter differs.")
+    nonzero = 0
+    cast = _cast_weights(source, plan)
+    for name, value in progress_bar(cast, "Verifying", len(source.weights), disable=not progress, unit="tensor"):
+        if found[name].dtype != value.dtype or not same_bits(found[name], value):
+            raise UserError(f"{fault}: `{name}` differs from the masked weight.")
+        layer = name.removesuffix(".weight")
+        if layer in plan.pruned and layer != name:
+            nonzero += int(found[name].count_nonzero())
+            if not source.pattern.holds(found[name], dim=0 if plan.pruned[layer] else 1):
+                raise UserError(f"{fault}: `{name}` is not {source.pattern}.")
+    return nonzero
+
+
+def _report(
+    source: _Source, plan: _Plan, folder: Path, out_dir: Path, format: str, dtype: str, nonzero: int
+) -> ExportReport:
+    item = {name: plan.dtypes[f"{name}.weight"].itemsize for name in (*plan.pruned, *plan.dense)}
+    entries = {name: source.weights[f"{name}.weight"].numel() for name in (*plan.pruned, *plan.dense)}
+    shapes = {key: value for file in files.weight_files(folder) for key, value in files.tensor_shapes(file).items()}
+    sizes = {key: files.stored_bytes(*value) for key, value in shapes.items()}
+    pruned = sum(entries[name] for name in plan.pruned)
+    pruned_bytes = stored = sum(entries[name] * item[name] for name in plan.pruned)
+    kept, codes = pruned, 0
+    if format == "compressed":
+        stored = sum(sizes[f"{name}.weight"] + sizes[f"{name}.weight_meta"] for name in plan.pruned)
+        kept = sum(math.prod(shapes[f"{name}.weight{end}"][1]) for name in plan.pruned for end in ("", "_meta"))
+        codes = len(plan.pruned)
+        if stored != sum(coded_bytes(entries[name], item[name]) for name in plan.pruned):
+            raise UserError(
+                f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
+            )
+    dense = sum(entries[name] for name in plan.dense)
+    dense_bytes = sum(entries[name] * item[name] for name in plan.dense)
+    rest = sum(sizes.values()) - stored - dense_bytes
+    pairs = [pair for name, pair in source.slorb.items() if name in entries]  # shared ones once
+    adapter = sum(s.numel() + x.numel() for s, x in pairs)
+    rest_entries = sum(math.prod(shape) for _, shape in shapes.values()) - kept - dense
+    itemsize = DTYPES[dtype].itemsize
+    others = (
+        SizeRow("left dense", len(plan.dense), dense, dense_bytes, dense_bytes),
+        SizeRow("SLoRB", 2 * len(pairs), adapter, adapter * itemsize, adapter * itemsize),
+        SizeRow("embeddings, norms, head", len(sizes) - len(entries) - codes, rest_entries, rest, rest),
+    )
+    return ExportReport(
+        out_dir=out_dir,
+        format=format,
+        dtype=dtype,
+        pattern=str(source.pattern),
+        pruned=SizeRow(f"pruned ({source.pattern})", len(plan.pruned), pruned, pruned_bytes, stored),
+        others=others,
+        dense_layers=plan.dense,
+        nonzero_share=nonzero / pruned,
+        files={str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()},
+    )

@@ -1,0 +1,115 @@
+"""Which settings make a run fit into a device's memory: tried one after another, the cheapest first."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ast_sparse.planning.memory import Memory, Setup
+
+_MOST_DEVICES = 1024
+
+Step = Callable[[Setup], Setup]
+
+
+@dataclass(frozen=True)
+class Mend:
+    """Settings under which a run fits, and what a device holds then."""
+
+    setup: Setup
+    memory: Memory
+
+    def settings(self, before: Setup) -> list[str]:
+        """The changes as `--set` takes them, and the number of devices where it has to be another."""
+        after = self.setup
+        names = {
+            "training.gradient_checkpointing": "gradient_checkpointing",
+            "training.per_device_train_batch_size": "batch_size",
+            "training.gradient_accumulation_steps": "gradient_accumulation_steps",
+            "training.per_device_eval_batch_size": "eval_batch_size",
+        }
+        changed = ["training.bf16=true"] if after.dtype != before.dtype else []
+        for name, field in names.items():
+            if (value := getattr(after, field)) != getattr(before, field):
+                changed.append(f"{name}={str(value).lower()}")
+        changed += ["training.fsdp=true"] if after.sharding == "fsdp2" != before.sharding else []
+        changed += before.measured_by if before.measured_by != after.measured_by else []
+        return changed + ([f"{after.world_size} devices"] if after.world_size != before.world_size else [])
+
+
+def find_mend(
+    memory: Callable[[Setup], Memory], setup: Setup, limit: float, can_shard: bool, can_halve: bool
+) -> Mend | None:
+    """The first combination of settings that fits, without those of it that are not needed.
+
+    Args:
+        memory: what one device holds under a setup.
+        limit: bytes that may be used.
+        can_shard: whether the model can be sharded by FSDP2.
+        can_halve: whether the devices compute in bf16.
+
+    Returns:
+        None where nothing helps.
+    """
+    for devices in _numbers_of_devices(setup.world_size, can_shard):
+        applied: list[Step] = [] if devices == setup.world_size else [_with_devices(devices)]
+        for step in _steps(setup, devices, can_shard, can_halve):
+            applied.append(step)
+            if memory(_apply(applied, setup)).total > limit:
+                continue
+            for candidate in list(applied):
+                fewer = [each for each in applied if each is not candidate]
+                if memory(_apply(fewer, setup)).total <= limit:
+                    applied = fewer
+            mended = _apply(applied, setup)
+            return Mend(mended, memory(mended))
+    return None
+
+
+def _apply(steps: list[Step], setup: Setup) -> Setup:
+    for step in steps:
+        setup = step(setup)
+    return setup
+
+
+def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iterator[Step]:
+    """Changes that cost nothing of what is learned; smaller batches come with more of them."""
+    if can_halve and not setup.is_half:
+        yield lambda now: replace(now, dtype=torch.bfloat16)
+    if setup.eval_batch_size > 1:
+        yield lambda now: replace(now, eval_batch_size=1)
+    if not setup.gradient_checkpointing:
+        yield lambda now: replace(now, gradient_checkpointing=True)
+    if can_shard and devices > 1 and setup.sharding != "fsdp2":
+        yield lambda now: replace(now, sharding="fsdp2")
+    size = setup.batch_size
+    while size % 2 == 0:
+        size //= 2
+        yield lambda now: replace(
+            now, batch_size=now.batch_size // 2, gradient_accumulation_steps=2 * now.gradient_accumulation_steps
+        )
+    if can_shard and devices > 1 and setup.measured_by:
+        yield lambda now: replace(now, measured_by=())
+
+
+def _numbers_of_devices(first: int, can_shard: bool) -> Iterator[int]:
+    yield first
+    number = first
+    while can_shard and number < _MOST_DEVICES:
+        number *= 2
+        yield number
+
+
+def _with_devices(number: int) -> Step:
+    """More devices; where it can be, the batch of a step stays what it is."""
+
+    def step(now: Setup) -> Setup:
+        steps, more = now.gradient_accumulation_steps, number // now.world_size
+        return replace(
+            now,
+            world_size=number,
+            sharding=now.sharding if now.sharding == "fsdp2" else "ddp",
+            gradient_accumulation_steps=steps // more if steps % more == 0 else steps,
+        )
+
+    return step

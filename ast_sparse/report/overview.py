@@ -1,0 +1,180 @@
+"""The models of a report side by side: the stages of runs and the models that were measured, each once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.evaluation.measure import TextResult
+from ast_sparse.sparsity.model import decoder_blocks
+from ast_sparse.storage import files
+from ast_sparse.storage.run_folder import PROTOCOL, Run, is_run
+
+Counts = dict[str, tuple[int, int]]  # weights that are not zero and all weights, by layer name
+
+
+class Protocol(NamedTuple):
+    """What a perplexity was measured on; figures are comparable where all of it is the same."""
+
+    text: str
+    seq_len: int
+    stride: int | None
+    windows: int
+    predicted_tokens: int
+    total_tokens: int
+
+    def __str__(self) -> str:
+        stride = f", stride {self.stride:,}" if self.stride is not None else ""
+        return f"{self.text}, {self.windows:,} × {self.seq_len:,} of {self.total_tokens:,} tokens{stride}"
+
+
+@dataclass(kw_only=True)
+class ModelRow:
+    """A model: what it is, its size and its perplexities.
+
+    Attributes:
+        kind: the stage of a run or the format of a folder.
+        zeros: share of the weights that are zero in the linear layers of the blocks.
+        size: bytes of its weight files.
+        samples: continuations by prompt.
+    """
+
+    name: str
+    kind: str
+    zeros: float | None = None
+    size: int | None = None
+    perplexities: dict[Protocol, float | None] = field(default_factory=dict)
+    samples: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_rows(
+    runs: Mapping[str, Run],
+    texts: Sequence[tuple[str, str, str, TextResult]],
+    names: Mapping[str, str],
+    counts: Mapping[str, Counts],
+    samples: Mapping[str, Mapping[str, str]],
+) -> list[ModelRow]:
+    """A row for every stage of a run and every measured model; a stage that was also measured is one row.
+
+    Args:
+        runs: by the name they are shown under.
+        texts: model, text, dtype and figures, as `Figures.texts`.
+        names: every measured model, and the name it is shown under.
+        counts, samples: of the linear layers, and by prompt, of the measured models.
+    """
+    rows: dict[Any, ModelRow] = {}
+    for label, run in runs.items():
+        for stage, results in run.stages.items():
+            row = rows.setdefault(_stage_key(run, stage), _stage_row(label if len(runs) > 1 else "", run, stage))
+            for dataset, figures in results.items():
+                text = "wikitext2 test" if dataset == "wikitext2" else Path(dataset).name  # as ast-eval calls it
+                row.perplexities[_protocol_of(text, figures)] = figures.get("perplexity")
+            row.samples = run.samples.get(stage, {})
+    for model, label in names.items():
+        row = rows.setdefault(_key(model), ModelRow(name=label, kind=_kind(model)))
+        row.name = label
+        row.size = weight_bytes(model)
+        row.zeros = _zeros(counts.get(model, {}))
+        row.samples = samples.get(model, row.samples)
+    for model, text, _, result in texts:
+        rows[_key(model)].perplexities[_protocol_of(text, asdict(result))] = result.perplexity
+    return list(rows.values())
+
+
+def _stage_key(run: Run, stage: str) -> Any:
+    if stage == "dense":
+        return _key(str(run.setting("model", "name_or_path")))
+    return _key(str(run.folder)) if stage.startswith("retrained") else (run.folder, stage)
+
+
+def _key(model: str) -> Path | str:
+    path = Path(model).expanduser()
+    return path.resolve() if path.exists() else model
+
+
+def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
+    start = str(run.setting("model", "name_or_path"))
+    place = {"dense": start, "retrained": str(run.folder)}.get(stage.split()[0])
+    name = Path(place or start).name
+    return ModelRow(
+        name=name if place is not None or not label else f"{name}, {label}",
+        kind=stage,
+        size=None if place is None else weight_bytes(place),
+    )
+
+
+def _protocol_of(text: str, figures: Mapping[str, Any]) -> Protocol:
+    return Protocol(text=text, stride=figures.get("stride"), **{key: figures[key] for key in PROTOCOL})
+
+
+def _zeros(counts: Counts) -> float | None:
+    total = sum(entries for _, entries in counts.values())
+    return 1 - sum(kept for kept, _ in counts.values()) / total if total else None
+
+
+def _kind(model: str) -> str:
+    """What a folder holds, as far as its files say."""
+    folder = Path(model).expanduser()
+    if not (folder / files.CONFIG_NAME).is_file():
+        return "model"
+    pattern = files.recorded_pattern(files.read_sparsity_config(folder))
+    quantization = files.read_json(folder / files.CONFIG_NAME).get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "ast_sparse_24":
+        return f"compressed {pattern or '2:4'}"
+    if pattern is None:
+        return "model"
+    return f"trained {pattern}" if is_run(folder) else f"checkpoint {pattern}"
+
+
+def weight_bytes(model: str) -> int | None:
+    """Size of the weight files of a local model, SLoRB's included; None for a model of the hub."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    found = [*path.glob("*.safetensors"), *path.glob(f"{files.ADAPTER_FOLDER}/*.safetensors")]
+    return sum(file.stat().st_size for file in found) or None
+
+
+def layer_counts(model: nn.Module) -> Counts:
+    """Counts of the linear layers inside the decoder blocks."""
+    inside = tuple(f"{name}." for name in decoder_blocks(model))
+    found = {}
+    counted: set[int] = set()  # weights that several layers share count once
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and name.startswith(inside) and ".lora_" not in name:
+            if id(module.weight) in counted:
+                continue
+            counted.add(id(module.weight))
+            weight = module.weight.detach()
+            found[name.removesuffix(".base_layer")] = (int(weight.count_nonzero()), weight.numel())
+    return found
+
+
+def stored_counts(folder: Path) -> Counts:
+    """Counts of the pruned layers of a dense checkpoint, read a tensor at a time."""
+    from safetensors import safe_open
+
+    layers = files.recorded_layers(files.read_sparsity_config(folder))
+    found = {}
+    for file in files.weight_files(folder):
+        with safe_open(file, "pt") as stream:
+            for key in {f"{layer}.weight" for layer in layers} & set(stream.keys()):
+                weight = stream.get_tensor(key)
+                found[key.removesuffix(".weight")] = (int(weight.count_nonzero()), weight.numel())
+    return {name: found[name] for name in layers if name in found}
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Models by the shortest end of their path that tells them apart."""
+    names = {}
+    for model in models:
+        parts = Path(model).parts
+        for count in range(1, len(parts) + 1):
+            short = "/".join(parts[-count:]).replace("//", "/")
+            if all(Path(other).parts[-count:] != parts[-count:] for other in models if other != model):
+                break
+        names[model] = short
+    return names

@@ -1,0 +1,121 @@
+"""What ast-train refuses in a run before it begins, and checks at its end."""
+
+import re
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from ast_sparse.config import RunConfig
+from ast_sparse.config.yaml12 import shown
+from ast_sparse.data.blocks.domains import DomainBlocks
+from ast_sparse.data.blocks.stored import TokenBlocks
+from ast_sparse.data.blocks.streaming import StreamedBlocks
+from ast_sparse.data.build import Blocks
+from ast_sparse.distributed.pieces import whole
+from ast_sparse.errors import UserError
+from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.training.checks.inputs import check_taught
+
+
+def check_held_out(config: RunConfig, args: TrainingArguments) -> None:
+    """Held-out text where something needs it."""
+    if config.data.entries("eval") or config.data.eval_share > 0:
+        return
+    if "heldout" in config.evaluation.datasets:
+        raise UserError(
+            "evaluation.datasets has 'heldout' and data.eval_share is 0. Set data.eval or data.eval_share, or "
+            "remove 'heldout'."
+        )
+    for key in ("eval_strategy", "eval_on_start"):
+        value = getattr(args, key)
+        if getattr(value, "value", value) not in ("no", False):
+            shown = repr(getattr(value, "value", value))
+            raise UserError(
+                f"training.{key}={shown} needs held-out text, and data.eval_share is 0. Set data.eval or "
+                f"data.eval_share, or remove {key}."
+            )
+
+
+def check_best(config: RunConfig, args: TrainingArguments) -> None:
+    """The best checkpoint is not chosen by a test set, or by text whose perplexity is reported."""
+    if args.load_best_model_at_end:
+        by = "training.load_best_model_at_end=True"
+    elif args.save_strategy == SaveStrategy.BEST:
+        by = "training.save_strategy='best'"
+    else:
+        return
+    for where, entries in config.data.entries("eval").items():
+        for entry in entries:
+            if isinstance(entry, dict) and "test" in re.split(r"\W+", str(entry.get("split"))):
+                raise UserError(
+                    f"{where}: {shown(entry)} is a test set, and {by} would choose a checkpoint by it. Name another "
+                    "split, or remove it: a share of the training text is held out then."
+                )
+            if entry in config.evaluation.datasets:
+                raise UserError(
+                    f"{where}: {shown(entry)} is in evaluation.datasets too, and {by} would choose the checkpoint that "
+                    "is reported by it. Name other text in one of them."
+                )
+
+
+def check_streaming(config: RunConfig, args: TrainingArguments) -> None:
+    """What a stream needs to be told."""
+    if not config.data.streaming:
+        return
+    if args.max_steps <= 0:
+        raise UserError("data.streaming=true does not know the length of the text. Set training.max_steps.")
+    if args.dataloader_num_workers > 1:
+        raise UserError(
+            f"training.dataloader_num_workers={args.dataloader_num_workers}: each worker would read the same stream. "
+            "Set it to 0 or 1, or make shards with ast-data prepare."
+        )
+
+
+def check_token_ids(
+    train: Blocks,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Every token of the text has its row in the embeddings: a tokenizer with spare entries is no fault."""
+    rows = model.config.get_text_config().vocab_size
+    taught_by = model.config
+    if isinstance(teacher, str):
+        taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
+    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size) or isinstance(train, StreamedBlocks):
+        return
+    largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
+    if largest >= rows:
+        raise UserError(
+            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
+            "embeddings. They do not belong together: put the model's own tokenizer into its folder."
+        )
+    check_taught(torch.tensor(largest), model.config, taught_by)
+
+
+def _largest_token(blocks: Any) -> int:
+    if isinstance(blocks, TokenBlocks):
+        return blocks.largest_token
+    return max(pc.max(pc.list_flatten(chunk)).as_py() for chunk in blocks.data.column("input_ids").chunks)
+
+
+def check_batches(args: TrainingArguments, blocks: int) -> None:
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and blocks < batch:
+        raise UserError(
+            f"training.dataloader_drop_last=True leaves nothing to train on: the text makes {blocks:,} blocks, fewer "
+            f"than a batch of {batch:,}. Lower per_device_train_batch_size, or remove it."
+        )
+
+
+def check_final(model: nn.Module) -> None:
+    """Every trained layer is exactly N:M, by the checker of the export; a sharded one is gathered for that."""
+    for name, layer in sparse_layers(model).items():
+        if not layer.pattern.holds(whole(layer.weight), layer.group_dim):
+            raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")

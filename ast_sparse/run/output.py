@@ -1,0 +1,142 @@
+"""The output folder of a run: whether it may be used, what stays of an earlier run, and the figures it keeps."""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ast_sparse.config import RunConfig
+from ast_sparse.config.yaml12 import dump_yaml, read_yaml
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.results import finite_figures
+from ast_sparse.run.stages import Measured, Rows
+from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
+from ast_sparse.storage.run_folder import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
+from ast_sparse.training.callbacks.metrics import METRICS
+from ast_sparse.training.callbacks.sparsity import MASK_HISTORY
+from ast_sparse.training.callbacks.watch import REPLAY
+from ast_sparse.training.resume.checkpoints import (
+    checkpoint_folders,
+    last_checkpoint,
+    refuse_model_only,
+    resolve_checkpoint,
+)
+
+logger = logging.get_logger(__name__)
+
+
+def output_folder(config: RunConfig, output_dir: str | None) -> Path:
+    """`output_dir`, or `training.output_dir`.
+
+    Raises:
+        UserError: it is missing, a file, cannot be written to, or is the model or the teacher itself.
+    """
+    folder = output_dir or config.training.get("output_dir")
+    if not folder:
+        raise UserError("training.output_dir is missing. Set it, or give --output-dir.")
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Output folder {str(path)!r} is a file. Give another --output-dir.")
+    above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"Output folder {str(path)!r}: {str(above)!r} cannot be written to. Give another --output-dir.")
+    for key in ("name_or_path", "teacher"):
+        model = getattr(config.model, key)
+        if model is not None and path.is_dir() and Path(model).expanduser().resolve() == path.resolve():
+            raise UserError(f"Output folder {str(path)!r} is model.{key}, and would be replaced. Give another folder.")
+    return path
+
+
+def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None:
+    """The checkpoint to continue from; None to begin, also where a run was stopped before its first checkpoint."""
+    if not resume:
+        return None
+    if resume is True:
+        refuse_model_only(checkpoint_folders(output))
+    if resume is True and (output / RESOLVED_CONFIG).exists() and last_checkpoint(output) is None:
+        logger.warning(f"{output} holds a run without a complete checkpoint yet: it starts from the beginning.")
+        return None
+    return resolve_checkpoint(output, resume)
+
+
+def refuse_used(output: Path) -> None:
+    """Raise UserError if the folder holds anything."""
+    if output.is_dir() and any(output.iterdir()):
+        what = "a run" if (output / RESOLVED_CONFIG).exists() or checkpoint_folders(output) else "files"
+        raise UserError(
+            f"Output folder {str(output)!r} holds {what} already. Continue it with --resume, replace it with "
+            "--overwrite, or give another --output-dir."
+        )
+
+
+def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, overwrite: bool) -> None:
+    """Make the output folder that of this run: what is stale goes, its configuration is written."""
+    if overwrite:
+        _remove_run(output)
+    if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
+        _remove_newer(checkpoint)
+    _write_config(config, output)
+
+
+def _remove_run(output: Path) -> None:
+    """Remove what an earlier run left that this one might not overwrite; other files stay."""
+    for folder in checkpoint_folders(output):
+        shutil.rmtree(folder)
+    for name in (MASK_HISTORY, METRICS, RESULTS, SAMPLES, "trainer_state.json"):
+        (output / name).unlink(missing_ok=True)
+    for name in (REPLAY, REPORT):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for weights in output.glob("model*.safetensors*"):
+        weights.unlink()
+    shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
+
+
+def _remove_newer(checkpoint: Path) -> None:
+    """Remove the half-written or abandoned checkpoints after the one that is resumed: a later --resume took them."""
+    for folder in checkpoint_folders(checkpoint.parent):
+        if folder.resolve() == checkpoint.resolve():
+            return
+        logger.warning(f"{folder} is removed: the run continues from {checkpoint.name}.")
+        shutil.rmtree(folder)
+
+
+def _write_config(config: RunConfig, output: Path) -> None:
+    """The resolved configuration: enough to repeat the run."""
+    output.mkdir(parents=True, exist_ok=True)
+    tree = config.to_dict()
+    tree["training"] = {**config.training, "output_dir": str(output)}
+    text = dump_yaml(tree)
+    (output / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_rows(output: Path, config: RunConfig) -> Rows:
+    """The figures of the stages before training, if they were measured as this run measures."""
+    try:
+        rows = read_json(output / RESULTS)
+        before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
+        now = config.evaluation.to_dict()
+        if any(before.get(key) != now[key] for key in ("datasets", "seq_len", "windows", "prompts")):
+            return {}
+        return {stage: rows[stage] for stage in rows if not stage.startswith("retrained")}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError):
+        return {}
+
+
+def read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
+    """The continuations of the stages whose figures were read."""
+    try:
+        samples = read_json(output / SAMPLES)
+        return {stage: dict(samples[stage]) for stage in stages if stage in samples}
+    except (OSError, ValueError, TypeError, UserError):
+        return {}
+
+
+def write_figures(output: Path, rows: Rows, measured: Measured) -> None:
+    """The figures of all stages so far, and their continuations where a report is wanted."""
+    finite = {
+        stage: {name: finite_figures(values) for name, values in figures.items()} for stage, figures in rows.items()
+    }
+    write_json(output / RESULTS, finite)
+    if measured.samples:
+        write_json(output / SAMPLES, measured.samples)

@@ -1,0 +1,225 @@
+"""The perplexities that a run reports: at its stages (the dense, the one-shot, the retrained model) and in between."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from ast_sparse.config import RunConfig
+from ast_sparse.data.blocks.domains import DomainBlocks
+from ast_sparse.data.sources.documents import read_texts
+from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.distributed.pieces import reshard
+from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.evaluation.perplexity import (
+    NOT_FINITE,
+    PerplexityResult,
+    default_seq_len,
+    evaluate_blocks,
+    evaluate_text,
+    wikitext2_rows,
+)
+from ast_sparse.evaluation.samples import continue_prompts
+from ast_sparse.tables import format_table
+from ast_sparse.training.fsdp import sharding_plugin
+
+Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
+
+logger = logging.get_logger(__name__)
+HELDOUT, WIKITEXT2 = "heldout", "wikitext2"
+_FIELD = "evaluation.datasets"
+
+
+def check_finite(rows: Rows) -> None:
+    """Check that the loss of every stage is finite.
+
+    Raises:
+        DivergenceError: naming stage, data set and window.
+    """
+    for stage, figures in rows.items():
+        for name, values in figures.items():
+            if values.get("bad_window") is not None:
+                raise DivergenceError(f"The {stage} model, {name}: {PerplexityResult(**values).fault()}. {NOT_FINITE}")
+
+
+class Measured:
+    """Perplexities of `evaluation.datasets`, whose texts are read at once, before any model is loaded.
+
+    Args:
+        args: device, progress bars, and whether a model that was measured leaves the device again, because it is
+            sharded from the CPU.
+
+    Raises:
+        UserError: a text that is not there or cannot be read.
+    """
+
+    def __init__(self, config: RunConfig, args: TrainingArguments) -> None:
+        self.config = config
+        self.device = args.device
+        self.show = bool(args.should_log) and not args.disable_tqdm
+        self.leaves_device = sharding_plugin(args) is not None
+        self.texts: dict[str, list[str]] = {}
+        self.samples: dict[str, dict[str, str]] = {}  # by stage and prompt, for the report
+        settings = config.evaluation
+        if settings.data_dir is not None and not Path(settings.data_dir).expanduser().exists():
+            raise UserError(f"evaluation.data_dir={settings.data_dir!r} does not exist. Correct or remove it.")
+        for name in settings.datasets:
+            if name == WIKITEXT2:
+                self.texts[name] = wikitext2_rows(data_dir=settings.data_dir, field="evaluation.data_dir")
+            elif name != HELDOUT:
+                self.texts[name] = self._read(name)
+        if settings.steps is not None:
+            self._check_keys()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether models are measured at all."""
+        return bool(self.config.evaluation.datasets or self.config.evaluation.report)
+
+    def _read(self, name: str) -> list[str]:
+        try:
+            return read_texts(name, self.config.data.root, self.config.data.text_field, _FIELD)
+        except UserError as error:
+            near = difflib.get_close_matches(name.replace("_", ""), (HELDOUT, WIKITEXT2), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{error}{hint}") from None
+
+    def _check_keys(self) -> None:
+        names: dict[str, str] = {}
+        for name in self.config.evaluation.datasets:
+            if (other := names.setdefault(logged_key(name), name)) != name:
+                raise UserError(
+                    f"{_FIELD}: {other!r} and {name!r} would both be logged as {logged_key(name)}. Rename one of them, "
+                    "or remove evaluation.steps."
+                )
+
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
+        """Check that every text fills a window.
+
+        Raises:
+            UserError: naming the text that does not.
+        """
+        window = self.config.evaluation.seq_len or default_seq_len(model_config)
+        bos = len(find_bos(self.config.data.bos, tokenizer).tokens)
+        for name, rows in self.texts.items():
+            tokens = bos + len(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
+            if tokens < window:
+                raise UserError(
+                    f"{_FIELD}: {name!r} has {tokens:,} tokens, fewer than one window of {window:,}. "
+                    "Name a longer text, or set evaluation.seq_len."
+                )
+
+    def __call__(
+        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+    ) -> dict[str, dict[str, Any]]:
+        """The figures of one stage by data set; `stage` and data set label the progress bar.
+
+        For a report the model continues the prompts as well. It is on the device for that alone, where it is asked for.
+        """
+        settings = self.config.evaluation
+        if not self.is_asked:
+            return {}
+        model.to(self.device)  # type: ignore[arg-type]
+        if settings.report:
+            prompts, bos = settings.prompts, self.config.data.bos
+            self.samples[stage] = continue_prompts(model, tokenizer, prompts, "evaluation.prompts", bos)
+        results = self._measure(stage, model, tokenizer, held_out, self.show)
+        if self.leaves_device:
+            model.to("cpu")  # type: ignore[arg-type]
+        return {name: asdict(result) for name, result in results.items()}
+
+    def during_training(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+    ) -> dict[str, float]:
+        """The perplexities alone, by the names they are logged under; no bar beside that of the training."""
+        results = self._measure("training", model, tokenizer, held_out, show=False)
+        for name, result in results.items():
+            if fault := result.fault():
+                logger.warning(f"evaluation.steps, {name}: {fault}.")
+        reshard(model)
+        return {logged_key(name): result.perplexity for name, result in results.items()}
+
+    def _measure(
+        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any, show: bool
+    ) -> dict[str, PerplexityResult]:
+        settings = self.config.evaluation
+        results: dict[str, PerplexityResult] = {}
+        for name in settings.datasets:
+            bos = self.config.data.bos
+            shown: dict[str, Any] = {"progress": show, "label": f"Perplexity, {stage}, {name}"}
+            if name == HELDOUT:
+                results[name] = evaluate_blocks(model, _as_one(held_out), settings.windows, **shown)
+            else:
+                seq_len = settings.seq_len or default_seq_len(model.config)
+                text = self.texts[name]
+                results[name] = evaluate_text(model, tokenizer, text, seq_len, settings.windows, bos=bos, **shown)
+        return results
+
+
+def _as_one(held_out: Any) -> Any:
+    """The blocks of all domains, where they are held out by domain."""
+    return DomainBlocks(held_out) if isinstance(held_out, dict) else held_out
+
+
+def logged_key(name: str) -> str:
+    """What the perplexity of a data set is called in the log."""
+    return f"{name if name in (HELDOUT, WIKITEXT2) else Path(name).stem}_perplexity"
+
+
+class PerplexityCallback(TrainerCallback):
+    """Measures the perplexities of `evaluation.datasets` every `evaluation.steps` updates, and logs them.
+
+    Masks are those of the step, in the precision of training; the random state of the training stays as it is.
+
+    Args:
+        measure: figures by name of the model it is called with.
+        log: `Trainer.log`.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        measure: Callable[[PreTrainedModel], dict[str, float]],
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.steps = steps
+        self.measure = measure
+        self.log = log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        on_gpu = args.device.type == "cuda"
+        with torch.random.fork_rng(devices=[args.device] if on_gpu else []):
+            figures = self.measure(kwargs["model"])
+        due = control.should_log
+        self.log(figures)
+        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+
+
+def _two_decimals(perplexity: float | None) -> str:
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"  # as a file of results has it
+
+
+def results_table(rows: Rows) -> str:
+    """Perplexity by stage and data set, the window length beside every data set."""
+    datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
+    if not datasets:
+        return "No perplexity was asked for (evaluation.datasets is empty)."
+    first = next(iter(rows.values()))
+    headers = ["model"] + [f"{name} ({first[name]['windows']} x {first[name]['seq_len']})" for name in datasets]
+    lines = [[stage, *(_two_decimals(row[name]["perplexity"]) for name in datasets)] for stage, row in rows.items()]
+    return "Perplexity (windows x tokens)\n" + format_table(headers, lines)

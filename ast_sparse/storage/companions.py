@@ -1,0 +1,107 @@
+"""The files of a model folder that are neither weights nor configuration: tokenizer, templates, code, licence."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ast_sparse.storage import files
+from ast_sparse.storage.checksums import CHECKSUMS_NAME
+
+GENERATION_NAME = "generation_config.json"
+
+_WEIGHTS = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
+    "*.onnx_data*", "*.ot", "*.npz", "*.tflite", "*.nemo", "*.distcp", "*.index.json", "*.index.*.json",
+)  # fmt: skip
+# The second line says how weights are packed: beside plain ones it would make a reader unpack them again.
+_CONFIGS = (
+    files.CONFIG_NAME, GENERATION_NAME, files.SPARSITY_CONFIG_NAME, CHECKSUMS_NAME, "config.yaml",
+    "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
+)  # fmt: skip
+# Of Trainer, its examples, trackers and DeepSpeed.
+_TRAINING = (
+    "trainer_state.json", "checkpoint-*", "runs", "wandb", "mlruns", "events.out.tfevents*", "all_results.json",
+    "train_results.json", "eval_results.json", "trainer_log.jsonl", "global_step*", "latest", "zero_to_fp32.py",
+)  # fmt: skip
+# What ast-train writes: no other file may take its place.
+_RUN_RECORDS = (
+    "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "run.json",
+    "data_state.json", "shards.json",
+)  # fmt: skip
+# What a tokenizer is read from; an earlier model may have left it.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+)  # fmt: skip
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Paths, relative to a model folder, of what goes along with a copy of the model that has other weights.
+
+    Left out are weights of any format, whole subfolders that hold some (another format of the model, an adapter),
+    configurations, which are written anew, records of a run, and hidden files.
+
+    Raises:
+        UserError: one of them is a link that leads out of the folder: no link may bring another file along.
+    """
+    skipped = _CONFIGS + _TRAINING + _RUN_RECORDS
+    return [
+        path.relative_to(folder)
+        for top in sorted(folder.iterdir())
+        if not _is_hidden(top) and not _matches(top.name, skipped)
+        for path in _walk(top, ())
+    ]
+
+
+def copy_companions(source: Path, target: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
+    """Copy the companion files of one model folder into another, over those that an earlier run left there.
+
+    Args:
+        wanted: says of a path relative to `source` whether it is copied.
+    """
+    for path in filter(wanted, companion_files(source)):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)
+
+
+def remove_tokenizer(folder: Path) -> None:
+    """Remove the tokenizer and the chat templates that an earlier model left: they would be read as the next one's."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink() and is_chat_template(Path(path.name)):
+            shutil.rmtree(path)
+        elif path.name in _TOKENIZER or is_chat_template(Path(path.name)):
+            path.unlink()
+
+
+def is_chat_template(path: Path) -> bool:
+    """Whether a companion is a chat template, or one of several."""
+    return _matches(path.parts[0], ("*chat_template*",))
+
+
+def is_tokenizer_file(path: Path) -> bool:
+    """Whether a companion belongs to the tokenizer."""
+    return _matches(path.parts[0], files.TOKENIZER_FILES + files.COMPANION_FILES + ("vocab*", "tekken*"))
+
+
+def _walk(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The files at or below a path; nothing where a folder holds weights."""
+    if path.is_file():
+        if not _matches(path.name, _WEIGHTS):
+            files.check_inside(path)
+            yield path
+    elif path.is_dir() and path.resolve() not in above:
+        entries = [entry for entry in sorted(path.iterdir()) if not _is_hidden(entry)]
+        if any(entry.is_file() and _matches(entry.name, _WEIGHTS) for entry in entries):
+            return
+        files.check_inside(path)
+        for entry in entries:
+            yield from _walk(entry, (*above, path.resolve()))
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name == "__pycache__"
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,145 @@
+"""Write a sparse model as an ordinary Hugging Face checkpoint, and move finished folders into place."""
+
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.errors import UserError
+from ast_sparse.storage import files
+from ast_sparse.storage.checksums import remove_checksums, write_checksums
+from ast_sparse.storage.quantized import plain_conversions
+from ast_sparse.storage.slorb_adapter import write_adapter
+
+
+def split_state_dict(
+    state_dict: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], files.SlorbPairs]:
+    """Take the raw state dict of a model with sparse layers apart.
+
+    Args:
+        state_dict: of the model itself, or gathered from the ranks of a sharded one; not changed.
+
+    Returns:
+        The state dict of the plain model with masked weights (pruned entries exactly 0.0), the masks and the SLoRB
+        pairs by layer name. Of a plain model: its state dict and nothing else.
+    """
+    masked, adapted = files.sparse_keys(state_dict)
+    weights = {name: value.detach() for name, value in state_dict.items() if not files.is_sparse_key(name, masked)}
+    masks = {layer: state_dict[f"{layer}.mask"].detach() for layer in sorted(masked)}
+    for layer, mask in masks.items():
+        weights[f"{layer}.weight"] = torch.where(mask, weights[f"{layer}.weight"], 0)
+    pairs = {
+        layer: (state_dict[f"{layer}.slorb.S"].detach(), state_dict[f"{layer}.slorb.X"].detach())
+        for layer in sorted(adapted)
+    }
+    return weights, masks, pairs
+
+
+def save_sparse_model(
+    model: PreTrainedModel,
+    out_dir: str | Path,
+    config: dict[str, Any],
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model with sparse layers as an ordinary checkpoint, in its own dtype; the model is not changed.
+
+    Args:
+        model: with `SparseLinear` or `SparseConv1D` layers.
+        out_dir: gets the masked weights and the model's configuration, `slorb/` (a PEFT adapter) where the model has
+            SLoRB, and `sparsity_config.json`. Other files there are left alone.
+        config: content of `sparsity_config.json`.
+        state_dict: the full raw state dict, where the model's own is sharded.
+    """
+    folder = Path(out_dir)
+    weights, _, pairs = split_state_dict(model.state_dict() if state_dict is None else state_dict)
+    save_weights(model, folder, weights)
+    adapter = folder / files.ADAPTER_FOLDER
+    if pairs:
+        write_adapter(adapter, str(out_dir), pairs, has_conv1d(model, pairs))
+    elif (adapter / "adapter_config.json").is_file():
+        shutil.rmtree(adapter)  # of an earlier run: it would be taken for this model's
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, config)
+
+
+def save_weights(
+    model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], original_format: bool = True
+) -> None:
+    """`save_pretrained` with other weights than the model's and their checksums; its configuration stays as it was.
+
+    Args:
+        weights: state dict of the plain model; a tied tensor may appear under each of its names.
+        original_format: undo the conversions transformers made when it loaded the model (fused experts, renamings).
+    """
+    weights = dict(weights)
+    for name, kept in getattr(model, "all_tied_weights_keys", {}).items():
+        if name in weights and kept in weights:
+            del weights[name]
+    before = model.config.dtype, model.config.architectures
+    conversions: Any = getattr(model, "_weight_conversions", None)
+    remove_checksums(folder)
+    try:
+        cast(Any, model)._weight_conversions = plain_conversions(model)
+        model.save_pretrained(folder, state_dict=weights, save_original_format=original_format)
+    finally:
+        model.config.dtype, model.config.architectures = before
+        cast(Any, model)._weight_conversions = conversions
+    write_checksums(folder)
+
+
+def has_conv1d(model: nn.Module, layers: Mapping[str, Any]) -> bool:
+    """Whether the named layers are GPT-2's `Conv1D`, whose weights are transposed."""
+    return any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
+
+
+def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
+    """Raise UserError unless the folder is free, or may be overwritten without losing anything but a model.
+
+    Args:
+        out_dir, source: resolved paths; source is the folder that is exported, if any.
+    """
+    if source is not None and (out_dir == source or out_dir in source.parents):
+        raise UserError(f"`{out_dir}` holds the checkpoint that is exported. Choose another output folder.")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"`{out_dir}` is a file. Choose another output folder.")
+    if not out_dir.is_dir() or not any(out_dir.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"`{out_dir}` exists and is not empty. Choose another folder, or overwrite it (--overwrite).")
+    if not (out_dir / files.CONFIG_NAME).is_file():
+        raise UserError(
+            f"`{out_dir}` holds something else than a model, so it is not overwritten. Choose another folder."
+        )
+
+
+@contextmanager
+def finished_folder(out_dir: Path) -> Iterator[Path]:
+    """A temporary folder beside `out_dir` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: writing failed (no space, no permission).
+    """
+    tag = secrets.token_hex(4)
+    partial = out_dir.with_name(f".{out_dir.name}.partial-{tag}")
+    replaced = out_dir.with_name(f".{out_dir.name}.replaced-{tag}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out_dir.is_dir():
+            out_dir.rename(replaced)
+        partial.rename(out_dir)
+    except BaseException as error:
+        if replaced.is_dir() and not out_dir.exists():
+            replaced.rename(out_dir)
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"Cannot write `{out_dir}`: {error}. Check the space and the permissions there.") from error
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

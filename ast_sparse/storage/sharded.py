@@ -1,0 +1,240 @@
+"""Sharded training checkpoints: folders of `torch.distributed.checkpoint`, which any number of processes reads.
+
+Beside what every training checkpoint has, `pytorch_model_fsdp_0/` holds weights, masks and SLoRB under the names of the
+state dict, `optimizer_0/` the moments; each process writes one file, `.metadata` says what lies where. `.metadata` is
+pickled, and so are the values of the optimizer's groups: they are read here first, by readers that build nothing but
+numbers, text and descriptions of tensors. `shards.json` has a CRC-32 of every file.
+"""
+
+import io
+import json
+import math
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ast_sparse.errors import UserError
+from ast_sparse.storage import files
+
+MODEL_FOLDER = "pytorch_model_fsdp_0"
+OPTIMIZER_FOLDER = "optimizer_0"
+SUMS_NAME = "shards.json"
+
+_COMPANIONS = (files.CONFIG_NAME, "generation_config.json", files.SPARSITY_CONFIG_NAME)
+_METADATA = ".metadata"
+_SHARD = re.compile(r"__\d+_\d+\.distcp")
+_LARGEST_METADATA = 2**30
+_CHUNK = 2**22
+_KNOWN = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "torch": {"Size", *(name for name, each in vars(torch).items() if isinstance(each, torch.dtype))},
+}  # fmt: skip
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a description of tensors")
+        return super().find_class(module, name)
+
+
+def is_sharded_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds the weights of a sharded run, complete or not."""
+    return (folder / MODEL_FOLDER).is_dir()
+
+
+def shard_faults(checkpoint: Path) -> list[str]:
+    """What is missing or damaged in the folders of a sharded checkpoint; every file is read. Nothing pickled is run."""
+    found = []
+    for name in (MODEL_FOLDER, OPTIMIZER_FOLDER):
+        if not (checkpoint / name / _METADATA).is_file():
+            found.append(f"{name}/{_METADATA} is missing")
+        elif fault := _fault(checkpoint / name, _stamps(checkpoint / name)):
+            found.append(f"{name}/{fault}")
+    return found or _sum_faults(checkpoint)
+
+
+def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the model in a checkpoint without `shard_faults`, by its name in the state dict."""
+    known = _metadata(checkpoint / MODEL_FOLDER).state_dict_metadata
+    shapes = {name: tuple(each.size) for name, each in known.items() if isinstance(each, TensorStorageMetadata)}
+    return {name.partition(".")[2]: shape for name, shape in shapes.items()}
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of a folder in one piece each, on the CPU, by their names without the first part (`model.`).
+
+    Args:
+        folder: `MODEL_FOLDER` or `OPTIMIZER_FOLDER` of a checkpoint without `shard_faults`.
+    """
+    known = {name: each for name, each in _metadata(folder).state_dict_metadata.items() if wanted(name)}
+    tensors = {
+        name: torch.empty(each.size, dtype=each.properties.dtype)
+        for name, each in known.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads alone, as it is told to
+        dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def merged(checkpoint: Path) -> Iterator[Path]:
+    """A sharded checkpoint as an ordinary one, in a folder beside it that vanishes afterwards; optimizer left out.
+
+    Raises:
+        UserError: the checkpoint is damaged, or there is no room.
+    """
+    if found := shard_faults(checkpoint):
+        raise UserError(f"`{checkpoint}` is no complete checkpoint: {', '.join(found)}. Take another one.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}.merged-", dir=checkpoint.resolve().parent) as name:
+            folder = Path(name)
+            tensors = read_tensors(checkpoint / MODEL_FOLDER)
+            save_file(_without_copies(tensors), folder / files.WEIGHTS_NAME, metadata={"format": "pt"})
+            del tensors
+            companions = {checkpoint / name for name in _COMPANIONS if (checkpoint / name).is_file()}
+            for path in companions | {path for path in files.tokenizer_files(checkpoint) if path.is_file()}:
+                files.check_inside(path)
+                shutil.copyfile(path, folder / path.name)
+            yield folder
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"`{checkpoint}` cannot be merged beside itself: {' '.join(str(error).split())}. Make room there, or copy "
+            "it elsewhere."
+        ) from error
+
+
+def write_sums(checkpoint: Path, rank: int, ranks: int, gather: Callable[[Any], list[Any]]) -> None:
+    """Write `shards.json`; every process reads its part of the files.
+
+    Args:
+        gather: what each process gives, from all of them.
+    """
+    paths = sorted(path for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) for path in (checkpoint / name).iterdir())
+    sums = {str(path.relative_to(checkpoint)): _sum_of(path, _stamp(path)) for path in paths[rank::ranks]}
+    everywhere = gather(sums)
+    if rank == 0:
+        merged_sums = {name: crc for part in everywhere for name, crc in sorted(part.items())}
+        files.write_json(checkpoint / SUMS_NAME, {"format_version": 1, "algorithm": "crc32", "files": merged_sums})
+
+
+def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights are stored under each of their names, and safetensors wants memory of its own for each."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _sum_faults(checkpoint: Path) -> list[str]:
+    if not (checkpoint / SUMS_NAME).is_file():
+        return [f"{SUMS_NAME} is missing"]
+    try:
+        expected = files.read_json(checkpoint / SUMS_NAME)["files"]
+        found = {
+            str(path.relative_to(checkpoint)): _sum_of(path, _stamp(path))
+            for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)
+            for path in sorted((checkpoint / name).iterdir())
+        }
+        if found.keys() != expected.keys():
+            return [f"{min(found.keys() ^ expected.keys(), key=str)} is missing, or was added"]
+        return [f"{name} has not the checksum it was written with" for name in found if found[name] != expected[name]]
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return [f"{SUMS_NAME} is damaged"]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
+    return tuple(_stamp(path) for path in sorted(folder.iterdir()))
+
+
+@lru_cache(maxsize=1024)
+def _sum_of(path: Path, stamp: tuple[int, ...]) -> str:
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+def _metadata(folder: Path) -> Metadata:
+    with (folder / _METADATA).open("rb") as stream:
+        data = stream.read(_LARGEST_METADATA)
+    metadata = _MetadataReader(io.BytesIO(data)).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError("no description of tensors")
+    return metadata
+
+
+@lru_cache(maxsize=64)
+def _fault(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str | None:
+    """The first thing wrong in a folder, or None: the pickle, the files named, what lies where, the groups' values."""
+    try:
+        for path in folder.iterdir():
+            files.check_inside(path)
+        metadata = _metadata(folder)
+        _check_places(folder, metadata)
+        _check_values(folder, metadata)
+    except UserError as error:
+        return str(error).rstrip(".")
+    except Exception as error:  # whatever a damaged pickle makes Python raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"{_METADATA} is damaged ({reason})"
+    return None
+
+
+def _check_places(folder: Path, metadata: Metadata) -> None:
+    """Every piece of every tensor lies inside a shard beside `.metadata`, and the pieces make up the tensor."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    pieces: dict[str, int] = {}
+    for index, place in metadata.storage_data.items():
+        if not _SHARD.fullmatch(place.relative_path):
+            raise ValueError(f"{json.dumps(str(place.relative_path))} is no shard")
+        if place.relative_path not in sizes:
+            raise ValueError(f"{place.relative_path} is missing")
+        if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[place.relative_path]:
+            raise ValueError(f"{place.relative_path} is cut")
+        if getattr(place, "transform_descriptors", None):
+            raise ValueError(f"{place.relative_path} is transformed")
+        pieces[index.fqn] = pieces.get(index.fqn, 0) + place.length
+    for name, each in metadata.state_dict_metadata.items():
+        if not isinstance(each, TensorStorageMetadata):
+            continue
+        held = sum(math.prod(chunk.sizes) for chunk in each.chunks)
+        if held != math.prod(each.size) or held * each.properties.dtype.itemsize > pieces.get(name, 0):
+            raise ValueError(f"{name} is incomplete")
+
+
+def _check_values(folder: Path, metadata: Metadata) -> None:
+    """What is no tensor is plain values, as torch would not check when it loads them."""
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            continue
+        with (folder / place.relative_path).open("rb") as stream:
+            stream.seek(place.offset)
+            torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)

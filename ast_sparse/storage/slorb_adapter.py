@@ -1,0 +1,161 @@
+"""SLoRB as a PEFT LoRA adapter beside the sparse model: `y = W̃x + S(Xx)` (paper Sec. 3.4)."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.config.yaml12 import shown
+from ast_sparse.errors import UserError
+from ast_sparse.storage.checksums import check_checksums, write_checksums
+from ast_sparse.storage.files import SlorbPairs, check_inside, read_json, read_tensors, tensor_shapes, write_json
+
+_PREFIX = "base_model.model."
+_CONFIG_NAME = "adapter_config.json"
+_WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = False) -> dict[str, Any]:
+    """The LoRA configuration of some SLoRB pairs: scale 1 everywhere, the rank of each layer its in_features / k.
+
+    Args:
+        pairs: S `[out, in/k]` and X `[in/k, in]` by layer name; the ranks may differ.
+        base_model: path or hub id of the sparse model the adapter belongs to.
+        fan_in_fan_out: True where the layers are GPT-2's `Conv1D`.
+    """
+    ranks = {name: x.shape[0] for name, (_, x) in pairs.items()}
+    rank = max(ranks.values())
+    # PEFT reads the keys of a pattern as regular expressions. Alpha equals the rank, so that the scale is 1.
+    pattern = {re.escape(name): own for name, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def _adapter_tensors(pairs: SlorbPairs, prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for name, (s, x) in pairs.items():
+        # copies: layers that share one weight share their pair, and no file holds one tensor under two names
+        tensors[f"{prefix}{name}.lora_A.weight"] = x.detach().clone(memory_format=torch.contiguous_format)
+        tensors[f"{prefix}{name}.lora_B.weight"] = s.detach().clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, fan_in_fan_out: bool = False) -> None:
+    """Write SLoRB pairs as a PEFT adapter: `lora_A = X`, `lora_B = S`.
+
+    Args:
+        out_dir: folder of the adapter, created. Not the folder of the model itself: there `from_pretrained` would
+            take the adapter for the model.
+        base_model, pairs, fan_in_fan_out: as in `adapter_config`; the dtype of the pairs is kept.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
+    write_checksums(out_dir, [out_dir / _WEIGHTS_NAME])
+    write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, fan_in_fan_out))
+
+
+def read_adapter(folder: Path) -> SlorbPairs:
+    """The SLoRB pairs of an adapter folder, by layer name.
+
+    Raises:
+        UserError: a file is missing or damaged, a scale is not 1, or the tensors are no pairs.
+    """
+    config = read_json(folder / _CONFIG_NAME)
+    same_rank = config.get("r") == config.get("lora_alpha")
+    if not same_rank or config.get("rank_pattern") != config.get("alpha_pattern") or config.get("use_rslora"):
+        raise UserError(
+            f"`{folder}` is no SLoRB adapter: the scale alpha / r is not 1. Remove the folder to go without."
+        )
+    weights = folder / _WEIGHTS_NAME
+    check_inside(weights)
+    tensor_shapes(weights)
+    tensors = read_tensors([weights], lambda name: True)
+    check_checksums(folder, [weights])
+    names = {name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name}
+    try:
+        keys = {name: f"{_PREFIX}{name}.lora_" for name in sorted(names)}
+        pairs = {name: (tensors[f"{key}B.weight"], tensors[f"{key}A.weight"]) for name, key in keys.items()}
+    except KeyError as error:
+        raise UserError(f"`{folder / _WEIGHTS_NAME}` lacks the tensor {error}. Write the adapter again.") from error
+    if not pairs or len(tensors) != 2 * len(pairs):
+        raise UserError(f"`{folder / _WEIGHTS_NAME}` holds no SLoRB pairs. Write the adapter again.")
+    return pairs
+
+
+def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:
+    """The pairs, and those of layers that have their weight from another one: a checkpoint holds them once."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    same = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in ties.items()}
+    return pairs | {name: pairs[of] for name, of in same.items() if of in pairs and name not in pairs}
+
+
+def check_pairs(model: nn.Module, pairs: SlorbPairs, name: str) -> None:
+    """Raise UserError unless every SLoRB pair fits a linear layer of the model.
+
+    Args:
+        name: of the checkpoint, for messages.
+    """
+    layers = dict(model.named_modules())
+    for layer, (s, x) in pairs.items():
+        weight = getattr(layers.get(layer), "weight", None)
+        if weight is None:
+            raise UserError(f"`{name}` has SLoRB for {shown(layer)}, which the model lacks. Write the adapter again.")
+        shape = tuple(weight.shape[::-1]) if isinstance(layers[layer], Conv1D) else tuple(weight.shape)
+        fits = s.dim() == x.dim() == 2 and s.shape[1] == x.shape[0] and (s.shape[0], x.shape[1]) == shape
+        if not fits or not s.is_floating_point() or not x.is_floating_point():
+            raise UserError(
+                f"`{name}`: the SLoRB pair of `{layer}` is {s.dtype} {tuple(s.shape)} and {x.dtype} {tuple(x.shape)}, "
+                f"which fits no layer {shape}. Write the adapter again."
+            )
+
+
+def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool) -> None:
+    """Add SLoRB pairs to a model with sparse weights, in place and frozen, through PEFT.
+
+    Raises:
+        UserError: PEFT is not installed, or a pair fits no layer, or PEFT does not load it.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"`{base_model}` has a SLoRB adapter, which PEFT loads. Install it: pip install 'ast-sparse[slorb]'."
+        )
+    from peft import LoraConfig
+
+    check_pairs(model, pairs, base_model)
+    config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
+    tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
+    try:  # the annotation says dict, but a config object is used
+        model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
+    except ValueError as error:  # PEFT knows layers that its adapters do not work on
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error
+    loaded = model.state_dict()
+    for name, value in tensors.items():  # PEFT warns of what it does not place, and goes on
+        found = loaded.get(f"{name.removesuffix('.weight')}.default.weight")
+        if found is None or not torch.equal(found.cpu(), value.cpu()):
+            layer = name.rpartition(".lora_")[0]
+            raise UserError(
+                f"The SLoRB adapter of `{base_model}` cannot be loaded: PEFT does not give `{layer}` its pair. "
+                "Exclude the layer with `sparsity.exclude`, or train without SLoRB."
+            )

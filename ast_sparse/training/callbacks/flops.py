@@ -1,0 +1,123 @@
+"""FLOPs of a run, 6 for each token and parameter of the student and 2 of its teacher, and equal ones (Table 11)."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.sparsity.select import select_layers, takes_slorb
+from ast_sparse.storage.locate import load_model_config
+
+logger = logging.get_logger(__name__)
+
+_ROUNDING = 1e-9  # of epochs: 4/3 of 3 of them are 4, not a step more
+
+
+def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> int:
+    """Parameters of a dense model outside its embeddings, with those SLoRB is going to add; pruned ones count.
+
+    Args:
+        model: on any device, meta too.
+    """
+    count = model.num_parameters(exclude_embeddings=True)
+    if slorb is not None and slorb.enabled:
+        selected = select_layers(model, sparsity)[0]
+        for layer in [layer for name, layer in selected.items() if takes_slorb(model, name)]:
+            rows, columns = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.weight.t().shape
+            count += (rows + columns) * (columns // slorb.k)  # S and X
+    return count
+
+
+def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool = False) -> int:
+    """Parameters of a teacher outside its embeddings; of a named one, by its configuration.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if not isinstance(teacher, str):
+        return teacher.num_parameters(exclude_embeddings=True)
+    try:
+        config = load_model_config(teacher, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise UserError(f"model.teacher={teacher!r}: {error}") from None
+    with torch.device("meta"):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return built.num_parameters(exclude_embeddings=True)
+
+
+def match_flops(
+    args: TrainingArguments, config: DistillationConfig | None, student: int, teacher: Callable[[], int]
+) -> tuple[TrainingArguments, str | None]:
+    """More steps for a run without teacher, as many as the FLOPs of a teacher pay for: 4/3 where both are equal.
+
+    Args:
+        args: not changed.
+        student: its parameters, SLoRB's included.
+        teacher: gives those of the teacher there would be.
+
+    Returns:
+        `args` with `max_steps`, or the epochs where they decide, times `(6 student + 2 teacher) / (6 student)`, and a
+        line that says so; as they are, and None, without `distillation.match_flops`.
+    """
+    if config is None or not config.match_flops:
+        return args, None
+    matched = copy.copy(args)
+    paid, cost = 6 * student + 2 * teacher(), 6 * student
+    if args.max_steps > 0:
+        matched.max_steps = -(-args.max_steps * paid // cost)
+        change = f"training.max_steps={args.max_steps:,} becomes {matched.max_steps:,}"
+    else:
+        matched.num_train_epochs = args.num_train_epochs * paid / cost - _ROUNDING
+        change = f"training.num_train_epochs={args.num_train_epochs:g} becomes {matched.num_train_epochs:.4g}"
+    return matched, f"{change}: distillation.match_flops adds the steps that a teacher's FLOPs pay for"
+
+
+def flops_of_run(total_flops: float, student: int, teacher: int) -> dict[str, float]:
+    """What is logged at the end.
+
+    Args:
+        total_flops: of the student, as Trainer counts and saves them.
+        student, teacher: their parameters; 0 without a teacher.
+    """
+    return {"student_flops": float(total_flops), "teacher_flops": total_flops * (2 * teacher) / (6 * student)}
+
+
+class FlopsCallback(TrainerCallback):
+    """Logs `student_flops` and `teacher_flops` when training ends, those before a resume included.
+
+    Args:
+        student, teacher: their parameters; 0 without a teacher.
+        log: `Trainer.log`.
+        matched: what `match_flops` says, shown when training begins.
+    """
+
+    def __init__(
+        self, student: int, teacher: int, log: Callable[[dict[str, float]], None], matched: str | None = None
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.log = log
+        self.matched = matched
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.matched is not None and args.should_log:
+            logger.warning(self.matched)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.log(flops_of_run(state.total_flos, self.student, self.teacher))

@@ -1,0 +1,141 @@
+"""The figures of a run while it goes: every record of the log in a file, and speed and memory beside each loss."""
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil  # of accelerate
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ast_sparse.distributed.ranks import mean_over_ranks
+
+logger = logging.get_logger(__name__)
+
+METRICS = "metrics.jsonl"
+
+_PEAK_FLOPS = (  # a second, dense bf16 with float32 sums, of the vendor's data sheets; by name, the first that matches
+    (r"\bMIG\b", None),  # a part of a GPU
+    (r"H[12]00 NVL", 835.5e12),
+    (r"H100 PCIe", 756.5e12),
+    (r"H[12]00", 989.4e12),
+    (r"A100", 312e12),
+    (r"L40S", 362e12),
+    (r"RTX 4090$", 165.2e12),
+)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a JSON line, which is on its way to the disk when this returns; what is not finite becomes null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+
+
+def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
+    """Drop the rows after `step`, and a line cut by a kill: the resumed run records them anew.
+
+    Args:
+        at_most: of the rows up to `step`, keep so many.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept[:at_most]), encoding="utf-8")
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOPs a second of a GPU, by its name; None where it is not known."""
+    return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes every record of `Trainer.log` to `metrics.jsonl`: step, epoch, time in seconds since 1970, figures."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.should_save:  # a checkpoint knows how many records it has seen: later ones may be of the same step
+            keep_rows_until(Path(str(args.output_dir)) / METRICS, state.global_step, len(state.log_history))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:  # `logs` has lost what the progress bar takes out of it
+            row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **state.log_history[-1]}
+            append_row(Path(str(args.output_dir)) / METRICS, row)
+            for key, value in row.items():
+                if key.startswith("eval_") and key.endswith("_loss") and _finite(value) is None:
+                    logger.warning(f"Step {state.global_step}: {key} is {value}: a held-out loss is not finite.")
+
+
+class SpeedCallback(TrainerCallback):
+    """Tokens a second of all ranks, model FLOPs utilisation and memory, for the record of each training loss.
+
+    Counted is what a step takes: data, forward, backward, update, mask refresh. Evaluation, saving and the trackers
+    are not.
+
+    Args:
+        flops_per_token: of student and teacher.
+    """
+
+    def __init__(self, flops_per_token: int) -> None:
+        self.flops_per_token = flops_per_token
+        self._tokens = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._in_step = False
+
+    def count(self, tokens: int) -> None:
+        """Add the tokens of a micro-batch."""
+        self._tokens += tokens
+
+    def figures(self, args: TrainingArguments) -> dict[str, float]:
+        """Since the last call: `tokens_per_second` and, where the peak is known, `mfu`; `memory_gib` of this process.
+
+        All ranks must call it. Memory is the peak allocated on a GPU, or what is resident on a CPU.
+        """
+        ranks, on_gpu = args.world_size, args.device.type == "cuda"
+        tokens = float(mean_over_ranks(torch.tensor(float(self._tokens), device=args.device))) * ranks
+        seconds, self._tokens, self._seconds = self._seconds, 0, 0.0
+        found = {}
+        if tokens and seconds > 0:
+            found["tokens_per_second"] = tokens / seconds
+            peak = peak_flops(torch.cuda.get_device_name(args.device)) if on_gpu and args.bf16 else None
+            if peak is not None:
+                found["mfu"] = tokens / seconds * self.flops_per_token / (ranks * peak)
+        used = torch.cuda.max_memory_allocated(args.device) if on_gpu else psutil.Process().memory_info().rss
+        return {**found, "memory_gib": used / 2**30}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tokens, self._seconds, self._since, self._in_step = 0, 0.0, None, False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.monotonic() if self._since is None else self._since
+        self._in_step = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self._seconds += now - (now if self._since is None else self._since)
+        self._since, self._in_step = now, False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._in_step and self._since is not None:  # between steps: what came since the last one is no training
+            self._since = time.monotonic()
+
+    on_evaluate = on_save = on_log
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,153 @@
+"""What happens to masks around an optimizer step (paper Sec. 3.2, Algorithm 1)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.kernels.choice import Kernels
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
+from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
+from ast_sparse.sparsity.statistics import InputRecorder
+from ast_sparse.training.callbacks.late_slorb import check_steps
+from ast_sparse.training.callbacks.metrics import append_row, keep_rows_until
+
+MASK_HISTORY = "mask_history.jsonl"
+_STATE = "ast_sparse.refresh_waits"  # as the state of `WatchCallback`
+
+
+class SparsityCallback(TrainerCallback):
+    """Sets λ before each update, refreshes masks after it, and records the flip rates.
+
+    λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone. A refresh that is due
+    after a step without a counted token waits for the next step that has some; that it waits is all that is saved for
+    a resumed run. Activations for `criterion` wanda and sparsegpt are those of the step that a refresh follows.
+
+    Args:
+        config: the sparsity settings.
+        log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
+        calibration: SparseGPT's damping and block size.
+        slorb: where SLoRB comes after the sparse training, masks stop moving when it begins.
+        is_empty: whether the step that ends had no counted token.
+
+    Attributes:
+        kernels: what masks and updates are computed with, from the beginning of training on.
+    """
+
+    def __init__(
+        self,
+        config: SparsityConfig,
+        log: Callable[[dict[str, float]], None],
+        calibration: CalibrationConfig | None = None,
+        slorb: SLoRBConfig | None = None,
+        is_empty: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config = config
+        self.log = log
+        self.calibration = calibration
+        self.slorb = slorb
+        self.is_empty = is_empty
+        self.kernels: Kernels = "eager"
+        self._recorder: InputRecorder | None = None
+        self._waits = False  # a refresh that was due
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        check_steps(self.config, self.slorb, state.max_steps)
+        optimizer = _sparse_optimizer(kwargs["optimizer"])
+        optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
+        optimizer.kernels = self.kernels
+        use_kernels(kwargs["model"], self.kernels)
+        self._waits = _STATE in (state.stateful_callbacks or {})
+        if args.should_save:
+            keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        decay = self._mask_decay(state.global_step, state.max_steps)
+        for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
+            group["mask_decay"] = decay
+        if self.config.criterion != "magnitude" and self._is_due(state.global_step + 1, state.max_steps):
+            layers, with_hessian = sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt"
+            self._recorder = InputRecorder(layers, with_hessian, twins(kwargs["model"], layers))
+            self._recorder.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._is_due(state.global_step, state.max_steps):
+            return
+        if self.is_empty():
+            self._wait(state, True)
+            return
+        self._wait(state, False)
+        model: nn.Module = kwargs["model"]
+        rates = self._refresh(model, state.global_step, state.max_steps)
+        masks = {name: layer.mask for name, layer in sparse_layers(model).items()}
+        total = sum(mask.numel() for mask in masks.values())
+        figures = {
+            key: sum(rates[name][i] * mask.numel() for name, mask in masks.items()) / total
+            for i, key in enumerate(("flip_rate", "initial_flip_rate"))
+        }
+        figures["mask_decay"] = self._mask_decay(state.global_step - 1, state.max_steps)  # of the update just done
+        if self.config.schedule != "constant":
+            figures["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+        due = control.should_log
+        self.log(dict(figures))
+        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+        if args.should_save:
+            layers = {name: list(rate) for name, rate in rates.items()}
+            row = {"step": state.global_step, **figures, "layers": layers}
+            append_row(Path(str(args.output_dir)) / MASK_HISTORY, row)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.config.schedule != "constant":  # a run that was stopped early is pruned to its pattern all the same
+            refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
+        apply_masks(kwargs["model"])
+
+    def _wait(self, state: TrainerState, waits: bool) -> None:
+        """Put the refresh of a step off, or end that; what was recorded for it is dropped with it."""
+        if waits and self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        if waits != self._waits:
+            others: dict[str, Any] = dict(state.stateful_callbacks or {})  # type: ignore[arg-type]  # a mapping by now
+            others.pop(_STATE, None)
+            state.stateful_callbacks = {**others, _STATE: {}} if waits else others  # type: ignore[assignment]
+        self._waits = waits
+
+    def _is_due(self, step: int, total_steps: int) -> bool:
+        last = slorb_step(self.slorb, total_steps)
+        is_due = self._waits or is_refresh_due(self.config, step, total_steps)
+        return is_due and (last is None or step <= last)
+
+    def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
+        config = self.config
+        if config.schedule != "constant":
+            return refresh_masks(model, sparsity=sparsity_at(config, step, total_steps))
+        if self._recorder is None:
+            return refresh_masks(model)
+        recorder, self._recorder = self._recorder, None
+        recorder.stop()
+        return refresh_masks(
+            model, config.criterion, recorder.reduced_statistics(), calibration_config=self.calibration
+        )
+
+    def _mask_decay(self, step: int, total_steps: int) -> float:
+        config = self.config
+        if config.schedule != "constant":  # pruned weights are zero: there is nothing to decay
+            return 0.0
+        return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
+
+
+def _sparse_optimizer(optimizer: Any) -> SparseAdamW:
+    """The optimizer itself: accelerate wraps it."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(inner, SparseAdamW), type(inner)
+    return inner

@@ -1,0 +1,259 @@
+"""A loss that is not finite, or jumps: the run stops or passes over the step, and the batch is kept for replay.
+
+A step without a counted token is passed over too.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ast_sparse.config import WatchConfig
+from ast_sparse.data.blocks.collator import DOMAIN
+from ast_sparse.distillation.logits import IGNORE_INDEX
+from ast_sparse.distributed.pieces import whole
+from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.training.resume.checkpoints import last_checkpoint
+
+logger = logging.get_logger(__name__)
+
+REPLAY = "replay"
+# not the name of a class: transformers would build one anew with `restore_callback_states_from_checkpoint`
+_STATE = "ast_sparse.watch"
+
+
+def divergence(what: str, args: TrainingArguments, step: int, batch: Path | None = None) -> DivergenceError:
+    """The error that ends a run whose numbers have gone wrong.
+
+    Args:
+        what: is wrong, at which `step`.
+        batch: where the step's batch is kept.
+    """
+    last = last_checkpoint(str(args.output_dir))
+    good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
+    kept = "" if batch is None else f" The batch: {batch}."
+    return DivergenceError(
+        f"Training diverged at step {step}: {what}. {good}.{kept} "
+        "Lower training.learning_rate or training.max_grad_norm, then start again or resume."
+    )
+
+
+class WatchCallback(TrainerCallback):
+    """Judges every step before its update, by the loss of all its micro-batches on all ranks.
+
+    A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data go on. What
+    a later verdict depends on is saved with every checkpoint, so a resumed run decides as the undisturbed one.
+
+    A step whose micro-batches hold no token that the loss counts, on any rank, has nothing to learn from. It leaves
+    weights, moments and step counts as they are as well, and is not judged; the masks wait for the next step that has
+    such tokens (`SparsityCallback`), while λ, learning rate and data go on.
+
+    Attributes:
+        is_empty: whether the step that was judged last had no such token.
+        empty: steps without one so far.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self.config = config
+        self._batches: list[dict[str, Any]] = []
+        self._loss: Tensor | None = None
+        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        self.skipped = 0
+        self.empty = 0
+        self.is_empty = False
+        self._in_a_row = 0
+        self._tokens: Tensor | None = None
+        self._steps = [0, 0]  # since the last record of the log, and since the beginning of this call of train()
+        self._empty_steps = [0, 0]  # of them
+
+    def add(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        """Note a micro-batch and its loss, as Trainer adds them up."""
+        tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss)
+        self._batches.append(inputs)
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def figures(self) -> dict[str, float]:
+        """For the log: `skipped_steps` so far, where steps may be skipped; `empty_steps`, once there is one."""
+        found: dict[str, float] = (
+            {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
+        )
+        return {**found, "empty_steps": self.empty} if self.empty else found
+
+    def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
+        """Make the mean over steps that Trainer logs one over the steps that have a loss; without one, take it out.
+
+        Args:
+            key: `loss`, since the last record of the log, or `train_loss`, since the beginning of this call of train().
+        """
+        index = int(key != "loss")
+        steps, empty = self._steps[index], self._empty_steps[index]
+        self._steps[index] = self._empty_steps[index] = 0
+        if self.is_empty:
+            logs.pop("grad_norm", None)
+        if empty and empty == steps:
+            del logs[key]
+        elif empty:
+            logs[key] *= steps / (steps - empty)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.get(_STATE) if isinstance(state.stateful_callbacks, dict) else None
+        self._reset(saved or {})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._batches, self._loss, self._tokens = [], None, None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the update go on, or empty it by taking the gradients.
+
+        Raises:
+            DivergenceError: the settings say stop.
+        """
+        if self._loss is None or self._tokens is None:
+            return
+        norm = _gradient_norm(kwargs["model"], kwargs["optimizer"]).to(self._loss)
+        loss, norm, tokens = mean_over_ranks(torch.stack([self._loss, norm, self._tokens])).tolist()
+        self.is_empty = tokens == 0
+        self._steps = [steps + 1 for steps in self._steps]
+        if self.is_empty:
+            self._pass_over(args, state.global_step + 1, kwargs["optimizer"])
+            return
+        action, what = self._verdict(loss, norm)
+        if action == "skip" and self._in_a_row == self.config.max_skips:
+            action, what = "stop", f"{what}, after watch.max_skips={self._in_a_row} skipped steps in a row"
+        step, path = state.global_step + 1, None
+        if action != "go":
+            header = {"what": what, "loss": loss, "gradient_norm": norm}
+            path = self._save(args, {**header, "step": step}, kwargs["optimizer"])
+        if action == "stop":
+            raise divergence(what, args, step, path)
+        self._in_a_row = self._in_a_row + 1 if action == "skip" else 0
+        if action == "skip":
+            self.skipped += 1
+            _drop_update(kwargs["optimizer"])
+        elif self.config.spike != "off":
+            self._losses.append(loss)
+        if action != "go" and args.should_log:
+            logger.warning(f"Step {step} {'is skipped' if action == 'skip' else 'goes on'}: {what}. The batch: {path}.")
+
+    def _pass_over(self, args: TrainingArguments, step: int, optimizer: Any) -> None:
+        """Leave out the update of a step without a counted token, and say so the first time."""
+        self._empty_steps = [steps + 1 for steps in self._empty_steps]
+        self.empty += 1
+        _drop_update(optimizer)
+        if self.empty == 1 and args.should_log:
+            logger.warning(
+                f"Step {step} has no token that the loss counts (all labels are −100), so weights, moments and masks "
+                "stay as they are. Said once; `empty_steps` in the log counts such steps."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._batches, self._loss, self._tokens = [], None, None
+        if self.config.spike != "off" or self.config.nan == "skip" or self.empty:
+            saved: Any = {"losses": list(self._losses), "skipped": self.skipped, "in_a_row": self._in_a_row}
+            saved = {**saved, "empty": self.empty} if self.empty else saved
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), _STATE: saved}  # type: ignore[assignment,dict-item]
+
+    def _reset(self, saved: dict[str, Any]) -> None:
+        self._losses = deque(saved.get("losses", ()), self.config.spike_window)
+        self.skipped, self._in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
+        self.empty, self.is_empty = saved.get("empty", 0), False
+        self._steps, self._empty_steps = [0, 0], [0, 0]
+
+    def _verdict(self, loss: float, norm: float) -> tuple[str, str]:
+        config = self.config
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return config.nan, f"{name} is {value}"
+        if config.spike != "off" and len(self._losses) == config.spike_window:
+            usual = statistics.median(self._losses)
+            if loss > config.spike_factor * usual:
+                what = f"loss is {loss:.4g}, more than watch.spike_factor={config.spike_factor:g} times {usual:.4g}"
+                return config.spike, f"{what}, the median of the last {config.spike_window} steps"
+        return "go", ""
+
+    def _save(self, args: TrainingArguments, header: dict[str, Any], optimizer: Any) -> Path:
+        """This rank's micro-batches as `replay/step-N-rank-R.safetensors`."""
+        path = Path(str(args.output_dir)) / REPLAY / f"step-{header['step']}-rank-{args.process_index}.safetensors"
+        settings = {"watch": self.config.to_dict(), "learning_rate": float(optimizer.param_groups[0]["lr"])}
+        described = {**header, "rank": args.process_index, "micro_batches": len(self._batches), "settings": settings}
+        tensors = {
+            f"{index}.{name}": value.detach().cpu().contiguous()
+            for index, batch in enumerate(self._batches)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        save_file(tensors, unfinished, metadata={key: json.dumps(value) for key, value in described.items()})
+        unfinished.replace(path)
+        return path
+
+
+def load_batch(path: str | Path) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """The micro-batches of a file in `replay/`, and its header: step, rank, what was wrong, loss, settings.
+
+    Raises:
+        UserError: the file is not there, or is none of them.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            batches: list[dict[str, Tensor]] = [{} for _ in range(header["micro_batches"])]
+            for key in file.keys():  # noqa: SIM118
+                index, name = key.split(".", 1)
+                batches[int(index)][name] = file.get_tensor(key)
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"Batch {str(path)!r} cannot be read: {' '.join(str(error).split())}. Name a step-N-rank-R.safetensors of "
+            f"the {REPLAY} folder of a run."
+        ) from None
+    return batches, header
+
+
+def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
+    """Cross-entropy of a model on each micro-batch that a run kept.
+
+    For the loss (4) of a run, give each of `load_batch(path)[0]` to `SparseTrainer.compute_loss`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    batches, _ = load_batch(path)
+    with torch.no_grad():
+        known = [{name: value for name, value in batch.items() if name != DOMAIN} for batch in batches]
+        # beside a cache, transformers sees no borders of documents in `position_ids`
+        return [
+            float(model(use_cache=False, **{name: v.to(model.device) for name, v in batch.items()}).loss)
+            for batch in known
+        ]
+
+
+def _drop_update(optimizer: Any) -> None:
+    """Let the optimizer find nothing to do: neither weights decay nor moments nor step counts move."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
+    """The norm after clipping, which leaves a NaN where it was not finite."""
+    if getattr(optimizer, "scaler", None) is not None:  # of fp16: it overflows now and then, and sees to it itself
+        return torch.zeros(())
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

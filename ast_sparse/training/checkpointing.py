@@ -1,0 +1,211 @@
+"""What SparseTrainer adds to the checkpoints of `transformers.Trainer`, in one piece or sharded."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ast_sparse.distributed.pieces import is_sharded, local
+from ast_sparse.distributed.ranks import any_rank, gather, wait_for_all
+from ast_sparse.export.export import save_sparse_model
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.storage.checksums import write_checksums
+from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
+from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
+from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
+from ast_sparse.training.callbacks.watch import divergence
+from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
+from ast_sparse.training.resume.checkpoints import write_errors
+
+
+class CheckpointTrainer(Trainer):
+    """Trainer whose checkpoints hold dense weights and masks, and can be resumed by any number of processes.
+
+    A sharded run (FSDP2) writes sharded checkpoints, any other run ordinary ones; each resumes from either.
+    """
+
+    _frame: PreTrainedModel | None  # the student without weights, where it is going to be sharded
+    _origin: Origin  # of the student
+    _given_settings: Settings = ()  # while Trainer's own are in the student's configuration: those before
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The model that is trained, without the wrapper of a distributed run."""
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+
+    def whole_student(self) -> PreTrainedModel | None:
+        """The student in one piece: itself, or gathered on the CPU of the first process, where training is sharded.
+
+        Every process must call it; in a sharded run it is None on all but the first.
+        """
+        if self._frame is None or not is_sharded(self.student):
+            return self.student
+        return gathered(self.student, self._frame)
+
+    def sparsity_config_dict(self) -> dict[str, Any]:
+        """What `sparsity_config.json` says of the run."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _settings_of_trainer(self) -> Iterator[None]:
+        """Without a cache, as Trainer trains; afterwards the student has its own settings again."""
+        with settings_kept(self.student, self.args.use_cache) as given:
+            outer, self._given_settings = self._given_settings, self._given_settings or given
+            try:
+                yield
+            finally:
+                self._given_settings = outer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer, with FSDP2 where it is asked for, between CPU processes too."""
+        super().create_accelerator_and_postprocess()
+        if (plugin := sharding_plugin(self.args)) is not None:
+            use_plugin(self.accelerator, plugin)
+            self.is_fsdp_enabled = True
+
+    def shard_student(self) -> None:
+        """Shard the student now, where it is going to be: accelerate does so together with the optimizer only."""
+        if self.is_fsdp_enabled and not is_sharded(self.student):
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+            self.model_wrapped = self.model
+
+    # ---- save ----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the masked model as an ordinary checkpoint; inside training, its dense weights and masks for resume.
+
+        Raises:
+            DivergenceError: weights are not finite; nothing is written.
+        """
+        folder = Path(str(output_dir or self.args.output_dir))
+        self._check_finite()
+        if _internal_call and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
+            self._save_for_resume(folder)
+            return
+        student = self.whole_student()
+        if self.args.should_save and student is not None:
+            with saved_with(student, self._given_settings):
+                save_sparse_model(student, folder, self.sparsity_config_dict())
+            self._origin.complete(folder, self._tokenizer)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _check_finite(self) -> None:
+        """Raise DivergenceError unless all weights are finite, on every process of a sharded run."""
+        faulty = (
+            f"`{name}` holds"
+            for name, parameter in self.student.named_parameters()
+            if parameter.is_floating_point() and not torch.isfinite(local(parameter)).all()
+        )
+        fault = next(faulty, None)
+        if is_sharded(self.student) and any_rank(fault is not None, self.args.device):
+            fault = fault or "another process's part of the weights holds"
+        if fault is not None:
+            raise divergence(f"{fault} values that are not finite", self.args, self.state.global_step)
+
+    def _save_for_resume(self, folder: Path) -> None:
+        """The weights under the names of the live model, as Trainer's load knows no others (fused experts of MoE
+        models); of a sharded run what makes a model of them, which Trainer saves with the optimizer."""
+        student: Any = self.student
+        if is_sharded(student):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                with saved_with(student, self._given_settings):
+                    student.config.save_pretrained(folder)
+                    if student.generation_config is not None:
+                        student.generation_config.save_pretrained(folder)
+        else:
+            student.save_pretrained = partial(student.save_pretrained, save_original_format=False)
+            try:
+                with saved_with(student, self._given_settings):
+                    super().save_model(str(folder), _internal_call=True)
+            finally:
+                del student.save_pretrained
+            if self.args.should_save:
+                write_checksums(folder)
+        if self.args.should_save:
+            self._origin.complete(folder, self._tokenizer)
+            write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return cast(PreTrainedTokenizerBase | None, self.processing_class)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Trainer, into an empty folder, which does not stay behind when the save fails."""
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():  # of a save that was cut off, maybe of more processes
+            shutil.rmtree(folder)
+        wait_for_all()
+        with write_errors(folder.parent, folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            except BaseException as error:
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)
+                if isinstance(error, CheckpointException):  # which every process gets
+                    wait_for_all()
+                raise
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.student):  # a sharded checkpoint is read into a state that has an entry for everything
+            optimizer = _inner(self.optimizer)
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state_of(parameter)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in Trainer, until every process has written: what comes next marks the checkpoint as finished."""
+        super()._save_rng_state(output_dir)
+        wait_for_all()
+        if is_sharded(self.student):
+            write_sums(Path(output_dir), self.args.process_index, self.args.world_size, gather)
+
+    # ---- load ----------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = cast(nn.Module, self.model) if model is None else model
+        stored, live = is_sharded_checkpoint(Path(resume_from_checkpoint)), is_sharded(model)
+        if stored != live or (self.is_fsdp_enabled and not live):
+            load_weights(Path(resume_from_checkpoint), model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in Trainer; a tied weight, which is stored under its other name, is not missing."""
+        tied = getattr(self.student, "all_tied_weights_keys", None) or {}
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or is_sharded_checkpoint(Path(best)):
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or is_sharded_checkpoint(Path(checkpoint)) == is_sharded(self.student):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = _inner(self.optimizer)
+        load_moments(Path(checkpoint), self.student, optimizer)
+        assert self.lr_scheduler is not None  # made before anything is loaded
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def _inner(optimizer: Any) -> SparseAdamW:
+    """The optimizer itself: accelerate wraps it."""
+    return cast(SparseAdamW, getattr(optimizer, "optimizer", optimizer))

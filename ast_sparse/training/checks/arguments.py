@@ -1,0 +1,244 @@
+"""Settings of `TrainingArguments` that are wrong, or that AST would ignore or break: refused by name before a run."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DynamoBackend
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SaveStrategy, SchedulerType
+from transformers.training_args import trainer_log_levels
+
+from ast_sparse.errors import UserError
+from ast_sparse.training.fsdp import env_flag, sharding_plugin
+
+# field: why, and the mend; refused whenever it is not at its default
+_REFUSED = {
+    "optim": "AST trains with its own SparseAdamW. Remove it; set adam_beta1, adam_beta2, adam_epsilon, weight_decay.",
+    "optim_args": "AST trains with its own SparseAdamW. Remove it.",
+    "optim_target_modules": "AST trains with its own SparseAdamW. Remove it.",
+    "deepspeed": "DeepSpeed shards weights where masks cannot follow. Remove it; set fsdp: true (FSDP2).",
+    "label_smoothing_factor": "the distillation loss has no label smoothing. Remove it.",
+    "use_liger_kernel": "Liger replaces the loss that AST computes itself. Remove it.",
+    "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
+    "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
+    "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; set fsdp: true (FSDP2).",
+    "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
+    "auto_find_batch_size": "a batch size that changes makes a run unrepeatable. Set per_device_train_batch_size.",
+}
+# of a configuration file only: transformers leaves these to scripts, and ast-train has its own way
+_USELESS = {
+    "do_train": (True, "ast-train always trains. Remove it; ast-eval measures a model."),
+    "do_predict": (False, "ast-train predicts nothing. Remove it."),
+    "resume_from_checkpoint": (None, "it would be ignored. Remove it, and start with --resume CHECKPOINT."),
+    "local_rank": (-1, "torchrun sets it. Remove it."),
+}
+_AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1, "save_total_limit": 1, "torch_empty_cache_steps": 1, "dataloader_prefetch_factor": 1,
+    "ddp_timeout": 1, "ddp_bucket_cap_mb": 1, "dataloader_num_workers": 0, "learning_rate": 0, "weight_decay": 0,
+    "max_grad_norm": 0, "warmup_steps": 0, "eval_delay": 0, "neftune_noise_alpha": 0,
+}  # fmt: skip
+_ABOVE_ZERO = ("num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps")
+_CHOICES = {
+    "log_level": tuple(trainer_log_levels),
+    "log_level_replica": tuple(trainer_log_levels),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
+    "metric_for_best_model": ("loss", "eval_loss"),
+}
+_ENGINES = {
+    "DEEPSPEED": "DeepSpeed",
+    "MEGATRON_LM": "Megatron-LM",
+    "PARALLELISM_CONFIG": "tensor or context parallelism",
+}
+_GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+_ANY_STEPS = 1000  # stands for the length of a run that the data decides
+
+
+def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArguments:
+    """`TrainingArguments(**values)` with its errors as one line each.
+
+    Raises:
+        UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting.
+    """
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
+    _check_refused({name: values[name] for name in _REFUSED if name in values}, defaults)
+    _check_ranges(values)
+    for name, (default, reason) in _USELESS.items():
+        if name in values and values[name] != default:
+            raise UserError(f"training.{name}={_short(values[name])}: {reason}")
+    _check_choices(values, "metric_for_best_model")  # of a trainer of one's own, compute_metrics brings others
+    arguments = {**values, "output_dir": output_dir}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
+        try:
+            args = TrainingArguments(**arguments)
+        except Exception as error:  # whatever its many checks, and those of accelerate, raise
+            raise UserError(_named(error, values, arguments)) from None
+    check_arguments(args)
+    return args
+
+
+def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """An error of TrainingArguments in one line, with the setting without which it does not occur."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    message = message if message.endswith(".") else f"{message}."
+    for key in sorted(values.keys() - {"output_dir"}, key=lambda key: re.search(rf"\b{key}\b", message) is None):
+        try:
+            TrainingArguments(**{name: value for name, value in arguments.items() if name != key})
+        except Exception:  # another setting is to blame
+            continue
+        return f"training.{key}={_short(values[key])}: {message} Correct or remove it."
+    return f"training: {message} Correct the section."
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse settings that fail later, or that this trainer would ignore.
+
+    Raises:
+        UserError: the first of them, with its value and the mend.
+    """
+    values = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
+    _check_refused(values, {item.name: item.default for item in dataclasses.fields(args)})
+    _check_ranges(values)
+    for name in ("log_level", "log_level_replica", "train_sampling_strategy", "torch_compile_backend"):
+        _check_choices(values, name)
+    _check_trackers(args.report_to)
+    _check_schedule(args)
+    _check_checkpointing(args)
+    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
+        raise UserError("training.save_strategy='best' needs a figure to compare. Set metric_for_best_model: loss.")
+    if args.push_to_hub and args.hub_strategy not in ("end",):
+        raise UserError(
+            f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
+            "Use hub_strategy: end."
+        )
+    for name, what in _ENGINES.items():
+        if env_flag(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
+                "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
+            )
+    sharding_plugin(args)
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel does not carry masks. Start with "
+            "`torchrun --nproc_per_node` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _check_refused(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        value = values.get(name)
+        default = getattr(defaults[name], "value", defaults[name])
+        if getattr(value, "value", value) != default and value not in (None, False, [], {}, ""):
+            raise UserError(f"training.{name}={_short(value)}: {reason}")
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    def require(condition: bool, name: str, mend: str) -> None:
+        if not condition:
+            raise UserError(f"training.{name}={_short(values[name])} {mend}")
+
+    given = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    for name in given.keys() & _AT_LEAST.keys():
+        require(given[name] >= _AT_LEAST[name], name, f"must be {_AT_LEAST[name]} or more.")
+    for name in given.keys() & set(_ABOVE_ZERO):
+        require(given[name] > 0, name, "must be above 0.")
+    for name in given.keys() & {"adam_beta1", "adam_beta2"}:
+        require(0 <= given[name] < 1, name, "must be 0 or more and below 1.")
+    for name in given.keys() & {"seed", "data_seed"}:
+        require(0 <= given[name] < 2**32, name, "must lie between 0 and 4294967295.")
+    if "max_steps" in given:
+        steps = given["max_steps"]
+        require(steps >= 1 or steps == -1, "max_steps", "must be 1 or more, or -1 where num_train_epochs decides.")
+        require(steps < 2**31, "max_steps", "must be below 2147483648.")
+    if given.get("warmup_steps", 0) > 1:
+        require(given["warmup_steps"] % 1 == 0, "warmup_steps", "must be whole steps, or a share of them below 1.")
+
+
+def _check_choices(values: Mapping[str, Any], name: str) -> None:
+    value = values.get(name)
+    if value is not None and value not in _CHOICES[name]:
+        raise UserError(f"training.{name}={_short(value)} is unknown. {_choose(value, _CHOICES[name])}")
+
+
+def _check_trackers(report_to: Any) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ("none", "all", *sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"training.report_to={_short(name)} is no tracker. {_choose(name, known)}")
+        # transformers lists neither of these two among the available ones in every case
+        if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):
+            raise UserError(f"training.report_to={_short(name)} is not installed. Install it, or set report_to: none.")
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Build the learning-rate schedule as Trainer will, and follow it to its end."""
+    kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
+    where = f"training.lr_scheduler_kwargs={_short(given)}" if given else f"training.lr_scheduler_type={kind.value!r}"
+    if not isinstance(given, dict):
+        raise UserError(f"{where} is no mapping. Write for example {{min_lr_rate: 0.1}}.")
+    build = cast(Callable[..., Any], TYPE_TO_SCHEDULER_FUNCTION[kind])
+    parameters = inspect.signature(build).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [name for name in parameters if name not in _GIVEN_TO_SCHEDULERS]
+    if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        known = []  # Trainer hands them none
+    for key in given:
+        if key not in known and not takes_any:
+            raise UserError(f"{where}: the schedule {kind.value!r} takes no {key!r}. {_choose(key, known)}")
+        if isinstance(given[key], int | float) and given[key] < 0:
+            raise UserError(f"{where}: {key} is negative. Set it to 0 or more.")
+    steps = args.max_steps if args.max_steps > 0 else _ANY_STEPS
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # they come again when Trainer builds it
+            schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, given)
+        rate = getattr(schedule, "lr_lambdas", [lambda step: 1.0])[0]
+        rates = [float(rate(steps * tenth // 10)) for tenth in range(11)]
+    except Exception as error:  # whatever arguments of the wrong type or size make it raise
+        reason = " ".join(str(error).split())
+        mend = "Correct its arguments." if given else "Give its arguments in training.lr_scheduler_kwargs."
+        raise UserError(f"{where}: the schedule cannot be built: {reason.rstrip('.')}. {mend}") from None
+    if not all(math.isfinite(value) and -1e-6 <= value <= 1 + 1e-6 for value in rates):
+        raise UserError(
+            f"{where}: the schedule {kind.value!r} leaves the range from 0 to training.learning_rate="
+            f"{args.learning_rate}. Correct its arguments."
+        )
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    given = args.gradient_checkpointing_kwargs
+    if not given:
+        return
+    where = f"training.gradient_checkpointing_kwargs={_short(given)}"
+    if not args.gradient_checkpointing:
+        raise UserError(f"{where} would be ignored. Set gradient_checkpointing: true, or remove it.")
+    parameters = inspect.signature(checkpoint).parameters
+    known = [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
+    for key in given:
+        if key not in (*known, "preserve_rng_state"):
+            raise UserError(f"{where}: there is no {key!r}. {_choose(key, known)}")
+
+
+def _choose(value: Any, known: Iterable[Any]) -> str:
+    names = [str(name) for name in known]
+    if near := difflib.get_close_matches(str(value), names, n=1):
+        return f"Did you mean {near[0]!r}?"
+    return f"Choose from {', '.join(names)}." if names else "Remove it."
+
+
+def _short(value: Any) -> str:
+    return repr(getattr(value, "value", value))

@@ -1,0 +1,92 @@
+"""Documents of a block kept apart (`data.packing: documents`): what it needs of a model, tried out before training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from ast_sparse.data.blocks.collator import CausalLMCollator, document_borders
+from ast_sparse.errors import UserError
+from ast_sparse.evaluation.scoring import eval_mode
+
+_MEND = "Set data.packing: joined."
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, for float32 and below
+_TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> CausalLMCollator:
+    """The collator of a run; with packing `documents` it marks where documents begin."""
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    end, begin = document_borders(tokenizer, packing, bos) or (None, None)
+    return CausalLMCollator(pad, end, begin)
+
+
+def check_apart(
+    model: PreTrainedModel,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: TrainingArguments,
+    collator: Any,
+) -> None:
+    """Check that student and teacher keep the documents of a block apart.
+
+    Each that is not on flash attention runs two short rows of two documents, and the documents alone. Flash attention
+    reads the borders out of the positions of a batch of one row only.
+
+    Raises:
+        UserError: one of them does not, or there is no tokenizer to say how documents end.
+    """
+    if tokenizer is None or collator is not None:
+        raise UserError(
+            "packing='documents' is done by SparseTrainer's own collator, by the tokenizer's EOS token. Pass "
+            "processing_class and no data_collator."
+        )
+    for who, tried in (("the model", model), ("the teacher", teacher)):
+        if tried is None:
+            continue
+        attention = str(getattr(tried.config, "_attn_implementation", ""))
+        if "flash" in attention:
+            _check_batch(args, attention)
+        elif reason := _mixes(tried):
+            raise UserError(
+                f"data.packing='documents': {who} ({type(tried).__name__}, attention {attention!r}) does not keep "
+                f"documents apart by their positions: {reason}. {_MEND}"
+            )
+
+
+def _check_batch(args: TrainingArguments, attention: str) -> None:
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(args, key) != 1:
+            raise UserError(
+                f"training.{key}={getattr(args, key)}: with attention {attention!r}, data.packing='documents' needs "
+                "batches of one block. Set it to 1 and raise gradient_accumulation_steps, or take sdpa."
+            )
+
+
+@torch.no_grad()
+def _mixes(model: nn.Module) -> str | None:
+    """Why a document's logits depend on the one before it, or None if they do not."""
+    device = next(model.parameters()).device
+    tokens = torch.arange(1, 1 + sum(_TRIED[0]), device=device).repeat(len(_TRIED), 1)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _TRIED]).to(device)
+    try:
+        with eval_mode(model):
+            packed = _logits(model, tokens, position_ids=positions)
+            alone = [
+                torch.cat([_logits(model, part[None])[0] for part in row.split(list(lengths))])
+                for row, lengths in zip(tokens, _TRIED, strict=True)
+            ]
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:200]
+    expected = torch.stack(alone)
+    distance = float((packed - expected).abs().max() / expected.abs().max())
+    is_half = next(model.parameters()).element_size() < 4
+    if distance <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
+        return None
+    return f"logits differ by {distance:.1%} from those of each document alone"
+
+
+def _logits(model: nn.Module, tokens: Tensor, **inputs: Any) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False, **inputs).logits
+    return logits.float()

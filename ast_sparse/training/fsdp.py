@@ -1,0 +1,241 @@
+"""Sharded training (FSDP2) through accelerate: its settings, the frozen teacher, and the student in one piece.
+
+The student, its masks, SLoRB and the optimizer state are sharded by accelerate, as parameters and what follows them.
+"""
+
+import copy
+import difflib
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.training_args import ParallelMode
+
+from ast_sparse.distributed.pieces import local, piece_for
+from ast_sparse.errors import UserError
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.sparsity.model import CHECKPOINTED, decoder_blocks
+from ast_sparse.storage.files import weight_files
+from ast_sparse.storage.sharded import MODEL_FOLDER, OPTIMIZER_FOLDER, is_sharded_checkpoint, read_tensors
+
+_KEYS = (
+    "version", "reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params",
+    "activation_checkpointing", "state_dict_type", "cpu_ram_efficient_loading", "cpu_offload",
+)  # fmt: skip
+_STATE_DICT = "SHARDED_STATE_DICT"
+_LAUNCH = "Start with `accelerate launch --config_file configs/accelerate/fsdp2.yaml` or torchrun"
+
+
+def env_flag(name: str) -> bool:
+    """Whether `accelerate launch` has switched something on."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def sharding_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
+    """The settings of FSDP2, from `args.fsdp` and `args.fsdp_config` or from `accelerate launch`; None without.
+
+    Raises:
+        UserError: FSDP1, or a setting under which masks do not follow their weights.
+    """
+    if not (args.fsdp or env_flag("ACCELERATE_USE_FSDP")):
+        if args.fsdp_config:
+            raise UserError(
+                f"training.fsdp_config={args.fsdp_config!r} would be ignored. Set fsdp: true, or remove it."
+            )
+        return None
+    where = "training.fsdp_config" if args.fsdp else "fsdp_config of `accelerate launch`"
+    if args.fsdp:
+        _check_keys(cast(dict[str, Any], args.fsdp_config))
+    version = args.fsdp_plugin_args["fsdp_version"] if args.fsdp else int(os.environ.get("FSDP_VERSION", "1"))
+    if version != 2:
+        raise UserError(
+            f"{where}: version {version} flattens weights and masks into one tensor. Set fsdp_version: 2 (FSDP2)."
+        )
+    try:
+        plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args if args.fsdp else {}))
+    except (ValueError, KeyError, ImportError) as error:  # of its many checks
+        raise UserError(f"{where}: {' '.join(str(error).split()).rstrip('.')}. Correct it.") from None
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            f"{where}: cpu_ram_efficient_loading leaves all processes but one without the weights that masks are made "
+            "from. Set it to false."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError(f"{where}: cpu_offload has not been made to work with masks. Remove it; use more GPUs.")
+    if plugin.ignored_modules is not None:
+        raise UserError(f"{where}: ignored_modules would get no gradients of other processes. Remove it.")
+    if args.save_only_model:
+        raise UserError(
+            "training.save_only_model=True cannot be had of a sharded run, whose checkpoints are made to resume. "
+            "Remove it; ast-export makes an ordinary model of a checkpoint."
+        )
+    return plugin
+
+
+def _check_keys(config: dict[str, Any]) -> None:
+    """Names that transformers would pass over, and what is never so in a sharded run."""
+    for key, value in config.items():
+        if key.startswith("xla") and not value:  # transformers writes its defaults in
+            continue
+        if key.startswith("xla"):
+            raise UserError(f"training.fsdp_config: {key} is not supported. Remove it.")
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(_KEYS)}."
+            raise UserError(f"training.fsdp_config: there is no {key!r}. {hint}")
+    state = config.get("state_dict_type", _STATE_DICT)
+    if str(state).upper() != _STATE_DICT:
+        raise UserError(
+            f"training.fsdp_config: state_dict_type={state!r}: checkpoints of a sharded run are sharded. Remove it; "
+            "ast-export makes an ordinary model of one."
+        )
+
+
+def check_sharding(args: TrainingArguments) -> None:
+    """Raise UserError where sharding is asked for and there is one process without a launcher."""
+    if sharding_plugin(args) is not None and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            f"training.fsdp={args.fsdp} needs processes to shard over. {_LAUNCH} (`torchrun --nproc_per_node N`), or "
+            "remove it."
+        )
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Raise UserError for a Conv1D, whose groups FSDP2 would cut along dim 0, and for blocks that share weights."""
+    name = next((name for name, module in model.named_modules() if isinstance(module, Conv1D)), None)
+    if name is not None:
+        raise UserError(
+            f"`{name}` is a Conv1D, whose groups of a mask FSDP2 would cut. Remove training.fsdp; use DDP (torchrun)."
+        )
+    first: dict[nn.Parameter, str] = {}
+    for block_name, block in decoder_blocks(model).items():
+        for key, parameter in block.named_parameters():
+            if first.setdefault(parameter, block_name) != block_name:
+                raise UserError(
+                    f"`{block_name}.{key}` is also a weight of `{first[parameter]}`, and FSDP2 cannot shard a weight "
+                    "that two blocks share. Remove training.fsdp; use DDP (torchrun)."
+                )
+
+
+def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Complete what accelerate made of the settings.
+
+    Checkpoints are sharded; gradients are summed up in float32, also where the blocks compute in bf16. Between CPU
+    processes accelerate 1.15 ignores the settings and takes DDP: what is set in its state here is all that its FSDP2
+    path asks for, which then runs as on GPUs.
+    """
+    state = accelerator.state
+    if accelerator.device.type == "cpu":
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = plugin
+    plugin = state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type(_STATE_DICT)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
+    if half is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+
+
+def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_forward: bool) -> None:
+    """Shard a frozen model block by block, in place; embeddings, last norm and head stay whole on every process.
+
+    So a forward pass may begin at the model or at its decoder alone, and the head may be used by itself.
+
+    Args:
+        device: of training; at no time more than one block is there whole.
+    """
+    for block in decoder_blocks(teacher).values():
+        fully_shard(block, reshard_after_forward=reshard_after_forward)
+    inside = {p for block in decoder_blocks(teacher).values() for p in block.parameters()}
+    outside = [p for p in teacher.parameters() if p not in inside]
+    for tensor in (*outside, *teacher.buffers()):
+        tensor.data = tensor.data.to(device)
+    # the root, which lets the blocks overlap; not the decoder, of which transformers knows nothing by another class
+    fully_shard(teacher, ignored_params=set(outside))
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose parameters are on the meta device and take no memory."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def gathered(sharded: nn.Module, frame: PreTrainedModel) -> PreTrainedModel | None:
+    """The sharded model in one piece, on the CPU of the first process; None on the others. Every one must call it.
+
+    Args:
+        frame: the model before it was sharded, `without_weights`; not changed.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(sharded, options=options)
+    if not weights:
+        return None
+    model = without_weights(frame)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return cast(PreTrainedModel, model.eval())
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put weights, masks and SLoRB of a checkpoint into a model, where only one of the two may be sharded.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor of the model, or it has another shape.
+    """
+    if is_sharded_checkpoint(checkpoint):
+        stored = read_tensors(checkpoint / MODEL_FOLDER)
+    else:
+        stored = {name: tensor for file in weight_files(checkpoint) for name, tensor in load_file(file).items()}
+    for name, live in model.named_parameters():  # tied ones once
+        _fill(live, stored.get(name.replace(CHECKPOINTED, "")), f"{checkpoint}: `{name}`")
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(stored[name])
+
+
+@torch.no_grad()
+def load_moments(checkpoint: Path, model: nn.Module, optimizer: SparseAdamW) -> None:
+    """Give an optimizer the state of a checkpoint, where only one of the two is sharded; its groups stay as they are.
+
+    Raises:
+        UserError: the checkpoint lacks the state of a parameter, or it has another shape.
+    """
+    names: dict[Tensor, str] = {
+        parameter: name.replace(CHECKPOINTED, "") for name, parameter in model.named_parameters()
+    }
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
+    if is_sharded_checkpoint(checkpoint):
+        stored = read_tensors(checkpoint / OPTIMIZER_FOLDER, lambda name: name.startswith("optimizer.state."))
+        for parameter in parameters:
+            prefix = f"state.{names[parameter]}."
+            states[parameter] = {key.removeprefix(prefix): v for key, v in stored.items() if key.startswith(prefix)}
+    else:  # by the order of the groups, which is the same
+        saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)["state"]
+        states |= {parameter: saved[index] for index, parameter in enumerate(parameters) if index in saved}
+    for parameter, state in states.items():
+        if state:  # else never updated so far
+            for key, live in optimizer.state_of(parameter).items():
+                _fill(live, state.get(key), f"{checkpoint}: {key} of `{names[parameter]}`")
+
+
+def _fill(live: Tensor, stored: Tensor | None, what: str) -> None:
+    """Copy a whole tensor into a live one, or into the part that this process has of it."""
+    if stored is None or stored.shape != live.shape:
+        found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}, the run {tuple(live.shape)}"
+        raise UserError(f"{what} {found}. Resume from another checkpoint.")
+    local(live).copy_(piece_for(stored.to(local(live).device), live))

@@ -1,0 +1,294 @@
+"""Which checkpoint of a run can be resumed, and whether it belongs to the run."""
+
+import errno
+import pickle
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import logging
+
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.config.yaml12 import shown
+from ast_sparse.errors import SharedError, UserError
+from ast_sparse.kernels.choice import Kernels
+from ast_sparse.storage.checksums import check_checksums
+from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
+from ast_sparse.storage.sharded import is_sharded_checkpoint, shard_faults
+from ast_sparse.storage.sharded import tensor_shapes as sharded_shapes
+
+logger = logging.get_logger(__name__)
+
+RUN_RECORD = "run.json"  # what the run was: settings, and fingerprints of what it read
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+_TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+_NAME = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_MOST_EPOCHS = 10**9
+_MAY_DIFFER = ("kernels",)  # a warning says what it means
+_STATE = ("optimizer.pt", "scheduler.pt")  # of a sharded run, the optimizer is in the shards
+
+
+def checkpoint_folders(output_dir: str | Path) -> list[Path]:
+    """Folders named checkpoint-N, the newest step first; complete or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What a resume needs and the folder lacks, or holds damaged: every file is read and compared with its checksums.
+
+    `trainer_state.json` is written last, so it marks a finished save. Files that did not change are not read again.
+    """
+    found = []
+    sharded = is_sharded_checkpoint(checkpoint)
+    if sharded:
+        found += shard_faults(checkpoint)
+    elif not any((checkpoint / name).is_file() for name in _WEIGHTS):
+        found.append(f"{_WEIGHTS[0]} is missing")
+    else:
+        try:
+            check_checksums(checkpoint, weight_files(checkpoint))
+        except UserError as error:
+            found.append(str(error).rstrip("."))
+    for name in _PICKLED:
+        if (checkpoint / name).exists():  # beside shards, Trainer takes it for the weights
+            found.append(f"{name} is pickled, which is not read")
+    states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    for path in (*(checkpoint / name for name in _STATE[sharded:]), *states):
+        if not path.is_file():
+            found.append(f"{path.name} is missing")
+        elif fault := _state_fault(path, _stamp(path)):
+            found.append(f"{path.name} {fault}")
+    for name, check in ((SPARSITY_CONFIG_NAME, None), (TRAINER_STATE_NAME, _trainer_state_fault)):
+        if not (checkpoint / name).is_file():
+            found.append(f"{name} is missing")
+            continue
+        try:
+            content = read_json(checkpoint / name)
+        except UserError:
+            found.append(f"{name} is damaged")
+            continue
+        if check is not None and (fault := check(content, checkpoint.name)):
+            found.append(f"{name} {fault}")
+    try:
+        if (checkpoint / RUN_RECORD).exists():  # older ones have none
+            read_json(checkpoint / RUN_RECORD)
+    except UserError:
+        found.append(f"{RUN_RECORD} is damaged")
+    return found
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+@lru_cache(maxsize=256)
+def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
+    """What is wrong with a file of `torch.save`; nothing pickled in it is run.
+
+    Its format is a zip file with checksums, which torch does not compare.
+    """
+    try:
+        check_inside(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size or archive.testzip():
+                return "is damaged"
+    except UserError as error:
+        return str(error).rstrip(".")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
+        return "is damaged"
+    try:
+        with safe_globals():  # numpy's random state, as Trainer allows it
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        return "holds more than numbers, text and tensors, so it is not read"
+    except Exception:  # whatever a damaged pickle makes torch raise
+        return "is damaged"
+    markers = {"param_groups": "optimizer", "cpu": "rng_state"}  # a scheduler's keys are its own
+    kind = next((kind for key, kind in markers.items() if key in state), "scheduler") if isinstance(state, dict) else ""
+    return None if kind and path.name.startswith(kind) else "is damaged"
+
+
+def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
+    try:
+        state = TrainerState(**content)
+    except Exception:  # unknown keys, or values it cannot work with
+        return "is damaged"
+    steps = (state.global_step, state.max_steps)
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
+        return "is damaged"
+    known = _NAME.fullmatch(name)
+    if known and "global_step" in content and state.global_step != int(known[1]):
+        return f"is of step {state.global_step}"
+    endless = state.num_train_epochs == sys.maxsize  # Trainer's word for a stream
+    epochs = (state.epoch or 0.0, 0 if endless else state.num_train_epochs)
+    if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # NaN is not
+        return "is damaged"
+    return None if isinstance(state.log_history, list) else "is damaged"
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run; half-written ones are named in a warning and passed over."""
+    for folder in checkpoint_folders(output_dir):
+        found = faults(folder)
+        if not found:
+            return folder
+        logger.warning(f"{folder} is incomplete ({', '.join(found)}): the checkpoint before it is taken.")
+    return None
+
+
+def refuse_model_only(folders: Iterable[Path]) -> None:
+    """Raise UserError if the first finished one of the folders was saved with `save_only_model`."""
+    for folder in folders:
+        states = [*folder.glob("rng_state*.pth"), *(path for name in _STATE if (path := folder / name).exists())]
+        is_finished = (folder / TRAINER_STATE_NAME).is_file() and (folder / SPARSITY_CONFIG_NAME).is_file()
+        if is_finished and not states and any((folder / name).is_file() for name in _WEIGHTS):
+            raise UserError(
+                f"{str(folder)!r} holds the model without optimizer, schedule and random state "
+                "(training.save_only_model=true): a resume would begin at step 0. Name a checkpoint that has them, or "
+                "start again with --overwrite and save_only_model: false."
+            )
+        if not faults(folder):
+            return
+
+
+def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Path:
+    """The checkpoint to resume: the named one, or the last complete one of `output_dir`.
+
+    Raises:
+        UserError: the folder is no complete checkpoint, was saved with `save_only_model`, or there is none.
+    """
+    if resume is True:
+        refuse_model_only(checkpoint_folders(output_dir))
+        last = last_checkpoint(output_dir)
+        if last is None:
+            raise UserError(
+                f"Nothing to resume: {str(output_dir)!r} holds no complete checkpoint-N folder. "
+                "Start without --resume, or name a checkpoint."
+            )
+        return last
+    folder = Path(str(resume))
+    if not folder.is_dir():
+        raise UserError(f"Checkpoint {str(folder)!r} is no folder. Name a checkpoint-N folder of the run.")
+    refuse_model_only([folder])
+    if found := faults(folder):
+        raise UserError(
+            f"{str(folder)!r} is no complete training checkpoint: {', '.join(found)}. "
+            "Name a checkpoint-N folder of the run."
+        )
+    return folder
+
+
+def check_same_run(
+    checkpoint: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, layers: Iterable[str]
+) -> None:
+    """Raise UserError if a checkpoint was made with other sparsity or SLoRB settings, or another pruned layer set.
+
+    Args:
+        sparsity, slorb, layers: settings and names of the pruned layers of the run that resumes.
+    """
+    path = checkpoint / SPARSITY_CONFIG_NAME
+    off = SLoRBConfig(enabled=False)
+    defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": off.to_dict()}
+    now = {"sparsity": sparsity.to_dict(), "slorb": (slorb or off).to_dict()}
+    try:
+        saved = read_json(path)
+        # a setting that came after the checkpoint was written had its default
+        was = {name: {**default, **(saved[name] or {})} for name, default in defaults.items()}
+        differing = [
+            (f"{section}.{key}", was[section][key], value)
+            for section in defaults
+            for key, value in now[section].items()
+            if was[section][key] != value and key not in _MAY_DIFFER
+        ]
+        other_layers = set(saved["layers"]) ^ set(layers)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} cannot be read. The checkpoint is damaged: resume from another one.") from None
+    if differing:
+        name, before, value = differing[0]
+        raise UserError(
+            f"{name}={value!r} differs from {shown(before)} in {str(checkpoint)!r}. Resume with the settings of the "
+            "run, or start a new one with another output folder."
+        )
+    if other_layers:
+        name = min(other_layers, key=str)
+        older = (
+            " Earlier versions also pruned routers and weights that the model reads itself: start such a run anew."
+            if other_layers <= set(saved["layers"])
+            else ""
+        )
+        raise UserError(
+            f"{shown(name)} is pruned in only one of this run and {str(checkpoint)!r}. "
+            f"Resume with the model and the sparsity.include/exclude of the run.{older}"
+        )
+
+
+def stored_kernels(checkpoint: Path) -> Kernels:
+    """What a checkpoint's masks and updates were computed with; eager, where it is older than the choice."""
+    return "compiled" if read_json(checkpoint / SPARSITY_CONFIG_NAME).get("kernels") == "compiled" else "eager"
+
+
+def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UserError if a pruned weight has another shape in a checkpoint than in the model that is trained.
+
+    Args:
+        shapes: of the weights, by name of the layer.
+    """
+    if is_sharded_checkpoint(checkpoint):
+        stored = sharded_shapes(checkpoint)
+    else:
+        files = weight_files(checkpoint)
+        stored = {name: tuple(value[1]) for file in files for name, value in tensor_shapes(file).items()}
+    for layer, shape in shapes.items():
+        found = stored.get(f"{layer}.weight", ())
+        if found != tuple(shape):
+            raise UserError(
+                f"`{layer}` of the model has shape {tuple(shape)}, in {str(checkpoint)!r} {found}. "
+                "Resume with the model.name_or_path of the run."
+            )
+
+
+@contextmanager
+def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
+    """One line instead of what torch, safetensors and Python say of a folder that cannot be written.
+
+    Args:
+        run: the output folder of the run.
+        folder: what is written; default: the run.
+
+    Raises:
+        UserError: naming the last good checkpoint; of a sharded save, a SharedError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = " ".join(str(cause).split()).rstrip(".")
+        if isinstance(error, OSError) and error.errno not in _NOT_WRITABLE:
+            raise
+        if isinstance(error, RuntimeError):
+            if not _TORCH_WRITE.search(reason):
+                raise
+            reason = "a file could not be written whole"  # torch says where in its own code
+        last = last_checkpoint(run)
+        good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
+        made = SharedError if isinstance(error, CheckpointException) else UserError
+        raise made(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error

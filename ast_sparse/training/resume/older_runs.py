@@ -1,0 +1,49 @@
+"""Checkpoints of versions that kept no settings: what their other files tell, compared with the run that resumes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer import OPTIMIZER_NAME
+
+from ast_sparse.data.blocks.domains import DomainBlocks
+from ast_sparse.data.blocks.stored import TokenBlocks
+from ast_sparse.data.tokens.bos import own_bos
+from ast_sparse.errors import UserError
+
+
+def stored_training(checkpoint: Path) -> dict[str, Any]:
+    """The fields of TrainingArguments that the optimizer's state holds; empty where it is sharded."""
+    path = checkpoint / OPTIMIZER_NAME
+    if not path.is_file():
+        return {}
+    groups = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+    first = groups[0]
+    return {
+        "learning_rate": first["initial_lr"],
+        "adam_beta1": first["betas"][0],
+        "adam_beta2": first["betas"][1],
+        "adam_epsilon": first["eps"],
+        "weight_decay": max(group["weight_decay"] for group in groups),
+    }
+
+
+def check_bos(checkpoint: Path, data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, blocks: Any) -> None:
+    """Raise UserError where text gets BOS now: the versions that kept no settings put it before no text.
+
+    Args:
+        data: settings of the text.
+        blocks: what is trained on; shards hold what they were made with, and chat templates write their own BOS.
+    """
+    parts = blocks.parts.values() if isinstance(blocks, DomainBlocks) else [blocks]
+    is_text = any(
+        not isinstance(part, TokenBlocks) and "labels" not in (getattr(part, "column_names", None) or ())
+        for part in parts
+    )
+    if data["bos"] != "none" and is_text and own_bos(tokenizer):
+        raise UserError(
+            f"data.bos={data['bos']!r} puts BOS before the text, and {str(checkpoint)!r} was trained without it. "
+            "Resume with data.bos=none, or start a new run with another output folder."
+        )

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from ast_sparse.kernels import products
+from ast_sparse.kernels.fast_forward import fast_forward
+from tests.models import tiny_model
+from tests.training.test_trainer import trainer, weights
+
+
+def test_fused_gelus_equal_those_of_transformers_in_float64() -> None:
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64, requires_grad=True)
+    for module in (NewGELUActivation(), FastGELUActivation()):
+        (expected_grad,) = torch.autograd.grad(module(x).sum(), x)
+        with fast_forward(module, None):
+            fused = module(x)
+        (grad,) = torch.autograd.grad(fused.sum(), x)
+        torch.testing.assert_close(fused, module(x), rtol=1e-8, atol=1e-9)  # one of them rounds a constant
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-9)
+        assert "forward" not in vars(module)
+
+
+def test_only_the_input_is_kept_for_the_backward_pass() -> None:
+    kept: list[int] = []
+    module, x = NewGELUActivation(), torch.randn(4, 8, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)
+    with fast_forward(module), hooks:
+        module(x)
+    assert kept == [32]
+    with hooks:
+        module(x)
+    assert len(kept) > 4
+
+
+def test_activation_checkpointing_changes_nothing_with_fast_forward(tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model("gpt2")
+        run = trainer(
+            tmp_path / str(checkpointing), model, args=dict(gradient_checkpointing=checkpointing, max_steps=2)
+        )
+        run.train()
+        results.append(weights(run.model))
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_twenty_steps_are_the_same_to_rounding_with_products_of_onednn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    histories, calls = [], []
+    inner = products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(1) or inner(*args))
+    monkeypatch.setattr(products, "_WORTHWHILE", 0)
+    for faster in (False, True):
+        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        run = trainer(tmp_path / str(faster), tiny_model(family), args=dict(max_steps=20, logging_steps=1))
+        run.train()
+        histories.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        assert bool(calls) is faster
+    assert len(histories[0]) == 20
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+
+def test_heads_and_layers_that_have_a_forward_of_their_own_are_left_alone() -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = own = lambda x: x
+    with fast_forward(model):
+        assert layer.forward is own
+        assert "forward" not in vars(model.lm_head)
+        assert "forward" in vars(model.model.layers[0].mlp.down_proj)
+    assert [module for module in model.modules() if "forward" in vars(module)] == [layer]

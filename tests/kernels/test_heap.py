@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ast_sparse.kernels import heap
+from tests.models import tiny_config, tiny_model
+from tests.training.test_trainer import blocks, trainer
+
+
+@pytest.mark.parametrize(("layers", "parts"), [(1, 1), (2, 2), (4, 4), (6, 3), (7, 4), (9, 3)])
+def test_freed_memory_is_given_back_around_four_parts_of_the_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, parts: int
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: calls.append)
+    config = tiny_config("llama")
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with heap.freed_memory_given_back(model, torch.device("meta")):
+        model(torch.ones(1, 8, dtype=torch.long))
+    assert calls == []
+    run = trainer(tmp_path, model, args=dict(max_steps=2, gradient_accumulation_steps=1), eval_dataset=blocks())
+    run.train()
+    assert calls == [0] * 2 * (1 + 2 * parts)  # the teacher's blocks, and evaluation, do without
+    run.evaluate()
+    assert len(calls) == 2 * (1 + 2 * parts)
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
+    model = tiny_model("gpt2")
+    with heap.freed_memory_given_back(model, torch.device("cpu")):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_heap_of_this_machine_can_be_asked() -> None:
+    model, ids = tiny_model("gpt2"), torch.ones(1, 8, dtype=torch.long)
+    with heap.freed_memory_given_back(model, torch.device("cpu")):
+        model(ids, labels=ids).loss.backward()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

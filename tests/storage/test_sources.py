@@ -1,0 +1,255 @@
+"""Folders that our tools read like any model: compressed ones saved again, remote code; and those they refuse."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from ast_sparse import AstSparse24Config, SparseTrainer
+from ast_sparse.cli.eval import main as evaluate
+from ast_sparse.cli.export import main as export
+from ast_sparse.cli.prune import main as prune
+from ast_sparse.cli.train import main as train
+from ast_sparse.config import SparsityConfig
+from ast_sparse.errors import UserError
+from ast_sparse.export.export import export_model
+from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.model import select_layers, sparsify_model
+from ast_sparse.storage.load import load_causal_lm
+from tests.export.sparse_models import change_tensors, sparse_model, token_ids
+from tests.models import generated_text, save_tiny_model, tiny_tokenizer
+from tests.storage.quantized_models import plain_twin, save_fp8_model
+
+RUN = """
+model: {{name_or_path: {model}{more}}}
+data: {{train: {text}, block_size: 32, eval_share: 0}}
+evaluation: {{datasets: [], report: false}}
+training: {{max_steps: 2, per_device_train_batch_size: 2, learning_rate: 0.0, report_to: none, use_cpu: true}}
+"""
+
+
+def call(command: Any, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def run_training(folder: Path, model: Path, more: str = "", *options: str) -> Result:
+    (folder / "text.txt").write_text(generated_text())
+    (folder / "run.yaml").write_text(RUN.format(model=model, text=folder / "text.txt", more=more))
+    return call(train, "--config", folder / "run.yaml", "--output-dir", folder / "trained", "--overwrite", *options)
+
+
+def run_evaluation(folder: Path, model: Path, *options: str) -> Result:
+    (folder / "text.txt").write_text(generated_text())
+    return call(evaluate, model, "--dataset", folder / "text.txt", "--seq-len", 32, *options)
+
+
+# ---- a compressed export, saved again from a model that keeps it compressed -----------------------------------------
+
+
+@pytest.fixture(params=["llama", "gpt2", "deepseek_v3"])
+def saved_again(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The folder, and the state dict of the model."""
+    if request.param == "deepseek_v3":
+        meant = save_fp8_model(tmp_path / "fp8", "deepseek_v3")
+        for name, weight in meant.items():
+            if "_proj" in name:
+                weight.copy_(torch.where(nm_mask(weight.abs(), 2, 4), weight, 0))
+        source: Any = tmp_path / "plain"
+        plain_twin(source, "deepseek_v3", meant)
+    else:
+        source = sparse_model(request.param)
+    export_model(source, tmp_path / "export", dtype="float32", tokenizer=tiny_tokenizer())
+    config = AstSparse24Config(dequantize=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    tiny_tokenizer().save_pretrained(tmp_path / "again")
+    return tmp_path / "again", load_causal_lm(tmp_path / "export").state_dict()
+
+
+def test_a_compressed_folder_saved_again_is_decoded_by_every_tool(
+    saved_again: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, wanted = saved_again
+    found = load_causal_lm(folder).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for layout, dtype in (("dense", "float32"), ("compressed", "bfloat16"), ("compressed", "float32")):
+        result = call(export, folder, tmp_path / "out", "--format", layout, "--dtype", dtype, "--overwrite")
+        assert result.exit_code == 0, result.output
+        state = load_causal_lm(tmp_path / "out").state_dict()
+        rounded = {name: wanted[name].to(getattr(torch, dtype)).to(state[name].dtype) for name in wanted}
+        assert all(torch.equal(state[name], value) for name, value in rounded.items() if "bias" not in name)
+    result = call(prune, folder, tmp_path / "out", "--method", "magnitude", "--dtype", "float32", "--overwrite")
+    assert result.exit_code == 0, result.output
+    state = load_causal_lm(tmp_path / "out").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())  # it is 2:4 already
+    result = run_training(tmp_path, folder)
+    assert result.exit_code == 0, result.output
+    result = run_evaluation(tmp_path, folder)
+    assert result.exit_code == 0, result.output
+    trainer = SparseTrainer(str(folder), TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True))
+    assert len(trainer.sparsity_report.pruned) == len(select_layers(load_causal_lm(folder))[0])
+
+
+def test_compressed_layers_of_a_model_object_are_decoded_before_they_are_pruned(
+    saved_again: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folder, wanted = saved_again
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = model(token_ids()).logits
+    assert getattr(model, "hf_quantizer", None) is not None
+    with pytest.raises(UserError, match="Cannot export"):
+        export_model(model, tmp_path / "out")
+    sparsify_model(model, SparsityConfig())
+    assert torch.allclose(model(token_ids()).logits, before, atol=1e-6)
+    assert all(each.requires_grad for each in model.parameters() if each.is_floating_point())
+    model.save_pretrained(tmp_path / "raw", save_original_format=False)
+    state = load_file(tmp_path / "raw" / "model.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in wanted.items() if name in state)
+
+
+# ---- remote code -----------------------------------------------------------------------------------------------------
+
+_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+_AUTO_MAP = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Path:
+    from tests.storage.quantized_models import edit_config
+
+    folder = save_tiny_model(tmp_path / "remote")
+    edit_config(folder, model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=_AUTO_MAP)
+    (folder / "modeling_own.py").write_text(_CODE)
+    return folder
+
+
+def test_every_tool_reads_and_writes_a_model_with_code_of_its_own(remote: Path, tmp_path: Path) -> None:
+    trust = "--trust-remote-code"
+    for command, arguments in (
+        (prune, [remote, tmp_path / "no", "--method", "magnitude"]),
+        (export, [remote, tmp_path / "no"]),
+        (export, [remote, "--table"]),
+    ):
+        result = call(command, *arguments)
+        assert result.exit_code == 2 and "trust" in result.output, result.output
+    result = call(prune, remote, tmp_path / "pruned", "--method", "magnitude", "--dtype", "float32", trust)
+    assert result.exit_code == 0, result.output
+    wanted = load_causal_lm(tmp_path / "pruned", trust_remote_code=True)
+    assert type(wanted).__name__ == "OwnForCausalLM" and (tmp_path / "pruned" / "modeling_own.py").is_file()
+    for layout in ("dense", "compressed"):
+        out = tmp_path / layout
+        result = call(export, tmp_path / "pruned", out, "--format", layout, "--dtype", "float32", trust)
+        assert result.exit_code == 0, result.output
+        found = load_causal_lm(out, trust_remote_code=True)
+        assert type(found).__name__ == "OwnForCausalLM"
+        assert torch.equal(found(token_ids()).logits, wanted(token_ids()).logits)
+        result = run_evaluation(tmp_path, out, trust)
+        assert result.exit_code == 0, result.output
+    assert call(export, tmp_path / "pruned", "--table", trust).exit_code == 0
+    result = run_training(tmp_path, remote, ", trust_remote_code: true", "--set", "training.save_steps=1")
+    assert result.exit_code == 0, result.output
+    assert type(load_causal_lm(tmp_path / "trained", trust_remote_code=True)).__name__ == "OwnForCausalLM"
+    result = call(export, tmp_path / "trained" / "checkpoint-1", tmp_path / "from-checkpoint", trust)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_teacher_with_code_of_its_own_is_allowed_by_the_same_setting(remote: Path, tmp_path: Path) -> None:
+    student = save_tiny_model(tmp_path / "student")
+    result = run_training(tmp_path, student, f", teacher: {remote}")
+    assert result.exit_code == 2 and "allow it: --trust-remote-code" in result.output
+    result = run_training(tmp_path, student, f", teacher: {remote}, trust_remote_code: true")
+    assert result.exit_code == 0, result.output
+    args = TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True)
+    trainer = SparseTrainer(str(remote), args, trust_remote_code=True)
+    assert type(trainer.model).__name__ == "OwnForCausalLM"
+
+
+# ---- weights that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(name: str, value: float, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    change_tensors(folder, spoil)
+    (tmp_path / "text.txt").write_text(generated_text())
+    results = {
+        "magnitude": call(prune, folder, tmp_path / "out", "--method", "magnitude"),
+        "wanda": call(
+            prune, folder, tmp_path / "out", "--method", "wanda", "--calibration", tmp_path / "text.txt",
+            "--samples", 2, "--seq-len", 16,
+        ),
+        "export": call(export, folder, tmp_path / "out"),
+        "table": call(export, folder, "--table"),
+        "eval": run_evaluation(tmp_path, folder),
+        "train": run_training(tmp_path, folder),
+    }  # fmt: skip
+    for key, result in results.items():
+        assert result.exit_code == 2 and f"`{name}`" in result.output and "not finite" in result.output, (key, result)
+    assert not (tmp_path / "out").exists()
+    args = TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True)
+    for model in (str(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)):
+        with pytest.raises(UserError, match=rf"`{name}`.*not finite"):
+            SparseTrainer(model, args)
+    with pytest.raises(UserError, match=rf"`{name}`.*not finite"):
+        sparsify_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), SparsityConfig())
+
+
+def test_a_buffer_that_decides_which_expert_is_asked_is_looked_at_too(tmp_path: Path) -> None:
+    plain_twin(tmp_path, "deepseek_v3", save_fp8_model(tmp_path, "deepseek_v3"))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: torch.full((4,), math.nan)}))
+    with pytest.raises(UserError, match=f"`{name}`.*not finite"):
+        load_causal_lm(tmp_path)
+
+
+# ---- a dense model with a layer of zeros ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_of_zeros_does_not_make_a_dense_model_sparse(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", family)
+    part = "mlp.c_proj.weight" if family == "gpt2" else "mlp.down_proj.weight"
+
+    def clear(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(part):
+                tensors[name].zero_()
+
+    change_tensors(folder, clear)
+    for layout in ("dense", "compressed"):
+        result = call(export, folder, tmp_path / "out", "--format", layout)
+        assert result.exit_code == 2 and "The model is not 2:4: in `" in result.output, result.output
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="The model is not 2:4"):
+        export_model(load_causal_lm(folder), tmp_path / "out")
+    assert "The model is dense" in call(export, folder, "--table").output
+    result = call(export, folder, "--table", "--pattern", "2:4")
+    assert result.exit_code == 2 and "is not 2:4" in result.output
+
+
+def test_a_sparse_model_may_have_a_layer_of_zeros(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    name = "model.layers.0.mlp.down_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])}))
+    assert call(prune, folder, tmp_path / "pruned", "--method", "magnitude").exit_code == 0
+    result = call(export, tmp_path / "pruned", tmp_path / "out")
+    assert result.exit_code == 0 and "pruned (2:4)" in result.output
