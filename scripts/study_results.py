@@ -14,8 +14,8 @@ from study_variants import Study, Variant, eval_file
 
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json, write_json
+from ast_sparse.storage.run_folder import MASK_HISTORY
 from ast_sparse.tables import format_table
-from ast_sparse.training.callbacks.sparsity import MASK_HISTORY
 
 Figures = dict[str, dict[str, Any]]  # by data set: perplexity, windows, seq_len
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ast_sparse.config import RunConfig, load_config
-from ast_sparse.config.yaml12 import kind_of, parse_yaml
-from ast_sparse.errors import UserError
+from ast_sparse.config.yaml12 import parse_yaml
+from ast_sparse.errors import UserError, kind_of
 from ast_sparse.run.stages import HELDOUT, WIKITEXT2
 
 KEYS = ("title", "config", "set", "smoke", "variants", "figures")

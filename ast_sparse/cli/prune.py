@@ -119,10 +119,10 @@ def _prune(
     source: ModelConfig, out: Path, sparsity: SparsityConfig, calibration: CalibrationConfig, options: dict[str, Any]
 ) -> None:
     from ast_sparse.export.export import export_model
-    from ast_sparse.planning.plan import meta_student
     from ast_sparse.sparsity.model import sparsify_model
     from ast_sparse.storage.load import load_causal_lm
     from ast_sparse.storage.locate import load_tokenizer
+    from ast_sparse.storage.meta import meta_student
     from ast_sparse.storage.save import check_out_dir
 
     device = find_device(options["device"])

@@ -7,8 +7,7 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-from ast_sparse.config.yaml12 import kind_of, shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, kind_of, shown
 
 _LARGEST_INTEGER = 10**40  # far beyond any setting, and a float can still hold it
 _TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")

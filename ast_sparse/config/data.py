@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from ast_sparse.config.convert import convert
 from ast_sparse.config.section import Section, about
-from ast_sparse.config.yaml12 import shown, shown_name
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown, shown_name
 
 BOS_CHOICES = ("auto", "none", "document", "block", "window")
 _DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")

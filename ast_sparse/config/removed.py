@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from ast_sparse.config.yaml12 import shown, shown_name
+from ast_sparse.errors import shown, shown_name
 
 _HALF = "Remove it; bf16: true (or fp16: true) trains in half precision."
 _TPU = "Remove it; ast-train knows no TPU."

@@ -16,8 +16,8 @@ from ast_sparse.config.model import ModelConfig
 from ast_sparse.config.removed import removed_hint
 from ast_sparse.config.section import Section
 from ast_sparse.config.sparsity import CalibrationConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.config.yaml12 import kind_of, parse_yaml, read_yaml, shown, shown_name
-from ast_sparse.errors import UserError
+from ast_sparse.config.yaml12 import parse_yaml, read_yaml
+from ast_sparse.errors import UserError, kind_of, shown, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ast_sparse.config.convert import convert
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 
 
 def about(text: str) -> dict[str, str]:

@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, kind_of, shown, shown_name
 
 _LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths has less
 _MOST_VALUES = 100_000  # entries, each alias counted as what it stands for ...
 _LONG_TEXT = 64  # ... and text as one entry for so many characters
 _DEEPEST = 32  # mappings and lists inside one another
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them: no path has them, no file takes them
-_LONGEST_SHOWN = 200  # characters of a value in a message
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -67,33 +66,6 @@ def parse_yaml(text: str, name: str) -> Any:
 def dump_yaml(tree: Any) -> str:
     """YAML text that `parse_yaml` reads as the same value; keys keep their order."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: as Python writes it, on one line and not too long."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
-
-
-def shown_name(name: Any) -> str:
-    """A key for a message: as it stands where it is a plain name, else as `shown` has it."""
-    text = str(name)
-    return text if text.isprintable() and len(text) <= _LONGEST_SHOWN else shown(name)
-
-
-def kind_of(value: Any) -> str:
-    """What a person calls a YAML value: `text`, `a list`, `empty`."""
-    if value is None:
-        return "empty"
-    names = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return names.get(type(value), type(value).__name__)
 
 
 class _Loader(yaml.SafeLoader):

@@ -16,15 +16,7 @@ from ast_sparse.data.blocks.collator import Borders, document_borders
 from ast_sparse.data.blocks.counted import counted_tokens, nothing_counted
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.held_out import training_tokens
-from ast_sparse.data.blocks.packing import (
-    document_keys,
-    eos_token,
-    pack_tokens,
-    token_counts,
-    tokenise_documents,
-    tokenizer_key,
-    with_labels,
-)
+from ast_sparse.data.blocks.packing import pack_tokens
 from ast_sparse.data.blocks.stored import TokenBlocks, join, split_folders
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.documents import Source, load_documents
@@ -32,6 +24,14 @@ from ast_sparse.data.sources.entries import Entry, shard_folders
 from ast_sparse.data.tokens.bos import Bos, bos_of_shards, find_bos
 from ast_sparse.data.tokens.chat import chat_columns, tokenise_conversations, uncounted_rows
 from ast_sparse.data.tokens.shards import ShardFolder
+from ast_sparse.data.tokens.tokenise import (
+    document_keys,
+    eos_token,
+    token_counts,
+    tokenise_documents,
+    tokenizer_key,
+    with_labels,
+)
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.config import CalibrationConfig
-from ast_sparse.data.blocks.packing import pack_tokens, token_counts
+from ast_sparse.data.blocks.packing import pack_tokens
 from ast_sparse.data.build import tokenise_all
 from ast_sparse.data.sources.documents import load_documents
 from ast_sparse.data.sources.entries import Entry
 from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.data.tokens.chat import uncounted_rows
+from ast_sparse.data.tokens.tokenise import token_counts
 from ast_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec24 import check_meta, unpack24
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.sparsity.reads import read_past_forward

@@ -2,13 +2,10 @@
 
 import copy
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,20 +17,15 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
-from ast_sparse.storage.companions import companion_files
-from ast_sparse.storage.files import has_adapter, sparse_keys, tensor_shapes, weight_files
+from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.locate import load_model_config, load_tokenizer
-from ast_sparse.storage.origin import check_saving, read_generation_config, source_folder
+from ast_sparse.storage.meta import check_savable, has_config_alone, meta_model, student_config
 from ast_sparse.storage.packed import decode_on_load
-from ast_sparse.storage.quantized import forget_quantization
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
-from ast_sparse.training.callbacks.late_slorb import check_baseline
+from ast_sparse.training.checks.baselines import check_baseline
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes
 from ast_sparse.training.checks.inputs import check_vocabularies
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
-
-_LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
-_LONGEST_REASON = 200  # characters of another library's error that are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +105,13 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     if world_size is not None and has_config_alone(config.model):
         reads_weights = False
         notes.append(f"weights: {config.model.name_or_path!r} holds none; its config.json is all that a plan needs")
-    model_config = _student_config(config.model, reads_weights)
+    model_config = student_config(config.model, reads_weights)
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
     if distills and config.model.teacher is not None:
         notes += _check_teacher(config.model.teacher, model_config, config)
-    model = _meta_model(config.model, model_config)
-    _check_saving(config.model, model_config)
+    model = meta_model(config.model, model_config)
+    check_savable(config.model, model_config)
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)
@@ -152,71 +144,8 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
         name = config.model.teacher
         trusted = config.model.trust_remote_code
         settings = ModelConfig(name_or_path=name, trust_remote_code=trusted)
-        dense = _meta_model(settings, load_model_config(name, trust_remote_code=trusted))
+        dense = meta_model(settings, load_model_config(name, trust_remote_code=trusted))
     return MemoryModel(student, dense, config.distillation, hessians)
-
-
-def meta_student(model: ModelConfig) -> PreTrainedModel:
-    """The dense model on the meta device: its configuration and files are checked, no weight is loaded.
-
-    Raises:
-        UserError: the model cannot be found or built, or its files are damaged or sparse already.
-    """
-    config = _student_config(model)
-    built = _meta_model(model, config)
-    _check_saving(model, config)
-    return built
-
-
-def _student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrainedConfig:
-    path = Path(model.name_or_path).expanduser()
-    if model.revision is not None and path.exists():
-        raise UserError(
-            f"model.revision={model.revision!r} belongs to a model on the hub, and {model.name_or_path!r} is local. "
-            "Remove it."
-        )
-    for key, value in model.config_overrides.items():
-        if "drop" in key and isinstance(value, int | float) and not 0 <= value < 1:
-            raise UserError(f"model.config_overrides.{key}={value} must be 0 or more and below 1.")
-    config = load_model_config(
-        model.name_or_path,
-        revision=model.revision,
-        gguf_file=model.gguf_file,
-        trust_remote_code=model.trust_remote_code,
-        config_overrides=model.config_overrides,
-    )
-    if path.is_dir() and model.gguf_file is None and reads_weights:
-        _check_dense(path)
-    if reads_weights:
-        decode_on_load(config, model.name_or_path)
-    forget_quantization(config)  # a plan counts the decoded model
-    return config
-
-
-def _check_saving(model: ModelConfig, config: PreTrainedConfig) -> None:
-    """Whether what a run saves beside the weights can be read and written."""
-    folder = source_folder(config)
-    generation = None if folder is None else read_generation_config(folder)
-    if folder is not None:
-        companion_files(folder)
-    check_saving(model.name_or_path, config, generation)
-
-
-def has_config_alone(model: ModelConfig) -> bool:
-    """Whether a folder holds no weights, which a plan can do without."""
-    folder = Path(model.name_or_path).expanduser()
-    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin")
-    return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)
-
-
-def _check_dense(folder: Path) -> None:
-    """Whole files of a model without our masks or SLoRB, which training would start from twice."""
-    names = [name for file in weight_files(folder) for name in tensor_shapes(file)]
-    if sparse_keys(names)[0] or has_adapter(folder):
-        raise UserError(
-            f"model.name_or_path={str(folder)!r} is the result of a run, with masks or SLoRB. Name the dense model, "
-            "or continue the run with --resume."
-        )
 
 
 def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> list[str]:
@@ -257,45 +186,3 @@ def _check_lengths(asked: dict[str, int | None], model_config: PreTrainedConfig,
             raise UserError(
                 f"{name}={length} is longer than the {limit} positions of {model}. Set it to {limit} or less."
             )
-
-
-def _meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights."""
-
-    def build(attn_implementation: str | None) -> PreTrainedModel:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            return AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation=attn_implementation,
-                trust_remote_code=model.trust_remote_code,
-            )
-
-    try:
-        built = build(model.attn_implementation)
-        sizes = {name: math.prod(parameter.shape) for name, parameter in built.named_parameters()}
-        if name := next((name for name, size in sizes.items() if not 0 < size < _LARGEST_TENSOR), None):
-            raise ValueError(f"`{name}` would have shape {tuple(built.get_parameter(name).shape)}")
-        return built
-    except Exception as error:  # whatever a config with impossible values makes the code of its model raise
-        reason = _one_line(error)
-    if model.attn_implementation is not None:
-        try:
-            build(None)
-        except Exception:  # the configuration is to blame, not the attention
-            pass
-        else:
-            raise UserError(
-                f"model.attn_implementation={model.attn_implementation!r} cannot be used: {reason}. "
-                "Use sdpa or eager, or remove it."
-            )
-    raise UserError(
-        f"The model of {model.name_or_path!r} cannot be built: {reason}. "
-        "Check its config.json and model.config_overrides."
-    )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    text = text if " " in text else f"{type(error).__name__} {text}"  # KeyError: 'relux'
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"

@@ -10,13 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_utils import SaveStrategy
 
 from ast_sparse.config import RunConfig
-from ast_sparse.config.yaml12 import shown
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks
 from ast_sparse.distributed.pieces import whole
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.training.checks.inputs import check_taught

@@ -12,10 +12,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.results import finite_figures
 from ast_sparse.run.stages import Measured, Rows
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
-from ast_sparse.storage.run_folder import REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
-from ast_sparse.training.callbacks.metrics import METRICS
-from ast_sparse.training.callbacks.sparsity import MASK_HISTORY
-from ast_sparse.training.callbacks.watch import REPLAY
+from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
     last_checkpoint,

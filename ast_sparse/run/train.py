@@ -20,7 +20,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.export.readback import check_saved
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.memory import Setup, Sharding
-from ast_sparse.planning.plan import Hardware, Plan, has_config_alone, make_plan
+from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.progress import library_bars
 from ast_sparse.report.page import check_report, run_report, write_report
 from ast_sparse.run.checks import (
@@ -45,10 +45,11 @@ from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, Rows, check_finite, results_table
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
+from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
-from ast_sparse.training.callbacks.mixture import check_evaluations
 from ast_sparse.training.checks.arguments import build_arguments
+from ast_sparse.training.checks.mixture import check_evaluations
 from ast_sparse.training.fsdp import check_sharding, sharding_plugin
 from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run, write_errors
 from ast_sparse.training.resume.same_run import check_settings, run_settings

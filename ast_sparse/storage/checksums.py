@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import read_json, weight_files, write_json
 
 CHECKSUMS_NAME = "checksums.json"

@@ -11,8 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 
 CONFIG_NAME = "config.json"
 SPARSITY_CONFIG_NAME = "sparsity_config.json"

@@ -15,8 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ast_sparse.config.yaml12 import shown, shown_name
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown, shown_name
 from ast_sparse.storage import files
 
 _MESSAGE_LIMIT = 300

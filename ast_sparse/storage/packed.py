@@ -12,8 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.storage import fp8
 from ast_sparse.storage.quantized import forget_quantization, method_name, nested_configs
 

@@ -1,6 +1,7 @@
 """What a run of `ast-train` left in its folder: settings, figures by stage, the log, flip rates, continuations."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 from ast_sparse.config.yaml12 import read_yaml
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json
-from ast_sparse.training.callbacks.metrics import METRICS
-from ast_sparse.training.callbacks.sparsity import MASK_HISTORY
 
 RESULTS = "results.json"
 RESOLVED_CONFIG = "config.yaml"
 SAMPLES = "samples.json"
+METRICS = "metrics.jsonl"  # every record of the log
+MASK_HISTORY = "mask_history.jsonl"  # flip rates by layer
+REPLAY = "replay"  # a folder of batches
 REPORT = "report"  # a folder
 PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a perplexity of a stage says of its text
 
@@ -107,3 +109,31 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: {error}. Restore the file, or remove the line.") from error
         rows.append(row)
     return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a JSON line, which is on its way to the disk when this returns; what is not finite becomes null."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+
+
+def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
+    """Drop the rows after `step`, and a line cut by a kill: the resumed run records them anew.
+
+    Args:
+        at_most: of the rows up to `step`, keep so many.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept[:at_most]), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

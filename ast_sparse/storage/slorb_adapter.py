@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.checksums import check_checksums, write_checksums
 from ast_sparse.storage.files import SlorbPairs, check_inside, read_json, read_tensors, tensor_shapes, write_json
 

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from ast_sparse.config import MixtureConfig
-from ast_sparse.config.yaml12 import shown
 from ast_sparse.data.blocks.domains import DomainBlocks, Mixture
 from ast_sparse.data.blocks.stored import TokenBlocks
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.training.resume.checkpoints import RUN_RECORD
 

@@ -1,5 +1,6 @@
 """The loss of a micro-batch, from hidden states and heads, or from full logits where a head is not understood."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from ast_sparse.distillation.head import (
     hidden_states,
     loss_for_logits,
 )
-from ast_sparse.distillation.logits import distillation_loss
+from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
+from ast_sparse.distributed.ranks import mean_over_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -141,3 +143,47 @@ class MicroBatchLoss:
         with hidden_states(head) as captured:
             _, features = forward_with_features(teacher, teacher, inputs, config)
         return captured[0], features
+
+
+class DomainLosses:
+    """The loss (4) of the training by domain, features left out, over the tokens since the last record of the log.
+
+    Args:
+        names: of the domains, in the order of `DomainBlocks`.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums: Tensor | None = None  # loss and tokens by domain
+
+    def add(self, domains: Tensor, by_position: Tensor, labels: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            domains: int64 `[batch]`.
+            by_position: float32 `[batch · seq]`.
+            labels: `[batch, seq]`, shifted; −100 does not count.
+        """
+        counts = (labels != IGNORE_INDEX).sum(-1)
+        rows = torch.stack([by_position.view_as(labels).sum(-1), counts.float()])
+        if self._sums is None:
+            self._sums = rows.new_zeros(2, len(self.names))
+        self._sums.index_add_(1, domains.to(rows.device), rows)
+
+    def figures(self) -> dict[str, float]:
+        """`domain_loss/NAME` of the domains that had tokens since the last call; all ranks must call it."""
+        if self._sums is None:
+            return {}
+        losses, tokens = mean_over_ranks(self._sums).tolist()
+        self._sums = None
+        figures = zip(self.names, losses, tokens, strict=True)
+        return {f"domain_loss/{name}": loss / count for name, loss, count in figures if count}
+
+
+def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:
+    """The loss over the blocks of all domains, out of those of each; None where one is missing."""
+    sizes = {name: len(part) for name, part in held_out.items()}
+    losses = {name: metrics.get(f"{prefix}_{name}_loss") for name in sizes}
+    if not all(isinstance(loss, float) for loss in losses.values()):
+        return None
+    return math.fsum(loss * sizes[name] for name, loss in losses.items() if loss is not None) / sum(sizes.values())

@@ -31,7 +31,7 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
-from ast_sparse.data.blocks.collator import DOMAIN, document_borders
+from ast_sparse.data.blocks.collator import DOMAIN, document_borders, make_collator
 from ast_sparse.data.blocks.counted import with_counted_tokens
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.calibration import calibration_samples
@@ -51,14 +51,15 @@ from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.origin import Origin, check_saving, saved_with, settings_kept
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
-from ast_sparse.training.callbacks.late_slorb import LateSLoRB, check_baseline
+from ast_sparse.training.callbacks.late_slorb import LateSLoRB
 from ast_sparse.training.callbacks.lines import use_lines
 from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
-from ast_sparse.training.callbacks.mixture import DomainLosses, MixtureCallback, check_mixture, mean_loss
+from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback
 from ast_sparse.training.checkpointing import CheckpointTrainer
 from ast_sparse.training.checks.arguments import check_arguments
+from ast_sparse.training.checks.baselines import check_baseline
 from ast_sparse.training.checks.inputs import (
     as_blocks,
     block_length,
@@ -66,7 +67,8 @@ from ast_sparse.training.checks.inputs import (
     check_optimizer,
     check_taught,
 )
-from ast_sparse.training.checks.packing import check_apart, make_collator
+from ast_sparse.training.checks.mixture import check_mixture
+from ast_sparse.training.checks.packing import check_apart
 from ast_sparse.training.eval_loss import HeldOutLoss
 from ast_sparse.training.frozen_teacher import frozen_teacher
 from ast_sparse.training.fsdp import (
@@ -77,7 +79,7 @@ from ast_sparse.training.fsdp import (
     without_weights,
 )
 from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
-from ast_sparse.training.losses import MicroBatchLoss, find_heads
+from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, mean_loss
 from ast_sparse.training.resume.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
 from ast_sparse.training.resume.same_run import RunRecord
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.blocks.packing import eos_token
 from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.data.tokens.tokenise import eos_token
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
@@ -131,3 +131,10 @@ def _unpadded(feature: Mapping[str, Any], row: Tensor) -> Tensor:
 
 def _padded(rows: list[Tensor], length: int, fill: int) -> Tensor:
     return torch.stack([F.pad(row, (0, length - len(row)), value=fill) for row in rows])
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> CausalLMCollator:
+    """The collator of a run; with packing `documents` it marks where documents begin."""
+    pad = tokenizer.pad_token_id if tokenizer is not None else None
+    end, begin = document_borders(tokenizer, packing, bos) or (None, None)
+    return CausalLMCollator(pad, end, begin)

@@ -10,10 +10,11 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.blocks.packing import block_begins, eos_token, token_ids
+from ast_sparse.data.blocks.packing import block_begins
 from ast_sparse.data.sources.documents import iterate_documents
 from ast_sparse.data.sources.entries import Entry
 from ast_sparse.data.tokens.bos import NO_BOS, Bos
+from ast_sparse.data.tokens.tokenise import eos_token, token_ids
 from ast_sparse.errors import UserError
 
 _DOCUMENTS = 16  # tokenised at once

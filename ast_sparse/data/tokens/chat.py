@@ -18,16 +18,16 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.blocks.packing import LABELLED, eos_token, list_array, text_key, tokenizer_key
 from ast_sparse.data.sources.conversations import SETTINGS, chat_columns, read_row, read_settings, read_tools
 from ast_sparse.data.sources.text_files import check_characters, one_line
 from ast_sparse.data.tokens.chat_template import DATE, REFUSALS, Chat, Spans, refusal, template_text
 from ast_sparse.data.tokens.messages import read_messages
-from ast_sparse.data.tokens.shard_writer import missing
+from ast_sparse.data.tokens.shard_writer import missing, text_key
+from ast_sparse.data.tokens.tokenise import LABELLED, eos_token, list_array, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
-_FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels come out differently
+FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels come out differently
 _ROWS_PER_BATCH = 256
 
 
@@ -72,7 +72,7 @@ def tokenise_conversations(
 
     special = tokenizer.special_tokens_map  # what a template calls bos_token
     fixed = (template, str(DATE), special)
-    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos, *bos)
+    parts = (FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos, *bos)
     tokenised = chosen.map(
         tokenise,
         with_indices=True,

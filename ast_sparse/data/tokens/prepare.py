@@ -27,7 +27,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.blocks.packing import eos_token, tokenizer_key
 from ast_sparse.data.sources.documents import iterate_documents
 from ast_sparse.data.sources.entries import Entry, source_stamps
 from ast_sparse.data.tokens.bos import find_bos
@@ -52,6 +51,7 @@ from ast_sparse.data.tokens.shards import (
     shard_name,
     token_type,
 )
+from ast_sparse.data.tokens.tokenise import eos_token, tokenizer_key
 from ast_sparse.errors import UserError
 
 SHARD_CHARACTERS = 64_000_000

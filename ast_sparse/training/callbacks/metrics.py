@@ -1,7 +1,5 @@
 """The figures of a run while it goes: every record of the log in a file, and speed and memory beside each loss."""
 
-import json
-import math
 import re
 import time
 from pathlib import Path
@@ -13,10 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.storage.run_folder import METRICS, _finite, append_row, keep_rows_until
 
 logger = logging.get_logger(__name__)
 
-METRICS = "metrics.jsonl"
 
 _PEAK_FLOPS = (  # a second, dense bf16 with float32 sums, of the vendor's data sheets; by name, the first that matches
     (r"\bMIG\b", None),  # a part of a GPU
@@ -27,30 +25,6 @@ _PEAK_FLOPS = (  # a second, dense bf16 with float32 sums, of the vendor's data 
     (r"L40S", 362e12),
     (r"RTX 4090$", 165.2e12),
 )
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a JSON line, which is on its way to the disk when this returns; what is not finite becomes null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
-
-
-def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
-    """Drop the rows after `step`, and a line cut by a kill: the resumed run records them anew.
-
-    Args:
-        at_most: of the rows up to `step`, keep so many.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    path.write_text("".join(kept[:at_most]), encoding="utf-8")
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -135,7 +109,3 @@ class SpeedCallback(TrainerCallback):
             self._since = time.monotonic()
 
     on_evaluate = on_save = on_log
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,10 +13,9 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
 from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
 from ast_sparse.sparsity.statistics import InputRecorder
-from ast_sparse.training.callbacks.late_slorb import check_steps
-from ast_sparse.training.callbacks.metrics import append_row, keep_rows_until
+from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
+from ast_sparse.training.checks.baselines import check_steps
 
-MASK_HISTORY = "mask_history.jsonl"
 _STATE = "ast_sparse.refresh_waits"  # as the state of `WatchCallback`
 
 

@@ -23,11 +23,11 @@ from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import mean_over_ranks
 from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.storage.run_folder import REPLAY
 from ast_sparse.training.resume.checkpoints import last_checkpoint
 
 logger = logging.get_logger(__name__)
 
-REPLAY = "replay"
 # not the name of a class: transformers would build one anew with `restore_callback_states_from_checkpoint`
 _STATE = "ast_sparse.watch"
 

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ast_sparse.data.blocks.collator import CausalLMCollator, document_borders
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.scoring import eval_mode
 
 _MEND = "Set data.packing: joined."
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, for float32 and below
 _TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
-
-
-def make_collator(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> CausalLMCollator:
-    """The collator of a run; with packing `documents` it marks where documents begin."""
-    pad = tokenizer.pad_token_id if tokenizer is not None else None
-    end, begin = document_borders(tokenizer, packing, bos) or (None, None)
-    return CausalLMCollator(pad, end, begin)
 
 
 def check_apart(

@@ -21,8 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.config.yaml12 import shown
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import SharedError, UserError, shown
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks.domains import DomainBlocks
-from ast_sparse.data.blocks.packing import tokenizer_key
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.entries import text_files
+from ast_sparse.data.tokens.tokenise import tokenizer_key
 
 _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once

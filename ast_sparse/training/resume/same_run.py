@@ -12,9 +12,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConfig, SparsityConfig
-from ast_sparse.config.yaml12 import shown
 from ast_sparse.distributed.ranks import errors_shared
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, read_json, write_json
 from ast_sparse.training.resume.checkpoints import RUN_RECORD
 from ast_sparse.training.resume.fingerprints import (

@@ -12,13 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.data.blocks.collator import CausalLMCollator
-from ast_sparse.data.blocks.packing import (
-    pack_tokens,
-    token_counts,
-    tokenise_documents,
-    tokenizer_key,
-)
+from ast_sparse.data.blocks.packing import pack_tokens
 from ast_sparse.data.build import pack_dataset
+from ast_sparse.data.tokens.tokenise import token_counts, tokenise_documents, tokenizer_key
 from ast_sparse.errors import UserError
 from tests.models import generated_text, tiny_tokenizer
 

@@ -11,8 +11,9 @@ import torch
 from transformers import TrainerCallback
 
 from ast_sparse import SparseTrainer, SparsityConfig
+from ast_sparse.storage.run_folder import METRICS, append_row, keep_rows_until
 from ast_sparse.training.callbacks import metrics
-from ast_sparse.training.callbacks.metrics import METRICS, SpeedCallback, append_row, keep_rows_until, peak_flops
+from ast_sparse.training.callbacks.metrics import SpeedCallback, peak_flops
 from tests.models import tiny_model
 from tests.training.test_trainer import arguments, blocks, trainer, weights
 

@@ -1,0 +1,129 @@
+"""A model without weights: its configuration, and its modules on the meta device."""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ast_sparse.config import ModelConfig
+from ast_sparse.errors import UserError
+from ast_sparse.storage.companions import companion_files
+from ast_sparse.storage.files import has_adapter, sparse_keys, tensor_shapes, weight_files
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.origin import check_saving, read_generation_config, source_folder
+from ast_sparse.storage.packed import decode_on_load
+from ast_sparse.storage.quantized import forget_quantization
+
+_LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
+_LONGEST_REASON = 200  # characters of another library's error that are shown
+
+
+def meta_student(model: ModelConfig) -> PreTrainedModel:
+    """The dense model on the meta device: its configuration and files are checked, no weight is loaded.
+
+    Raises:
+        UserError: the model cannot be found or built, or its files are damaged or sparse already.
+    """
+    config = student_config(model)
+    built = meta_model(model, config)
+    check_savable(model, config)
+    return built
+
+
+def student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrainedConfig:
+    path = Path(model.name_or_path).expanduser()
+    if model.revision is not None and path.exists():
+        raise UserError(
+            f"model.revision={model.revision!r} belongs to a model on the hub, and {model.name_or_path!r} is local. "
+            "Remove it."
+        )
+    for key, value in model.config_overrides.items():
+        if "drop" in key and isinstance(value, int | float) and not 0 <= value < 1:
+            raise UserError(f"model.config_overrides.{key}={value} must be 0 or more and below 1.")
+    config = load_model_config(
+        model.name_or_path,
+        revision=model.revision,
+        gguf_file=model.gguf_file,
+        trust_remote_code=model.trust_remote_code,
+        config_overrides=model.config_overrides,
+    )
+    if path.is_dir() and model.gguf_file is None and reads_weights:
+        _check_dense(path)
+    if reads_weights:
+        decode_on_load(config, model.name_or_path)
+    forget_quantization(config)  # a plan counts the decoded model
+    return config
+
+
+def has_config_alone(model: ModelConfig) -> bool:
+    """Whether a folder holds no weights, which a plan can do without."""
+    folder = Path(model.name_or_path).expanduser()
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+    return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)
+
+
+def _check_dense(folder: Path) -> None:
+    """Whole files of a model without our masks or SLoRB, which training would start from twice."""
+    names = [name for file in weight_files(folder) for name in tensor_shapes(file)]
+    if sparse_keys(names)[0] or has_adapter(folder):
+        raise UserError(
+            f"model.name_or_path={str(folder)!r} is the result of a run, with masks or SLoRB. Name the dense model, "
+            "or continue the run with --resume."
+        )
+
+
+def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights."""
+
+    def build(attn_implementation: str | None) -> PreTrainedModel:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            return AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+            )
+
+    try:
+        built = build(model.attn_implementation)
+        sizes = {name: math.prod(parameter.shape) for name, parameter in built.named_parameters()}
+        if name := next((name for name, size in sizes.items() if not 0 < size < _LARGEST_TENSOR), None):
+            raise ValueError(f"`{name}` would have shape {tuple(built.get_parameter(name).shape)}")
+        return built
+    except Exception as error:  # whatever a config with impossible values makes the code of its model raise
+        reason = _one_line(error)
+    if model.attn_implementation is not None:
+        try:
+            build(None)
+        except Exception:  # the configuration is to blame, not the attention
+            pass
+        else:
+            raise UserError(
+                f"model.attn_implementation={model.attn_implementation!r} cannot be used: {reason}. "
+                "Use sdpa or eager, or remove it."
+            )
+    raise UserError(
+        f"The model of {model.name_or_path!r} cannot be built: {reason}. "
+        "Check its config.json and model.config_overrides."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    text = text if " " in text else f"{type(error).__name__} {text}"  # KeyError: 'relux'
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+
+
+def check_savable(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Whether what a run saves beside the weights can be read and written."""
+    folder = source_folder(config)
+    generation = None if folder is None else read_generation_config(folder)
+    if folder is not None:
+        companion_files(folder)
+    check_saving(model.name_or_path, config, generation)
