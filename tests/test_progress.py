@@ -18,7 +18,7 @@ from ast_sparse.cli.data import main as ast_data
 from ast_sparse.progress import LineBar, library_bars, lines_for_bars, progress_bar
 from ast_sparse.training.callbacks.lines import ProgressLines
 from tests.models import generated_text, save_tiny_model
-from tests.training.test_trainer import blocks, trainer
+from tests.training.small_runs import blocks, trainer
 
 Log = pytest.CaptureFixture[str]
 

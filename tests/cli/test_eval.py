@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import ast_sparse
 from ast_sparse.cli.eval import main
 from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
+from tests.cli.eval_runs import refused, run, table
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -24,22 +25,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def text(tmp_path: Path) -> str:
     (tmp_path / "some.txt").write_text(generated_text(30))
     return str(tmp_path / "some.txt")
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
-
-
-def refused(*arguments: str | Path) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    return result.stderr.rstrip("\n").splitlines()[-1]
-
-
-def table(result: Result) -> list[list[str]]:
-    assert result.exit_code == 0, result.output
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in result.stdout.splitlines()]
 
 
 def test_table_gives_the_figure_with_its_window(model: str, text: str) -> None:

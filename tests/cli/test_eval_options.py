@@ -15,8 +15,8 @@ from ast_sparse.data.tokens.chat import tokenise_conversations
 from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.export.export import export_model
 from ast_sparse.storage.load import load_causal_lm
-from tests.cli.test_eval import refused, run, table
-from tests.data.tokens.test_chat import ROWS, tokenizer
+from tests.cli.eval_runs import refused, run, table
+from tests.data.chats import ROWS, tokenizer
 from tests.evaluation.tasks import choice_task, perplexity_task
 from tests.export.sparse_models import sparse_model
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer

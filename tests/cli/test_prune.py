@@ -16,7 +16,7 @@ from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers, sparsify_model
 from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm
-from tests.data.tokens.test_bos import BOS, bos_tokenizer, save_bos_model
+from tests.data.bos_models import BOS, bos_tokenizer, save_bos_model
 from tests.models import generated_text, save_tiny_model
 
 CALIBRATION = ("--samples", "4", "--seq-len", "16")

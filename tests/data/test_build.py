@@ -1,8 +1,6 @@
 """Sources to training and held-out blocks: the split never overlaps, and nothing is lost unsaid."""
 
 import copy
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,9 @@ import pytest
 from ast_sparse.config import DataConfig
 from ast_sparse.data.build import DataReport, build_datasets, training_tokens
 from ast_sparse.errors import UserError
-from tests.data.blocks.test_packing import cut, documents, stream
+from tests.data.documents import cut, documents, stream
+from tests.data.folders import write
 from tests.models import generated_text, tiny_tokenizer
-
-
-def write(folder: Path, name: str, texts: Sequence[str]) -> str:
-    (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return name
 
 
 def build(folder: Path, *train: Any, **settings: Any) -> tuple[list[list[int]], list[list[int]] | None, DataReport]:

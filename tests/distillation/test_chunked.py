@@ -11,7 +11,7 @@ from ast_sparse.distillation import chunked
 from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.distillation.logits import distillation_loss
-from tests.distillation.test_logits import CONFIGS, plain_loss
+from tests.distillation.plain_losses import CONFIGS, plain_loss
 
 VOCAB, HIDDEN, TEACHER_HIDDEN = 13, 8, 6
 

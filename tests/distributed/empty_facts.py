@@ -14,8 +14,7 @@ from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import gather
 from ast_sparse.sparsity.model import sparse_layers
 from tests.models import tiny_model
-from tests.training.test_empty_steps import Rows
-from tests.training.test_trainer import arguments
+from tests.training.small_runs import Rows, arguments
 
 EMPTY = [False, False, False, True, True, True, True, False, True, True]  # two of them a step, one for each rank
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import TextResult, measure_text
 from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
 from ast_sparse.evaluation.samples import continue_prompts
-from tests.cli.test_eval import refused, run, table
-from tests.data.tokens.test_bos import BOS, EOS, bos_tokenizer, chat, plain, save_bos_model
+from tests.cli.eval_runs import refused, run, table
+from tests.data.bos_models import BOS, EOS, bos_tokenizer, chat, plain, save_bos_model
 from tests.models import generated_text, save_tiny_model, tiny_model
 
 ROWS = [generated_text(count, seed) for seed, count in enumerate((9, 1, 5, 20, 2))]

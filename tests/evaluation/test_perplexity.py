@@ -17,7 +17,7 @@ from ast_sparse.evaluation.perplexity import (
     perplexity,
     wikitext2_rows,
 )
-from tests.distillation.test_head import SMALL, changed
+from tests.distillation.heads import SMALL, changed
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
 
 

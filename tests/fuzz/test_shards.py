@@ -10,8 +10,7 @@ import pytest
 from ast_sparse.data.tokens.prepare import prepare_shards
 from ast_sparse.data.tokens.shards import MANIFEST, open_documents, open_tokens, read_manifest, verify_shards
 from ast_sparse.errors import UserError
-from tests.data.sources.test_documents import lines
-from tests.data.tokens.test_shards import settings
+from tests.data.folders import lines, settings
 from tests.fuzz.mutate import mutate_bytes, mutate_json, share
 from tests.models import generated_text, tiny_tokenizer
 

@@ -8,7 +8,7 @@ import torch
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
 from tests.models import tiny_model
-from tests.training.test_trainer import arguments, blocks
+from tests.training.small_runs import arguments, blocks
 
 
 def run(folder: Path, kernels: str, resume: str | None = None, steps: int = 20) -> SparseTrainer:

@@ -21,7 +21,7 @@ from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityC
 from ast_sparse.cli.train import main
 from ast_sparse.training.resume.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
-from tests.training.test_trainer import arguments, blocks
+from tests.training.small_runs import arguments, blocks
 
 # AST_SPARSE_KILL_STEPS=60 AST_SPARSE_KILL_SEEDS=20 python -m pytest tests/invariant/test_resume.py -k sigkill
 STEPS = int(os.environ.get("AST_SPARSE_KILL_STEPS", "24"))  # a multiple of 12

@@ -7,7 +7,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from ast_sparse.kernels import products
 from ast_sparse.kernels.fast_forward import fast_forward
 from tests.models import tiny_model
-from tests.training.test_trainer import trainer, weights
+from tests.training.small_runs import trainer, weights
 
 
 def test_fused_gelus_equal_those_of_transformers_in_float64() -> None:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from ast_sparse.kernels import heap
 from tests.models import tiny_config, tiny_model
-from tests.training.test_trainer import blocks, trainer
+from tests.training.small_runs import blocks, trainer
 
 
 @pytest.mark.parametrize(("layers", "parts"), [(1, 1), (2, 2), (4, 4), (6, 3), (7, 4), (9, 3)])

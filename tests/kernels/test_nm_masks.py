@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ast_sparse.kernels.nm_masks import magnitude_mask, nm_group_mask
-from tests.sparsity.test_masks import slow_mask
+from tests.sparsity.slow_masks import slow_mask
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(2, 4, 0), (2, 4, 1), (1, 2, 1), (4, 8, 1)])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ast_sparse.kernels import products
 from ast_sparse.kernels.products import add_product, linear, masked, product
-from tests.sparsity.test_layers import sparse_linear
+from tests.sparsity.small_layers import sparse_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2])

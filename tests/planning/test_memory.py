@@ -16,7 +16,7 @@ from ast_sparse.planning.fit import find_mend
 from ast_sparse.planning.memory import LiveBytes, Memory, MemoryModel, Setup
 from ast_sparse.sparsity.model import sparsify_model
 from tests.models import FAMILIES, VOCAB, tiny_config, tiny_model
-from tests.training.test_trainer import trainer
+from tests.training.small_runs import trainer
 
 SETUP = Setup(
     batch_size=4, eval_batch_size=0, gradient_accumulation_steps=1, block_size=64, dtype=torch.float32,

@@ -22,7 +22,7 @@ from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import Preempted, PreemptionSignals, preemption_signals
 from ast_sparse.training.resume.checkpoints import faults
 from tests.models import generated_text, save_tiny_model
-from tests.training.test_trainer import blocks, trainer
+from tests.training.small_runs import blocks, trainer
 
 CONFIG = """
 model: {{name_or_path: {folder}/model}}

@@ -15,7 +15,7 @@ from ast_sparse.cli.train import main
 from ast_sparse.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from ast_sparse.run.stages import Measured, PerplexityCallback
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
-from tests.training.test_trainer import trainer, weights
+from tests.training.small_runs import trainer, weights
 
 KEYS = ("heldout_perplexity", "other_perplexity")
 

@@ -3,16 +3,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.sparsity.layers import SparseConv1D, SparseLinear, make_dense, make_sparse, pack_bits, unpack_bits
+from ast_sparse.sparsity.layers import SparseConv1D, make_dense, make_sparse, pack_bits, unpack_bits
 from ast_sparse.sparsity.masks import Pattern, nm_mask
-
-
-def sparse_linear(fixed: bool = False) -> SparseLinear:
-    torch.manual_seed(0)
-    layer = nn.Linear(8, 3).double()
-    make_sparse(layer, nm_mask(layer.weight.abs()), Pattern(2, 4), fixed)
-    assert isinstance(layer, SparseLinear)
-    return layer
+from tests.sparsity.small_layers import sparse_linear
 
 
 def test_output_is_the_product_with_the_masked_weight() -> None:

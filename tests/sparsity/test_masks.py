@@ -4,18 +4,9 @@ import pytest
 import torch
 
 from ast_sparse.sparsity.masks import Pattern, check_nm, flip_rate, gradual_mask, nm_mask
+from tests.sparsity.slow_masks import slow_mask
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (2, 8), (4, 8), (8, 16), (16, 32)]
-
-
-def slow_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
-    """Plain loops: sort each group by (score descending, column ascending), keep the first n."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    for row in range(scores.shape[0]):
-        for start in range(0, scores.shape[1], m):
-            order = sorted(range(start, start + m), key=lambda column: (-float(scores[row, column]), column))
-            mask[row, order[:n]] = True
-    return mask
 
 
 @pytest.mark.parametrize(("n", "m"), PATTERNS)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig, UserError, export_model
 from ast_sparse.sparsity.model import sparse_layers
 from tests.models import VOCAB, tiny_config, tiny_model
-from tests.training.test_trainer import arguments, blocks, trainer, weights
+from tests.training.small_runs import arguments, blocks, trainer, weights
 
 STEPS = 7
 

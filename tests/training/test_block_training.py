@@ -13,11 +13,10 @@ from ast_sparse.cli.train import main
 from ast_sparse.data.blocks.collator import CausalLMCollator
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.training.loader import DATA_STATE, make_mixture
-from tests.data.blocks.test_packing import documents
-from tests.data.blocks.test_stored import build, shards
-from tests.data.test_build import write
+from tests.data.documents import documents
+from tests.data.folders import build, shards, write
 from tests.models import save_tiny_model, tiny_model
-from tests.training.test_trainer import arguments
+from tests.training.small_runs import arguments
 
 
 class Recording(CausalLMCollator):

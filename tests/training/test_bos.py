@@ -17,10 +17,10 @@ from ast_sparse.config import CalibrationConfig, DistillationConfig, SparsityCon
 from ast_sparse.evaluation.perplexity import perplexity
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training import trainer as trainer_module
-from tests.data.blocks.test_packing import documents
-from tests.data.tokens.test_bos import BOS, EOS, bos_tokenizer, expected_blocks, save_bos_model
+from tests.data.bos_models import BOS, EOS, bos_tokenizer, expected_blocks, save_bos_model
+from tests.data.documents import documents
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
-from tests.training.test_trainer import padded, trainer
+from tests.training.small_runs import padded, trainer
 
 
 def train(root: Path, *options: str, **sections: Any) -> Result:

@@ -11,9 +11,9 @@ from datasets import Dataset
 from ast_sparse import SparseTrainer
 from ast_sparse.config import load_config
 from ast_sparse.run.train import run_training
-from tests.data.tokens.test_chat import ROWS, tokenizer
+from tests.data.chats import ROWS, tokenizer
 from tests.models import tiny_model
-from tests.training.test_trainer import arguments
+from tests.training.small_runs import arguments
 
 
 def test_a_run_on_a_file_of_conversations_measures_what_is_counted(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ast_sparse import CalibrationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.statistics import InputRecorder
 from tests.models import tiny_model
-from tests.training.test_trainer import blocks, trainer, weights
+from tests.training.small_runs import blocks, trainer, weights
 
 CALIBRATION = CalibrationConfig(samples=4)
 

@@ -11,34 +11,15 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
 from ast_sparse import SparseTrainer, SparsityConfig, UserError, WatchConfig
 from ast_sparse.config import load_config
 from ast_sparse.run.train import run_training
 from ast_sparse.sparsity.model import sparse_layers
-from tests.data.tokens.test_chat import conversation, tokenizer
-from tests.models import VOCAB, generated_text, tiny_model
-from tests.training.test_trainer import arguments, weights
-
-SIZE = 16
-
-
-class Rows(TorchDataset[Any]):
-    """A data set that is not looked through, whose rows train in their order."""
-
-    def __init__(self, is_empty: list[bool]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(0, VOCAB, (len(is_empty), SIZE), generator=generator).tolist()
-        self.is_empty = is_empty
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = self.ids[index]
-        return {"input_ids": ids, "labels": [ids[0]] + [-100] * (SIZE - 1) if self.is_empty[index] else ids}
+from tests.data.chats import conversation, tokenizer
+from tests.models import generated_text, tiny_model
+from tests.training.small_runs import Rows, arguments, weights
 
 
 class States(TrainerCallback):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from ast_sparse.training import eval_loss as held_out
 from ast_sparse.training.eval_loss import HeldOutLoss
-from tests.training.test_trainer import trainer
+from tests.training.small_runs import trainer
 
 LABELS = torch.randint(0, 9, (11, 6), generator=torch.Generator().manual_seed(0))
 LABELS[2, 1:] = LABELS[7] = -100

@@ -17,7 +17,7 @@ from ast_sparse.planning.plan import make_plan
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.checks.features import check_feature_settings
 from tests.models import VOCAB, save_tiny_model, tiny_config, tiny_model
-from tests.training.test_trainer import arguments, blocks, trainer, weights
+from tests.training.small_runs import arguments, blocks, trainer, weights
 
 KINDS = ("tinybert", "mobilebert", "squarehead")
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from ast_sparse import DistillationConfig, SparseTrainer
 from ast_sparse.distillation import chunked
 from ast_sparse.training import losses
-from tests.distillation.test_head import SMALL
+from tests.distillation.heads import SMALL
 from tests.models import VOCAB, tiny_model
-from tests.training.test_trainer import blocks, trainer, weights
+from tests.training.small_runs import blocks, trainer, weights
 
 
 @pytest.fixture(autouse=True)

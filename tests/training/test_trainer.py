@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
 from ast_sparse.sparsity.masks import check_nm
@@ -16,35 +16,7 @@ from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.fsdp import check_shardable
 from tests.families import family_model
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
-
-
-def blocks(count: int = 32, size: int = 16, seed: int = 0) -> Dataset:
-    generator = torch.Generator().manual_seed(seed)
-    return Dataset.from_dict({"input_ids": torch.randint(0, VOCAB, (count, size), generator=generator).tolist()})
-
-
-def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return TrainingArguments(**{**defaults, **kwargs})
-
-
-def trainer(folder: Path, model: Any = None, sparsity: SparsityConfig | None = None, **kwargs: Any) -> SparseTrainer:
-    args = kwargs.pop("args", {})
-    kwargs.setdefault("distillation_config", DistillationConfig(alpha=0.67))
-    kwargs.setdefault("train_dataset", blocks())
-    return SparseTrainer(
-        tiny_model("llama") if model is None else model,
-        arguments(folder, **args),
-        sparsity_config=sparsity or SparsityConfig(mask_interval=2, mask_decay=1e-2),
-        **kwargs,
-    )
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+from tests.training.small_runs import arguments, blocks, padded, trainer, weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -390,15 +362,6 @@ def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([r["input_ids"] for r in rows])})
     with pytest.raises(UserError, match="no labels"):
         run.train()
-
-
-def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """The same model with more rows, whose logits are no longer small."""
-    torch.manual_seed(1)
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[VOCAB:].normal_(0, 2)
-    return model
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "squarehead"])

@@ -27,7 +27,7 @@ from ast_sparse.data.tokens.tokenise import LABELLED, eos_token, list_array, tok
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError
 
-FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels come out differently
+_FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels come out differently
 _ROWS_PER_BATCH = 256
 
 
@@ -72,7 +72,7 @@ def tokenise_conversations(
 
     special = tokenizer.special_tokens_map  # what a template calls bos_token
     fixed = (template, str(DATE), special)
-    parts = (FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos, *bos)
+    parts = (_FORMAT_VERSION, "chat", rows._fingerprint, columns, tokenizer_key(tokenizer), fixed, eos, *bos)
     tokenised = chosen.map(
         tokenise,
         with_indices=True,

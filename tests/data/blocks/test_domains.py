@@ -11,7 +11,7 @@ from ast_sparse.config import MixtureConfig
 from ast_sparse.data.blocks.domains import DomainBlocks, Mixture, updated_shares
 from ast_sparse.data.blocks.order import BlockOrder, seed_key
 from ast_sparse.errors import UserError
-from tests.data.blocks.test_order import mixed
+from tests.data.folders import mixed
 
 BLOCKS = {"cc": 50, "wiki": 7, "book": 300}
 SHARES = (0.5, 0.2, 0.3)

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 
 from ast_sparse.data.blocks.order import BlockOrder, seed_key
-
-_BITS = 2**64 - 1
-
-
-def mixed(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _BITS
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _BITS
-    return value ^ (value >> 31)
+from tests.data.folders import mixed
 
 
 def by_hand(position: int, blocks: int, key: int) -> int:

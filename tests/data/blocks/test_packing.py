@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -16,42 +15,8 @@ from ast_sparse.data.blocks.packing import pack_tokens
 from ast_sparse.data.build import pack_dataset
 from ast_sparse.data.tokens.tokenise import token_counts, tokenise_documents, tokenizer_key
 from ast_sparse.errors import UserError
+from tests.data.documents import cut, documents, stream
 from tests.models import generated_text, tiny_tokenizer
-
-DIGITS = [
-    "the",
-    "sparse",
-    "model",
-    "keeps",
-    "two",
-    "of",
-    "four",
-    "weights",
-    "while",
-    "dense",
-]  # all the tokenizer knows
-
-
-def documents(count: int, sentences: int = 1) -> list[str]:
-    """Texts that differ from each other."""
-    return [
-        f"{generated_text(sentences, seed)} {' '.join(DIGITS[int(digit)] for digit in str(seed))}"
-        for seed in range(count)
-    ]
-
-
-def stream(texts: Sequence[str]) -> list[int]:
-    """The tokens of the documents in order, an EOS after each: the twin of tokenise_documents."""
-    tokenizer = tiny_tokenizer()
-    tokens: list[int] = []
-    for text in texts:
-        if text.strip():
-            tokens += [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    return tokens
-
-
-def cut(tokens: list[int], block_size: int) -> list[list[int]]:
-    return [tokens[i : i + block_size] for i in range(0, len(tokens) - block_size + 1, block_size)]
 
 
 # 600 documents are three map batches; a block of 4,000 tokens is longer than the first batch gives.

@@ -8,34 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ast_sparse.config import DataConfig
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.data.blocks.stored import TokenBlocks, split_folders
-from ast_sparse.data.build import Blocks, DataReport, build_datasets
+from ast_sparse.data.build import Blocks
 from ast_sparse.data.sources.entries import check_entries
-from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
 from ast_sparse.data.tokens.shards import Manifest, Shard, ShardFolder
 from ast_sparse.errors import UserError
-from tests.data.blocks.test_packing import documents
-from tests.data.test_build import write
-from tests.data.tokens.test_shards import edited
-from tests.models import generated_text, tiny_tokenizer
-
-
-def build(folder: Path, *train: Any, **settings: Any) -> tuple[Blocks, Blocks | None, DataReport]:
-    config = DataConfig(root=str(folder), train=train, **{"block_size": 8, **settings})
-    return build_datasets(config, tiny_tokenizer())
+from tests.data.documents import documents
+from tests.data.folders import build, edited, shards, write
+from tests.models import generated_text
 
 
 def rows(blocks: Blocks | None) -> list[list[int]]:
     return [] if blocks is None else [[int(token) for token in row["input_ids"]] for row in blocks]
-
-
-def shards(folder: Path, name: str, characters: int = 500) -> str:
-    settings = PrepareSettings(entries=(name,), root=str(folder), shard_characters=characters, keep_long=True)
-    out = Path(name).stem
-    prepare_shards(folder / out, settings, tiny_tokenizer())
-    return out
 
 
 @pytest.mark.parametrize("share", [0, 0.02, 0.1, 0.4])

@@ -15,8 +15,8 @@ from ast_sparse.config import DataConfig
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import build_datasets
 from ast_sparse.errors import UserError
-from tests.data.blocks.test_packing import cut, documents, stream
-from tests.data.test_build import write
+from tests.data.documents import cut, documents, stream
+from tests.data.folders import write
 from tests.models import save_tiny_model, tiny_tokenizer
 
 

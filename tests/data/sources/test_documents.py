@@ -14,14 +14,7 @@ from ast_sparse.data.sources import text_files as files
 from ast_sparse.data.sources.documents import iterate_documents, load_documents
 from ast_sparse.data.sources.entries import check_sources
 from ast_sparse.errors import UserError
-
-
-def lines(*rows: Any) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def zstd(content: bytes) -> bytes:
-    return pa.compress(content, codec="zstd", asbytes=True)
+from tests.data.folders import lines, zstd
 
 
 def texts(folder: Path, *entries: Any, text_field: str = "text") -> list[list[str]]:

@@ -1,6 +1,5 @@
 """BOS before documents and before blocks, against plain loops."""
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from datasets import Dataset
-from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.cli.data import main
 from ast_sparse.config import CalibrationConfig, DataConfig
@@ -23,32 +20,9 @@ from ast_sparse.data.tokens.bos import bos_note, find_bos, own_bos
 from ast_sparse.data.tokens.shards import MANIFEST, read_manifest, verify_shards
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.windows import Stream, cut
-from tests.data.blocks.test_packing import documents
-from tests.models import save_tiny_model, tiny_tokenizer
-
-EOS, BOS = 0, 82
-
-
-def bos_tokenizer(single: str | None = "<s> $A", bos: str | None = "<s>") -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with a BOS token, which it puts where the template says."""
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    if bos is not None:
-        tokenizer.add_special_tokens({"bos_token": bos})
-    if single is not None:
-        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {"<|end|>", bos or "<|end|>"}]
-        template = processors.TemplateProcessing(single, special_tokens=special)
-        tokenizer.backend_tokenizer.post_processor = template
-    return tokenizer
-
-
-def save_bos_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
-    save_tiny_model(folder, family, seed)
-    bos_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def plain(text: str) -> list[int]:
-    return tiny_tokenizer().encode(text, add_special_tokens=False)
+from tests.data.bos_models import BOS, EOS, bos_tokenizer, chat, expected_blocks, plain, save_bos_model
+from tests.data.documents import documents
+from tests.models import tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -79,14 +53,6 @@ def test_choices() -> None:
         find_bos("document", tiny_tokenizer())
     with pytest.raises(UserError, match="bos='start' is not one of auto, none, document, block, window"):
         find_bos("start", tiny_tokenizer(), "bos")
-
-
-def expected_blocks(texts: list[str], size: int, place: str, bos: int = BOS) -> list[list[int]]:
-    begin = [bos] if place == "document" else []
-    stream = [token for text in texts if text.strip() for token in [*begin, *plain(text), EOS]]
-    front = [bos] if place in ("block", "window") else []
-    length = size - len(front)
-    return [front + stream[at : at + length] for at in range(0, len(stream) - length + 1, length)]
 
 
 def save(root: Path, texts: list[str]) -> None:
@@ -224,14 +190,6 @@ def test_shards_are_not_finished_with_another_bos(tmp_path: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": ["x"]}))
     with pytest.raises(UserError, match="damaged"):
         read_manifest(folder)
-
-
-TEMPLATE = "{% for m in messages %}{{ '<s>' if loop.first }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-
-
-def chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", "document", "block"])

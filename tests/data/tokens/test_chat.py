@@ -1,6 +1,5 @@
 """Chat data: which tokens are counted, against the text itself; the same from every place it may lie."""
 
-import copy
 import gzip
 import json
 from pathlib import Path
@@ -13,62 +12,17 @@ from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.config import DataConfig
 from ast_sparse.data.build import build_datasets, pack_dataset
-from ast_sparse.data.tokens.chat import tokenise_conversations
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.evaluation.perplexity import evaluate_blocks
+from tests.data.chats import MARKED, PLAIN, ROWS, conversation, counted, made, tokenizer
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>\n' }}"
-    "BEGIN{{ message['content'] + '<|end|>' }}END{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
-)
-PLAIN = CHATML.replace("BEGIN", "").replace("END", "")
-MARKED = CHATML.replace("BEGIN", "{% if message['role'] == 'assistant' %}{% generation %}").replace(
-    "END",
-    "{% endgeneration %}{% else %}{{ message['content'] + '<|end|>' }}{% endif %}",
-)
 LAST_ONLY = "{% for m in messages %}{{ m['role'] }}: {% if loop.last %}{{ m['content'] }}{% endif %}\n{% endfor %}"
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Begin with the user.') }}{% endif %}" + PLAIN
 
 
-def tokenizer(template: str | None = PLAIN) -> PreTrainedTokenizerFast:
-    made = copy.deepcopy(tiny_tokenizer())
-    made.chat_template = template
-    return made
-
-
-def conversation(*turns: str) -> list[dict[str, str]]:
-    """Turns of user and assistant by turns; one that begins with ! is the system's."""
-    roles = ["user", "assistant"] * len(turns)
-    system = [{"role": "system", "content": turn[1:]} for turn in turns if turn.startswith("!")]
-    spoken = [turn for turn in turns if not turn.startswith("!")]
-    return system + [{"role": role, "content": turn} for role, turn in zip(roles, spoken, strict=False)]
-
-
-ROWS = [
-    conversation("two of four", "keeps the dense masks"),
-    conversation("!late", "which weights", "two", "and then", "four masks move"),
-    conversation("the sparse model", "moves"),
-]
 SAID = [["keeps the dense masks<|end|>"], ["two<|end|>", "four masks move<|end|>"], ["moves<|end|>"]]
-
-
-def counted(row: dict[str, Any]) -> list[str]:
-    """The stretches of a row that are counted, as text."""
-    stretches: list[list[int]] = []
-    for index, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
-        assert label in (token, -100)
-        if label == token:
-            if not index or row["labels"][index - 1] == -100:
-                stretches.append([])
-            stretches[-1].append(token)
-    return [tiny_tokenizer().decode(stretch) for stretch in stretches]
-
-
-def made(rows: Dataset, template: str | None = PLAIN) -> list[dict[str, Any]]:
-    return list(tokenise_conversations(rows, tokenizer(template), "chat"))
 
 
 def test_what_the_assistant_says_is_counted_and_nothing_else() -> None:

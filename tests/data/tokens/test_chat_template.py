@@ -17,7 +17,7 @@ from ast_sparse.data.tokens import chat_template
 from ast_sparse.data.tokens.chat import conversation_tokens, tokenise_conversations
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.windows import tokenise_chat
-from tests.data.tokens.test_chat import MARKED, PLAIN, ROWS, conversation, tokenizer
+from tests.data.chats import MARKED, PLAIN, ROWS, conversation, tokenizer
 from tests.models import generated_text
 
 THINKS = PLAIN.replace("{{ '<assistant>\n' }}", "{{ '<assistant>\n<think>\n' }}")

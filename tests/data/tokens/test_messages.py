@@ -16,7 +16,7 @@ from ast_sparse.data.sources.documents import read_conversations
 from ast_sparse.data.tokens.chat import tokenise_conversations
 from ast_sparse.data.tokens.chat_template import Chat
 from ast_sparse.errors import UserError
-from tests.data.tokens.test_chat import MARKED, PLAIN, counted, tokenizer
+from tests.data.chats import MARKED, PLAIN, counted, tokenizer
 
 USER = {"role": "user", "content": "two of"}
 HEAD = "{% for m in messages %}{{ m.role }}\n"

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from ast_sparse.cli.data import main
 from ast_sparse.data.tokens import prepare
-from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
+from ast_sparse.data.tokens.prepare import prepare_shards
 from ast_sparse.data.tokens.shard_writer import Tokeniser, TokeniserSettings, text_key, write_shard
 from ast_sparse.data.tokens.shards import (
     MANIFEST,
@@ -35,13 +35,9 @@ from ast_sparse.data.tokens.shards import (
     verify_shards,
 )
 from ast_sparse.errors import UserError
-from tests.data.blocks.test_packing import documents, stream
-from tests.data.sources.test_documents import lines, zstd
+from tests.data.documents import documents, stream
+from tests.data.folders import edited, lines, settings, zstd
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
-
-
-def settings(root: Path, *entries: Any, **values: Any) -> PrepareSettings:
-    return PrepareSettings(entries=entries, root=str(root), **{"shard_characters": 400, **values})
 
 
 def tokens_of(folder: Path) -> list[int]:
@@ -228,14 +224,6 @@ def test_full_disk_keeps_finished_shards_and_leaves_nothing_half_written(
         out, settings(tmp_path, *SOURCES), tiny_tokenizer(), finished=lambda shard, is_new: new.append(is_new)
     )
     assert new[:3] == [False, False, True] and tokens_of(out) == stream(texts)
-
-
-def edited(**values: Any) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        content = json.loads((folder / MANIFEST).read_text())
-        (folder / MANIFEST).write_text(json.dumps({**content, **values}))
-
-    return edit
 
 
 def cut(name: str, size: int) -> Callable[[Path], None]:

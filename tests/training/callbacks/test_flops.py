@@ -14,7 +14,7 @@ from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityC
 from ast_sparse.cli.train import main
 from ast_sparse.sparsity.model import sparse_layers
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model
-from tests.training.test_trainer import arguments, blocks, trainer, weights
+from tests.training.small_runs import arguments, blocks, trainer, weights
 
 MATCHED = DistillationConfig(alpha=0.0, match_flops=True)
 TOKENS = 4 * 16  # of a step

@@ -15,7 +15,7 @@ from ast_sparse.storage.run_folder import METRICS, append_row, keep_rows_until
 from ast_sparse.training.callbacks import metrics
 from ast_sparse.training.callbacks.metrics import SpeedCallback, peak_flops
 from tests.models import tiny_model
-from tests.training.test_trainer import arguments, blocks, trainer, weights
+from tests.training.small_runs import arguments, blocks, trainer, weights
 
 MEASURED = {"time", "tokens_per_second", "mfu", "memory_gib"}  # what no two runs have in common
 AT_THE_END = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}

@@ -17,11 +17,10 @@ from ast_sparse.cli.train import main
 from ast_sparse.config import MixtureConfig
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.training.loader import DATA_STATE
-from tests.data.blocks.test_packing import documents
-from tests.data.blocks.test_stored import shards
-from tests.data.test_build import write
+from tests.data.documents import documents
+from tests.data.folders import shards, write
 from tests.models import save_tiny_model, tiny_model
-from tests.training.test_trainer import arguments, blocks
+from tests.training.small_runs import arguments, blocks
 
 START = {"cc": 0.6, "wiki": 0.3, "book": 0.1}
 TARGETS = {"cc": 4.8, "wiki": 4.9, "book": 4.7}

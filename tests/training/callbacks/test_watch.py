@@ -16,7 +16,7 @@ from ast_sparse import SparseTrainer, SparsityConfig, UserError, WatchConfig, re
 from ast_sparse.errors import DivergenceError
 from ast_sparse.training.callbacks.watch import load_batch
 from tests.models import tiny_model
-from tests.training.test_trainer import arguments, blocks, weights
+from tests.training.small_runs import arguments, blocks, weights
 
 
 class Troubled(SparseTrainer):

@@ -11,9 +11,9 @@ from ast_sparse import DistillationConfig, SparseTrainer, UserError
 from ast_sparse.data.blocks.collator import CausalLMCollator
 from ast_sparse.data.build import pack_dataset
 from ast_sparse.training.checks.packing import check_apart
-from tests.data.tokens.test_chat import ROWS, tokenizer
+from tests.data.chats import ROWS, tokenizer
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
-from tests.training.test_trainer import arguments
+from tests.training.small_runs import arguments
 
 EOS = 0
 # documents of several lengths: one of a single token, one cut by the end of its block, an end at the end of a block

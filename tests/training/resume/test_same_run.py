@@ -29,7 +29,7 @@ from ast_sparse.training.resume.setting_classes import (
     rest_follows_length,
 )
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
-from tests.training.test_trainer import arguments, blocks
+from tests.training.small_runs import arguments, blocks
 
 
 def base(root: Path) -> dict[str, Any]:
