@@ -1,6 +1,7 @@
-"""Imports point downwards only (README, "Rooms")."""
+"""Every import looks down: one rank a room, so no two rooms can import each other."""
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -9,22 +10,31 @@ import ast_sparse
 
 PACKAGE = Path(__file__).parents[1] / "ast_sparse"
 # A room may import from itself and from rooms further down.
-ORDER = [
-    ("cli",),
-    ("training", "evaluation", "export", "loading", "places"),
-    ("data",),
-    ("distillation", "optim"),
-    ("sparsity",),
-    ("schedules", "kernels", "quantized"),
-    ("dtypes",),
-    ("config",),
-    ("conversion",),
-    ("yaml12",),
-    ("progress",),
-    ("errors",),
-]
-RANK = {room: len(ORDER) - level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec")
+ORDER = (
+    "cli",
+    "run",
+    "planning",
+    "report",
+    "training",
+    "evaluation",
+    "data",
+    "export",
+    "distillation",
+    "sparsity",
+    "storage",
+    "optim",
+    "schedules",
+    "kernels",
+    "config",
+    "distributed",
+    "tables",
+    "progress",
+    "errors",
+)
+RANK = {room: len(ORDER) - level for level, room in enumerate(ORDER)}
+STRANGERS = {("report", "training")}  # neither imports the other
+TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec24")
+NAMED_BY_THEIR_ROOM = ("cli", "config", "checks", "callbacks")  # a file a command, section, subject: any name is free
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -49,6 +59,37 @@ def test_imports_point_downwards(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "ast_sparse" and len(parts) > 1 and parts[1] in RANK:
             assert RANK[parts[1]] <= RANK[room(path)], f"{path.name} imports {name}"
+            assert (room(path), parts[1]) not in STRANGERS, f"{path.name} imports {name}"
+
+
+def test_the_order_names_every_room_once() -> None:
+    rooms = {room(path) for path in FILES}
+    assert len(set(ORDER)) == len(ORDER)
+    assert rooms == set(ORDER)
+
+
+def test_no_two_rooms_have_a_file_of_one_name() -> None:
+    places = defaultdict(set)
+    for path in FILES:
+        if path.name != "__init__.py" and path.parent.name not in NAMED_BY_THEIR_ROOM:
+            places[path.name].add(str(path.relative_to(PACKAGE)))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_an_init_file_is_empty_or_only_names_what_is_public() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        if path.parent not in (PACKAGE, PACKAGE / "config"):
+            assert not [node for node in ast.parse(path.read_text(encoding="utf-8")).body if not is_docstring(node)], (
+                path
+            )
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_training_is_one_room_of_twelve_entries_at_most() -> None:
+    assert len([path for path in (PACKAGE / "training").iterdir() if path.name != "__pycache__"]) <= 12
 
 
 MATHEMATICS = [path for path in FILES if str(path.relative_to(PACKAGE)).startswith(TORCH_ONLY)]

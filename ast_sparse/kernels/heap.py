@@ -6,7 +6,7 @@ is half as much again.
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ast_sparse.sparsity.model import decoder_blocks
-
 _PARTS = 4  # of the decoder; with more of them a step takes longer and its peak is hardly lower
 
 
 @contextmanager
-def freed_memory_given_back(model: nn.Module, device: torch.device) -> Iterator[None]:
+def freed_memory_given_back(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, forward and backward passes give the free blocks of the heap back before, between and after four parts.
 
-    Nothing is done where the model is not on a CPU or the C library is not glibc.
+    Nothing is done where the device is not a CPU or the C library is not glibc.
 
     Args:
-        model: causal LM.
+        blocks: those of a decoder, in their order.
         device: where it computes.
     """
     trim = _malloc_trim()
@@ -43,7 +41,6 @@ def freed_memory_given_back(model: nn.Module, device: torch.device) -> Iterator[
         if hidden.requires_grad:
             hidden.register_hook(give_back)
 
-    blocks = list(decoder_blocks(model).values())
     size = -(-len(blocks) // _PARTS)
     handles = [blocks[0].register_forward_pre_hook(give_back)]
     handles += [

@@ -46,6 +46,7 @@ from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.heap import freed_memory_given_back
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
+from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.origin import Origin, check_saving, saved_with, settings_kept
@@ -356,7 +357,8 @@ class SparseTrainer(CheckpointTrainer):
         with ExitStack() as stack:
             if not self.args.torch_compile:  # it does not see what either changes
                 stack.enter_context(fast_forward(self.student, self.teacher))
-                stack.enter_context(freed_memory_given_back(self.student, self.args.device))
+                blocks = list(decoder_blocks(self.student).values())
+                stack.enter_context(freed_memory_given_back(blocks, self.args.device))
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ast_sparse.kernels import heap
+from ast_sparse.sparsity.select import decoder_blocks
 from tests.models import tiny_config, tiny_model
 from tests.training.small_runs import blocks, trainer
 
@@ -18,7 +19,7 @@ def test_freed_memory_is_given_back_around_four_parts_of_the_decoder(
     config = tiny_config("llama")
     config.num_hidden_layers = layers
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with heap.freed_memory_given_back(model, torch.device("meta")):
+    with heap.freed_memory_given_back(list(decoder_blocks(model).values()), torch.device("meta")):
         model(torch.ones(1, 8, dtype=torch.long))
     assert calls == []
     run = trainer(tmp_path, model, args=dict(max_steps=2, gradient_accumulation_steps=1), eval_dataset=blocks())
@@ -31,12 +32,12 @@ def test_freed_memory_is_given_back_around_four_parts_of_the_decoder(
 def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
     model = tiny_model("gpt2")
-    with heap.freed_memory_given_back(model, torch.device("cpu")):
+    with heap.freed_memory_given_back(list(decoder_blocks(model).values()), torch.device("cpu")):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_heap_of_this_machine_can_be_asked() -> None:
     model, ids = tiny_model("gpt2"), torch.ones(1, 8, dtype=torch.long)
-    with heap.freed_memory_given_back(model, torch.device("cpu")):
+    with heap.freed_memory_given_back(list(decoder_blocks(model).values()), torch.device("cpu")):
         model(ids, labels=ids).loss.backward()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
