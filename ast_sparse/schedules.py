@@ -99,6 +99,18 @@ def is_refresh_due(config: SparsityConfig, step: int, total_steps: int) -> bool:
     return at_interval or (config.schedule == "gmp" and step == total_steps)
 
 
+def lacks_rounds(config: SparsityConfig, total_steps: int) -> bool:
+    """Whether IMP would not begin its last round within the run."""
+    return config.schedule == "imp" and sparsity_at(config, total_steps - 1, total_steps) < config.final_sparsity
+
+
+def decay_at(config: SparsityConfig, step: int, total_steps: int) -> float:
+    """λ of a run for the update from `step` to `step` + 1; 0 where pruned weights are zero already."""
+    if config.is_gradual:
+        return 0.0
+    return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
+
+
 def slorb_step(slorb: SLoRBConfig | None, total_steps: int) -> int | None:
     """The updates after which SLoRB alone is trained (Table 12); None where it is trained from the start."""
     if slorb is None or not slorb.enabled or slorb.start == 0:

@@ -11,6 +11,7 @@ from ast_sparse.config import RunConfig, load_config
 from ast_sparse.config.yaml12 import parse_yaml
 from ast_sparse.errors import UserError, kind_of
 from ast_sparse.run.stages import HELDOUT, WIKITEXT2
+from ast_sparse.sparsity.oneshot import METHODS
 
 KEYS = ("title", "config", "set", "smoke", "variants", "figures")
 KINDS = ("train", "prune", "eval")
@@ -112,7 +113,7 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
         "damping": settings.damping, "block-size": settings.block_size, "text-field": config.data.text_field,
     }  # fmt: skip
     lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
-    if config.sparsity.init != "magnitude":  # which needs no text
+    if METHODS[config.sparsity.init].needs_text:
         lists["calibration"] = tuple(_calibration_files(config))
     repeated = [argument for key, values in lists.items() for value in values for argument in (f"--{key}", value)]
     single = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]

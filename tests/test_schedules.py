@@ -2,9 +2,11 @@ import pytest
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.schedules import (
+    decay_at,
     gradual_sparsity_at,
     is_refresh_due,
     iterative_sparsity_at,
+    lacks_rounds,
     mask_decay_at,
     slorb_step,
 )
@@ -73,3 +75,17 @@ def test_slorb_alone_begins_at_a_whole_step() -> None:
     assert slorb_step(SLoRBConfig(start=0.5), 7) == 3
     assert slorb_step(SLoRBConfig(start=0.1), 5) == 0
     assert slorb_step(SLoRBConfig(), 7) is slorb_step(SLoRBConfig(enabled=False, start=0.5), 7) is None
+
+
+@pytest.mark.parametrize("schedule", ["imp", "gmp"])
+def test_a_schedule_whose_pruned_weights_are_zero_has_no_decay(schedule: str) -> None:
+    gradual = SparsityConfig(schedule=schedule, mask_decay=1e-2, decay_schedule="static")  # type: ignore[arg-type]
+    constant = SparsityConfig(mask_decay=1e-2, decay_schedule="static")
+    assert gradual.is_gradual and decay_at(gradual, 50, 100) == 0.0
+    assert not constant.is_gradual and decay_at(constant, 50, 100) == 1e-2
+
+
+@pytest.mark.parametrize(("schedule", "steps", "expected"), [("imp", 3, True), ("imp", 4, False), ("gmp", 3, False)])
+def test_only_imp_can_lack_steps_for_its_last_round(schedule: str, steps: int, expected: bool) -> None:
+    config = SparsityConfig(schedule=schedule, rounds=4)  # type: ignore[arg-type]
+    assert lacks_rounds(config, steps) is expected

@@ -12,6 +12,7 @@ from ast_sparse.cli.command import Command
 from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
+from ast_sparse.config.sparsity import METHOD_HELP
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ _FIELD = re.compile(
 @click.argument("model", metavar="MODEL")
 @click.argument("out", metavar="OUT")
 @click.option(
-    "--method", type=click.Choice(["magnitude", "wanda", "sparsegpt"]), required=True,
-    help="magnitude: |W|, needs no text. wanda: |W| times the norm of the inputs. sparsegpt: weights to the right "
-    "make up for what is pruned.",
+    "--method", type=click.Choice(list(METHOD_HELP)), required=True,
+    help=" ".join(f"{name}: {text}." for name, text in METHOD_HELP.items()),
 )  # fmt: skip
 @click.option(
     "--pattern", default="2:4", show_default=True, metavar="N:M",
@@ -120,6 +120,7 @@ def _prune(
 ) -> None:
     from ast_sparse.export.export import export_model
     from ast_sparse.sparsity.model import sparsify_model
+    from ast_sparse.sparsity.oneshot import METHODS
     from ast_sparse.storage.load import load_causal_lm
     from ast_sparse.storage.locate import load_tokenizer
     from ast_sparse.storage.meta import meta_student
@@ -133,13 +134,14 @@ def _prune(
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
-    if sparsity.init != "magnitude":
+    chosen = METHODS[sparsity.init]
+    if chosen.needs_text:
         samples = _samples(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
     model = load_causal_lm(source.name_or_path, **place)
     report = sparsify_model(
         model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
     )
-    click.echo("\n".join([*report.lines(), *_errors(report, sparsity.init)]))
+    click.echo("\n".join([*report.lines(), *_errors(report, chosen.needs_text)]))
     method: dict[str, Any] = {"method": sparsity.init}
     if samples is not None:
         method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
@@ -181,12 +183,12 @@ def _samples(
     return calibration_samples(blocks, config, found.of_block)
 
 
-def _errors(report: SparsityReport, method: str) -> list[str]:
+def _errors(report: SparsityReport, by_text: bool) -> list[str]:
     """Mean relative error of the layers of each kind."""
     kinds: dict[str, list[float]] = {}
     for name, error in report.errors.items():
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
-    of = "the weights" if method == "magnitude" else "the outputs on the calibration text"
+    of = "the outputs on the calibration text" if by_text else "the weights"
     lines = [f"relative squared error of {of}, mean over the blocks:"]
     return lines + [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]
 

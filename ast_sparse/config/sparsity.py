@@ -8,6 +8,13 @@ from ast_sparse.config.section import Section, about
 
 UNSTRUCTURED = "unstructured"
 
+Method = Literal["magnitude", "wanda", "sparsegpt"]  # their functions are in `sparsity/oneshot.py`
+METHOD_HELP: dict[Method, str] = {
+    "magnitude": "|W|, needs no text",
+    "wanda": "|W| times the norm of the inputs",
+    "sparsegpt": "weights to the right make up for what is pruned",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig(Section):
@@ -18,11 +25,11 @@ class SparsityConfig(Section):
         default="2:4",
         metadata=about("N:M, N kept of every M weights along the input dimension; or unstructured: half of a layer."),
     )
-    criterion: Literal["magnitude", "wanda", "sparsegpt"] = field(
+    criterion: Method = field(
         default="magnitude",
-        metadata=about("Score of a mask refresh; wanda and sparsegpt look at the activations of the step before it."),
+        metadata=about("Score of a mask refresh; one that needs text looks at the activations of the step before it."),
     )
-    init: Literal["magnitude", "wanda", "sparsegpt"] = field(
+    init: Method = field(
         default="magnitude", metadata=about("One-shot method training starts from; settings in `calibration`.")
     )
     schedule: Literal["constant", "imp", "gmp"] = field(
@@ -78,7 +85,7 @@ class SparsityConfig(Section):
         for key in ("prune_share", "steps_per_round") if self.schedule != "imp" else ():
             mend = f"is for sparsity.schedule=imp, and would be ignored with {self.schedule}. Remove it."
             self._require(getattr(self, key) is None, key, mend)
-        for key in ("criterion", "init") if self.schedule != "constant" else ():
+        for key in ("criterion", "init") if self.is_gradual else ():
             mend = f"goes with sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
             self._require(getattr(self, key) == "magnitude", key, mend)
         if self.schedule == "gmp":
@@ -105,9 +112,14 @@ class SparsityConfig(Section):
         return 1 - self.n / self.m
 
     @property
+    def is_gradual(self) -> bool:
+        """Whether sparsity rises to the pattern during the run (IMP, GMP): pruned weights are zero and stay so."""
+        return self.schedule != "constant"
+
+    @property
     def fixed_masks(self) -> bool:
         """Whether pruned weights never come back, so that they get no gradient."""
-        return self.mask_interval == 0 or self.schedule != "constant"
+        return self.mask_interval == 0 or self.is_gradual
 
 
 @dataclass(frozen=True, kw_only=True)

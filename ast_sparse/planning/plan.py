@@ -17,6 +17,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.locate import load_model_config, load_tokenizer
 from ast_sparse.storage.meta import check_savable, has_config_alone, meta_model, student_config
@@ -137,7 +138,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
 
 def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrainedModel | None) -> MemoryModel:
     hessians = 0
-    if config.sparsity.criterion == "sparsegpt":
+    if METHODS[config.sparsity.criterion].needs_hessian:
         widths = [layer.weight.shape[layer.group_dim] for layer in sparse_layers(student).values()]
         hessians = 4 * sum(width**2 for width in widths)
     if dense is not None and config.model.teacher is not None:
@@ -174,7 +175,7 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:
     asked = {"data.block_size": config.data.block_size, "evaluation.seq_len": config.evaluation.seq_len}
-    if config.sparsity.init != "magnitude":
+    if METHODS[config.sparsity.init].needs_text:
         asked["calibration.seq_len"] = config.calibration.seq_len
     _check_lengths(asked, model_config, repr(config.model.name_or_path))
 

@@ -43,6 +43,7 @@ from ast_sparse.run.output import (
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, Rows, check_finite, results_table
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
@@ -255,8 +256,8 @@ def _prepare(
             clear_for_run(config, output, checkpoint, overwrite)
         signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
     stage = f"one-shot {pattern}"
-    is_one_shot = config.sparsity.schedule == "constant"  # imp and gmp reach the pattern later
-    if checkpoint is not None and config.sparsity.init != "magnitude":
+    is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern later
+    if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
         is_one_shot = False  # what the run began with is gone
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
@@ -275,9 +276,9 @@ def _calibration(
 ) -> Blocks | bool:
     """What one-shot pruning is calibrated on; False where a checkpoint brings the masks."""
     settings = config.calibration
-    if checkpoint is not None or config.sparsity.init == "magnitude":
+    if checkpoint is not None:
         return False
-    if settings.data is None:
+    if settings.data is None or not METHODS[config.sparsity.init].needs_text:
         return training
     with args.main_process_first(desc="tokenising the calibration text"):
         length = settings.seq_len or config.data.block_size

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.config.sparsity import Method
 from ast_sparse.distributed.pieces import local, piece_for, sum_over_shards, whole
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
@@ -17,7 +18,7 @@ from ast_sparse.progress import progress_bar
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
-from ast_sparse.sparsity.oneshot import Method, PrunedLayer, prune_layer, settle
+from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, prune_weight, settle
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
@@ -91,13 +92,13 @@ def sparsify_model(
 ) -> SparsityReport:
     """Give every selected layer its start mask by `sparsity.init`, and SLoRB where it is enabled, in place.
 
-    By magnitude the weights do not change. By wanda and sparsegpt pruned weights shrink below the smallest kept one of
-    their group, so that the mask survives the first refreshes, and SparseGPT moves the kept ones. On the meta device
-    nothing is computed.
+    By magnitude the weights do not change. By other methods pruned weights shrink below the smallest kept one of their
+    group, so that the mask survives the first refreshes, and SparseGPT moves the kept ones. On the meta device nothing
+    is computed.
 
     Args:
         calibration_config: SparseGPT's damping and block size.
-        samples: `[sequences, tokens]` int64, what wanda and sparsegpt calibrate on.
+        samples: `[sequences, tokens]` int64, what a method that needs text calibrates on.
         device: where they run block by block; default: where the model is.
         progress: show a bar with the layers and their errors.
 
@@ -124,10 +125,10 @@ def sparsify_model(
         conv = isinstance(layer, Conv1D)
         dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None and name not in bare else None
         weight, mask = result.weight, result.mask
-        if sparsity_config.init != "magnitude":
+        if not METHODS[sparsity_config.init].by_magnitude:
             weight = settle(weight, mask, pattern)
             layer.weight.copy_(weight.t() if conv else weight)
-        if not weight.is_meta and sparsity_config.schedule == "constant":
+        if not weight.is_meta and not sparsity_config.is_gradual:
             errors[name] = result.error
         make_sparse(layer, mask.t() if conv else mask, pattern, sparsity_config.fixed_masks)
         if slorb is not None and dense is not None:
@@ -163,23 +164,23 @@ def _prune_layers(
 
     A layer that several names share comes once. One that no token reached (an expert) is pruned by magnitude.
     """
-    pattern, method = Pattern.of(config), config.init
+    pattern, method = Pattern.of(config), METHODS[config.init]
     layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
     is_meta = next(model.parameters()).is_meta
     groups: Iterable[Mapping[str, InputStatistics | None]] = [dict.fromkeys(layers)]
-    if method != "magnitude" and not is_meta:
+    if method.needs_text and not is_meta:
         if samples is None:
-            raise UserError(f"sparsity.init={method!r} needs text to calibrate on. Give calibration samples.")
-        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method == "sparsegpt", device)
-    label = f"Pruning, {method} {pattern}"
+            raise UserError(f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples.")
+        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method.needs_hessian, device)
+    label = f"Pruning, {config.init} {pattern}"
     with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:
         for name, statistics in ((name, group[name]) for group in groups for name in group):
             layer = layers[name]
             weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-            if statistics is None and method != "magnitude" and not is_meta:
+            if statistics is None and method.needs_text and not is_meta:
                 logger.warning(f"No token of the calibration text reached `{name}`: it is pruned by magnitude.")
-            result = prune_layer(name, weight, method, pattern, statistics, calibration)
-            if config.schedule != "constant" and not is_meta:  # the first round, or all of it kept
+            result = prune_layer(name, weight, config.init, pattern, statistics, calibration)
+            if config.is_gradual and not is_meta:  # the first round, or all of it kept
                 mask = gradual_mask(weight.abs(), pattern, sparsity_at(config, 0, config.rounds))
                 result = replace(result, mask=mask)
             bar.set_postfix_str(f"{name} error {result.error:.4f}" if not is_meta else "", refresh=False)
@@ -212,7 +213,7 @@ def refresh_masks(
     """Recompute every mask from |W| (paper Sec. 3.2), or by another criterion (Table 13); weights stay as they are.
 
     Args:
-        statistics: for wanda and sparsegpt, what the layers of the student saw just now, by name.
+        statistics: for a method that needs text, what the layers of the student saw just now, by name.
         sparsity: share that is pruned, on the way to the pattern (IMP, GMP): pruned weights stay pruned.
         calibration_config: SparseGPT's damping and block size.
 
@@ -222,7 +223,7 @@ def refresh_masks(
     layers = sparse_layers(model)
     flips = []
     for name, layer in layers.items():
-        if criterion == "magnitude" and sparsity is None and layer.pattern.structured:
+        if METHODS[criterion].by_magnitude and sparsity is None and layer.pattern.structured:
             new = layer.magnitude_mask()
         else:  # from the whole layer, which every process of a sharded run has for this moment
             new = piece_for(_layer_mask(name, layer, criterion, statistics, sparsity, calibration_config), layer.mask)
@@ -251,13 +252,11 @@ def _layer_mask(
     weight, mask = (whole(tensor).movedim(layer.group_dim, -1) for tensor in (layer.weight, layer.mask))
     if sparsity is not None:
         new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
-    elif criterion == "magnitude":
-        new = layer.pattern.mask(weight.abs())
     else:
         seen = (statistics or {}).get(name)
-        if seen is None:
+        if METHODS[criterion].needs_text and seen is None:
             logger.warning_once(f"No input of `{name}` was seen: its mask is refreshed by magnitude.")
-        new = prune_layer(name, weight, criterion, layer.pattern, seen, calibration).mask
+        _, new = prune_weight(name, weight, criterion, layer.pattern, seen, calibration)
     return new.movedim(-1, layer.group_dim)
 
 

@@ -1,17 +1,20 @@
-"""One-shot pruning: magnitude, Wanda and SparseGPT (paper Sec. 6), layer by layer."""
+"""One-shot pruning: magnitude, Wanda and SparseGPT (paper Sec. 6), layer by layer.
 
+A method is a function and its entry in `METHODS`; its name and a line of help stand in `config/sparsity.py`.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ast_sparse.config import CalibrationConfig
+from ast_sparse.config.sparsity import Method
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.sparsity.statistics import InputStatistics
-
-Method = Literal["magnitude", "wanda", "sparsegpt"]
 
 _SETTLED = 0.25  # of the smallest kept weight of its group: how large a pruned one may start
 
@@ -23,8 +26,8 @@ class PrunedLayer:
     Attributes:
         weight: SparseGPT's has moved, with zeros where it is pruned; else the given weight.
         mask: bool, True = kept.
-        error: relative squared error of the layer's output on the calibration text, `‖(W − W̃)X‖² / ‖WX‖²`; of Wanda
-            without the products of different columns, of magnitude without X.
+        error: relative squared error of the layer's output on the calibration text, `‖(W − W̃)X‖² / ‖WX‖²`; of a
+            method that needs norms without the products of different columns, of one without text without X.
     """
 
     weight: Tensor
@@ -127,6 +130,104 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     return upper
 
 
+@dataclass(frozen=True)
+class OneShotMethod:
+    """What a method is, for all that use one by its name.
+
+    Attributes:
+        prune: gets the weight `[out, in]`, the pattern, the statistics of the inputs (None without text) and the
+            settings in `calibration`; returns the new weight and the mask, or raises ValueError with reason and fix.
+        needs: what it looks at: `weights` alone, or of the calibration text the `norms` of the input columns, or the
+            whole `hessian`.
+        by_magnitude: whether the mask is that of |W|, as training refreshes it. Masks of other methods are made to
+            last: pruned weights start smaller (`settle`).
+    """
+
+    prune: Callable[[Tensor, Pattern, Any, CalibrationConfig], tuple[Tensor, Tensor]]
+    needs: Literal["weights", "norms", "hessian"]
+    by_magnitude: bool = False
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it looks at activations."""
+        return self.needs != "weights"
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether their second moments are needed, rather than norms."""
+        return self.needs == "hessian"
+
+
+def _magnitude(
+    weight: Tensor, pattern: Pattern, statistics: None, settings: CalibrationConfig
+) -> tuple[Tensor, Tensor]:
+    return weight, pattern.mask(weight.abs())
+
+
+def _wanda(
+    weight: Tensor, pattern: Pattern, statistics: InputStatistics, settings: CalibrationConfig
+) -> tuple[Tensor, Tensor]:
+    return weight, wanda_mask(weight, statistics.input_norm, pattern.n, pattern.m, pattern.structured)
+
+
+def _sparsegpt(
+    weight: Tensor, pattern: Pattern, statistics: InputStatistics, settings: CalibrationConfig
+) -> tuple[Tensor, Tensor]:
+    assert statistics.hessian is not None, "SparseGPT's statistics are collected with it"
+    try:
+        return sparsegpt_prune(
+            weight,
+            statistics.hessian,
+            pattern.n,
+            pattern.m,
+            settings.block_size,
+            settings.damping,
+            structured=pattern.structured,
+            keep_zeros=settings.keep_zeros,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}. Raise calibration.damping, or calibrate on more text.") from None
+
+
+METHODS: dict[Method, OneShotMethod] = {
+    "magnitude": OneShotMethod(_magnitude, needs="weights", by_magnitude=True),
+    "wanda": OneShotMethod(_wanda, needs="norms"),
+    "sparsegpt": OneShotMethod(_sparsegpt, needs="hessian"),
+}
+
+
+@torch.no_grad()
+def prune_weight(
+    name: str,
+    weight: Tensor,
+    method: Method,
+    pattern: Pattern,
+    statistics: InputStatistics | None = None,
+    calibration: CalibrationConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weight and the mask that a method makes of one weight, all `[out, in]`.
+
+    Args:
+        name: of the layer, for messages.
+        statistics: of the inputs, for a method that needs text; without any the weight is pruned by magnitude, as it
+            is on the meta device.
+        calibration: settings of the method.
+
+    Raises:
+        UserError: activations are not finite, or the method fails (SparseGPT's Hessian cannot be inverted).
+    """
+    chosen, settings = METHODS[method], calibration or CalibrationConfig()
+    seen = statistics if chosen.needs_text else None
+    if weight.is_meta or (chosen.needs_text and seen is None):
+        return _magnitude(weight, pattern, None, settings)
+    if seen is not None and not torch.isfinite(seen.squares).all():
+        raise UserError(f"`{name}` gets inputs that are not finite. Check the model, or load it in float32.")
+    try:
+        return chosen.prune(weight, pattern, seen, settings)
+    except ValueError as error:
+        raise UserError(f"`{name}`: {error}") from None
+
+
 @torch.no_grad()
 def prune_layer(
     name: str,
@@ -136,39 +237,18 @@ def prune_layer(
     statistics: InputStatistics | None = None,
     calibration: CalibrationConfig | None = None,
 ) -> PrunedLayer:
-    """Prune one weight `[out, in]` by a method; `statistics` of its inputs for wanda and sparsegpt.
-
-    Raises:
-        UserError: activations are not finite, or SparseGPT's Hessian cannot be inverted; names the layer.
-    """
-    if method == "magnitude" or statistics is None:
-        mask = pattern.mask(weight.abs())
-        return PrunedLayer(weight, mask, _relative(torch.where(mask, 0, weight).square(), weight.square()))
-    if not torch.isfinite(statistics.squares).all():
-        raise UserError(f"`{name}` gets inputs that are not finite. Check the model, or load it in float32.")
-    groups = (pattern.n, pattern.m)
-    if method == "wanda":
-        mask = wanda_mask(weight, statistics.input_norm, *groups, structured=pattern.structured)
+    """`prune_weight`, and how far the output of the layer moves; arguments and errors are the same."""
+    new, mask = prune_weight(name, weight, method, pattern, statistics, calibration)
+    change = weight - torch.where(mask, new, 0)
+    if statistics is None or not METHODS[method].needs_text:
+        error = _relative(change.square(), weight.square())
+    elif METHODS[method].needs_hessian and statistics.hessian is not None:
+        hessian = statistics.hessian.to(weight.dtype)
+        error = _relative((change @ hessian) * change, (weight @ hessian) * weight)
+    else:
         squares = statistics.squares.to(weight.dtype)
-        pruned = torch.where(mask, 0, weight).square()
-        return PrunedLayer(weight, mask, _relative(pruned @ squares, weight.square() @ squares))
-    settings = calibration or CalibrationConfig()
-    assert statistics.hessian is not None, "SparseGPT's statistics are collected with it"
-    hessian = statistics.hessian
-    try:
-        new, mask = sparsegpt_prune(
-            weight,
-            hessian,
-            *groups,
-            settings.block_size,
-            settings.damping,
-            structured=pattern.structured,
-            keep_zeros=settings.keep_zeros,
-        )
-    except ValueError as error:
-        raise UserError(f"`{name}`: {error}. Raise calibration.damping, or calibrate on more text.") from None
-    change, hessian = weight - new, hessian.to(weight.dtype)
-    return PrunedLayer(new, mask, _relative((change @ hessian) * change, (weight @ hessian) * weight))
+        error = _relative(change.square() @ squares, weight.square() @ squares)
+    return PrunedLayer(new, mask, error)
 
 
 def _relative(error: Tensor, whole: Tensor) -> float:

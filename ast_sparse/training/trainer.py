@@ -46,6 +46,7 @@ from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.heap import freed_memory_given_back
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.storage.load import load_causal_lm
@@ -97,7 +98,7 @@ class SparseTrainer(CheckpointTrainer):
         distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the steps of `args`
             become more; `args` itself is not changed.
         slorb_config: SLoRB adapters; None for none.
-        calibration_config: how many sequences `sparsity.init` wanda and sparsegpt measure, and SparseGPT's settings.
+        calibration_config: how many sequences a `sparsity.init` that needs text measures, and SparseGPT's settings.
         watch_config: what happens when the loss is not finite or jumps; default `WatchConfig()`, which stops at NaN.
         mixture_config: shares of the domains of `train_dataset` and how they change; default: by size, constant.
         calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
@@ -257,10 +258,10 @@ class SparseTrainer(CheckpointTrainer):
     def _sparsify(
         self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any, front: tuple[int, ...]
     ) -> SparsityReport:
-        """Start masks and SLoRB; by wanda and sparsegpt each rank prunes the same model on the same text."""
-        config = self.sparsity_config
-        if config.init == "magnitude" or calibration is False:
-            return sparsify_model(model, replace(config, init="magnitude"), self.slorb_config)
+        """Start masks and SLoRB; by a method that needs text each rank prunes the same model on the same text."""
+        config = self.sparsity_config if calibration is not False else replace(self.sparsity_config, init="magnitude")
+        if not METHODS[config.init].needs_text:
+            return sparsify_model(model, config, self.slorb_config, calibration_config=self.calibration_config)
         return sparsify_model(
             model,
             config,
@@ -401,9 +402,7 @@ class SparseTrainer(CheckpointTrainer):
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             # without decay, `gradient` is AdamW itself: what IMP and GMP are trained with
-            decay_placement=self.sparsity_config.decay_placement
-            if self.sparsity_config.schedule == "constant"
-            else "gradient",
+            decay_placement=self.sparsity_config.decay_placement if not self.sparsity_config.is_gradual else "gradient",
         )
         return self.optimizer
 

@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.optim import SparseAdamW
-from ast_sparse.schedules import is_refresh_due, mask_decay_at, slorb_step, sparsity_at
+from ast_sparse.schedules import decay_at, is_refresh_due, slorb_step, sparsity_at
 from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
 from ast_sparse.training.checks.baselines import check_steps
@@ -24,7 +25,7 @@ class SparsityCallback(TrainerCallback):
 
     λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone. A refresh that is due
     after a step without a counted token waits for the next step that has some; that it waits is all that is saved for
-    a resumed run. Activations for `criterion` wanda and sparsegpt are those of the step that a refresh follows.
+    a resumed run. Activations for a `criterion` that needs text are those of the step that a refresh follows.
 
     Args:
         config: the sparsity settings.
@@ -69,12 +70,13 @@ class SparsityCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        decay = self._mask_decay(state.global_step, state.max_steps)
+        decay = decay_at(self.config, state.global_step, state.max_steps)
         for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
             group["mask_decay"] = decay
-        if self.config.criterion != "magnitude" and self._is_due(state.global_step + 1, state.max_steps):
-            layers, with_hessian = sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt"
-            self._recorder = InputRecorder(layers, with_hessian, twins(kwargs["model"], layers))
+        criterion = METHODS[self.config.criterion]
+        if criterion.needs_text and self._is_due(state.global_step + 1, state.max_steps):
+            layers = sparse_layers(kwargs["model"])
+            self._recorder = InputRecorder(layers, criterion.needs_hessian, twins(kwargs["model"], layers))
             self._recorder.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -92,8 +94,8 @@ class SparsityCallback(TrainerCallback):
             key: sum(rates[name][i] * mask.numel() for name, mask in masks.items()) / total
             for i, key in enumerate(("flip_rate", "initial_flip_rate"))
         }
-        figures["mask_decay"] = self._mask_decay(state.global_step - 1, state.max_steps)  # of the update just done
-        if self.config.schedule != "constant":
+        figures["mask_decay"] = decay_at(self.config, state.global_step - 1, state.max_steps)  # of the update just done
+        if self.config.is_gradual:
             figures["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
         due = control.should_log
         self.log(dict(figures))
@@ -106,7 +108,7 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.schedule != "constant":  # a run that was stopped early is pruned to its pattern all the same
+        if self.config.is_gradual:  # a run that was stopped early is pruned to its pattern all the same
             refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
         apply_masks(kwargs["model"])
 
@@ -127,22 +129,14 @@ class SparsityCallback(TrainerCallback):
         return is_due and (last is None or step <= last)
 
     def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
-        config = self.config
-        if config.schedule != "constant":
-            return refresh_masks(model, sparsity=sparsity_at(config, step, total_steps))
-        if self._recorder is None:
-            return refresh_masks(model)
-        recorder, self._recorder = self._recorder, None
-        recorder.stop()
-        return refresh_masks(
-            model, config.criterion, recorder.reduced_statistics(), calibration_config=self.calibration
-        )
-
-    def _mask_decay(self, step: int, total_steps: int) -> float:
-        config = self.config
-        if config.schedule != "constant":  # pruned weights are zero: there is nothing to decay
-            return 0.0
-        return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
+        if self.config.is_gradual:
+            return refresh_masks(model, sparsity=sparsity_at(self.config, step, total_steps))
+        statistics = None
+        if self._recorder is not None:
+            recorder, self._recorder = self._recorder, None
+            recorder.stop()
+            statistics = recorder.reduced_statistics()
+        return refresh_masks(model, self.config.criterion, statistics, calibration_config=self.calibration)
 
 
 def _sparse_optimizer(optimizer: Any) -> SparseAdamW:

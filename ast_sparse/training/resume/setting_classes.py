@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.sparsity.oneshot import METHODS
 
 Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
 
@@ -89,14 +90,14 @@ def depending(args: TrainingArguments, sparsity: SparsityConfig, update: str) ->
     found = set()
     if update != "constant" or args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
         found |= {f"training.{name}" for name in _EVALUATIONS}
-    if (sparsity.init, sparsity.criterion) != ("magnitude", "magnitude"):
+    if not all(METHODS[method].by_magnitude for method in (sparsity.init, sparsity.criterion)):
         found.add("calibration")
     return found
 
 
 def past_follows_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> str | None:
     """The setting by which the masks of the steps that were done follow from the number of all steps; None without."""
-    if sparsity.schedule != "constant":
+    if sparsity.is_gradual:
         return f"sparsity.schedule={sparsity.schedule}"
     if slorb is not None and slorb.enabled and slorb.start > 0:
         return f"slorb.start={slorb.start}"
