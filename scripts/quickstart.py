@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 PROMPT = "A Python function is defined with the keyword"
 STEP = 10  # every tenth topic is held out
@@ -40,12 +41,13 @@ def generate(folder: Path) -> None:
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # the type of `generate` fits no model
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     imports = "import ast_sparse; " if is_compressed else ""
     print(f"{imports}AutoModelForCausalLM.from_pretrained({str(folder)!r}):")
-    print("  " + tokenizer.decode(tokens[0], skip_special_tokens=True).replace("\n", "\n  "))
+    text = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    print("  " + text.replace("\n", "\n  "))
 
 
 def summary(folder: Path) -> None:
@@ -65,15 +67,15 @@ def summary(folder: Path) -> None:
             total += weight.numel()
     masked = f"{zeros / total:.3%}"
     exports = {row["model"]: row["perplexity"] for row in json.loads((folder / "eval.json").read_text())["results"]}
-    figures = {name: next(iter(stage.values())) for name, stage in stages.items()}
+    results = {name: next(iter(stage.values())) for name, stage in stages.items()}
     rows = []
-    for name, figure in figures.items():
+    for name, result in results.items():
         weights = size(folder / "run") if name.startswith("retrained") else "-"
-        rows.append((name, figure["perplexity"], "0%" if name == "dense" else masked, weights))
+        rows.append((name, result["perplexity"], "0%" if name == "dense" else masked, weights))
     for name in ("dense", "compressed"):
         rows.append((f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name)))
-    figure = figures["dense"]
-    print(f"Held-out text, {figure['windows']} windows of {figure['seq_len']} tokens:")
+    dense = results["dense"]
+    print(f"Held-out text, {dense['windows']} windows of {dense['seq_len']} tokens:")
     print(format_table(("model", "perplexity", "masked share of the pruned layers", "weights"), rows))
 
 

@@ -1,6 +1,6 @@
 """Messages that no other test triggers: each fault is made, and ends in its line.
 
-`scripts/check_errors.py` runs the suite and lists the messages of the package that nothing triggered.
+`scripts/checks/errors.py` runs the suite and lists the messages of the package that nothing triggered.
 """
 
 import copy

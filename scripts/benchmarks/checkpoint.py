@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from harness import Result, Settings, interleave, main
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ast_sparse.export.codec24 import check_meta, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
+from scripts.benchmarks.harness import Result, Settings, interleave, main
 
 GOAL = 1.5
 SHAPES = {"q_proj": (4096, 4096), "o_proj": (4096, 4096), "up_proj": (11008, 4096)}

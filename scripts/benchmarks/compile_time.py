@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
-from harness import Result, Settings, main
 
 from ast_sparse.kernels.choice import compiler_fault
 from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.updates import StepValues, update_weights
+from scripts.benchmarks.harness import Result, Settings, main
 
 LIMIT = 60.0
 VALUES = StepValues(step=1, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, mask_decay=1e-4)

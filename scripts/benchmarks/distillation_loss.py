@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import PeakMemory, Result, Settings, interleave, main
 from torch import Tensor, nn
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.chunked import chunked_distillation_loss
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, interleave, main
 
 ALPHA = 0.67
 REST_SHARE, MEMORY_GOAL = 0.3, 0.15

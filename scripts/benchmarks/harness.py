@@ -18,11 +18,9 @@ from typing import Any
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from provenance import provenance
-
 from ast_sparse.cli.command import Command
 from ast_sparse.tables import format_table
+from scripts.provenance import provenance
 
 
 @dataclass(frozen=True)

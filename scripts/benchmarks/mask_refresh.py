@@ -6,16 +6,19 @@ down the columns; and with the two flip rates and the write into the mask, `refr
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from harness import Result, Settings, interleave, main
 
-from ast_sparse.kernels.choice import compiler_fault
+from ast_sparse.kernels.choice import Kernels, compiler_fault
 from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.sparsity.model import refresh_masks
+from scripts.benchmarks.harness import Result, Settings, interleave, main
 
+KERNELS: tuple[Kernels, ...] = ("compiled", "eager")
 # pattern, dim of the groups, goal compiled, goal eager
 CASES = [(2, 4, 1, 1.0, 8.0), (2, 4, 0, 1.0, 8.0), (4, 8, 1, 4.0, None), (4, 8, 0, 4.0, None)]
 
@@ -25,19 +28,16 @@ def measure(settings: Settings) -> Iterator[Result]:
     linear = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(settings.device)
     conv1d = linear.t().contiguous()
     fault = compiler_fault(settings.device.type)
-    about = dict(question="mask refresh", against="weight.clone()")
+    about: dict[str, Any] = dict(question="mask refresh", against="weight.clone()")
     for n, m, dim, *goals in CASES:
         weight = linear if dim == 1 else conv1d
-        for kernels, goal in zip(("compiled", "eager"), goals, strict=True):
+        for kernels, goal in zip(KERNELS, goals, strict=True):
             case = f"{n}:{m} {'Linear' if dim == 1 else 'Conv1D'} {rows}x{columns}, {kernels}"
             if kernels == "compiled" and fault:
                 yield Result(case=case, reason=fault, goal=goal, **about)
                 continue
-            sides = {
-                "ours": lambda args=(weight, n, m, dim, kernels): magnitude_mask(*args),
-                "copy": weight.clone,
-            }
-            times = interleave(sides, settings.pairs(20))
+            ours = partial(magnitude_mask, weight, n, m, dim, kernels)
+            times = interleave({"ours": ours, "copy": weight.clone}, settings.pairs(20))
             yield Result.of(times["ours"], times["copy"], case=case, goal=goal, **about)
 
     layer = torch.nn.Linear(columns, rows, bias=False, device=settings.device)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Result, Settings, interleave, main
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern, nm_mask
+from scripts.benchmarks.harness import Result, Settings, interleave, main
 
 GOAL = 1.03
 ACCUMULATION = 8

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Result, Settings, interleave, main
 from torch import Tensor
 
 from ast_sparse.kernels.products import linear
+from scripts.benchmarks.harness import Result, Settings, interleave, main
 
 SHAPES = ((768, 3072), (3072, 768), (576, 1536), (576, 576))  # in, out
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import PeakMemory, Result, Settings, interleave, main
 
 from ast_sparse.kernels.choice import Kernels, compiler_fault
 from ast_sparse.optim import SparseAdamW
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, interleave, main
 
 GOAL = 1.10
 OPTIONS: dict[str, Any] = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -44,12 +44,13 @@ def peak(side: str, kernels: Kernels, count: int, size: int, device: torch.devic
 
 def measure(settings: Settings) -> Iterator[Result]:
     count, size = (2, 64) if settings.quick else (12, 2048)
-    about = dict(question="optimizer step", against="AdamW(fused=True)")
+    about: dict[str, Any] = dict(question="optimizer step", against="AdamW(fused=True)")
     size_of = (count, size, settings.device)
     dense = build("adamw", "eager", *size_of)
     dense_peak = settings.in_child(peak, "adamw", "eager", *size_of)
     fault = compiler_fault(settings.device.type)
-    for kernels, goal in (("compiled", GOAL), ("eager", None)):
+    goals: dict[Kernels, float | None] = {"compiled": GOAL, "eager": None}
+    for kernels, goal in goals.items():
         for placement in ("momentum", "gradient", "weight"):
             case = f"{placement} {count}x{size}², {kernels}"
             if kernels == "compiled" and fault:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import PeakMemory, Result, Settings, interleave, main
 from transformers import PreTrainedModel
-from whole_step import new_model
 
 from ast_sparse.evaluation.perplexity import evaluate_blocks
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, interleave, main
+from scripts.benchmarks.whole_step import move, new_model
 
 TIME_GOAL = 0.80
 WINDOWS = 2
@@ -35,7 +35,8 @@ SIDES = {"ours": ours, "plain": plain}
 
 
 def case(name: str, window: int, device: torch.device) -> tuple[PreTrainedModel, torch.Tensor]:
-    model = new_model(name).to(device).eval()
+    model = new_model(name).eval()
+    move(model, device)
     return model, torch.randint(0, model.config.vocab_size, (WINDOWS, window), device=device)
 
 

@@ -20,11 +20,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from harness import PeakMemory, Result, Settings, main
 from transformers import GPT2Config
-from whole_step import ALPHA, DECAY, OPTIONS, run
 
 from ast_sparse.errors import UserError
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, main
+from scripts.benchmarks.whole_step import ALPHA, DECAY, OPTIONS, run
 
 TIME_GOALS = {"cpu": 1.0, "cuda": 0.5}  # on a CPU both sides spend most of it on the same products
 MEMORY_GOAL = 0.50

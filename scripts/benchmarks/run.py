@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 import click
-from harness import Command, provenance, read_lines, table
+
+from scripts.benchmarks.harness import Command, provenance, read_lines, table
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run", "step_profile"))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import click
 import torch
-from harness import Command
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
-from whole_step import new_model, ours, plain
+
+from scripts.benchmarks.harness import Command
+from scripts.benchmarks.whole_step import new_model, ours, plain
 
 
 def plain_within(model: PreTrainedModel, ids: torch.Tensor, seen: profile) -> list[float]:

@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import Result, Settings, Spread, interleave, main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ast_sparse.data.tokens.shards import read_manifest
+from scripts.benchmarks.harness import Result, Settings, Spread, interleave, main
 
 WORKERS = os.cpu_count() or 1
 ALTERNATIVE = """

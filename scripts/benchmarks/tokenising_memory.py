@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from harness import Result, Settings, main
-from tokenising import WORKERS, command, write_model, write_text
 
 from ast_sparse.data.tokens.shards import read_manifest
+from scripts.benchmarks.harness import Result, Settings, main
+from scripts.benchmarks.tokenising import WORKERS, command, write_model, write_text
 
 
 def measure(settings: Settings) -> Iterator[Result]:

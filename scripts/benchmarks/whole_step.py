@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import PeakMemory, Result, Settings, main
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, main
 
 ALPHA, DECAY = 0.67, 6e-5
 OURS = {"ours": "", "checkpointed": ", ours with checkpointing"}
@@ -60,11 +61,17 @@ def new_model(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """In place; the type of `PreTrainedModel.to` is not one that a checker can read."""
+    model.to(device)
+
+
 def plain(model: PreTrainedModel, ids: torch.Tensor, has_loss: bool) -> list[float]:
     """Seconds of each step of the plain loop, or of the floor."""
     device = ids.device
-    model = model.to(device).train()
-    teacher = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).to(device).eval()
+    move(model.train(), device)
+    teacher = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+    move(teacher, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIONS)
     times = []
     for batch in ids:

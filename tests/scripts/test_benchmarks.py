@@ -3,37 +3,27 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from scripts.benchmarks.harness import PeakMemory, Result, Settings, Spread, interleave, table
+from scripts.benchmarks.step_profile import main
+
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_the_path() -> Iterator[None]:
-    """They are no package: they find each other as `python scripts/benchmarks/run.py` finds them."""
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_measures_in_its_quick_form(name: str) -> None:
-    from harness import Settings, table
-
-    results = list(import_module(name).measure(Settings(quick=True)))
+    results = list(import_module(f"scripts.benchmarks.{name}").measure(Settings(quick=True)))
     assert results and all((result.ratio is None) == bool(result.reason) for result in results)
     assert all(result.verdict in table(results) for result in results)
 
 
 def test_the_profile_shows_the_operations_of_both_sides() -> None:
-    from step_profile import main
-
     shown = CliRunner().invoke(main, ["tiny", "--rows", "60"])
     assert shown.exit_code == 0, shown.output
     ours, plain = shown.stdout.split("plain loop, tiny")
@@ -53,8 +43,6 @@ def test_run_writes_what_the_table_shows(tmp_path: Path) -> None:
 
 
 def test_a_goal_holds_when_the_20th_percentile_meets_it() -> None:
-    from harness import Result, Spread
-
     about = dict(question="q", case="c", against="x")
     ours, alternative = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0] * 6
     assert Result.of(ours, alternative, **about).ratio == Spread(1.0, 1.75, 2.5)
@@ -64,16 +52,12 @@ def test_a_goal_holds_when_the_20th_percentile_meets_it() -> None:
 
 
 def test_sides_take_turns_after_the_warm_up() -> None:
-    from harness import interleave
-
     calls: list[str] = []
     times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, pairs=4, warmup=1)
     assert "".join(calls) == "abbaabbaab" and len(times["a"]) == len(times["b"]) == 4
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:
-    from harness import PeakMemory
-
     with PeakMemory() as peak:
         block = bytearray(50_000_000)
         del block

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from study_variants import Study, Variant, eval_file
-
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.run_folder import MASK_HISTORY
 from ast_sparse.tables import format_table
+from scripts.studies.variants import Study, Variant, eval_file
 
 Figures = dict[str, dict[str, Any]]  # by data set: perplexity, windows, seq_len
 
@@ -84,7 +83,7 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, made: di
     content = {
         "study": study.path.stem,
         "title": study.title,
-        "command": shlex.join(["python", "scripts/study.py", *map(hide, made["arguments"])]),
+        "command": shlex.join(["python", "scripts/studies/run.py", *map(hide, made["arguments"])]),
         **{key: made[key] for key in ("commit", "device", "versions")},
         "variants": [
             {**{key: value for key, value in outcome.record.items() if key != "resolved"}, "seed": _seed(outcome)}

@@ -1,10 +1,8 @@
-"""scripts/study.py: variants run once, resumed, refused; one table, its provenance, and figures."""
+"""scripts/studies/run.py: variants run once, resumed, refused; one table, its provenance, and figures."""
 
 import csv
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from ast_sparse.config import load_config
 from ast_sparse.run.train import run_training
+from scripts.studies.run import main
+from scripts.studies.variants import read_study
 from tests.models import generated_text, save_tiny_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -39,18 +39,8 @@ variants:
 ROW = "another, dense"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path() -> Iterator[None]:
-    """scripts/ is no package: its files find each other as `python scripts/study.py` finds them."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
-
-
 def run_study(*arguments: object) -> Result:
     """The command in this process; its variants are processes of their own."""
-    from study import main
-
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
@@ -127,7 +117,7 @@ def test_committed_files_hold_no_path_of_the_machine(finished: tuple[Path, Path]
     texts = [(out / name).read_text(encoding="utf-8") for name in ("results.csv", "provenance.json")]
     assert not any(str(study.parent) in text or str(SCRIPTS.parent) in text for text in texts)
     provenance = json.loads(texts[1])
-    assert provenance["command"].startswith("python scripts/study.py ") and "--out OUT" in provenance["command"]
+    assert provenance["command"].startswith("python scripts/studies/run.py ") and "--out OUT" in provenance["command"]
     assert [entry["name"] for entry in provenance["variants"]] == ["annealed", "Wanda, 2:4", ROW]
 
 
@@ -264,6 +254,11 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(study: Path, argumen
             "calibrates on files, and {'path': 'x'} is none",
         ),
         (
+            "config: base.yaml\nvariants: {a: {run: prune, sparsity.init: wanda, data.train: null, "
+            "data.domains: {d: {train: text.txt, share: 1.0}}}}",
+            "calibrates on files, and data.train is not set. Set calibration.data.",
+        ),
+        (
             "config: base.yaml\nvariants: {a: {run: prune, evaluation.datasets: [a/t.txt, b/t.txt]}}",
             "evaluation.datasets has two texts called 't'",
         ),
@@ -293,8 +288,6 @@ def test_missing_study_out_and_foreign_folders_are_refused(study: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_study_is_valid_in_both_sizes(name: str) -> None:
-    from study_variants import read_study
-
     path = SCRIPTS / "studies" / f"{name}.yaml"
     full, smoke = (read_study(path, {}, small, {}) for small in (False, True))  # raises where a variant is wrong
     assert len(full.variants) >= 2 and full.figures

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from study_results import Figures, Outcome, dataset_names, dense_figures
 
 from ast_sparse.report import plots
 from ast_sparse.report.plots import COLOURS, MARKERS, WIDE, finite, rounded
+from scripts.studies.results import Figures, Outcome, dataset_names, dense_figures
 
 
 def draw(name: str, outcomes: Sequence[Outcome], path: Path) -> bool:

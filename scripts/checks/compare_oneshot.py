@@ -1,6 +1,7 @@
 """Do Wanda and SparseGPT give the masks and weights of the published codes on the same layers and inputs?
 
-usage: python scripts/compare_oneshot.py --sparsegpt CHECKOUT --wanda CHECKOUT
+    python scripts/checks/compare_oneshot.py --sparsegpt CHECKOUT --wanda CHECKOUT    # minutes on two cores
+
 CHECKOUT: of github.com/IST-DASLab/sparsegpt and github.com/locuslab/wanda. Layers: random `nn.Linear` and `Conv1D` of
 192 x 256 with correlated inputs, with and without dead input columns; eight sequences of 128 tokens. The published loop
 over a layer's groups stands inside Wanda's loading code, so its two lines are repeated here.
@@ -25,9 +26,10 @@ from ast_sparse.tables import format_table
 
 ROWS, COLUMNS, SEEDS = 192, 256, 6
 PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), None)
+Layer = nn.Linear | Conv1D
 
 
-def cases(seed: int) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
+def cases(seed: int) -> Iterator[tuple[str, Layer, list[Tensor]]]:
     """Kind, layer, inputs."""
     torch.manual_seed(seed)
     mixing = torch.randn(COLUMNS, COLUMNS) / COLUMNS**0.5 + torch.eye(COLUMNS)
@@ -39,7 +41,7 @@ def cases(seed: int) -> Iterator[tuple[str, nn.Module, list[Tensor]]]:
     yield "dead columns", nn.Linear(COLUMNS, ROWS, bias=False), [part * alive for part in inputs]
 
 
-def oriented(layer: nn.Module) -> Tensor:
+def out_by_in(layer: Layer) -> Tensor:
     """The weight as `[out, in]`."""
     return (layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()).detach()
 
@@ -48,7 +50,7 @@ def compare_sparsegpt(checkout: Path) -> list[tuple[object, ...]]:
     """Positions that differ, and the largest relative difference of the weights, by kind and pattern."""
     sys.path.insert(0, str(checkout))
     sys.modules["quant"] = types.ModuleType("quant")  # CUDA code of theirs that pruning does not touch
-    torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]  # a CPU has nothing to wait for
+    torch.cuda.synchronize = lambda *args: None  # a CPU has nothing to wait for
     from sparsegpt import SparseGPT
 
     worst: dict[tuple[str, str], list[float]] = {}
@@ -63,8 +65,9 @@ def compare_sparsegpt(checkout: Path) -> list[tuple[object, ...]]:
                 n, m = pattern or (1, 2)
                 with contextlib.redirect_stdout(io.StringIO()):
                     published.fasterprune(0.5, prunen=m - n if pattern else 0, prunem=m if pattern else 0)
-                weight, _ = sparsegpt_prune(oriented(layer), ours.hessian, n, m, structured=pattern is not None)
-                expected = oriented(theirs)
+                assert ours.hessian is not None
+                weight, _ = sparsegpt_prune(out_by_in(layer), ours.hessian, n, m, structured=pattern is not None)
+                expected = out_by_in(theirs)
                 figures = worst.setdefault((kind, f"{n}:{m}" if pattern else "unstructured"), [0.0, 0.0])
                 figures[0] += int(((weight == 0) != (expected == 0)).sum())
                 figures[1] = max(figures[1], float((weight - expected).norm() / expected.norm()))
@@ -85,14 +88,14 @@ def compare_wanda(checkout: Path) -> list[tuple[object, ...]]:
             for part in inputs:
                 published.add_batch(part, None)
                 ours.add(part)
-            metric = oriented(layer).abs() * torch.sqrt(published.scaler_row.reshape((1, -1)))
+            metric = out_by_in(layer).abs() * torch.sqrt(published.scaler_row.reshape((1, -1)))
             for pattern in PATTERNS:
                 n, m = pattern or (COLUMNS // 2, COLUMNS)
                 groups = metric.unflatten(1, (-1, m))
                 pruned = groups.topk(m - n, dim=-1, largest=False).indices
                 expected = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, pruned, False).flatten(1)
                 found = wanda_mask(
-                    oriented(layer), ours.input_norm, *(pattern or (1, 2)), structured=pattern is not None
+                    out_by_in(layer), ours.input_norm, *(pattern or (1, 2)), structured=pattern is not None
                 )
                 key = (kind, f"{n}:{m}" if pattern else "unstructured")
                 wrong[key] = wrong.get(key, 0) + int((found != expected).sum())

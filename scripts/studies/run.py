@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-from provenance import provenance
-from study_results import read_outcomes, results_table, write_results
-from study_variants import Study, Variant, commands, read_study
 
 from ast_sparse.cli.command import Command
 from ast_sparse.config.yaml12 import parse_yaml
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.tables import format_table
+from scripts.provenance import provenance
+from scripts.studies.results import read_outcomes, results_table, write_results
+from scripts.studies.variants import Study, Variant, commands, read_study
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class VariantError(UserError):
@@ -160,7 +160,7 @@ def report(study: Study, out: Path, arguments: list[str]) -> None:
         return
     write_results(study, outcomes, out, {"root": ROOT, "arguments": arguments, **provenance()})
     if study.figures:
-        from study_figures import draw  # matplotlib takes its time
+        from scripts.studies.figures import draw  # matplotlib takes its time
 
         for name in study.figures:
             if not draw(name, outcomes, out / f"{name}.png"):

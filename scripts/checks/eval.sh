@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# WikiText-2 by ast-eval beside a plain loop over transformers (published protocol, windows of 1024), and one text by
-# ast-eval beside a perplexity task of the LM Evaluation Harness. Prints the relative differences and fails above 1e-4.
-# Six windows take some five minutes on two cores; "all" takes all of WikiText-2.
-# usage: scripts/check_eval.sh MODEL DATA [WINDOWS|all]    DATA holds wikitext2/wiki.test.raw
+# Does ast-eval measure what others measure? WikiText-2 beside a plain loop over transformers (published protocol,
+# windows of 1024), and one text beside a perplexity task of the LM Evaluation Harness. Prints the relative differences
+# and fails above 1e-4. Six windows take some five minutes on two cores; "all" takes all of WikiText-2.
+# usage: scripts/checks/eval.sh MODEL DATA [WINDOWS|all]    DATA holds wikitext2/wiki.test.raw
 set -euo pipefail
-[ $# -ge 2 ] && [ $# -le 3 ] || { sed -n 2,6p "$0" >&2; exit 2; }
+[ $# -ge 2 ] && [ $# -le 3 ] || { sed -n 2,5p "$0" >&2; exit 2; }
 model=$1 text=$2/wikitext2/wiki.test.raw windows=${3:-6}
-export PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
+export PATH="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin:$PATH"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 limit=(--limit "$windows")

@@ -150,7 +150,10 @@ def _model_options(config: RunConfig) -> list[str]:
 
 def _calibration_files(config: RunConfig) -> list[str]:
     files = []
-    for entry in config.calibration.data or config.data.train:
+    entries = config.calibration.data or config.data.train
+    if entries is None:
+        raise UserError("`run: prune` calibrates on files, and data.train is not set. Set calibration.data.")
+    for entry in entries:
         if not isinstance(entry, str):
             raise UserError(f"`run: prune` calibrates on files, and {entry!r} is none. Set calibration.data.")
         files.append(_below_root(config, entry))

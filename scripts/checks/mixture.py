@@ -1,6 +1,6 @@
-"""The mixture on the seven-domain sample: shares by the rule, and a killed run that goes on with the same blocks.
+"""Does a mixture of seven domains keep to its rule, and does a killed run go on with the same blocks?
 
-    python scripts/check_mixture.py MODEL DATA OUT
+    python scripts/checks/mixture.py MODEL DATA OUT    # minutes on two cores
 
 MODEL is a LLaMA-like model (a folder or .gguf file) whose tokenizer and configuration are taken; the weights are random
 and few, so that it takes minutes. DATA is the folder of the sample's JSONL files. Makes shards of them, runs 12 steps
@@ -8,6 +8,7 @@ with an evaluation each 3, runs the same again, kills it by SIGKILL after a save
 anew from the logged losses, and compares the two runs.
 """
 
+import argparse
 import json
 import math
 import signal
@@ -131,9 +132,12 @@ def check_same(whole: Path, killed: Path) -> None:
         assert ours == theirs, f"{name} differs"
     for name in DOMAINS:
         for key in (f"eval_{name}_loss", f"domain_share/{name}", f"domain_epoch/{name}", f"domain_loss/{name}"):
-            ours, theirs = logged(whole, key), logged(killed, key)
-            assert ours == theirs, f"{key} differs"
+            assert logged(whole, key) == logged(killed, key), f"{key} differs"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("data", metavar="DATA")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    main(**vars(parser.parse_args()))

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into a folder of its own, and run its commands outside the checkout.
+# Does the wheel work without the checkout? Builds it, installs it into a folder of its own, and runs its commands there.
+# Needs .venv; a minute or two on two cores.
+# usage: scripts/checks/wheel.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

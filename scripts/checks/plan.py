@@ -4,9 +4,10 @@ Each run is `ast-train` in a process of its own, or two. Measured is the most me
 was resident once Python and the libraries were loaded; planned is the total of the dry run. glibc's malloc is told to
 give freed blocks back (MALLOC_MMAP_THRESHOLD_): else what it keeps of them is measured too.
 
-    python scripts/check_plan.py MODEL TEXT [RUN ...]    # SmolLM2-135M as .gguf; JSONL with a `text` key; minutes
+    python scripts/checks/plan.py MODEL TEXT [RUN ...]    # SmolLM2-135M as .gguf; JSONL with a `text` key; minutes
 """
 
+import argparse
 import json
 import os
 import re
@@ -82,7 +83,7 @@ def plan(config: Path, out: Path, settings: list[str]) -> tuple[float, str]:
     return float(total[1]), moment[1]
 
 
-def main(model: str, text: str, *names: str) -> None:
+def main(model: str, text: str, names: list[str]) -> None:
     rows = []
     if unknown := set(names) - RUNS.keys():
         sys.exit(f"There is no run {unknown.pop()!r}. Choose from {', '.join(map(repr, RUNS))}.")
@@ -104,4 +105,8 @@ def main(model: str, text: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("text", metavar="TEXT")
+    parser.add_argument("names", metavar="RUN", nargs="*")
+    main(**vars(parser.parse_args()))

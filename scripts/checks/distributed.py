@@ -5,7 +5,7 @@
 2. `ast-train` on 2 processes, 60 steps, all killed (SIGKILL) at random moments, also inside saves, and resumed until
    done: the largest difference of a weight from the undisturbed run, and the share of zeros in the pruned layers.
 
-    python scripts/check_distributed.py [--kills 4] [--seed 0]
+    python scripts/checks/distributed.py [--kills 4] [--seed 0]    # minutes on two cores
 """
 
 import argparse
@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from ast_sparse import SLoRBConfig, SparsityConfig
+from tests.distributed.fsdp_facts import found, make
+from tests.models import generated_text, save_tiny_model
 
-from ast_sparse import SLoRBConfig, SparsityConfig  # noqa: E402
-from tests.distributed.fsdp_facts import found, make  # noqa: E402
-from tests.models import generated_text, save_tiny_model  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 BATCH, STEPS = 8, 30
 CASES = list(itertools.product((1, 2), (False, True)))  # accumulation, SLoRB

@@ -1,9 +1,9 @@
-"""Which of the package's messages does the test suite trigger? Runs the tests and lists every place that raises one.
+"""Which of the package's messages does no test trigger? Runs the tests and lists the places whose message never came.
 
 Each `UserError`, in the processes of pytest and in those that they start, writes down the line that made it. Folders of
-tests run one after another.
+tests run one after another. It takes somewhat longer than the tests do with one worker.
 
-    python scripts/check_errors.py [--notes FILE] [TESTS ...]    # exit code 1 if a message was never triggered
+    python scripts/checks/errors.py [--notes FOLDER] [TESTS ...]    # exit code 1 if a message was never triggered
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ast_sparse"
 HOOK = """
 import os, sys
@@ -43,8 +43,8 @@ def sites() -> dict[tuple[str, int, int], str]:
         source = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
-                text = " ".join((ast.get_source_segment(source, node.args[0]) if node.args else "").split())
-                found[str(path), node.lineno, node.end_lineno or node.lineno] = text[:90]
+                message = ast.get_source_segment(source, node.args[0]) if node.args else None
+                found[str(path), node.lineno, node.end_lineno or node.lineno] = " ".join((message or "").split())[:90]
     return found
 
 
