@@ -6,17 +6,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from ast_sparse import DistillationConfig, SLoRBConfig, SparseAdamW, SparseTrainer, SparsityConfig, UserError
+from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.storage.load import load_causal_lm
-from ast_sparse.training.fsdp import check_shardable
-from tests.families import family_model
-from tests.models import FAMILIES, VOCAB, generated_text, tiny_config, tiny_model, tiny_tokenizer
-from tests.training.small_runs import arguments, blocks, padded, trainer, weights
+from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
+from tests.training.small_runs import blocks, trainer, weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,12 +154,6 @@ def test_bf16_autocast_keeps_float32_masters_and_a_bf16_teacher(tmp_path: Path) 
     assert run.teacher.model.rotary_emb.inv_freq.dtype == torch.float32  # in bf16, late positions would be wrong
 
 
-def test_a_given_teacher_is_not_cast_in_place(tmp_path: Path) -> None:
-    teacher = tiny_model("llama", seed=5)
-    trainer(tmp_path, teacher_model=teacher, args=dict(bf16=True))
-    assert teacher.dtype == torch.float32
-
-
 @pytest.mark.parametrize("trained", [True, False])
 def test_slorb_is_trained_and_saved_beside_the_model(tmp_path: Path, trained: bool) -> None:
     run = trainer(tmp_path, slorb_config=SLoRBConfig(k=16, train_projection=trained), args=dict(weight_decay=0.1))
@@ -244,92 +234,6 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (dict(optim="adafactor"), r"training.optim='adafactor': AST trains with its own SparseAdamW"),
-        (dict(label_smoothing_factor=0.1), r"training.label_smoothing_factor=0.1"),
-        (dict(use_liger_kernel=True), r"training.use_liger_kernel=True"),
-        (dict(bf16_full_eval=True), r"training.bf16_full_eval=True"),
-        (dict(auto_find_batch_size=True), r"training.auto_find_batch_size=True"),
-        (dict(push_to_hub=True), r"training.hub_strategy='every_save' would upload weights"),
-    ],
-)
-def test_a_setting_that_would_be_ignored_is_refused_by_name(tmp_path: Path, values: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path / "run", args=values)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(UserError, match="AdamW, which knows no masks"):
-        trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
-
-
-@pytest.mark.parametrize("name", ["compute_loss_func", "optimizer_cls_and_kwargs", "model_init"])
-def test_an_argument_that_would_be_ignored_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} would be ignored"):
-        trainer(tmp_path, **{name: object()})
-
-
-def test_an_optimizer_without_the_slorb_parameters_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(UserError, match=r"does not hold `.*slorb.S`, which would never be trained"):
-        trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None), slorb_config=SLoRBConfig())
-
-
-def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    model.config.output_router_logits = True
-    with pytest.raises(UserError, match="output_router_logits=True"):
-        trainer(tmp_path, model)
-
-
-@pytest.mark.parametrize(
-    ("engine", "what"),
-    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "tensor or context")],
-)
-def test_what_accelerate_may_be_set_up_for_is_refused_where_masks_would_be_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, what: str
-) -> None:
-    args = arguments(tmp_path)
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(UserError, match=f"configured for {what}.*where masks cannot follow the weights"):
-        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"FSDP_VERSION": "1"}, "version 1 flattens weights and masks .* Set fsdp_version: 2"),
-        ({}, "version 1 flattens"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "cpu_ram_efficient_loading leaves all processes but one without"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload has not been made to work with masks"),
-        ({"FSDP_IGNORED_MODULES": "lm_head"}, "ignored_modules would get no gradients"),
-        ({"FSDP_AUTO_WRAP_POLICY": "BY_LAYER"}, "Invalid auto wrap policy: BY_LAYER"),
-    ],
-    ids=["fsdp1", "no version", "ram", "offload", "ignored", "policy"],
-)
-def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
-) -> None:
-    args = arguments(tmp_path)
-    version = {} if "version" in message else {"FSDP_VERSION": "2"}
-    for name, value in {"ACCELERATE_USE_FSDP": "true", **version, **settings}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^fsdp_config of `accelerate launch`: {message}"):
-        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
-
-
-def test_a_conv1d_is_not_sharded() -> None:
-    with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose groups .* use DDP"):
-        check_shardable(tiny_model("gpt2"))
-    with pytest.raises(UserError, match="FSDP2 cannot shard a weight that two blocks share"):
-        check_shardable(family_model("zamba2"))
-    check_shardable(tiny_model("llama"))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_flops_count_slorb_but_no_masks_and_no_embeddings(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
@@ -337,94 +241,3 @@ def test_flops_count_slorb_but_no_masks_and_no_embeddings(tmp_path: Path, family
     run = trainer(tmp_path, model, slorb_config=SLoRBConfig())
     slorb = sum(p.numel() for layer in sparse_layers(model).values() for p in layer.slorb.parameters())
     assert run.floating_point_ops({"input_ids": torch.zeros(2, 16)}) == 6 * 2 * 16 * (parameters + slorb)
-
-
-def test_half_precision_masters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"torch.bfloat16: half-precision master weights.*dtype=torch.float32"):
-        trainer(tmp_path, tiny_model("llama").bfloat16())
-
-
-def test_a_teacher_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    config = tiny_config("llama")
-    config.vocab_size = 64
-    with pytest.raises(UserError, match="vocabulary of 64 tokens, the student 128"):
-        trainer(tmp_path, teacher_model=AutoModelForCausalLM.from_config(config))
-
-
-def test_another_teacher_is_used(tmp_path: Path) -> None:
-    teacher = tiny_model("llama", seed=5)
-    run = trainer(tmp_path, teacher_model=teacher)
-    assert run.teacher is teacher
-    run.train()
-
-
-def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([r["input_ids"] for r in rows])})
-    with pytest.raises(UserError, match="no labels"):
-        run.train()
-
-
-@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "squarehead"])
-@pytest.mark.parametrize("rows", [(VOCAB, 160), (160, VOCAB)])
-def test_padding_of_either_vocabulary_leaves_the_divergence_over_the_rows_both_have(
-    tmp_path: Path, kind: Any, rows: tuple[int, int]
-) -> None:
-    student, teacher = (padded(tiny_model("llama", seed), size) for seed, size in enumerate(rows))
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
-    config = DistillationConfig(kind=kind, alpha=0.5, temperature=2.0, hidden_weight=0.0)
-    run = trainer(
-        tmp_path / "run",
-        load_causal_lm(str(tmp_path / "student")),
-        teacher_model=str(tmp_path / "teacher"),
-        processing_class=tiny_tokenizer(),
-        distillation_config=config,
-    )
-    ids = torch.randint(0, 80, (2, 16))
-    run.model.double().train()
-    run.teacher.double()
-    loss = run.compute_loss(run.model, {"input_ids": ids, "labels": ids})
-    run.model.zero_grad()
-    loss.backward()
-    weight = run.model.lm_head.weight
-    ours, theirs = run.model(ids).logits[:, :-1], run.teacher(ids).logits[:, :-1]
-    log_s, log_t = ((logits[..., :VOCAB] / 2).log_softmax(-1) for logits in (ours, theirs))
-    first, second = (log_s, log_t) if kind == "reverse_kl" else (log_t, log_s)
-    kl = 4 * (first.exp() * (first - second)).sum(-1).mean()
-    ce = torch.nn.functional.cross_entropy(ours.flatten(0, 1), ids[:, 1:].flatten())
-    expected = 0.5 * ce + 0.5 * kl
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(weight.grad, torch.autograd.grad(expected, weight)[0], rtol=1e-9, atol=1e-12)
-
-
-def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(tmp_path: Path) -> None:
-    teacher = tiny_model("llama", seed=1)
-    teacher.save_pretrained(tmp_path / "teacher")
-    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    ids = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: (0, *range(len(ids) - 1, 0, -1))[index] for token, index in ids.items()}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|end|>"
-    ).save_pretrained(tmp_path / "teacher")
-    name = str(tmp_path / "teacher")
-    for given in (name, load_causal_lm(name)):
-        with pytest.raises(UserError, match=f"model.teacher '{name}' has another tokenizer: token 1 is"):
-            trainer(tmp_path, teacher_model=given, processing_class=tiny_tokenizer())
-    tiny_model("llama").save_pretrained(tmp_path / "student")
-    tiny_tokenizer().save_pretrained(tmp_path / "student")
-    with pytest.raises(UserError, match="has another tokenizer"):  # the one beside the student's weights
-        trainer(tmp_path, load_causal_lm(str(tmp_path / "student")), teacher_model=name)
-
-
-def test_text_with_tokens_that_the_teacher_lacks_is_refused(tmp_path: Path) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.add_tokens(["<tool>"] + [f"<spare{i}>" for i in range(VOCAB - len(tokenizer))])
-    student = padded(tiny_model("llama"), len(tokenizer))
-    tiny_model("llama", seed=1).save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
-    run = trainer(tmp_path, student, teacher_model=str(tmp_path / "teacher"), processing_class=tokenizer)
-    ids = torch.tensor([[1, 2, 3, VOCAB - 1]])
-    run.compute_loss(run.model, {"input_ids": ids, "labels": ids})
-    with pytest.raises(UserError, match=f"has the token {VOCAB}, and model.teacher .*/teacher' has {VOCAB} embeddings"):
-        run.compute_loss(run.model, {"input_ids": ids + 1, "labels": ids})

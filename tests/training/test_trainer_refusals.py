@@ -1,0 +1,109 @@
+"""What SparseTrainer refuses: what it would ignore, and what masks do not survive."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
+from ast_sparse.training.fsdp import check_shardable
+from tests.families import family_model
+from tests.models import tiny_model
+from tests.training.small_runs import arguments, blocks, trainer
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(optim="adafactor"), r"training.optim='adafactor': AST trains with its own SparseAdamW"),
+        (dict(label_smoothing_factor=0.1), r"training.label_smoothing_factor=0.1"),
+        (dict(use_liger_kernel=True), r"training.use_liger_kernel=True"),
+        (dict(bf16_full_eval=True), r"training.bf16_full_eval=True"),
+        (dict(auto_find_batch_size=True), r"training.auto_find_batch_size=True"),
+        (dict(push_to_hub=True), r"training.hub_strategy='every_save' would upload weights"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused_by_name(tmp_path: Path, values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", args=values)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="AdamW, which knows no masks"):
+        trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "optimizer_cls_and_kwargs", "model_init"])
+def test_an_argument_that_would_be_ignored_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} would be ignored"):
+        trainer(tmp_path, **{name: object()})
+
+
+def test_an_optimizer_without_the_slorb_parameters_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"does not hold `.*slorb.S`, which would never be trained"):
+        trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None), slorb_config=SLoRBConfig())
+
+
+def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.output_router_logits = True
+    with pytest.raises(UserError, match="output_router_logits=True"):
+        trainer(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "tensor or context")],
+)
+def test_what_accelerate_may_be_set_up_for_is_refused_where_masks_would_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, what: str
+) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=f"configured for {what}.*where masks cannot follow the weights"):
+        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "version 1 flattens weights and masks .* Set fsdp_version: 2"),
+        ({}, "version 1 flattens"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "cpu_ram_efficient_loading leaves all processes but one without"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload has not been made to work with masks"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "ignored_modules would get no gradients"),
+        ({"FSDP_AUTO_WRAP_POLICY": "BY_LAYER"}, "Invalid auto wrap policy: BY_LAYER"),
+    ],
+    ids=["fsdp1", "no version", "ram", "offload", "ignored", "policy"],
+)
+def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
+) -> None:
+    args = arguments(tmp_path)
+    version = {} if "version" in message else {"FSDP_VERSION": "2"}
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **version, **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^fsdp_config of `accelerate launch`: {message}"):
+        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+def test_a_conv1d_is_not_sharded() -> None:
+    with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose groups .* use DDP"):
+        check_shardable(tiny_model("gpt2"))
+    with pytest.raises(UserError, match="FSDP2 cannot shard a weight that two blocks share"):
+        check_shardable(family_model("zamba2"))
+    check_shardable(tiny_model("llama"))
+
+
+def test_half_precision_masters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"torch.bfloat16: half-precision master weights.*dtype=torch.float32"):
+        trainer(tmp_path, tiny_model("llama").bfloat16())
+
+
+def test_batches_without_labels_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, data_collator=lambda rows: {"input_ids": torch.tensor([r["input_ids"] for r in rows])})
+    with pytest.raises(UserError, match="no labels"):
+        run.train()
