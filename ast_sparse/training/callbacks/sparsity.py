@@ -58,7 +58,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_steps(self.config, self.slorb, state.max_steps)
-        optimizer = _sparse_optimizer(kwargs["optimizer"])
+        optimizer = sparse_optimizer(kwargs["optimizer"])
         optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
         optimizer.kernels = self.kernels
         use_kernels(kwargs["model"], self.kernels)
@@ -70,7 +70,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         decay = self._mask_decay(state.global_step, state.max_steps)
-        for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
+        for group in sparse_optimizer(kwargs["optimizer"]).param_groups:
             group["mask_decay"] = decay
         if self.config.criterion != "magnitude" and self._is_due(state.global_step + 1, state.max_steps):
             layers, with_hessian = sparse_layers(kwargs["model"]), self.config.criterion == "sparsegpt"
@@ -145,7 +145,7 @@ class SparsityCallback(TrainerCallback):
         return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
 
 
-def _sparse_optimizer(optimizer: Any) -> SparseAdamW:
+def sparse_optimizer(optimizer: Any) -> SparseAdamW:
     """The optimizer itself: accelerate wraps it."""
     inner = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(inner, SparseAdamW), type(inner)
