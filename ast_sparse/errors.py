@@ -1,6 +1,8 @@
 """The errors a user can fix: one line that names the field or file, the value and the fix."""
 
-from typing import Any
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 _LONGEST_SHOWN = 200  # characters of a value in a message
 
@@ -42,3 +44,44 @@ def kind_of(value: Any) -> str:
         dict: "a mapping",
     }
     return names.get(type(value), type(value).__name__)
+
+
+def one_line(
+    error: BaseException,
+    limit: int | None = None,
+    *,
+    cut: Literal["sharp", "marked", "word"] = "sharp",
+    end: Literal["kept", "open", "stop", "mark"] = "kept",
+    named: bool = False,
+) -> str:
+    """What another library's error says, on one line; the name of its class where it says nothing.
+
+    Args:
+        limit: characters that are shown of it.
+        cut: what a longer text ends with: its last character that fits (sharp), that and "…" (marked), or the last
+            word that fits and "…" (word).
+        end: how the text ends: as it is (kept), without full stops, for a sentence that goes on (open), always with a
+            full stop (stop), or with a full stop unless another mark ends it (mark).
+        named: put the class before a text of one word, such as `'relux'` of a KeyError.
+    """
+    text = " ".join(str(error).split())
+    if end == "open":
+        text = text.rstrip(".")
+    if not text or (named and " " not in text):
+        text = f"{type(error).__name__} {text}".rstrip()
+    if limit is not None and len(text) > limit:
+        text = text[:limit]
+        if cut != "sharp":
+            text = f"{text.rsplit(' ', 1)[0] if cut == 'word' else text} …"
+    closed = end in ("kept", "open") or text.endswith((".", "…", "!", "?") if end == "mark" else ".")
+    return text if closed else f"{text}."
+
+
+def did_you_mean(value: Any, known: Iterable[Any], quoted: Callable[[str], str] = repr) -> str:
+    """A question that names the known value nearest to a wrong one: `Did you mean 'bandit'?`; empty if none is near.
+
+    Args:
+        quoted: how the name is written.
+    """
+    near = difflib.get_close_matches(str(value), [str(each) for each in known], n=1)
+    return f"Did you mean {quoted(near[0])}?" if near else ""

@@ -83,7 +83,9 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
         )  # fmt: skip
         click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
     if found is not None and json_file is not None:
-        write_json_file(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": _versions()})
+        from ast_sparse.report.page import versions
+
+        write_json_file(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": versions()})
 
 
 def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
@@ -129,19 +131,6 @@ def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: b
             weight, mask = weight.t().contiguous(), None if mask is None else mask.t().contiguous()
         layers[key] = Layer(weight, mask)
     return measure_positions(layers, own, pruned=pruned, value_bits=value_bits, progress=True)
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import ast_sparse
-
-    return {
-        "ast_sparse": ast_sparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

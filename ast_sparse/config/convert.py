@@ -1,13 +1,12 @@
 """Check a value against a type hint, and read it as its writer means it."""
 
-import difflib
 import enum
 import math
 import types
 import typing
 from typing import Any, Literal, Union
 
-from ast_sparse.errors import UserError, kind_of, shown
+from ast_sparse.errors import UserError, did_you_mean, kind_of, shown
 
 _LARGEST_INTEGER = 10**40  # far beyond any setting, and a float can still hold it
 _TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")
@@ -25,7 +24,9 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     _check_numbers(value, name)
     fits, converted = _convert(value, hint)
     if not fits:
-        raise UserError(f"{name}={shown(value)} is {kind_of(value)}, expected {_describe(hint)}.{_meant(value, hint)}")
+        near = did_you_mean(value, _choices(hint))
+        expected = f"expected {_describe(hint)}. {near}".rstrip()
+        raise UserError(f"{name}={shown(value)} is {kind_of(value)}, {expected}")
     return converted
 
 
@@ -36,12 +37,6 @@ def _check_numbers(value: Any, name: str) -> None:
         raise UserError(f"{name}={shown(value)} is too large. Give a smaller one.")
     for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         _check_numbers(entry, name)
-
-
-def _meant(value: Any, hint: Any) -> str:
-    """The choice that a misspelt value is near to, as a sentence."""
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in _choices(hint)], n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -1,7 +1,6 @@
 """The settings of a whole run, read from YAML."""
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ast_sparse.config.removed import removed_hint
 from ast_sparse.config.section import Section
 from ast_sparse.config.sparsity import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.yaml12 import parse_yaml, read_yaml
-from ast_sparse.errors import UserError, kind_of, shown, shown_name
+from ast_sparse.errors import UserError, did_you_mean, kind_of, shown, shown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     names = [*SECTIONS, "training"]
     for name in tree:
         if name not in names:
-            raise UserError(f"{path}: unknown section {shown(name)}.{_nearest(name, names)}")
+            raise UserError(f"{path}: unknown section {shown(name)}. {_nearest(name, names)}")
     sections = {name: _read_section(name, tree[name]) for name in tree}
     for name in ("model", "data"):
         if name not in sections:
@@ -98,7 +97,7 @@ def _read_section(name: str, values: Any) -> Any:
     known = [item.name for item in dataclasses.fields(section)]
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key {name}.{shown_name(key)}.{_nearest(key, known)}")
+            raise UserError(f"Unknown key {name}.{shown_name(key)}. {_nearest(key, known)}")
     for item in dataclasses.fields(section):
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and values.get(item.name) is None:
@@ -116,15 +115,14 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in known:
             hint = removed_hint(key, values[key])
-            raise UserError(hint or f"Unknown key training.{shown_name(key)}.{_nearest(key, known)}")
+            raise UserError(hint or f"Unknown key training.{shown_name(key)}. {_nearest(key, known)}")
     return {key: convert(value, hints[key], f"training.{key}") for key, value in values.items()}
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
     names = sorted(known)
-    if matches := difflib.get_close_matches(str(name), names, n=1):
-        return f" Did you mean {matches[0]!r}?"
-    return f" Known: {', '.join(names)}." if len(names) <= _LISTED else " See transformers.TrainingArguments."
+    listed = f"Known: {', '.join(names)}." if len(names) <= _LISTED else "See transformers.TrainingArguments."
+    return did_you_mean(name, names) or listed
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

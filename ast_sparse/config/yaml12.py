@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ast_sparse.errors import UserError, kind_of, shown, shown_name
+from ast_sparse.errors import UserError, kind_of, one_line, shown, shown_name
 
 _LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths has less
 _MOST_VALUES = 100_000  # entries, each alias counted as what it stands for ...
@@ -151,6 +151,4 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def _problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}."
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else "�" for c in text)
-    return text if text.endswith(".") else f"{text}."
+    return "".join(c if c.isprintable() else "�" for c in one_line(error, end="stop"))

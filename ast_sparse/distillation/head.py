@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ast_sparse.errors import one_line
 from ast_sparse.kernels.products import linear
 
 _PROBE_LIMIT = 50.0  # logits are probed up to here, far into the cap of those models that have one
@@ -167,7 +168,7 @@ def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor
         with head_replaced(head, forward):
             return getattr(model(input_ids=ids, use_cache=False), "logits", None)
     except Exception as error:  # whatever the code of a model raises that wants other inputs, or other logits
-        raise UnknownHeadError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnknownHeadError(one_line(error)) from error
     finally:
         for module in training:
             module.training = True

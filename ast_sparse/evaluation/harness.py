@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import logging
 import math
@@ -22,13 +21,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.evaluation.perplexity import check_window, named_positions
 from ast_sparse.evaluation.prompts import PromptFormat
 
 logger = logging.getLogger(__name__)
 _PYTHON_SEED, _SEED = 0, 1234  # what the harness itself begins with: Python's generator, and all others
-_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,10 @@ class Harness:
         try:
             return self._manager.load([name])
         except Exception as error:  # whatever its YAML, its code, its data set and the hub raise
+            reason = one_line(error, 300, cut="word", end="mark")
             raise UserError(
-                f"--tasks {name} cannot be loaded: {_one_line(error)} The harness takes most data from the hub: check "
-                "the network, or the files that the task names."
+                f"--tasks {name} cannot be loaded: {reason} The harness takes most data from the hub: check the "
+                "network, or the files that the task names."
             ) from error
 
     def _begin(self, name: str) -> None:
@@ -222,7 +221,7 @@ class Harness:
                     system_instruction=self.prompts.system_instruction,
                 )
             except Exception as error:
-                raise UserError(f"--tasks {name}: {_one_line(error)}") from error
+                raise UserError(f"--tasks {name}: {one_line(error, 300, cut='word', end='mark')}") from error
         self._check_requests(name, limit, None if template is None else (template, str(tokenizer.special_tokens_map)))
         if template is not None:
             self._warn_of_dropped(name, tokenizer, template)
@@ -272,9 +271,9 @@ def _import() -> Any:
     try:
         import lm_eval
     except ImportError as error:
+        reason = one_line(error, 300, cut="word", end="mark")
         raise UserError(
-            f"--tasks needs the LM Evaluation Harness ({_one_line(error)}) Install it: "
-            "pip install 'ast-sparse[harness]'."
+            f"--tasks needs the LM Evaluation Harness ({reason}) Install it: pip install 'ast-sparse[harness]'."
         ) from error
     return lm_eval
 
@@ -290,9 +289,9 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     if _unknown(names, manager):
         manager = TaskManager(include_path=folders)
     if unknown := _unknown(names, manager):
-        near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, *GROUPS], n=1)
-        hint = f" Did you mean {near[0]}?" if near else " `lm_eval ls tasks` lists the names."
-        raise UserError(f"--tasks {unknown[0]}: neither a task of the harness nor a task file.{hint}")
+        near = did_you_mean(unknown[0], [*manager.all_tasks, *GROUPS], quoted=str)
+        hint = near or "`lm_eval ls tasks` lists the names."
+        raise UserError(f"--tasks {unknown[0]}: neither a task of the harness nor a task file. {hint}")
     return manager
 
 
@@ -388,10 +387,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > _LONGEST_REASON:
-        text = text[:_LONGEST_REASON].rsplit(" ", 1)[0] + " …"
-    return text if text.endswith((".", "…", "!", "?")) else f"{text}."

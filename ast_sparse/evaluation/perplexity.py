@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.distillation.logits import IGNORE_INDEX
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.evaluation.scoring import score
 from ast_sparse.evaluation.windows import Stream, cut, tokenise
 
@@ -333,8 +333,7 @@ def _hub_rows(split: str, field: str) -> list[str]:
     try:
         return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
     except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"WikiText-2 cannot be loaded from the hub ({reason:.200}). Without network, name a folder with "
+            f"WikiText-2 cannot be loaded from the hub ({one_line(error, 200)}). Without network, name a folder with "
             f"wiki.test.raw by `{field}`."
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 
 _PROBE = "instruction7"
 _DEFAULT = "default"  # what transformers calls the template that is taken where none is named
@@ -93,7 +93,7 @@ class PromptFormat:
         try:
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         except Exception as error:  # whatever the code of a template raises
-            return f"takes no system message ({' '.join(str(error).split()).rstrip('.')})"
+            return f"takes no system message ({one_line(error, end='open')})"
         return None if _PROBE in str(text) else "leaves system messages out"
 
     def described(self, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -4,7 +4,7 @@ import psutil  # of accelerate
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.planning.fit import find_mend
 from ast_sparse.planning.memory import Memory, Setup
 from ast_sparse.planning.plan import Hardware, Plan
@@ -30,7 +30,7 @@ class Budget:
         try:
             self.memory = plan.memory(setup)
         except Exception as error:  # whatever the code of a model raises that looks at data
-            self.reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.reason = one_line(error, 200)
 
     @property
     def device_bytes(self) -> float:

@@ -1,6 +1,5 @@
 """The perplexities that a run reports: at its stages (the dense, the one-shot, the retrained model) and in between."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.sources.documents import read_texts
 from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.distributed.pieces import reshard
-from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.errors import DivergenceError, UserError, did_you_mean
 from ast_sparse.evaluation.perplexity import (
     NOT_FINITE,
     PerplexityResult,
@@ -93,9 +92,8 @@ class Measured:
         try:
             return read_texts(name, self.config.data.root, self.config.data.text_field, _FIELD)
         except UserError as error:
-            near = difflib.get_close_matches(name.replace("_", ""), (HELDOUT, WIKITEXT2), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{error}{hint}") from None
+            near = did_you_mean(name.replace("_", ""), (HELDOUT, WIKITEXT2))
+            raise UserError(f"{error} {near}".rstrip()) from None
 
     def _check_keys(self) -> None:
         names: dict[str, str] = {}

@@ -16,7 +16,7 @@ from ast_sparse.data.build import Blocks, build_datasets
 from ast_sparse.data.calibration import calibration_blocks
 from ast_sparse.data.sources.entries import check_entries, check_sources
 from ast_sparse.distributed.ranks import errors_shared, wait_for_all
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.export.readback import check_saved
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.memory import Setup, Sharding
@@ -205,7 +205,7 @@ def _prepare(
             train, held_out, data_report = build_datasets(config.data, tokenizer)
         except OSError as error:  # of the cache: sources that cannot be read are named where they are read
             raise UserError(
-                f"The tokenised text cannot be cached: {' '.join(str(error).split())}. Let the environment variable "
+                f"The tokenised text cannot be cached: {one_line(error)}. Let the environment variable "
                 "HF_DATASETS_CACHE name a folder that can be written to and has room."
             ) from error
     if args.should_log:
@@ -247,7 +247,7 @@ def _prepare(
             trust_remote_code=config.model.trust_remote_code,
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
-        raise UserError(f"training: {' '.join(str(error).split())}. Correct training.output_dir.") from error
+        raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
     trainer.run_record.sections = run_settings(config)
     if checkpoint is not None:
         trainer.check_resume(checkpoint)

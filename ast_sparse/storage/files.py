@@ -76,11 +76,19 @@ def check_inside(path: Path) -> None:
         )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as indented JSON through a temporary file and a rename: a reader never sees half of it."""
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    """Write an object as indented JSON through a temporary file and a rename: a reader never sees half of it.
+
+    Args:
+        durable: the file is on the disk before it is renamed, so that a power cut leaves it whole too.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

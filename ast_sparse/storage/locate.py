@@ -3,7 +3,6 @@
 Kept apart from `loading` because the classes of models take seconds to import.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ast_sparse.errors import UserError, shown, shown_name
+from ast_sparse.errors import UserError, did_you_mean, one_line, shown, shown_name
 from ast_sparse.storage import files
 
-_MESSAGE_LIMIT = 300
 _UNTRUSTED = "trust_remote_code=True"  # in the message of transformers about code that it was not allowed to run
 _COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
 _LARGEST_COUNT = 2**16  # ... of the largest model
@@ -88,13 +86,14 @@ def load_model_config(
         config = AutoConfig.from_pretrained(place.name, **place.arguments(revision, trust_remote_code))
     for key, value in (config_overrides or {}).items():
         if not hasattr(config, key):
-            near = difflib.get_close_matches(key, config.to_dict(), n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else f" See {files.CONFIG_NAME} of the model for its names."
-            raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`.{hint}")
+            near = did_you_mean(key, config.to_dict(), quoted="`{}`".format)
+            hint = near or f"See {files.CONFIG_NAME} of the model for its names."
+            raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`. {hint}")
         try:
             setattr(config, key, value)
         except StrictDataclassError as error:
-            raise UserError(f"model.config_overrides: {_one_line(error)} Give a value of that kind.") from None
+            reason = one_line(error, 300, cut="word", end="mark")
+            raise UserError(f"model.config_overrides: {reason} Give a value of that kind.") from None
     return config
 
 
@@ -150,7 +149,8 @@ def named_errors(what: str, place: Place) -> Iterator[None]:
         raise
     except ImportError as error:
         mend = "Install it: pip install 'ast-sparse[gguf]'." if place.gguf_file else "Install the package."
-        raise UserError(f"Cannot load the {what} of `{place.name}`: {_one_line(error)} {mend}") from error
+        reason = one_line(error, 300, cut="word", end="mark")
+        raise UserError(f"Cannot load the {what} of `{place.name}`: {reason} {mend}") from error
     except Exception as error:
         if _UNTRUSTED in str(error):
             raise UserError(
@@ -159,11 +159,5 @@ def named_errors(what: str, place: Place) -> Iterator[None]:
             ) from error
         where = f"{place.name}/{place.gguf_file}" if place.gguf_file else place.name
         mend = "Check the files in the folder." if place.folder else "Check the hub id, or give a local folder."
-        raise UserError(f"Cannot load the {what} of `{where}`: {_one_line(error)} {mend}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > _MESSAGE_LIMIT:
-        text = text[:_MESSAGE_LIMIT].rsplit(" ", 1)[0] + " …"
-    return text if text.endswith((".", "…", "!", "?")) else f"{text}."
+        reason = one_line(error, 300, cut="word", end="mark")
+        raise UserError(f"Cannot load the {what} of `{where}`: {reason} {mend}") from error

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from ast_sparse.config import ModelConfig
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage.companions import companion_files
 from ast_sparse.storage.files import has_adapter, sparse_keys, tensor_shapes, weight_files
 from ast_sparse.storage.locate import load_model_config
@@ -97,7 +97,7 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
             raise ValueError(f"`{name}` would have shape {tuple(built.get_parameter(name).shape)}")
         return built
     except Exception as error:  # whatever a config with impossible values makes the code of its model raise
-        reason = _one_line(error)
+        reason = one_line(error, _LONGEST_REASON, cut="marked", end="open", named=True)
     if model.attn_implementation is not None:
         try:
             build(None)
@@ -112,12 +112,6 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
         f"The model of {model.name_or_path!r} cannot be built: {reason}. "
         "Check its config.json and model.config_overrides."
     )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    text = text if " " in text else f"{type(error).__name__} {text}"  # KeyError: 'relux'
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
 
 
 def check_savable(model: ModelConfig, config: PreTrainedConfig) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage import files
 from ast_sparse.storage.companions import (
     GENERATION_NAME,
@@ -210,7 +210,8 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever a value of the wrong kind makes it raise
-        raise UserError(f"Cannot read `{path}`: {_one_line(error)}. Correct the value, or remove the file.") from None
+        reason = one_line(error, 300, cut="marked", end="open")
+        raise UserError(f"Cannot read `{path}`: {reason}. Correct the value, or remove the file.") from None
 
 
 def check_saving(
@@ -239,7 +240,8 @@ def check_saving(
                     copy_of = part if what == "tokenizer" else copy.deepcopy(part)
                     copy_of.save_pretrained(folder)
             except Exception as error:  # whatever the code of a model or a tokenizer raises
-                raise UserError(f"The {what} of {name!r} cannot be saved: {_one_line(error)}. {fix}.") from error
+                reason = one_line(error, 300, cut="marked", end="open")
+                raise UserError(f"The {what} of {name!r} cannot be saved: {reason}. {fix}.") from error
 
 
 def source_folder(config: PreTrainedConfig) -> Path | None:
@@ -294,8 +296,3 @@ def _is_as_in(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[bool, b
         return same_tokens, stored.chat_template == tokenizer.chat_template
     except Exception:  # there is none, or it needs code that may not be run
         return False, False
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} …"

@@ -12,7 +12,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ast_sparse.errors import UserError, shown
+from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.storage import fp8
 from ast_sparse.storage.quantized import forget_quantization, method_name, nested_configs
 
@@ -83,19 +83,16 @@ def _check_environment(settings: dict[str, Any], method: str, name: str) -> None
         raise
     except ImportError as error:
         package = _PACKAGES.get(method)
-        fix = f"Install it: pip install {package}." if package else f"({_one_line(error)}) Install the package."
+        reason = one_line(error, end="open")
+        fix = f"Install it: pip install {package}." if package else f"({reason}) Install the package."
         raise UserError(
             f"`{name}` is quantized by {method}, and the package that decodes it is not installed. {fix}"
         ) from error
     except Exception as error:  # whatever a damaged quantization_config makes a quantizer raise
         raise UserError(
-            f"`{name}` is quantized by {method}, and cannot be decoded here: {_one_line(error)}. "
+            f"`{name}` is quantized by {method}, and cannot be decoded here: {one_line(error, end='open')}. "
             "Check `quantization_config` in its config.json, or give the model that is not quantized."
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def check_codes(

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage import files
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
@@ -123,8 +123,7 @@ def merged(checkpoint: Path) -> Iterator[Path]:
             yield folder
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"`{checkpoint}` cannot be merged beside itself: {' '.join(str(error).split())}. Make room there, or copy "
-            "it elsewhere."
+            f"`{checkpoint}` cannot be merged beside itself: {one_line(error)}. Make room there, or copy it elsewhere."
         ) from error
 
 
@@ -203,8 +202,7 @@ def _fault(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str | None:
     except UserError as error:
         return str(error).rstrip(".")
     except Exception as error:  # whatever a damaged pickle makes Python raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"{_METADATA} is damaged ({reason})"
+        return f"{_METADATA} is damaged ({one_line(error)})"
     return None
 
 

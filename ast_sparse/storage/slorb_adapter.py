@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.errors import UserError, shown
+from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.storage.checksums import check_checksums, write_checksums
 from ast_sparse.storage.files import SlorbPairs, check_inside, read_json, read_tensors, tensor_shapes, write_json
 
@@ -147,7 +147,7 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     try:  # the annotation says dict, but a config object is used
         model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
     except ValueError as error:  # PEFT knows layers that its adapters do not work on
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error, end="open")
         raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error
     loaded = model.state_dict()
     for name, value in tensors.items():  # PEFT warns of what it does not place, and goes on

@@ -18,11 +18,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ast_sparse.distributed.pieces import is_sharded, local
 from ast_sparse.distributed.ranks import any_rank, gather, wait_for_all
 from ast_sparse.export.export import save_sparse_model
-from ast_sparse.optim import SparseAdamW
 from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
+from ast_sparse.training.callbacks.sparsity import sparse_optimizer
 from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.resume.checkpoints import write_errors
@@ -159,7 +159,7 @@ class CheckpointTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if is_sharded(self.student):  # a sharded checkpoint is read into a state that has an entry for everything
-            optimizer = _inner(self.optimizer)
+            optimizer = sparse_optimizer(self.optimizer)
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state_of(parameter)
         super()._save_optimizer_and_scheduler(output_dir)
@@ -198,14 +198,9 @@ class CheckpointTrainer(Trainer):
         if checkpoint is None or is_sharded_checkpoint(Path(checkpoint)) == is_sharded(self.student):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer = _inner(self.optimizer)
+        optimizer = sparse_optimizer(self.optimizer)
         load_moments(Path(checkpoint), self.student, optimizer)
         assert self.lr_scheduler is not None  # made before anything is loaded
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-
-def _inner(optimizer: Any) -> SparseAdamW:
-    """The optimizer itself: accelerate wraps it."""
-    return cast(SparseAdamW, getattr(optimizer, "optimizer", optimizer))

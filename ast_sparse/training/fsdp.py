@@ -4,7 +4,6 @@ The student, its masks, SLoRB and the optimizer state are sharded by accelerate,
 """
 
 import copy
-import difflib
 import os
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.training_args import ParallelMode
 
 from ast_sparse.distributed.pieces import local, piece_for
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import CHECKPOINTED, decoder_blocks
 from ast_sparse.storage.files import weight_files
@@ -64,7 +63,7 @@ def sharding_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin |
     try:
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args if args.fsdp else {}))
     except (ValueError, KeyError, ImportError) as error:  # of its many checks
-        raise UserError(f"{where}: {' '.join(str(error).split()).rstrip('.')}. Correct it.") from None
+        raise UserError(f"{where}: {one_line(error, end='open')}. Correct it.") from None
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
             f"{where}: cpu_ram_efficient_loading leaves all processes but one without the weights that masks are made "
@@ -90,8 +89,7 @@ def _check_keys(config: dict[str, Any]) -> None:
         if key.startswith("xla"):
             raise UserError(f"training.fsdp_config: {key} is not supported. Remove it.")
         if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(_KEYS)}."
+            hint = did_you_mean(key, _KEYS) or f"Choose from {', '.join(_KEYS)}."
             raise UserError(f"training.fsdp_config: there is no {key!r}. {hint}")
     state = config.get("state_dict_type", _STATE_DICT)
     if str(state).upper() != _STATE_DICT:

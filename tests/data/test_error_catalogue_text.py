@@ -84,7 +84,7 @@ def shards_without_rights(root: Path, patch: Patch) -> None:
     def refused(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    patch.setattr("ast_sparse.data.tokens.prepare._write_json", refused)
+    patch.setattr("ast_sparse.data.tokens.prepare.write_json", refused)
     prepare_shards(root / "out", PrepareSettings(entries=("a.jsonl",), root=str(root)), tiny_tokenizer())
 
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ast_sparse.data.sources.text_files import json_rows, one_line, shown
-from ast_sparse.errors import UserError
+from ast_sparse.data.sources.text_files import json_rows, shown
+from ast_sparse.errors import UserError, one_line
 
 ROW = "conversation"  # a column of rows as JSON, whatever their messages hold
 SETTINGS = "chat_template_kwargs"  # variables of the template, by row
@@ -59,7 +59,8 @@ def json_conversations(files: tuple[Path, ...], columns: tuple[str, ...]) -> Ite
                 more = [column for column in _OPTIONAL if column not in columns and row.get(column) is not None]
                 yield {ROW: json.dumps({column: row.get(column) for column in (*columns, *more)})}
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
-            raise UserError(f"{file} cannot be read: {one_line(error)} Copy it again, or mend its rights.") from error
+            reason = one_line(error, 300, end="stop")
+            raise UserError(f"{file} cannot be read: {reason} Copy it again, or mend its rights.") from error
 
 
 def read_row(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:

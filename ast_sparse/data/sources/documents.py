@@ -19,8 +19,8 @@ from datasets.table import CastError
 
 from ast_sparse.data.sources.conversations import ROW, chat_columns, chat_columns_of_file, json_conversations, read_row
 from ast_sparse.data.sources.entries import Entry, file_stamps, text_files
-from ast_sparse.data.sources.text_files import file_documents, json_rows, name_text, one_line, shown
-from ast_sparse.errors import UserError
+from ast_sparse.data.sources.text_files import file_documents, json_rows, name_text, shown
+from ast_sparse.errors import UserError, one_line
 
 _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are read differently
 _OPTIONAL_READ = 1  # the same of conversations
@@ -89,7 +89,8 @@ def _column_texts(rows: Dataset | IterableDataset, text_field: str, name: str) -
                 raise UserError(f"{name}: row {number} has no text in `{text_field}` but {shown(text)}. Leave it out.")
             yield text, f"{name}, row {number}"
     except (OSError, ValueError, DatasetGenerationError) as error:  # a damaged file, or the network
-        raise UserError(f"{name} cannot be read after row {number}: {one_line(error)} Copy it again.") from error
+        reason = one_line(error, 300, end="stop")
+        raise UserError(f"{name} cannot be read after row {number}: {reason} Copy it again.") from error
 
 
 def read_texts(entry: str, root: str | None, text_field: str, field: str) -> list[str]:
@@ -197,7 +198,7 @@ def _load_hub(
         # features of a stream may be unknown until it is read
         columns = loaded.column_names or list(next(iter(loaded), {})) if isinstance(loaded, kind) else []
     except Exception as error:  # whatever the arguments of the entry make `datasets` and its readers raise
-        reason = one_line(error).removesuffix(".")
+        reason = one_line(error, 300).removesuffix(".")
         raise UserError(f"Cannot load data set {name}: {reason}. Check its entry, or the network.") from error
     if not isinstance(loaded, kind):
         mend = "name one `split`" if streaming else "name one `split`, without `streaming`"
@@ -217,7 +218,8 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
         try:
             names = pq.read_schema(file).names
         except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not a parquet file: {one_line(error)} Copy or write it again.") from error
+            reason = one_line(error, 300, end="stop")
+            raise UserError(f"{file} is not a parquet file: {reason} Copy or write it again.") from error
         for column in columns:
             if column not in names:
                 raise UserError(_no_column(str(file), column, names))
@@ -229,7 +231,7 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
             ),
         )
     except DatasetGenerationError as error:
-        reason = one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error, 300, end="stop")
         if len(files) > 1 and isinstance(error.__cause__, TypeError | CastError):  # not of the file but of the schema
             raise UserError(
                 f"{', '.join(map(str, files))} hold columns of different types: {reason} Write all files with the same "

@@ -11,13 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 
 COMPRESSED = (".gz", ".zst")
 READABLE = "text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
 _LONGEST_SHOWN = 40  # characters of a value or name that are shown
 _MOST_LISTED = 20  # names
-_LONGEST_REASON = 300  # characters of another library's error that are shown
 _LARGEST_TEXT_FILE = 2**30  # a text file is one document and is tokenised in one go
 _LONGEST_LINE = 2**28  # bytes of a JSONL line, which is one document
 
@@ -38,7 +37,8 @@ def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterato
                 is_empty = is_empty and not text.strip()
                 yield text, where
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
-            raise UserError(f"{file} cannot be read: {one_line(error)} Copy it again, or mend its rights.") from error
+            reason = one_line(error, 300, end="stop")
+            raise UserError(f"{file} cannot be read: {reason} Copy it again, or mend its rights.") from error
         if is_empty:
             raise UserError(f"{file} holds no text. Remove it from the list or give it text.")
 
@@ -130,7 +130,8 @@ def _parse(file: Path, number: int, data: bytes) -> Any:
         line = number + error.lineno - 1
         raise UserError(f"{file}, line {line}: not JSON ({error.msg}). Each line must be one JSON object.") from error
     except ValueError as error:  # an integer of thousands of digits
-        raise UserError(f"{file}, line {number}: not JSON ({one_line(error)}) Leave the line out.") from error
+        reason = one_line(error, 300, end="stop")
+        raise UserError(f"{file}, line {number}: not JSON ({reason}) Leave the line out.") from error
 
 
 def shown(value: Any) -> str:
@@ -176,9 +177,3 @@ def check_characters(text: str, where: str) -> None:
     """Raise UserError where a text cannot be written as UTF-8."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where} holds half a character (a lone surrogate). Leave the line out.")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error as a sentence."""
-    text = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
-    return text if text.endswith(".") else f"{text}."

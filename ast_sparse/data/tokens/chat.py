@@ -19,13 +19,13 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.data.sources.conversations import SETTINGS, chat_columns, read_row, read_settings, read_tools
-from ast_sparse.data.sources.text_files import check_characters, one_line
+from ast_sparse.data.sources.text_files import check_characters
 from ast_sparse.data.tokens.chat_template import DATE, REFUSALS, Chat, Spans, refusal, template_text
 from ast_sparse.data.tokens.messages import read_messages
 from ast_sparse.data.tokens.shard_writer import missing, text_key
 from ast_sparse.data.tokens.tokenise import LABELLED, eos_token, list_array, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 
 _FORMAT_VERSION = 2  # part of the cache key: raise it when tokens or labels come out differently
 _ROWS_PER_BATCH = 256
@@ -135,7 +135,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
         except UserError:
             raise
         except ValueError as error:  # several templates and none of them the default
-            raise UserError(f"{name}: the chat template cannot be taken: {one_line(error)}") from error
+            raise UserError(f"{name}: the chat template cannot be taken: {one_line(error, 300, end='stop')}") from error
 
 
 def _tokens(

@@ -23,9 +23,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ast_sparse.data.sources.text_files import one_line, shown
+from ast_sparse.data.sources.text_files import shown
 from ast_sparse.data.tokens.messages import Message, fault_of, is_joined, missing, text_of, with_more, written_forms
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 
 DATE = datetime.datetime(2024, 7, 26)  # the date that Llama 3's templates fall back to
 
@@ -256,6 +256,7 @@ class Chat:
 
 def refusal(where: str, error: BaseException) -> UserError:
     """A template's error in one line."""
+    reason = one_line(error, 300, end="stop")
     if isinstance(error, TemplateSyntaxError):
-        return UserError(f"{where}: the chat template cannot be read: {one_line(error)} Correct chat_template.jinja.")
-    return UserError(f"{where}: the chat template refuses it: {one_line(error)} Leave the row out.")
+        return UserError(f"{where}: the chat template cannot be read: {reason} Correct chat_template.jinja.")
+    return UserError(f"{where}: the chat template refuses it: {reason} Leave the row out.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from itertools import groupby
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +51,7 @@ from ast_sparse.data.tokens.shards import (
 )
 from ast_sparse.data.tokens.tokenise import eos_token, tokenizer_key
 from ast_sparse.errors import UserError
+from ast_sparse.storage.files import write_json
 
 SHARD_CHARACTERS = 64_000_000
 _BATCH_CHARACTERS = 250_000  # of documents that go to a process together; some 50 ms of its time
@@ -116,12 +115,12 @@ def prepare_shards(
             leftover.unlink()
         for shard in _write_all(folder, settings, tokenizer, manifest, done, progress):
             done[shard.name] = shard
-            _write_json(folder / PROGRESS, _with_shards(manifest, done).to_dict())
+            write_json(folder / PROGRESS, _with_shards(manifest, done).to_dict(), durable=True)
             finished(shard, True)
         manifest = _with_shards(manifest, done)
         if not manifest.tokens:
             raise UserError(f"{', '.join(manifest.sources)} holds no text. Name other text.")
-        _write_json(folder / MANIFEST, manifest.to_dict())
+        write_json(folder / MANIFEST, manifest.to_dict(), durable=True)
         (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
 
@@ -300,19 +299,6 @@ def _tokenised(
 def _first(pending: deque[tuple[str, Future[Batch]]]) -> tuple[str, Batch]:
     name, future = pending.popleft()
     return name, future.result()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Through a temporary file that is on the disk before it is renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, ensure_ascii=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:

@@ -59,7 +59,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_steps(self.config, self.slorb, state.max_steps)
-        optimizer = _sparse_optimizer(kwargs["optimizer"])
+        optimizer = sparse_optimizer(kwargs["optimizer"])
         optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
         optimizer.kernels = self.kernels
         use_kernels(kwargs["model"], self.kernels)
@@ -71,7 +71,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         decay = decay_at(self.config, state.global_step, state.max_steps)
-        for group in _sparse_optimizer(kwargs["optimizer"]).param_groups:
+        for group in sparse_optimizer(kwargs["optimizer"]).param_groups:
             group["mask_decay"] = decay
         criterion = METHODS[self.config.criterion]
         if criterion.needs_text and self._is_due(state.global_step + 1, state.max_steps):
@@ -139,7 +139,7 @@ class SparsityCallback(TrainerCallback):
         return refresh_masks(model, self.config.criterion, statistics, calibration_config=self.calibration)
 
 
-def _sparse_optimizer(optimizer: Any) -> SparseAdamW:
+def sparse_optimizer(optimizer: Any) -> SparseAdamW:
     """The optimizer itself: accelerate wraps it."""
     inner = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(inner, SparseAdamW), type(inner)

@@ -22,7 +22,7 @@ from ast_sparse.data.blocks.collator import DOMAIN
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import mean_over_ranks
-from ast_sparse.errors import DivergenceError, UserError
+from ast_sparse.errors import DivergenceError, UserError, one_line
 from ast_sparse.storage.run_folder import REPLAY
 from ast_sparse.training.resume.checkpoints import last_checkpoint
 
@@ -221,7 +221,7 @@ def load_batch(path: str | Path) -> tuple[list[dict[str, Tensor]], dict[str, Any
                 batches[int(index)][name] = file.get_tensor(key)
     except (OSError, SafetensorError, ValueError, KeyError, IndexError) as error:
         raise UserError(
-            f"Batch {str(path)!r} cannot be read: {' '.join(str(error).split())}. Name a step-N-rank-R.safetensors of "
+            f"Batch {str(path)!r} cannot be read: {one_line(error)}. Name a step-N-rank-R.safetensors of "
             f"the {REPLAY} folder of a run."
         ) from None
     return batches, header

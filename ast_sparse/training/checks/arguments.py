@@ -1,7 +1,6 @@
 """Settings of `TrainingArguments` that are wrong, or that AST would ignore or break: refused by name before a run."""
 
 import dataclasses
-import difflib
 import inspect
 import math
 import re
@@ -19,7 +18,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
 
 # field: why, and the mend; refused whenever it is not at its default
@@ -92,8 +91,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
 
 def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
     """An error of TrainingArguments in one line, with the setting without which it does not occur."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    message = message if message.endswith(".") else f"{message}."
+    message = one_line(error, end="stop")
     for key in sorted(values.keys() - {"output_dir"}, key=lambda key: re.search(rf"\b{key}\b", message) is None):
         try:
             TrainingArguments(**{name: value for name, value in arguments.items() if name != key})
@@ -209,9 +207,8 @@ def _check_schedule(args: TrainingArguments) -> None:
         rate = getattr(schedule, "lr_lambdas", [lambda step: 1.0])[0]
         rates = [float(rate(steps * tenth // 10)) for tenth in range(11)]
     except Exception as error:  # whatever arguments of the wrong type or size make it raise
-        reason = " ".join(str(error).split())
         mend = "Correct its arguments." if given else "Give its arguments in training.lr_scheduler_kwargs."
-        raise UserError(f"{where}: the schedule cannot be built: {reason.rstrip('.')}. {mend}") from None
+        raise UserError(f"{where}: the schedule cannot be built: {one_line(error, end='open')}. {mend}") from None
     if not all(math.isfinite(value) and -1e-6 <= value <= 1 + 1e-6 for value in rates):
         raise UserError(
             f"{where}: the schedule {kind.value!r} leaves the range from 0 to training.learning_rate="
@@ -235,9 +232,7 @@ def _check_checkpointing(args: TrainingArguments) -> None:
 
 def _choose(value: Any, known: Iterable[Any]) -> str:
     names = [str(name) for name in known]
-    if near := difflib.get_close_matches(str(value), names, n=1):
-        return f"Did you mean {near[0]!r}?"
-    return f"Choose from {', '.join(names)}." if names else "Remove it."
+    return did_you_mean(value, names) or (f"Choose from {', '.join(names)}." if names else "Remove it.")
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.features import needs_attention, needs_hidden
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +123,7 @@ def _missing_maps(model: PreTrainedModel) -> str | None:
     try:
         maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
     except Exception as error:  # whatever the code of a model raises that knows no attention maps
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return one_line(error, end="open")
     finally:
         model.train(was_training)
     if not maps:

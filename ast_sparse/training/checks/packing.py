@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.evaluation.scoring import eval_mode
 
 _MEND = "Set data.packing: joined."
@@ -70,7 +70,7 @@ def _mixes(model: nn.Module) -> str | None:
                 for row, lengths in zip(tokens, _TRIED, strict=True)
             ]
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return " ".join(str(error).split())[:200]
+        return one_line(error, 200)
     expected = torch.stack(alone)
     distance = float((packed - expected).abs().max() / expected.abs().max())
     is_half = next(model.parameters()).element_size() < 4

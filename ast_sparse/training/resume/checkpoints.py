@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.errors import SharedError, UserError, shown
+from ast_sparse.errors import SharedError, UserError, one_line, shown
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
@@ -280,7 +280,7 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = " ".join(str(cause).split()).rstrip(".")
+        reason = one_line(cause, end="open")
         if isinstance(error, OSError) and error.errno not in _NOT_WRITABLE:
             raise
         if isinstance(error, RuntimeError):
