@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -34,6 +34,39 @@ from ast_sparse.training.fsdp import gathered, load_moments, load_weights, shard
 from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
+
+# The table was read against this version of transformers; a test compares it with the one that is installed.
+TRANSFORMERS_VERSION = "5.23.0"
+
+
+class Internal(NamedTuple):
+    """Something of transformers that is not public, and that training relies on.
+
+    Attributes:
+        name: of a method or an attribute.
+        parameters: of a method, `self` left out; None for an attribute.
+        why: what we do with it.
+    """
+
+    name: str
+    parameters: tuple[str, ...] | None
+    why: str
+
+
+# Whatever begins with an underscore and is overridden, called, read or set by the classes of SparseTrainer.
+TRAINER_INTERNALS = (
+    Internal("save_model", ("output_dir", "_internal_call"), "tells a checkpoint, which is resumed, from a model"),
+    Internal("_save_checkpoint", ("model", "trial"), "a save that fails leaves no folder behind"),
+    Internal("_save_optimizer_and_scheduler", ("output_dir",), "sharded state needs an entry for every parameter"),
+    Internal("_save_rng_state", ("output_dir",), "the last file of a checkpoint: then all ranks have written"),
+    Internal("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "reads sharded and whole checkpoints"),
+    Internal("_issue_warnings_after_load", ("load_result",), "a tied weight is not missing"),
+    Internal("_load_best_model", (), "the best checkpoint may be sharded"),
+    Internal("_load_optimizer_and_scheduler", ("checkpoint",), "moments of a sharded run go into any run, and back"),
+    Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
+)
+# Of the configuration of a model.
+CONFIG_INTERNALS = (Internal("_attn_implementation", None, "read, to say which attention gave way to eager"),)
 
 
 class CheckpointTrainer(Trainer):
