@@ -38,8 +38,8 @@ from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.slorb_adapter import check_pairs, read_adapter
 from ast_sparse.training.checks.arguments import check_arguments
 from ast_sparse.training.checks.features import check_feature_settings
-from ast_sparse.training.checks.inputs import as_blocks
 from ast_sparse.training.fsdp import check_shardable, load_weights, sharding_plugin
+from ast_sparse.training.start.blocks import as_blocks
 from tests.evaluation.tasks import choice_task
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
 from tests.models import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,7 +21,7 @@ from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.documents import Source, load_documents
 from ast_sparse.data.sources.entries import Entry, shard_folders
 from ast_sparse.data.tokens.bos import Bos, bos_of_shards, find_bos
-from ast_sparse.data.tokens.chat import chat_columns, tokenise_conversations, uncounted_rows
+from ast_sparse.data.tokens.chat import tokenise_conversations, uncounted_rows
 from ast_sparse.data.tokens.shards import ShardFolder
 from ast_sparse.data.tokens.tokenise import (
     document_keys,
@@ -36,9 +35,6 @@ from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     from ast_sparse.config import DataConfig
-
-
-logger = logging.getLogger(__name__)
 
 Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks | StreamedBlocks
 
@@ -321,48 +317,6 @@ def _counted_tokens(report: SplitReport, block_size: int) -> int:
 
 def _names(sources: Sequence[SourceReport]) -> str:
     return ", ".join(source.name for source in sources[:3]) + (f" and {len(sources) - 3} more" if sources[3:] else "")
-
-
-def pack_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int, bos: str = "auto"
-) -> Dataset:
-    """Tokenise and pack a data set of raw text or chat data, for SparseTrainer.
-
-    Documents are joined in order, one EOS after each, conversations as their template writes them; the number of tokens
-    that do not fill a last block is logged.
-
-    Args:
-        bos: as of `data.bos`.
-
-    Returns:
-        Rows `{"input_ids": block_size token ids}`, with `labels` where it is chat data.
-
-    Raises:
-        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
-            `tokenise_conversations`.
-    """
-    found = find_bos(bos, tokenizer, "bos")
-    is_chat = bool(chat_columns(dataset.column_names))
-    if is_chat:
-        tokenised = tokenise_conversations(dataset, tokenizer, "the data set", found.of_document)
-    else:
-        tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set", found)
-    lengths = token_counts(tokenised)
-    if is_chat and (line := uncounted_rows(lengths, "the data set")):
-        logger.warning(line)
-    total, of_text = int(lengths.sum()), block_size - len(found.of_block)
-    if total < of_text:
-        raise UserError(
-            f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
-            "Give more text or lower `block_size`."
-        )
-    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set", found)
-    if total % of_text:
-        logger.warning(
-            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % of_text:,} tokens "
-            "do not fill a block and are left out."
-        )
-    return packed
 
 
 def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:

@@ -6,26 +6,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+import ast_sparse
+from ast_sparse.config import DistillationConfig, MixtureConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.distributed.pieces import is_sharded, local
-from ast_sparse.distributed.ranks import any_rank, gather, wait_for_all
-from ast_sparse.export.export import save_sparse_model
+from ast_sparse.distributed.ranks import any_rank, errors_shared, gather, wait_for_all
+from ast_sparse.export.export import ExportReport, export_model, save_sparse_model
+from ast_sparse.sparsity.model import SparsityReport, apply_masks
 from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
-from ast_sparse.training.callbacks.sparsity import sparse_optimizer
+from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
 from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
-from ast_sparse.training.resume.checkpoints import write_errors
+from ast_sparse.training.loader import load_data_state, save_data_state
+from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
+from ast_sparse.training.resume.same_run import RunRecord
+
+# The table was read against this version of transformers; a test compares it with the one that is installed.
+TRANSFORMERS_VERSION = "5.23.0"
+
+
+class Internal(NamedTuple):
+    """Something of transformers that is not public, and that training relies on.
+
+    Attributes:
+        name: of a method or an attribute.
+        parameters: of a method, `self` left out; None for an attribute.
+        why: what we do with it.
+    """
+
+    name: str
+    parameters: tuple[str, ...] | None
+    why: str
+
+
+# Whatever begins with an underscore and is overridden, called, read or set by the classes of SparseTrainer.
+TRAINER_INTERNALS = (
+    Internal("save_model", ("output_dir", "_internal_call"), "tells a checkpoint, which is resumed, from a model"),
+    Internal("_save_checkpoint", ("model", "trial"), "a save that fails leaves no folder behind"),
+    Internal("_save_optimizer_and_scheduler", ("output_dir",), "sharded state needs an entry for every parameter"),
+    Internal("_save_rng_state", ("output_dir",), "the last file of a checkpoint: then all ranks have written"),
+    Internal("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "reads sharded and whole checkpoints"),
+    Internal("_issue_warnings_after_load", ("load_result",), "a tied weight is not missing"),
+    Internal("_load_best_model", (), "the best checkpoint may be sharded"),
+    Internal("_load_optimizer_and_scheduler", ("checkpoint",), "moments of a sharded run go into any run, and back"),
+    Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
+)
+# Of the configuration of a model.
+CONFIG_INTERNALS = (Internal("_attn_implementation", None, "read, to say which attention gave way to eager"),)
 
 
 class CheckpointTrainer(Trainer):
@@ -34,6 +74,17 @@ class CheckpointTrainer(Trainer):
     A sharded run (FSDP2) writes sharded checkpoints, any other run ordinary ones; each resumes from either.
     """
 
+    base_model_name: str
+    sparsity_config: SparsityConfig
+    distillation_config: DistillationConfig | None
+    slorb_config: SLoRBConfig | None
+    sparsity_report: SparsityReport
+    run_record: RunRecord
+    _sparsity: SparsityCallback  # which knows the kernels
+    _mixture: Mixture | None  # the order of blocks that are read where they lie, and those of each domain
+    _parts: dict[str, Any] | None
+    _mixture_config: MixtureConfig
+    _compared: Path | None = None  # the checkpoint that this run was compared with
     _frame: PreTrainedModel | None  # the student without weights, where it is going to be sharded
     _origin: Origin  # of the student
     _given_settings: Settings = ()  # while Trainer's own are in the student's configuration: those before
@@ -54,7 +105,17 @@ class CheckpointTrainer(Trainer):
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """What `sparsity_config.json` says of the run."""
-        raise NotImplementedError
+        return {
+            "ast_sparse_version": ast_sparse.__version__,
+            "format_version": 1,
+            "base_model": self.base_model_name,
+            "pattern": self.sparsity_config.pattern,
+            "sparsity": self.sparsity_config.to_dict(),
+            "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
+            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
+            "kernels": self._sparsity.kernels,
+            "layers": sorted(self.sparsity_report.pruned),
+        }
 
     @contextmanager
     def _settings_of_trainer(self) -> Iterator[None]:
@@ -100,6 +161,19 @@ class CheckpointTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
+        """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.
+
+        Returns:
+            What was written; None on ranks that do not write.
+        """
+        report, student = None, self.whole_student()
+        if self.args.should_save and student is not None:
+            with saved_with(student, self._given_settings):
+                report = export_model(student, out_dir, format, tokenizer=self._tokenizer, **kwargs)
+        self.accelerator.wait_for_everyone()
+        return report
+
     def _check_finite(self) -> None:
         """Raise DivergenceError unless all weights are finite, on every process of a sharded run."""
         faulty = (
@@ -136,6 +210,10 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save:
             self._origin.complete(folder, self._tokenizer)
             write_json(folder / SPARSITY_CONFIG_NAME, self.sparsity_config_dict())
+        if self.args.process_index == 0:
+            self.run_record.save(self, folder)
+        if self.args.should_save and self._mixture is not None and self._parts is not None:
+            save_data_state(folder, self._mixture, self._mixture_config, self._parts)
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -172,6 +250,39 @@ class CheckpointTrainer(Trainer):
             write_sums(Path(output_dir), self.args.process_index, self.args.world_size, gather)
 
     # ---- load ----------------------------------------------------------------------------------------------------
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Compare this run with that of a checkpoint, once, and print what may differ and does; on all processes.
+
+        Raises:
+            UserError: a setting that decides the weights, the model, the teacher, the tokenizer or the text differs.
+        """
+        if self._compared != checkpoint.resolve():
+            with errors_shared():
+                check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
+            self.run_record.check(self, checkpoint)
+        self._compared = checkpoint.resolve()
+
+    def check_data_state(self, checkpoint: Path) -> None:
+        """Take the history of a mixture from a checkpoint; UserError if its blocks are others."""
+        if self._mixture is not None and self._parts is not None:
+            load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
+
+    def load_finished(self, checkpoint: Path) -> bool:
+        """Load a run that was finished, and stopped before the final save; False for any other.
+
+        Trainer would do one more step of it.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        apply_masks(self.student)
+        return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = cast(nn.Module, self.model) if model is None else model

@@ -1,5 +1,9 @@
 """The loss over held-out rows, each counted once, whatever the number of processes."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -8,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.errors import UserError
 
 
 class HeldOutLoss:
@@ -48,3 +53,36 @@ class HeldOutLoss:
             return None
         loss, tokens = mean_over_ranks(self._sums).tolist()
         return loss / tokens if tokens else None
+
+    def replace_in(self, metrics: dict[str, float] | None, prefix: str) -> None:
+        """Put the mean in the place of Trainer's loss, which would be 0 where no token counts; all must call this."""
+        loss = self.mean()
+        if metrics is not None and loss is not None:
+            metrics[f"{prefix}_loss"] = loss
+        elif metrics is not None:
+            metrics.pop(f"{prefix}_loss", None)
+
+
+def loss_of_parts(metrics: Mapping[str, float], held_out: Any, prefix: str) -> float | None:
+    """The loss over all parts of a mapping, out of that of each; None where there is none, or no mapping.
+
+    Raises:
+        UserError: one data set was evaluated, and no token of it is counted, so there is no loss.
+    """
+    if isinstance(held_out, dict):
+        return mean_loss(metrics, held_out, prefix)
+    if f"{prefix}_loss" not in metrics:
+        raise UserError(
+            f"There is no {prefix}_loss: no token of the data to evaluate on is counted, all labels are −100. "
+            "Pass rows with labels."
+        )
+    return None
+
+
+def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:
+    """The loss over the blocks of all domains, out of those of each; None where one is missing."""
+    sizes = {name: len(part) for name, part in held_out.items()}
+    losses = {name: metrics.get(f"{prefix}_{name}_loss") for name in sizes}
+    if not all(isinstance(loss, float) for loss in losses.values()):
+        return None
+    return math.fsum(loss * sizes[name] for name, loss in losses.items() if loss is not None) / sum(sizes.values())

@@ -1,15 +1,16 @@
 """The loss of a micro-batch, from hidden states and heads, or from full logits where a head is not understood."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig
+from ast_sparse.data.blocks.collator import DOMAIN
 from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.distillation.features import Features, feature_loss, forward_with_features
 from ast_sparse.distillation.head import (
@@ -21,8 +22,24 @@ from ast_sparse.distillation.head import (
 )
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.errors import UserError
 
 logger = logging.get_logger(__name__)
+
+
+def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """What a model is given of a batch, and the labels, shifted by one in place of the logits, which are big.
+
+    Raises:
+        UserError: there are no labels.
+    """
+    if inputs.get("labels") is None:
+        raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
+    labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
+    if "position_ids" in features:
+        features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
+    return features, labels
 
 
 def find_heads(
@@ -178,12 +195,3 @@ class DomainLosses:
         self._sums = None
         figures = zip(self.names, losses, tokens, strict=True)
         return {f"domain_loss/{name}": loss / count for name, loss, count in figures if count}
-
-
-def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:
-    """The loss over the blocks of all domains, out of those of each; None where one is missing."""
-    sizes = {name: len(part) for name, part in held_out.items()}
-    losses = {name: metrics.get(f"{prefix}_{name}_loss") for name in sizes}
-    if not all(isinstance(loss, float) for loss in losses.values()):
-        return None
-    return math.fsum(loss * sizes[name] for name, loss in losses.items() if loss is not None) / sum(sizes.values())

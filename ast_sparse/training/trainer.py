@@ -2,27 +2,14 @@
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from transformers.utils import logging
 
-import ast_sparse
 from ast_sparse.config import (
     CalibrationConfig,
     DistillationConfig,
@@ -31,28 +18,16 @@ from ast_sparse.config import (
     SparsityConfig,
     WatchConfig,
 )
-from ast_sparse.data.blocks.collator import DOMAIN, document_borders, make_collator
-from ast_sparse.data.blocks.counted import with_counted_tokens
+from ast_sparse.data.blocks.collator import DOMAIN, make_collator
 from ast_sparse.data.blocks.domains import DomainBlocks
-from ast_sparse.data.calibration import calibration_samples
-from ast_sparse.data.tokens.bos import NO_BOS, find_bos
-from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.pieces import reshard
-from ast_sparse.distributed.ranks import any_rank, errors_shared
-from ast_sparse.errors import UserError
-from ast_sparse.export.export import ExportReport, export_model
+from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.heap import freed_memory_given_back
-from ast_sparse.optim import SparseAdamW
-from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
-from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.select import decoder_blocks
-from ast_sparse.sparsity.slorb import SLoRB
-from ast_sparse.storage.load import load_causal_lm
-from ast_sparse.storage.origin import Origin, check_saving, saved_with, settings_kept
-from ast_sparse.storage.quantized import make_plain
-from ast_sparse.training.callbacks.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
+from ast_sparse.storage.origin import settings_kept
+from ast_sparse.training.callbacks.flops import FlopsCallback, teacher_parameters
 from ast_sparse.training.callbacks.late_slorb import LateSLoRB
 from ast_sparse.training.callbacks.lines import use_lines
 from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
@@ -61,31 +36,19 @@ from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback
 from ast_sparse.training.checkpointing import CheckpointTrainer
 from ast_sparse.training.checks.arguments import check_arguments
-from ast_sparse.training.checks.baselines import check_baseline
-from ast_sparse.training.checks.inputs import (
-    as_blocks,
-    block_length,
-    check_model,
-    check_optimizer,
-    check_taught,
-)
+from ast_sparse.training.checks.inputs import check_optimizer, check_replaced, check_taught
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
-from ast_sparse.training.eval_loss import HeldOutLoss
-from ast_sparse.training.frozen_teacher import frozen_teacher
-from ast_sparse.training.fsdp import (
-    check_shardable,
-    check_sharding,
-    shard_teacher,
-    sharding_plugin,
-    without_weights,
-)
-from ast_sparse.training.loader import block_loader, block_source, load_data_state, make_mixture, save_data_state
-from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, mean_loss
-from ast_sparse.training.resume.checkpoints import check_same_run, resolve_checkpoint, stored_kernels
+from ast_sparse.training.eval_loss import HeldOutLoss, loss_of_parts
+from ast_sparse.training.fsdp import check_sharding, sharding_plugin, without_weights
+from ast_sparse.training.loader import block_loader, block_source, make_mixture
+from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, split_batch
+from ast_sparse.training.resume.checkpoints import resolve_checkpoint, stored_kernels
 from ast_sparse.training.resume.same_run import RunRecord
-
-logger = logging.get_logger(__name__)
+from ast_sparse.training.start.blocks import BlockMaker, block_length
+from ast_sparse.training.start.frozen_teacher import place_teacher
+from ast_sparse.training.start.models import DenseModels, dense_models, first_masks
+from ast_sparse.training.start.optimizer import sparse_adamw
 
 
 class SparseTrainer(CheckpointTrainer):
@@ -119,6 +82,9 @@ class SparseTrainer(CheckpointTrainer):
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
+    made_optimizer = False  # its settings are those of `args`
+    _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
+    _needs_logits = True  # where outputs are returned
 
     def __init__(
         self,
@@ -146,61 +112,24 @@ class SparseTrainer(CheckpointTrainer):
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
+        # what is asked for
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_sharding(args)
-        if optimizers[0] is not None and not isinstance(optimizers[0], SparseAdamW):
-            raise UserError(
-                f"optimizers[0] is {type(optimizers[0]).__name__}, which knows no masks. Pass a SparseAdamW, or None."
-            )
-        for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
-            if kwargs.get(name) is not None:
-                raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
-        model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
-        make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
-        check_model(model)
-        self._origin = Origin.of(model)
-        generation = getattr(model, "generation_config", None)
-        check_saving(str(model.config.name_or_path), model.config, generation, processing_class)
-        if sharding_plugin(args) is not None:
-            check_shardable(model)
+        check_replaced(optimizers[0], kwargs)
         self.sparsity_config = sparsity_config or SparsityConfig()
-        self._trained_parameters = student_parameters(model, self.sparsity_config, slorb_config)
-        args, matched = match_flops(
-            args,
-            distillation_config,
-            self._trained_parameters,
-            lambda: teacher_parameters(teacher_model or model, trust_remote_code),
-        )
-        check_baseline(self.sparsity_config, slorb_config, args)
-        self.distillation_config = distillation_config
-        self.slorb_config = slorb_config
-        sections = {
-            "distillation": None if distillation_config is None else distillation_config.to_dict(),
-            "calibration": (calibration_config or CalibrationConfig()).to_dict(),
-            "watch": (watch_config or WatchConfig()).to_dict(),
-            "data": {"packing": packing, "bos": bos},
-        }
-        self.run_record = RunRecord(model, args, sections, (mixture_config or MixtureConfig()).type)
-        self.teacher, self._renamed = frozen_teacher(
-            model, teacher_model, distillation_config, args, processing_class, trust_remote_code
-        )
-        self.base_model_name = str(model.config.name_or_path)
-        block_size = block_length(block_size, model, self.teacher)
-        pack = partial(as_blocks, tokenizer=processing_class, text_field=text_field, block_size=block_size, bos=bos)
-        found = NO_BOS if processing_class is None else find_bos(bos, processing_class, "bos")
-        train_dataset, eval_dataset = pack(train_dataset), pack(eval_dataset)
-        if isinstance(train_dataset, dict):
-            train_dataset = DomainBlocks(train_dataset)
-        calibration_dataset = train_dataset if calibration_dataset is None else calibration_dataset
-        if data_collator is None:  # which may make labels of its own
-            borders = document_borders(processing_class, packing, bos)
-            train_dataset = with_counted_tokens(train_dataset, "train_dataset", borders)
-            eval_dataset = with_counted_tokens(eval_dataset, "eval_dataset", borders)
-        if isinstance(eval_dataset, DomainBlocks):  # Trainer evaluates a mapping part by part
-            eval_dataset = eval_dataset.parts
+        self.distillation_config, self.slorb_config = distillation_config, slorb_config
         self.calibration_config = calibration_config or CalibrationConfig()
-        self.sparsity_report: SparsityReport = self._sparsify(model, args, calibration_dataset, pack, found.of_block)
+        self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
+        # student and teacher, dense so far, and their data
+        models = self._take_models(model, teacher_model, args, processing_class, trust_remote_code)
+        model, args = models.student, models.args
+        self.run_record = self._record(model, args, {"packing": packing, "bos": bos})
+        maker = BlockMaker(processing_class, text_field, block_length(block_size, model, self.teacher), packing, bos)
+        blocks = maker.of_run(train_dataset, eval_dataset, calibration_dataset, data_collator is not None)
+        # masks
+        sparsity, slorb, calibration = self.sparsity_config, self.slorb_config, self.calibration_config
+        self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)
@@ -209,76 +138,96 @@ class SparseTrainer(CheckpointTrainer):
                 model=model,
                 args=args,
                 data_collator=data_collator or make_collator(processing_class, packing, bos),
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                train_dataset=blocks.train,
+                eval_dataset=blocks.held_out,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 **kwargs,
             )
+        # loss, order of the blocks, callbacks
         use_lines(self)
+        self._prepare_loss()
+        self._prepare_order()
+        for callback in self._own_callbacks():
+            self.add_callback(callback)
+
+    # ---- phases of __init__ --------------------------------------------------------------------------------------
+
+    def _take_models(
+        self,
+        model: PreTrainedModel | str,
+        teacher: PreTrainedModel | str | None,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
+        trust_remote_code: bool,
+    ) -> DenseModels:
+        sparsity, slorb, distillation = self.sparsity_config, self.slorb_config, self.distillation_config
+        models = dense_models(model, teacher, args, sparsity, slorb, distillation, tokenizer, trust_remote_code)
+        self.base_model_name = str(models.student.config.name_or_path)
+        self.teacher, self._renamed = models.teacher, models.renamed
+        self._origin, self._trained_parameters, self._matched = models.origin, models.trained_parameters, models.matched
+        return models
+
+    def _record(self, model: PreTrainedModel, args: TrainingArguments, data_settings: dict[str, str]) -> RunRecord:
+        sections = {
+            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
+            "calibration": self.calibration_config.to_dict(),
+            "watch": self._watch_config.to_dict(),
+            "data": data_settings,
+        }
+        return RunRecord(model, args, sections, self._mixture_config.type)
+
+    def _prepare_loss(self) -> None:
+        """What Trainer is told of the loss, the teacher where training runs, and the loss itself."""
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
-        if self.teacher is not None:
-            self.run_record.add_teacher(self.teacher)
         plugin = sharding_plugin(self.args)
         self._frame = None if plugin is None else without_weights(cast(PreTrainedModel, self.model))
-        if self.teacher is not None and plugin is not None:
-            shard_teacher(cast(PreTrainedModel, self.teacher), self.args.device, bool(plugin.reshard_after_forward))
-        elif self.teacher is not None:
-            self.teacher.to(self.args.device)
-        taught = cast(PreTrainedModel | None, self.teacher)
-        heads = find_heads(self.student, taught, distillation_config, self.args)
-        self._loss = MicroBatchLoss(taught, distillation_config, heads)
-        self._needs_logits = True  # where outputs are returned
-        taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
-        self._parts, self._mixture = block_source(train_dataset), None
-        self._mixture_config = mixture_config = mixture_config or MixtureConfig()
+        teacher = cast(PreTrainedModel | None, self.teacher)
+        if teacher is not None:
+            self.run_record.add_teacher(teacher)
+            place_teacher(teacher, self.args, plugin)
+        heads = find_heads(self.student, teacher, self.distillation_config, self.args)
+        self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
+
+    def _prepare_order(self) -> None:
+        """The order of blocks that are read where they lie; of any other data Trainer sees to it."""
+        self._parts, self._mixture = block_source(self.train_dataset), None
         if self._parts is not None:
-            if isinstance(train_dataset, DomainBlocks):
-                check_mixture(mixture_config, self._parts, eval_dataset, self.args)
-            self._mixture = make_mixture(self._parts, mixture_config.shares, self.args)
-        self.made_optimizer = False  # its settings are those of `args`
-        self._compared: Path | None = None  # the checkpoint that this run was compared with
-        self._held_out_loss: HeldOutLoss | None = None
+            if isinstance(self.train_dataset, DomainBlocks):
+                check_mixture(self._mixture_config, self._parts, self.eval_dataset, self.args)
+            self._mixture = make_mixture(self._parts, self._mixture_config.shares, self.args)
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
-        self._watch = WatchCallback(watch_config or WatchConfig())
-        self._late_slorb = LateSLoRB(slorb_config)
-        self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, matched)
-        self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
-        self._metrics = MetricsCallback()
+
+    def _own_callbacks(self) -> list[TrainerCallback]:
+        """What happens around a step, in this order.
+
+        Trainer calls them. What this class calls itself no event of Trainer can give: `add`, `count` and
+        `drop_gradients` come between the backward pass of a micro-batch and the clipping of gradients, and what a
+        record of the log gets is put in before Trainer keeps it.
+        """
+        taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
+        self._watch = WatchCallback(self._watch_config)
         self._sparsity = SparsityCallback(
             self.sparsity_config, self.log, self.calibration_config, self.slorb_config, lambda: self._watch.is_empty
         )
-        for callback in (self._watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics):
-            self.add_callback(callback)
-        if self._mixture is not None and isinstance(train_dataset, DomainBlocks):
-            self.add_callback(MixtureCallback(self._mixture, mixture_config, self.log))
+        self._late_slorb = LateSLoRB(self.slorb_config)
+        self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, self._matched)
+        self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
+        self._metrics = MetricsCallback()
+        own = [self._watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
+        if self._mixture is not None and isinstance(self.train_dataset, DomainBlocks):
+            own.append(MixtureCallback(self._mixture, self._mixture_config, self.log))
+        return own
 
-    def _sparsify(
-        self, model: PreTrainedModel, args: TrainingArguments, calibration: Any, pack: Any, front: tuple[int, ...]
-    ) -> SparsityReport:
-        """Start masks and SLoRB; by a method that needs text each rank prunes the same model on the same text."""
-        config = self.sparsity_config if calibration is not False else replace(self.sparsity_config, init="magnitude")
-        if not METHODS[config.init].needs_text:
-            return sparsify_model(model, config, self.slorb_config, calibration_config=self.calibration_config)
-        return sparsify_model(
-            model,
-            config,
-            self.slorb_config,
-            calibration_config=self.calibration_config,
-            samples=calibration_samples(pack(calibration), self.calibration_config, front),
-            device=args.device,
-            progress=bool(args.should_log) and not args.disable_tqdm,
-        )
+    # ---- data and loss -------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; blocks of shards come in an order of their own, each when it is trained on."""
         if self._mixture is None:
             return super().get_train_dataloader()
         return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
-
-    # ---- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -291,15 +240,10 @@ class SparseTrainer(CheckpointTrainer):
 
         Outputs are returned with their logits; in evaluation without metrics, nobody asks for them, and they are None.
         """
-        if inputs.get("labels") is None:
-            raise UserError("A batch has no labels. Use the default data_collator, or let yours add `labels`.")
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)  # shifts the labels, not the big logits
-        features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
+        features, labels = split_batch(inputs)
         if model.training and self.teacher is not None:
             taught_by = cast(PreTrainedModel, self.teacher).config
             check_taught(inputs["input_ids"], self.student.config, taught_by, self._renamed)
-        if "position_ids" in features:
-            features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
         needs_logits = return_outputs and self._needs_logits
         held_out = None if model.training else self._held_out_loss
         by_domain = model.training and DOMAIN in inputs and self._parts is not None
@@ -333,14 +277,10 @@ class SparseTrainer(CheckpointTrainer):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
-            loss = self._held_out_loss.mean()
+            self._held_out_loss.replace_in(output.metrics, metric_key_prefix)
         finally:
             self._held_out_loss = None
             reshard(self.student)
-        if output.metrics is not None and loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss
-        elif output.metrics is not None:  # Trainer's own would be 0
-            output.metrics.pop(f"{metric_key_prefix}_loss", None)
         return output
 
     def prediction_step(
@@ -366,47 +306,16 @@ class SparseTrainer(CheckpointTrainer):
         self._speed.count(int(inputs["input_ids"].numel()))
         return loss
 
-    # ---- optimizer -----------------------------------------------------------------------------------------------
+    # ---- train, evaluate, log ------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays)."""
-        if self.optimizer is not None:
-            return self.optimizer
-        self.made_optimizer = True
-        model = self.student if model is None else model
-        masked = {layer.weight for layer in sparse_layers(model).values()}
-        slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
-        decaying = set(self.get_decay_parameter_names(model))
-        groups: dict[str, list[Tensor]] = {"masked": [], "decay": [], "no_decay": [], "slorb": []}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter in masked:
-                groups["masked"].append(parameter)
-            elif parameter in slorb:
-                groups["slorb"].append(parameter)
-            else:
-                groups["decay" if name in decaying else "no_decay"].append(parameter)
-        decays = {"masked", "decay"}
-        self.optimizer = SparseAdamW(
-            [
-                {
-                    "params": parameters,
-                    "weight_decay": self.args.weight_decay if name in decays else 0.0,
-                    "is_masked": name == "masked",
-                }
-                for name, parameters in groups.items()
-                if parameters
-            ],
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            # without decay, `gradient` is AdamW itself: what IMP and GMP are trained with
-            decay_placement=self.sparsity_config.decay_placement if not self.sparsity_config.is_gradual else "gradient",
-        )
+        """As `sparse_adamw`, unless the trainer was given an optimizer."""
+        if self.optimizer is None:
+            self.made_optimizer = True
+            model = self.student if model is None else model
+            decaying = set(self.get_decay_parameter_names(model))
+            self.optimizer = sparse_adamw(model, decaying, self.args, self.sparsity_config)
         return self.optimizer
-
-    # ---- train, log, save ----------------------------------------------------------------------------------------
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -417,46 +326,21 @@ class SparseTrainer(CheckpointTrainer):
             DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
             UserError: the checkpoint is incomplete, or that of another run (`check_resume`).
         """
-        if not resume_from_checkpoint:
-            self._sparsity.kernels = self._kernels(None)
-            with self._settings_of_trainer():
-                return _with_logged_loss(super().train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval))
-        checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
-        self.check_resume(checkpoint)
-        self.check_data_state(checkpoint)
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        last_step = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        self._sparsity.kernels = self._kernels(stored_kernels(checkpoint))
-        if state.global_step < last_step:
-            with self._settings_of_trainer():
-                return _with_logged_loss(super().train(str(checkpoint), trial, ignore_keys_for_eval))
-        # Trainer would do one more step: the run was finished, and stopped before the final save.
-        self.state = state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        else:
-            self._load_from_checkpoint(str(checkpoint))
-        apply_masks(self.student)
-        self._metrics.on_train_begin(self.args, self.state, self.control)
-        self._flops.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(state.global_step, math.nan, {})
-
-    def check_resume(self, checkpoint: Path) -> None:
-        """Compare this run with that of a checkpoint, once, and print what may differ and does; on all processes.
-
-        Raises:
-            UserError: a setting that decides the weights, the model, the teacher, the tokenizer or the text differs.
-        """
-        if self._compared != checkpoint.resolve():
-            with errors_shared():
-                check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
-            self.run_record.check(self, checkpoint)
-        self._compared = checkpoint.resolve()
-
-    def check_data_state(self, checkpoint: Path) -> None:
-        """Take the history of a mixture from a checkpoint; UserError if its blocks are others."""
-        if self._mixture is not None and self._parts is not None:
-            load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
+            self.check_resume(checkpoint)
+            self.check_data_state(checkpoint)
+        self._sparsity.kernels = self._kernels(None if checkpoint is None else stored_kernels(checkpoint))
+        if checkpoint is not None and self.load_finished(checkpoint):
+            # not through Trainer's handler: other callbacks need the optimizer and the bar of a training that has begun
+            self._metrics.on_train_begin(self.args, self.state, self.control)
+            self._flops.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, math.nan, {})
+        with self._settings_of_trainer():
+            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        # the loss over the steps that have one, as it is logged
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -468,12 +352,8 @@ class SparseTrainer(CheckpointTrainer):
         """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(parts, dict) and f"{metric_key_prefix}_loss" not in metrics:
-            raise UserError(
-                f"There is no {metric_key_prefix}_loss: no token of the data to evaluate on is counted, all labels are "
-                "−100. Pass rows with labels."
-            )
-        if isinstance(parts, dict) and (loss := mean_loss(metrics, parts, metric_key_prefix)) is not None:
+        loss = loss_of_parts(metrics, parts, metric_key_prefix)
+        if loss is not None:
             metrics[f"{metric_key_prefix}_loss"] = loss
             self.log({f"{metric_key_prefix}_loss": loss})
         return metrics
@@ -495,45 +375,6 @@ class SparseTrainer(CheckpointTrainer):
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)
 
-    def sparsity_config_dict(self) -> dict[str, Any]:
-        """What `sparsity_config.json` says of the run."""
-        return {
-            "ast_sparse_version": ast_sparse.__version__,
-            "format_version": 1,
-            "base_model": self.base_model_name,
-            "pattern": self.sparsity_config.pattern,
-            "sparsity": self.sparsity_config.to_dict(),
-            "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
-            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
-            "kernels": self._sparsity.kernels,
-            "layers": sorted(self.sparsity_report.pruned),
-        }
-
-    def _save_for_resume(self, folder: Path) -> None:
-        super()._save_for_resume(folder)
-        if self.args.process_index == 0:
-            self.run_record.save(self, folder)
-        if self.args.should_save and self._mixture is not None and self._parts is not None:
-            save_data_state(folder, self._mixture, self._mixture_config, self._parts)
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in Trainer, 6 for each token and parameter outside the embeddings, SLoRB's too; masks are none."""
         return 6 * int(inputs["input_ids"].numel()) * self._trained_parameters
-
-    def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
-        """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.
-
-        Returns:
-            What was written; None on ranks that do not write.
-        """
-        report, student = None, self.whole_student()
-        if self.args.should_save and student is not None:
-            with saved_with(student, self._given_settings):
-                report = export_model(student, out_dir, format, tokenizer=self._tokenizer, **kwargs)
-        self.accelerator.wait_for_everyone()
-        return report
-
-
-def _with_logged_loss(output: TrainOutput) -> TrainOutput:
-    """The loss over the steps that have one, as it is logged."""
-    return output._replace(training_loss=output.metrics.get("train_loss", math.nan))

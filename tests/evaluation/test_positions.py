@@ -17,7 +17,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
 from ast_sparse.evaluation.perplexity import default_seq_len, max_positions, perplexity
 from ast_sparse.evaluation.samples import continue_prompts
-from ast_sparse.training.checks.inputs import block_length
+from ast_sparse.training.start.blocks import block_length
 from ast_sparse.training.trainer import SparseTrainer
 from tests.evaluation.tasks import choice_task, perplexity_task
 from tests.models import VOCAB, generated_text, tiny_model, tiny_tokenizer

@@ -16,7 +16,7 @@ from ast_sparse.cli.train import main
 from ast_sparse.config import CalibrationConfig, DistillationConfig, SparsityConfig
 from ast_sparse.evaluation.perplexity import perplexity
 from ast_sparse.storage.load import load_causal_lm
-from ast_sparse.training import trainer as trainer_module
+from ast_sparse.training.start import models as models_module
 from tests.data.bos_models import BOS, EOS, bos_tokenizer, expected_blocks, save_bos_model
 from tests.data.documents import documents
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
@@ -93,13 +93,13 @@ def test_windows_of_training_text_are_calibrated_on_with_their_bos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    keep = trainer_module.sparsify_model
+    keep = models_module.sparsify_model
 
     def sparsify(*args: Any, **options: Any) -> Any:
         seen.append(options["samples"])
         return keep(*args, **options)
 
-    monkeypatch.setattr(trainer_module, "sparsify_model", sparsify)
+    monkeypatch.setattr(models_module, "sparsify_model", sparsify)
     trainer(
         tmp_path,
         tiny_model(),

@@ -1,19 +1,15 @@
-"""What SparseTrainer is given, checked before training: models, an optimizer, data sets."""
+"""What SparseTrainer is given, checked before training: models, their vocabularies, an optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ast_sparse.data.build import pack_dataset
-from ast_sparse.data.sources.conversations import chat_columns
 from ast_sparse.data.tokens.vocabulary import Renamed, check_teacher_tokens, check_text_tokens, renamed_tokens
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.perplexity import max_positions
+from ast_sparse.optim import SparseAdamW
 from ast_sparse.storage.locate import load_tokenizer
-
-_LONGEST_BLOCK = 1024  # where nothing was asked for
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -29,6 +25,17 @@ def check_model(model: PreTrainedModel) -> None:
                 f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
                 "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
             )
+
+
+def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, Any]) -> None:
+    """Raise UserError for what SparseTrainer has of its own: an optimizer without masks, a loss, a model to build."""
+    if optimizer is not None and not isinstance(optimizer, SparseAdamW):
+        raise UserError(
+            f"optimizers[0] is {type(optimizer).__name__}, which knows no masks. Pass a SparseAdamW, or None."
+        )
+    for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
+        if given.get(name) is not None:
+            raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
@@ -93,46 +100,9 @@ def check_taught(
         )
 
 
-def block_length(block_size: int | None, *models: Any) -> int:
-    """Tokens of a block: as asked for, by default the positions of the student and the teacher, at most 1024.
-
-    Raises:
-        UserError: more than one of them has positions.
-    """
-    limits = [max_positions(model.config) for model in models if getattr(model, "config", None) is not None]
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    if block_size is not None and limit is not None and block_size > limit:
-        raise UserError(
-            f"block_size={block_size} is longer than the {limit} positions of the model or its teacher. "
-            f"Set it to {limit} or less."
-        )
-    return block_size or min(_LONGEST_BLOCK, limit or _LONGEST_BLOCK)
-
-
 def find_tokenizer(name_or_path: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model, None where there is none that can be read."""
     try:
         return load_tokenizer(name_or_path, trust_remote_code=trust_remote_code) if name_or_path else None
     except UserError:
         return None
-
-
-def as_blocks(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int, bos: str = "auto"
-) -> Any:
-    """A data set of raw text or chat data as packed blocks; anything that has `input_ids` as it is."""
-    if isinstance(dataset, dict):
-        return {name: as_blocks(part, tokenizer, text_field, block_size, bos) for name, part in dataset.items()}
-    columns = getattr(dataset, "column_names", None) or []
-    chat = chat_columns(columns)
-    if "input_ids" in columns or not (chat or text_field in columns):
-        return dataset
-    what = f"chat data ({', '.join(chat)})" if chat else f"raw text ({text_field!r})"
-    if tokenizer is None:
-        raise UserError(f"The data set has {what} and there is no tokenizer. Pass processing_class.")
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            f"A {type(dataset).__name__} of {what} cannot be packed here. Tokenise it to `input_ids` first, "
-            "or pass a datasets.Dataset."
-        )
-    return pack_dataset(dataset, tokenizer, text_field, block_size, bos)

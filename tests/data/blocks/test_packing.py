@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.data.blocks.collator import CausalLMCollator
 from ast_sparse.data.blocks.packing import pack_tokens
-from ast_sparse.data.build import pack_dataset
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.data.tokens.tokenise import token_counts, tokenise_documents, tokenizer_key
 from ast_sparse.errors import UserError
 from tests.data.documents import cut, documents, stream

@@ -14,8 +14,9 @@ from ast_sparse.cli.data import main
 from ast_sparse.config import CalibrationConfig, DataConfig
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.data.blocks.collator import CausalLMCollator
-from ast_sparse.data.build import build_datasets, pack_dataset
+from ast_sparse.data.build import build_datasets
 from ast_sparse.data.calibration import calibration_blocks, calibration_samples
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.data.tokens.bos import bos_note, find_bos, own_bos
 from ast_sparse.data.tokens.shards import MANIFEST, read_manifest, verify_shards
 from ast_sparse.errors import UserError

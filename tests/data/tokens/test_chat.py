@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.config import DataConfig
-from ast_sparse.data.build import build_datasets, pack_dataset
+from ast_sparse.data.build import build_datasets
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import measure_text
 from ast_sparse.evaluation.perplexity import evaluate_blocks

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ast_sparse.config import DataConfig
-from ast_sparse.data.build import build_datasets, pack_dataset
+from ast_sparse.data.build import build_datasets
 from ast_sparse.data.calibration import calibration_blocks
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.data.tokens import chat_template
 from ast_sparse.data.tokens.chat import conversation_tokens, tokenise_conversations
 from ast_sparse.errors import UserError

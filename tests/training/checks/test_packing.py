@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ast_sparse import DistillationConfig, SparseTrainer, UserError
 from ast_sparse.data.blocks.collator import CausalLMCollator
-from ast_sparse.data.build import pack_dataset
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.training.checks.packing import check_apart
 from tests.data.chats import ROWS, tokenizer
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer

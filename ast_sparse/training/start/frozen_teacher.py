@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
@@ -12,6 +13,7 @@ from ast_sparse.data.tokens.vocabulary import Renamed
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.checks.inputs import check_vocabularies
+from ast_sparse.training.fsdp import shard_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -57,3 +59,13 @@ def frozen_teacher(
         for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
             parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
     return teacher.requires_grad_(False).eval(), renamed
+
+
+def place_teacher(
+    teacher: PreTrainedModel, args: TrainingArguments, plugin: FullyShardedDataParallelPlugin | None
+) -> None:
+    """Put the teacher where training runs, sharded where the student is going to be."""
+    if plugin is None:
+        teacher.to(args.device)  # type: ignore[arg-type]
+    else:
+        shard_teacher(teacher, args.device, bool(plugin.reshard_after_forward))

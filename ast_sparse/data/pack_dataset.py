@@ -1,0 +1,57 @@
+"""A data set as packed blocks, for SparseTrainer: without a configuration, nothing held out, no report."""
+
+import logging
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ast_sparse.data.blocks.packing import pack_tokens
+from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.data.tokens.chat import chat_columns, tokenise_conversations, uncounted_rows
+from ast_sparse.data.tokens.tokenise import token_counts, tokenise_documents
+from ast_sparse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def pack_dataset(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, block_size: int, bos: str = "auto"
+) -> Dataset:
+    """Tokenise and pack a data set of raw text or chat data, for SparseTrainer.
+
+    Documents are joined in order, one EOS after each, conversations as their template writes them; the number of tokens
+    that do not fill a last block is logged.
+
+    Args:
+        bos: as of `data.bos`.
+
+    Returns:
+        Rows `{"input_ids": block_size token ids}`, with `labels` where it is chat data.
+
+    Raises:
+        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
+            `tokenise_conversations`.
+    """
+    found = find_bos(bos, tokenizer, "bos")
+    is_chat = bool(chat_columns(dataset.column_names))
+    if is_chat:
+        tokenised = tokenise_conversations(dataset, tokenizer, "the data set", found.of_document)
+    else:
+        tokenised = tokenise_documents(dataset, tokenizer, text_field, "the data set", found)
+    lengths = token_counts(tokenised)
+    if is_chat and (line := uncounted_rows(lengths, "the data set")):
+        logger.warning(line)
+    total, of_text = int(lengths.sum()), block_size - len(found.of_block)
+    if total < of_text:
+        raise UserError(
+            f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
+            "Give more text or lower `block_size`."
+        )
+    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set", found)
+    if total % of_text:
+        logger.warning(
+            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % of_text:,} tokens "
+            "do not fill a block and are left out."
+        )
+    return packed

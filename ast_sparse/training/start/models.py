@@ -1,0 +1,132 @@
+"""The models of a run before its first step: student and teacher, both dense, then the student's first masks."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.data.calibration import calibration_samples
+from ast_sparse.data.tokens.vocabulary import Renamed
+from ast_sparse.sparsity.model import SparsityReport, sparsify_model
+from ast_sparse.sparsity.oneshot import METHODS
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.origin import Origin, check_saving
+from ast_sparse.storage.quantized import make_plain
+from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
+from ast_sparse.training.checks.baselines import check_baseline
+from ast_sparse.training.checks.inputs import check_model
+from ast_sparse.training.fsdp import check_shardable, sharding_plugin
+from ast_sparse.training.start.blocks import BlockMaker
+from ast_sparse.training.start.frozen_teacher import frozen_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModels:
+    """Student and teacher before masks are made, and what follows from them.
+
+    Attributes:
+        student: the model to make sparse.
+        origin: what it said when it was loaded.
+        teacher: frozen, out of the student's module tree; None where the loss needs none.
+        renamed: tokens that the teacher calls by other names.
+        trained_parameters: parameters of the student outside its embeddings, SLoRB's included.
+        args: of the run, with the steps that `distillation.match_flops` adds.
+        matched: a line that says so, or None.
+    """
+
+    student: PreTrainedModel
+    origin: Origin
+    teacher: nn.Module | None
+    renamed: Renamed
+    trained_parameters: int
+    args: TrainingArguments
+    matched: str | None
+
+
+def dense_models(
+    model: PreTrainedModel | str,
+    teacher: PreTrainedModel | str | None,
+    args: TrainingArguments,
+    sparsity: SparsityConfig,
+    slorb: SLoRBConfig | None,
+    distillation: DistillationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> DenseModels:
+    """Student and teacher of a run, checked together with its length.
+
+    Args:
+        model, teacher: models, or the names of such; without a teacher the student as it is now.
+        args: not changed.
+        tokenizer: of the student.
+        trust_remote_code: run code that comes with a model.
+
+    Raises:
+        UserError: a model cannot be read, trained, sharded or saved, teacher and student do not fit, or a baseline
+            needs other steps.
+    """
+    student, origin = _dense_student(model, args, tokenizer, trust_remote_code)
+    count = student_parameters(student, sparsity, slorb)
+    args, matched = match_flops(
+        args, distillation, count, lambda: teacher_parameters(teacher or student, trust_remote_code)
+    )
+    check_baseline(sparsity, slorb, args)
+    frozen, renamed = frozen_teacher(student, teacher, distillation, args, tokenizer, trust_remote_code)
+    return DenseModels(
+        student=student,
+        origin=origin,
+        teacher=frozen,
+        renamed=renamed,
+        trained_parameters=count,
+        args=args,
+        matched=matched,
+    )
+
+
+def _dense_student(
+    model: PreTrainedModel | str,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, Origin]:
+    """A model that can be trained and saved, and what it said when it was loaded."""
+    model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
+    make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
+    check_model(model)
+    origin = Origin.of(model)
+    generation = getattr(model, "generation_config", None)
+    check_saving(str(model.config.name_or_path), model.config, generation, tokenizer)
+    if sharding_plugin(args) is not None:
+        check_shardable(model)
+    return model, origin
+
+
+def first_masks(
+    model: PreTrainedModel,
+    sparsity: SparsityConfig,
+    slorb: SLoRBConfig | None,
+    calibration: CalibrationConfig,
+    args: TrainingArguments,
+    maker: BlockMaker,
+    dataset: Any,
+) -> SparsityReport:
+    """Start masks and SLoRB, in place; by a method that needs text each rank prunes the same model on the same text.
+
+    Args:
+        maker: makes blocks of `dataset`.
+        dataset: to calibrate on; False starts from magnitude masks.
+    """
+    sparsity = sparsity if dataset is not False else replace(sparsity, init="magnitude")
+    if not METHODS[sparsity.init].needs_text:
+        return sparsify_model(model, sparsity, slorb, calibration_config=calibration)
+    return sparsify_model(
+        model,
+        sparsity,
+        slorb,
+        calibration_config=calibration,
+        samples=calibration_samples(maker.pack(dataset), calibration, maker.front),
+        device=args.device,
+        progress=bool(args.should_log) and not args.disable_tqdm,
+    )

@@ -1,0 +1,59 @@
+"""The optimizer of a run: SparseAdamW, and which parameters it treats how."""
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ast_sparse.config import SparsityConfig
+from ast_sparse.optim import SparseAdamW
+from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.slorb import SLoRB
+
+
+def parameter_groups(model: nn.Module, decaying: Collection[str]) -> dict[str, list[Tensor]]:
+    """The trained parameters of a sparse model: masked, weight decay, no decay (norms, biases), SLoRB.
+
+    Args:
+        decaying: names of the parameters with weight decay.
+    """
+    masked = {layer.weight for layer in sparse_layers(model).values()}
+    slorb = {p for module in model.modules() if isinstance(module, SLoRB) for p in module.parameters()}
+    groups: dict[str, list[Tensor]] = {"masked": [], "decay": [], "no_decay": [], "slorb": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in masked:
+            groups["masked"].append(parameter)
+        elif parameter in slorb:
+            groups["slorb"].append(parameter)
+        else:
+            groups["decay" if name in decaying else "no_decay"].append(parameter)
+    return groups
+
+
+def sparse_adamw(
+    model: nn.Module, decaying: Collection[str], args: TrainingArguments, config: SparsityConfig
+) -> SparseAdamW:
+    """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays).
+
+    Args:
+        decaying: names of the parameters with weight decay.
+    """
+    decays = {"masked", "decay"}
+    return SparseAdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": args.weight_decay if name in decays else 0.0,
+                "is_masked": name == "masked",
+            }
+            for name, parameters in parameter_groups(model, decaying).items()
+            if parameters
+        ],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        # without decay, `gradient` is AdamW itself: what IMP and GMP are trained with
+        decay_placement="gradient" if config.is_gradual else config.decay_placement,
+    )
