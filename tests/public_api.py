@@ -34,7 +34,7 @@ ROOT = Path(ast_sparse.__file__).parents[1]
 # Constants that a small run in one process does not show.
 CONSTANTS = (
     "MODEL_FOLDER", "OPTIMIZER_FOLDER", "SUMS_NAME", "PROGRESS", "REPLAY", "PAGE", "USER_ERROR_EXIT", "INTERRUPT_EXIT",
-    "PREEMPTED_EXIT", "METHOD", "DATA_STATE",
+    "PREEMPTED_EXIT", "DATA_STATE",
 )  # fmt: skip
 _SHOWN_VALUES = ("format_version", "quant_method", "format", "algorithm", "peft_type")
 _RUN = """
