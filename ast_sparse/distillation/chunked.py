@@ -30,16 +30,22 @@ def chunked_distillation_loss(
     *,
     by_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`distillation_loss` of the logits that the heads make of the hidden states; no `[tokens, vocab]` tensor exists.
+    """`w_ce · CE + w_kl · D` of (4), summed over tokens, from hidden states; no `[tokens, vocab]` tensor exists.
 
-    Ignored positions cost nothing. Under autocast products run in its dtype, without in the dtype of each head, and
-    the loss in float32 or wider. The gradient can be taken once, and by the head only where its weight needs one.
+    It is `distillation_loss` of the logits that the heads make of the hidden states: D by `config.kind`, and positions
+    whose label is −100 cost nothing. Where one model has more columns than the other (padding of the vocabulary), D
+    compares the distributions over those that both have. Under autocast products run in its dtype, without in the
+    dtype of each head, and the loss in float32 or wider. The gradient is computed in the forward pass and can be taken
+    once; that of the head's weight only where the weight needs one. The teacher gets none.
 
     Args:
-        student_hidden: `[..., hidden]`, what the head of the student is fed with.
-        student_head: the head, its weight tied or not.
-        teacher_hidden, teacher_head: those of the teacher, `[..., its hidden]`; None where D has no weight.
-        labels: `[...]` int64, already shifted; positions with −100 do not count.
+        student_hidden: `[..., hidden]`, any float dtype: what the head of the student is fed with.
+        student_head: `nn.Linear` with weight `[vocab, hidden]`, tied or not; or an `OutputHead` of
+            `ast_sparse.distillation.head`, for models that scale or soft-cap their logits.
+        teacher_hidden: `[..., hidden of the teacher]`, any float dtype; None where D has no weight or looks at no
+            logits.
+        teacher_head: the same for the teacher.
+        labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
         config: weights and temperature; None is plain cross-entropy.
         by_position: `[positions]` of zeros, which gets the loss of each position, without a gradient; None for none.
 

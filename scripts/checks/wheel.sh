@@ -18,6 +18,7 @@ from pathlib import Path
 import ast_sparse
 
 assert Path(ast_sparse.__file__).is_relative_to(sys.argv[1]), ast_sparse.__file__
+assert (Path(ast_sparse.__file__).parent / "py.typed").is_file(), "py.typed is not in the wheel"
 missing = [name for name in ast_sparse.__all__ if getattr(ast_sparse, name) is None]
 assert not missing, missing
 PY
