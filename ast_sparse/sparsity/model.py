@@ -169,7 +169,9 @@ def _prune_layers(
     groups: Iterable[Mapping[str, InputStatistics | None]] = [dict.fromkeys(layers)]
     if method != "magnitude" and not is_meta:
         if samples is None:
-            raise UserError(f"sparsity.init={method!r} needs text to calibrate on. Give calibration samples.")
+            raise UserError(
+                f"sparsity.init={method!r} needs text to calibrate on. Give calibration samples.", "sparsity.init"
+            )
         groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method == "sparsegpt", device)
     label = f"Pruning, {method} {pattern}"
     with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:

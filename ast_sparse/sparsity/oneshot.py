@@ -166,7 +166,8 @@ def prune_layer(
             keep_zeros=settings.keep_zeros,
         )
     except ValueError as error:
-        raise UserError(f"`{name}`: {error}. Raise calibration.damping, or calibrate on more text.") from None
+        fix = "Raise calibration.damping, or calibrate on more text."
+        raise UserError(f"`{name}`: {error}. {fix}", "calibration.damping") from None
     change, hessian = weight - new, hessian.to(weight.dtype)
     return PrunedLayer(new, mask, _relative((change @ hessian) * change, (weight @ hessian) * weight))
 
