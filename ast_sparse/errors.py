@@ -1,14 +1,30 @@
 """The errors a user can fix: one line that names the field or file, the value and the fix."""
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Self
 
 _LONGEST_SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
-    """A wrong setting, file or model. Commands print it as one line and exit with code 2."""
+    """A wrong setting, file or model. Commands print it as one line and exit with code 2.
+
+    Args:
+        message: names the setting or file, the value and the fix.
+        fields: settings as the message names them (`calibration.samples`), where a command may call them otherwise.
+    """
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same error with other names for its fields."""
+        message = str(self)
+        for field in self.fields:
+            message = message.replace(field, names.get(field, field))
+        return type(self)(message, *(names.get(field, field) for field in self.fields))
 
 
 class SharedError(UserError):

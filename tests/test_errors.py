@@ -1,10 +1,12 @@
-"""Words for messages: an error on one line, the name that was meant."""
+"""Errors of the user and their fields; words for messages: an error on one line, the name that was meant."""
 
+import pickle
 from typing import Any
 
 import pytest
 
-from ast_sparse.errors import did_you_mean, one_line
+from ast_sparse.config import CalibrationConfig, DataConfig
+from ast_sparse.errors import SharedError, UserError, did_you_mean, one_line
 
 
 def test_an_error_of_several_lines_is_one_line() -> None:
@@ -61,3 +63,36 @@ def test_the_nearest_name_is_asked_for() -> None:
 
 def test_without_a_near_name_nothing_is_asked() -> None:
     assert did_you_mean("bandit", ()) == did_you_mean(None, ("constant", "doremi")) == ""
+
+
+def test_an_error_gives_its_fields_other_names_and_nothing_else() -> None:
+    text = "too few for calibration.samples=9. Lower calibration.samples or calibration.seq_len, see calibration.data"
+    error = UserError(text, "calibration.samples", "calibration.seq_len")
+    names = {
+        "calibration.samples": "--samples",
+        "calibration.seq_len": "--seq-len",
+        "calibration.data": "--calibration",
+    }
+    renamed = error.renamed(names)
+    assert str(renamed) == "too few for --samples=9. Lower --samples or --seq-len, see calibration.data"
+    assert renamed.fields == ("--samples", "--seq-len")
+    assert str(error) == text and str(error.renamed({})) == text
+
+
+def test_an_error_keeps_its_class_and_fields_from_one_process_to_another() -> None:
+    sent = pickle.loads(pickle.dumps(SharedError("data.root=7 is an integer", "data.root")))
+    assert type(sent.renamed({"data.root": "--root"})) is SharedError
+    assert str(sent) == "data.root=7 is an integer" and sent.fields == ("data.root",)
+
+
+@pytest.mark.parametrize("values", [{"samples": 0}, {"samples": "many"}, {"damping": float("nan")}, {"seed": 10**50}])
+def test_a_wrong_setting_is_a_field_of_its_error(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        CalibrationConfig(**values)
+    assert caught.value.fields == (f"calibration.{next(iter(values))}",)
+
+
+def test_a_setting_of_a_domain_is_named_with_the_domain() -> None:
+    with pytest.raises(UserError, match=r"data\.domains\.code\.share='much' is text") as caught:
+        DataConfig(domains={"code": {"train": "code.jsonl", "share": "much"}})
+    assert caught.value.fields == ("data.domains.code.share",)

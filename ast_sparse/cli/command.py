@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -35,6 +35,15 @@ class Command(_OneLine):
 
 class Group(_OneLine, click.Group):
     """A click command with commands below it, whose errors are one line."""
+
+
+@contextmanager
+def settings_as_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Let errors call a setting by the option it came from, such as `--seq-len` for `calibration.seq_len`."""
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed(options) from error
 
 
 @contextmanager

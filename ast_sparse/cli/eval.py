@@ -230,19 +230,13 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
         config = load_model_config(model, **_place(settings))
         decode_on_load(config, model)
         seq_len = settings.seq_len or default_seq_len(config)
-        try:
+        with _named_model(model):
             check_window(config, seq_len)
             if teacher is not None:
                 name, trusted = str(settings.teacher), settings.trust_remote_code
                 note = check_teacher(name, teacher, config, seq_len, _tokenizer(model, settings), trusted)
                 if note is not None:
-                    click.echo(f"Note: {_named(note, settings)}.", err=True)
-        except UserError as error:
-            raise UserError(f"{model}: {_named(error, settings)}") from None
-
-
-def _named(message: object, settings: _Settings) -> str:
-    return str(message).replace("--teacher", f"--teacher {settings.teacher}", 1)
+                    click.echo(f"Note: {note}.", err=True)
 
 
 def _place(settings: _Settings) -> dict[str, Any]:
@@ -338,11 +332,8 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], setting
         other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
     except UserError:  # the model's own serves
         return {}
-    try:
-        for text in texts:
-            check_tokens(tokenizer, other, text.documents)
-    except UserError as error:
-        raise UserError(_named(error, settings)) from None
+    for text in texts:
+        check_tokens(tokenizer, other, text.documents, f"--teacher {settings.teacher}")
     return renamed_tokens(tokenizer, other)
 
 

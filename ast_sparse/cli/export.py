@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ast_sparse.cli.command import Command
+from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import check_json_file, write_json_file
 from ast_sparse.config import SparsityConfig
-from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     from ast_sparse.export.position_cost import CompressionTable
@@ -101,10 +100,8 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
 
 
 def _check_pattern(pattern: str | None) -> None:
-    try:
+    with settings_as_options({"sparsity.pattern": "--pattern"}):
         SparsityConfig(pattern=pattern or "2:4")
-    except UserError as error:
-        raise UserError(str(error).replace("sparsity.pattern", "--pattern")) from error
 
 
 def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: bool) -> CompressionTable:

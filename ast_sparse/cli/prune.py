@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ast_sparse.cli.command import Command
+from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
@@ -27,11 +27,22 @@ _LONGEST = 2048  # tokens of a calibration sequence where the model would take m
 _C4: dict[str, Any] = {
     "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
 }  # fmt: skip
-_OPTIONS = {"init": "method", "data": "calibration"}  # settings that are called otherwise on the command line
-_FIELD = re.compile(
-    r"(?<![\w/.-])(?:(?:sparsity|calibration)\.(init|pattern|include|exclude|data|samples|seq_len|seed|damping|block_size|keep_zeros)"
-    r"|model\.(revision|gguf_file|trust_remote_code))\b"
-)
+_OPTIONS = {  # what a setting is called on the command line
+    "sparsity.init": "--method",
+    "sparsity.pattern": "--pattern",
+    "sparsity.include": "--include",
+    "sparsity.exclude": "--exclude",
+    "calibration.data": "--calibration",
+    "calibration.samples": "--samples",
+    "calibration.seq_len": "--seq-len",
+    "calibration.seed": "--seed",
+    "calibration.damping": "--damping",
+    "calibration.block_size": "--block-size",
+    "calibration.keep_zeros": "--keep-zeros",
+    "model.revision": "--revision",
+    "model.gguf_file": "--gguf-file",
+    "model.trust_remote_code": "--trust-remote-code",
+}
 
 
 @click.command(cls=Command)
@@ -92,7 +103,7 @@ def main(model: str, out: str, **options: Any) -> None:
     outputs of the pruned ones before it. OUT is an ordinary checkpoint with zeros, verified N:M, which ast-eval
     measures and ast-export compresses. An error or an interruption leaves OUT as it was.
     """
-    try:
+    with settings_as_options(_OPTIONS):
         sparsity = SparsityConfig(
             init=options["method"], pattern=options["pattern"], include=options["include"], exclude=options["exclude"]
         )
@@ -104,15 +115,6 @@ def main(model: str, out: str, **options: Any) -> None:
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
         )
         _prune(source, Path(out).expanduser(), sparsity, calibration, options)
-    except UserError as error:
-        raise UserError(_FIELD.sub(_option, str(error))) from error
-
-
-def _option(match: re.Match[str]) -> str:
-    """`calibration.seq_len` of a message as the option it came from."""
-    field = match[1] or match[2]
-    name = _OPTIONS.get(field, field)
-    return f"--{name.replace('_', '-')}"
 
 
 def _prune(
@@ -172,14 +174,12 @@ def _samples(
     limit = max_positions(model_config)
     length = config.seq_len or min(_LONGEST, limit or _LONGEST)
     if limit is not None and length > limit:
-        raise UserError(
-            f"calibration.seq_len={length} is longer than the model's {limit:,} positions. Set at most that."
-        )
+        raise UserError(f"--seq-len={length} is longer than the model's {limit:,} positions. Set at most that.")
     entries: tuple[Entry, ...] = config.data or (_C4,)
     found = find_bos(bos, tokenizer, "--bos")
     if (line := found.line(tokenizer, "sequence")) is not None:
         click.echo(line)
-    blocks = calibration_blocks(entries, None, text_field, tokenizer, length, bos=bos)
+    blocks = calibration_blocks(entries, None, text_field, tokenizer, length, "--calibration", bos)
     return calibration_samples(blocks, config, found.of_block)
 
 

@@ -26,15 +26,15 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     if not fits:
         near = did_you_mean(value, _choices(hint))
         expected = f"expected {_describe(hint)}. {near}".rstrip()
-        raise UserError(f"{name}={shown(value)} is {kind_of(value)}, {expected}")
+        raise UserError(f"{name}={shown(value)} is {kind_of(value)}, {expected}", name)
     return converted
 
 
 def _check_numbers(value: Any, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name}={value} is not a finite number. Give a finite one.")
+        raise UserError(f"{name}={value} is not a finite number. Give a finite one.", name)
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        raise UserError(f"{name}={shown(value)} is too large. Give a smaller one.")
+        raise UserError(f"{name}={shown(value)} is too large. Give a smaller one.", name)
     for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         _check_numbers(entry, name)
 

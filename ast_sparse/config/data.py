@@ -175,7 +175,7 @@ class DataConfig(Section):
             try:
                 found[name] = DomainConfig(**values)
             except UserError as error:
-                raise UserError(str(error).replace("data.domains.", f"data.domains.{name}.", 1)) from None
+                raise error.renamed({f"data.domains.{key}": f"data.domains.{name}.{key}" for key in known}) from None
         return found
 
     @property

@@ -30,7 +30,8 @@ class Section:
 
     def _require(self, condition: bool, key: str, mend: str) -> None:
         if not condition:
-            raise UserError(f"{self._name}.{key}={shown(getattr(self, key))} {mend}")
+            field = f"{self._name}.{key}"
+            raise UserError(f"{field}={shown(getattr(self, key))} {mend}", field)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as plain YAML values."""

@@ -84,7 +84,9 @@ def calibration_samples(blocks: Any, config: CalibrationConfig, front: tuple[int
     if windows < config.samples:
         raise UserError(
             f"The calibration text has {tokens:,} tokens, fewer than calibration.samples={config.samples} windows of "
-            f"{seq_len:,}. Give more text, or lower calibration.samples or calibration.seq_len."
+            f"{seq_len:,}. Give more text, or lower calibration.samples or calibration.seq_len.",
+            "calibration.samples",
+            "calibration.seq_len",
         )
     chosen = np.random.default_rng(config.seed).permutation(windows)[: config.samples]
     samples = torch.as_tensor(front, dtype=torch.long).repeat(config.samples, 1)

@@ -176,8 +176,16 @@ def measure_texts(
                 group = []
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, documents: Sequence[Any]) -> None:
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    documents: Sequence[Any],
+    named: str = "--teacher",
+) -> None:
     """Check that the tokenizer of a teacher makes the model's tokens of the beginning of a text.
+
+    Args:
+        named: what messages call the teacher.
 
     Raises:
         UserError: it makes others.
@@ -187,13 +195,16 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerB
     ours, theirs = (each(sample, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
     if ours != theirs:
         raise UserError(
-            "--teacher makes other tokens of the same text. Name a teacher with the model's tokenizer, for instance "
+            f"{named} makes other tokens of the same text. Name a teacher with the model's tokenizer, for instance "
             "the model it was pruned from."
         )
 
 
-def check_teacher_window(teacher_config: Any, seq_len: int) -> None:
+def check_teacher_window(teacher_config: Any, seq_len: int, named: str = "--teacher") -> None:
     """Check that a teacher takes the window.
+
+    Args:
+        named: what messages call the teacher.
 
     Raises:
         UserError: it does not.
@@ -201,7 +212,7 @@ def check_teacher_window(teacher_config: Any, seq_len: int) -> None:
     try:
         check_window(teacher_config, seq_len)
     except UserError as error:
-        raise UserError(f"--teacher: {error}") from None
+        raise UserError(f"{named}: {error}") from None
 
 
 def _check_taught(model: nn.Module, teacher: nn.Module, streams: Sequence[Stream]) -> None:

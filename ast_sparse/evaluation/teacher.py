@@ -33,10 +33,11 @@ def check_teacher(
     Raises:
         UserError: the window is too long for it, or its tokens are not the model's.
     """
-    check_teacher_window(teacher_config, seq_len)
+    named = f"--teacher {name}"
+    check_teacher_window(teacher_config, seq_len, named)
     try:
         other = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except UserError:
         other = None  # none beside its weights
     rows, teacher_rows = (text_config(each).vocab_size for each in (config, teacher_config))
-    return check_teacher_tokens(tokenizer, other, rows, teacher_rows, "--teacher")
+    return check_teacher_tokens(tokenizer, other, rows, teacher_rows, named)

@@ -170,7 +170,8 @@ def _prune_layers(
     groups: Iterable[Mapping[str, InputStatistics | None]] = [dict.fromkeys(layers)]
     if method.needs_text and not is_meta:
         if samples is None:
-            raise UserError(f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples.")
+            needs = f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples."
+            raise UserError(needs, "sparsity.init")
         groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method.needs_hessian, device)
     label = f"Pruning, {config.init} {pattern}"
     with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:

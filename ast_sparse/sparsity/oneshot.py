@@ -136,7 +136,7 @@ class OneShotMethod:
 
     Attributes:
         prune: gets the weight `[out, in]`, the pattern, the statistics of the inputs (None without text) and the
-            settings in `calibration`; returns the new weight and the mask, or raises ValueError with reason and fix.
+            settings in `calibration`; returns the new weight and the mask, or raises UserError with reason and fix.
         needs: what it looks at: `weights` alone, or of the calibration text the `norms` of the input columns, or the
             whole `hessian`.
         by_magnitude: whether the mask is that of |W|, as training refreshes it. Masks of other methods are made to
@@ -186,7 +186,8 @@ def _sparsegpt(
             keep_zeros=settings.keep_zeros,
         )
     except ValueError as error:
-        raise ValueError(f"{error}. Raise calibration.damping, or calibrate on more text.") from None
+        fix = "Raise calibration.damping, or calibrate on more text."
+        raise UserError(f"{error}. {fix}", "calibration.damping") from None
 
 
 METHODS: dict[Method, OneShotMethod] = {
@@ -225,7 +226,7 @@ def prune_weight(
     try:
         return chosen.prune(weight, pattern, seen, settings)
     except ValueError as error:
-        raise UserError(f"`{name}`: {error}") from None
+        raise UserError(f"`{name}`: {error}", *getattr(error, "fields", ())) from None
 
 
 @torch.no_grad()

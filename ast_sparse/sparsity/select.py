@@ -256,7 +256,8 @@ def _check_selection(
             if linears and not any(_matches(name, (pattern,)) for name in linears):
                 raise UserError(
                     f"sparsity.{key}: {pattern!r} matches no linear layer. Names look like {next(iter(linears))!r}; "
-                    "'*' stands for anything."
+                    "'*' stands for anything.",
+                    f"sparsity.{key}",
                 )
     if selected:
         return
@@ -265,7 +266,10 @@ def _check_selection(
     if config.include or config.exclude:
         raise UserError(
             f"No layer is left to prune: {len(linears)} linear layers in the decoder blocks, none selected by "
-            f"sparsity.include={list(config.include)} and sparsity.exclude={list(config.exclude)}. Loosen them.{others}"
+            f"sparsity.include={list(config.include)} and sparsity.exclude={list(config.exclude)}. Loosen "
+            f"them.{others}",
+            "sparsity.include",
+            "sparsity.exclude",
         )
     raise UserError(
         f"No layer is left to prune: {type(model).__name__} has {len(linears)} linear layers in its decoder blocks"
@@ -294,7 +298,8 @@ def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb:
         if sparsity.structured and in_features % sparsity.m:
             raise UserError(
                 f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "
-                f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`."
+                f"not a multiple of {sparsity.m}. Exclude the layer with `sparsity.exclude`.",
+                "sparsity.exclude",
             )
         if slorb is not None and slorb.enabled and in_features % slorb.k:
             raise UserError(

@@ -41,7 +41,8 @@ def student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrained
     if model.revision is not None and path.exists():
         raise UserError(
             f"model.revision={model.revision!r} belongs to a model on the hub, and {model.name_or_path!r} is local. "
-            "Remove it."
+            "Remove it.",
+            "model.revision",
         )
     for key, value in model.config_overrides.items():
         if "drop" in key and isinstance(value, int | float) and not 0 <= value < 1:
