@@ -27,6 +27,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import Harness
 from ast_sparse.export import export as checkpoint
+from ast_sparse.export.codec import Codec
 from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import decoder_blocks
@@ -93,7 +94,7 @@ def export_without_pattern(root: Path, patch: Patch) -> None:
 
 
 def sizes_that_differ(root: Path, patch: Patch) -> None:
-    patch.setattr(checkpoint, "coded_bytes", lambda entries, itemsize: entries)
+    patch.setattr(Codec, "stored_bytes", lambda self, entries, itemsize: entries)
     export_model(sparse_model(), root / "out", "compressed")
 
 

@@ -20,8 +20,9 @@ from ast_sparse.kernels import updates
 from ast_sparse.kernels.updates import PLACEMENTS
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.sparsity.oneshot import METHODS, OneShotMethod
+from ast_sparse.sparsity.oneshot import METHODS, OneShotMethod, prune_layer
 from ast_sparse.sparsity.select import select_layers
+from ast_sparse.sparsity.statistics import InputStatistics
 from ast_sparse.storage.load import load_causal_lm
 from tests.models import generated_text, save_tiny_model
 from tests.training.small_runs import trainer
@@ -43,6 +44,21 @@ def test_every_one_shot_method_has_a_name_a_line_of_help_and_an_entry() -> None:
 
 def test_one_method_alone_is_what_a_refresh_by_magnitude_does() -> None:
     assert [name for name, method in METHODS.items() if method.by_magnitude] == ["magnitude"]
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4), Pattern(1, 2, structured=False)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_what_the_pattern_says_and_reports_a_share_as_error(
+    method: Method, pattern: Pattern
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator)
+    statistics = InputStatistics(32, METHODS[method].needs_hessian, torch.device("cpu"))
+    statistics.add(torch.randn(64, 32, generator=generator))
+    result = prune_layer("x", weight, method, pattern, statistics)
+    assert pattern.holds(torch.where(result.mask, result.weight, 0)) and 0 < result.error < 1
+    if pattern.structured:
+        assert bool((result.mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all())
 
 
 def lowest(weight: Tensor, pattern: Pattern, statistics: Any, settings: CalibrationConfig) -> tuple[Tensor, Tensor]:

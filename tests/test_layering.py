@@ -33,7 +33,7 @@ ORDER = (
 )
 RANK = {room: len(ORDER) - level for level, room in enumerate(ORDER)}
 STRANGERS = {("report", "training")}  # neither imports the other
-TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec24")
+TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec")
 NAMED_BY_THEIR_ROOM = ("cli", "config", "checks", "callbacks")  # a file a command, section, subject: any name is free
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

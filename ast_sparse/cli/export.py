@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import check_json_file, write_json_file
 from ast_sparse.config import SparsityConfig
+from ast_sparse.export.formats import FORMAT_HELP
 
 if TYPE_CHECKING:
     from ast_sparse.export.position_cost import CompressionTable
@@ -23,9 +24,8 @@ _ONLY_TABLE = ("value_bits", "json_file")
 @click.argument("checkpoint", metavar="MODEL")
 @click.argument("out", metavar="[OUT]", required=False)
 @click.option(
-    "--format", "format_", type=click.Choice(["dense", "compressed"]), default="compressed", show_default=True,
-    help="compressed: 2:4 only, values and positions, read by transformers after `import ast_sparse`. "
-    "dense: zeros written out, any N:M, read by everything.",
+    "--format", "format_", type=click.Choice(list(FORMAT_HELP)), default="compressed", show_default=True,
+    help=" ".join(f"{name}: {text}." for name, text in FORMAT_HELP.items()),
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,

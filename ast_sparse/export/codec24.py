@@ -13,6 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ast_sparse.export.codec import Codec
+from ast_sparse.sparsity.masks import Pattern
+
 _GROUP = 4
 _KEPT = 2
 _BLOCK = 1 << 19  # entries of a block of `_pack_rows` and `_unpack_rows`, whose temporaries stay in the cache
@@ -96,11 +99,6 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     ends = first.nbytes - first.nbytes % 8
     words = [each[:ends].view(torch.int64) for each in bytes_]  # `torch.equal` takes as long for an entry of any size
     return torch.equal(*words) and torch.equal(*(each[ends:] for each in bytes_))
-
-
-def coded_bytes(numel: int, itemsize: int) -> int:
-    """Bytes of the code of a weight with `numel` entries of `itemsize` bytes."""
-    return numel * _KEPT // _GROUP * itemsize + numel // (2 * _GROUP)
 
 
 def _row_blocks(tensor: Tensor) -> list[slice]:
@@ -226,3 +224,15 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if advise is not None:
         advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return advise
+
+
+CODE24 = Codec(
+    method="ast_sparse_24",
+    format_version=1,
+    pattern=Pattern(_KEPT, _GROUP),
+    multiple=2 * _GROUP,
+    columns_per_byte=2 * _GROUP,
+    encode=pack24,
+    decode=unpack24,
+    check_meta=check_meta,
+)

@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.codec24 import coded_bytes, pack24, same_bits
+from ast_sparse.export.codec import META, Codec
+from ast_sparse.export.codec24 import same_bits
+from ast_sparse.export.formats import FORMAT_HELP, codecs
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.readback import same_pairs
 from ast_sparse.export.summary import ExportReport, SizeRow
@@ -35,9 +37,8 @@ from ast_sparse.storage.save import (
 from ast_sparse.storage.sharded import is_sharded_checkpoint
 from ast_sparse.storage.slorb_adapter import write_adapter
 
-__all__ = ["DTYPES", "FORMATS", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
+__all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
 
-FORMATS = ("dense", "compressed")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DEFAULT_PATTERN = "2:4"
@@ -62,9 +63,12 @@ class _Source:
 class _Plan:
     """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense.
 
-    `dtypes` has the dtype of every floating-point tensor of the model that is written.
+    `codec` is that of the format, None where zeros are written out. `dtypes` has the dtype of every floating-point
+    tensor of the model that is written.
     """
 
+    format: str
+    codec: Codec | None
     pruned: dict[str, bool]
     dense: dict[str, str]
     dtypes: dict[str, torch.dtype]
@@ -89,7 +93,7 @@ def export_model(
         model_or_dir: a model with sparse layers, a plain model whose weights are N:M, or a folder: one of our training
             checkpoints, an export, or any checkpoint of an N:M model. A model object is not changed.
         out_dir: folder to write. An interrupted or failed export leaves it as it was.
-        format: `dense`, an ordinary checkpoint of any N:M; or `compressed`, 2:4 only (see `quantizer`).
+        format: `dense`, an ordinary checkpoint of any N:M; or `compressed`, 2:4 only (see `formats`).
         dtype: of the weights: bfloat16, float16 or float32.
         pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
         overwrite: replace a model that `out_dir` holds.
@@ -102,8 +106,8 @@ def export_model(
     Raises:
         UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
     """
-    if format not in FORMATS:
-        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMATS)}.")
+    if format not in FORMAT_HELP:
+        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMAT_HELP)}.")
     if dtype not in DTYPES:
         raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
     out = Path(out_dir).expanduser().resolve()
@@ -115,10 +119,10 @@ def export_model(
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
     with finished_folder(out) as partial:
-        _write(source, plan, partial, format, DTYPES[dtype], str(out_dir), progress)
+        _write(source, plan, partial, DTYPES[dtype], str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
-        report = _report(source, plan, partial, out, format, dtype, nonzero)
+        report = _report(source, plan, partial, out, dtype, nonzero)
     return report
 
 
@@ -167,11 +171,12 @@ def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
 
 def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
-    patterns = [source.pattern] + ([Pattern(2, 4)] if format == "compressed" else [])
+    codec = codecs().get(format)
+    patterns = [source.pattern] + ([codec.pattern] if codec else [])
     recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
     selected, _ = select_layers(source.model, recorded=recorded)
     loaded = loaded_dtypes(source.model, dtype)
-    plan = _Plan({}, {}, {name: loaded.get(name, dtype) for name in source.weights})
+    plan = _Plan(format, codec, {}, {}, {name: loaded.get(name, dtype) for name in source.weights})
     first_fault = None
     for name, layer in selected.items():
         transposed = isinstance(layer, Conv1D)
@@ -182,11 +187,14 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
             plan.dense[name] = f"in_features={weight.shape[1]} is not a multiple of {unfit}"
         elif missed:
             plan.dense[name] = f"not {missed}"
-            first_fault = first_fault or _not_nm(source, name, weight, missed)
+            first_fault = first_fault or _not_nm(source, name, weight, missed, format)
             if name in recorded:
-                raise UserError(_not_nm(source, name, weight, missed))
-        elif format == "compressed" and weight.shape[1] % 8:
-            plan.dense[name] = f"2:4, but in_features={weight.shape[1]} is not a multiple of 8, so it is not compressed"
+                raise UserError(_not_nm(source, name, weight, missed, format))
+        elif codec and weight.shape[1] % codec.multiple:
+            plan.dense[name] = (
+                f"{codec.pattern}, but in_features={weight.shape[1]} is not a multiple of {codec.multiple}, so it is "
+                "not compressed"
+            )
         else:
             plan.pruned[name] = transposed
     if first_fault and not any(
@@ -201,7 +209,7 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     return plan
 
 
-def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern) -> str:
+def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format: str) -> str:
     if pattern.structured:
         groups = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
         faulty = int((groups > pattern.n).sum())
@@ -209,7 +217,10 @@ def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern) -> str
     else:
         what = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights are not zero."
     if pattern != source.pattern:
-        return f"The compressed format holds 2:4, the model is {source.pattern}: in `{name}` {what} Use --format dense."
+        return (
+            f"The {format} format holds {pattern}, the model is {source.pattern}: in `{name}` {what} Use --format "
+            "dense."
+        )
     return (
         f"The model is not {pattern}: in `{name}` {what} Prune it first with ast-prune or ast-train, or name its "
         "pattern with --pattern."
@@ -221,23 +232,21 @@ def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
     return tensor.t().contiguous() if transposed else tensor
 
 
-def _write(
-    source: _Source, plan: _Plan, folder: Path, format: str, dtype: torch.dtype, name: str, progress: bool
-) -> None:
-    compress = format == "compressed"
+def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
+    codec = plan.codec
     tensors: dict[str, Tensor] = {}
     cast = _cast_weights(source, plan)
     for key, value in progress_bar(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
         layer = key.removesuffix(".weight")
-        if compress and layer in plan.pruned and key != layer:
+        if codec and layer in plan.pruned and key != layer:
             transposed = plan.pruned[layer]
-            mask = _code_mask(source.masks.get(layer), transposed)
-            tensors[key], tensors[f"{key}_meta"] = pack24(_oriented(value, transposed), mask)
+            mask = _code_mask(source.masks.get(layer), transposed, codec.pattern)
+            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(_oriented(value, transposed), mask)
         else:
             tensors[key] = value
     # Compressed layers have the names and shapes of the model in memory: nothing may convert them on the way.
-    save_weights(source.model, folder, tensors, original_format=not compress)
-    _edit_config(folder, plan, dtype, compress)
+    save_weights(source.model, folder, tensors, original_format=codec is None)
+    _edit_config(folder, plan, dtype)
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
@@ -261,20 +270,20 @@ def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _code_mask(mask: Tensor | None, transposed: bool) -> Tensor | None:
-    """The mask to encode from; None where it does not keep exactly two of four, and the non-zeros have to tell."""
+def _code_mask(mask: Tensor | None, transposed: bool, pattern: Pattern) -> Tensor | None:
+    """The mask to encode from; None where it does not keep exactly N of M, and the non-zeros have to tell."""
     if mask is None:
         return None
     mask = _oriented(mask.cpu(), transposed)
-    return mask if bool((mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()) else None
+    return mask if bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()) else None
 
 
-def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype, compress: bool) -> None:
+def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype) -> None:
     config = files.read_json(folder / files.CONFIG_NAME)
     _name_dtype(config, str(dtype).removeprefix("torch."))
     config.pop("quantization_config", None)
-    if compress:
-        config["quantization_config"] = AstSparse24Config(sorted(plan.pruned)).to_dict()
+    if plan.codec:
+        config["quantization_config"] = AstSparse24Config.of(plan.codec, sorted(plan.pruned)).to_dict()
     files.write_json(folder / files.CONFIG_NAME, config)
 
 
@@ -308,9 +317,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
     return nonzero
 
 
-def _report(
-    source: _Source, plan: _Plan, folder: Path, out_dir: Path, format: str, dtype: str, nonzero: int
-) -> ExportReport:
+def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: str, nonzero: int) -> ExportReport:
     item = {name: plan.dtypes[f"{name}.weight"].itemsize for name in (*plan.pruned, *plan.dense)}
     entries = {name: source.weights[f"{name}.weight"].numel() for name in (*plan.pruned, *plan.dense)}
     shapes = {key: value for file in files.weight_files(folder) for key, value in files.tensor_shapes(file).items()}
@@ -318,11 +325,12 @@ def _report(
     pruned = sum(entries[name] for name in plan.pruned)
     pruned_bytes = stored = sum(entries[name] * item[name] for name in plan.pruned)
     kept, codes = pruned, 0
-    if format == "compressed":
-        stored = sum(sizes[f"{name}.weight"] + sizes[f"{name}.weight_meta"] for name in plan.pruned)
-        kept = sum(math.prod(shapes[f"{name}.weight{end}"][1]) for name in plan.pruned for end in ("", "_meta"))
+    if plan.codec:
+        parts = [f"{name}.{part}" for name in plan.pruned for part in ("weight", META)]
+        stored = sum(sizes[part] for part in parts)
+        kept = sum(math.prod(shapes[part][1]) for part in parts)
         codes = len(plan.pruned)
-        if stored != sum(coded_bytes(entries[name], item[name]) for name in plan.pruned):
+        if stored != sum(plan.codec.stored_bytes(entries[name], item[name]) for name in plan.pruned):
             raise UserError(
                 f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
             )
@@ -340,7 +348,7 @@ def _report(
     )
     return ExportReport(
         out_dir=out_dir,
-        format=format,
+        format=plan.format,
         dtype=dtype,
         pattern=str(source.pattern),
         pruned=SizeRow(f"pruned ({source.pattern})", len(plan.pruned), pruned, pruned_bytes, stored),

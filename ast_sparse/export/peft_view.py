@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ast_sparse.export.codec import META
+
 _GETTERS: tuple[Any, ...] = (
     Tensor.device, Tensor.dtype, Tensor.shape, Tensor.ndim, Tensor.layout, Tensor.requires_grad, Tensor.is_meta,
     Tensor.is_cuda, Tensor.is_cpu, Tensor.is_mps, Tensor.is_xpu, Tensor.is_quantized, Tensor.is_sparse, Tensor.is_leaf,
@@ -44,9 +46,9 @@ class UndecodedWeight(Tensor):
 
 def decode(layer: Any) -> nn.Parameter:
     """Turn a compressed layer into a plain `nn.Linear`, in place; its weight `[out, in]`, not trained."""
-    if "weight_meta" in layer._buffers:
+    if META in layer._buffers:
         dense = layer.dense_weight().detach()
-        del layer._buffers["weight_meta"]
+        del layer._buffers[META]
         layer.weight = nn.Parameter(dense, requires_grad=False)
         layer.__class__ = nn.Linear
     return cast(nn.Parameter, layer.weight)

@@ -1,8 +1,8 @@
-"""The transformers plug-in that reads and writes compressed checkpoints: `quant_method: ast_sparse_24`.
+"""The transformers plug-in that reads and writes compressed checkpoints, of every codec in `formats`.
 
-A pruned layer X is stored as `X.weight` `[out, in/2]`, the kept values, and `X.weight_meta` `[out, in/8]`, their
-positions (see `codec`). The values keep the name `weight`, so that a reader without the plug-in stops with a size
-mismatch instead of initialising the layer at random. By default the layers are decoded while loading.
+A pruned layer X is stored as `X.weight`, the kept values, and `X.weight_meta`, their positions: of 2:4, `[out, in/2]`
+and `[out, in/8]`. The values keep the name `weight`, so that a reader without the plug-in stops with a size mismatch
+instead of initialising the layer at random. By default the layers are decoded while loading.
 """
 
 from collections.abc import Iterable
@@ -19,49 +19,70 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ast_sparse.errors import UserError, shown
-from ast_sparse.export.codec24 import check_meta, unpack24
+from ast_sparse.export.codec import META, Codec
+from ast_sparse.export.codec24 import CODE24
+from ast_sparse.export.formats import codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.sparsity.reads import read_past_forward
 from ast_sparse.storage.checksums import check_checksums
 
-METHOD = "ast_sparse_24"
-FORMAT_VERSION = 1
-
 
 class AstSparse24Config(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed checkpoint.
+    """The `quantization_config` of a compressed checkpoint, of any codec; the name is from the first one.
 
     Args:
         modules: names of the compressed layers.
         dequantize: decode the layers while loading; False keeps them compressed in memory.
         format_version: of the checkpoint; a newer one than this reader's is an error.
+        quant_method: the codec's `method`.
 
     To keep a checkpoint compressed, pass `quantization_config=AstSparse24Config(dequantize=False)` to
-    `from_pretrained`; the module names come from the checkpoint.
+    `from_pretrained`; the codec and the module names come from the checkpoint.
     """
 
     def __init__(
         self,
         modules: list[str] | None = None,
         dequantize: bool = True,
-        format_version: int = FORMAT_VERSION,
-        **_: Any,  # every key of the JSON object arrives here, quant_method among them
+        format_version: int = 1,
+        quant_method: str = CODE24.method,
+        **_: Any,  # every key of the JSON object arrives here
     ) -> None:
+        codec = codec_of(quant_method)
+        if codec is None:
+            known = " or ".join(repr(each.method) for each in codecs().values())
+            raise UserError(f"quant_method={shown(quant_method)} is not a code of ast_sparse. Use {known}.")
         if isinstance(format_version, bool) or not isinstance(format_version, int) or format_version < 1:
-            raise UserError(f"{METHOD}: format_version={shown(format_version)} is no version. Restore config.json.")
-        if format_version > FORMAT_VERSION:
             raise UserError(
-                f"The checkpoint has {METHOD} format_version {format_version}, newer than {FORMAT_VERSION}, the latest "
-                "this ast_sparse reads. Update ast_sparse."
+                f"{quant_method}: format_version={shown(format_version)} is no version. Restore config.json."
+            )
+        if format_version > codec.format_version:
+            raise UserError(
+                f"The checkpoint has {quant_method} format_version {format_version}, newer than "
+                f"{codec.format_version}, the latest this ast_sparse reads. Update ast_sparse."
             )
         if not isinstance(modules or [], list) or not all(isinstance(name, str) for name in modules or []):
-            raise UserError(f"{METHOD}: modules={shown(modules)} is no list of names. Restore config.json.")
+            raise UserError(f"{quant_method}: modules={shown(modules)} is no list of names. Restore config.json.")
         if not isinstance(dequantize, bool):
-            raise UserError(f"{METHOD}: dequantize={shown(dequantize)} is not true or false. Restore config.json.")
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers reads it from the instance
+            raise UserError(
+                f"{quant_method}: dequantize={shown(dequantize)} is not true or false. Restore config.json."
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers reads it from the instance
         self.modules = list(modules or ())
         self.dequantize = dequantize
         self.format_version = format_version
+
+    @classmethod
+    def of(cls, codec: Codec, modules: list[str]) -> "AstSparse24Config":
+        """That of a checkpoint written by a codec."""
+        return cls(modules, format_version=codec.format_version, quant_method=codec.method)
+
+    @property
+    def codec(self) -> Codec:
+        """What the layers are stored by."""
+        codec = codec_of(self.quant_method)
+        assert codec is not None, "checked when it was made"
+        return codec
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(quantization_config=…)` may change about a checkpoint."""
@@ -72,22 +93,24 @@ class CompressedLinear(nn.Linear):
     """`y = x Wᵀ + b` with W kept as values and metadata; stands for `nn.Linear` and for GPT-2's `Conv1D`.
 
     Attributes:
-        weight: `[out, in/2]`, the kept values, not trained.
-        weight_meta: `[out, in/8]`, uint8.
+        codec: what W is stored by.
+        weight: the kept values, not trained; of 2:4 `[out, in/2]`.
+        weight_meta: their positions, uint8; of 2:4 `[out, in/8]`.
         is_conv1d: whether it stands for a `Conv1D`.
     """
 
     weight_meta: Tensor
     is_conv1d = False
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, codec: Codec, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
+        self.codec = codec
         self.in_features, self.out_features = in_features, out_features
-        values = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.register_buffer(
-            "weight_meta", torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
-        )
+        values, meta = codec.shapes(out_features, in_features)
+        self.weight = nn.Parameter(torch.empty(values, device=device, dtype=dtype), requires_grad=False)
+        self.register_buffer(META, torch.empty(meta, device=device, dtype=torch.uint8))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -102,7 +125,7 @@ class CompressedLinear(nn.Linear):
 
     def dense_weight(self) -> Tensor:
         """The decoded weight `[out, in]`."""
-        return unpack24(cast(Tensor, self._parameters["weight"]), self.weight_meta)
+        return self.codec.decode(cast(Tensor, self._parameters["weight"]), self.weight_meta)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.dense_weight(), self.bias)
@@ -123,7 +146,7 @@ class _SeenByPeft(CompressedLinear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter of the layer
         stored = cast(Tensor, self._parameters["weight"])
-        return UndecodedWeight.of(self.__dict__["_layer"], stored) if "weight_meta" in self._buffers else stored
+        return UndecodedWeight.of(self.__dict__["_layer"], stored) if META in self._buffers else stored
 
     def forward(self, input: Tensor) -> Tensor:
         return cast(Tensor, self.__dict__["_layer"](input))
@@ -137,18 +160,19 @@ class _SeenByPeft(CompressedLinear):
         super().__delattr__(name)
 
 
-class Decode24(ConversionOps):
+class DecodeWeight(ConversionOps):
     """Load operation: values and metadata of a compressed layer become its dense weight.
 
     transformers calls it for every key that ends in `weight`, and would wrap an error of ours in a general one. So a
     problem is noted, a placeholder returned, and the quantizer raises once all weights are loaded.
     """
 
-    def __init__(self, modules: frozenset[str], problems: list[str]) -> None:
+    def __init__(self, codec: Codec, modules: frozenset[str], problems: list[str]) -> None:
+        self.codec = codec
         self.modules = modules
         self.problems = problems
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Decode24":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeWeight":
         return self  # transformers copies the operation for each tensor, but the problems have to meet in one list
 
     def convert(  # type: ignore[override]
@@ -157,7 +181,7 @@ class Decode24(ConversionOps):
         collected = {
             key.rstrip("$"): value[0] if isinstance(value, list) else value for key, value in input_dict.items()
         }
-        weight, meta = collected.get("weight"), collected.get("weight_meta")
+        weight, meta = collected.get("weight"), collected.get(META)
         name = full_layer_name.rpartition(".")[0]
         expected = model.get_parameter(full_layer_name)
         try:
@@ -167,7 +191,8 @@ class Decode24(ConversionOps):
                 if _short(name, model) in self.modules:
                     raise ValueError("the checkpoint has its values, but not its metadata")
                 return {full_layer_name: weight}
-            dense = _decode(weight, meta)
+            self.codec.check(weight, meta)
+            dense = self.codec.decode(weight, meta)
             if isinstance(model.get_submodule(name), Conv1D):
                 dense = dense.t().contiguous()
             if dense.shape != expected.shape:
@@ -182,8 +207,8 @@ class Decode24(ConversionOps):
         raise NotImplementedError  # the quantizer takes the converter off the model after loading
 
 
-class AstSparse24HfQuantizer(HfQuantizer):
-    """Reads `ast_sparse_24`: decodes the layers while loading, or replaces them by `CompressedLinear`."""
+class CompressedHfQuantizer(HfQuantizer):
+    """Reads compressed checkpoints: decodes the layers while loading, or replaces them by `CompressedLinear`."""
 
     requires_calibration = True  # a checkpoint is compressed by ast-export, never while it is loaded
     quantization_config: AstSparse24Config
@@ -197,8 +222,8 @@ class AstSparse24HfQuantizer(HfQuantizer):
         """Append the decoding to the model's own conversions; fused experts are never compressed, so theirs stay."""
         if not self.quantization_config.dequantize:
             return weight_conversions
-        operation = Decode24(self._names, self._problems)
-        return [*weight_conversions, WeightConverter(["weight$", "weight_meta"], "weight", [operation])]
+        operation = DecodeWeight(self.quantization_config.codec, self._names, self._problems)
+        return [*weight_conversions, WeightConverter(["weight$", META], "weight", [operation])]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._names = frozenset(_short(name, model) for name in self.quantization_config.modules)
@@ -216,19 +241,18 @@ class AstSparse24HfQuantizer(HfQuantizer):
                 out_features, in_features = layer.weight.shape
             else:
                 raise ValueError(f"The checkpoint has `{name}` compressed, but it is a {type(layer).__name__}.")
-            compressed = CompressedLinear(
-                in_features, out_features, layer.bias is not None, device="meta", dtype=layer.weight.dtype
-            )
+            codec, bias = self.quantization_config.codec, layer.bias is not None
+            compressed = CompressedLinear(codec, in_features, out_features, bias, "meta", layer.weight.dtype)
             compressed.is_conv1d = isinstance(layer, Conv1D)
             if name in twins:  # no file holds its metadata
-                compressed.register_buffer("weight_meta", compressed.weight_meta, persistent=False)
+                compressed.register_buffer(META, compressed.weight_meta, persistent=False)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(operation, Decode24) for operation in getattr(conversion, "operations", ()))
+            if not any(isinstance(operation, DecodeWeight) for operation in getattr(conversion, "operations", ()))
         ] or None
         twins = _twins(model, self._names)
         for name, layer in model.named_modules():
@@ -248,8 +272,8 @@ class AstSparse24HfQuantizer(HfQuantizer):
         if layer.weight.is_meta:
             return  # offloaded
         try:
-            _check(layer.weight, layer.weight_meta)
-            shape = (layer.weight.shape[0], 2 * layer.weight.shape[1])
+            layer.codec.check(layer.weight, layer.weight_meta)
+            shape = layer.codec.dense_shape(layer.weight)
             if shape != (layer.out_features, layer.in_features):
                 raise ValueError(f"it decodes to {shape}, the model needs {(layer.out_features, layer.in_features)}")
         except ValueError as error:
@@ -268,11 +292,11 @@ class AstSparse24HfQuantizer(HfQuantizer):
         kept = {
             _short(name.removesuffix(".base_layer"), model)
             for name, layer in model.named_modules()
-            if isinstance(layer, CompressedLinear) and "weight_meta" in layer._buffers
+            if isinstance(layer, CompressedLinear) and META in layer._buffers
         }
         modules = [name for name in self.quantization_config.modules if _short(name, model) in kept]
         for name, layer in list(model.named_modules()):
-            if getattr(layer, "is_conv1d", False) and "weight_meta" not in layer._buffers:
+            if getattr(layer, "is_conv1d", False) and META not in layer._buffers:
                 model.set_submodule(name, _plain(layer, layer.weight.detach()))  # its weight is stored as [in, out]
         if not modules and self.quantization_config.modules:
             self.remove_quantization_config(model)
@@ -329,29 +353,16 @@ def _short(name: str, model: Any) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _check(values: Tensor, meta: Tensor) -> None:
-    if meta.shape != (values.shape[0], values.shape[1] // 4) or meta.dtype != torch.uint8 or values.shape[1] % 4:
-        raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
-    if not check_meta(meta):
-        raise ValueError("its metadata names positions that no 2:4 group has")
-
-
-def _decode(values: Tensor, meta: Tensor) -> Tensor:
-    _check(values, meta)
-    return unpack24(values, meta)
-
-
 def register() -> None:
-    """Tell transformers about the format; a second call changes nothing."""
-    if METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        return
-    auto.register_quantization_config(METHOD)(AstSparse24Config)
-    auto.register_quantizer(METHOD)(AstSparse24HfQuantizer)
+    """Tell transformers about the codecs; a second call adds only those it does not know yet."""
+    for codec in codecs().values():
+        if codec.method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            auto.register_quantization_config(codec.method)(AstSparse24Config)
+            auto.register_quantizer(codec.method)(CompressedHfQuantizer)
     # Without this, transformers ignores the `dequantize` that `from_pretrained` is given.
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (  # type: ignore[assignment]
-        *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
-        AstSparse24Config,
-    )
+    types: tuple[type, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    if AstSparse24Config not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, AstSparse24Config)  # type: ignore[assignment]
 
 
 register()

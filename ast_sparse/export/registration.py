@@ -1,4 +1,4 @@
-"""Make transformers know the checkpoint format, without importing transformers before the user does."""
+"""Make transformers know the compressed checkpoints, without importing transformers before the user does."""
 
 import importlib.abc
 import importlib.machinery
@@ -12,7 +12,7 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def register_when_imported() -> None:
-    """Register the format `ast_sparse_24`: at once if transformers' quantizers are imported, else when they will be."""
+    """Register the codecs of `formats`: at once if transformers' quantizers are imported, else when they will be."""
     if _TARGET in sys.modules:
         _register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.evaluation.measure import TextResult
+from ast_sparse.export.formats import codec_of
 from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage import files
 from ast_sparse.storage.run_folder import PROTOCOL, Run, is_run
@@ -122,8 +123,9 @@ def _kind(model: str) -> str:
         return "model"
     pattern = files.recorded_pattern(files.read_sparsity_config(folder))
     quantization = files.read_json(folder / files.CONFIG_NAME).get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "ast_sparse_24":
-        return f"compressed {pattern or '2:4'}"
+    codec = codec_of(quantization.get("quant_method")) if isinstance(quantization, dict) else None
+    if codec is not None:
+        return f"compressed {pattern or codec.pattern}"
     if pattern is None:
         return "model"
     return f"trained {pattern}" if is_run(folder) else f"checkpoint {pattern}"

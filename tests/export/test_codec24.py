@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ast_sparse.export import codec24 as codec
-from ast_sparse.export.codec24 import check_meta, coded_bytes, pack24, same_bits, unpack24
+from ast_sparse.export.codec24 import CODE24, check_meta, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -202,7 +202,7 @@ def test_a_compiled_layer_decodes_as_an_eager_one() -> None:
 
 def test_code_takes_nine_bits_a_weight() -> None:
     values, meta = pack24(torch.zeros(16, 64, dtype=torch.bfloat16))
-    assert values.nbytes + meta.nbytes == coded_bytes(16 * 64, 2) == 0.5625 * 2 * 16 * 64
+    assert values.nbytes + meta.nbytes == CODE24.stored_bytes(16 * 64, 2) == 0.5625 * 2 * 16 * 64
 
 
 def test_gradients_reach_the_values() -> None:

@@ -1,0 +1,62 @@
+"""What a compressed format has to know of its code: names, sizes, and the functions there and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ast_sparse.sparsity.masks import Pattern
+
+META = "weight_meta"  # the positions of a layer, beside the values, which are its `weight`
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to store weights of one pattern: the kept values in order, and bytes that say where they stand.
+
+    Attributes:
+        method: `quant_method` in config.json; readers choose the codec by it.
+        format_version: written to config.json. A newer one than this is refused.
+        pattern: N:M of the weights.
+        multiple: in_features of a layer has to be a multiple of this, else the layer is left dense.
+        columns_per_byte: columns of the weight whose positions take one byte.
+        encode: weight `[out, in]` and mask (bool, exactly N of M; None: from the non-zeros) to values `[out, in·N/M]`
+            in the dtype of the weight and metadata `[out, in/columns_per_byte]`, uint8.
+        decode: values and metadata to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with respect
+            to the values.
+        check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong places.
+    """
+
+    method: str
+    format_version: int
+    pattern: Pattern
+    multiple: int
+    columns_per_byte: int
+    encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor, Tensor], Tensor]
+    check_meta: Callable[[Tensor], bool]
+
+    def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the values and of the metadata."""
+        kept = in_features * self.pattern.n // self.pattern.m
+        return (out_features, kept), (out_features, in_features // self.columns_per_byte)
+
+    def dense_shape(self, values: Tensor) -> tuple[int, int]:
+        """The shape `[out, in]` that values decode to."""
+        return values.shape[0], values.shape[1] * self.pattern.m // self.pattern.n
+
+    def check(self, values: Tensor, meta: Tensor) -> None:
+        """Raise ValueError unless values and metadata belong together and name positions that the pattern has."""
+        fits = values.dim() == 2 and meta.dtype == torch.uint8
+        if fits:
+            shape = self.dense_shape(values)
+            fits = shape[1] % self.multiple == 0 and (values.shape, meta.shape) == self.shapes(*shape)
+        if not fits:
+            raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
+        if not self.check_meta(meta):
+            raise ValueError(f"its metadata names positions that no {self.pattern} group has")
+
+    def stored_bytes(self, numel: int, itemsize: int) -> int:
+        """Bytes of the code of a weight with `numel` entries of `itemsize` bytes."""
+        return numel * self.pattern.n // self.pattern.m * itemsize + numel // self.columns_per_byte

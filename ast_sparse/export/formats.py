@@ -1,0 +1,31 @@
+"""The formats of an export by name.
+
+A compressed format is a codec in a file of its own, as `codec24.py`, and an entry in each of the two tables here. The
+export, the plug-in that reads checkpoints, the command and the report follow from them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ast_sparse.export.codec import Codec
+
+FORMAT_HELP = {
+    "dense": "zeros written out, any N:M, read by everything",
+    "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`",
+}
+
+
+@cache
+def codecs() -> dict[str, Codec]:
+    """The codec of each format that has one; `dense` has none."""
+    from ast_sparse.export.codec24 import CODE24  # imports torch: not for --help
+
+    return {"compressed": CODE24}
+
+
+def codec_of(method: object) -> Codec | None:
+    """The codec by the `quant_method` of a config.json; None where it is not one of ours."""
+    return next((codec for codec in codecs().values() if codec.method == method), None)
