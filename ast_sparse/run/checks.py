@@ -41,9 +41,9 @@ class CheckedRun:
     """A run that may begin: what its phases share.
 
     Attributes:
-        checkpoint: to continue from; None begins.
+        checkpoint: the one to continue from, or None.
         overwrite: replace a run that the output folder holds.
-        changed: lines on what differs from the run of the checkpoint, and may.
+        changed: allowed differences from the run of the checkpoint, as lines.
     """
 
     config: RunConfig

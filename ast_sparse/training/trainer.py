@@ -195,7 +195,7 @@ class SparseTrainer(CheckpointTrainer):
         self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
 
     def _prepare_order(self) -> None:
-        """The order of blocks that are read where they lie; of any other data Trainer sees to it."""
+        """The order of blocks that are read where they lie; all other data is ordered by Trainer."""
         self._parts, self._mixture = block_source(self.train_dataset), None
         if self._parts is not None:
             if isinstance(self.train_dataset, DomainBlocks):
