@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.data.tokens.bos import Bos, find_bos
 from ast_sparse.data.tokens.vocabulary import Renamed, check_text_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import PerplexityResult, check_streams, check_window, text_config
 from ast_sparse.evaluation.scoring import Sums, score
 from ast_sparse.evaluation.texts import Text
-from ast_sparse.evaluation.windows import Stream, cut, tokenise, tokenise_chat
+from ast_sparse.evaluation.windows import Stream, Window, cut, tokenise, tokenise_chat
 
 _SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
 
@@ -103,16 +103,9 @@ def measure_text(
         streams = tokenise_chat(tokenizer, documents, "the text", found)
     else:
         streams = tokenise(tokenizer, documents, join, found)
-    front = found.of_block
-    total_tokens = sum(len(stream.tokens) for stream in streams)
-    separate = join == "separate"
-    every = cut(streams, seq_len, stride, keep_rest=separate, bos=found)
-    is_cut = bool(every) and (separate or total_tokens + len(front) >= seq_len)
-    check_streams(model, streams, seq_len, is_cut=is_cut, front=front)
+    every = _checked_windows(model, streams, seq_len, stride, join == "separate", found)
     if teacher is not None:
-        _check_taught(model, teacher, streams)
-        for stream in streams if renamed else ():
-            check_text_tokens(torch.tensor(stream.tokens), renamed or {}, "--teacher")
+        _check_taught(model, teacher, streams, renamed or {})
     measured = every[:windows]
     pairs = ((window.tokens, window.chosen) for window in measured)
     sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
@@ -123,14 +116,28 @@ def measure_text(
         [window.scored_bytes for window in measured],
         has_teacher=teacher is not None,
         seq_len=seq_len,
-        total_tokens=total_tokens,
+        total_tokens=_count(streams),
         seconds=time.perf_counter() - started,
         all_windows=len(every),
         stride=stride,
         join=join,
-        bos="window" if front else found.place,
+        bos="window" if found.of_block else found.place,
         documents=len(documents),
     )
+
+
+def _checked_windows(
+    model: nn.Module, streams: Sequence[Stream], seq_len: int, stride: int | None, separate: bool, bos: Bos
+) -> list[Window]:
+    """All windows of a text; UserError where it does not fill one, or has a token that the model does not know."""
+    windows = cut(streams, seq_len, stride, keep_rest=separate, bos=bos)
+    is_cut = bool(windows) and (separate or _count(streams) + len(bos.of_block) >= seq_len)
+    check_streams(model, streams, seq_len, is_cut=is_cut, front=bos.of_block)
+    return windows
+
+
+def _count(streams: Sequence[Stream]) -> int:
+    return sum(len(stream.tokens) for stream in streams)
 
 
 def measure_texts(
@@ -215,17 +222,18 @@ def check_teacher_window(teacher_config: Any, seq_len: int, named: str = "--teac
         raise UserError(f"{named}: {error}") from None
 
 
-def _check_taught(model: nn.Module, teacher: nn.Module, streams: Sequence[Stream]) -> None:
-    """Raise UserError for a token that the teacher, whose vocabulary is another, has no embedding for."""
+def _check_taught(model: nn.Module, teacher: nn.Module, streams: Sequence[Stream], renamed: Renamed) -> None:
+    """Raise UserError for a token that the teacher has no embedding for, or that means something else to it."""
     config, other = (getattr(each, "config", None) for each in (model, teacher))
-    if config is None or other is None:
-        return
-    ours, theirs = text_config(config).vocab_size, text_config(other).vocab_size
-    if theirs < ours and max(max(stream.tokens, default=0) for stream in streams) >= theirs:
-        raise UserError(
-            f"--teacher has a vocabulary of {theirs} tokens, the model one of {ours}, and the text has tokens beyond "
-            "it. Name a teacher with the model's tokenizer, for instance the model it was pruned from."
-        )
+    if config is not None and other is not None:
+        ours, theirs = text_config(config).vocab_size, text_config(other).vocab_size
+        if theirs < ours and max(max(stream.tokens, default=0) for stream in streams) >= theirs:
+            raise UserError(
+                f"--teacher has a vocabulary of {theirs} tokens, the model one of {ours}, and the text has tokens "
+                "beyond it. Name a teacher with the model's tokenizer, for instance the model it was pruned from."
+            )
+    for stream in streams if renamed else ():
+        check_text_tokens(torch.tensor(stream.tokens), renamed, "--teacher")
 
 
 def total_of(results: Sequence[TextResult]) -> TextResult:

@@ -6,7 +6,6 @@ alive is added up at every operation, so no formula has to know an architecture,
 
 import copy
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,6 +21,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.features import needs_attention
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.kernels.fast_forward import fast_forward
+from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.losses import MicroBatchLoss
@@ -261,7 +259,7 @@ class MemoryModel:
         self.student.train(train)
         with self._mode, _checkpointing(self.student, setup.gradient_checkpointing and train), \
              fast_forward(*((self.student, teacher) if train else ())), \
-             _counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
+             counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
             ids = torch.zeros((batch_size, setup.block_size), dtype=torch.long)
             loss = self._loss(teacher, {"input_ids": ids}, ids.clone(), setup)
             if train:
@@ -294,69 +292,11 @@ class MemoryModel:
             return compute(self.student, self.student, inputs, labels, needs_logits=False)[0]
 
 
-class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive, operation by operation.
-
-    Attributes:
-        now, peak: bytes.
-        gradients, peak_gradients: the share of gradients that `_counted_gradients` told of, now and at the peak.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.gradients = self.peak_gradients = 0
-        self._sizes: dict[int, int] = {}
-
-    def ignore(self, tensors: list[Tensor]) -> None:
-        """Leave storages out that are counted elsewhere."""
-        self._sizes.update({tensor.untyped_storage()._cdata: 0 for tensor in tensors})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
-            result = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long)  # every position counts
-        else:
-            result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._sizes:
-            return
-        self._sizes[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        weakref.finalize(storage, self._drop, storage._cdata)
-        if self.now > self.peak:
-            self.peak, self.peak_gradients = self.now, self.gradients
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
-
-
 def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return torch.empty_like(tensor, device="cpu")
     kept = dtype if tensor.is_floating_point() else tensor.dtype
     return nn.Parameter(torch.empty_like(tensor, device="cpu", dtype=kept), requires_grad=tensor.requires_grad)
-
-
-@contextmanager
-def _counted_gradients(model: nn.Module, live: LiveBytes, drop: bool) -> Iterator[None]:
-    """Tell `live` of gradients as they come; with `drop` none stays, because they are added to some that are there."""
-
-    def count(parameter: Tensor) -> None:
-        if drop:
-            parameter.grad = None
-        else:
-            live.gradients += parameter.nbytes
-
-    handles = [p.register_post_accumulate_grad_hook(count) for p in model.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

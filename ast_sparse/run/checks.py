@@ -1,6 +1,9 @@
 """What ast-train refuses in a run before it begins, and checks at its end."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -9,16 +12,119 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from ast_sparse.config import RunConfig
+from ast_sparse.config import RunConfig, SLoRBConfig
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks
+from ast_sparse.data.sources.entries import check_entries, check_sources
 from ast_sparse.distributed.pieces import whole
+from ast_sparse.distributed.ranks import errors_shared
 from ast_sparse.errors import UserError, shown
+from ast_sparse.planning.plan import Hardware, Plan, make_plan
+from ast_sparse.report.page import check_report
+from ast_sparse.run.output import checkpoint_to_resume, output_folder, refuse_used
+from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.run_folder import REPORT
+from ast_sparse.training.checks.arguments import build_arguments
 from ast_sparse.training.checks.inputs import check_taught
+from ast_sparse.training.checks.mixture import check_evaluations
+from ast_sparse.training.fsdp import check_sharding
+from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run
+from ast_sparse.training.resume.same_run import check_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that may begin: what its phases share.
+
+    Attributes:
+        checkpoint: the one to continue from, or None.
+        overwrite: replace a run that the output folder holds.
+        changed: allowed differences from the run of the checkpoint, as lines.
+    """
+
+    config: RunConfig
+    args: TrainingArguments
+    output: Path
+    checkpoint: Path | None
+    overwrite: bool
+    plan: Plan
+    changed: list[str]
+    echo: Callable[[str], None]
+    signals: PreemptionSignals
+
+
+def checked_run(
+    config: RunConfig,
+    output_dir: str | None,
+    resume: str | bool | None,
+    overwrite: bool,
+    dry_run: bool,
+    hardware: Hardware,
+    echo: Callable[[str], None],
+    signals: PreemptionSignals,
+) -> CheckedRun:
+    """The run, once all is checked that takes no weights and no tokenizer. Arguments as of `run_training`.
+
+    Raises:
+        UserError: a setting, the text, the output folder or the checkpoint does not fit.
+    """
+    output = output_folder(config, output_dir)
+    # a plan needs no accelerator, and bf16 without one would be refused
+    values = {**config.training, "use_cpu": True} if dry_run else config.training
+    args = build_arguments(values, str(output))
+    if not dry_run:
+        check_sharding(args)
+    with errors_shared():
+        checkpoint = checkpoint_to_resume(output, resume)
+    is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
+    if not is_continued and not overwrite and not dry_run:
+        refuse_used(output)
+    _check_settings(config, args, output)
+    devices = hardware.world_size or args.world_size
+    plan = make_plan(config, args, devices if dry_run else None)
+    changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
+    return CheckedRun(
+        config=config,
+        args=args,
+        output=output,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+        plan=plan,
+        changed=changed,
+        echo=echo,
+        signals=signals,
+    )
+
+
+def _check_settings(config: RunConfig, args: TrainingArguments, output: Path) -> None:
+    """Raise UserError for a setting that does not fit the others, or text that is not there."""
+    if config.evaluation.report:
+        check_report(output / REPORT, "evaluation.report")
+    check_sources(config.data)
+    check_entries(config.calibration.data or (), config.data.root, "calibration.data")
+    check_evaluations(config.data.mixture, args)
+    check_streaming(config, args)
+    check_held_out(config, args)
+    check_best(config, args)
+
+
+def _check_checkpoint(
+    checkpoint: Path, config: RunConfig, args: TrainingArguments, plan: Plan, devices: int
+) -> list[str]:
+    """Raise UserError for the checkpoint of another run; what differs, and may, as lines."""
+    with errors_shared():
+        check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
+        check_same_model(checkpoint, plan.sparsity.pruned)
+        return check_settings(checkpoint, config, args, slorb_of(config), devices)
+
+
+def slorb_of(config: RunConfig) -> SLoRBConfig | None:
+    """The settings of SLoRB, where a run has it."""
+    return config.slorb if config.slorb is not None and config.slorb.enabled else None
 
 
 def check_held_out(config: RunConfig, args: TrainingArguments) -> None:

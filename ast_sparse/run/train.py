@@ -8,38 +8,22 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from ast_sparse.config import ModelConfig, RunConfig, SLoRBConfig
+from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.data.blocks.collator import document_borders
 from ast_sparse.data.blocks.counted import with_counted_tokens
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks, build_datasets
 from ast_sparse.data.calibration import calibration_blocks
-from ast_sparse.data.sources.entries import check_entries, check_sources
-from ast_sparse.distributed.ranks import errors_shared, wait_for_all
+from ast_sparse.distributed.ranks import wait_for_all
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.export.readback import check_saved
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.memory import Setup, Sharding
-from ast_sparse.planning.plan import Hardware, Plan, make_plan
+from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.progress import library_bars
-from ast_sparse.report.page import check_report, run_report, write_report
-from ast_sparse.run.checks import (
-    check_batches,
-    check_best,
-    check_final,
-    check_held_out,
-    check_streaming,
-    check_token_ids,
-)
-from ast_sparse.run.output import (
-    checkpoint_to_resume,
-    clear_for_run,
-    output_folder,
-    read_rows,
-    read_samples,
-    refuse_used,
-    write_figures,
-)
+from ast_sparse.report.page import run_report, write_report
+from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
+from ast_sparse.run.output import clear_for_run, read_rows, read_samples, write_figures
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, Rows, check_finite, results_table
@@ -49,11 +33,9 @@ from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
-from ast_sparse.training.checks.arguments import build_arguments
-from ast_sparse.training.checks.mixture import check_evaluations
-from ast_sparse.training.fsdp import check_sharding, sharding_plugin
-from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run, write_errors
-from ast_sparse.training.resume.same_run import check_settings, run_settings
+from ast_sparse.training.fsdp import sharding_plugin
+from ast_sparse.training.resume.checkpoints import write_errors
+from ast_sparse.training.resume.same_run import run_settings
 from ast_sparse.training.trainer import SparseTrainer
 
 logger = logging.get_logger(__name__)
@@ -87,78 +69,59 @@ def run_training(
             has too little memory for it.
         Preempted: a signal came, and the run can be resumed.
     """
-    signals = signals or PreemptionSignals()
-    output = output_folder(config, output_dir)
-    # a plan needs no accelerator, and bf16 without one would be refused
-    values = {**config.training, "use_cpu": True} if dry_run else config.training
-    args = build_arguments(values, str(output))
-    if not dry_run:
-        check_sharding(args)
-    with errors_shared():
-        checkpoint = checkpoint_to_resume(output, resume)
-    is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
-    if not is_continued and not overwrite and not dry_run:
-        refuse_used(output)
-    if config.evaluation.report:
-        check_report(output / REPORT, "evaluation.report")
-    check_sources(config.data)
-    check_entries(config.calibration.data or (), config.data.root, "calibration.data")
-    check_evaluations(config.data.mixture, args)
-    check_streaming(config, args)
-    check_held_out(config, args)
-    check_best(config, args)
-    hardware = hardware or Hardware()
-    devices = hardware.world_size or args.world_size
-    plan = make_plan(config, args, devices if dry_run else None)
-    changed = []
-    if checkpoint is not None:
-        with errors_shared():
-            check_same_run(checkpoint, config.sparsity, _slorb(config), plan.sparsity.pruned)
-            check_same_model(checkpoint, plan.sparsity.pruned)
-            changed = check_settings(checkpoint, config, args, _slorb(config), devices)
-    if args.should_log:
-        echo("\n".join(plan.lines()))
+    hardware, signals = hardware or Hardware(), signals or PreemptionSignals()
+    run = checked_run(config, output_dir, resume, overwrite, dry_run, hardware, echo, signals)
+    if run.args.should_log:
+        echo("\n".join(run.plan.lines()))
     if dry_run:
-        if args.should_log and changed:
-            echo("\n".join(changed))
-        if not has_config_alone(config.model):
-            _tokenizer(config.model, plan)
-        if args.should_log:
-            _show_budget(plan, config, args, hardware, echo)
+        _show_costs(run, hardware)
         return None
+    measured = Measured(config, run.args)
+    tokenizer = _tokenizer(config.model, run.plan)
+    measured.check_lengths(tokenizer, run.plan.model_config)
+    trainer, rows = _prepare(run, tokenizer, measured)
+    _train(run, trainer, tokenizer, measured)
+    _measure_result(run, trainer, tokenizer, measured, rows)
+    return run.output
 
-    measured = Measured(config, args)
-    tokenizer = _tokenizer(config.model, plan)
-    measured.check_lengths(tokenizer, plan.model_config)
-    trainer, rows = _prepare(config, args, tokenizer, measured, checkpoint, overwrite, echo, signals)
-    if config.evaluation.steps is not None:
+
+def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> None:
+    """Train, and save the result as an ordinary model."""
+    steps = run.config.evaluation.steps
+    if steps is not None:
         measure = partial(measured.during_training, tokenizer=tokenizer, held_out=trainer.eval_dataset)
-        trainer.add_callback(PerplexityCallback(config.evaluation.steps, measure, trainer.log))
-    trainer.add_callback(PreemptionCallback(signals))
-    with write_errors(output):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        signals.finish()
+        trainer.add_callback(PerplexityCallback(steps, measure, trainer.log))
+    trainer.add_callback(PreemptionCallback(run.signals))
+    with write_errors(run.output):
+        trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+        run.signals.finish()
         # without the autocast of training: all stages are measured in the float32 that is saved
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         check_final(trainer.student)
         trainer.save_model()
         trainer.save_state()
+
+
+def _measure_result(
+    run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokenizerBase, measured: Measured, rows: Rows
+) -> None:
+    """Read the saved model back, measure the retrained model, and write what the run has to say."""
+    config, output = run.config, run.output
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
     student = trainer.whole_student()
-    if student is not None and args.should_save:
+    if student is not None and run.args.should_save:
         check_saved(student, output, config.model.trust_remote_code)
     if student is not None and measured.is_asked:  # of a sharded run, on one process while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
-    if args.should_save:
+    if run.args.should_save:
         write_figures(output, rows, measured)
-        echo(results_table(rows))
-        echo(f"Saved {pattern} model to {output}")
+        run.echo(results_table(rows))
+        run.echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
-            echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
+            run.echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
     check_finite(rows)
-    return output
 
 
 def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
@@ -173,10 +136,19 @@ def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _show_budget(
-    plan: Plan, config: RunConfig, args: TrainingArguments, hardware: Hardware, echo: Callable[[str], None]
-) -> None:
-    """What the plan costs; UserError where a device has too little memory for it."""
+def _show_costs(run: CheckedRun, hardware: Hardware) -> None:
+    """What differs from the run that is resumed, and what the plan costs.
+
+    Raises:
+        UserError: the tokenizer cannot be read or saved, or a device has too little memory.
+    """
+    config, args = run.config, run.args
+    if args.should_log and run.changed:
+        run.echo("\n".join(run.changed))
+    if not has_config_alone(config.model):
+        _tokenizer(config.model, run.plan)
+    if not args.should_log:
+        return
     devices = hardware.world_size or args.world_size
     sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
     evaluation = config.evaluation
@@ -184,59 +156,91 @@ def _show_budget(
     measured_by += ["evaluation.report=false"] if evaluation.report else []
     on_cpu = bool(config.training.get("use_cpu"))
     setup = Setup.of(args, config.data.block_size, devices, sharding, tuple(measured_by), on_cpu)
-    budget = Budget(plan, setup, hardware)
-    echo("\n".join(budget.lines()))
+    budget = Budget(run.plan, setup, hardware)
+    run.echo("\n".join(budget.lines()))
     budget.check()
 
 
-def _prepare(
-    config: RunConfig,
-    args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    measured: Measured,
-    checkpoint: Path | None,
-    overwrite: bool,
-    echo: Callable[[str], None],
-    signals: PreemptionSignals,
-) -> tuple[SparseTrainer, Rows]:
+def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Rows]:
     """Data, model and trainer; the figures of the dense and the one-shot model."""
+    config, args, checkpoint = run.config, run.args, run.checkpoint
+    every_block, train, held_out = _read_data(run, tokenizer)
+    with library_bars(not args.disable_tqdm):
+        model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
+        teacher = _teacher(config)
+    check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
+    rows = read_rows(run.output, config) if checkpoint is not None else {}
+    measured.samples = read_samples(run.output, rows) if config.evaluation.report else {}
+    stage = "random" if config.model.random_weights else "dense"
+    if stage not in rows:
+        rows[stage] = measured(stage, model, tokenizer, held_out)
+        check_finite(rows)
+    trainer = _make_trainer(run, tokenizer, model, teacher, every_block, train, held_out)
+    trainer.run_record.sections = run_settings(config)
+    if checkpoint is not None:
+        trainer.check_resume(checkpoint)
+    with run.signals.held():
+        if args.should_save:
+            clear_for_run(config, run.output, checkpoint, run.overwrite)
+        run.signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
+    stage = f"one-shot {config.sparsity.pattern}"
+    is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern later
+    if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
+        is_one_shot = False  # what the run began with is gone
+    if stage not in rows and is_one_shot:
+        rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
+    if args.should_save:
+        write_figures(run.output, rows, measured)
+    check_finite(rows)
+    return trainer, rows
+
+
+def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
+    """All training blocks, and those to train and to evaluate on: the ones with a token that the loss counts."""
+    data, args = run.config.data, run.args
     with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
         try:
-            train, held_out, data_report = build_datasets(config.data, tokenizer)
+            every_block, held_out, data_report = build_datasets(data, tokenizer)
         except OSError as error:  # of the cache: sources that cannot be read are named where they are read
             raise UserError(
                 f"The tokenised text cannot be cached: {one_line(error)}. Let the environment variable "
                 "HF_DATASETS_CACHE name a folder that can be written to and has room."
             ) from error
     if args.should_log:
-        echo("\n".join(data_report.lines()))
-    every_block, borders = train, document_borders(tokenizer, config.data.packing, config.data.bos)
-    train = with_counted_tokens(train, "data.train", borders, says=False)
+        run.echo("\n".join(data_report.lines()))
+    borders = document_borders(tokenizer, data.packing, data.bos)
+    train = with_counted_tokens(every_block, "data.train", borders, says=False)
     held_out = with_counted_tokens(held_out, "The held-out text", borders, says=False)
     if not isinstance(train, StreamedBlocks):
         check_batches(args, len(train))
-    with library_bars(not args.disable_tqdm):
-        model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
-        teacher = _teacher(config)
-    check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
-    output = Path(str(args.output_dir))
-    pattern = config.sparsity.pattern
-    rows = read_rows(output, config) if checkpoint is not None else {}
-    measured.samples = read_samples(output, rows) if config.evaluation.report else {}
-    stage = "random" if config.model.random_weights else "dense"
-    if stage not in rows:
-        rows[stage] = measured(stage, model, tokenizer, held_out)
-        check_finite(rows)
+    return every_block, train, held_out
+
+
+def _make_trainer(
+    run: CheckedRun,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | str | None,
+    every_block: Blocks,
+    train: Any,
+    held_out: Any,
+) -> SparseTrainer:
+    """The trainer, which makes the model sparse.
+
+    Args:
+        every_block: of the training text, to calibrate on; `train` are those with a token that the loss counts.
+    """
+    config = run.config
     try:
-        trainer = SparseTrainer(
+        return SparseTrainer(
             model,
-            args,
+            run.args,
             sparsity_config=config.sparsity,
             distillation_config=config.distillation,
-            slorb_config=_slorb(config),
+            slorb_config=slorb_of(config),
             calibration_config=config.calibration,
             watch_config=config.watch,
-            calibration_dataset=_calibration(config, args, tokenizer, checkpoint, every_block),
+            calibration_dataset=_calibration(config, run.args, tokenizer, run.checkpoint, every_block),
             teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
@@ -248,23 +252,6 @@ def _prepare(
         )
     except OSError as error:  # of the output folder, which Trainer makes, or of the hub
         raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
-    trainer.run_record.sections = run_settings(config)
-    if checkpoint is not None:
-        trainer.check_resume(checkpoint)
-    with signals.held():
-        if args.should_save:
-            clear_for_run(config, output, checkpoint, overwrite)
-        signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
-    stage = f"one-shot {pattern}"
-    is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern later
-    if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
-        is_one_shot = False  # what the run began with is gone
-    if stage not in rows and is_one_shot:
-        rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
-    if args.should_save:
-        write_figures(output, rows, measured)
-    check_finite(rows)
-    return trainer, rows
 
 
 def _calibration(
@@ -284,10 +271,6 @@ def _calibration(
         length = settings.seq_len or config.data.block_size
         data = config.data
         return calibration_blocks(settings.data, data.root, data.text_field, tokenizer, length, bos=data.bos)
-
-
-def _slorb(config: RunConfig) -> SLoRBConfig | None:
-    return config.slorb if config.slorb is not None and config.slorb.enabled else None
 
 
 def _load_dense(model: ModelConfig) -> PreTrainedModel:

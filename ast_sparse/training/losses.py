@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What a model is given of a batch, and the labels, shifted by one in place of the logits, which are big.
+    """What a model is given of a batch, and the labels: they are shifted, so that the logits, which are big, are not.
 
     Raises:
         UserError: there are no labels.

@@ -86,6 +86,7 @@ class SparseTrainer(CheckpointTrainer):
     _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
     _needs_logits = True  # where outputs are returned
 
+    # long: 26 lines are its arguments
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -112,7 +113,7 @@ class SparseTrainer(CheckpointTrainer):
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
-        # what is asked for
+        # 1. settings
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_sharding(args)
@@ -121,13 +122,13 @@ class SparseTrainer(CheckpointTrainer):
         self.distillation_config, self.slorb_config = distillation_config, slorb_config
         self.calibration_config = calibration_config or CalibrationConfig()
         self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
-        # student and teacher, dense so far, and their data
+        # 2. student and teacher, still dense, and their data
         models = self._take_models(model, teacher_model, args, processing_class, trust_remote_code)
         model, args = models.student, models.args
         self.run_record = self._record(model, args, {"packing": packing, "bos": bos})
         maker = BlockMaker(processing_class, text_field, block_length(block_size, model, self.teacher), packing, bos)
         blocks = maker.of_run(train_dataset, eval_dataset, calibration_dataset, data_collator is not None)
-        # masks
+        # 3. masks
         sparsity, slorb, calibration = self.sparsity_config, self.slorb_config, self.calibration_config
         self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
         check_optimizer(optimizers[0], model)
@@ -145,10 +146,10 @@ class SparseTrainer(CheckpointTrainer):
                 optimizers=optimizers,
                 **kwargs,
             )
-        # loss, order of the blocks, callbacks
-        use_lines(self)
+        # 4. loss, order of the blocks, callbacks
         self._prepare_loss()
         self._prepare_order()
+        use_lines(self)
         for callback in self._own_callbacks():
             self.add_callback(callback)
 
@@ -162,6 +163,7 @@ class SparseTrainer(CheckpointTrainer):
         tokenizer: PreTrainedTokenizerBase | None,
         trust_remote_code: bool,
     ) -> DenseModels:
+        """Student and teacher as `dense_models` gives them."""
         sparsity, slorb, distillation = self.sparsity_config, self.slorb_config, self.distillation_config
         models = dense_models(model, teacher, args, sparsity, slorb, distillation, tokenizer, trust_remote_code)
         self.base_model_name = str(models.student.config.name_or_path)
@@ -170,6 +172,7 @@ class SparseTrainer(CheckpointTrainer):
         return models
 
     def _record(self, model: PreTrainedModel, args: TrainingArguments, data_settings: dict[str, str]) -> RunRecord:
+        """What checkpoints keep of the run; the model is still dense."""
         sections = {
             "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
             "calibration": self.calibration_config.to_dict(),
@@ -192,7 +195,7 @@ class SparseTrainer(CheckpointTrainer):
         self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
 
     def _prepare_order(self) -> None:
-        """The order of blocks that are read where they lie; of any other data Trainer sees to it."""
+        """The order of blocks that are read where they lie; all other data is ordered by Trainer."""
         self._parts, self._mixture = block_source(self.train_dataset), None
         if self._parts is not None:
             if isinstance(self.train_dataset, DomainBlocks):
@@ -203,9 +206,9 @@ class SparseTrainer(CheckpointTrainer):
     def _own_callbacks(self) -> list[TrainerCallback]:
         """What happens around a step, in this order.
 
-        Trainer calls them. What this class calls itself no event of Trainer can give: `add`, `count` and
-        `drop_gradients` come between the backward pass of a micro-batch and the clipping of gradients, and what a
-        record of the log gets is put in before Trainer keeps it.
+        Trainer calls the events of all of them. No event can replace what this class calls by itself: `add`, `count`
+        and `drop_gradients` belong between the backward pass of a micro-batch and the clipping of the gradients, and
+        need the batch; `figures` and `correct_loss` change a record of the log before Trainer keeps it.
         """
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
         self._watch = WatchCallback(self._watch_config)
@@ -333,7 +336,7 @@ class SparseTrainer(CheckpointTrainer):
             self.check_data_state(checkpoint)
         self._sparsity.kernels = self._kernels(None if checkpoint is None else stored_kernels(checkpoint))
         if checkpoint is not None and self.load_finished(checkpoint):
-            # not through Trainer's handler: other callbacks need the optimizer and the bar of a training that has begun
+            # Trainer's handler would call all callbacks, and the others need a training that has begun
             self._metrics.on_train_begin(self.args, self.state, self.control)
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})

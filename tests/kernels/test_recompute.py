@@ -15,7 +15,7 @@ from ast_sparse import SparsityConfig
 from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.recompute import Recomputation, _Output, _Recipe
-from ast_sparse.planning.memory import LiveBytes
+from ast_sparse.planning.live_bytes import LiveBytes
 from ast_sparse.sparsity.model import sparsify_model
 from tests.models import VOCAB, tiny_model
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.fit import find_mend
-from ast_sparse.planning.memory import LiveBytes, Memory, MemoryModel, Setup
+from ast_sparse.planning.live_bytes import LiveBytes
+from ast_sparse.planning.memory import Memory, MemoryModel, Setup
 from ast_sparse.sparsity.model import sparsify_model
 from tests.models import FAMILIES, VOCAB, tiny_config, tiny_model
 from tests.training.small_runs import trainer

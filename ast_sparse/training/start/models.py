@@ -58,7 +58,7 @@ def dense_models(
     """Student and teacher of a run, checked together with its length.
 
     Args:
-        model, teacher: models, or the names of such; without a teacher the student as it is now.
+        model, teacher: models, or their names; without a teacher it is the student as it is now.
         args: not changed.
         tokenizer: of the student.
         trust_remote_code: run code that comes with a model.
