@@ -5,7 +5,7 @@ input. What norms, activation functions and gated MLPs give is made again (`kern
 the way `kernels/products.py` chooses. All are the same formulas, equal to rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.activations import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.kernels.cpu.heap import freed_memory_given_back
 from ast_sparse.kernels.products import linear
 from ast_sparse.kernels.recompute import Recomputation
 
@@ -35,6 +36,21 @@ _SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GEL
 _FSDP_CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
 
 _Forward = Callable[..., Tensor]
+
+
+@contextmanager
+def fast_step(
+    student: nn.Module, teacher: nn.Module | None, blocks: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Inside, a training step computes the same as outside, faster and in less memory: `fast_forward` of both models,
+    and what the step has freed is given back between the student's blocks, where that is worth its time.
+
+    Args:
+        blocks: the student's decoder blocks in their order.
+        device: where the step runs.
+    """
+    with fast_forward(student, teacher), freed_memory_given_back(blocks, device):
+        yield
 
 
 @contextmanager

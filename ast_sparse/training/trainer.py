@@ -1,7 +1,7 @@
 """SparseTrainer: `transformers.Trainer` that retrains a dense causal LM to N:M sparsity (paper Algorithm 1)."""
 
 import math
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,7 @@ from ast_sparse.distributed.ranks import any_rank, errors_shared
 from ast_sparse.errors import UserError
 from ast_sparse.export.export import ExportReport, export_model
 from ast_sparse.kernels.choice import Kernels, choose_kernels
-from ast_sparse.kernels.fast_forward import fast_forward
-from ast_sparse.kernels.heap import freed_memory_given_back
+from ast_sparse.kernels.fast_forward import fast_step
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import SparsityReport, apply_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.select import decoder_blocks
@@ -354,11 +353,9 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        with ExitStack() as stack:
-            if not self.args.torch_compile:  # it does not see what either changes
-                stack.enter_context(fast_forward(self.student, self.teacher))
-                blocks = list(decoder_blocks(self.student).values())
-                stack.enter_context(freed_memory_given_back(blocks, self.args.device))
+        blocks = list(decoder_blocks(self.student).values())
+        compiled = self.args.torch_compile  # which does not see what a fast step changes
+        with nullcontext() if compiled else fast_step(self.student, self.teacher, blocks, self.args.device):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)
