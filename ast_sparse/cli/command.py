@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from ast_sparse.errors import UserError
+from ast_sparse.kernels.cpu import setting
 
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
@@ -25,6 +26,7 @@ class _OneLine(click.Command):
         from ast_sparse.progress import lines_for_bars  # imports tqdm, which reads the environment once
 
         with _one_line_errors(), lines_for_bars():
+            setting.requested()  # a wrong value of its environment variable ends the command here
             code = super().main(*args, **kwargs)
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -4,29 +4,22 @@ A nibble is `idx0 | idx1 << 2` with `idx0 < idx1`; the even group of a pair lies
 read as a little-endian int16, are CUTLASS's metadata before its reordering.
 """
 
-import ctypes
-import mmap
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ast_sparse.export.codec import Codec
+from ast_sparse.kernels.cpu import words
 from ast_sparse.sparsity.masks import Pattern
 
 _GROUP = 4
 _KEPT = 2
 _BLOCK = 1 << 19  # entries of a block of `_pack_rows` and `_unpack_rows`, whose temporaries stay in the cache
-_WORDS = 1 << 18  # groups of a block of the word path: few calls, and not too far out of the cache
-_CHECKED = 1 << 16  # words of metadata, the same
+_CHECKED = 1 << 16  # times eight bytes of metadata, a block of `check_meta`
 # By occupancy (bit b: position b is kept) the nibble; only six of sixteen occupancies keep two.
 _NIBBLE_OF = {0b0011: 4, 0b0101: 8, 0b0110: 9, 0b1001: 12, 0b1010: 13, 0b1100: 14}
-# The same as tables of two bits in an int32, of idx0 and of idx1 - 1; what is no nibble gets idx0 = 3, idx1 = 1
-_FIRST = sum((_NIBBLE_OF.get(occupancy, 3) & 3) << 2 * occupancy for occupancy in range(16)) - (1 << 32)
-_SECOND = sum((_NIBBLE_OF.get(occupancy, 4) // 4 - 1) << 2 * occupancy for occupancy in range(16))
-_HUGE = 1 << 22  # bytes of a tensor for which huge pages are asked for
+_NOT_TWO = "The mask does not keep exactly two of each four columns."
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,8 +42,10 @@ def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise ValueError(f"The mask is {mask.dtype} {tuple(mask.shape)}, the weight {tuple(weight.shape)}.")
     if mask is None:
         mask = _joined([_mask_of(weight[rows]) for rows in _row_blocks(weight)])
-    if _fills_words(weight):
-        values, meta = _pack_words(weight, mask)
+    if words.take(weight):
+        values, meta = words.pack(_whole(weight), _whole(mask))
+        if not check_meta(meta):
+            raise ValueError(_NOT_TWO)
     else:
         blocks = [_pack_rows(weight[rows], mask[rows]) for rows in _row_blocks(weight)]
         values, meta = (_joined(parts) for parts in zip(*blocks, strict=True))
@@ -73,8 +68,8 @@ def unpack24(values: Tensor, meta: Tensor) -> Tensor:
             f"Metadata {meta.dtype} {tuple(meta.shape)} does not fit values {tuple(values.shape)}: "
             "uint8 [out, in/8] and [out, in/2] are needed."
         )
-    if _fills_words(values):
-        return _unpack_words(values, meta)
+    if words.take(values):
+        return words.unpack(_whole(values), meta)
     return _joined([_unpack_rows(values[rows], meta[rows]) for rows in _row_blocks(values)])
 
 
@@ -84,8 +79,8 @@ def check_meta(meta: Tensor) -> bool:
     ends = len(flat) - len(flat) % 8
     # eight bytes at a time: 4 + idx1 - idx0 - 1 never borrows from its neighbours, and has the 4 where idx0 < idx1
     for part, scale in ((flat[:ends].view(torch.int64), 0x0101010101010101), (flat[ends:].int(), 1)):
-        for words in part.split(_CHECKED):
-            order = ((words >> 2) & 0x33 * scale) + 0x44 * scale - (words & 0x33 * scale) - 0x11 * scale
+        for block in part.split(_CHECKED):
+            order = ((block >> 2) & 0x33 * scale) + 0x44 * scale - (block & 0x33 * scale) - 0x11 * scale
             if not bool((order.bitwise_and_(0x44 * scale) == 0x44 * scale).all()):
                 return False
     return True
@@ -97,8 +92,8 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
         return False
     bytes_ = [_whole(each, 8).reshape(-1).view(torch.uint8) for each in (first, second)]
     ends = first.nbytes - first.nbytes % 8
-    words = [each[:ends].view(torch.int64) for each in bytes_]  # `torch.equal` takes as long for an entry of any size
-    return torch.equal(*words) and torch.equal(*(each[ends:] for each in bytes_))
+    wide = [each[:ends].view(torch.int64) for each in bytes_]  # `torch.equal` takes as long for an entry of any size
+    return torch.equal(*wide) and torch.equal(*(each[ends:] for each in bytes_))
 
 
 def _row_blocks(tensor: Tensor) -> list[slice]:
@@ -125,7 +120,7 @@ def _mask_of(weight: Tensor) -> Tensor:
 def _pack_rows(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     groups = mask.unflatten(1, (-1, _GROUP)).to(torch.uint8)
     if not bool((groups.sum(-1) == _KEPT).all()):
-        raise ValueError("The mask does not keep exactly two of each four columns.")
+        raise ValueError(_NOT_TWO)
     nibble_of = torch.zeros(16, dtype=torch.uint8, device=weight.device)
     nibble_of[list(_NIBBLE_OF)] = torch.tensor(list(_NIBBLE_OF.values()), dtype=torch.uint8, device=weight.device)
     occupancy = groups[..., 0] | groups[..., 1] << 1 | groups[..., 2] << 2 | groups[..., 3] << 3
@@ -136,94 +131,16 @@ def _pack_rows(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
     positions = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
-    pairs = values.unflatten(1, (-1, _KEPT))
-    dense = values.new_zeros(*pairs.shape[:-1], _GROUP).scatter(-1, positions, pairs)
-    return dense.flatten(1)
-
-
-def _fills_words(tensor: Tensor) -> bool:
-    """Whether a group is one 64-bit word on this little-endian CPU: all its entries are moved by one shift."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    fits = plain and tensor.element_size() == 2 and tensor.numel() > 0 and sys.byteorder == "little"
-    return fits and not (tensor.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+    as_bits = values.element_size() == 2 and not (values.requires_grad and torch.is_grad_enabled())
+    pairs = (values.view(torch.int16) if as_bits else values).unflatten(1, (-1, _KEPT))  # which keeps what a NaN holds
+    dense = pairs.new_zeros(*pairs.shape[:-1], _GROUP).scatter(-1, positions, pairs).flatten(1)
+    return dense.view(values.dtype) if as_bits else dense
 
 
 def _whole(tensor: Tensor, entries: int = _GROUP) -> Tensor:
     """The tensor, copied unless it can be viewed as words of so many entries."""
     starts_whole = tensor.is_contiguous() and tensor.storage_offset() % entries == 0
     return tensor.detach() if starts_whole else tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _word_blocks(words: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Blocks of so many words, each with buffers of a word's length in each dtype, the same ones for all blocks."""
-    size = min(words, _WORDS)
-    buffers = [torch.empty(size, dtype=dtype, device="cpu") for dtype in dtypes]
-    for start in range(0, words, size):
-        block = slice(start, min(start + size, words))
-        yield block, [buffer[: block.stop - start] for buffer in buffers]
-
-
-def _pack_words(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`_pack_rows` of 16-bit weights, in buffers but for bytes: touching fresh memory costs more than an operation."""
-    out_features, in_features = weight.shape
-    values = _in_huge_pages(weight.new_empty(out_features, in_features // 2))
-    meta = weight.new_empty(out_features, in_features // 8, dtype=torch.uint8)
-    groups, kept = _whole(weight).view(torch.int64).view(-1), _whole(mask).view(torch.int32).view(-1)
-    pairs, codes = values.view(torch.int32).view(-1), meta.view(-1)
-    tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (_FIRST, _SECOND)]
-    dtypes = (torch.int32, torch.int32, torch.int32, torch.int64, torch.uint8, torch.uint8)
-    for at, (occupancy, first, second, moved, idx0, idx1) in _word_blocks(len(groups), *dtypes):
-        # the four bytes of a group's mask become four neighbouring bits: two times the occupancy
-        torch.mul(kept[at], 0x01020408, out=occupancy).bitwise_right_shift_(23)
-        for idx, table in zip((idx0, idx1), tables, strict=True):  # of the second one less
-            idx.copy_(torch.bitwise_right_shift(table, occupancy, out=first))
-            idx.bitwise_and_(3)
-        nibbles = ((idx1 + 1) << 2).bitwise_or_(idx0).view(torch.int16)
-        codes[at.start // 2 : at.stop // 2].copy_(nibbles.bitwise_or_(nibbles >> 4))
-        for idx, entry in ((idx0, first), (idx1, second)):  # 16 bits a place; the second one has one place less to go
-            moved.copy_(idx.bitwise_left_shift_(4))
-            entry.copy_(torch.bitwise_right_shift(groups[at], moved, out=moved))
-        torch.bitwise_or(first.bitwise_and_(0xFFFF), second.bitwise_and_(-0x10000), out=pairs[at])
-    if not check_meta(meta):
-        raise ValueError("The mask does not keep exactly two of each four columns.")
-    return values, meta
-
-
-def _unpack_words(values: Tensor, meta: Tensor) -> Tensor:
-    """`_unpack_rows` of 16-bit values, written as `_pack_words` is."""
-    dense = _in_huge_pages(values.new_empty(values.shape[0], 2 * values.shape[1]))
-    groups, pairs, codes = dense.view(torch.int64).view(-1), _whole(values).view(torch.uint32).view(-1), meta.flatten()
-    for at, (first, second, move, nibbles) in _word_blocks(
-        len(groups), torch.int64, torch.int64, torch.int64, torch.uint8
-    ):
-        torch.bitwise_and(second.copy_(pairs[at]), 0xFFFF, out=first)
-        second.bitwise_xor_(first)
-        # a byte with two nibbles becomes two bytes with a nibble, each then four bits of how far an entry moves
-        two = nibbles.view(torch.int16).copy_(codes[at.start // 2 : at.stop // 2])
-        two.bitwise_or_(two << 4)
-        first.bitwise_left_shift_(move.copy_((two & 0x0303).bitwise_left_shift_(4).view(torch.uint8)))
-        two.bitwise_left_shift_(2).bitwise_and_(0x3030).sub_(0x1010)  # the second one lies one place further already
-        second.bitwise_left_shift_(move.copy_(nibbles))
-        torch.bitwise_or(first, second, out=groups[at])
-    return dense
-
-
-def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """The new tensor, a large one in huge pages where Linux has them: touching it first is most of a copy."""
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    whole_pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    advise = _madvise()
-    if tensor.nbytes >= _HUGE and advise is not None:
-        advise(start, whole_pages, mmap.MADV_HUGEPAGE)  # a wish: where it is not granted nothing is lost
-    return tensor
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    if advise is not None:
-        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise
 
 
 CODE24 = Codec(

@@ -5,7 +5,7 @@ input. What norms, activation functions and gated MLPs give is made again (`kern
 the way `kernels/products.py` chooses. All are the same formulas, equal to rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ from transformers.activations import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.kernels.cpu.heap import freed_memory_given_back
+from ast_sparse.kernels.gated_mlp import GatedMLP, find_gated_mlp
 from ast_sparse.kernels.products import linear
 from ast_sparse.kernels.recompute import Recomputation
 
@@ -35,6 +37,21 @@ _SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GEL
 _FSDP_CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
 
 _Forward = Callable[..., Tensor]
+
+
+@contextmanager
+def fast_step(
+    student: nn.Module, teacher: nn.Module | None, blocks: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Inside, a training step computes the same as outside, faster and in less memory: `fast_forward` of both models,
+    and what the step has freed is given back between the student's blocks, where that is worth its time.
+
+    Args:
+        blocks: the student's decoder blocks in their order.
+        device: where the step runs.
+    """
+    with fast_forward(student, teacher), freed_memory_given_back(blocks, device):
+        yield
 
 
 @contextmanager
@@ -85,10 +102,8 @@ def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
     if kind.__name__.endswith("RMSNorm"):  # of transformers; in plain operations, which keep two tensors more
         keeping_the_input = partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
         return _made_again(recompute, own, keeping_the_input)
-    if _code(kind.forward) == _code(_gated_mlp):
-        gated = lambda gate, up: module.act_fn(gate) * up  # noqa: E731
-        return lambda x: module.down_proj(recompute(gated, module.gate_proj(x), module.up_proj(x)))
-    return None
+    mlp = find_gated_mlp(module)
+    return None if mlp is None else _gated_product_made_again(recompute, mlp, module)
 
 
 def _made_again(recompute: Recomputation, usual: _Forward, function: _Forward) -> _Forward:
@@ -102,12 +117,17 @@ def _made_again(recompute: Recomputation, usual: _Forward, function: _Forward) -
     return forward
 
 
-def _gated_mlp(self, x):  # type: ignore[no-untyped-def]
-    """To recognise the MLP of Llama, which most families have copied, by its code."""
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
+def _gated_product_made_again(recompute: Recomputation, mlp: GatedMLP, module: Any) -> _Forward:
+    """The forward of a gated MLP, what goes into its last projection made again; its own for other arguments."""
+    own = module.forward
 
+    def product(*projected: Tensor) -> Tensor:
+        return mlp.product(getattr(module, mlp.activation), *projected)
 
-def _code(function: Any) -> tuple[Any, ...]:
-    code = getattr(function, "__code__", None)
-    return () if code is None else (code.co_code, code.co_names, code.co_varnames)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            return own(*args, **kwargs)
+        projected = [getattr(module, name)(*args) for name in mlp.projections]
+        return getattr(module, mlp.down)(recompute(product, *projected))
+
+    return forward

@@ -257,9 +257,10 @@ class MemoryModel:
         for model in (self.student, teacher):
             live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
         self.student.train(train)
-        with self._mode, _checkpointing(self.student, setup.gradient_checkpointing and train), \
+        # fast_forward tries what modules compute, for which it needs tensors with data: so it comes before the mode
+        with _checkpointing(self.student, setup.gradient_checkpointing and train), \
              fast_forward(*((self.student, teacher) if train else ())), \
-             counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
+             self._mode, counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
             ids = torch.zeros((batch_size, setup.block_size), dtype=torch.long)
             loss = self._loss(teacher, {"input_ids": ids}, ids.clone(), setup)
             if train:

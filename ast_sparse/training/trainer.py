@@ -1,7 +1,7 @@
 """SparseTrainer: `transformers.Trainer` that retrains a dense causal LM to N:M sparsity (paper Algorithm 1)."""
 
 import math
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -23,8 +23,7 @@ from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.distributed.pieces import reshard
 from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
-from ast_sparse.kernels.fast_forward import fast_forward
-from ast_sparse.kernels.heap import freed_memory_given_back
+from ast_sparse.kernels.fast_forward import fast_step
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.storage.origin import settings_kept
 from ast_sparse.training.callbacks.flops import FlopsCallback, teacher_parameters
@@ -298,11 +297,9 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        with ExitStack() as stack:
-            if not self.args.torch_compile:  # it does not see what either changes
-                stack.enter_context(fast_forward(self.student, self.teacher))
-                blocks = list(decoder_blocks(self.student).values())
-                stack.enter_context(freed_memory_given_back(blocks, self.args.device))
+        blocks = list(decoder_blocks(self.student).values())
+        compiled = self.args.torch_compile  # which does not see what a fast step changes
+        with nullcontext() if compiled else fast_step(self.student, self.teacher, blocks, self.args.device):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)

@@ -1,17 +1,24 @@
 """The 2:4 code against slow twins in plain Python."""
 
 import itertools
-import mmap
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from ast_sparse.export import codec24 as codec
 from ast_sparse.export.codec24 import CODE24, check_meta, pack24, same_bits, unpack24
+from ast_sparse.kernels.cpu import setting, words
 from ast_sparse.sparsity.masks import nm_mask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "words"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """The plain way, and that of `kernels/cpu/words.py`."""
+    monkeypatch.setattr(setting, "is_enabled", lambda: request.param)
+    yield request.param
 
 
 def slow_pack(weight: Tensor, mask: Tensor) -> tuple[list[list[float]], list[list[int]]]:
@@ -38,12 +45,13 @@ def slow_unpack(values: Tensor, meta: Tensor) -> list[list[float]]:
     return dense
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("block", [1 << 18, 34])  # groups; 780 are no multiple of 34
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pack_and_unpack_equal_their_slow_twins(
     dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(codec, "_WORDS", block)
+    monkeypatch.setattr(words, "_BLOCK", block)
     torch.manual_seed(0)
     weight = torch.randn(130, 24).to(dtype)  # more than two blocks of rows
     mask = nm_mask(torch.rand(130, 24))
@@ -56,6 +64,7 @@ def test_pack_and_unpack_equal_their_slow_twins(
     assert torch.equal(dense, torch.where(mask, weight, 0))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "shifted"))
 def test_every_bit_of_the_kept_values_survives(dtype: torch.dtype, shift: int) -> None:
@@ -75,6 +84,7 @@ def test_every_bit_of_the_kept_values_survives(dtype: torch.dtype, shift: int) -
     assert torch.equal(unpack24(moved.view(dtype), meta).view(integer), torch.where(mask, weight, 0))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_other_occupancy_of_a_group_is_refused(dtype: torch.dtype) -> None:
     for occupancy in range(16):
@@ -139,8 +149,9 @@ def test_metadata_check_reads_every_block_of_rows() -> None:
     assert not check_meta(meta)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_faulty_group_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "_WORDS", 6)
+    monkeypatch.setattr(words, "_BLOCK", 6)
     for group in range(32):
         mask = nm_mask(torch.rand(4, 32))
         mask.view(-1)[4 * group : 4 * group + 4] = True
@@ -148,22 +159,7 @@ def test_a_faulty_group_in_any_block_is_refused(monkeypatch: pytest.MonkeyPatch)
             pack24(torch.ones(4, 32, dtype=torch.bfloat16), mask)
 
 
-def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(codec, "_madvise", lambda: lambda *args: calls.append(args))
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)  # Linux alone has it
-    weight, mask = torch.randn(2048, 2048).bfloat16(), nm_mask(torch.rand(2048, 2048))
-    values, meta = pack24(weight, mask)  # values of 4 MiB, metadata of 0.5
-    dense = unpack24(values, meta)
-    assert torch.equal(dense, torch.where(mask, weight, 0)) and len(calls) == 2
-    for tensor, (start, length, advice) in zip((values, dense), calls, strict=True):
-        assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
-        assert 0 <= start - tensor.data_ptr() < mmap.PAGESIZE
-        assert 0 <= tensor.data_ptr() + tensor.nbytes - start - length < mmap.PAGESIZE
-    monkeypatch.setattr(codec, "_madvise", lambda: None)
-    assert torch.equal(unpack24(values, meta), dense)
-
-
+@pytest.mark.usefixtures("either_way")
 def test_a_default_device_changes_nothing() -> None:
     weight, mask = torch.randn(4, 16).bfloat16(), nm_mask(torch.rand(4, 16))
     with torch.device("meta"):

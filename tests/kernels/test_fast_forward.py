@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from ast_sparse.kernels import products
+from ast_sparse.kernels.cpu import onednn
 from ast_sparse.kernels.fast_forward import fast_forward
 from tests.models import tiny_model
 from tests.training.small_runs import trainer, weights
@@ -52,11 +52,11 @@ def test_twenty_steps_are_the_same_to_rounding_with_products_of_onednn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     histories, calls = [], []
-    inner = products._onednn
-    monkeypatch.setattr(products, "_onednn", lambda *args: calls.append(1) or inner(*args))
-    monkeypatch.setattr(products, "_WORTHWHILE", 0)
+    inner = onednn.product
+    monkeypatch.setattr(onednn, "product", lambda *args: calls.append(1) or inner(*args))
+    monkeypatch.setattr(onednn, "_WORTHWHILE", 0)
     for faster in (False, True):
-        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(onednn, "is_faster", lambda faster=faster: faster)
         run = trainer(tmp_path / str(faster), tiny_model(family), args=dict(max_steps=20, logging_steps=1))
         run.train()
         histories.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.fast_forward import fast_forward
@@ -76,6 +76,20 @@ def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, family: str, 
     assert planned.moment == "forward and backward pass"
     passing = ("activations, logits, temporaries", "gradients")
     assert sum(planned.items.get(name, 0) for name in passing) == pytest.approx(live.peak, rel=0.05)
+
+
+def test_a_gated_mlp_of_one_product_is_planned_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Phi3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    sparsify_model(model, SparsityConfig())
+    made_again = MemoryModel(model, None, None)(SETUP).total
+    monkeypatch.setattr("ast_sparse.kernels.fast_forward.find_gated_mlp", lambda module: None)
+    kept = MemoryModel(model, None, None)(SETUP).total
+    assert kept - made_again == 4 * 2 * (4 * 64) * 48  # the gated product of either block, float32
 
 
 def test_settings_move_the_peak_as_they_should() -> None:

@@ -5,7 +5,6 @@ is half as much again.
 """
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ast_sparse.kernels.cpu import setting
+
 _PARTS = 4  # of the decoder; with more of them a step takes longer and its peak is hardly lower
 
 
@@ -21,16 +22,16 @@ _PARTS = 4  # of the decoder; with more of them a step takes longer and its peak
 def freed_memory_given_back(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, forward and backward passes give the free blocks of the heap back before, between and after four parts.
 
-    Nothing is done where the device is not a CPU or the C library is not glibc.
+    Nothing is done where the device is not a CPU, or `setting.is_enabled()` says no.
 
     Args:
         blocks: those of a decoder, in their order.
         device: where it computes.
     """
-    trim = _malloc_trim()
-    if device.type != "cpu" or trim is None:
+    if device.type != "cpu" or not setting.is_enabled():
         yield
         return
+    trim = _malloc_trim()
 
     def give_back(*_: Any) -> None:
         trim(0)
@@ -54,8 +55,7 @@ def freed_memory_given_back(blocks: Sequence[nn.Module], device: torch.device) -
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim.argtypes = [ctypes.c_size_t]
+def _malloc_trim() -> Callable[[int], int]:
+    trim = ctypes.CDLL(None).malloc_trim
+    trim.argtypes = [ctypes.c_size_t]
     return trim

@@ -1,0 +1,56 @@
+"""Whether the functions of this folder are used: the environment variable AST_SPARSE_CPU decides.
+
+- `auto`, also where it is not set: they are used on Linux with glibc, on an x86-64 CPU with AVX-512; for that they were
+  written, and measured there. Every other machine takes the plain way.
+- `plain`: the plain way everywhere.
+
+The plain way calls PyTorch alone, and stands where the functions here are called: `kernels/products.py`,
+`kernels/fast_forward.py`, `export/codec24.py`. Memory (`heap.py`) and codes (`words.py`) change no result. Products
+(`onednn.py`) agree with the plain ones within rounding. Checkpoints do not store the choice: a run that goes on with
+another one agrees with the uninterrupted run within rounding, not to the bit, as on another kind of CPU.
+"""
+
+import os
+import platform
+import sys
+from functools import cache
+from typing import Any
+
+from ast_sparse.errors import UserError, shown
+
+VARIABLE = "AST_SPARSE_CPU"
+
+
+@cache
+def is_enabled() -> bool:
+    """Whether the functions of this folder are used; decided once a process.
+
+    Raises:
+        UserError: the variable is neither `auto` nor `plain`.
+    """
+    return requested() == "auto" and _is_their_machine()
+
+
+def requested() -> str:
+    """What the environment variable says.
+
+    Raises:
+        UserError: it is neither `auto` nor `plain`.
+    """
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in ("auto", "plain"):
+        raise UserError(f"The environment variable {VARIABLE} is {shown(value)}. Set it to auto or plain.")
+    return value
+
+
+def _is_their_machine() -> bool:
+    its_system = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    return its_system and platform.machine() == "x86_64" and bool(capabilities().get("avx512_f"))
+
+
+def capabilities() -> dict[str, Any]:
+    """What this CPU can do, as torch names it; empty where torch does not say."""
+    import torch  # only here, because commands check the variable before they load torch
+
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
