@@ -51,6 +51,7 @@ from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.origin import Origin, check_saving, saved_with, settings_kept
 from ast_sparse.storage.quantized import make_plain
+from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.flops import FlopsCallback, match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.callbacks.late_slorb import LateSLoRB
 from ast_sparse.training.callbacks.lines import use_lines
@@ -498,17 +499,16 @@ class SparseTrainer(CheckpointTrainer):
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """What `sparsity_config.json` says of the run."""
-        return {
-            "ast_sparse_version": ast_sparse.__version__,
-            "format_version": 1,
-            "base_model": self.base_model_name,
-            "pattern": self.sparsity_config.pattern,
-            "sparsity": self.sparsity_config.to_dict(),
-            "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
-            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
-            "kernels": self._sparsity.kernels,
-            "layers": sorted(self.sparsity_report.pruned),
-        }
+        record = SparsityRecord.of_run(
+            version=ast_sparse.__version__,
+            base_model=self.base_model_name,
+            sparsity=self.sparsity_config,
+            slorb=self.slorb_config,
+            distillation=self.distillation_config,
+            kernels=self._sparsity.kernels,
+            layers=self.sparsity_report.pruned,
+        )
+        return record.to_dict()
 
     def _save_for_resume(self, folder: Path) -> None:
         super()._save_for_resume(folder)
