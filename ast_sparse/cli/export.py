@@ -110,18 +110,18 @@ def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: b
     from ast_sparse.export.position_cost import Layer, half_of, measure_positions
     from ast_sparse.sparsity.masks import Pattern
     from ast_sparse.sparsity.model import select_layers
-    from ast_sparse.storage import files
     from ast_sparse.storage.load import load_checkpoint
+    from ast_sparse.storage.sparsity_record import SparsityRecord
 
     folder = Path(name).expanduser()
-    recorded = files.read_sparsity_config(folder) if folder.is_dir() else {}
-    known = pattern or files.recorded_pattern(recorded)
+    recorded = SparsityRecord.read(folder)
+    known = pattern or recorded.pattern
     own = None if known is None else Pattern.of(SparsityConfig(pattern=known))
     if own is not None:
         half_of(own)  # before the weights are loaded
     checkpoint = load_checkpoint(name, dtype="auto", trust_remote_code=trust_remote_code)
     layers = {}
-    pruned = {*checkpoint.masks, *files.recorded_layers(recorded)}
+    pruned = {*checkpoint.masks, *recorded.layers}
     for key, layer in select_layers(checkpoint.model, recorded=pruned)[0].items():
         weight, mask = layer.weight.detach(), checkpoint.masks.get(key)
         if isinstance(layer, Conv1D):

@@ -36,6 +36,7 @@ from ast_sparse.storage.save import (
 )
 from ast_sparse.storage.sharded import is_sharded_checkpoint
 from ast_sparse.storage.slorb_adapter import write_adapter
+from ast_sparse.storage.sparsity_record import SparsityRecord
 
 __all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
 
@@ -55,7 +56,7 @@ class _Source:
     slorb: files.SlorbPairs
     folder: Path | None
     origin: Origin
-    sparsity_config: dict[str, Any]
+    record: SparsityRecord
     pattern: Pattern
 
 
@@ -130,7 +131,7 @@ def _open_source(
     model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any], trust_remote_code: bool
 ) -> _Source:
     if folder is None:
-        model, recorded = model_or_dir, record
+        model, recorded = model_or_dir, SparsityRecord.from_dict(record)
         _check_model(model)
         weights, masks, slorb = split_state_dict(model.state_dict())
         layer = next(iter(sparse_layers(model).values()), None)
@@ -141,8 +142,8 @@ def _open_source(
         checkpoint = load_checkpoint(folder, dtype=_reading_dtype(folder), trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
         weights = split_state_dict(model.state_dict())[0]
-        recorded = files.read_sparsity_config(folder)
-        found = files.recorded_pattern(recorded)
+        recorded = SparsityRecord.read(folder)
+        found = recorded.pattern
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
     return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked))
 
@@ -173,7 +174,7 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
     codec = codecs().get(format)
     patterns = [source.pattern] + ([codec.pattern] if codec else [])
-    recorded = {*source.masks, *files.recorded_layers(source.sparsity_config)}
+    recorded = {*source.masks, *source.record.layers}
     selected, _ = select_layers(source.model, recorded=recorded)
     loaded = loaded_dtypes(source.model, dtype)
     plan = _Plan(format, codec, {}, {}, {name: loaded.get(name, dtype) for name in source.weights})
@@ -250,9 +251,12 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
-    own = {"pattern": str(source.pattern), "slorb": {"enabled": bool(source.slorb)}, "layers": sorted(plan.pruned)}
-    recorded = source.sparsity_config if source.folder is not None else {}
-    files.write_json(folder / files.SPARSITY_CONFIG_NAME, recorded or {**own, **source.sparsity_config})
+    record = source.record
+    if source.folder is None or not record.content:
+        record = SparsityRecord.of_export(
+            pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record.content
+        )
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record.to_dict())
 
 
 def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:

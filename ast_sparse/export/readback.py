@@ -19,6 +19,7 @@ from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.save import split_state_dict
 from ast_sparse.storage.slorb_adapter import read_adapter
+from ast_sparse.storage.sparsity_record import has_adapter
 
 
 def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
@@ -40,7 +41,7 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
             tied = _tied(model, weights)
             wanted: Mapping[str, Tensor] = {name: weights[name] for name in weights if name not in tied}
             found = _stored(folder)
-            read = read_adapter(folder / files.ADAPTER_FOLDER) if files.has_adapter(folder) else {}
+            read = read_adapter(folder / files.ADAPTER_FOLDER) if has_adapter(folder) else {}
         else:
             checkpoint = load_checkpoint(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
             wanted, found, read = weights, iter(checkpoint.model.state_dict().items()), checkpoint.slorb

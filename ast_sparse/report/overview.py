@@ -13,6 +13,7 @@ from ast_sparse.export.formats import codec_of
 from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage import files
 from ast_sparse.storage.run_folder import PROTOCOL, Run, is_run
+from ast_sparse.storage.sparsity_record import SparsityRecord
 
 Counts = dict[str, tuple[int, int]]  # weights that are not zero and all weights, by layer name
 
@@ -121,7 +122,7 @@ def _kind(model: str) -> str:
     folder = Path(model).expanduser()
     if not (folder / files.CONFIG_NAME).is_file():
         return "model"
-    pattern = files.recorded_pattern(files.read_sparsity_config(folder))
+    pattern = SparsityRecord.read(folder).pattern
     quantization = files.read_json(folder / files.CONFIG_NAME).get("quantization_config")
     codec = codec_of(quantization.get("quant_method")) if isinstance(quantization, dict) else None
     if codec is not None:
@@ -159,7 +160,7 @@ def stored_counts(folder: Path) -> Counts:
     """Counts of the pruned layers of a dense checkpoint, read a tensor at a time."""
     from safetensors import safe_open
 
-    layers = files.recorded_layers(files.read_sparsity_config(folder))
+    layers = SparsityRecord.read(folder).layers
     found = {}
     for file in files.weight_files(folder):
         with safe_open(file, "pt") as stream:

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")  # one of t
 COMPANION_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 _LONGEST_NAME = 500
 _LARGEST_JSON = 2**28  # bytes: many times the index of the largest models
@@ -103,8 +103,8 @@ def require_model_folder(folder: Path) -> None:
     config = read_json(folder / CONFIG_NAME)
     if "transformers_weights" in config:
         raise UserError(f"`{folder / CONFIG_NAME}` names other weights by `transformers_weights`. Remove the key.")
-    if (folder / _ADAPTER_CONFIG_NAME).is_file():  # from_pretrained would add it to the model, and rename the layers
-        raise UserError(f"`{folder}` holds {_ADAPTER_CONFIG_NAME} beside a model. Merge the adapter, or move it away.")
+    if (folder / ADAPTER_CONFIG_NAME).is_file():  # from_pretrained would add it to the model, and rename the layers
+        raise UserError(f"`{folder}` holds {ADAPTER_CONFIG_NAME} beside a model. Merge the adapter, or move it away.")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -220,52 +220,3 @@ def tokenizer_files(folder: Path) -> set[Path]:
         for part in (path, *(path.rglob("*") if path.is_dir() else ())):
             check_inside(part)
     return found | companions if found else set()
-
-
-def read_sparsity_config(folder: Path) -> dict[str, Any]:
-    """The content of `sparsity_config.json`, empty where there is none."""
-    path = folder / SPARSITY_CONFIG_NAME
-    return read_json(path) if path.is_file() else {}
-
-
-def recorded_pattern(sparsity_config: dict[str, Any]) -> str | None:
-    """The pattern `N:M` that a `sparsity_config.json` names, if any."""
-    section = sparsity_config.get("sparsity")
-    pattern = section.get("pattern") if isinstance(section, dict) else sparsity_config.get("pattern")
-    return pattern if isinstance(pattern, str) else None
-
-
-def recorded_layers(sparsity_config: dict[str, Any]) -> list[str]:
-    """The pruned layers that a `sparsity_config.json` names.
-
-    Raises:
-        UserError: they are no list of names.
-    """
-    layers = sparsity_config.get("layers", [])
-    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
-        raise UserError(f"{SPARSITY_CONFIG_NAME}: `layers` is no list of names. Restore the file, or remove it.")
-    return layers
-
-
-def has_adapter(folder: Path) -> bool:
-    """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not switch off.
-
-    Raises:
-        UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else;
-            or it says neither yes nor no.
-    """
-    check_inside(folder / ADAPTER_FOLDER)
-    present = (folder / ADAPTER_FOLDER / _ADAPTER_CONFIG_NAME).is_file()
-    section = read_sparsity_config(folder).get("slorb", present)
-    enabled = section.get("enabled", True) if isinstance(section, dict) else bool(section)
-    if not isinstance(section, dict | bool | None) or not isinstance(enabled, bool):
-        raise UserError(
-            f"`{folder / SPARSITY_CONFIG_NAME}`: slorb={shown(section)} is neither settings nor true or false. "
-            "Restore the file."
-        )
-    if enabled and not present:
-        raise UserError(
-            f"`{folder}` was trained with SLoRB, but its adapter `{folder / ADAPTER_FOLDER}` is missing. "
-            f"Restore it, or set slorb to false in {SPARSITY_CONFIG_NAME}."
-        )
-    return enabled

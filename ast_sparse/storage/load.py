@@ -28,6 +28,7 @@ from ast_sparse.storage.packed import check_codes, check_leftovers, decode_on_lo
 from ast_sparse.storage.quantized import forget_quantization, make_plain
 from ast_sparse.storage.sharded import is_sharded_checkpoint, merged
 from ast_sparse.storage.slorb_adapter import attach_adapter, check_pairs, read_adapter, with_twins
+from ast_sparse.storage.sparsity_record import has_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def load_checkpoint(
         arguments["use_safetensors"] = True
     model = _load_weights(place, config, dtype, set(masks), arguments)
     _apply_stored_masks(model, masks, place.name)
-    if folder and not slorb and files.has_adapter(folder):
+    if folder and not slorb and has_adapter(folder):
         slorb = read_adapter(folder / files.ADAPTER_FOLDER)
     slorb = with_twins(model, slorb)
     check_pairs(model, slorb, place.name)

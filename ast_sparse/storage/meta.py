@@ -14,11 +14,12 @@ from transformers import (
 from ast_sparse.config import ModelConfig
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage.companions import companion_files
-from ast_sparse.storage.files import has_adapter, sparse_keys, tensor_shapes, weight_files
+from ast_sparse.storage.files import sparse_keys, tensor_shapes, weight_files
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.origin import check_saving, read_generation_config, source_folder
 from ast_sparse.storage.packed import decode_on_load
 from ast_sparse.storage.quantized import forget_quantization
+from ast_sparse.storage.sparsity_record import has_adapter
 
 _LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
 _LONGEST_REASON = 200  # characters of another library's error that are shown

@@ -27,6 +27,7 @@ from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
+from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
 from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
@@ -105,17 +106,16 @@ class CheckpointTrainer(Trainer):
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """What `sparsity_config.json` says of the run."""
-        return {
-            "ast_sparse_version": ast_sparse.__version__,
-            "format_version": 1,
-            "base_model": self.base_model_name,
-            "pattern": self.sparsity_config.pattern,
-            "sparsity": self.sparsity_config.to_dict(),
-            "slorb": None if self.slorb_config is None else self.slorb_config.to_dict(),
-            "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
-            "kernels": self._sparsity.kernels,
-            "layers": sorted(self.sparsity_report.pruned),
-        }
+        record = SparsityRecord.of_run(
+            version=ast_sparse.__version__,
+            base_model=self.base_model_name,
+            sparsity=self.sparsity_config,
+            slorb=self.slorb_config,
+            distillation=self.distillation_config,
+            kernels=self._sparsity.kernels,
+            layers=self.sparsity_report.pruned,
+        )
+        return record.to_dict()
 
     @contextmanager
     def _settings_of_trainer(self) -> Iterator[None]:

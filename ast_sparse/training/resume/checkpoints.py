@@ -27,6 +27,7 @@ from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
 from ast_sparse.storage.sharded import is_sharded_checkpoint, shard_faults
 from ast_sparse.storage.sharded import tensor_shapes as sharded_shapes
+from ast_sparse.storage.sparsity_record import SparsityRecord
 
 logger = logging.get_logger(__name__)
 
@@ -209,16 +210,16 @@ def check_same_run(
     defaults = {"sparsity": SparsityConfig().to_dict(), "slorb": off.to_dict()}
     now = {"sparsity": sparsity.to_dict(), "slorb": (slorb or off).to_dict()}
     try:
-        saved = read_json(path)
+        saved = SparsityRecord.from_dict(read_json(path))
         # a setting that came after the checkpoint was written had its default
-        was = {name: {**default, **(saved[name] or {})} for name, default in defaults.items()}
+        was = {name: {**default, **saved.settings(name)} for name, default in defaults.items()}
         differing = [
             (f"{section}.{key}", was[section][key], value)
             for section in defaults
             for key, value in now[section].items()
             if was[section][key] != value and key not in _MAY_DIFFER
         ]
-        other_layers = set(saved["layers"]) ^ set(layers)
+        other_layers = saved.checkpoint_layers() ^ set(layers)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read. The checkpoint is damaged: resume from another one.") from None
     if differing:
@@ -231,7 +232,7 @@ def check_same_run(
         name = min(other_layers, key=str)
         older = (
             " Earlier versions also pruned routers and weights that the model reads itself: start such a run anew."
-            if other_layers <= set(saved["layers"])
+            if other_layers <= saved.checkpoint_layers()
             else ""
         )
         raise UserError(
@@ -242,7 +243,7 @@ def check_same_run(
 
 def stored_kernels(checkpoint: Path) -> Kernels:
     """What a checkpoint's masks and updates were computed with; eager, where it is older than the choice."""
-    return "compiled" if read_json(checkpoint / SPARSITY_CONFIG_NAME).get("kernels") == "compiled" else "eager"
+    return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).kernels
 
 
 def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,6 +15,7 @@ from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConf
 from ast_sparse.distributed.ranks import errors_shared
 from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, read_json, write_json
+from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.resume.checkpoints import RUN_RECORD
 from ast_sparse.training.resume.fingerprints import (
     blocks_fingerprint,
@@ -203,8 +204,7 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
-    stored = read_json(checkpoint / SPARSITY_CONFIG_NAME).get("distillation")
-    return stored if isinstance(stored, dict) else None
+    return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).distillation
 
 
 def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:

@@ -1,0 +1,147 @@
+"""`sparsity_config.json`: what is written beside a sparse model, and the only place that knows its keys."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.errors import UserError, shown
+from ast_sparse.storage import files
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SparsityRecord:
+    """How the weights of a folder became sparse.
+
+    Attributes:
+        content: as the file has it. A file of another version, or one that was edited, may lack keys and hold others;
+            an export copies it as it is.
+    """
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(
+        cls,
+        *,
+        version: str,
+        base_model: str | None,
+        sparsity: SparsityConfig,
+        slorb: SLoRBConfig | None,
+        distillation: DistillationConfig | None,
+        kernels: str,
+        layers: Iterable[str],
+    ) -> "SparsityRecord":
+        """Of a training run; `layers` are the names of the pruned ones."""
+        return cls({
+            "ast_sparse_version": version,
+            "format_version": _FORMAT_VERSION,
+            "base_model": base_model,
+            "pattern": sparsity.pattern,
+            "sparsity": sparsity.to_dict(),
+            "slorb": None if slorb is None else slorb.to_dict(),
+            "distillation": None if distillation is None else distillation.to_dict(),
+            "kernels": kernels,
+            "layers": sorted(layers),
+        })  # fmt: skip
+
+    @classmethod
+    def of_export(
+        cls, *, pattern: str, has_slorb: bool, layers: Iterable[str], more: Mapping[str, Any]
+    ) -> "SparsityRecord":
+        """Of an export whose source has no record; `more` is what its caller adds, which may replace the rest."""
+        return cls({"pattern": pattern, "slorb": {"enabled": has_slorb}, "layers": sorted(layers), **more})
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "SparsityRecord":
+        """From the content of a file, which is checked where it is read out."""
+        return cls(content)
+
+    @classmethod
+    def read(cls, folder: Path) -> "SparsityRecord":
+        """Of a folder; empty where there is no such file.
+
+        Raises:
+            UserError: it is not a JSON object.
+        """
+        path = folder / files.SPARSITY_CONFIG_NAME
+        return cls(files.read_json(path)) if path.is_file() else cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
+        return dict(self.content)
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern `N:M`, if any."""
+        section = self.content.get("sparsity")
+        pattern = section.get("pattern") if isinstance(section, dict) else self.content.get("pattern")
+        return pattern if isinstance(pattern, str) else None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the pruned layers.
+
+        Raises:
+            UserError: they are not a list of names.
+        """
+        layers = self.content.get("layers", [])
+        if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+            raise UserError(
+                f"{files.SPARSITY_CONFIG_NAME}: `layers` is no list of names. Restore the file, or remove it."
+            )
+        return layers
+
+    @property
+    def distillation(self) -> dict[str, Any] | None:
+        """Settings of the distillation, if there are any."""
+        section = self.content.get("distillation")
+        return section if isinstance(section, dict) else None
+
+    @property
+    def kernels(self) -> Literal["eager", "compiled"]:
+        """What masks and updates were computed with; eager, where the record is older than the choice."""
+        return "compiled" if self.content.get("kernels") == "compiled" else "eager"
+
+    def settings(self, section: str) -> dict[str, Any]:
+        """A section that a checkpoint has; empty for null.
+
+        Raises:
+            KeyError, TypeError: it is missing, or not a mapping.
+        """
+        return {**(self.content[section] or {})}
+
+    def checkpoint_layers(self) -> set[str]:
+        """Names of the pruned layers, which a checkpoint has.
+
+        Raises:
+            KeyError, TypeError: they are missing, or not names.
+        """
+        return set(self.content["layers"])
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not switch off.
+
+    Raises:
+        UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else;
+            or it says neither yes nor no.
+    """
+    files.check_inside(folder / files.ADAPTER_FOLDER)
+    present = (folder / files.ADAPTER_FOLDER / files.ADAPTER_CONFIG_NAME).is_file()
+    section = SparsityRecord.read(folder).content.get("slorb", present)
+    enabled = section.get("enabled", True) if isinstance(section, dict) else bool(section)
+    if not isinstance(section, dict | bool | None) or not isinstance(enabled, bool):
+        raise UserError(
+            f"`{folder / files.SPARSITY_CONFIG_NAME}`: slorb={shown(section)} is neither settings nor true or false. "
+            "Restore the file."
+        )
+    if enabled and not present:
+        raise UserError(
+            f"`{folder}` was trained with SLoRB, but its adapter `{folder / files.ADAPTER_FOLDER}` is missing. "
+            f"Restore it, or set slorb to false in {files.SPARSITY_CONFIG_NAME}."
+        )
+    return enabled
