@@ -1,7 +1,6 @@
 """Blocks of shards, mixtures and streams go to the ranks in one order, each once, also after a resume."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.data_facts import BATCH, RANKS, SAVED, SOURCES, STEPS, Blocks, run, write_text
+from tests.processes import run_command
 
-ROOT = Path(__file__).parents[2]
 KINDS = ("ddp", "fsdp")
 
 
@@ -26,7 +25,7 @@ def facts(text: Path) -> list[dict[str, Any]]:
     """By rank."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command = [sys.executable, *launch, "-m", "tests.distributed.data_facts", str(text)]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    finished = run_command(command)
     assert finished.returncode == 0, finished.stderr[-5000:]
     found: list[dict[str, Any]] = json.loads((text / "facts.json").read_text())
     return found

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityC
 from ast_sparse.cli.train import main
 from ast_sparse.training.resume.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
+from tests.processes import Started, run_command
 from tests.training.small_runs import arguments, blocks
 
 # AST_SPARSE_KILL_STEPS=60 AST_SPARSE_KILL_SEEDS=20 python -m pytest tests/invariant/test_resume.py -k sigkill
@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     documents = [{"text": generated_text(12, seed=seed)} for seed in range(40)]
     (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder, steps=STEPS))
-    subprocess.run(command(folder / "run.yaml", folder / "whole"), check=True, capture_output=True)
+    run_command(command(folder / "run.yaml", folder / "whole"), check=True)
     return folder / "run.yaml", folder / "whole"
 
 
@@ -98,17 +98,14 @@ def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Pat
     rng, out = random.Random(seed), tmp_path / "out"
     for kill in range(2):
         target = newest_step(out) + rng.randint(1, STEPS // 3)
-        process = subprocess.Popen(
-            command(config, out, *(["--resume"] if newest_step(out) else [])),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = Started(command(config, out, *(["--resume"] if newest_step(out) else [])))
         while newest_step(out) < target and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.random() * rng.choice([0.05, 0.5]))  # inside the save that began, or in the steps after it
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert kill or process.returncode == -signal.SIGKILL
-    resumed = subprocess.run(command(config, out, "--resume"), capture_output=True, text=True)
+    resumed = run_command(command(config, out, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, out)
 
@@ -119,9 +116,7 @@ def test_a_run_that_is_asked_to_leave_saves_its_step_and_resumes_bit_for_bit(
 ) -> None:
     config, whole = undisturbed
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(config, out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = Started(command(config, out, *options))
     while not (out / "mask_history.jsonl").exists() and process.poll() is None:
         time.sleep(0.001)  # until the first refresh, after step 3
     process.send_signal(signal.Signals[name])
@@ -138,9 +133,9 @@ def test_a_run_that_is_asked_to_leave_saves_its_step_and_resumes_bit_for_bit(
 def test_resuming_a_run_killed_after_its_last_step_only_saves(undisturbed: tuple[Path, Path], tmp_path: Path) -> None:
     config, whole = undisturbed
     out = tmp_path / "out"
-    subprocess.run(command(config, out), check=True, capture_output=True)
+    run_command(command(config, out), check=True)
     (out / "model.safetensors").unlink()
-    subprocess.run(command(config, out, "--resume"), check=True, capture_output=True)
+    run_command(command(config, out, "--resume"), check=True)
     assert newest_step(out) == STEPS
     assert_same_run(whole, out)
 
@@ -150,9 +145,7 @@ def test_resuming_an_earlier_checkpoint_removes_the_later_ones(undisturbed: tupl
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / f"checkpoint-{STEPS}" / "optimizer.pt").write_bytes(b"of another course")
-    resumed = subprocess.run(
-        command(config, out, "--resume", str(out / f"checkpoint-{STEPS - 8}")), capture_output=True, text=True
-    )
+    resumed = run_command(command(config, out, "--resume", str(out / f"checkpoint-{STEPS - 8}")))
     assert resumed.returncode == 0, resumed.stderr
     assert f"checkpoint-{STEPS} is removed" in resumed.stderr
     assert_same_run(whole, out)

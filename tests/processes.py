@@ -1,0 +1,136 @@
+"""Processes that begin with torch and transformers imported: one process imports them, and each of these is its fork.
+
+A fresh interpreter works for seconds before the first line of a command; these start in milliseconds and are otherwise
+what `python -m` starts: a pid, an environment, exit codes, signals. Where a test is about the interpreter itself, as
+about the order of imports, it starts a fresh one.
+"""
+
+import gc
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+IMPORTED = (
+    "ast_sparse.cli.train", "ast_sparse.run.train", "ast_sparse.training.fsdp", "ast_sparse.planning.plan",
+    "torch.distributed.run", "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "tests.processes",
+)  # fmt: skip
+
+_context: Any = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(list(IMPORTED))
+
+
+class Started:
+    """A running command, with what a test needs of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        output: tuple[Path, Path] | None = None,
+        start_new_session: bool = False,
+    ) -> None:
+        if command[0] != sys.executable or "-m" not in command:
+            raise ValueError(f"{command} does not run a module")
+        self.args = list(command)
+        self._folder = tempfile.TemporaryDirectory()
+        self.output = output or (Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr"))
+        environment, is_apart = dict(os.environ if env is None else env), start_new_session
+        module, *arguments = command[command.index("-m") + 1 :]
+        self._process = _context.Process(
+            target=_run_module, args=(module, arguments, environment, os.getcwd(), self.output, is_apart)
+        )
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # what is run as one here is none there
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end; what the command and its own processes wrote."""
+        self.wait(timeout)
+        out, err = (file.read_text() for file in self.output)
+        return out, err
+
+
+def run_command(
+    command: Sequence[str], env: Mapping[str, str] | None = None, check: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a `python -m` command; its output is always captured, as text."""
+    process = Started(command, env)
+    out, err = process.communicate()
+    code = process.wait()
+    if check and code:
+        raise subprocess.CalledProcessError(code, list(command), out, err)
+    return subprocess.CompletedProcess(list(command), code, out, err)
+
+
+def _run_module(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
+    output: tuple[Path, Path],
+    is_apart: bool,
+) -> None:
+    """What the fork does."""
+    if is_apart:
+        os.setsid()
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, file in enumerate(output, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (
+        open(number, "w", buffering=1, errors=errors, closefd=False)  # noqa: SIM115  # open as long as the process
+        for number, errors in ((1, "strict"), (2, "backslashreplace"))
+    )
+    if module == "torch.distributed.run":
+        _fork_ranks(output)
+    sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # it is run as `__main__`
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _fork_ranks(output: tuple[Path, Path]) -> None:
+    """Let torchrun start its ranks here as it starts them with `subprocess`."""
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = lambda: None  # the one this process is of
+
+    def start(args: Sequence[str], env: Mapping[str, str], stdout: Any, stderr: Any, **kwargs: Any) -> Started:
+        assert stdout is stderr is None, "ranks write where torchrun writes"
+        return Started(args, env, output, **kwargs)
+
+    name = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+    importlib.import_module(name).Popen = start  # type: ignore[attr-defined]
