@@ -99,7 +99,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used: torch and transformers take seconds."""
+        """Import a public name when it is first used: importing torch and transformers takes seconds."""
         if name not in _PUBLIC:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -1,4 +1,4 @@
-"""The errors a user can fix: one line that names the field or file, the value and the fix."""
+"""Errors that a user can fix: one line that names the field or file, the value and the fix."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +12,7 @@ class UserError(ValueError):
 
     Args:
         message: names the setting or file, the value and the fix.
-        fields: settings as the message names them (`calibration.samples`), where a command may call them otherwise.
+        fields: settings as the message names them (`calibration.samples`), if a command may use other names for them.
     """
 
     def __init__(self, message: str, *fields: str) -> None:
@@ -28,21 +28,21 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """An error that every process of a distributed run gets; the first one says so."""
+    """An error raised on every process of a distributed run; only the first process prints it."""
 
 
 class DivergenceError(UserError):
-    """Training produced a loss or weights that are not finite, or a model that is measured does."""
+    """Training, or the evaluation of a model, produced a loss or weights that are not finite."""
 
 
 def shown(value: Any) -> str:
-    """A value for a message: as Python writes it, on one line and not too long."""
+    """A value as a message shows it: Python's repr, on one line and not too long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
 
 
 def shown_name(name: Any) -> str:
-    """A key for a message: as it stands where it is a plain name, else as `shown` has it."""
+    """A key as a message shows it: unchanged if it is a plain name, otherwise as `shown` writes it."""
     text = str(name)
     return text if text.isprintable() and len(text) <= _LONGEST_SHOWN else shown(name)
 
@@ -70,14 +70,14 @@ def one_line(
     end: Literal["kept", "open", "stop", "mark"] = "kept",
     named: bool = False,
 ) -> str:
-    """What another library's error says, on one line; the name of its class where it says nothing.
+    """The message of another library's error on one line; the name of its class if the message is empty.
 
     Args:
-        limit: characters that are shown of it.
-        cut: what a longer text ends with: its last character that fits (sharp), that and "…" (marked), or the last
-            word that fits and "…" (word).
-        end: how the text ends: as it is (kept), without full stops, for a sentence that goes on (open), always with a
-            full stop (stop), or with a full stop unless another mark ends it (mark).
+        limit: maximum number of characters.
+        cut: how a longer text is cut: at the last character that fits (sharp), the same with "…" after it (marked), or
+            at the last word that fits, with "…" after it (word).
+        end: how the text ends: unchanged (kept), without full stops, for a sentence that continues (open), always with
+            a full stop (stop), or with a full stop unless it ends with another mark (mark).
         named: put the class before a text of one word, such as `'relux'` of a KeyError.
     """
     text = " ".join(str(error).split())
@@ -94,7 +94,7 @@ def one_line(
 
 
 def did_you_mean(value: Any, known: Iterable[Any], quoted: Callable[[str], str] = repr) -> str:
-    """A question that names the known value nearest to a wrong one: `Did you mean 'bandit'?`; empty if none is near.
+    """A question with the known value closest to a wrong one: `Did you mean 'bandit'?`; empty if none is close.
 
     Args:
         quoted: how the name is written.

@@ -1,6 +1,6 @@
 """SparseAdamW: AdamW with a decay on pruned weights, in three placements (paper Sec. 3.2 and 6.6).
 
-A placement is one pure update function, in `kernels/updates.py`.
+Each placement is one pure update function in `kernels/updates.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,21 +16,21 @@ from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW whose masked parameters decay where they are pruned.
+    """AdamW that decays the pruned weights of masked parameters.
 
-    Parameters with a bound mask follow `decay_placement`; all others are `torch.optim.AdamW` itself. λ is the value
-    `mask_decay` of a group and may change between steps. State: `step`, `exp_avg`, `exp_avg_sq`.
+    Parameters with a bound mask are updated according to `decay_placement`; all others as by `torch.optim.AdamW`. λ is
+    the value `mask_decay` of a group and may change between steps. State: `step`, `exp_avg`, `exp_avg_sq`.
 
     Args:
-        params: parameters or groups; a group may set every value below, and `is_masked: True` where each of its
+        params: parameters or groups; a group may set every value below, and `is_masked: True` if each of its
             parameters must have a mask.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         mask_decay: λ of (3).
         decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17). Under `weight`, λ·γ is often
-            below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight), and then the decay does nothing.
+            below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight), and then the decay has no effect.
 
     Attributes:
-        kernels: `compiled` or `eager`, for the masked parameters; may be set before any step.
+        kernels: `compiled` or `eager`, for the masked parameters; it may be changed before any step.
 
     Raises:
         ValueError: a value out of range, or an unknown placement.
@@ -52,7 +52,7 @@ class SparseAdamW(torch.optim.Optimizer):
             if not value >= 0:
                 raise ValueError(f"{name}={value} must be 0 or more.")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas} must lie in [0, 1).")
+            raise ValueError(f"betas={betas} must be in [0, 1).")
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, mask_decay=mask_decay,
             decay_placement=decay_placement, is_masked=False,
@@ -62,7 +62,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self.kernels: Kernels = "eager"
 
     def bind_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
-        """Say which mask belongs to which parameter; the mask tensors are read at every step, not copied.
+        """Set the mask of each masked parameter; the mask tensors are read at every step, not copied.
 
         Args:
             masks: bool mask (True = kept) by parameter, of the same shape. Every parameter of a group with
@@ -86,7 +86,7 @@ class SparseAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient.
 
-        With lr 0 nothing moves and no masks are needed: that is how a distributed checkpoint creates the state.
+        With lr 0 no weight changes and no masks are needed: this is how a distributed checkpoint creates the state.
 
         Raises:
             RuntimeError: a masked group has no masks bound and lr is not 0.
@@ -110,7 +110,7 @@ class SparseAdamW(torch.optim.Optimizer):
         return loss
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter, made of zeros where it was never updated."""
+        """The state of a parameter; zeros if it has not been updated yet."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -142,7 +142,7 @@ class SparseAdamW(torch.optim.Optimizer):
         adamw(
             parameters, [p.grad for p in parameters if p.grad is not None],
             [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
-            foreach=not on_cpu, fused=on_cpu,  # fused on a GPU wants `step` there, and a sync to read it
+            foreach=not on_cpu, fused=on_cpu,  # fused on a GPU needs `step` there, and a sync to read it
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip

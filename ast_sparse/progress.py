@@ -1,6 +1,6 @@
-"""Progress: tqdm's bars on a terminal and in a notebook; where stderr goes to a file (Slurm, CI), a line now and then.
+"""Progress: tqdm's bars on a terminal and in a notebook; lines now and then if stderr is a file (Slurm, CI).
 
-A bar redraws itself by carriage returns, and a log keeps every one of its states.
+A bar redraws itself with carriage returns, and a log file would keep every one of its states.
 """
 
 import os
@@ -14,8 +14,8 @@ from tqdm.std import tqdm as plain_bar
 
 _INTERVAL_S = 30.0  # between two lines
 _LONGEST_INTERVAL_S = 600.0
-_SHARE = 0.05  # of the time so far: lines of a long job come less often
-_SHORT_S = 1.0  # what is done sooner prints nothing
+_SHARE = 0.05  # of the time so far: a long job prints lines less often
+_SHORT_S = 1.0  # a shorter job prints nothing
 
 
 def shows_bars() -> bool:
@@ -24,15 +24,15 @@ def shows_bars() -> bool:
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> Any:
-    """A bar with the arguments of `tqdm`, where bars are shown; otherwise one that prints lines, see `LineBar`."""
+    """A bar with the arguments of `tqdm` if bars are shown; otherwise one that prints lines, see `LineBar`."""
     return auto_bar(*args, **kwargs) if shows_bars() else LineBar(*args, **kwargs)
 
 
 class LineBar(plain_bar):
-    """A tqdm whose states are lines: every half minute, later every twentieth of the time so far, at most ten minutes.
+    """A tqdm that prints lines: every half minute, later every twentieth of the time so far, at most ten minutes.
 
-    The last line is printed at the end; what takes less than a second prints nothing. The first process of a
-    distributed run alone prints.
+    The last line is printed at the end. A job of less than a second prints nothing. In a distributed run only the
+    first process prints.
     """
 
     disable: bool
@@ -57,17 +57,17 @@ class LineBar(plain_bar):
             _print(self, elapsed)
 
     def clear(self, nolock: bool = False) -> None:
-        """There is nothing to clear."""
+        """Do nothing: lines are not cleared."""
 
     def moveto(self, n: int) -> None:
-        """Lines stay where they are."""
+        """Do nothing: lines are not moved."""
 
 
 def _print(bar: Any, elapsed: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     text = line(bar.format_dict, elapsed)
-    if text == getattr(bar, "_said", None):  # the last line fell due just before the end
+    if text == getattr(bar, "_said", None):  # the last line was already printed just before the end
         return
     bar._said = text
     try:
@@ -101,7 +101,7 @@ def _number(n: float, state: dict[str, Any]) -> str:
 
 
 def _count(number: str, unit: str, n: float) -> str:
-    """A number with its unit in the plural; tqdm's own `it` says nothing."""
+    """A number with its unit in the plural; tqdm's default unit `it` is left out."""
     if unit == "it":
         return number
     plural = "es" if unit.endswith("ch") else "" if unit.endswith("s") or len(unit) == 1 or n == 1 else "s"
@@ -115,14 +115,14 @@ def _clock(seconds: float) -> str:
 
 
 def close_bars() -> None:
-    """Close the bars that an exception left open: otherwise they would draw once more below its message."""
+    """Close the bars that an exception left open: otherwise they would be drawn once more below its message."""
     for bar in list(plain_bar._instances):
         bar.close()
 
 
 @contextmanager
 def library_bars(shown: bool) -> Iterator[None]:
-    """Whether datasets and transformers show bars; afterwards as before."""
+    """Show or hide the bars of datasets and transformers in the block; the setting is restored afterwards."""
     import datasets
     from transformers.utils import logging
 
@@ -142,10 +142,10 @@ def library_bars(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def lines_for_bars() -> Iterator[None]:
-    """Bars that libraries make by tqdm print lines as well, where bars are not shown.
+    """Let the tqdm bars of other libraries print lines too if bars are not shown.
 
-    Loading weights, reading and tokenising data, and the tasks of the harness have bars of their own, which take no
-    class to be made of, so tqdm itself draws as `LineBar` does until this ends.
+    Loading weights, reading and tokenising data, and the tasks of the harness make their own bars and do not let us
+    choose the class, so tqdm itself gets the methods of `LineBar` until the block ends.
     """
     names = () if shows_bars() else ("display", "close", "clear", "moveto")
     before = {name: getattr(plain_bar, name) for name in names}

@@ -1,4 +1,4 @@
-"""What changes with the step: the mask decay, the sparsity of the baselines IMP and GMP, and when SLoRB begins."""
+"""What changes with the step: the mask decay, the sparsity of the baselines IMP and GMP, and the start of SLoRB."""
 
 from typing import Literal
 
@@ -16,14 +16,14 @@ def mask_decay_at(
     decay_ramp: float = 0.25,
     decay_schedule: DecaySchedule = "annealed",
 ) -> float:
-    """λ for the update from `global_step` = `step` to `step` + 1, (2).
+    """λ of (2) for the update from `global_step` = `step` to `step` + 1.
 
     Args:
-        step: updates done so far, so that the first update of an annealed run has λ = 0.
+        step: updates done so far; the first update of an annealed run has λ = 0.
         total_steps: T1.
         mask_decay: λ_max.
-        decay_ramp: T0/T1; 0 gives λ_max from the start.
-        decay_schedule: `annealed` as (2), `static` SR-STE (λ_max throughout), or `none` (0).
+        decay_ramp: T0/T1; 0 means λ_max from the start.
+        decay_schedule: `annealed` (2), `static` (SR-STE, λ_max throughout), or `none` (0).
 
     Raises:
         ValueError: an unknown `decay_schedule`.
@@ -43,9 +43,9 @@ def gradual_sparsity_at(step: int, total_steps: int, final_sparsity: float, prun
 
     Args:
         step: updates done so far.
-        total_steps: of the run.
+        total_steps: steps of the run.
         final_sparsity: s.
-        prune_until: share of the steps at which t reaches 1.
+        prune_until: share of the steps after which t is 1.
     """
     done = step / (prune_until * total_steps)
     if done > 1 - _ROUNDING:
@@ -65,11 +65,11 @@ def iterative_sparsity_at(
 
     Args:
         step: updates done so far; the first round prunes before the first update.
-        total_steps: of the run.
-        final_sparsity: what the last round makes of it.
-        rounds: how often it prunes.
-        prune_share: share of the remaining weights that a round prunes; default: the same share every time.
-        steps_per_round: updates of a round; default `total_steps / rounds`.
+        total_steps: steps of the run.
+        final_sparsity: the share after the last round.
+        rounds: number of times that weights are pruned.
+        prune_share: share of the remaining weights that a round prunes; default: the same share in every round.
+        steps_per_round: updates in a round; default `total_steps / rounds`.
     """
     length = max(1, total_steps // rounds) if steps_per_round is None else steps_per_round
     done = min(rounds, step // length + 1)
@@ -80,7 +80,7 @@ def iterative_sparsity_at(
 
 
 def sparsity_at(config: SparsityConfig, step: int, total_steps: int) -> float:
-    """The share of pruned weights after `step` updates that `sparsity.schedule` asks for."""
+    """The share of pruned weights after `step` updates according to `sparsity.schedule`."""
     final = config.final_sparsity
     if config.schedule == "gmp":
         return gradual_sparsity_at(step, total_steps, final, config.prune_until)
@@ -92,7 +92,7 @@ def sparsity_at(config: SparsityConfig, step: int, total_steps: int) -> float:
 
 
 def is_refresh_due(config: SparsityConfig, step: int, total_steps: int) -> bool:
-    """Whether masks are recomputed after the update that makes `step`."""
+    """Whether masks are recomputed after update number `step`."""
     if config.schedule == "imp":
         return sparsity_at(config, step, total_steps) > sparsity_at(config, step - 1, total_steps)
     at_interval = config.mask_interval > 0 and step % config.mask_interval == 0
@@ -100,19 +100,19 @@ def is_refresh_due(config: SparsityConfig, step: int, total_steps: int) -> bool:
 
 
 def lacks_rounds(config: SparsityConfig, total_steps: int) -> bool:
-    """Whether IMP would not begin its last round within the run."""
+    """Whether the run is too short for IMP to begin its last round."""
     return config.schedule == "imp" and sparsity_at(config, total_steps - 1, total_steps) < config.final_sparsity
 
 
 def decay_at(config: SparsityConfig, step: int, total_steps: int) -> float:
-    """λ of a run for the update from `step` to `step` + 1; 0 where pruned weights are zero already."""
+    """λ of a run for the update from `step` to `step` + 1; 0 if pruned weights are zero already."""
     if config.is_gradual:
         return 0.0
     return mask_decay_at(step, total_steps, config.mask_decay, config.decay_ramp, config.decay_schedule)
 
 
 def slorb_step(slorb: SLoRBConfig | None, total_steps: int) -> int | None:
-    """The updates after which SLoRB alone is trained (Table 12); None where it is trained from the start."""
+    """The number of updates after which only SLoRB is trained (Table 12); None if it is trained from the start."""
     if slorb is None or not slorb.enabled or slorb.start == 0:
         return None
     return int(slorb.start * total_steps + _ROUNDING)

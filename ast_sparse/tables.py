@@ -1,16 +1,16 @@
-"""Plain text tables, for every command that prints figures."""
+"""Plain text tables, for every command that prints results."""
 
 from collections.abc import Sequence
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out a table: columns two spaces apart, a rule under the headers, columns of numbers to the right.
+    """Lay out a table: columns two spaces apart, a rule under the headers, numeric columns right-aligned.
 
     Args:
-        rows: cells as they are to be shown; floats get two decimals, integers thousands separators, None a dash.
+        rows: the cells; floats are shown with two decimals, integers with thousands separators, None as a dash.
 
     Raises:
-        ValueError: a row has another number of cells than there are headers.
+        ValueError: a row does not have as many cells as there are headers.
     """
     cells = [[shown(cell) for cell in row] for row in rows]
     columns = list(zip(headers, *cells, strict=True)) if cells else [(header,) for header in headers]
