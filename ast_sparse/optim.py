@@ -52,7 +52,7 @@ class SparseAdamW(torch.optim.Optimizer):
             if not value >= 0:
                 raise ValueError(f"{name}={value} must be 0 or more.")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas} must be in [0, 1).")
+            raise ValueError(f"betas={betas} must lie in [0, 1).")
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, mask_decay=mask_decay,
             decay_placement=decay_placement, is_masked=False,

@@ -1,4 +1,4 @@
-"""What every command shares: errors of the user end as one line and exit code 2."""
+"""What every command shares: a user's error is printed as one line, with exit code 2."""
 
 import os
 import sys
@@ -15,18 +15,18 @@ USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for people who write code; warnings stay
-os.environ.setdefault("TQDM_DELAY", "1")  # a progress bar only for what takes longer than a second
+os.environ.setdefault("TQDM_DELAY", "1")  # no progress bar for anything shorter than a second
 
 
 class _OneLine(click.Command):
-    """Errors of the user, wrong options too, are one line and exit code 2; Ctrl-C exits with 130."""
+    """Prints a user's error, also a wrong option, as one line and exits with 2; Ctrl-C exits with 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         from ast_sparse.progress import lines_for_bars  # imports tqdm, which reads the environment once
 
         with _one_line_errors(), lines_for_bars():
-            setting.requested()  # a wrong value of its environment variable ends the command here
+            setting.requested()  # a wrong value of its environment variable is an error before the command starts
             code = super().main(*args, **kwargs)
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -36,12 +36,12 @@ class Command(_OneLine):
 
 
 class Group(_OneLine, click.Group):
-    """A click command with commands below it, whose errors are one line."""
+    """A click command with subcommands, whose errors are one line."""
 
 
 @contextmanager
 def settings_as_options(options: Mapping[str, str]) -> Iterator[None]:
-    """Let errors call a setting by the option it came from, such as `--seq-len` for `calibration.seq_len`."""
+    """Make errors name the option that a setting came from, such as `--seq-len` for `calibration.seq_len`."""
     try:
         yield
     except UserError as error:

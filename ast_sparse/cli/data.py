@@ -1,4 +1,4 @@
-"""ast-data: text to memory-mapped token shards, and a look at them."""
+"""ast-data: tokenise text into memory-mapped shards, and inspect and verify shards."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Tokenise text once into memory-mapped shards, which `data.train` of ast-train names."""
+    """Tokenise text once into memory-mapped shards, to name in `data.train` of ast-train."""
 
 
 @main.command(cls=Command)
 @click.argument("out", metavar="OUT")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--tokenizer", required=True, metavar="MODEL", help="Model whose tokenizer is taken: hub id or folder.")
+@click.option("--tokenizer", required=True, metavar="MODEL", help="Model whose tokenizer is used: hub id or folder.")
 @click.option(
     "--domain", "domains", multiple=True, metavar="NAME=SOURCE",
-    help="Text of a domain, which becomes the folder OUT/NAME; repeatable.",
+    help="Text of a domain; its shards go to the folder OUT/NAME; repeatable.",
 )  # fmt: skip
 @click.option("--root", metavar="FOLDER", help="Folder that relative sources start from.")
 @click.option("--text-field", default="text", show_default=True, help="Name of the text column or key.")
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
-    help="Where BOS is written: before each document, or nowhere; auto is what the tokenizer does. block (or window): "
-    "nowhere, and data.bos: block of ast-train puts one before each block.",
+    help="BOS in the shards. document: before each document; none: no BOS; auto: as the tokenizer does; block or "
+    "window: no BOS, but data.bos: block lets ast-train put one before each block.",
 )  # fmt: skip
 @click.option("--streaming", is_flag=True, help="Read hub data sets over the network instead of downloading them.")
 @click.option(
     "--workers", type=click.IntRange(1), metavar="N",
-    help="Processes that tokenise. Default: the number of cores; 1 starts none.",
+    help="Number of processes that tokenise. Default: the number of cores; 1: no other processes are started.",
 )  # fmt: skip
 @click.option(
     "--shard-size", type=click.FloatRange(0, min_open=True), default=64, show_default=True, metavar="MILLIONS",
-    help="Millions of characters of text a shard takes. A document is never cut, and a longer one is refused.",
+    help="Millions of characters of text in a shard. A document is never cut; a longer one is an error.",
 )  # fmt: skip
-@click.option("--keep-long", is_flag=True, help="Give a document that is longer than a shard a shard by itself.")
-@click.option("--overwrite", is_flag=True, help="Replace the shards that OUT holds.")
+@click.option("--keep-long", is_flag=True, help="Give a document that is longer than a shard its own shard.")
+@click.option("--overwrite", is_flag=True, help="Replace the shards in OUT.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
 def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **options: Any) -> None:
@@ -56,12 +56,12 @@ def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **opti
 
     SOURCE is a file or glob of text, JSONL, JSONL.gz, JSONL.zst or parquet, or a mapping of `datasets.load_dataset`
     arguments such as '{path: allenai/c4, name: en}'. A document is a text file, a line or a row, and ends with the
-    tokenizer's EOS. Killed or out of room, the same command goes on: finished shards are kept. OUT can be read when
-    its manifest.json is there.
+    tokenizer's EOS. If the command is killed or the disk is full, run it again: finished shards are kept. OUT can be
+    read as soon as it has a manifest.json.
     """
     folder = Path(out).expanduser()
     parts = _parts(folder, sources, domains)
-    from ast_sparse.storage.locate import load_tokenizer  # takes seconds: not for --help
+    from ast_sparse.storage.locate import load_tokenizer  # takes seconds, so --help does without it
 
     tokenizer = load_tokenizer(
         options["tokenizer"], gguf_file=options["gguf_file"], trust_remote_code=options["trust_remote_code"]
@@ -75,16 +75,16 @@ def prepare(out: str, sources: tuple[str, ...], domains: tuple[str, ...], **opti
 
 
 def _parts(folder: Path, sources: tuple[str, ...], domains: tuple[str, ...]) -> dict[Path, list[Entry]]:
-    """The folders to write and their text."""
+    """The folders to write, with their sources."""
     if bool(sources) == bool(domains):
-        raise UserError("Name text either as SOURCE or as --domain NAME=SOURCE: exactly one of them.")
+        raise UserError("Name text either as SOURCE or as --domain NAME=SOURCE, not both.")
     if sources:
         return {folder: [_entry(source) for source in sources]}
     parts: dict[Path, list[Entry]] = {}
     for domain in domains:
         name, sign, source = domain.partition("=")
         if not sign or not source or not name.replace("-", "_").replace("_", "a").isalnum():
-            raise UserError(f"--domain {domain!r} is not of the form NAME=SOURCE, NAME of letters, digits, _ and -.")
+            raise UserError(f"--domain {domain!r} is not of the form NAME=SOURCE. NAME may have letters, digits, _ and -.")
         parts.setdefault(folder / name, []).append(_entry(source))
     return parts
 
@@ -122,11 +122,11 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
 
         manifest = prepare_shards(folder, settings, tokenizer, options["overwrite"], finished, bar.update)
     rate = f", {made / max(time.monotonic() - began, 1e-9):,.0f} tokens/s" if made else ""
-    before = f" ({kept} of them made before)" if kept else ""
+    before = f" ({kept} of them from an earlier run)" if kept else ""
     click.echo(
         f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens as {manifest.token_type} in "
         f"{_shards(manifest)}{before}{rate}"
-        + ("" if made else ", complete already")
+        + ("" if made else ", already complete")
         + (f"; {manifest.empty:,} documents are empty" if manifest.empty else "")
         + ("; BOS before each document" if manifest.bos else "")
     )
@@ -135,7 +135,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
 @main.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 def info(folders: tuple[str, ...]) -> None:
-    """Print what folders of shards hold; sizes are compared with the manifest, contents are not read."""
+    """Print what is in folders of shards; file sizes are compared with the manifest, contents are not read."""
     from ast_sparse.data.tokens.shards import read_manifest
 
     for name in folders:
@@ -158,7 +158,7 @@ def info(folders: tuple[str, ...]) -> None:
 @main.command(cls=Command)
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 def verify(folders: tuple[str, ...]) -> None:
-    """Read every byte of folders of shards and compare it with the checksums of the manifest."""
+    """Read every byte of folders of shards and compare it with the checksums in the manifest."""
     from ast_sparse.data.tokens.shards import verify_shards
     from ast_sparse.progress import progress_bar
 
@@ -166,7 +166,7 @@ def verify(folders: tuple[str, ...]) -> None:
         folder = Path(name).expanduser()
         with progress_bar(desc=f"Verifying {folder.name}", unit="B", unit_scale=True, delay=1) as bar:
             manifest = verify_shards(folder, bar.update)
-        click.echo(f"{folder}: {_shards(manifest)}, {manifest.tokens:,} tokens are as the manifest says")
+        click.echo(f"{folder}: {_shards(manifest)}, {manifest.tokens:,} tokens match the manifest")
 
 
 def _shards(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""ast-eval: perplexity of models on texts, their distance from a teacher, and tasks of the LM Evaluation Harness."""
+"""ast-eval: perplexity of models on texts, KL divergence from a teacher, and tasks of the LM Evaluation Harness."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIKITEXT2 = "wikitext2"
 _ONLY_WIKITEXT2 = ("split", "data_dir")
 _ONLY_TEXTS = ("stride", "join", "bos", "by", "teacher", "bits_per_byte", "text_field", *_ONLY_WIKITEXT2)
 _ONLY_REPORT = ("prompt",)
-_JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, which loads slowly
+_JOINS = ("blank-line", "newline", "space", "none", "eos", "separate")  # of evaluation.windows, a slow import
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,75 +68,74 @@ class _Settings(TaskSettings):
     multiple=True,
     default=(WIKITEXT2,),
     metavar="wikitext2|c4|FILE",
-    help="WikiText-2 (the default), C4, or a file of text, JSONL or parquet; repeatable, a row for each. Of chat data "
-    "(columns messages, or prompt and completion) what the assistant says is predicted. C4 is the first 1100 documents "
-    "of its first validation file, joined by a space, and 256 windows, as in the pruning literature.",
+    help="WikiText-2 (the default), C4, or a file of text, JSONL or parquet; repeatable, a row for each. In chat data "
+    "(columns messages, or prompt and completion) only the assistant's text is predicted. C4 is the first 1100 "
+    "documents of its first validation file, joined by a space, and 256 windows, as in the pruning literature.",
 )
 @click.option(
     "--split", type=click.Choice(["test", "validation"]), default="test", show_default=True,
-    help="Split of WikiText-2; figures are published on test.",
+    help="Split of WikiText-2; published results are on test.",
 )  # fmt: skip
 @click.option(
-    "--data-dir", metavar="DIR", help="Folder with wiki.test.raw (wiki.valid.raw), or such a file, instead of the hub."
+    "--data-dir", metavar="DIR", help="Folder with wiki.test.raw (wiki.valid.raw), or that file, instead of the hub."
 )
 @click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
 @click.option(
     "--by", metavar="FIELD",
-    help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, and "
-    "one for all.",
+    help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, "
+    "and one for all.",
 )  # fmt: skip
 @click.option(
     "--join", type=click.Choice(_JOINS),
-    help="What stands between documents; eos is the end-of-text token, separate lets no window cross a document. "
-    "Default: blank-line, the published protocol; c4: space.",
+    help="What is put between documents; eos: the end-of-text token; separate: no window crosses into another "
+    "document. Default: blank-line, the published protocol; c4: space.",
 )  # fmt: skip
 @click.option(
     "--seq-len", type=click.IntRange(min=2),
-    help="Tokens of a window. Default: the published window of the model's family (GPT-2 1024, OPT 2048, LLaMA2 4096, "
-    "others 2048), at most the model's positions. Tasks get at most so many if it is given.",
+    help="Tokens in a window. Default: the published window of the model's family (GPT-2 1024, OPT 2048, LLaMA2 4096, "
+    "others 2048), at most the model's positions. If given, it is also the maximum length for tasks.",
 )  # fmt: skip
 @click.option(
     "--stride", type=click.IntRange(min=1),
-    help="Let windows begin so many tokens apart; each scores what is new in it. Default: no overlap, the published "
-    "protocol.",
+    help="Tokens from the start of one window to the next; each window scores only its new tokens. Default: no "
+    "overlap, the published protocol.",
 )  # fmt: skip
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
-    help="Where BOS stands: nowhere, before each document (before the text, where they are joined), or before each "
-    "window (or block), counted in its length; it is never predicted. auto: what the tokenizer does with a text, the "
-    "published protocol. Gemma needs window.",
+    help="Where BOS is put. none: nowhere; document: before each document (before the whole text if documents are "
+    "joined); window or block: before each window, counted in its length. auto: as the tokenizer does, the published "
+    "protocol. BOS is never predicted. Gemma needs window.",
 )  # fmt: skip
 @click.option(
     "--limit", type=click.IntRange(min=1),
-    help="Measure only the first so many windows of a text and questions of a task. Default: all.",
+    help="Maximum number of windows of a text, and of questions of a task; the first are used. Default: all.",
 )  # fmt: skip
 @click.option(
     "--teacher", metavar="MODEL",
     help="Show the mean KL(teacher || MODEL) in nats per token, and the share of tokens for which both have the same "
-    "first choice.",
+    "most likely token.",
 )  # fmt: skip
-@click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json holds it always.")
+@click.option("--bits-per-byte", is_flag=True, help="Show the loss in bits per UTF-8 byte; --json always has it.")
 @task_options
 @click.option(
     "--report",
     metavar="DIR",
-    help="Write report.html there, one page with all of it, and its figures as PNG (needs ast-sparse[plots]). Of a "
-    "MODEL that is the output of ast-train it shows the run too: losses, perplexities, flip rates, domains.",
+    help="Write report.html in this folder, one page with all results, and its figures as PNG (needs "
+    "ast-sparse[plots]). If a MODEL is the output of ast-train, it also shows the run: losses, perplexities, flip "
+    "rates, domains.",
 )
-@click.option(
-    "--prompt", multiple=True, metavar="TEXT", help="--report: let each MODEL continue this text; repeatable."
-)
+@click.option("--prompt", multiple=True, metavar="TEXT", help="--report: each MODEL continues this text; repeatable.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
-    help="Weights and activations; auto is the dtype the checkpoint is stored in. Default: float32 on a CPU, auto on a "
-    "GPU. The loss is float32 in every case.",
+    help="Dtype of weights and activations; auto: the dtype of the checkpoint. Default: float32 on a CPU, auto on a "
+    "GPU. The loss is always float32.",
 )
 @click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the figures, settings and versions here as well.")
-@click.option("--tokenizer", metavar="MODEL", help="Take the tokenizer from here. Default: from each MODEL.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the results, settings and versions to this file too.")
+@click.option("--tokenizer", metavar="MODEL", help="Use the tokenizer of this model. Default: that of each MODEL.")
 @click.option("--revision", help="Branch, tag or commit of a MODEL on the hub.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option(
@@ -147,9 +146,9 @@ class _Settings(TaskSettings):
 def main(context: click.Context, models: tuple[str, ...], json_file: str | None, **options: Any) -> None:
     """Measure each MODEL on texts or tasks and print a table.
 
-    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised as
-    one (--bos) and cut into windows that do not overlap; the figure is exp of the mean loss over all predicted
-    tokens. A longer window gives a lower figure: compare only at the same window.
+    MODEL is a hub id, a local folder (dense, sparse checkpoint or export) or a .gguf file. A text is tokenised as a
+    whole (--bos) and cut into windows that do not overlap; the perplexity is exp of the mean loss over all predicted
+    tokens. A longer window gives a lower perplexity: compare only results with the same window.
     """
     settings = _Settings(**options)
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
@@ -161,7 +160,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     texts = _texts(settings) if has_texts else []
     harness = find_harness(settings)
     device = find_device(settings.device)
-    if len(models) > 1 or settings.teacher is not None:  # of a single one, loading it says the same
+    if len(models) > 1 or settings.teacher is not None:  # loading a single model finds the same errors
         _check_models(models, settings)
     if settings.apply_chat_template is not None and harness is not None:
         for name in models:
@@ -176,7 +175,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     try:
         for model in dict.fromkeys(models):
             _evaluate(figures, model, texts, harness, teacher, device, settings, report)
-    finally:  # an error in the last model does not lose the figures of the first
+    finally:  # an error in the last model does not lose the results of the first
         if figures:
             click.echo(figures.table(bits_per_byte=settings.bits_per_byte, teacher=teacher is not None))
     record = _record(figures, device, settings)
@@ -216,7 +215,7 @@ def _texts(settings: _Settings) -> list[Text]:
 
 
 def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
-    """Find a wrong name, window or tokenizer before the first weights are loaded."""
+    """Find a wrong name, window or tokenizer before any weights are loaded."""
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.evaluation.teacher import check_teacher
     from ast_sparse.storage.locate import load_model_config
@@ -274,7 +273,7 @@ def _evaluate(
     settings: _Settings,
     report: Report | None,
 ) -> None:
-    """Measure one model and add its figures, and what a report shows of it."""
+    """Measure one model and add its results, and what the report shows about it."""
     from ast_sparse.data.tokens.bos import bos_note
     from ast_sparse.evaluation.measure import measure_texts
     from ast_sparse.evaluation.perplexity import default_seq_len
@@ -313,7 +312,7 @@ def _named_model(name: str) -> Iterator[None]:
 
 
 def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
-    """That of `--tokenizer`, or the model's own."""
+    """The tokenizer of `--tokenizer`, or the model's own."""
     from ast_sparse.storage.locate import load_tokenizer
 
     if settings.tokenizer:
@@ -322,7 +321,7 @@ def _tokenizer(name: str, settings: _Settings) -> PreTrainedTokenizerBase:
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], settings: _Settings) -> Renamed:
-    """The tokens that the text must not hold, as of `renamed_tokens`."""
+    """The tokens that must not occur in the text, as in `renamed_tokens`."""
     from ast_sparse.data.tokens.vocabulary import renamed_tokens
     from ast_sparse.evaluation.measure import check_tokens
     from ast_sparse.storage.locate import load_tokenizer
@@ -330,7 +329,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], setting
     assert settings.teacher is not None
     try:
         other = load_tokenizer(settings.teacher, trust_remote_code=settings.trust_remote_code)
-    except UserError:  # the model's own serves
+    except UserError:  # the model's own tokenizer is used
         return {}
     for text in texts:
         check_tokens(tokenizer, other, text.documents, f"--teacher {settings.teacher}")
@@ -338,14 +337,14 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[Text], setting
 
 
 def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:
-    """The page to fill, with what the runs among the models recorded."""
+    """The page to fill; it already has the records of those models that are the output of a run."""
     if settings.report is None:
         return None
     from ast_sparse.report.page import Report, check_report
 
     check_report(Path(settings.report).expanduser(), "--report")
     if not all(prompt.strip() for prompt in settings.prompt):
-        raise UserError("--prompt has no text. Fill or remove it.")
+        raise UserError("--prompt is empty. Give it text, or remove it.")
     return Report.of(list(dict.fromkeys(models)))
 
 

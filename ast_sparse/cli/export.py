@@ -1,4 +1,4 @@
-"""ast-export: write an N:M model as a compressed or dense checkpoint, and count what its positions cost."""
+"""ast-export: write an N:M model as a compressed or dense checkpoint, and measure the bits that positions cost."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ _ONLY_TABLE = ("value_bits", "json_file")
 )  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
-    help="Type of the weights written.",
+    help="Dtype of the written weights.",
 )  # fmt: skip
 @click.option(
     "--pattern",
     metavar="N:M",
-    help="Pattern to check; default: what the checkpoint's sparsity_config.json says, or 2:4 (--table: or what the "
-    "zeros show).",
+    help="Pattern to check; default: that of the checkpoint's sparsity_config.json, or 2:4 (--table: or the one found "
+    "from the zeros).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
+@click.option("--overwrite", is_flag=True, help="Replace the model in OUT.")
 @click.option(
     "--table", is_flag=True,
-    help="Print what the positions of the kept weights cost in 1:2, 2:4, 4:8, 8:16 and 16:32 by bitmask, index, "
-    "combinatorial and Huffman code, counted on the masks of MODEL, beside the bounds.",
+    help="Print the cost of the positions of kept weights in 1:2, 2:4, 4:8, 8:16 and 16:32 with bitmask, index, "
+    "combinatorial and Huffman codes, measured on the masks of MODEL, next to the bounds.",
 )  # fmt: skip
 @click.option(
     "--value-bits", type=click.IntRange(1, 32), default=4, show_default=True,
     help="--table: bits of a kept value.",
 )  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
-@click.option("--json", "json_file", metavar="FILE", help="--table: write all figures here as well.")
+@click.option("--json", "json_file", metavar="FILE", help="--table: write all results to this file too.")
 @click.pass_context
 def main(context: click.Context, checkpoint: str, out: str | None, table: bool, **options: Any) -> None:
     """Write the N:M model in the folder MODEL to the folder OUT.
@@ -56,19 +56,19 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     MODEL is a checkpoint or the result of ast-train, an export, or any checkpoint whose weights are N:M. The files are
     read back and verified, then a table of sizes is printed. A failed or interrupted export leaves OUT as it was.
 
-    With --table OUT may be missing, and MODEL may be a hub id, a .gguf file or a dense model: the masks are then what
-    magnitude would keep.
+    With --table, OUT is optional, and MODEL may be a hub id, a .gguf file or a dense model, whose masks are then made
+    by magnitude.
     """
     _check_usage(context, out, table)
     _check_pattern(options["pattern"])
-    from ast_sparse.export.export import export_model  # takes seconds: not for --help
+    from ast_sparse.export.export import export_model  # takes seconds, so --help does without it
     from ast_sparse.storage.files import require_model_folder
     from ast_sparse.storage.save import check_out_dir
 
     json_file, pattern = options["json_file"], options["pattern"]
     if json_file is not None:
         check_json_file(Path(json_file))
-    if table and out is not None:  # before the minutes of counting
+    if table and out is not None:  # counting takes minutes
         folder = Path(checkpoint).expanduser()
         require_model_folder(folder)
         check_out_dir(Path(out).expanduser().resolve(), folder.resolve(), options["overwrite"])
@@ -88,15 +88,15 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
 
 
 def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
-    """Refuse what could only be ignored."""
+    """Refuse options that would have no effect."""
     if out is None and not table:
-        raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or ask for --table.")
+        raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
     ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
     for option in context.command.params:
         if option.name in ignored and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             need = "OUT" if option.name in _ONLY_EXPORT else "--table"
             value = context.params[option.name]
-            raise click.UsageError(f"{option.opts[0]} ({value}) does nothing without {need}. Add {need}, or drop it.")
+            raise click.UsageError(f"{option.opts[0]} ({value}) has no effect without {need}. Add {need} or drop it.")
 
 
 def _check_pattern(pattern: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Values of options that several commands take: a device, a file for figures."""
+"""Values of options that several commands have: a device, a JSON file for results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names; `auto` takes a GPU if there is one."""
+    """The device that `--device` names; `auto` is a GPU if there is one."""
     import torch
 
     if name == "auto":
@@ -21,16 +21,16 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device {name} cannot be used: {reason:.200}. Name cpu, cuda or cuda:0.") from error
+        raise UserError(f"--device {name} cannot be used: {reason:.200}. Use cpu, cuda or cuda:0.") from error
     return device
 
 
 def check_json_file(path: Path) -> None:
-    """Raise UserError unless `--json` names a file that can be written, before minutes of work."""
+    """Raise UserError unless `--json` names a file that can be written; call it before the long work."""
     if not path.parent.is_dir():
-        raise UserError(f"--json {path}: the folder {path.parent} does not exist. Make it first.")
+        raise UserError(f"--json {path}: the folder {path.parent} does not exist. Create it first.")
     if path.is_dir():
         raise UserError(f"--json {path} is a folder. Name a file.")
     if not os.access(path.parent, os.W_OK):
@@ -38,7 +38,7 @@ def check_json_file(path: Path) -> None:
 
 
 def write_json_file(path: Path, record: dict[str, Any]) -> None:
-    """Write the figures of `--json` in one piece.
+    """Write the results of `--json` in one step, so that no half-written file is left.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""ast-prune: make a dense causal LM N:M in one shot, without training."""
+"""ast-prune: prune a dense causal LM to N:M in one shot, without training."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from ast_sparse.data.sources.entries import Entry
     from ast_sparse.sparsity.model import SparsityReport
 
-_LONGEST = 2048  # tokens of a calibration sequence where the model would take more
-# One file of C4, of which the first documents are enough.
+_LONGEST = 2048  # tokens of a calibration sequence, even if the model takes more
+# The first documents of one file of C4 are enough.
 _C4: dict[str, Any] = {
     "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
 }  # fmt: skip
-_OPTIONS = {  # what a setting is called on the command line
+_OPTIONS = {  # the option of each setting
     "sparsity.init": "--method",
     "sparsity.pattern": "--pattern",
     "sparsity.include": "--include",
@@ -54,45 +54,45 @@ _OPTIONS = {  # what a setting is called on the command line
 )  # fmt: skip
 @click.option(
     "--pattern", default="2:4", show_default=True, metavar="N:M",
-    help="N kept of every M weights along the input dimension, or unstructured: half of every layer.",
+    help="N of every M weights kept along the input dimension, or unstructured: half of every layer.",
 )  # fmt: skip
 @click.option(
     "--calibration", "data", multiple=True, metavar="FILE",
-    help="Text, JSONL or parquet to measure inputs on; repeatable. Default: allenai/c4 of the hub.",
+    help="Calibration text: a text, JSONL or parquet file; repeatable. Default: allenai/c4 from the hub.",
 )  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
 @click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
-@click.option("--seq-len", type=int, help="Tokens of a sequence. Default: the model's positions, at most 2048.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences.")
+@click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences.")
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
-    help="Where the calibration text gets BOS: none, before each document, or before each sequence (block or window); "
-    "auto: what the tokenizer does with a document.",
+    help="BOS in the calibration text. none: no BOS; document: before each document; block or window: before each "
+    "sequence; auto: as the tokenizer does with a document.",
 )  # fmt: skip
 @click.option(
     "--damping", type=float, default=0.01, show_default=True,
-    help="sparsegpt: share of the Hessian's mean diagonal that is added to it.",
+    help="sparsegpt: share of the Hessian's mean diagonal that is added to the diagonal.",
 )  # fmt: skip
 @click.option(
     "--block-size", type=int, default=128, show_default=True,
-    help="sparsegpt: columns pruned before all the rest is updated.",
+    help="sparsegpt: number of columns pruned before the remaining columns are updated.",
 )  # fmt: skip
 @click.option(
     "--keep-zeros", is_flag=True,
-    help="sparsegpt: weights that are zero already stay zero, in a MODEL that is sparse; magnitude and wanda never "
-    "move one.",
+    help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; with magnitude and wanda they always "
+    "do.",
 )  # fmt: skip
-@click.option("--include", multiple=True, metavar="NAME", help="Prune only layers that match; * is a wildcard.")
-@click.option("--exclude", multiple=True, metavar="NAME", help="Layers that stay dense; * is a wildcard.")
+@click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
+@click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
-    help="Type of the weights written; the work is done in float32.",
+    help="Dtype of the written weights; pruning is computed in float32.",
 )  # fmt: skip
 @click.option(
     "--device", default="auto", show_default=True,
-    help="Where blocks are pruned, one at a time: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.",
+    help="Where blocks are pruned, one at a time: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace the model that OUT holds.")
+@click.option("--overwrite", is_flag=True, help="Replace the model in OUT.")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
@@ -100,8 +100,8 @@ def main(model: str, out: str, **options: Any) -> None:
     """Prune MODEL to N:M in one shot and write it to the folder OUT.
 
     MODEL is a hub id, a local folder or a .gguf file. Blocks are pruned one after the other, each calibrated on the
-    outputs of the pruned ones before it. OUT is an ordinary checkpoint with zeros, verified N:M, which ast-eval
-    measures and ast-export compresses. An error or an interruption leaves OUT as it was.
+    outputs of the pruned blocks before it. OUT is an ordinary checkpoint with zeros, verified to be N:M. Measure it
+    with ast-eval, compress it with ast-export. An error or an interruption leaves OUT as it was.
     """
     with settings_as_options(_OPTIONS):
         sparsity = SparsityConfig(
@@ -132,7 +132,7 @@ def _prune(
     folder = Path(source.name_or_path).expanduser()
     check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
     meta = meta_student(source)
-    sparsify_model(meta, sparsity)  # shapes and names, before weights are loaded
+    sparsify_model(meta, sparsity)  # checks shapes and names before weights are loaded
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
@@ -174,7 +174,7 @@ def _samples(
     limit = max_positions(model_config)
     length = config.seq_len or min(_LONGEST, limit or _LONGEST)
     if limit is not None and length > limit:
-        raise UserError(f"--seq-len={length} is longer than the model's {limit:,} positions. Set at most that.")
+        raise UserError(f"--seq-len={length} is longer than the model's {limit:,} positions. Set {limit} or less.")
     entries: tuple[Entry, ...] = config.data or (_C4,)
     found = find_bos(bos, tokenizer, "--bos")
     if (line := found.line(tokenizer, "sequence")) is not None:
@@ -183,12 +183,12 @@ def _samples(
     return calibration_samples(blocks, config, found.of_block)
 
 
-def _errors(report: SparsityReport, by_text: bool) -> list[str]:
-    """Mean relative error of the layers of each kind."""
+def _errors(report: SparsityReport, needs_text: bool) -> list[str]:
+    """Mean relative error of each kind of layer."""
     kinds: dict[str, list[float]] = {}
     for name, error in report.errors.items():
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
-    of = "the outputs on the calibration text" if by_text else "the weights"
+    of = "the outputs on the calibration text" if needs_text else "the weights"
     lines = [f"relative squared error of {of}, mean over the blocks:"]
     return lines + [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]
 

@@ -20,7 +20,7 @@ ONLY_TASKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """The options, parsed."""
+    """The parsed options."""
 
     tasks: str | None
     include_path: str | None
@@ -36,25 +36,25 @@ _OPTIONS = (
         "--tasks",
         metavar="NAME[,NAME]",
         help="Tasks of the LM Evaluation Harness (ast-sparse[harness]) or their YAML files. paper: BoolQ, RTE, "
-        "HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA, zero-shot, acc. paper-fewshot: MMLU 5, MATH 4, GSM8K 5. Texts are "
-        "then measured only if --dataset is given.",
+        "HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA, zero-shot, acc. paper-fewshot: MMLU 5, MATH 4, GSM8K 5. With "
+        "tasks, texts are measured only if --dataset is given.",
     ),
-    click.option("--include-path", metavar="DIR", help="Folder with further task files of the harness."),
+    click.option("--include-path", metavar="DIR", help="Folder with more task files of the harness."),
     click.option(
         "--num-fewshot",
         type=click.IntRange(min=0),
-        help="Examples before each question of a task. Default: the task's. A task whose file says 0 keeps 0.",
+        help="Examples before each question of a task. Default: as the task says. A task whose file says 0 keeps 0.",
     ),
     click.option(
-        "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions of a task at a time."
+        "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Questions of a task in a batch."
     ),
     click.option(
         "--apply-chat-template",
         is_flag=False,
         flag_value="default",
         metavar="[NAME]",
-        help="Put the questions of tasks through the chat template of the tokenizer, or that of this name; for "
-        "instruct models. Figures with and without it are not comparable.",
+        help="Format the questions of tasks with the chat template of the tokenizer, or with the template of this "
+        "name; for instruct models. Results with and without it are not comparable.",
     ),
     click.option(
         "--fewshot-as-multiturn",
@@ -62,28 +62,28 @@ _OPTIONS = (
         is_flag=False,
         flag_value="true",
         metavar="[BOOLEAN]",
-        help="With a chat template examples are turns of the conversation, the default; false: all in one turn.",
+        help="With a chat template, examples are turns of the conversation (the default); false: all in one turn.",
     ),
     click.option(
         "--system-instruction",
         metavar="TEXT",
-        help="Text before each question of a task; with a chat template the system message.",
+        help="Text before each question of a task; with a chat template, the system message.",
     ),
 )
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command, in their order."""
+    """Add the options to a command, in the order above."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def find_harness(settings: TaskSettings) -> Harness | None:
-    """The tasks that were asked for, found and with their data read; None without any.
+    """The tasks of `--tasks`, with their data read; None without the option.
 
     Raises:
-        UserError: as of `Harness` and `PromptFormat`, or `--tasks` names nothing.
+        UserError: `--tasks` names nothing, or an error of `Harness` or `PromptFormat`.
     """
     if settings.tasks is None:
         return None
@@ -92,7 +92,7 @@ def find_harness(settings: TaskSettings) -> Harness | None:
 
     names = [name.strip() for name in settings.tasks.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--tasks {settings.tasks!r} names no task. Name some of the harness, or paper.")
+        raise UserError(f"--tasks {settings.tasks!r} names no task. Name tasks of the harness, or paper.")
     prompts = PromptFormat(
         apply_chat_template=False if settings.apply_chat_template is None else settings.apply_chat_template,
         fewshot_as_multiturn=settings.fewshot_as_multiturn,

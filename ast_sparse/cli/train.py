@@ -11,11 +11,11 @@ from ast_sparse.config import SECTIONS
 from ast_sparse.errors import SharedError
 from ast_sparse.run.signals import PREEMPTED_EXIT, Preempted, preemption_signals
 
-_SAID_S = 1.0  # until the first process has said what ended all of them: a launcher ends the others when one exits
+_PRINT_S = 1.0  # time for the first process to print the error: a launcher ends the others as soon as one exits
 
 
 def _fields() -> str:
-    """Every configuration key with its default and meaning."""
+    """Every configuration key with its default and its help text."""
     lines = ["\b", "Configuration keys (YAML, or --set section.key=value):"]
     for section, cls in SECTIONS.items():
         for item in dataclasses.fields(cls):
@@ -40,26 +40,28 @@ def _plain(value: object) -> str:
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one setting; repeatable.")
 @click.option(
     "--resume", is_flag=False, flag_value="", default=None, metavar="[CHECKPOINT]",
-    help="Continue from the last complete checkpoint of the output folder, or from the folder given.",
+    help="Continue from the last complete checkpoint in the output folder, or from the given folder.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option(
     "--dry-run", is_flag=True,
-    help="Print layers, tokens, FLOPs, hours and memory a device, and stop; exit code 2 and a mend if it does not fit.",
+    help="Print layers, tokens, FLOPs, hours and memory per device, and stop; if the run does not fit, print settings "
+    "that fit and exit with 2.",
 )  # fmt: skip
-@click.option("--world-size", type=int, metavar="N", help="Dry run: number of devices; default those of the launcher.")
+@click.option("--world-size", type=int, metavar="N", help="Dry run: number of devices; default: that of the launcher.")
 @click.option(
     "--device-memory", type=float, metavar="GIB",
-    help="Dry run: memory of a device; default that of the GPU here (of this machine with training.use_cpu), else 80.",
+    help="Dry run: memory of a device; default: that of this machine's GPU (with training.use_cpu, of the machine), "
+    "otherwise 80.",
 )  # fmt: skip
 @click.option(
     "--peak-tflops",
     type=float,
     metavar="X",
-    help="Dry run: of a device; default that of the GPU here, else an H100's 989.",
+    help="Dry run: peak of a device; default: that of this machine's GPU, otherwise an H100's 989.",
 )
-@click.option("--mfu", type=float, metavar="SHARE", help="Dry run: share of the peak made use of; default 0.35.")
-@click.option("--output-dir", metavar="FOLDER", help="Where the run goes; beats training.output_dir.")
+@click.option("--mfu", type=float, metavar="SHARE", help="Dry run: share of the peak that is used; default 0.35.")
+@click.option("--output-dir", metavar="FOLDER", help="Output folder of the run; overrides training.output_dir.")
 def main(
     config_path: str,
     overrides: tuple[str, ...],
@@ -69,16 +71,16 @@ def main(
     output_dir: str | None,
     **hardware: float | None,
 ) -> None:
-    """Retrain a dense causal LM to N:M sparsity (AST): masks that move, distilled from the dense model.
+    """Retrain a dense causal LM to N:M sparsity (AST): masks change in training, distilled from the dense model.
 
     Prints the perplexity of the dense, the one-shot and the retrained model, and saves an ordinary checkpoint whose
     pruned weights are zero. For several GPUs: torchrun --nproc_per_node N $(which ast-train) --config FILE.
 
-    On SIGTERM or SIGUSR1 it finishes the step, saves checkpoint-N and exits with 75 (EX_TEMPFAIL, "try again": no other
-    outcome has it); continue with --resume. A second signal stops at once.
+    On SIGTERM or SIGUSR1 it finishes the step, saves checkpoint-N and exits with 75 (EX_TEMPFAIL, "try again"; nothing
+    else exits with 75); continue with --resume. A second signal stops the run at once.
     """
     if resume is not None and overwrite:
-        raise click.UsageError("--resume and --overwrite exclude each other. Give one.")
+        raise click.UsageError("--resume and --overwrite cannot be combined. Give one.")
     given = {name: value for name, value in hardware.items() if value is not None}
     if given and not dry_run:
         raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} belongs to --dry-run. Add it, or remove it.")
@@ -86,7 +88,7 @@ def main(
         try:
             from ast_sparse.config import load_config
             from ast_sparse.planning.plan import Hardware
-            from ast_sparse.run.train import run_training  # takes seconds: not for --help
+            from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
 
             run_training(
                 load_config(config_path, overrides),
@@ -96,19 +98,19 @@ def main(
                 dry_run=dry_run,
                 echo=click.echo,
                 signals=signals,
-                hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click made them numbers
+                hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click has converted them to numbers
             )
         except Preempted as stop:
             from ast_sparse.progress import close_bars
 
             close_bars()
             if str(stop):
-                click.echo(f"\n{stop}", err=True)  # not behind a progress bar
+                click.echo(f"\n{stop}", err=True)  # not on the line of a progress bar
             raise SystemExit(PREEMPTED_EXIT) from None
         except SharedError:
             if os.environ.get("RANK", "0") == "0":
                 raise
-            time.sleep(_SAID_S)
+            time.sleep(_PRINT_S)
             raise SystemExit(USER_ERROR_EXIT) from None
 
 

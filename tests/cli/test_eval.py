@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_before_any_model_is_measured(model: str, text: st
         "model": ((model, tmp_path / "nowhere", "--dataset", text), "nowhere"),
         "folder": ((model, "--data-dir", tmp_path), "No wiki.test.raw in `--data-dir`"),
         "hub": ((model,), "name a folder with wiki.test.raw by `--data-dir`"),
-        "json": ((model, "--dataset", text, "--json", tmp_path / "no" / "a.json"), "does not exist. Make it first."),
+        "json": ((model, "--dataset", text, "--json", tmp_path / "no" / "a.json"), "does not exist. Create it first."),
         "json folder": ((model, "--dataset", text, "--json", tmp_path), "is a folder. Name a file."),
         "split": ((model, "--dataset", text, "--split", "test"), "--split belongs to --dataset wikitext2"),
         "limit": ((model, "--dataset", text, "--limit", "0"), "--limit"),

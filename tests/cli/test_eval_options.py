@@ -222,7 +222,7 @@ def test_report_that_cannot_be_made_is_refused_before_anything_is_measured(
         ("--report", tmp_path / "a.html"): "name a folder; the page in it is report.html",
         ("--report", tmp_path / "file"): "file is a file. Name a folder.",
         ("--report", tmp_path / "file" / "below"): "cannot be written to. Name another folder.",
-        ("--report", tmp_path / "out", "--prompt", " "): "--prompt has no text. Fill or remove it.",
+        ("--report", tmp_path / "out", "--prompt", " "): "--prompt is empty. Give it text, or remove it.",
         ("--prompt", "the sparse"): "--prompt belongs to --report.",
     }
     for arguments, message in cases.items():

@@ -62,7 +62,7 @@ def test_a_broken_file_is_named(root: Path, text: str, message: str) -> None:
         (["--output-dir", "{root}/out", "--resume", "/nowhere"], r"Checkpoint '/nowhere' is no folder"),
         (["--output-dir", "{root}/out", "--resume", "{root}/llama"], r"is no complete training checkpoint: optimizer"),
         (["--output-dir", "{root}/llama", "--resume", "{root}/finished/checkpoint-1"], r"llama' (holds|is)"),
-        (["--output-dir", "{root}/out", "--resume", "--overwrite"], r"--resume and --overwrite exclude each other"),
+        (["--output-dir", "{root}/out", "--resume", "--overwrite"], r"--resume and --overwrite cannot be combined"),
         (["--output-dir", "{root}/out", "--resum"], r"No such option '--resum'"),
         *(
             (["--output-dir", "{root}/out", "--resume", f"{{root}}/damaged-{name}"], rf"{re.escape(name)}`? is damaged")
@@ -162,7 +162,7 @@ def test_an_error_that_all_processes_get_is_said_once(
         raise SharedError("no room")
 
     monkeypatch.setattr("ast_sparse.run.train.run_training", full)
-    monkeypatch.setattr("ast_sparse.cli.train._SAID_S", 0)
+    monkeypatch.setattr("ast_sparse.cli.train._PRINT_S", 0)
     monkeypatch.setenv("RANK", rank)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])

@@ -155,7 +155,7 @@ def test_a_document_longer_than_a_shard_is_refused_and_can_be_kept(tmp_path: Pat
     names = ["prepare.json", "shard-00000.documents", "shard-00000.tokens"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     result = CliRunner().invoke(main, [*arguments, "--keep-long"])
-    assert result.exit_code == 0 and "(1 of them made before)" in result.output, result.output
+    assert result.exit_code == 0 and "(1 of them from an earlier run)" in result.output, result.output
     assert [shard.documents for shard in verify_shards(tmp_path / "out").shards] == [1, 1, 1, 1, 1]
     assert tokens_of(tmp_path / "out") == stream(rows)
 
@@ -192,13 +192,13 @@ def test_killed_preparation_goes_on_and_makes_the_same_shards(tmp_path: Path, te
     kept = {path: path.stat().st_mtime_ns for path in out.glob("shard-0000[01].*")}
     assert len(kept) == 4
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0 and "(2 of them made before)" in result.output, result.output
+    assert result.exit_code == 0 and "(2 of them from an earlier run)" in result.output, result.output
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     ours, theirs = contents(out), contents(tmp_path / "whole")
     manifests = [json.loads(content.pop(MANIFEST)) for content in (ours, theirs)]
     assert ours == theirs and manifests[0]["shards"] == manifests[1]["shards"]
     again = CliRunner().invoke(main, arguments)
-    assert again.exit_code == 0 and "complete already" in again.output
+    assert again.exit_code == 0 and "already complete" in again.output
 
 
 def test_full_disk_keeps_finished_shards_and_leaves_nothing_half_written(
