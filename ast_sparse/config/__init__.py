@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass a section, read from YAML."""
+"""The settings of a run: one frozen dataclass for each section, read from YAML."""
 
 from ast_sparse.config.data import DataConfig, MixtureConfig
 from ast_sparse.config.distillation import DistillationConfig

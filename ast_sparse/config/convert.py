@@ -1,4 +1,4 @@
-"""Check a value against a type hint, and read it as its writer means it."""
+"""Checks and conversion of a setting's value against its type hint."""
 
 import enum
 import math
@@ -13,13 +13,13 @@ _TRUE, _FALSE = ("yes", "on", "true"), ("no", "off", "false")
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
-    """Check a value against a type hint, and read it as its writer means it.
+    """Check a value against a type hint, and convert it if its meaning is clear.
 
-    A bool field takes yes/no/on/off, a float field an integer, a tuple field a single entry. Hints that this
-    function does not know (nested dataclasses) pass.
+    A bool field accepts yes/no/on/off, a float field an integer, a tuple field a single entry. Values of hints that
+    this function does not know (nested dataclasses) are not checked.
 
     Raises:
-        UserError: the value is of another type, or a number in it is not finite or too large to be meant.
+        UserError: the value has another type, or a number in it is not finite or unreasonably large.
     """
     _check_numbers(value, name)
     fits, converted = _convert(value, hint)
@@ -40,7 +40,7 @@ def _check_numbers(value: Any, name: str) -> None:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values a hint allows, of a Literal or of an enum in a union (`SchedulerType | str`); else none."""
+    """The values allowed by a Literal or by an enum in a union (`SchedulerType | str`); empty for other hints."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return args
@@ -78,7 +78,7 @@ def _convert(value: Any, hint: Any) -> tuple[bool, Any]:
 
 
 def _exact_first(value: Any, hints: tuple[Any, ...]) -> list[Any]:
-    """The alternatives of a union, the one of the value's own type first: `5` stays an int in `int | float`."""
+    """The alternatives of a union, the value's own type first: `5` stays an int in `int | float`."""
     return sorted(hints, key=lambda hint: hint is not type(value))
 
 
@@ -89,7 +89,7 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
     if origin is tuple:
-        return f"{_describe(args[0])}, or a list of such"
+        return f"{_describe(args[0])}, or a list of these"
     names = {
         bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null",
         dict: "a mapping", list: "a list",

@@ -1,4 +1,4 @@
-"""Settings of the text."""
+"""Settings of the data."""
 
 import dataclasses
 import math
@@ -14,23 +14,23 @@ from ast_sparse.errors import UserError, shown, shown_name
 BOS_CHOICES = ("auto", "none", "document", "block", "window")
 _DOMAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ROUNDING = 1e-6
-_SHARES = "Give every domain a share, or none: then by size."
+_SHARES = "Give a share to every domain, or to none: then shares follow the size of the text."
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainConfig(Section):
-    """Text of one domain, and its part in the mixture."""
+    """Text of one domain, and its share of the mixture."""
 
     _name = "data.domains"
     train: tuple[str | dict[str, Any], ...] = field(metadata=about("As `data.train`."))
     eval: tuple[str | dict[str, Any], ...] | None = field(default=None, metadata=about("As `data.eval`."))
-    share: float | None = field(default=None, metadata=about("Share of the samples to begin with; default: by size."))
-    target: float | None = field(default=None, metadata=about("Held-out loss to reach, nats a token."))
+    share: float | None = field(default=None, metadata=about("Share of the samples at the start; default: by size."))
+    target: float | None = field(default=None, metadata=about("Target held-out loss, in nats per token."))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(Section):
-    """Shares of the domains, and how they follow the held-out losses at every evaluation (paper Sec. 7)."""
+    """Shares of the domains, and how each evaluation's held-out losses change them (paper Sec. 7)."""
 
     _name = "data.update"
     shares: dict[str, Any] | None = field(default=None, metadata=about("Share of each domain; default: by size."))
@@ -38,9 +38,9 @@ class MixtureConfig(Section):
     type: Literal["constant", "doremi", "bandit"] = field(
         default="constant", metadata=about("The rule; doremi and bandit need a target loss for every domain.")
     )
-    rate: float = field(default=1.0, metadata=about("η, by which a loss above its target raises a share."))
-    floor: float = field(default=1e-4, metadata=about("c, spread evenly over the domains."))
-    clip: bool = field(default=False, metadata=about("Losses below their targets count as on them."))
+    rate: float = field(default=1.0, metadata=about("η: how strongly a loss above its target raises a share."))
+    floor: float = field(default=1e-4, metadata=about("c: the part spread evenly over the domains."))
+    clip: bool = field(default=False, metadata=about("Whether losses below their targets count as equal to them."))
 
     def _validate(self) -> None:
         self._require(self.rate >= 0, "rate", "must be 0 or more.")
@@ -56,7 +56,7 @@ class MixtureConfig(Section):
                 raise UserError(f"data.domains.{name}.share={share} must be 0 or more.")
         total = math.fsum((self.shares or {"all": 1.0}).values())
         if abs(total - 1) > _ROUNDING:
-            raise UserError(f"data.domains: the shares sum to {total:.6g}, not to 1. Correct them.")
+            raise UserError(f"data.domains: the shares add up to {total:.6g}, not to 1. Correct them.")
         if self.shares is not None:
             self.check_names(self.shares)
 
@@ -74,7 +74,7 @@ class MixtureConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Text to train on and to hold out."""
+    """Training text and held-out text."""
 
     _name = "data"
     root: str | None = field(default=None, metadata=about("Folder that relative paths start from."))
@@ -82,56 +82,56 @@ class DataConfig(Section):
         default=None,
         metadata=about(
             "Files (text, JSONL, parquet; globs), folders of `ast-data prepare`, or `datasets.load_dataset` arguments; "
-            "one source an entry. Required, unless there are domains."
+            "one source per entry. Required unless there are domains."
         ),
     )
     eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Held-out sources; default: a share of `train`.")
     )
-    eval_share: float = field(default=0.02, metadata=about("Share of the documents held out of training, 0 to 0.5."))
+    eval_share: float = field(default=0.02, metadata=about("Share of the documents that is held out, 0 to 0.5."))
     text_field: str = field(default="text", metadata=about("Name of the text column or key."))
-    block_size: int = field(default=1024, metadata=about("Tokens of a training sequence."))
+    block_size: int = field(default=1024, metadata=about("Tokens in a training sequence."))
     packing: Literal["joined", "documents"] = field(
         default="joined",
         metadata=about(
-            "documents: attention stays inside a document, positions begin at 0 with it, and its first token is not "
-            "predicted from the one before; joined: documents of a block see those before them."
+            "documents: attention stays inside a document, its positions begin at 0, and its first token is not "
+            "predicted; joined: a document attends to those before it in the block."
         ),
     )
     bos: Literal["auto", "none", "document", "block", "window"] = field(
         default="auto",
         metadata=about(
-            "Where text gets BOS, in calibration and evaluation.datasets too: none, before each document, or before "
-            "each block (or window); auto: what the tokenizer does with a document, and shards as they were made. "
-            "Chat templates write their own."
+            "BOS in the text, also that of calibration and evaluation.datasets. none: no BOS; document: before each "
+            "document; block or window: before each block; auto: as the tokenizer does with a document, and shards as "
+            "they are. Chat templates add their own."
         ),
     )
     streaming: bool = field(
         default=False,
-        metadata=about("Tokenise `train` while it is trained on; data sets of the hub are not downloaded."),
+        metadata=about("Tokenise `train` during training; data sets on the hub are not downloaded."),
     )
     domains: dict[str, Any] | None = field(
-        default=None, metadata=about("NAME: {train, eval, share, target}, instead of `train`: a mixture of domains.")
+        default=None, metadata=about("NAME: {train, eval, share, target}: a mixture of domains, instead of `train`.")
     )
     update: dict[str, Any] | None = field(
         default=None,
-        metadata=about("{type: constant, doremi or bandit; rate, floor, clip}: shares follow held-out losses."),
+        metadata=about("{type: constant, doremi or bandit; rate, floor, clip}: how shares follow held-out losses."),
     )
-    seed: int = field(default=0, metadata=about("Chooses the held-out documents."))
+    seed: int = field(default=0, metadata=about("Random seed for choosing the held-out documents."))
 
     def _validate(self) -> None:
         if self.train is None and not self.domains:
             raise UserError("data.train is missing. Name text in it, or domains in data.domains.")
         for key in ("train", "eval"):
             value = getattr(self, key)
-            self._require(not (value and self.domains), key, "stands beside data.domains. Give one of them.")
+            self._require(not (value and self.domains), key, "cannot be combined with data.domains. Give one of them.")
             self._check_entries(key, value)
         self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
         if self.streaming:
-            self._require(self.domains is None, "streaming", "reads no domains. Make shards with ast-data prepare.")
-            mend = "leaves no document to hold out. Name data.eval, or set data.eval_share: 0."
-            self._require(bool(self.eval) or self.eval_share == 0, "streaming", mend)
+            self._require(self.domains is None, "streaming", "supports no domains. Make shards with ast-data prepare.")
+            problem = "cannot hold out documents of the stream. Name data.eval, or set data.eval_share: 0."
+            self._require(bool(self.eval) or self.eval_share == 0, "streaming", problem)
         if self.domains is None:
             self._require(not self.update, "update", "needs data.domains. Name domains, or remove it.")
             return
@@ -142,7 +142,7 @@ class DataConfig(Section):
         if having and (lacking := sorted(self.domains.keys() - having)):
             raise UserError(
                 f"data.domains.{lacking[0]}.eval is missing. Name held-out text for every domain, or for none: then "
-                "data.eval_share is held out."
+                "data.eval_share of each is held out."
             )
         shares = {name: domain.share for name, domain in self.domain_configs.items()}
         lacking = sorted(name for name, share in shares.items() if share is None)
@@ -152,14 +152,14 @@ class DataConfig(Section):
 
     def _check_entries(self, key: str, entries: tuple[Any, ...] | None) -> None:
         if entries is not None and not entries:
-            mend = "List files, or remove it." if key.endswith("eval") else "List at least one file."
-            raise UserError(f"data.{key}=() names no source. {mend}")
+            fix = "List files, or remove it." if key.endswith("eval") else "List at least one file."
+            raise UserError(f"data.{key}=() names no source. {fix}")
         if "" in (entries or ()) or {} in (entries or ()):
             raise UserError(f"data.{key}={shown(entries)} has an empty entry. Fill or remove it.")
 
     @property
     def domain_configs(self) -> dict[str, DomainConfig]:
-        """The domains by name; none where there is no mixture."""
+        """The domains by name; empty without a mixture."""
         found = {}
         known = [item.name for item in dataclasses.fields(DomainConfig)]
         for name, values in (self.domains or {}).items():
@@ -180,7 +180,7 @@ class DataConfig(Section):
 
     @property
     def mixture(self) -> MixtureConfig:
-        """The shares of the domains and their rule."""
+        """The shares of the domains, and the rule that changes them."""
         domains = self.domain_configs
         known = ("type", "rate", "floor", "clip")
         for key in self.update or {}:
@@ -191,7 +191,7 @@ class DataConfig(Section):
         return MixtureConfig(shares=shares or None, targets=targets or None, **(self.update or {}))
 
     def entries(self, which: Literal["train", "eval"]) -> dict[str, tuple[str | dict[str, Any], ...]]:
-        """The sources by the setting they stand in, one for each domain; none where nothing is named."""
+        """The sources by the setting that names them, one for each domain; empty if none are named."""
         domains = self.domain_configs
         if not domains:
             return {f"data.{which}": value} if (value := getattr(self, which)) else {}

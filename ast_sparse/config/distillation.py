@@ -9,29 +9,29 @@ from ast_sparse.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(Section):
-    """The loss (4): `ce_weight · CE + kl_weight · D`, D by `kind`, e.g. T² · KL; `alpha` is shorthand for (1-α, α)."""
+    """The loss (4): `ce_weight · CE + kl_weight · D`, D by `kind`, e.g. T² · KL; `alpha` is short for (1-α, α)."""
 
     _name = "distillation"
     kind: Literal["kl", "reverse_kl", "tinybert", "mobilebert", "squarehead"] = field(
         default="kl",
         metadata=about(
-            "What stands for L_logit in (4): KL(teacher‖student), KL(student‖teacher) (15), TinyBERT (7)-(10), "
-            "MobileBERT (8), (11), or KL and SquareHead (12)-(14)."
+            "L_logit in (4): kl: KL(teacher‖student); reverse_kl: KL(student‖teacher) (15); tinybert: (7)-(10); "
+            "mobilebert: (8), (11); squarehead: KL and SquareHead (12)-(14)."
         ),
     )
     alpha: float | None = field(default=None, metadata=about("α of (4), 0 to 1; 0 needs no teacher. Default 0.67."))
     ce_weight: float | None = field(default=None, metadata=about("Weight of the cross-entropy, instead of α."))
     kl_weight: float | None = field(default=None, metadata=about("Weight of the loss of `kind`, instead of α."))
-    temperature: float = field(default=1.0, metadata=about("T of the softened output distributions."))
+    temperature: float = field(default=1.0, metadata=about("T, the temperature of both output distributions."))
     hidden_weight: float = field(
-        default=1.0, metadata=about("Weight of hidden states beside the logits: tinybert, mobilebert, squarehead.")
+        default=1.0, metadata=about("tinybert, mobilebert, squarehead: weight of the loss on hidden states.")
     )
     attention_weight: float = field(
-        default=1.0, metadata=about("Weight of attention maps beside the logits: tinybert, mobilebert.")
+        default=1.0, metadata=about("tinybert, mobilebert: weight of the loss on attention maps.")
     )
     match_flops: bool = field(
         default=False,
-        metadata=about("A run without teacher gets the steps that the FLOPs of the teacher pay for (Table 11)."),
+        metadata=about("Without a teacher, train for more steps: those that the teacher's FLOPs pay for (Table 11)."),
     )
 
     def _validate(self) -> None:
@@ -39,8 +39,8 @@ class DistillationConfig(Section):
             for key in ("ce_weight", "kl_weight"):
                 if getattr(self, key) is not None:
                     raise UserError(
-                        f"distillation.alpha={self.alpha} and distillation.{key}={getattr(self, key)} exclude each "
-                        "other. Give alpha, or both weights."
+                        f"distillation.alpha={self.alpha} and distillation.{key}={getattr(self, key)} cannot be "
+                        "combined. Give alpha, or both weights."
                     )
             self._require(0 <= self.alpha <= 1, "alpha", "must lie between 0 and 1.")
         elif (self.ce_weight is None) != (self.kl_weight is None):
@@ -55,12 +55,12 @@ class DistillationConfig(Section):
         for key in ("hidden_weight", "attention_weight"):
             self._require(getattr(self, key) >= 0, key, "must be 0 or more.")
         if self.match_flops:
-            mend = "is for a run without teacher. Set distillation.alpha: 0, or remove it."
-            self._require(not self.needs_teacher, "match_flops", mend)
+            problem = "is for a run without a teacher. Set distillation.alpha: 0, or remove it."
+            self._require(not self.needs_teacher, "match_flops", problem)
 
     @property
     def weights(self) -> tuple[float, float]:
-        """(weight of CE, weight of T²·KL)."""
+        """The weight of CE and the weight of D."""
         if self.ce_weight is not None and self.kl_weight is not None:
             return self.ce_weight, self.kl_weight
         alpha = 0.67 if self.alpha is None else self.alpha
@@ -68,5 +68,5 @@ class DistillationConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the KL has any weight."""
+        """Whether D has any weight."""
         return self.weights[1] > 0

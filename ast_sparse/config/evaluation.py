@@ -1,4 +1,4 @@
-"""Settings of what is measured during and after a run."""
+"""Settings of the measurements during and after a run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,21 +12,24 @@ class EvaluationConfig(Section):
 
     _name = "evaluation"
     datasets: tuple[str, ...] = field(
-        default=("heldout",), metadata=about("`heldout`, `wikitext2`, or text files; empty: none.")
+        default=("heldout",), metadata=about("`heldout`, `wikitext2`, or text files; an empty list: none.")
     )
-    seq_len: int | None = field(default=None, metadata=about("Window; default: the published one of the family."))
-    windows: int | None = field(default=None, metadata=about("At most so many windows of each; default: all."))
+    seq_len: int | None = field(
+        default=None, metadata=about("Tokens in a window; default: as published for the family.")
+    )
+    windows: int | None = field(default=None, metadata=about("Maximum number of windows per data set; default: all."))
     data_dir: str | None = field(default=None, metadata=about("Folder with wiki.test.raw, instead of the hub."))
     steps: int | None = field(
-        default=None, metadata=about("Measure and log them during training too, every so many steps.")
+        default=None,
+        metadata=about("Steps between measurements during training, which are logged; default: none during training."),
     )
     report: bool = field(
         default=False,
-        metadata=about("Write the page report/report.html with figures after training; needs ast-sparse[plots]."),
+        metadata=about("After training, write report/report.html with figures; needs ast-sparse[plots]."),
     )
     prompts: tuple[str, ...] = field(
         default=("The capital of France is", "A function in Python is defined with the keyword", "Water boils when"),
-        metadata=about("Texts that each stage continues greedily for the report; empty: none."),
+        metadata=about("Texts that the model of each stage continues greedily for the report; an empty list: none."),
     )
 
     def _validate(self) -> None:
@@ -35,8 +38,8 @@ class EvaluationConfig(Section):
         for key in ("windows", "steps"):
             self._require(getattr(self, key) is None or getattr(self, key) >= 1, key, "must be at least 1.")
         self._require("" not in self.datasets, "datasets", "has an empty entry. Fill or remove it.")
-        mend = "has nothing to measure: evaluation.datasets is empty. Name a data set, or remove it."
-        self._require(self.steps is None or len(self.datasets) > 0, "steps", mend)
+        problem = "has nothing to measure: evaluation.datasets is empty. Name a data set, or remove it."
+        self._require(self.steps is None or len(self.datasets) > 0, "steps", problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +49,19 @@ class WatchConfig(Section):
     _name = "watch"
     nan: Literal["stop", "skip"] = field(
         default="stop",
-        metadata=about("A loss or gradient that is not finite: end the run, or pass over the update."),
+        metadata=about("If a loss or gradient is not finite: stop the run, or skip the update."),
     )
     spike: Literal["off", "warn", "skip", "stop"] = field(
         default="off",
-        metadata=about("A loss above `spike_factor` times the median of the last `spike_window` steps."),
+        metadata=about(
+            "What to do if a loss is above `spike_factor` times the median of the last `spike_window` steps."
+        ),
     )
-    spike_factor: float = field(default=3.0, metadata=about("How far above the median a loss may be, above 1."))
-    spike_window: int = field(default=50, metadata=about("Steps of the median; so many come before the first verdict."))
-    max_skips: int = field(default=10, metadata=about("Steps that may be skipped in a row before the run ends."))
+    spike_factor: float = field(default=3.0, metadata=about("How many times the median a loss may be, above 1."))
+    spike_window: int = field(
+        default=50, metadata=about("Steps that the median is taken of; the check starts after them.")
+    )
+    max_skips: int = field(default=10, metadata=about("Steps in a row that may be skipped before the run stops."))
 
     def _validate(self) -> None:
         self._require(self.spike_factor > 1, "spike_factor", "must be above 1.")

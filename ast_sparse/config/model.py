@@ -18,13 +18,14 @@ class ModelConfig(Section):
     trust_remote_code: bool = field(default=False, metadata=about("Run code that comes with model and teacher."))
     teacher: str | None = field(
         default=None,
-        metadata=about("Another teacher, with the student's tokenizer; default: the dense model itself."),
+        metadata=about("Another teacher with the student's tokenizer; default: the dense model itself."),
     )
     config_overrides: dict[str, Any] = field(
-        default_factory=dict, metadata=about("Values that replace those of config.json, e.g. {resid_pdrop: 0.0}.")
+        default_factory=dict, metadata=about("Values that replace those in config.json, e.g. {resid_pdrop: 0.0}.")
     )
     random_weights: bool = field(
-        default=False, metadata=about("Train from random weights of `training.seed`; the teacher keeps its own.")
+        default=False,
+        metadata=about("Start from random weights, drawn with `training.seed`; the teacher keeps its weights."),
     )
 
     def _validate(self) -> None:

@@ -1,6 +1,6 @@
-"""Keys of `training` that older versions of transformers, or TRL, had: what to write instead.
+"""Keys of `training` that older versions of transformers, or TRL, had, and what to write instead.
 
-`{value}` stands for what the file says. A test compares every key with the installed `TrainingArguments`.
+`{value}` is the value in the file. A test compares every key with the installed `TrainingArguments`.
 """
 
 from typing import Any
@@ -8,9 +8,9 @@ from typing import Any
 from ast_sparse.errors import shown, shown_name
 
 _HALF = "Remove it; bf16: true (or fp16: true) trains in half precision."
-_TPU = "Remove it; ast-train knows no TPU."
+_TPU = "Remove it; ast-train does not run on TPUs."
 _NEVER = "Remove it; it has no effect on ast-train."
-_ONE_LENGTH = "blocks are all of one length, data.block_size."
+_ONE_LENGTH = "all blocks have the same length, data.block_size."
 
 # key: (settings that the hint names, the hint)
 REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -20,7 +20,7 @@ REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
         f"Remove it; {_ONE_LENGTH} transformers has train_sampling_strategy: group_by_length for it now.",
     ),
     "evaluation_strategy": (("training.eval_strategy",), "Write eval_strategy: {value}."),
-    "overwrite_output_dir": ((), "Remove it; start with --overwrite, or go on with --resume."),
+    "overwrite_output_dir": ((), "Remove it; start with --overwrite, or continue with --resume."),
     "per_gpu_train_batch_size": (
         ("training.per_device_train_batch_size",), "Write per_device_train_batch_size: {value}.",
     ),
@@ -28,7 +28,7 @@ REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
         ("training.per_device_eval_batch_size",), "Write per_device_eval_batch_size: {value}.",
     ),
     "no_cuda": (("training.use_cpu",), "Write use_cpu: {value}."),
-    "use_mps_device": (("training.use_cpu",), "Remove it; MPS is used where it is there, unless use_cpu: true."),
+    "use_mps_device": (("training.use_cpu",), "Remove it; MPS is used if it is available, unless use_cpu: true."),
     "logging_dir": (
         ("training.report_to",),
         "Remove it; with report_to: tensorboard set the environment variable TENSORBOARD_LOGGING_DIR.",
@@ -52,7 +52,7 @@ REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
     "include_inputs_for_metrics": (
         ("training.include_for_metrics",), "Remove it, or write include_for_metrics: [inputs].",
     ),
-    "include_tokens_per_second": ((), "Remove it; the tokens a second are always logged."),
+    "include_tokens_per_second": ((), "Remove it; tokens per second are always logged."),
     "push_to_hub_model_id": (("training.hub_model_id",), "Write hub_model_id: {value}."),
     "push_to_hub_organization": (
         ("training.hub_model_id",), "Write the organization into hub_model_id: ORGANIZATION/NAME.",
@@ -79,7 +79,7 @@ _SECRET = ("push_to_hub_token",)
 
 
 def removed_hint(key: Any, value: Any) -> str | None:
-    """The error for a key that is not there any more, with the fix; None for any other key."""
+    """The error for a key that no longer exists, with the fix; None for any other key."""
     if not isinstance(key, str) or key not in REMOVED:
         return None
     written = "true" if value is True else "false" if value is False else shown_name(value)

@@ -21,7 +21,7 @@ from ast_sparse.errors import UserError, did_you_mean, kind_of, shown, shown_nam
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything `ast-train` reads. `training` goes to `transformers.TrainingArguments` as it is."""
+    """All settings of `ast-train`. `training` is passed to `transformers.TrainingArguments` unchanged."""
 
     model: ModelConfig
     data: DataConfig
@@ -43,7 +43,7 @@ class RunConfig:
         }
 
 
-SECTIONS: dict[str, type[Section]] = {  # all but `training`, which is no dataclass of ours
+SECTIONS: dict[str, type[Section]] = {  # all but `training`, which has no dataclass here
     "model": ModelConfig,
     "data": DataConfig,
     "sparsity": SparsityConfig,
@@ -56,7 +56,7 @@ SECTIONS: dict[str, type[Section]] = {  # all but `training`, which is no datacl
 
 
 _DEEPEST = 16  # levels of keys
-_LISTED = 20  # names that an error lists
+_LISTED = 20  # maximum number of names in an error
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -64,10 +64,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value` lines that replace what the file says; values are YAML.
+        overrides: `section.key=value` lines that replace values of the file; values are YAML.
 
     Raises:
-        UserError: one line that names the field, the value and the mend.
+        UserError: one line that names the field, the value and the fix.
     """
     tree = read_yaml(Path(path))
     for override in overrides:
@@ -106,10 +106,10 @@ def _read_section(name: str, values: Any) -> Any:
 
 
 def _check_training(values: dict[str, Any]) -> dict[str, Any]:
-    """Names and types against `TrainingArguments`; its own checks run when it is built."""
+    """Check names and types against `TrainingArguments`; its own checks run when it is built."""
     from transformers import TrainingArguments  # takes seconds: only when a config is read
 
-    # text for `fsdp` was FSDP1's way; that it may be true is not in its annotation
+    # the annotation of `fsdp` is FSDP1's text and does not allow true
     hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | None}
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     for key in values:
@@ -126,7 +126,7 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`, with deeper keys (`training.lr_scheduler_kwargs.min_lr_rate`) allowed."""
+    """Set one `section.key=value`; deeper keys (`training.lr_scheduler_kwargs.min_lr_rate`) are allowed."""
     path, sign, text = override.partition("=")
     keys = path.strip().split(".")
     if not sign or not all(keys):

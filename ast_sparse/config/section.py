@@ -1,4 +1,4 @@
-"""What every section of the settings shares: typed fields with a help text, checked when they are made."""
+"""What every section of the settings shares: typed fields with a help text, checked when a section is made."""
 
 import dataclasses
 import typing
@@ -28,10 +28,10 @@ class Section:
 
     def _validate(self) -> None: ...
 
-    def _require(self, condition: bool, key: str, mend: str) -> None:
+    def _require(self, condition: bool, key: str, problem: str) -> None:
         if not condition:
             field = f"{self._name}.{key}"
-            raise UserError(f"{field}={shown(getattr(self, key))} {mend}", field)
+            raise UserError(f"{field}={shown(getattr(self, key))} {problem}", field)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as plain YAML values."""

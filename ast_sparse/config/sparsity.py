@@ -8,66 +8,67 @@ from ast_sparse.config.section import Section, about
 
 UNSTRUCTURED = "unstructured"
 
-Method = Literal["magnitude", "wanda", "sparsegpt"]  # their functions are in `sparsity/oneshot.py`
+Method = Literal["magnitude", "wanda", "sparsegpt"]  # the functions are in `sparsity/oneshot.py`
 METHOD_HELP: dict[Method, str] = {
     "magnitude": "|W|, needs no text",
     "wanda": "|W| times the norm of the inputs",
-    "sparsegpt": "weights to the right make up for what is pruned",
+    "sparsegpt": "later columns are updated to make up for the pruned weights",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig(Section):
-    """The pattern, and how masks move: annealed SR-STE (paper Sec. 3.2)."""
+    """The pattern, and how masks change during training: annealed SR-STE (paper Sec. 3.2)."""
 
     _name = "sparsity"
     pattern: str = field(
         default="2:4",
-        metadata=about("N:M, N kept of every M weights along the input dimension; or unstructured: half of a layer."),
+        metadata=about("N:M: N of every M weights kept along the input dimension; or unstructured: half of a layer."),
     )
     criterion: Method = field(
         default="magnitude",
-        metadata=about("Score of a mask refresh; one that needs text looks at the activations of the step before it."),
+        metadata=about("Score for mask refreshes; wanda and sparsegpt use the activations of the step before."),
     )
     init: Method = field(
-        default="magnitude", metadata=about("One-shot method training starts from; settings in `calibration`.")
+        default="magnitude", metadata=about("One-shot method for the masks at the start; settings in `calibration`.")
     )
     schedule: Literal["constant", "imp", "gmp"] = field(
         default="constant",
         metadata=about(
-            "constant: the pattern from the start. Baselines whose pruned weights stay zero, trained by AdamW: imp "
-            "prunes in rounds, gmp along a cubic ramp."
+            "constant: the pattern from the start. imp and gmp: baselines trained with AdamW, whose pruned weights "
+            "stay zero; imp prunes in rounds, gmp along a cubic ramp."
         ),
     )
-    rounds: int = field(default=4, metadata=about("imp: how often it prunes; the last round makes the pattern exact."))
+    rounds: int = field(default=4, metadata=about("imp: number of rounds; the last one makes the pattern exact."))
     prune_share: float | None = field(
-        default=None, metadata=about("imp: share of the remaining weights a round prunes; default: equal shares.")
+        default=None, metadata=about("imp: share of the remaining weights pruned in a round; default: equal shares.")
     )
     steps_per_round: int | None = field(
-        default=None, metadata=about("imp: steps of training after each pruning; default: total steps / rounds.")
+        default=None, metadata=about("imp: training steps in a round; default: total steps / rounds.")
     )
     prune_until: float = field(
         default=0.75,
-        metadata=about("gmp: share of the steps over which sparsity rises, every `mask_interval` steps."),
+        metadata=about("gmp: share of the steps in which sparsity rises, every `mask_interval` steps."),
     )
-    mask_interval: int = field(default=10, metadata=about("Optimizer steps between mask refreshes; 0: masks fixed."))
+    mask_interval: int = field(default=10, metadata=about("Optimizer steps between mask refreshes; 0: fixed masks."))
     mask_decay: float = field(default=6e-5, metadata=about("λ_max of (2)."))
-    decay_ramp: float = field(default=0.25, metadata=about("T0/T1: share of the steps over which λ rises."))
+    decay_ramp: float = field(default=0.25, metadata=about("T0/T1: share of the steps in which λ rises."))
     decay_schedule: Literal["annealed", "static", "none"] = field(
-        default="annealed", metadata=about("λ over the steps: (2), constant, or zero.")
+        default="annealed", metadata=about("λ over the steps: annealed (2), static: constant, none: zero.")
     )
     decay_placement: Literal["momentum", "gradient", "weight"] = field(
-        default="momentum", metadata=about("Where the decay enters AdamW: (20)-(23), (18)-(19) or (16)-(17).")
+        default="momentum",
+        metadata=about("Where in AdamW the decay acts: momentum (20)-(23), gradient (18)-(19), weight (16)-(17)."),
     )
     kernels: Literal["auto", "eager", "compiled"] = field(
         default="auto",
         metadata=about(
-            "Masks and updates by torch.compile or eager; auto: compiled from 10 million masked weights on, where a "
-            "compiler works. Resumed as the checkpoint was trained."
+            "Whether masks and updates use torch.compile; auto: compiled for 10 million masked weights or more, if a "
+            "compiler works. A resumed run uses what its checkpoint used."
         ),
     )
-    include: tuple[str, ...] = field(default=(), metadata=about("Prune only layers that match; * is a wildcard."))
-    exclude: tuple[str, ...] = field(default=(), metadata=about("Layers that stay dense; * is a wildcard."))
+    include: tuple[str, ...] = field(default=(), metadata=about("Prune only matching layers; * is a wildcard."))
+    exclude: tuple[str, ...] = field(default=(), metadata=about("Keep matching layers dense; * is a wildcard."))
 
     def _validate(self) -> None:
         match = self.pattern == UNSTRUCTURED or re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.pattern)
@@ -83,22 +84,22 @@ class SparsityConfig(Section):
         )
         self._require(0 < self.prune_until <= 1, "prune_until", "must be above 0 and at most 1.")
         for key in ("prune_share", "steps_per_round") if self.schedule != "imp" else ():
-            mend = f"is for sparsity.schedule=imp, and would be ignored with {self.schedule}. Remove it."
-            self._require(getattr(self, key) is None, key, mend)
+            problem = f"is for sparsity.schedule=imp, and would be ignored with {self.schedule}. Remove it."
+            self._require(getattr(self, key) is None, key, problem)
         for key in ("criterion", "init") if self.is_gradual else ():
-            mend = f"goes with sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
-            self._require(getattr(self, key) == "magnitude", key, mend)
+            problem = f"needs sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
+            self._require(getattr(self, key) == "magnitude", key, problem)
         if self.schedule == "gmp":
             self._require(self.mask_interval > 0, "mask_interval", "leaves gmp no step to prune at. Set 1 or more.")
 
     @property
     def n(self) -> int:
-        """Weights kept of each group; 1 (of 2) where there are no groups."""
+        """Weights kept of each group; 1 (of 2) without groups."""
         return int(self.pattern.split(":")[0]) if self.structured else 1
 
     @property
     def m(self) -> int:
-        """Weights of a group; 2 where there are no groups."""
+        """Weights in a group; 2 without groups."""
         return int(self.pattern.split(":")[1]) if self.structured else 2
 
     @property
@@ -113,12 +114,12 @@ class SparsityConfig(Section):
 
     @property
     def is_gradual(self) -> bool:
-        """Whether sparsity rises to the pattern during the run (IMP, GMP): pruned weights are zero and stay so."""
+        """Whether sparsity rises to the pattern during the run (IMP, GMP): pruned weights are and stay zero."""
         return self.schedule != "constant"
 
     @property
     def fixed_masks(self) -> bool:
-        """Whether pruned weights never come back, so that they get no gradient."""
+        """Whether pruned weights never come back, and so need no gradient."""
         return self.mask_interval == 0 or self.is_gradual
 
 
@@ -128,12 +129,16 @@ class SLoRBConfig(Section):
 
     _name = "slorb"
     enabled: bool = field(default=True, metadata=about("Whether sparse layers get the adapter."))
-    k: int = field(default=16, metadata=about("Columns a group; divides in_features."))
-    init: Literal["mean", "zero"] = field(default="mean", metadata=about("S from the pruned weights (6), or zero."))
+    k: int = field(default=16, metadata=about("Columns in a group; must divide in_features."))
+    init: Literal["mean", "zero"] = field(
+        default="mean", metadata=about("Initial S: from the pruned weights (6), or zero.")
+    )
     train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
     start: float = field(
         default=0.0,
-        metadata=about("Share of the steps before SLoRB; after it SLoRB alone is trained (Table 12). 0: together."),
+        metadata=about(
+            "Share of the steps after which SLoRB alone is trained (Table 12); 0: with the weights, from the start."
+        ),
     )
 
     def _validate(self) -> None:
@@ -143,26 +148,28 @@ class SLoRBConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(Section):
-    """Text that one-shot pruning measures activations on, and settings of SparseGPT."""
+    """Calibration text for one-shot pruning, and settings of SparseGPT."""
 
     _name = "calibration"
     data: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Sources, as in `data.train`; default: the training text.")
     )
     samples: int = field(default=128, metadata=about("Sequences to calibrate on."))
-    seq_len: int | None = field(default=None, metadata=about("Tokens of a sequence; default: `data.block_size`."))
+    seq_len: int | None = field(default=None, metadata=about("Tokens in a sequence; default: `data.block_size`."))
     damping: float = field(
-        default=0.01, metadata=about("SparseGPT: share of the Hessian's mean diagonal that is added to it.")
+        default=0.01, metadata=about("SparseGPT: share of the Hessian's mean diagonal that is added to the diagonal.")
     )
-    block_size: int = field(default=128, metadata=about("SparseGPT: columns pruned before the rest is updated."))
+    block_size: int = field(
+        default=128, metadata=about("SparseGPT: number of columns pruned before the remaining columns are updated.")
+    )
     keep_zeros: bool = field(
         default=False,
         metadata=about(
-            "SparseGPT: weights of the model that are 0 already stay 0; the other methods never move one. This holds "
-            "for pruning: training may change them later like any weight."
+            "SparseGPT: weights of the model that are already 0 stay 0; with the other methods they always do. This "
+            "is about pruning only: training may change them like any other weight."
         ),
     )
-    seed: int = field(default=0, metadata=about("Chooses the sequences."))
+    seed: int = field(default=0, metadata=about("Random seed for choosing the sequences."))
 
     def _validate(self) -> None:
         self._require(self.data is None or len(self.data) > 0, "data", "names no source. List files, or remove it.")

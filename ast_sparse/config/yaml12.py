@@ -1,8 +1,8 @@
-"""YAML with the scalars of YAML 1.2, read as a person means them.
+"""YAML with the scalars of YAML 1.2, which read as people expect.
 
 PyYAML alone follows YAML 1.1, where `2:4` is 124, `2e-5` is text and `no` is False. Here `2:4` stays text, `2e-5` is a
-number, `010` is ten and only `true` and `false` are bools. A key that stands twice is an error, and so are tags. What
-`dump_yaml` writes reads back as it was.
+number, `010` is ten and only `true` and `false` are bools. Repeated keys and tags are errors. What `dump_yaml` writes
+is read back unchanged.
 """
 
 import re
@@ -14,17 +14,17 @@ import yaml
 from ast_sparse.errors import UserError, kind_of, one_line, shown, shown_name
 
 _LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths has less
-_MOST_VALUES = 100_000  # entries, each alias counted as what it stands for ...
-_LONG_TEXT = 64  # ... and text as one entry for so many characters
-_DEEPEST = 32  # mappings and lists inside one another
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes can write them: no path has them, no file takes them
+_MOST_VALUES = 100_000  # entries; an alias counts as many as what it refers to ...
+_LONG_TEXT = 64  # ... and a text one more for each of this many characters
+_DEEPEST = 32  # levels of nested mappings and lists
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # YAML escapes can produce them, but paths and text files cannot have them
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds.
+    """The mapping in a YAML file.
 
     Raises:
-        UserError: the file is missing, unreadable, empty, too large, not UTF-8, no valid YAML, or holds something else.
+        UserError: the file is missing, unreadable, empty, too large, not UTF-8, not valid YAML, or not a mapping.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -33,7 +33,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             data = stream.read(_LARGEST_FILE + 1)
         if len(data) > _LARGEST_FILE:
-            raise UserError(f"Config {str(path)!r} is larger than 1 MiB. Name files by globs, or give a config.")
+            raise UserError(
+                f"Config {str(path)!r} is larger than 1 MiB. Use globs for long lists of files, or give another file."
+            )
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
@@ -49,18 +51,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The value of some YAML text.
+    """The value of a YAML text.
+
+    Args:
+        name: what the text is, for errors, which also give line and column.
 
     Raises:
-        UserError: no valid YAML, a tag, or nested or multiplied by aliases beyond what a configuration needs; `name`
-            says whose, and the line and column follow.
+        UserError: not valid YAML, a tag, or more levels or (through aliases) values than a configuration needs.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except UserError as error:
         raise UserError(f"{name}, {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{name} is no valid YAML: {_problem(error)}") from None
+        raise UserError(f"{name} is not valid YAML: {_problem(error)}") from None
 
 
 def dump_yaml(tree: Any) -> str:
@@ -76,14 +80,14 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._depth = 0
-        self._values: dict[yaml.Node, int] = {}  # of every finished node: the values it stands for
+        self._values: dict[yaml.Node, int] = {}  # number of values of every finished node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As in PyYAML, within bounds, and without tags."""
+        """As in PyYAML, but limited in size and without tags."""
         event = self.peek_event()
         line = event.start_mark.line + 1
         if getattr(event, "tag", None) is not None:
-            raise UserError(f"line {line}: the tag {shown_name(event.tag)} is not read. Write the plain value.")
+            raise UserError(f"line {line}: the tag {shown_name(event.tag)} is not supported. Write the plain value.")
         self._depth += 1
         if self._depth > _DEEPEST:
             raise UserError(f"line {line}: more than {_DEEPEST} levels deep. A configuration has fewer.")
@@ -91,7 +95,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if node not in self._values:
-                raise UserError(f"line {line}: *{shown_name(event.anchor)} stands inside itself. Write the value out.")
+                raise UserError(f"line {line}: *{shown_name(event.anchor)} contains itself. Write the value out.")
             return node
         if isinstance(node, yaml.MappingNode):
             below = sum(self._values[part] for pair in node.value for part in pair)
@@ -107,7 +111,7 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         if isinstance(value, str) and _NO_TEXT.search(value):
-            raise UserError(f"line {node.start_mark.line + 1}: {shown(value)} holds what is no character. Remove it.")
+            raise UserError(f"line {node.start_mark.line + 1}: {shown(value)} has an invalid character. Remove it.")
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -118,13 +122,13 @@ class _Loader(yaml.SafeLoader):
                 line = key_node.start_mark.line + 1
                 raise UserError(f"line {line}: key {shown(key)} is {kind_of(key)}. Keys are names.")
             if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: key {shown(key)} stands twice. Keep one.")
+                raise UserError(f"line {key_node.start_mark.line + 1}: key {shown(key)} appears twice. Keep one.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which YAML 1.2 would read as something else (`1e5`, `09`)."""
+    """SafeDumper that quotes text that YAML 1.2 would read as something else (`1e5`, `09`)."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  (as the base class declares it)
 

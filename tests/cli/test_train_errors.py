@@ -32,7 +32,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("sparsity.prune_share=1", r"sparsity\.prune_share=1\.0 must lie between 0 and 1"),
     ("sparsity.steps_per_round=0", r"sparsity\.steps_per_round=0 must be at least 1"),
     ("sparsity.prune_until=0", r"sparsity\.prune_until=0\.0 must be above 0 and at most 1"),
-    ("sparsity={{schedule: imp, init: wanda}}", r"sparsity\.init='wanda' goes with sparsity\.schedule=constant"),
+    ("sparsity={{schedule: imp, init: wanda}}", r"sparsity\.init='wanda' needs sparsity\.schedule=constant"),
     ("sparsity={{schedule: gmp, mask_interval: 0}}", r"sparsity\.mask_interval=0 leaves gmp no step to prune at"),
     ("sparsity={{schedule: imp, rounds: 3}}", r"sparsity\.rounds=3 need more than the 2 steps of the run\. Lower it"),
     (
@@ -46,12 +46,12 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     # distillation, SLoRB
     ("distillation=kl", r"Section 'distillation' is 'kl'"),
     ("distillation.alpha=2", r"distillation\.alpha=2\.0 must lie between 0 and 1"),
-    ("distillation.kl_weight=1", r"distillation\.kl_weight=1\.0 exclude each other"),
+    ("distillation.kl_weight=1", r"distillation\.kl_weight=1\.0 cannot be combined"),
     ("distillation={{ce_weight: 0, kl_weight: 0}}", r"are both 0"),
     ("distillation.temperature=0", r"distillation\.temperature=0\.0 must be above 0"),
     ("distillation.temperature=.inf", r"distillation\.temperature=inf is not a finite number"),
     ("distillation.kind=js", r"distillation\.kind='js' is text, expected 'kl' or 'reverse_kl'"),
-    ("distillation.match_flops=true", r"distillation\.match_flops=True is for a run without teacher.*alpha: 0"),
+    ("distillation.match_flops=true", r"distillation\.match_flops=True is for a run without a teacher.*alpha: 0"),
     (
         ["distillation={{alpha: 0, match_flops: true}}", "model.teacher=/nowhere/t"],
         r"model\.teacher='/nowhere/t': There is no folder",
@@ -225,7 +225,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     # --set itself, and the name of a section
     ("sparsity.pattern", r"--set 'sparsity\.pattern' is not of the form section\.key=value"),
     ("training.max_steps.x=1", r"--set .*max_steps is an integer, not a mapping"),
-    ("sparsity.include=[a", r"--set .*no valid YAML"),
+    ("sparsity.include=[a", r"--set .*not valid YAML"),
     ("sparcity.pattern=2:4", r"unknown section 'sparcity'\. Did you mean 'sparsity'"),
 ]
 

@@ -41,7 +41,7 @@ def test_a_removed_key_is_not_there_and_what_its_hint_names_is(tmp_path: Path, k
     ("line", "expected"),
     [
         ("warmup_ratio: 0.03", "warmup_ratio=0.03: transformers 5 has no such key. Write warmup_steps: 0.03;"),
-        ("group_by_length: true", "group_by_length=True: transformers 5 has no such key. Remove it; blocks are all of"),
+        ("group_by_length: true", "group_by_length=True: transformers 5 has no such key. Remove it; all blocks have"),
         ("evaluation_strategy: steps", "Write eval_strategy: steps."),
         ("no_cuda: true", "Write use_cpu: true."),
         ("overwrite_output_dir: true", "--overwrite"),

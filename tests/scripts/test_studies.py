@@ -213,7 +213,7 @@ def test_a_failed_variant_stops_the_study_and_leaves_nothing(finished: tuple[Pat
     ("arguments", "said"),
     [
         (["--set", "seed"], "--set 'seed' is not of the form section.key=value"),
-        (["--set", "training.seed=[1"], "--set 'training.seed=[1': the value is no valid YAML"),
+        (["--set", "training.seed=[1"], "--set 'training.seed=[1': the value is not valid YAML"),
         (["--set", "sparsity.patern=2:4"], "variant 'annealed': Unknown key sparsity.patern. Did you mean 'pattern'?"),
         (["--row", "model"], "--row 'model' is not of the form NAME=MODEL"),
         (["--row", "a=b", "--row", "a=c"], "'a' is given twice"),

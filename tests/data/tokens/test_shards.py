@@ -329,7 +329,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["out", "bad.jsonl"], r"bad\.jsonl, line 2: not UTF-8 \(byte 0xff"),
     (["out", "blank.jsonl"], r"blank\.jsonl holds no text"),
     (["out", "{path: no/such}"], r"Cannot load data set no/such"),
-    (["out", "{path: [}"], r"SOURCE .* is no valid YAML"),
+    (["out", "{path: [}"], r"SOURCE .* is not valid YAML"),
     (["out", "a.jsonl", "--text-field", "body"], r"no field `body` but text"),
     (["out", "chat.jsonl"], r"line 1: no field `text` but messages\. This is chat data, and here raw text is read"),
     (
