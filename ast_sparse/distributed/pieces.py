@@ -1,7 +1,7 @@
-"""Parameters that FSDP2 has split over the processes (DTensors), and plain tensors alike.
+"""Pieces of parameters that FSDP2 has split over the processes (DTensors); plain tensors are accepted too.
 
-FSDP2 cuts dim 0 into one piece a process, so a Linear keeps the groups of its masks whole; the last pieces may be
-shorter, or empty.
+FSDP2 cuts dim 0 into one piece per process, so that no group of a Linear's mask is cut. The last pieces may be shorter
+or empty.
 """
 
 import torch
@@ -16,31 +16,31 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what FSDP2 leaves whole after a forward pass that no backward pass follows; nothing else to do."""
+    """Free the parameters that FSDP2 leaves gathered after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The piece of this process; of a plain tensor, all of it. Shares the memory."""
+    """This process's piece of a tensor, or the plain tensor itself; it shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process; every one must call it."""
+    """The whole tensor on every process; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def piece_for(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that belongs to the local piece of `like`, which has the same shape; no messages."""
+    """The part of a whole tensor at the local piece of `like`, which has the same shape; without communication."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def sum_over_shards(values: Tensor, like: Tensor) -> Tensor:
-    """Sum over the processes that hold a piece of `like`, the same on each; of a plain tensor the values themselves."""
+def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
+    """The sum over the processes with a piece of `like`, the same on each; the values themselves if it is plain."""
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
         torch.distributed.all_reduce(values, group=like.device_mesh.get_group())

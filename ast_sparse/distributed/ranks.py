@@ -12,10 +12,10 @@ from ast_sparse.errors import SharedError, UserError
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over the processes, the same on each; of one process, the values themselves.
+    """The mean over the processes, the same on each; with one process, the values themselves.
 
     Args:
-        values: floating point, on the device of training; NaN and infinity on one rank are there on all.
+        values: floating point, on the device of training; NaN or infinity on one rank is returned on all.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
@@ -30,7 +30,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in the order of the processes, on all of them."""
+    """The values of all processes in the order of their ranks, on every process."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -40,7 +40,7 @@ def gather(value: Any) -> list[Any]:
 
 @contextmanager
 def errors_shared() -> Iterator[None]:
-    """End every process with the first error of the user that one of them finds in the block; all must enter it.
+    """Raise the first UserError that a process raises in the block on all processes; all must enter the block.
 
     Raises:
         SharedError: that error.
@@ -56,6 +56,6 @@ def errors_shared() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Go on when every process is here."""
+    """Wait until every process has called this."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

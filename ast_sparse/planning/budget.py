@@ -1,17 +1,17 @@
-"""What a planned run costs on some hardware: memory of a device against what it has, FLOPs, hours, and a mend."""
+"""What a planned run costs on given hardware: memory needed and available, FLOPs, hours, and settings that fit."""
 
 import psutil  # of accelerate
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError, one_line
-from ast_sparse.planning.fit import find_mend
+from ast_sparse.planning.fit import find_fit
 from ast_sparse.planning.memory import Memory, Setup
 from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.training.callbacks.metrics import peak_flops
 
 GIB = 2**30
-USABLE = 0.92  # of a GPU: the rest is for its context, communication and what lies between allocated blocks
+USABLE = 0.92  # of a GPU: the rest is for its context, communication and the gaps between allocated blocks
 _GPU_GIB, _GPU_FLOPS, _GPU = 80, 989.4e12, "an H100 SXM"
 
 
@@ -25,16 +25,16 @@ class Budget:
         self.has_gpu = torch.cuda.is_available() and not setup.on_cpu
         self.hardware = hardware
         self.memory: Memory | None = None
-        self.reason = ""  # why memory is not known
+        self.reason = ""  # why the memory is unknown
         assert plan.memory is not None
         try:
             self.memory = plan.memory(setup)
-        except Exception as error:  # whatever the code of a model raises that looks at data
+        except Exception as error:  # whatever a model's code raises if it needs data
             self.reason = one_line(error, 200)
 
     @property
     def device_bytes(self) -> float:
-        """Memory of a device."""
+        """Memory of a device in bytes."""
         if self.hardware.device_memory is not None:
             return self.hardware.device_memory * GIB
         if self.on_cpu:
@@ -43,7 +43,7 @@ class Budget:
 
     @property
     def limit(self) -> float:
-        """Bytes of a device that a run may fill."""
+        """Bytes of a device that a run may use."""
         return self.device_bytes * (1 if self.on_cpu else USABLE)
 
     def lines(self) -> list[str]:
@@ -51,18 +51,18 @@ class Budget:
         return [*self._cost_lines(), *self._memory_lines()]
 
     def check(self) -> None:
-        """Raise UserError, with settings that mend it, where a device has less memory than the run needs."""
+        """Raise UserError, with settings that fit, if the run needs more memory than a device has."""
         if self.memory is None or self.memory.total <= self.limit:
             return
         assert self.plan.memory is not None
         student = self.plan.memory.student
         can_shard = not self.on_cpu and not any(isinstance(module, Conv1D) for module in student.modules())
-        mend = find_mend(self.plan.memory, self.setup, self.limit, can_shard, can_halve=not self.on_cpu)
-        needs = f"The run needs {_shown(self.memory.total)} a device, and {_shown(self.limit)} can be used."
-        if mend is None:
-            raise UserError(f"{needs} No setting mends that: take devices with more memory, or a smaller model.")
-        settings = ", ".join(mend.settings(self.setup))
-        raise UserError(f"{needs} It fits with {settings}: {_shown(mend.memory.total)} a device.")
+        fit = find_fit(self.plan.memory, self.setup, self.limit, can_shard, can_halve=not self.on_cpu)
+        needs = f"The run needs {_shown(self.memory.total)} per device, and {_shown(self.limit)} can be used."
+        if fit is None:
+            raise UserError(f"{needs} No settings make it fit. Use devices with more memory, or a smaller model.")
+        settings = ", ".join(fit.settings(self.setup))
+        raise UserError(f"{needs} It fits with {settings}: {_shown(fit.memory.total)} per device.")
 
     def _cost_lines(self) -> list[str]:
         per_step = self.plan.flops_per_token * self.plan.tokens_per_step
@@ -70,15 +70,15 @@ class Budget:
         lines = [f"FLOPs: {per_step:.3g} a step" + ("" if steps is None else f", {steps * per_step:.3g} in all")]
         peak = self._peak()
         if peak is None:
-            return [*lines, "time: the peak of the device is not known; give --peak-tflops"]
+            return [*lines, "time: the peak of the device is unknown; give --peak-tflops"]
         rate = self.setup.world_size * peak[0] * self.hardware.mfu
         span = f"{1000 * per_step / rate / 3600:,.1f} hours for 1,000 steps"
         span = span if steps is None else f"{steps * per_step / rate / 3600:,.1f} hours"
         devices = f"{self.setup.world_size} x {peak[0] / 1e12:g} TFLOP/s{peak[1]}"
-        return [*lines, f"time: {span}, if {self.hardware.mfu:.0%} of {devices} are made use of (MFU, assumed)"]
+        return [*lines, f"time: {span}, if {self.hardware.mfu:.0%} of {devices} are used (MFU, assumed)"]
 
     def _peak(self) -> tuple[float, str] | None:
-        """FLOPs a second of a device, and whose."""
+        """Peak FLOPs per second of a device, and the device it belongs to."""
         if self.hardware.peak_tflops is not None:
             return self.hardware.peak_tflops * 1e12, ""
         if self.has_gpu:
@@ -89,7 +89,7 @@ class Budget:
 
     def _memory_lines(self) -> list[str]:
         if self.memory is None:
-            return [f"memory: not counted, because this model cannot run without data ({self.reason})"]
+            return [f"memory: unknown, because this model cannot run without data ({self.reason})"]
         how = {"none": "", "ddp": ", DDP", "fsdp2": ", FSDP2"}[self.setup.sharding]
         whose = f"each of {self.setup.world_size} devices" if self.setup.world_size > 1 else "the device"
         share = "" if self.on_cpu else f", {USABLE:.0%} of {self.device_bytes / GIB:.1f}"

@@ -1,4 +1,4 @@
-"""Which settings make a run fit into a device's memory: tried one after another, the cheapest first."""
+"""Find settings with which a run fits into a device's memory; the cheapest are tried first."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,14 +13,14 @@ Step = Callable[[Setup], Setup]
 
 
 @dataclass(frozen=True)
-class Mend:
-    """Settings under which a run fits, and what a device holds then."""
+class Fit:
+    """Settings with which a run fits, and the memory that a device needs with them."""
 
     setup: Setup
     memory: Memory
 
     def settings(self, before: Setup) -> list[str]:
-        """The changes as `--set` takes them, and the number of devices where it has to be another."""
+        """The changed settings in the form that `--set` takes, and the number of devices if it changes."""
         after = self.setup
         names = {
             "training.gradient_checkpointing": "gradient_checkpointing",
@@ -37,19 +37,19 @@ class Mend:
         return changed + ([f"{after.world_size} devices"] if after.world_size != before.world_size else [])
 
 
-def find_mend(
+def find_fit(
     memory: Callable[[Setup], Memory], setup: Setup, limit: float, can_shard: bool, can_halve: bool
-) -> Mend | None:
-    """The first combination of settings that fits, without those of it that are not needed.
+) -> Fit | None:
+    """The first combination of settings that fits, without the changes that are not needed.
 
     Args:
-        memory: what one device holds under a setup.
+        memory: the memory that one device needs with a setup.
         limit: bytes that may be used.
         can_shard: whether the model can be sharded by FSDP2.
         can_halve: whether the devices compute in bf16.
 
     Returns:
-        None where nothing helps.
+        None if nothing fits.
     """
     for devices in _numbers_of_devices(setup.world_size, can_shard):
         applied: list[Step] = [] if devices == setup.world_size else [_with_devices(devices)]
@@ -61,8 +61,8 @@ def find_mend(
                 fewer = [each for each in applied if each is not candidate]
                 if memory(_apply(fewer, setup)).total <= limit:
                     applied = fewer
-            mended = _apply(applied, setup)
-            return Mend(mended, memory(mended))
+            fitting = _apply(applied, setup)
+            return Fit(fitting, memory(fitting))
     return None
 
 
@@ -73,7 +73,7 @@ def _apply(steps: list[Step], setup: Setup) -> Setup:
 
 
 def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iterator[Step]:
-    """Changes that cost nothing of what is learned; smaller batches come with more of them."""
+    """Changes that do not affect what is learned: for smaller batches, more of them are accumulated."""
     if can_halve and not setup.is_half:
         yield lambda now: replace(now, dtype=torch.bfloat16)
     if setup.eval_batch_size > 1:
@@ -101,7 +101,7 @@ def _numbers_of_devices(first: int, can_shard: bool) -> Iterator[int]:
 
 
 def _with_devices(number: int) -> Step:
-    """More devices; where it can be, the batch of a step stays what it is."""
+    """Use more devices, and keep the number of sequences per step if possible."""
 
     def step(now: Setup) -> Setup:
         steps, more = now.gradient_accumulation_steps, number // now.world_size

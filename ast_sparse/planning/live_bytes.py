@@ -1,4 +1,4 @@
-"""The bytes of all tensors that are alive while a step runs, real tensors or fake ones."""
+"""The bytes of all tensors, real or fake, that are alive while a step runs."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that are alive, operation by operation.
+    """Adds up the bytes of all live storages after every operation.
 
     Attributes:
         now, peak: bytes.
-        gradients, peak_gradients: the share of gradients that `counted_gradients` reports, now and at the peak.
+        gradients, peak_gradients: the bytes of gradients that `counted_gradients` reports, now and at the peak.
     """
 
     def __init__(self) -> None:
@@ -26,12 +26,12 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def ignore(self, tensors: list[Tensor]) -> None:
-        """Leave storages out that are counted elsewhere."""
+        """Leave out the storages of tensors that are counted elsewhere."""
         self._sizes.update({tensor.untyped_storage()._cdata: 0 for tensor in tensors})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
-            result = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long)  # every position counts
+            result = torch.empty(args[0].numel(), args[0].dim(), dtype=torch.long)  # assumes that no element is zero
         else:
             result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def counted_gradients(model: nn.Module, live: LiveBytes, drop: bool) -> Iterator[None]:
-    """Report gradients to `live` as they come; with `drop` none stays: they are added to some that are there."""
+    """Report each new gradient to `live`; with `drop`, remove it instead, as if it were added to an existing one."""
 
     def count(parameter: Tensor) -> None:
         if drop:

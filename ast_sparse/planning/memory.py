@@ -1,7 +1,7 @@
-"""How much memory a device needs: what a run holds all the time, and what a step adds, by running it on fake tensors.
+"""How much memory a device needs: what is always there, and what a step adds, measured by running it on fake tensors.
 
-The step is the real one (student, teacher, loss, backward pass), on tensors that have shapes but no data: what is
-alive is added up at every operation, so no formula has to know an architecture, an attention or a loss.
+The step is the real one (student, teacher, loss, backward pass), on tensors that have shapes but no data. Live bytes
+are added up after every operation, so no formula depends on the architecture, the attention or the loss.
 """
 
 import copy
@@ -28,25 +28,25 @@ from ast_sparse.training.losses import MicroBatchLoss
 
 Sharding = Literal["none", "ddp", "fsdp2"]
 
-_MASKLESS = "ast_sparse_planned_sdpa"  # whether sdpa needs a mask is read from data, which fake tensors have not
+_MASKLESS = "ast_sparse_planned_sdpa"  # sdpa looks at data to decide if it needs a mask; fake tensors have no data
 AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings that decide how much memory a model's training takes on one device.
+    """The settings that decide how much memory training takes on one device.
 
     Attributes:
-        batch_size, eval_batch_size: per device; no evaluation where the second is 0.
-        gradient_accumulation_steps: micro-batches of a step.
-        block_size: tokens of a sequence.
-        dtype: of the matrix products: float32, or what autocast uses.
-        gradient_checkpointing: blocks keep their input alone, and run again in the backward pass.
+        batch_size, eval_batch_size: per device; an eval_batch_size of 0 means no evaluation.
+        gradient_accumulation_steps: micro-batches in a step.
+        block_size: tokens in a sequence.
+        dtype: of the matrix products: float32, or the dtype of autocast.
+        gradient_checkpointing: blocks keep only their input, and run again in the backward pass.
         world_size: number of devices.
-        sharding: whether each holds everything (`ddp`) or its share (`fsdp2`), once training has begun.
-        measured_by: settings for which perplexities are measured, each as it would be without; a sharded student is
-            whole for that.
-        on_cpu: the devices are processes on a CPU, in whose memory a sharded student is put together to be saved.
+        sharding: whether each device holds everything (`ddp`) or its piece (`fsdp2`) during training.
+        measured_by: the settings that turn off the measurements of this run, which need the whole student on one
+            device; empty if nothing is measured.
+        on_cpu: the devices are processes on a CPU, and a sharded student is gathered in their memory to be saved.
     """
 
     batch_size: int
@@ -96,11 +96,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by item at the moment when a device holds most.
+    """Bytes by item at the moment when a device uses most memory.
 
     Attributes:
-        moment: which that is.
-        others: bytes in all at the other moments.
+        moment: the name of that moment.
+        others: total bytes at the other moments.
     """
 
     items: dict[str, int]
@@ -109,29 +109,29 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All items."""
+        """Bytes of all items."""
         return sum(self.items.values())
 
 
 @dataclass(frozen=True)
 class _Peak:
-    """The most that a pass held beside weights, and the gradients among it."""
+    """Bytes at the peak of a pass, without weights: gradients, and all else as activations."""
 
     activations: int
     gradients: int = 0
 
 
 class MemoryModel:
-    """The memory of a student and its teacher under any setup.
+    """The memory of a student and its teacher with any setup.
 
     Args:
-        student: sparse already, on the meta device.
+        student: already sparse, on the meta device.
         teacher: dense, on the meta device, or None.
         distillation: the loss.
-        hessians: bytes that a mask refresh by SparseGPT holds.
+        hessians: bytes of the Hessians for mask refreshes by SparseGPT.
 
     Raises:
-        Exception: whatever the code of a model raises that cannot run without data.
+        Exception: whatever a model's code raises if it cannot run without data.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class MemoryModel:
         self._peaks: dict[tuple[Any, ...], _Peak] = {}
 
     def __call__(self, setup: Setup) -> Memory:
-        """What one device holds when it holds most, of all moments of a run."""
+        """The memory of one device at the moment of a run when it uses most."""
         held, gathered = self._held(setup), self._gathered(setup)
-        gradients = _trained_bytes(self.student) // self._shards(setup)
+        gradients = _trained_bytes(self.student) // self._pieces(setup)
         step, evaluation = self._step(setup), self._evaluation(setup)
         activations = "activations, logits, temporaries"
         moments = {
@@ -172,7 +172,7 @@ class MemoryModel:
             "update of the weights": {
                 **held,
                 "gradients": gradients,
-                "temporaries of the update": self._update_bytes() // self._shards(setup),
+                "temporaries of the update": self._update_bytes() // self._pieces(setup),
             },
         }
         if evaluation.activations:
@@ -194,41 +194,41 @@ class MemoryModel:
     # ---- what is always there ------------------------------------------------------------------------------------
 
     def _held(self, setup: Setup) -> dict[str, int]:
-        shards = self._shards(setup)
+        pieces = self._pieces(setup)
         trained = _trained_bytes(self.student)
         masks = sum(layer.mask.nbytes + layer.start_mask.nbytes for layer in sparse_layers(self.student).values())
         teacher = 0
-        if self.teacher is not None:  # its embeddings and head stay whole
+        if self.teacher is not None:  # its embeddings and head are not sharded
             outside = _outside_bytes(self.teacher, setup.is_half) if setup.sharding == "fsdp2" else 0
-            teacher = outside + (_compute_bytes(self.teacher, setup.is_half) - outside) // shards
+            teacher = outside + (_compute_bytes(self.teacher, setup.is_half) - outside) // pieces
         return {
-            "weights (float32 masters)": trained // shards,
-            "masks": masks // shards,
-            "moments": 2 * trained // shards,
+            "weights (float32 masters)": trained // pieces,
+            "masks": masks // pieces,
+            "moments": 2 * trained // pieces,
             "teacher": teacher,
             "gradient buckets of DDP": trained if setup.sharding == "ddp" else 0,
             "Hessians of a refresh": self.hessians,
         }
 
     def _gathered(self, setup: Setup) -> dict[str, int]:
-        """What FSDP2 has whole during a pass: all outside the student's blocks, and two of the blocks, one ahead.
+        """What FSDP2 gathers during a pass: everything outside the student's blocks, and the current and next block.
 
-        The teacher's blocks, which are smaller, are whole before the student's first one is.
+        The teacher's blocks, which are smaller, are gathered before the student's first one.
         """
         if setup.sharding != "fsdp2":
             return {}
         outside = _outside_bytes(self.student, setup.is_half)
         return {"gathered blocks and embeddings": outside + 2 * _block_bytes(self.student, setup.is_half)}
 
-    def _shards(self, setup: Setup) -> int:
+    def _pieces(self, setup: Setup) -> int:
         return setup.world_size if setup.sharding == "fsdp2" else 1
 
     def _keeps_gradients(self, setup: Setup) -> bool:
-        """Whether gradients of an earlier micro-batch are there from the first operation on."""
+        """Whether gradients of an earlier micro-batch exist when a pass begins."""
         return setup.gradient_accumulation_steps > 1 or setup.sharding == "fsdp2"
 
     def _update_bytes(self) -> int:
-        """An upper bound, two temporaries of the largest weight: compiled kernels need none, eager CPU ones blocks."""
+        """An upper bound: two temporaries of the largest weight; compiled kernels need none, eager CPU ones less."""
         return 2 * max(p.nbytes for p in self.student.parameters() if p.requires_grad)
 
     # ---- what a pass adds ----------------------------------------------------------------------------------------
@@ -251,13 +251,13 @@ class MemoryModel:
 
     def _run(self, setup: Setup, batch_size: int, train: bool, drop_gradients: bool) -> _Peak:
         teacher = None
-        if self.teacher is not None and train:  # its weights are in the dtype of the matrix products
+        if self.teacher is not None and train:  # its weights have the dtype of the matrix products
             teacher = self._fake(copy.deepcopy(self.teacher), setup.dtype).requires_grad_(False).eval()
         live = LiveBytes()
         for model in (self.student, teacher):
             live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
         self.student.train(train)
-        # fast_forward tries what modules compute, for which it needs tensors with data: so it comes before the mode
+        # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
         with _checkpointing(self.student, setup.gradient_checkpointing and train), \
              fast_forward(*((self.student, teacher) if train else ())), \
              self._mode, counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
@@ -269,8 +269,8 @@ class MemoryModel:
         return _Peak(live.peak - live.peak_gradients, live.peak_gradients)
 
     def _fake(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model with tensors that have no data; parameters in `dtype`, buffers and masks as they are."""
-        made: dict[Tensor, Tensor] = {}  # tied ones stay one
+        """The model with tensors that have no data; parameters get `dtype`, buffers and masks keep theirs."""
+        made: dict[Tensor, Tensor] = {}  # so that tied tensors stay tied
         with self._mode:
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
@@ -282,12 +282,12 @@ class MemoryModel:
         return model
 
     def _loss(self, teacher: PreTrainedModel | None, inputs: dict[str, Tensor], labels: Tensor, setup: Setup) -> Tensor:
-        """The loss of a step as SparseTrainer computes it; cross-entropy alone in evaluation."""
+        """The loss of a step as SparseTrainer computes it; only cross-entropy in evaluation."""
         heads = {}
         for owner, model in (("student", self.student), ("teacher", teacher)):
             linear = None if model is None else model.get_output_embeddings()
             if type(linear) is nn.Linear:
-                heads[owner] = OutputHead(linear)  # without scale and cap, which take no memory to speak of
+                heads[owner] = OutputHead(linear)  # scale and cap are left out: they take almost no memory
         compute = MicroBatchLoss(teacher, self.distillation, heads)
         with torch.autocast("cpu", setup.dtype, enabled=setup.is_half):
             return compute(self.student, self.student, inputs, labels, needs_logits=False)[0]
@@ -305,7 +305,7 @@ def _checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # it has another name in newer versions
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer versions have renamed it
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         try:
             yield
@@ -322,18 +322,18 @@ def _parameter_bytes(module: nn.Module) -> int:
 
 
 def _block_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """The largest decoder block as it computes."""
+    """Bytes of the largest decoder block in the dtype of its computation."""
     return max(_compute_bytes(block, is_half) for block in decoder_blocks(model).values())
 
 
 def _outside_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """Embeddings, head and norms outside the decoder blocks as they compute."""
-    inside = nn.ModuleList(decoder_blocks(model).values())  # one module, so that shared weights count once
+    """Bytes of embeddings, head and norms outside the decoder blocks, in the dtype of their computation."""
+    inside = nn.ModuleList(decoder_blocks(model).values())  # one module, so that shared weights are counted once
     return _compute_bytes(model, is_half) - _compute_bytes(inside, is_half)
 
 
 def _passing_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """Gradients of a block that runs backward, and those of the block before in float32, on their way to the shards."""
+    """Bytes of one block's gradients, and of another's in float32 while they are reduced into the pieces."""
     largest = max(_trained_bytes(block) for block in decoder_blocks(model).values())
     return largest + (largest // 2 if is_half else largest)
 

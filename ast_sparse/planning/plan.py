@@ -1,4 +1,4 @@
-"""What a run will do and need, worked out on the meta device before any weight is loaded (`--dry-run`)."""
+"""What a run will do and need, computed on the meta device before any weights are loaded (`--dry-run`)."""
 
 import copy
 import math
@@ -31,15 +31,15 @@ from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a plan is made for.
+    """The hardware that a plan is for.
 
     Attributes:
         world_size: number of devices; None for that of the launcher.
-        device_memory: GiB of each; None for those of the GPU that is there, of the machine where the run is to use
-            its CPU, and 80 otherwise.
-        peak_tflops: of a device, dense, in the precision of the run; None for those of the GPU that is there, and of
-            an H100 SXM otherwise.
-        mfu: share of them that a run makes use of.
+        device_memory: GiB of a device; None for that of this machine's GPU, of the machine itself if the run uses its
+            CPU, and 80 otherwise.
+        peak_tflops: of a device, dense, in the precision of the run; None for that of this machine's GPU, and of an
+            H100 SXM otherwise.
+        mfu: share of the peak that a run uses.
     """
 
     world_size: int | None = None
@@ -62,12 +62,12 @@ class Plan:
 
     Attributes:
         sparsity: which layers are pruned and which are not.
-        steps: optimizer steps, or None where the length of the data decides.
-        tokens_per_step: over all processes and accumulated batches.
+        steps: optimizer steps, or None if they depend on the length of the data.
+        tokens_per_step: of all processes and accumulated batches.
         flops_per_token: of student and teacher.
-        model_config: of the student, overrides applied.
-        notes: lines on settings that change what the others say.
-        memory: counts what a device holds; None where it was not asked for.
+        model_config: of the student, with overrides applied.
+        notes: lines about settings that change the numbers above.
+        memory: computes the memory that a device needs; None if it was not asked for.
     """
 
     sparsity: SparsityReport
@@ -81,7 +81,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan as text, without memory and time, which depend on the hardware."""
         lines = [*self.sparsity.lines(), *self.notes]
-        per_step = f"{self.tokens_per_step:,} tokens a step"
+        per_step = f"{self.tokens_per_step:,} tokens per step"
         if self.steps is None:
             lines.append(f"tokens: {per_step}; training.max_steps is not set, so the data decides the number of steps")
         else:
@@ -93,19 +93,19 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     """Build the model on the meta device, select its layers, and count.
 
     Args:
-        world_size: plan for so many devices, memory included; None for a run of this one.
+        world_size: number of devices to plan for, memory included; None to plan a run that starts now, without memory.
 
     Raises:
         UserError: the model cannot be found or built, its files are damaged, a shape does not fit the pattern or
             SLoRB, no layer is left, the teacher's vocabulary or shape does not fit the kind of distillation, or a
-            block or an evaluation window is longer than the model's.
+            block or an evaluation window has more tokens than the model has positions.
     """
     notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
     distills = config.distillation is not None and config.distillation.needs_teacher
     reads_weights = not config.model.random_weights or (distills and config.model.teacher is None)
     if world_size is not None and has_config_alone(config.model):
         reads_weights = False
-        notes.append(f"weights: {config.model.name_or_path!r} holds none; its config.json is all that a plan needs")
+        notes.append(f"weights: {config.model.name_or_path!r} has none; a plan needs only its config.json")
     model_config = student_config(config.model, reads_weights)
     _check_windows(config, model_config)
     check_feature_settings(config.distillation, model_config, args)
@@ -150,7 +150,7 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
 
 
 def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> list[str]:
-    """Notes on a teacher that can be read and fits."""
+    """Notes on the teacher; raises UserError if it cannot be read or does not fit."""
     path = Path(name).expanduser()
     try:
         teacher = load_model_config(name, trust_remote_code=config.model.trust_remote_code)
@@ -169,7 +169,7 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase | None:
     keys = ("revision", "gguf_file", "trust_remote_code")
     try:
         return load_tokenizer(model.name_or_path, **{key: getattr(model, key) for key in keys})
-    except UserError:  # said by the run; a plan needs none
+    except UserError:  # the run raises it; a plan needs no tokenizer
         return None
 
 

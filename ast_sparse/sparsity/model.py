@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.sparsity import Method
-from ast_sparse.distributed.pieces import local, piece_for, sum_over_shards, whole
+from ast_sparse.distributed.pieces import local, piece_for, sum_over_pieces, whole
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.progress import progress_bar
@@ -234,7 +234,7 @@ def refresh_masks(
     if not flips:
         return {}
     entries = [layer.mask.numel() for layer in layers.values()]
-    counts = sum_over_shards(torch.stack(flips), next(iter(layers.values())).mask).tolist()
+    counts = sum_over_pieces(torch.stack(flips), next(iter(layers.values())).mask).tolist()
     return {
         name: (now / total, initial / total)
         for name, (now, initial), total in zip(layers, counts, entries, strict=True)

@@ -37,7 +37,7 @@ def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(folde
     assert result.exit_code == 0, result.output
     assert "2:4 on 14 layers: 15,360 of 19,616 parameters (78.3%)" in result.stdout
     assert "skipped  lm_head  (1): outside the decoder blocks" in result.stdout
-    assert "tokens: 10 steps x 192 tokens a step = 1,920" in result.stdout
+    assert "tokens: 10 steps x 192 tokens per step = 1,920" in result.stdout
     assert "teacher" in result.stdout and "total" in result.stdout
     assert "73.60 GiB, 92% of 80.0" in result.stdout
     assert sorted(folder.rglob("*")) == before
@@ -45,7 +45,7 @@ def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(folde
 
 def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) -> None:
     result = dry_run(folder, "--world-size", "4", "--peak-tflops", "1e-6", "--mfu", "0.5")
-    assert "tokens: 10 steps x 768 tokens a step = 7,680" in result.stdout
+    assert "tokens: 10 steps x 768 tokens per step = 7,680" in result.stdout
     # 8 for each token and each of the 15,520 parameters outside the embedding, which is the head's too
     assert f"FLOPs: {8 * 15_520 * 768:.3g} a step, {8 * 15_520 * 7_680:.3g} in all" in result.stdout
     assert (
@@ -63,23 +63,23 @@ def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path)
     assert "measurement" not in unmeasured.stdout
 
 
-def test_a_run_that_does_not_fit_ends_with_the_settings_that_mend_it(folder: Path) -> None:
+def test_a_run_that_does_not_fit_ends_with_the_settings_that_fit(folder: Path) -> None:
     result = dry_run(folder, "--device-memory", "0.001", "--set", "training.per_device_train_batch_size=8")
     assert result.exit_code == 2
     assert "  total  " in result.stdout  # the plan is there all the same
     assert result.stderr.count("\n") == 1 and "0.94 MiB can be used. It fits with training." in result.stderr
     settings = re.findall(r"training\.\w+=\w+", result.stderr)
-    mended = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])
-    assert mended.exit_code == 0, mended.output
+    fitted = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])
+    assert fitted.exit_code == 0, fitted.output
     fits = dry_run(folder, "--device-memory", "1", "--set", "training.per_device_train_batch_size=8")
     assert fits.exit_code == 0
     hopeless = dry_run(folder, "--device-memory", "1e-6")
-    assert hopeless.exit_code == 2 and "No setting mends that" in hopeless.stderr
+    assert hopeless.exit_code == 2 and "No settings make it fit" in hopeless.stderr
 
 
 def test_a_folder_with_its_config_alone_is_enough_for_a_plan_and_not_for_a_run(folder: Path) -> None:
     (folder / "model" / "model.safetensors").unlink()
-    assert "holds none; its config.json is all that a plan needs" in dry_run(folder).stdout
+    assert "has none; a plan needs only its config.json" in dry_run(folder).stdout
     result = CliRunner().invoke(main, ["--config", str(folder / "run.yaml"), "--output-dir", str(folder / "out"),
                                        "--set", "training.bf16=false", "--set", "training.use_cpu=true"])  # fmt: skip
     assert result.exit_code == 2 and "holds no model.safetensors" in result.stderr
@@ -94,13 +94,13 @@ def test_a_model_that_reads_its_data_is_planned_without_its_memory(folder: Path)
     (folder / "model" / "config.json").write_text(json.dumps(config))
     result = dry_run(folder, "--set", "training.bf16=false")
     assert result.exit_code == 0, result.output
-    assert "memory: not counted, because this model cannot run without data (" in result.stdout
+    assert "memory: unknown, because this model cannot run without data (" in result.stdout
 
 
 def test_a_machine_whose_cpu_trains_has_its_own_memory_and_no_known_peak(folder: Path) -> None:
     result = dry_run(folder, "--set", "training.use_cpu=true", "--set", "training.bf16=false")
     assert "Python and its libraries come on top" in result.stdout
-    assert "time: the peak of the device is not known; give --peak-tflops" in result.stdout
+    assert "time: the peak of the device is unknown; give --peak-tflops" in result.stdout
 
 
 @pytest.mark.parametrize(

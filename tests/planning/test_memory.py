@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel, Trai
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.fast_forward import fast_forward
-from ast_sparse.planning.fit import find_mend
+from ast_sparse.planning.fit import find_fit
 from ast_sparse.planning.live_bytes import LiveBytes
 from ast_sparse.planning.memory import Memory, MemoryModel, Setup
 from ast_sparse.sparsity.model import sparsify_model
@@ -175,18 +175,18 @@ MEASURES = ("evaluation.datasets=[]", "evaluation.report=false")
     ],
 )  # fmt: skip
 def test_a_mend_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
-    mend = find_mend(counted, setup, limit, can_shard=True, can_halve=False)
-    assert (None if mend is None else mend.settings(setup)) == settings
-    assert mend is None or mend.memory.total <= limit
+    fit = find_fit(counted, setup, limit, can_shard=True, can_halve=False)
+    assert (None if fit is None else fit.settings(setup)) == settings
+    assert fit is None or fit.memory.total <= limit
 
 
 def test_bf16_is_a_mend_where_the_device_has_it_and_sharding_where_the_model_allows() -> None:
     def memory(setup: Setup) -> Memory:
         return Memory({"all": 10 if setup.is_half else 20}, "step")
 
-    assert find_mend(memory, SETUP, 15, can_shard=False, can_halve=False) is None
-    mend = find_mend(memory, SETUP, 15, can_shard=False, can_halve=True)
-    assert mend is not None and mend.settings(SETUP) == ["training.bf16=true"]
+    assert find_fit(memory, SETUP, 15, can_shard=False, can_halve=False) is None
+    fit = find_fit(memory, SETUP, 15, can_shard=False, can_halve=True)
+    assert fit is not None and fit.settings(SETUP) == ["training.bf16=true"]
 
 
 def test_the_same_pass_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:

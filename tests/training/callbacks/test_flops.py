@@ -125,5 +125,5 @@ def test_the_plan_and_the_run_say_how_many_steps_there_are(tmp_path: Path) -> No
         result = CliRunner().invoke(main, [*arguments, *options])
         assert result.exit_code == 0, result.output
         assert "steps: training.max_steps=3 becomes 4: distillation.match_flops adds the steps" in result.output
-        assert "tokens: 4 steps x 32 tokens a step = 128" in result.output
+        assert "tokens: 4 steps x 32 tokens per step = 128" in result.output
     assert '"global_step": 4' in (tmp_path / "out/trainer_state.json").read_text()
