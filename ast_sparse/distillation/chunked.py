@@ -1,7 +1,7 @@
-"""The loss (4) from hidden states: logits exist for a chunk of tokens at a time, in either model.
+"""The loss (4) from hidden states: logits of both models exist only for a chunk of tokens at a time.
 
-The gradient is computed in the forward pass, by the student's hidden states and by its head, so that four products with
-a head are all there is to do: two for the logits, two for the gradients.
+The gradients with respect to the student's hidden states and its head are computed in the forward pass, so that only
+four products with a head are needed: two for the logits and two for the gradients.
 """
 
 import math
@@ -16,7 +16,7 @@ from ast_sparse.distillation.head import OutputHead
 from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, loss_rows_
 from ast_sparse.kernels.products import add_product, product
 
-_CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at a time
+_CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at the same time
 _MIN_CHUNK, _MAX_CHUNK = 64, 1024  # tokens; a smaller chunk reads the heads too often
 
 
@@ -30,30 +30,30 @@ def chunked_distillation_loss(
     *,
     by_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`w_ce · CE + w_kl · D` of (4), summed over tokens, from hidden states; no `[tokens, vocab]` tensor exists.
+    """`w_ce · CE + w_kl · D` of (4), summed over tokens, from hidden states; no `[tokens, vocab]` tensor is made.
 
-    It is `distillation_loss` of the logits that the heads make of the hidden states: D by `config.kind`, and positions
-    whose label is −100 cost nothing. Where one model has more columns than the other (padding of the vocabulary), D
-    compares the distributions over those that both have. Under autocast products run in its dtype, without in the
-    dtype of each head, and the loss in float32 or wider. The gradient is computed in the forward pass and can be taken
-    once; that of the head's weight only where the weight needs one. The teacher gets none.
+    It equals `distillation_loss` of the logits that the heads compute from the hidden states: D is chosen by
+    `config.kind`, and positions whose label is −100 cost nothing. If one model has more columns than the other (padding
+    of the vocabulary), D compares the distributions over the columns that both have. Products run in the dtype of
+    autocast, or without autocast in the dtype of each head; the loss is in float32 or wider. The gradient is computed
+    in the forward pass, so `backward` can be called once. The head's weight gets one only if it requires it, the
+    teacher none.
 
     Args:
-        student_hidden: `[..., hidden]`, any float dtype: what the head of the student is fed with.
+        student_hidden: `[..., hidden]`, any float dtype: the input of the student's head.
         student_head: `nn.Linear` with weight `[vocab, hidden]`, tied or not; or an `OutputHead` of
             `ast_sparse.distillation.head`, for models that scale or soft-cap their logits.
-        teacher_hidden: `[..., hidden of the teacher]`, any float dtype; None where D has no weight or looks at no
-            logits.
+        teacher_hidden: `[..., hidden of the teacher]`, any float dtype; None if D has no weight or uses no logits.
         teacher_head: the same for the teacher.
-        labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
-        config: weights and temperature; None is plain cross-entropy.
-        by_position: `[positions]` of zeros, which gets the loss of each position, without a gradient; None for none.
+        labels: `[...]` int64, already shifted: the label of a position is the next token.
+        config: weights and temperature; None means plain cross-entropy.
+        by_position: `[positions]` of zeros, to be filled with the loss of each position, without a gradient; or None.
 
     Returns:
         The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
 
     Raises:
-        ValueError: shapes differ, or D has weight and there is no teacher.
+        ValueError: shapes differ, or D has a weight and there is no teacher.
     """
     terms = Terms.of(config)
     ours = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
@@ -79,7 +79,7 @@ def chunked_distillation_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of the loss over tokens; the gradients are ready when the forward pass ends."""
+    """The loss summed over tokens; the gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if by_position is not None:
                     by_position[part] = losses.to(by_position.dtype)
                 grads.add(part, logits, inputs)
-                del logits, reference  # before those of the next chunk are made
+                del logits, reference  # free them before the next chunk
         ctx.save_for_backward(grads.by_hidden, grads.by_weight, grads.by_bias)
         ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         return total
@@ -124,20 +124,20 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a copy of the head's gradient is as large as the head. Autograd refuses a second backward pass.
+        # In place, because the head's gradient is as large as the head. Autograd refuses a second backward pass.
         scaled = (None if each is None else each.mul_(grads[0]) for each in ctx.saved_tensors)
         cast = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True))
         return *cast, None, None, None, None, None, None
 
 
 def _chunk_size(tokens: int, vocab: int) -> int:
-    """Tokens of a chunk, all of about one size."""
+    """Tokens in a chunk, so that all chunks have about the same size."""
     largest = min(max(_CHUNK_ELEMENTS // vocab, _MIN_CHUNK), _MAX_CHUNK)
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
 
 
 class _Product:
-    """The product of a head, a chunk at a time into one buffer, in the head's dtype or that of autocast."""
+    """The product of a head for one chunk at a time, in one buffer, in the dtype of the head or of autocast."""
 
     def __init__(self, head: OutputHead, size: int, autocast: torch.dtype | None = None) -> None:
         weight, bias = head.linear.weight.detach(), head.linear.bias
@@ -163,7 +163,7 @@ class _Product:
 
 
 class _Gradients:
-    """Gradients of the summed loss, in float32 or wider; None where they are not needed."""
+    """Gradients of the summed loss, in float32 or wider; None if they are not needed."""
 
     def __init__(
         self, product: _Product, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
@@ -177,12 +177,12 @@ class _Gradients:
         )
 
     def add(self, rows: Tensor, grad: Tensor, inputs: Tensor) -> None:
-        """Add what a chunk contributes.
+        """Add the gradients of a chunk.
 
         Args:
             rows: its positions, int64.
-            grad: `[rows, vocab]`, by the products of the head.
-            inputs: `[rows, hidden]`, what the products were made of.
+            grad: `[rows, vocab]`, with respect to the products of the head.
+            inputs: `[rows, hidden]`, the inputs of the products.
         """
         scale = self.product.head.scale
         if self.by_hidden is not None:

@@ -1,13 +1,13 @@
-"""Distillation on what happens inside the blocks: TinyBERT, MobileBERT, SquareHead (paper Sec. 3.3, (7)-(14)).
+"""Distillation on hidden states and attention maps: TinyBERT, MobileBERT, SquareHead (paper Sec. 3.3, (7)-(14)).
 
-In (4) these stand in the place of L_logit: `L = ce_weight · CE + kl_weight · D`, with sums over the decoder blocks,
+They replace L_logit in (4): `L = ce_weight · CE + kl_weight · D`, with sums over the decoder blocks,
 
 - tinybert: `D = soft CE (9)-(10) + attention_weight · Σ (7) + hidden_weight · Σ (8)`, no embedding distillation;
 - mobilebert: `D = hidden_weight · Σ (8) + attention_weight · Σ (11)`, no logits of the teacher;
 - squarehead: `D = T² · KL (13) + hidden_weight · Σ (12)`, added as (14).
 
-Here is what concerns blocks; `logits.py` has the rest. Each loss is a sum over the counted positions, those whose
-shifted label is not −100, of a mean inside the position, so that it can be divided by the tokens of a whole batch.
+This module has the terms of the blocks; `logits.py` has the rest. Each loss is a mean within a position, summed over
+the counted positions (those whose shifted label is not −100), so that it can be divided by the tokens of a whole batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ Positions = tuple[Tensor, ...]  # index of the counted positions of a [batch, se
 
 @dataclass(frozen=True)
 class Features:
-    """What a model computed inside, one entry a decoder block; empty where it was not asked for.
+    """Hidden states and attention maps of a model, one entry for each decoder block; empty if they are not needed.
 
     Attributes:
         hidden: `[batch, seq, hidden]`, the outputs of the blocks, before the final norm.
@@ -39,13 +39,13 @@ class Features:
 
 
 def needs_hidden(config: DistillationConfig | None) -> bool:
-    """Whether the loss looks at the outputs of the blocks."""
+    """Whether the loss uses the outputs of the blocks."""
     kinds = ("tinybert", "mobilebert", "squarehead")
     return config is not None and config.kind in kinds and config.needs_teacher and config.hidden_weight > 0
 
 
 def needs_attention(config: DistillationConfig | None) -> bool:
-    """Whether the loss looks at attention maps."""
+    """Whether the loss uses attention maps."""
     kinds = ("tinybert", "mobilebert")
     return config is not None and config.kind in kinds and config.needs_teacher and config.attention_weight > 0
 
@@ -53,15 +53,15 @@ def needs_attention(config: DistillationConfig | None) -> bool:
 def forward_with_features(
     call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], config: DistillationConfig | None
 ) -> tuple[Any, Features]:
-    """`call(**inputs)`, and what the loss of `config` looks at inside `model`.
+    """Run `call(**inputs)` and record the features of `model` that the loss of `config` uses.
 
     Args:
-        call: the model, a wrapper of it (DDP), or its decoder alone.
-        model: causal LM that holds the blocks; its attention is eager where maps are needed.
+        call: the model, a wrapper of it (DDP), or only its decoder.
+        model: causal LM with the blocks; its attention must be eager if maps are needed.
         inputs: arguments of `call`.
 
     Returns:
-        What `call` returned, and the features, with their graph; nothing of them is held elsewhere.
+        The result of `call`, and the features with their graph; no other reference to them remains.
     """
     if needs_attention(config):
         inputs = {**inputs, "output_attentions": True}
@@ -75,10 +75,10 @@ def forward_with_features(
 
 @contextmanager
 def recorded_blocks(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that fills with the outputs `[batch, seq, hidden]` of the decoder blocks, in the order they run.
+    """A list that is filled with the outputs `[batch, seq, hidden]` of the decoder blocks, in the order they run.
 
-    The blocks' own outputs, unlike `output_hidden_states`, whose last entry is normed. Hooks live inside the context
-    only, so that neither evaluation nor the recomputation of activation checkpointing records anything.
+    They are the blocks' own outputs; in `output_hidden_states` the final norm is applied to the last one. Hooks exist
+    only in the block, so that neither evaluation nor the recomputation of activation checkpointing records anything.
 
     Raises:
         UserError: the model has no list of decoder blocks.
@@ -97,10 +97,10 @@ def recorded_blocks(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def feature_loss(student: Features, teacher: Features, labels: Tensor, config: DistillationConfig) -> Tensor:
-    """The part of D that looks at features, with `hidden_weight` and `attention_weight`, without `kl_weight`.
+    """The part of D that uses features, with `hidden_weight` and `attention_weight`, without `kl_weight`.
 
     Args:
-        student, teacher: as `forward_with_features` returns them under the same config.
+        student, teacher: as `forward_with_features` returns them for the same config.
         labels: `[batch, seq]` int64, already shifted; positions with −100 do not count.
 
     Returns:
@@ -121,12 +121,12 @@ def feature_loss(student: Features, teacher: Features, labels: Tensor, config: D
 
 
 def counted_positions(labels: Tensor) -> Positions:
-    """Where shifted labels `[batch, seq]` are not −100: rows and columns, int64."""
+    """The positions whose shifted label `[batch, seq]` is not −100: rows and columns, int64."""
     return (labels != IGNORE_INDEX).nonzero(as_tuple=True)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
-    """Mean squared error of hidden states, the projection being the identity (8), summed over the positions.
+    """Mean squared error of hidden states, with the identity as the projection (8), summed over the positions.
 
     Args:
         student, teacher: `[batch, seq, hidden]`, any float dtype; computed in float32 or wider.
@@ -142,8 +142,8 @@ def hidden_loss(student: Tensor, teacher: Tensor, positions: Positions) -> Tenso
 def relative_hidden_loss(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
     """`MSE(f_t, f_s) / MSE(f_t, 0)` over all positions together (12), times their number.
 
-    Arguments and errors as of `hidden_loss`. A ratio is no sum over positions: a batch cut into micro-batches gives
-    the mean of their ratios.
+    Arguments and errors as in `hidden_loss`. A ratio is not a sum over positions: for a batch that is cut into
+    micro-batches it is the mean of their ratios.
     """
     ours, theirs = _counted(student, teacher, positions)
     size = theirs.square().sum().clamp(min=torch.finfo(theirs.dtype).tiny)
@@ -155,7 +155,7 @@ def attention_mse(student: Tensor, teacher: Tensor, positions: Positions) -> Ten
 
     Args:
         student, teacher: `[batch, heads, query, key]`, softmax probabilities; computed in float32 or wider. Keys that
-            the causal mask hides count as the zeros they are.
+            the causal mask hides are included as zeros.
         positions: as `counted_positions` returns them, of the queries.
 
     Raises:
@@ -168,8 +168,8 @@ def attention_mse(student: Tensor, teacher: Tensor, positions: Positions) -> Ten
 def attention_kl(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
     """KL(teacher‖student) between the attention distributions, a mean over heads (11), summed over query positions.
 
-    Arguments and errors as of `attention_mse`. Hidden keys, of probability 0 on both sides, add nothing; where the
-    student's probability alone underflows, it counts as the smallest normal number.
+    Arguments and errors as in `attention_mse`. Masked keys, with probability 0 on both sides, add nothing. If only the
+    student's probability underflows, the smallest normal number is used for it.
     """
     ours, theirs = _counted(student.transpose(1, 2), teacher.transpose(1, 2), positions)
     log_ours = ours.clamp(min=torch.finfo(ours.dtype).tiny).log()

@@ -1,4 +1,4 @@
-"""The output head of a causal LM: which product makes its logits, and what the model does with them afterwards."""
+"""The output head of a causal LM: the linear layer that makes the logits, and what the model does to them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ast_sparse.errors import one_line
 from ast_sparse.kernels.products import linear
 
-_PROBE_LIMIT = 50.0  # logits are probed up to here, far into the cap of those models that have one
-_PROBE_SMALL = 1e-6  # where tanh is its argument, to rounding
+_PROBE_LIMIT = 50.0  # the largest probed logit, where the soft cap of models that have one is clearly visible
+_PROBE_SMALL = 1e-6  # a value x with tanh(x) = x up to rounding
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """`logits = scale · (weight · hidden + bias)`, and with `softcap` c the c · tanh(· / c) of that.
+    """`logits = scale · (weight · hidden + bias)`, and with `softcap` c, c · tanh(· / c) of that.
 
     Attributes:
-        linear: the product.
+        linear: the layer with weight and bias.
         scale: Cohere's `logit_scale`, one over Granite's `logits_scaling`, ...
         softcap: Gemma's `final_logit_softcapping`, ...
     """
@@ -31,25 +31,25 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., vocab]` of the hidden states `[..., hidden]` that the head is fed with."""
+        """Logits `[..., vocab]` from the head's inputs, hidden states `[..., hidden]`."""
         logits = linear(hidden, self.linear.weight, self.linear.bias)
         logits = logits if self.scale == 1 else logits.mul_(self.scale)
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether it is still the head of the model, and nothing but FSDP watches or changes what it returns."""
+        """Whether this is still the head of the model, and nothing but FSDP observes or changes its output."""
         return self.linear is _output_embeddings(model) and not _has_hooks(self.linear)
 
 
 class UnknownHeadError(Exception):
-    """The way from hidden states to logits is not that of an `OutputHead`; the message says why."""
+    """The model does not compute its logits as an `OutputHead` does; the message says why."""
 
 
 @contextmanager
 def head_replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, a model calls `forward` with the hidden states `[..., hidden]` in the place of its head.
+    """In the block, the model calls `forward` instead of its head, with the hidden states `[..., hidden]`.
 
-    What the model makes of the result it takes for logits: they may be of any width.
+    The model treats the result as logits; they may have any width.
     """
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
@@ -60,7 +60,7 @@ def head_replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Itera
 
 @contextmanager
 def hidden_states(head: OutputHead) -> Iterator[list[Tensor]]:
-    """Inside, a model that is called makes no logits; the list gets what its head was to be fed with."""
+    """In the block, the model makes no logits; the inputs of its head are put into the list."""
     captured: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
@@ -75,18 +75,18 @@ def hidden_states(head: OutputHead) -> Iterator[list[Tensor]]:
 def loss_for_logits(
     model: nn.Module, head: OutputHead, loss_of: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Iterator[list[Tensor]]:
-    """Inside, the output of `model` has the loss of its hidden states as `loss`, and None as `logits`.
+    """In the block, the output of `model` has the loss of its hidden states as `loss`, and None as `logits`.
 
-    The loss is computed in the place of the head, inside the forward pass: a wrapper (DDP) then finds the head's weight
-    used, autocast is what it is there, and sharded parameters are whole. It comes back through what the head returns,
-    because the hooks of FSDP2 are there: they see the backward pass begin, and shard the head's gradient.
+    The loss is computed in place of the head, inside the forward pass: there a wrapper (DDP) sees that the head's
+    weight is used, autocast is as usual, and sharded parameters are gathered. The loss is returned through the head's
+    output, which has the hooks of FSDP2 that run when the backward pass begins and shard the head's gradient.
 
     Args:
-        model: causal LM, not its wrapper; it may be called through one.
-        loss_of: gets the hidden states `[batch, seq, hidden]`, returns a loss and a number of tokens.
+        model: causal LM, not its wrapper; it may be called through a wrapper.
+        loss_of: takes the hidden states `[batch, seq, hidden]`, returns a loss and a number of tokens.
 
     Yields:
-        A list that gets the number of tokens.
+        A list to which the number of tokens is added.
     """
     computed: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -101,7 +101,7 @@ def loss_for_logits(
         output["loss"], output["logits"] = computed.pop().flatten()[0].clone(), None  # FSDP2 warns of views
         return output
 
-    handle = model.register_forward_hook(put, prepend=True)  # before hooks that reshard parameters
+    handle = model.register_forward_hook(put, prepend=True)  # before the hooks that reshard parameters
     try:
         with head_replaced(head.linear, forward):
             yield tokens
@@ -111,10 +111,10 @@ def loss_for_logits(
 
 @torch.no_grad()
 def find_output_head(model: nn.Module) -> OutputHead:
-    """What a causal LM does to make its logits, found by a forward pass of two tokens with a known head.
+    """Find how a causal LM makes its logits, with a forward pass of two tokens and known head outputs.
 
     Raises:
-        UnknownHeadError: it is not an `OutputHead`, or the head is no plain layer that can be replaced.
+        UnknownHeadError: it is not as an `OutputHead` does, or the head is not a plain `nn.Linear` without hooks.
     """
     head = _output_embeddings(model)
     if type(head) is not nn.Linear:
@@ -150,7 +150,7 @@ def _output_embeddings(model: nn.Module) -> Any:
 
 
 def _has_hooks(head: nn.Linear) -> bool:
-    """Whether something else than its own forward decides what it returns, or sees it; not FSDP, which gathers it."""
+    """Whether anything but its own forward changes or sees its output; hooks of FSDP, which gather it, do not count."""
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
     return "forward" in vars(head) or any(not _is_of_fsdp(hook) for hook in hooks)
 
@@ -160,14 +160,14 @@ def _is_of_fsdp(hook: Callable[..., Any]) -> bool:
 
 
 def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """The logits of two tokens in eval mode, without dropout's random numbers."""
+    """The logits of two tokens in eval mode, so that dropout draws no random numbers."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with head_replaced(head, forward):
             return getattr(model(input_ids=ids, use_cache=False), "logits", None)
-    except Exception as error:  # whatever the code of a model raises that wants other inputs, or other logits
+    except Exception as error:  # whatever a model's code raises if it needs other inputs or logits
         raise UnknownHeadError(one_line(error)) from error
     finally:
         for module in training:
@@ -175,7 +175,7 @@ def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor
 
 
 def _fit(head: nn.Linear, scale: float, largest: float) -> OutputHead:
-    """The head with this slope at zero, and this logit at `_PROBE_LIMIT`."""
+    """The head whose logits have the slope `scale` at zero and the value `largest` at `_PROBE_LIMIT`."""
     line = scale * _PROBE_LIMIT
     if not 0 < largest < line * (1 - 1e-5):
         return OutputHead(head, scale)

@@ -1,4 +1,4 @@
-"""Distillation on the output distribution: cross-entropy, KL forward or reverse, soft CE (paper Sec. 3.3)."""
+"""Distillation on the output distribution: cross-entropy, forward or reverse KL, soft CE (paper Sec. 3.3)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,37 +12,36 @@ from ast_sparse.config import DistillationConfig
 
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 256  # rows of float32 temporaries alive at once
-_BLOCK_ELEMENTS = (
-    1 << 19
-)  # the passes of `add_gradient_` go over so many logits at once: on a CPU they stay in its cache
+_BLOCK_ELEMENTS = 1 << 19  # logits that `loss_rows_` takes at once on a CPU, so that they stay in its cache
 
 
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, config: DistillationConfig | None,
     *, by_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`w_ce · CE + w_kl · D`, summed over the tokens whose label is not −100: the part of (4) that looks at logits.
+    """`w_ce · CE + w_kl · D`, summed over the tokens whose label is not −100: the part of (4) that uses logits.
 
-    D by `config.kind`: kl and squarehead T² · KL(teacher‖student), (4) and (13); reverse_kl T² · KL(student‖teacher),
-    (15); tinybert the soft cross-entropy −Σ softmax(z_T/T) · log softmax(z_S/T) without T², (9)-(10); mobilebert
-    nothing. What the kind says of hidden states and attention maps is `feature_loss`. Where one model has more columns
-    than the other (padding of the vocabulary), D compares the distributions over those that both have.
+    D by `config.kind`: for kl and squarehead T² · KL(teacher‖student), (4) and (13); for reverse_kl
+    T² · KL(student‖teacher), (15); for tinybert the soft cross-entropy −Σ softmax(z_T/T) · log softmax(z_S/T) without
+    T², (9)-(10); for mobilebert 0. The part of a kind that uses hidden states and attention maps is `feature_loss`. If
+    one model has more columns than the other (padding of the vocabulary), D compares the distributions over the columns
+    that both have.
 
     The gradient is computed in the forward pass, a chunk of tokens at a time, so that the only tensors of the size of
-    the logits are the logits themselves and their gradient. `chunked_distillation_loss` does without those as well.
+    the logits are the logits and their gradient. `chunked_distillation_loss` needs neither of them.
 
     Args:
         student_logits: `[..., vocab]`, any float dtype; computed in float32 or wider.
-        teacher_logits: `[..., vocab]`, no gradient; None where D has no weight or looks at no logits.
-        labels: `[...]` int64, already shifted: the label of a position is the token that follows it.
-        config: weights and temperature; None is plain cross-entropy.
-        by_position: `[positions]` of zeros, which gets the loss of each position, without a gradient; None for none.
+        teacher_logits: `[..., vocab]`, gets no gradient; None if D has no weight or uses no logits.
+        labels: `[...]` int64, already shifted: the label of a position is the next token.
+        config: weights and temperature; None means plain cross-entropy.
+        by_position: `[positions]` of zeros, to be filled with the loss of each position, without a gradient; or None.
 
     Returns:
         The summed loss (scalar, float32 or wider) and the number of tokens in it (scalar int64).
 
     Raises:
-        ValueError: shapes differ, or D has weight and there is no teacher.
+        ValueError: shapes differ, or D has a weight and there is no teacher.
     """
     terms = Terms.of(config)
     if student_logits.shape[:-1] != labels.shape:
@@ -63,16 +62,16 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss of one position is made of."""
+    """The terms of the loss of one position."""
 
     kind: str
     ce_weight: float
-    kl_weight: float  # 0 where D looks at no logits
+    kl_weight: float  # 0 if D uses no logits
     temperature: float
 
     @classmethod
     def of(cls, config: DistillationConfig | None) -> "Terms":
-        """The terms of a config; None is plain cross-entropy."""
+        """The terms of a config; None means plain cross-entropy."""
         if config is None:
             return cls("kl", 1.0, 0.0, 1.0)
         ce_weight, kl_weight = config.weights
@@ -80,7 +79,7 @@ class Terms:
 
 
 class _DistillationLoss(torch.autograd.Function):
-    """Sum of the loss over tokens; the gradient is ready when the forward pass ends."""
+    """The loss summed over tokens; the gradient is computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -113,14 +112,14 @@ def loss_rows_(
     logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, *, softcap: float | None = None,
     with_gradient: bool = True,
 ) -> Tensor:  # fmt: skip
-    """The loss of each row `[rows]`, which all count; `logits` is overwritten, by the gradient if there is to be one.
+    """The loss of each row `[rows]`; all rows count. `logits` is overwritten, with the gradient if `with_gradient`.
 
-    Goes over blocks of rows: the passes over a block find it in the cache.
+    On a CPU the rows are taken in blocks that stay in the cache.
 
     Args:
-        logits: `[rows, vocab]`, any float dtype; computed in float32 or wider. With `softcap` c, what is fed to
-            `c · tanh(· / c)` instead, and the gradient is by that.
-        teacher: `[rows, vocab]`, any float dtype, not changed; None where D has no weight.
+        logits: `[rows, vocab]`, any float dtype; computed in float32 or wider. With `softcap` c, the input of
+            `c · tanh(· / c)` instead, and the gradient is with respect to that input.
+        teacher: `[rows, vocab]`, any float dtype, not changed; None if D has no weight.
         labels: `[rows]` int64, none of them −100.
     """
     work_dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -144,7 +143,7 @@ def loss_rows_(
 
 
 def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, with_gradient: bool) -> Tensor:
-    """As `loss_rows_`, all rows at once. ∂CE/∂z = p_s − onehot."""
+    """As `loss_rows_`, for all rows at once. ∂CE/∂z = p_s − onehot."""
     index = labels.unsqueeze(-1)
     log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
     loss = log_p.gather(-1, index).squeeze(-1) * -terms.ce_weight
@@ -165,7 +164,7 @@ def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: 
 
 
 def _soft_loss_(log_s: Tensor, log_t: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """`kl_weight · D` of each row, and its gradient by the student's logits; `log_s` is overwritten by p_s.
+    """`kl_weight · D` of each row, and its gradient with respect to the student's logits; `log_s` becomes p_s.
 
     Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL). Soft CE, which is
     the forward KL plus the teacher's entropy, without T²: weight · (p_s − p_t) / T.
