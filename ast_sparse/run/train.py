@@ -38,16 +38,17 @@ from ast_sparse.run.output import (
     read_rows,
     read_samples,
     refuse_used,
-    write_figures,
+    write_results,
 )
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
-from ast_sparse.run.stages import Measured, PerplexityCallback, Rows, check_finite, results_table
+from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
+from ast_sparse.storage.stage_results import Stages
 from ast_sparse.training.checks.arguments import build_arguments
 from ast_sparse.training.checks.mixture import check_evaluations
 from ast_sparse.training.fsdp import check_sharding, sharding_plugin
@@ -151,7 +152,7 @@ def run_training(
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if args.should_save:
-        write_figures(output, rows, measured)
+        write_results(output, rows, measured)
         echo(results_table(rows))
         echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
@@ -197,8 +198,8 @@ def _prepare(
     overwrite: bool,
     echo: Callable[[str], None],
     signals: PreemptionSignals,
-) -> tuple[SparseTrainer, Rows]:
-    """Data, model and trainer; the figures of the dense and the one-shot model."""
+) -> tuple[SparseTrainer, Stages]:
+    """Data, model and trainer; the results of the dense and the one-shot model."""
     with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
         try:
             train, held_out, data_report = build_datasets(config.data, tokenizer)
@@ -261,7 +262,7 @@ def _prepare(
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
-        write_figures(output, rows, measured)
+        write_results(output, rows, measured)
     check_finite(rows)
     return trainer, rows
 
