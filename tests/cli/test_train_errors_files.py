@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,20 @@ def test_an_error_that_all_processes_get_is_said_once(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])
     assert (result.exit_code, result.stderr) == (2, said)
+
+
+def test_a_process_that_is_ended_while_another_says_the_error_says_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SharedError("no room")
+
+    monkeypatch.setattr("ast_sparse.run.train.run_training", full)
+    monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
+    result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])
+    assert (result.exit_code, result.stderr) == (2, "")
 
 
 @pytest.mark.parametrize(
