@@ -157,7 +157,7 @@ def test_without_a_signal_nothing_is_saved_that_was_not_asked_for(tmp_path: Path
 
 
 def run_python(program: str) -> subprocess.CompletedProcess[str]:
-    head = "import os, signal, time\nfrom ast_sparse.training import signals\n"
+    head = "import os, signal, time\nfrom ast_sparse.run import signals\n"
     return subprocess.run([sys.executable, "-c", head + program], capture_output=True, text=True)
 
 
