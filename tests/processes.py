@@ -2,7 +2,8 @@
 
 A fresh interpreter works for seconds before the first line of a command; these start in milliseconds and are otherwise
 what `python -m` starts: a pid, an environment, exit codes, signals. Where a test is about the interpreter itself, as
-about the order of imports, it starts a fresh one.
+about the order of imports, it starts a fresh one. Output goes into files: where a test limits the size of files, that
+limit is theirs too.
 """
 
 import gc

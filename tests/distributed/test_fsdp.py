@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ from ast_sparse.export.export import export_model
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.resume.checkpoints import faults, last_checkpoint
 from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
-from tests.processes import run_command
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.train()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command = [sys.executable, *launch, "-m", "tests.distributed.fsdp_facts", str(out)]
-    finished = run_command(command)
+    # not `run_command`: one run limits the size of files, and its output would be one
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr[-5000:]
     assert "UserWarning: FSDP2" not in finished.stderr
     return out
