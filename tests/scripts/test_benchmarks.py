@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.processes import forked_commands
+
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile"})
 
@@ -18,7 +20,8 @@ NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", 
 def benchmarks_on_the_path() -> Iterator[None]:
     """They are no package: they find each other as `python scripts/benchmarks/run.py` finds them."""
     sys.path.insert(0, str(FOLDER))
-    yield
+    with forked_commands():
+        yield
     sys.path.remove(str(FOLDER))
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from ast_sparse.config import load_config
 from ast_sparse.run.train import run_training
 from tests.models import generated_text, save_tiny_model
+from tests.processes import forked_commands
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHIPPED = {
@@ -43,7 +44,8 @@ ROW = "another, dense"
 def scripts_on_the_path() -> Iterator[None]:
     """scripts/ is no package: its files find each other as `python scripts/study.py` finds them."""
     sys.path.insert(0, str(SCRIPTS))
-    yield
+    with forked_commands():
+        yield
     sys.path.remove(str(SCRIPTS))
 
 
