@@ -2,7 +2,8 @@
 
 A fresh interpreter works for seconds before the first line of a command; these start in milliseconds and are otherwise
 what `python -m` starts: a pid, an environment, exit codes, signals. Where a test is about the interpreter itself, as
-about the order of imports, it starts a fresh one.
+about the order of imports, it starts a fresh one. Output goes into files: where a test limits the size of files, that
+limit is theirs too.
 """
 
 import gc
@@ -15,14 +16,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 IMPORTED = (
-    "ast_sparse.cli.train", "ast_sparse.run.train", "ast_sparse.training.fsdp", "ast_sparse.planning.plan",
-    "torch.distributed.run", "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "tests.processes",
+    "ast_sparse.cli.train", "ast_sparse.cli.data", "ast_sparse.cli.eval", "ast_sparse.cli.prune",
+    "ast_sparse.run.train", "ast_sparse.training.fsdp", "ast_sparse.planning.plan", "torch.distributed.run",
+    "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "tests.processes",
 )  # fmt: skip
 
 _context: Any = multiprocessing.get_context("forkserver")
@@ -93,6 +96,23 @@ def run_command(
     if check and code:
         raise subprocess.CalledProcessError(code, list(command), out, err)
     return subprocess.CompletedProcess(list(command), code, out, err)
+
+
+@contextmanager
+def forked_commands() -> Iterator[None]:
+    """Within the block `subprocess.run` of a `python -m` command runs a fork, whoever calls it."""
+    fresh = subprocess.run
+
+    def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        if list(command[:2]) != [sys.executable, "-m"]:
+            return fresh(command, **options)
+        return run_command(command, options.get("env"), options.get("check", False))
+
+    subprocess.run = run  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.run = fresh
 
 
 def _run_module(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ast_sparse.data.tokens.vocabulary import Renamed
     from ast_sparse.evaluation.harness import Harness
-    from ast_sparse.evaluation.results import Figures
+    from ast_sparse.evaluation.results import Results
     from ast_sparse.evaluation.texts import Text
     from ast_sparse.report.page import Report
 
@@ -169,21 +169,21 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     teacher = None
     if settings.teacher is not None:
         teacher = _load(settings.teacher, device, settings, trust_remote_code=settings.trust_remote_code)
-    from ast_sparse.evaluation.results import Figures
+    from ast_sparse.evaluation.results import Results
 
-    figures = Figures()
+    results = Results()
     try:
         for model in dict.fromkeys(models):
-            _evaluate(figures, model, texts, harness, teacher, device, settings, report)
+            _evaluate(results, model, texts, harness, teacher, device, settings, report)
     finally:  # an error in the last model does not lose the results of the first
-        if figures:
-            click.echo(figures.table(bits_per_byte=settings.bits_per_byte, teacher=teacher is not None))
-    record = _record(figures, device, settings)
+        if results:
+            click.echo(results.table(bits_per_byte=settings.bits_per_byte, teacher=teacher is not None))
+    record = _record(results, device, settings)
     if json_file is not None:
         write_json_file(Path(json_file), record)
     if report is not None:
-        _write_report(report, figures, record)
-    figures.check()
+        _write_report(report, results, record)
+    results.check()
 
 
 def _check_options(settings: _Settings, given: set[str], has_texts: bool) -> None:
@@ -264,7 +264,7 @@ def _load(name: str, device: torch.device, settings: _Settings, **place: Any) ->
 
 
 def _evaluate(
-    figures: Figures,
+    results: Results,
     name: str,
     texts: list[Text],
     harness: Harness | None,
@@ -289,7 +289,7 @@ def _evaluate(
         options: dict[str, Any] = {"stride": settings.stride, "bos": settings.bos}
         options |= {"teacher": teacher, "renamed": renamed}
         for label, result in measure_texts(model, tokenizer, texts, seq_len, settings.limit, **options):
-            figures.texts.append((name, label, dtype, result))
+            results.texts.append((name, label, dtype, result))
         if harness is not None:
             rows = harness(
                 model,
@@ -298,7 +298,7 @@ def _evaluate(
                 batch_size=settings.batch_size,
                 max_length=settings.seq_len,
             )
-            figures.tasks += [(name, dtype, row) for row in rows]
+            results.tasks += [(name, dtype, row) for row in rows]
         if report is not None:
             report.add(name, model, tokenizer, settings.prompt)
 
@@ -348,24 +348,24 @@ def _report(settings: _Settings, models: tuple[str, ...]) -> Report | None:
     return Report.of(list(dict.fromkeys(models)))
 
 
-def _write_report(report: Report, figures: Figures, record: dict[str, Any]) -> None:
+def _write_report(report: Report, results: Results, record: dict[str, Any]) -> None:
     from ast_sparse.report.page import write_report
 
     settings = record["settings"]
-    report.figures = figures
+    report.results = results
     report.made_with = {**record["versions"], "device": settings["device"]}
     page = write_report(Path(settings["report"]).expanduser(), report)
     click.echo(f"Wrote {page}")
 
 
-def _record(figures: Figures, device: torch.device, settings: _Settings) -> dict[str, Any]:
+def _record(results: Results, device: torch.device, settings: _Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
     from ast_sparse.report.page import versions
 
     made_with = versions()
     record: dict[str, Any] = {
-        **figures.record(),
+        **results.record(),
         "settings": {**asdict(settings), "device": str(device)},
         "versions": made_with,
     }

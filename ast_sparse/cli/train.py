@@ -1,5 +1,6 @@
 """ast-train: retrain a dense causal LM to N:M sparsity."""
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -110,7 +111,8 @@ def main(
         except SharedError:
             if os.environ.get("RANK", "0") == "0":
                 raise
-            time.sleep(_PRINT_S)
+            with contextlib.suppress(Preempted):  # the launcher ends this process as soon as the first one exits
+                time.sleep(_PRINT_S)
             raise SystemExit(USER_ERROR_EXIT) from None
 
 

@@ -1,6 +1,5 @@
-"""The figures of an evaluation, as tables and as a record for JSON."""
+"""The results of an evaluation, as tables and as a record for JSON."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,16 +8,17 @@ from ast_sparse.errors import DivergenceError
 from ast_sparse.evaluation.harness import TaskResult
 from ast_sparse.evaluation.measure import TextResult
 from ast_sparse.evaluation.perplexity import NOT_FINITE
+from ast_sparse.storage.files import finite_or_none
 from ast_sparse.tables import format_table
 
 
 @dataclass
-class Figures:
+class Results:
     """What has been measured so far.
 
     Attributes:
-        texts: model, name of the text, dtype and figures.
-        tasks: model, dtype and figure.
+        texts: model, name of the text, dtype and result.
+        tasks: model, dtype and result.
     """
 
     texts: list[tuple[str, str, str, TextResult]] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Figures:
         return bool(self.texts or self.tasks)
 
     def table(self, *, bits_per_byte: bool, teacher: bool) -> str:
-        """The figures that were asked for; arguments as of `texts_table`."""
+        """The results that were asked for; arguments as of `texts_table`."""
         tables = []
         if self.texts:
             tables.append(texts_table(self.texts, bits_per_byte=bits_per_byte, teacher=teacher))
@@ -37,7 +37,7 @@ class Figures:
         return "\n\n".join(tables)
 
     def check(self) -> None:
-        """Check that all losses are finite, and all figures of tasks that are shown are numbers.
+        """Check that all losses are finite, and all values of tasks that are shown are numbers.
 
         Raises:
             DivergenceError: names the model, the text or task, and the first window that is not.
@@ -50,26 +50,22 @@ class Figures:
             raise DivergenceError(f"{found[0]}{others} {NOT_FINITE}")
 
     def record(self) -> dict[str, list[dict[str, Any]]]:
-        """All figures: `results` of texts and, where there are any, `tasks`. What is not finite is None."""
+        """All results: `results` of texts and, where there are any, `tasks`. What is not finite is None."""
         record = {
             "results": [
-                {"model": model, "dataset": text, "dtype": dtype, **finite_figures(asdict(result))}
+                {"model": model, "dataset": text, "dtype": dtype, **_finite(asdict(result))}
                 for model, text, dtype, result in self.texts
             ]
         }
         if self.tasks:
             record["tasks"] = [
-                {"model": model, "dtype": dtype, **finite_figures(asdict(row))} for model, dtype, row in self.tasks
+                {"model": model, "dtype": dtype, **_finite(asdict(row))} for model, dtype, row in self.tasks
             ]
         return record
 
 
-def finite_figures(figures: dict[str, Any]) -> dict[str, Any]:
-    """Figures for JSON, which has no NaN and no infinity: None in their place."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
-    }
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: finite_or_none(value) for name, value in values.items()}
 
 
 def texts_table(
@@ -78,7 +74,7 @@ def texts_table(
     """Perplexities, a row for every model and text.
 
     Args:
-        rows: model, name of the text, dtype and figures.
+        rows: model, name of the text, dtype and result.
         bits_per_byte, teacher: add these columns; a stride has its column where there is one.
     """
     headers = ["model", "dataset", "dtype", "window", "windows", "predicted tokens", "perplexity"]
@@ -98,7 +94,7 @@ def texts_table(
 
 
 def tasks_table(rows: Sequence[tuple[str, str, TaskResult]]) -> str:
-    """Metrics of tasks that were asked for, a row for every model, task and metric. Rows: model, dtype and figure."""
+    """Metrics of tasks that were asked for, a row for every model, task and metric. Rows: model, dtype and result."""
     has_prompts = any(task.prompt is not None for *_, task in rows)
     headers = ("model", "task", "dtype", *(["prompt"] if has_prompts else []), "few-shot", "examples", "metric")
     lines = [

@@ -78,9 +78,9 @@ def _references(runs: Mapping[str, Run], key: str) -> dict[str, float | None]:
     """The dense model's perplexity, where it is the same in all runs."""
     values = set()
     for run in runs.values():
-        for dataset, figures in run.stages.get("dense", {}).items():
+        for dataset, result in run.stages.get("dense", {}).items():
             if key in (f"{dataset}{_TEST}", f"{dataset.rsplit('/', 1)[-1].rsplit('.', 1)[0]}{_TEST}"):
-                values.add(plots.finite(figures.get("perplexity")))
+                values.add(plots.finite(result.get("perplexity")))
     return {"dense": values.pop()} if len(values) == 1 else {}
 
 

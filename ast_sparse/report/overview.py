@@ -12,14 +12,15 @@ from ast_sparse.evaluation.measure import TextResult
 from ast_sparse.export.formats import codec_of
 from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage import files
-from ast_sparse.storage.run_folder import PROTOCOL, Run, is_run
+from ast_sparse.storage.run_folder import Run, is_run
 from ast_sparse.storage.sparsity_record import SparsityRecord
+from ast_sparse.storage.stage_results import PROTOCOL
 
 Counts = dict[str, tuple[int, int]]  # weights that are not zero and all weights, by layer name
 
 
 class Protocol(NamedTuple):
-    """What a perplexity was measured on; figures are comparable where all of it is the same."""
+    """What a perplexity was measured on; two are comparable where all of it is the same."""
 
     text: str
     seq_len: int
@@ -63,7 +64,7 @@ def model_rows(
 
     Args:
         runs: by the name they are shown under.
-        texts: model, text, dtype and figures, as `Figures.texts`.
+        texts: model, text, dtype and result, as `Results.texts`.
         names: every measured model, and the name it is shown under.
         counts, samples: of the linear layers, and by prompt, of the measured models.
     """
@@ -71,9 +72,9 @@ def model_rows(
     for label, run in runs.items():
         for stage, results in run.stages.items():
             row = rows.setdefault(_stage_key(run, stage), _stage_row(label if len(runs) > 1 else "", run, stage))
-            for dataset, figures in results.items():
+            for dataset, measured in results.items():
                 text = "wikitext2 test" if dataset == "wikitext2" else Path(dataset).name  # as ast-eval calls it
-                row.perplexities[_protocol_of(text, figures)] = figures.get("perplexity")
+                row.perplexities[_protocol_of(text, measured)] = measured.get("perplexity")
             row.samples = run.samples.get(stage, {})
     for model, label in names.items():
         row = rows.setdefault(_key(model), ModelRow(name=label, kind=_kind(model)))
@@ -108,8 +109,8 @@ def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
     )
 
 
-def _protocol_of(text: str, figures: Mapping[str, Any]) -> Protocol:
-    return Protocol(text=text, stride=figures.get("stride"), **{key: figures[key] for key in PROTOCOL})
+def _protocol_of(text: str, result: Mapping[str, Any]) -> Protocol:
+    return Protocol(text=text, stride=result.get("stride"), **{key: result[key] for key in PROTOCOL})
 
 
 def _zeros(counts: Counts) -> float | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ast_sparse.config import EvaluationConfig
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.results import Figures
+from ast_sparse.evaluation.results import Results
 from ast_sparse.report.overview import (
     Counts,
     ModelRow,
@@ -57,7 +57,7 @@ class Report:
     Attributes:
         runs: by the name they are shown under.
         names: the measured models, and the names they are shown under.
-        figures: what was measured of them.
+        results: what was measured of them.
         counts: weights that are not zero, by measured model.
         samples: continuations by measured model, by prompt.
         made_with: versions and the like, for the foot of the page.
@@ -65,7 +65,7 @@ class Report:
 
     runs: dict[str, Run] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    figures: Figures = field(default_factory=Figures)
+    results: Results = field(default_factory=Results)
     counts: dict[str, Counts] = field(default_factory=dict)
     samples: dict[str, dict[str, str]] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
@@ -178,12 +178,12 @@ def write_report(out: Path, report: Report) -> Path:
 
 
 def _page(report: Report, pictures: Sequence[Picture], out: Path) -> str:
-    rows = model_rows(report.runs, report.figures.texts, report.names, report.counts, report.samples)
+    rows = model_rows(report.runs, report.results.texts, report.names, report.counts, report.samples)
     samples = _continuations(rows)
     sections = [
         _section("Models", _models_table(rows), _MODELS_NOTE),
-        _section("Tasks", _tasks_table(report)) if report.figures.tasks else "",
-        _section("Figures of every text", _texts_table(report)) if report.figures.texts else "",
+        _section("Tasks", _tasks_table(report)) if report.results.tasks else "",
+        _section("Figures of every text", _texts_table(report)) if report.results.texts else "",
         _section("Training", _settings_table(report.runs)) if report.runs else "",
         *(_figure(picture, out) for picture in pictures),
         _section("Continuations", samples, _SAMPLES_NOTE) if samples else "",
@@ -238,9 +238,9 @@ def _perplexity(row: ModelRow, protocol: Protocol) -> str | float | None:
 
 def _tasks_table(report: Report) -> str:
     """Tasks down, models across."""
-    models = list(dict.fromkeys(model for model, _, _ in report.figures.tasks))
+    models = list(dict.fromkeys(model for model, _, _ in report.results.tasks))
     cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for model, _, task in report.figures.tasks:
+    for model, _, task in report.results.tasks:
         if task.shown:
             error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
             key = (task.task, task.prompt or "plain text", str(task.num_fewshot), shown(task.examples), task.metric)
@@ -260,7 +260,7 @@ def _texts_table(report: Report) -> str:
     headers = ["model", "text", "dtype", "join", "window", "stride", "windows", "predicted tokens", "perplexity"]
     headers += ["bits per byte", "KL to teacher (nats per token)", "top-1 agreement"]
     rows = []
-    for model, text, dtype, result in report.figures.texts:
+    for model, text, dtype, result in report.results.texts:
         windows = f"{result.windows:,}" + (f" of {result.all_windows:,}" if result.windows < result.all_windows else "")
         rows.append([
             report.names.get(model, model), text, dtype, result.join, result.seq_len, result.stride, windows,

@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it may be used, what stays of an earlier run, and the figures it keeps."""
+"""The output folder of a run: whether it may be used, what stays of an earlier run, and the results it keeps."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from transformers.utils import logging
 from ast_sparse.config import RunConfig
 from ast_sparse.config.yaml12 import dump_yaml, read_yaml
 from ast_sparse.errors import UserError
-from ast_sparse.evaluation.results import finite_figures
-from ast_sparse.run.stages import Measured, Rows
+from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
-from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, RESULTS, SAMPLES
+from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
+from ast_sparse.storage.stage_results import RESULTS, Stages, write_stages
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
     last_checkpoint,
@@ -107,8 +107,8 @@ def _write_config(config: RunConfig, output: Path) -> None:
     (output / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
 
 
-def read_rows(output: Path, config: RunConfig) -> Rows:
-    """The figures of the stages before training, if they were measured as this run measures."""
+def read_rows(output: Path, config: RunConfig) -> Stages:
+    """The results of the stages before training, if they were measured as this run measures."""
     try:
         rows = read_json(output / RESULTS)
         before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
@@ -120,8 +120,8 @@ def read_rows(output: Path, config: RunConfig) -> Rows:
         return {}
 
 
-def read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
-    """The continuations of the stages whose figures were read."""
+def read_samples(output: Path, stages: Stages) -> dict[str, dict[str, str]]:
+    """The continuations of the stages whose results were read."""
     try:
         samples = read_json(output / SAMPLES)
         return {stage: dict(samples[stage]) for stage in stages if stage in samples}
@@ -129,11 +129,8 @@ def read_samples(output: Path, stages: Rows) -> dict[str, dict[str, str]]:
         return {}
 
 
-def write_figures(output: Path, rows: Rows, measured: Measured) -> None:
-    """The figures of all stages so far, and their continuations where a report is wanted."""
-    finite = {
-        stage: {name: finite_figures(values) for name, values in figures.items()} for stage, figures in rows.items()
-    }
-    write_json(output / RESULTS, finite)
+def write_results(output: Path, rows: Stages, measured: Measured) -> None:
+    """The results of all stages so far, and their continuations where a report is wanted."""
+    write_stages(output, rows)
     if measured.samples:
         write_json(output / SAMPLES, measured.samples)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -32,25 +32,25 @@ from ast_sparse.evaluation.perplexity import (
     wikitext2_rows,
 )
 from ast_sparse.evaluation.samples import continue_prompts
+from ast_sparse.storage.stage_results import StageResult, Stages
 from ast_sparse.tables import format_table
 from ast_sparse.training.fsdp import sharding_plugin
-
-Rows = dict[str, dict[str, dict[str, Any]]]  # stage -> data set -> figures
 
 logger = logging.get_logger(__name__)
 HELDOUT, WIKITEXT2 = "heldout", "wikitext2"
 _FIELD = "evaluation.datasets"
 
 
-def check_finite(rows: Rows) -> None:
+def check_finite(rows: Stages) -> None:
     """Check that the loss of every stage is finite.
 
     Raises:
         DivergenceError: naming stage, data set and window.
     """
-    for stage, figures in rows.items():
-        for name, values in figures.items():
-            if values.get("bad_window") is not None:
+    for stage, results in rows.items():
+        for name, result in results.items():
+            if result.get("bad_window") is not None:
+                values: dict[str, Any] = dict(result)
                 raise DivergenceError(f"The {stage} model, {name}: {PerplexityResult(**values).fault()}. {NOT_FINITE}")
 
 
@@ -122,8 +122,8 @@ class Measured:
 
     def __call__(
         self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
-    ) -> dict[str, dict[str, Any]]:
-        """The figures of one stage by data set; `stage` and data set label the progress bar.
+    ) -> dict[str, StageResult]:
+        """The results of one stage by data set; `stage` and data set label the progress bar.
 
         For a report the model continues the prompts as well. It is on the device for that alone, where it is asked for.
         """
@@ -137,7 +137,7 @@ class Measured:
         results = self._measure(stage, model, tokenizer, held_out, self.show)
         if self.leaves_device:
             model.to("cpu")  # type: ignore[arg-type]
-        return {name: asdict(result) for name, result in results.items()}
+        return {name: cast(StageResult, asdict(result)) for name, result in results.items()}
 
     def during_training(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
@@ -183,7 +183,7 @@ class PerplexityCallback(TrainerCallback):
     Masks are those of the step, in the precision of training; the random state of the training stays as it is.
 
     Args:
-        measure: figures by name of the model it is called with.
+        measure: perplexities by name of the model it is called with.
         log: `Trainer.log`.
     """
 
@@ -202,9 +202,9 @@ class PerplexityCallback(TrainerCallback):
             return
         on_gpu = args.device.type == "cuda"
         with torch.random.fork_rng(devices=[args.device] if on_gpu else []):
-            figures = self.measure(kwargs["model"])
+            results = self.measure(kwargs["model"])
         due = control.should_log
-        self.log(figures)
+        self.log(results)
         control.should_log = due  # logging clears it, and the loss of this step would go unlogged
 
 
@@ -212,7 +212,7 @@ def _two_decimals(perplexity: float | None) -> str:
     return "not finite" if perplexity is None else f"{perplexity:.2f}"  # as a file of results has it
 
 
-def results_table(rows: Rows) -> str:
+def results_table(rows: Stages) -> str:
     """Perplexity by stage and data set, the window length beside every data set."""
     datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
     if not datasets:

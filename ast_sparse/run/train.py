@@ -23,16 +23,17 @@ from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.progress import library_bars
 from ast_sparse.report.page import run_report, write_report
 from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
-from ast_sparse.run.output import clear_for_run, read_rows, read_samples, write_figures
+from ast_sparse.run.output import clear_for_run, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
-from ast_sparse.run.stages import Measured, PerplexityCallback, Rows, check_finite, results_table
+from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
+from ast_sparse.storage.stage_results import Stages
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
@@ -103,7 +104,7 @@ def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokeniz
 
 
 def _measure_result(
-    run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokenizerBase, measured: Measured, rows: Rows
+    run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokenizerBase, measured: Measured, rows: Stages
 ) -> None:
     """Read the saved model back, measure the retrained model, and write what the run has to say."""
     config, output = run.config, run.output
@@ -116,7 +117,7 @@ def _measure_result(
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if run.args.should_save:
-        write_figures(output, rows, measured)
+        write_results(output, rows, measured)
         run.echo(results_table(rows))
         run.echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
@@ -161,8 +162,8 @@ def _show_costs(run: CheckedRun, hardware: Hardware) -> None:
     budget.check()
 
 
-def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Rows]:
-    """Data, model and trainer; the figures of the dense and the one-shot model."""
+def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Stages]:
+    """Data, model and trainer; the results of the dense and the one-shot model."""
     config, args, checkpoint = run.config, run.args, run.checkpoint
     every_block, train, held_out = _read_data(run, tokenizer)
     with library_bars(not args.disable_tqdm):
@@ -190,7 +191,7 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
-        write_figures(run.output, rows, measured)
+        write_results(run.output, rows, measured)
     check_finite(rows)
     return trainer, rows
 

@@ -76,6 +76,11 @@ def check_inside(path: Path) -> None:
         )
 
 
+def finite_or_none(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
     """Write an object as indented JSON through a temporary file and a rename: a reader never sees half of it.
 

@@ -1,23 +1,21 @@
-"""What a run of `ast-train` left in its folder: settings, figures by stage, the log, flip rates, continuations."""
+"""What a run of `ast-train` left in its folder: settings, results by stage, the log, flip rates, continuations."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ast_sparse.config.yaml12 import read_yaml
 from ast_sparse.errors import UserError
-from ast_sparse.storage.files import read_json
+from ast_sparse.storage.files import finite_or_none
+from ast_sparse.storage.stage_results import Stages, read_objects, read_stages
 
-RESULTS = "results.json"
 RESOLVED_CONFIG = "config.yaml"
 SAMPLES = "samples.json"
 METRICS = "metrics.jsonl"  # every record of the log
 MASK_HISTORY = "mask_history.jsonl"  # flip rates by layer
 REPLAY = "replay"  # a folder of batches
 REPORT = "report"  # a folder
-PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a perplexity of a stage says of its text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,7 @@ class Run:
 
     Attributes:
         config: the resolved configuration, by section.
-        stages: figures by stage (dense, one-shot N:M, retrained N:M) and data set.
+        stages: results by stage and data set.
         log: rows of metrics.jsonl, a `step` in each.
         history: rows of mask_history.jsonl.
         samples: continuations by stage and prompt.
@@ -34,7 +32,7 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    stages: dict[str, dict[str, dict[str, Any]]]
+    stages: Stages
     log: list[dict[str, Any]]
     history: list[dict[str, Any]]
     samples: dict[str, dict[str, str]]
@@ -44,7 +42,7 @@ class Run:
         return [(row["step"], row[key]) for row in self.log if isinstance(row.get(key), int | float)]
 
     def logged_keys(self) -> list[str]:
-        """Names of all figures of the log, in the order they first appear."""
+        """Names of all values of the log, in the order they first appear."""
         return list(dict.fromkeys(key for row in self.log for key in row))
 
     def setting(self, *path: str) -> Any:
@@ -66,30 +64,14 @@ def read_run(folder: Path) -> Run:
     Raises:
         UserError: names the file that is damaged.
     """
-    stages = _read_figures(folder / RESULTS)
-    for stage, results in stages.items():
-        for name, figures in results.items():
-            if not isinstance(figures, dict) or not all(isinstance(figures.get(key), int) for key in PROTOCOL):
-                raise UserError(f"Cannot read `{folder / RESULTS}`: {stage}, {name!r:.60}. Restore the file.")
     return Run(
         folder=folder,
         config=read_yaml(folder / RESOLVED_CONFIG),
-        stages=stages,
+        stages=read_stages(folder),
         log=_read_rows(folder / METRICS),
         history=_read_rows(folder / MASK_HISTORY),
-        samples=_read_figures(folder / SAMPLES),
+        samples=read_objects(folder / SAMPLES),
     )
-
-
-def _read_figures(path: Path) -> dict[str, dict[str, Any]]:
-    """An object of objects; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    for name, value in content.items():
-        if not isinstance(value, dict):
-            raise UserError(f"Cannot read `{path}`: {name!r:.60} holds no figures. Restore the file.")
-    return content
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +96,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a JSON line, which is on its way to the disk when this returns; what is not finite becomes null."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+        file.write(json.dumps({key: finite_or_none(value) for key, value in row.items()}) + "\n")
 
 
 def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
@@ -133,7 +115,3 @@ def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     path.write_text("".join(kept[:at_most]), encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -28,7 +28,7 @@ class Settings:
     """What one call measures.
 
     Attributes:
-        quick: tiny shapes and two pairs, to see that everything runs; the figures mean nothing.
+        quick: tiny shapes and one pair, to see that everything runs; the figures mean nothing.
         reference: checkout of the public AST code, for the benchmarks that compare with it.
     """
 
@@ -41,8 +41,8 @@ class Settings:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pairs(self, full: int) -> int:
-        """Number of interleaved measurements: `full`, or 2 in a quick call."""
-        return 2 if self.quick else full
+        """Number of interleaved measurements: `full`, or 1 in a quick call."""
+        return 1 if self.quick else full
 
     def in_child(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)` in a fresh process (in this one if quick); the function stands at the top of its file."""
@@ -215,7 +215,7 @@ def main(measure: Callable[[Settings], Iterator[Result]]) -> None:
     """The command line of a benchmark file."""
 
     @click.command(cls=Command, help=sys.modules["__main__"].__doc__)
-    @click.option("--quick", is_flag=True, help="Tiny shapes, two pairs: does it run?")
+    @click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does it run?")
     @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
     @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Append the results as JSON lines.")
     def command(quick: bool, reference: Path | None, out: Path | None) -> None:

@@ -19,7 +19,7 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
 
 @click.command(cls=Command, help=__doc__)
 @click.argument("names", nargs=-1, type=click.Choice(BENCHMARKS))
-@click.option("--quick", is_flag=True, help="Tiny shapes, two pairs: does everything run? Writes no results by itself.")
+@click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does everything run? Writes no results by itself.")
 @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
 @click.option(
     "--out",

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ast_sparse.report import plots
 from ast_sparse.report.plots import COLOURS, MARKERS, WIDE, finite, rounded
-from scripts.studies.results import Figures, Outcome, dataset_names, dense_figures
+from scripts.studies.results import Outcome, Results, dataset_names, dense_results
 
 
 def draw(name: str, outcomes: Sequence[Outcome], path: Path) -> bool:
@@ -35,7 +35,7 @@ def _perplexity(outcomes: Sequence[Outcome]) -> Figure | None:
     for axes, dataset in zip(panels, datasets, strict=True):
         values = [_finite(outcome.final, dataset) for outcome in outcomes]
         missing = ["not finite" if dataset in outcome.final else "not measured" for outcome in outcomes]
-        dense = _finite(dense_figures(outcomes), dataset)
+        dense = _finite(dense_results(outcomes), dataset)
         _bars(axes, values, missing, dense)
         axes.set_xlabel(_perplexity_label(outcomes, dataset))
     panels[0].set_yticks(range(len(names)), names)
@@ -87,7 +87,7 @@ def _losses(outcomes: Sequence[Outcome]) -> Figure | None:
         dataset = tested.removesuffix("_perplexity")
         label = "held-out perplexity" if dataset == "eval" else _perplexity_label(outcomes, dataset)
         curves = [(outcome.name, outcome.logged(tested)) for outcome in outcomes]
-        plots.perplexity_panel(panels[1], curves, label, {"dense": _finite(dense_figures(outcomes), dataset)})
+        plots.perplexity_panel(panels[1], curves, label, {"dense": _finite(dense_results(outcomes), dataset)})
     plots.legend(figure, panels[0])
     return figure
 
@@ -128,14 +128,14 @@ def _tested_dataset(outcomes: Sequence[Outcome]) -> str | None:
 
 
 def _perplexity_label(outcomes: Sequence[Outcome], dataset: str) -> str:
-    figures = next((outcome.final[dataset] for outcome in outcomes if dataset in outcome.final), None)
+    result = next((outcome.final[dataset] for outcome in outcomes if dataset in outcome.final), None)
     name = {"wikitext2": "WikiText-2 test", "heldout": "held-out text"}.get(dataset, Path(dataset).name)
-    windows = f"\n({figures['windows']} windows of {figures['seq_len']} tokens)" if figures else ""
+    windows = f"\n({result['windows']} windows of {result['seq_len']} tokens)" if result else ""
     return f"perplexity, {name}{windows}"
 
 
-def _finite(figures: Figures, dataset: str) -> float | None:
-    return finite(figures.get(dataset, {}).get("perplexity"))
+def _finite(results: Results, dataset: str) -> float | None:
+    return finite(results[dataset]["perplexity"] if dataset in results else None)
 
 
 _FIGURES: dict[str, Callable[[Sequence[Outcome]], Any]] = {

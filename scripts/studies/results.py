@@ -13,10 +13,11 @@ from typing import Any
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.run_folder import MASK_HISTORY
+from ast_sparse.storage.stage_results import RESULTS, StageResult
 from ast_sparse.tables import format_table
 from scripts.studies.variants import Study, Variant, eval_file
 
-Figures = dict[str, dict[str, Any]]  # by data set: perplexity, windows, seq_len
+Results = dict[str, StageResult]  # by data set
 
 _SAME = 1e-3  # relative difference of perplexities that another number of threads makes
 
@@ -27,9 +28,9 @@ class Outcome:
 
     variant: Variant
     record: dict[str, Any]
-    final: Figures
-    dense: Figures = field(default_factory=dict)
-    one_shot: Figures = field(default_factory=dict)
+    final: Results
+    dense: Results = field(default_factory=dict)
+    one_shot: Results = field(default_factory=dict)
     one_shot_name: str = ""
     state: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
     history: list[dict[str, Any]] = field(default_factory=list)  # mask_history.jsonl
@@ -94,20 +95,20 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, made: di
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One row a variant, under those of the dense and the one-shot model; figures that do not exist are None."""
+    """One row a variant, under those of the dense and the one-shot model; results that do not exist are None."""
     datasets = dataset_names(outcomes)
     rows = []
     for outcome in outcomes:
         rows.append({
             "variant": outcome.name, "kind": outcome.variant.kind, **_perplexities(outcome.final, datasets),
             **{f"one_shot_{_label(name)}": _value(outcome.one_shot, name) for name in datasets},
-            **_training_figures(outcome), "seed": _seed(outcome), **_made_with(outcome),
+            **_training_values(outcome), "seed": _seed(outcome), **_made_with(outcome),
         })  # fmt: skip
     return [*_reference_rows(outcomes, datasets), *rows]
 
 
 def results_table(outcomes: Sequence[Outcome]) -> str:
-    """The table for the console; one-shot figures are columns where the variants start from different ones."""
+    """The table for the console; one-shot results are columns where the variants start from different ones."""
     datasets = dataset_names(outcomes)
     rows = table_rows(outcomes)
     own_start = bool(_started_dense(outcomes)) and not _shares_one_shot(outcomes)
@@ -128,7 +129,7 @@ def dataset_names(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(name for outcome in outcomes for name in (*outcome.dense, *outcome.final)))
 
 
-def dense_figures(outcomes: Sequence[Outcome]) -> Figures:
+def dense_results(outcomes: Sequence[Outcome]) -> Results:
     """Of the dense model, which every training run that begins from it measures first."""
     return next((outcome.dense for outcome in outcomes if outcome.dense), {})
 
@@ -137,7 +138,7 @@ def _read_outcome(variant: Variant, record: dict[str, Any], folder: Path) -> Out
     if variant.kind != "train":
         files = {name: read_json(eval_file(folder, name))["results"][0] for name in variant.datasets}
         return Outcome(variant=variant, record=record, final=files)
-    stages = read_json(folder / "results.json")
+    stages = read_json(folder / RESULTS)
     starting = {word: next((stage for stage in stages if stage.startswith(word)), "") for word in ("one-shot", "retr")}
     history = folder / MASK_HISTORY
     lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
@@ -161,10 +162,10 @@ def _reference_rows(outcomes: Sequence[Outcome], datasets: Sequence[str]) -> lis
 
 
 def _reference_row(
-    name: str, kind: str, measured_by: Outcome, figures: Figures, datasets: Sequence[str]
+    name: str, kind: str, measured_by: Outcome, results: Results, datasets: Sequence[str]
 ) -> dict[str, Any]:
-    none = dict.fromkeys([*(f"one_shot_{_label(name)}" for name in datasets), *_training_figures(measured_by), "seed"])
-    return {"variant": name, "kind": kind, **_perplexities(figures, datasets), **none, **_made_with(measured_by)}
+    none = dict.fromkeys([*(f"one_shot_{_label(name)}" for name in datasets), *_training_values(measured_by), "seed"])
+    return {"variant": name, "kind": kind, **_perplexities(results, datasets), **none, **_made_with(measured_by)}
 
 
 def _started_dense(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -178,20 +179,20 @@ def _shares_one_shot(outcomes: Sequence[Outcome]) -> bool:
     return bool(starts) and all(_is_same(start, starts[0]) for start in starts)
 
 
-def _is_same(one: Figures, other: Figures) -> bool:
+def _is_same(one: Results, other: Results) -> bool:
     return one.keys() == other.keys() and all(
         math.isclose(_number(one, name), _number(other, name), rel_tol=_SAME) for name in one
     )
 
 
-def _perplexities(figures: Figures, datasets: Sequence[str]) -> dict[str, Any]:
-    columns: dict[str, Any] = {_label(name): _value(figures, name) for name in datasets}
+def _perplexities(results: Results, datasets: Sequence[str]) -> dict[str, Any]:
+    columns: dict[str, Any] = {_label(name): _value(results, name) for name in datasets}
     for key in ("windows", "seq_len"):
-        columns |= {f"{key}_{_label(name)}": figures[name][key] if name in figures else None for name in datasets}
+        columns |= {f"{key}_{_label(name)}": results[name].get(key) if name in results else None for name in datasets}
     return columns
 
 
-def _training_figures(outcome: Outcome) -> dict[str, Any]:
+def _training_values(outcome: Outcome) -> dict[str, Any]:
     """Steps, tokens, time, FLOPs, flip rates and loss of a training run."""
     state, config = outcome.state, outcome.variant.config
     steps = state.get("global_step")
@@ -225,12 +226,12 @@ def _seed(outcome: Outcome) -> int | None:
     return seeds.get(outcome.variant.kind)
 
 
-def _value(figures: Figures, name: str) -> float | None:
-    return figures[name]["perplexity"] if name in figures else None
+def _value(results: Results, name: str) -> float | None:
+    return results[name]["perplexity"] if name in results else None
 
 
-def _number(figures: Figures, name: str) -> float:
-    value = figures[name]["perplexity"] if name in figures else None
+def _number(results: Results, name: str) -> float:
+    value = results[name]["perplexity"] if name in results else None
     return math.inf if value is None or math.isnan(value) else value
 
 
@@ -240,8 +241,8 @@ def _label(dataset: str) -> str:
 
 
 def _with_window(dataset: str, outcomes: Sequence[Outcome]) -> str:
-    figures = next(outcome.final[dataset] for outcome in outcomes if dataset in outcome.final)
-    return f"{_label(dataset)} ({figures['windows']} x {figures['seq_len']})"
+    result = next(outcome.final[dataset] for outcome in outcomes if dataset in outcome.final)
+    return f"{_label(dataset)} ({result['windows']} x {result['seq_len']})"
 
 
 class _Placeholders:

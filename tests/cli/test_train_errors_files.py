@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ast_sparse.training.resume.checkpoints import faults
 from ast_sparse.training.trainer import SparseTrainer
 from tests.cli.refused_runs import CHECKPOINT_FILES, base, cut, refused, train
 from tests.models import generated_text
+from tests.processes import run_command
 
 
 @pytest.mark.parametrize(
@@ -120,9 +121,7 @@ def test_a_process_ends_with_2_and_one_line(root: Path, tmp_path: Path, change: 
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(base(root)))
     command = ["--config", config, "--set", change, "--output-dir", tmp_path / "out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ast_sparse.cli.train", *map(str, command)], capture_output=True, text=True
-    )
+    done = run_command([sys.executable, "-m", "ast_sparse.cli.train", *map(str, command)])
     assert done.returncode == 2
     assert re.fullmatch(r"Error: .*(max_steps=0|list\.jsonl, line 2).*\n", done.stderr), done.stderr
     assert not (tmp_path / "out").exists()
@@ -167,6 +166,20 @@ def test_an_error_that_all_processes_get_is_said_once(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])
     assert (result.exit_code, result.stderr) == (2, said)
+
+
+def test_a_process_that_is_ended_while_another_says_the_error_says_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SharedError("no room")
+
+    monkeypatch.setattr("ast_sparse.run.train.run_training", full)
+    monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
+    result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])
+    assert (result.exit_code, result.stderr) == (2, "")
 
 
 @pytest.mark.parametrize(

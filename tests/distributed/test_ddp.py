@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ast_sparse.training.resume.checkpoints import checkpoint_folders, faults
 from tests.models import generated_text, save_tiny_model
+from tests.processes import run_command
 
 CONFIG = """
 model: {{name_or_path: {folder}/model}}
@@ -42,7 +43,7 @@ def command(folder: Path, ranks: int, interval: int, kind: str = "kl") -> list[s
 def train(folder: Path, ranks: int, interval: int, *options: str, kind: str = "kl") -> Path:
     out = folder / f"out_{ranks}_{interval}_{kind}"
     started = [*command(folder, ranks, interval, kind), "--output-dir", str(out), *options]
-    finished = subprocess.run(started, capture_output=True, text=True)
+    finished = run_command(started)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return out
 
@@ -94,7 +95,7 @@ def test_two_ranks_end_sparse_with_moving_masks_and_resume(folder: Path) -> None
     resumed = load_file(out / "model.safetensors")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
     other = [*command(folder, 2, 3), "--output-dir", str(out), *late_slorb, "--resume"]
-    errors = subprocess.run(other, capture_output=True, text=True).stderr.splitlines()
+    errors = run_command(other).stderr.splitlines()
     said = [line for line in errors if line.startswith("Error: ")]  # both ranks find it
     assert len(said) == 1 and "sparsity.mask_interval=3 differs from 2" in said[0]
 

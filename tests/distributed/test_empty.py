@@ -1,7 +1,6 @@
 """Ranks agree on which steps have no counted token: one rank without any trains on, both without any move nothing."""
 
 import json
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 
 from tests.distributed.empty_facts import SETTINGS, run
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_command
 
 
 def test_a_step_is_passed_over_only_if_no_rank_has_a_counted_token(tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, "-m", "tests.distributed.empty_facts", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    finished = run_command(command)
     assert finished.returncode == 0, finished.stderr[-5000:]
     facts: list[dict[str, Any]] = json.loads((tmp_path / "facts.json").read_text())
     alone = run(tmp_path / "alone", 1)

@@ -14,7 +14,7 @@ from ast_sparse.config import load_config
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import TaskResult
 from ast_sparse.evaluation.measure import measure_text
-from ast_sparse.evaluation.results import Figures
+from ast_sparse.evaluation.results import Results
 from ast_sparse.evaluation.samples import continue_prompts
 from ast_sparse.export.export import export_model
 from ast_sparse.report.curves import draw_runs, layer_place
@@ -131,9 +131,9 @@ def test_a_stage_that_was_measured_again_is_one_row(folder: Path) -> None:
     for name in models:
         model = load_causal_lm(name)
         result = measure_text(model, tokenizer, [text], 32, 3, progress=False)
-        report.figures.texts.append((name, "text.txt", "float32", result))
+        report.results.texts.append((name, "text.txt", "float32", result))
         report.add(name, model, load_tokenizer(name))
-    rows = model_rows(report.runs, report.figures.texts, report.names, report.counts, report.samples)
+    rows = model_rows(report.runs, report.results.texts, report.names, report.counts, report.samples)
     kinds = ["dense", "one-shot 2:4", "retrained 2:4", "compressed 2:4"]
     assert [row.kind for row in rows] == kinds and [row.name for row in rows] == ["model", "model", "run", "other"]
     assert [row.zeros for row in rows] == [0.0, None, 0.5, 0.5]
@@ -148,7 +148,7 @@ def test_a_stage_that_was_measured_again_is_one_row(folder: Path) -> None:
 def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
     name = 'a<script>"&'
     row = TaskResult(task="t<b>", num_fewshot=0, metric="acc", value=0.5, stderr=0.01, examples=4, shown=True)
-    report = Report(names={name: name}, figures=Figures(tasks=[(name, "float32", row)]), made_with={"<b>": "&"})
+    report = Report(names={name: name}, results=Results(tasks=[(name, "float32", row)]), made_with={"<b>": "&"})
     report.samples = {name: {"<b>": "</p><script>"}}
     page = checked(write_report(tmp_path, report))
     assert name in page.text and "t<b>" in page.text and "</p><script>" in page.text and "0.5000 ± 0.0100" in page.text

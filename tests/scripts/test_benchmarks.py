@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from click.testing import CliRunner
 
 from scripts.benchmarks.harness import PeakMemory, Result, Settings, Spread, interleave, table
 from scripts.benchmarks.step_profile import main
+from tests.processes import forked_commands
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_processes() -> Iterator[None]:
+    """What the scripts start is a fork of a process that has imported torch."""
+    with forked_commands():
+        yield
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ast_sparse.run.train import run_training
 from scripts.studies.run import main
 from scripts.studies.variants import read_study
 from tests.models import generated_text, save_tiny_model
+from tests.processes import forked_commands
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHIPPED = {
@@ -37,6 +39,13 @@ variants:
   "Wanda, 2:4": {run: prune, sparsity.init: wanda, calibration.samples: 4}
 """
 ROW = "another, dense"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_processes() -> Iterator[None]:
+    """What the scripts start is a fork of a process that has imported torch."""
+    with forked_commands():
+        yield
 
 
 def run_study(*arguments: object) -> Result:

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ast_sparse.distributed.ranks import mean_over_ranks
-from ast_sparse.storage.run_folder import METRICS, _finite, append_row, keep_rows_until
+from ast_sparse.storage.files import finite_or_none
+from ast_sparse.storage.run_folder import METRICS, append_row, keep_rows_until
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +47,7 @@ class MetricsCallback(TrainerCallback):
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **state.log_history[-1]}
             append_row(Path(str(args.output_dir)) / METRICS, row)
             for key, value in row.items():
-                if key.startswith("eval_") and key.endswith("_loss") and _finite(value) is None:
+                if key.startswith("eval_") and key.endswith("_loss") and finite_or_none(value) is None:
                     logger.warning(f"Step {state.global_step}: {key} is {value}: a held-out loss is not finite.")
 
 
