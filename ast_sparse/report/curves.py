@@ -18,15 +18,15 @@ from ast_sparse.storage.run_folder import Run
 
 _SHARE = "domain_share/"
 _TEST, _TEST_LOSS = "_perplexity", "eval_loss"
-_LOGARITHMIC = 30  # a larger ratio of rates is coloured on a logarithmic scale
-_DECADE = 10  # a larger ratio of shares is drawn on a logarithmic axis
-_TITLE = 24  # characters of a line above a panel of the density
-_COLOURS = "cividis"  # grows evenly in lightness, so that it reads in grey
+_LOGARITHMIC = 30  # rates with a larger ratio are coloured on a logarithmic scale
+_DECADE = 10  # shares with a larger ratio are drawn on a logarithmic axis
+_TITLE = 24  # characters in a line of the title of a density panel
+_COLOURS = "cividis"  # its lightness rises evenly, so that it can be read in greyscale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure, the name of its file without ending, and what it shows."""
+    """A figure, the name of its file without suffix, and what it shows."""
 
     name: str
     title: str
@@ -35,7 +35,7 @@ class Picture:
 
 
 def draw_runs(runs: Mapping[str, Run]) -> list[Picture]:
-    """The figures of runs by the name they are shown under; those with nothing to show are left out."""
+    """The figures of runs, given by the name they are shown under; figures without data are left out."""
     drawn = [_losses(runs), _flips(runs)]
     for number, (name, run) in enumerate(runs.items(), start=1):
         suffix, of = ("", "") if len(runs) == 1 else (f"_{number}", f", {name}")
@@ -44,9 +44,9 @@ def draw_runs(runs: Mapping[str, Run]) -> list[Picture]:
 
 
 def _losses(runs: Mapping[str, Run]) -> Picture | None:
-    """Train loss, held-out loss and every perplexity of the log, a panel each, a line for each run."""
+    """Train loss, held-out loss and every perplexity in the log: a panel for each, a line for each run."""
     keys = list(dict.fromkeys(key for run in runs.values() for key in run.logged_keys()))
-    # a perplexity that has a loss beside it is that loss again
+    # a perplexity that is logged together with its loss would show the same curve again
     tested = [key for key in keys if key.endswith(_TEST) and f"{key.removesuffix(_TEST)}_loss" not in keys]
     shown = [key for key in ("loss", _TEST_LOSS) if key in keys] + tested
     if not shown:
@@ -68,14 +68,14 @@ def _losses(runs: Mapping[str, Run]) -> Picture | None:
     return Picture(
         name="losses",
         title="Loss and perplexity over the steps",
-        caption="Losses are what training minimises and the cross-entropy of held-out text"
+        caption="The train loss is the one that is minimised, the held-out loss is the cross-entropy of held-out text"
         + ("; perplexities are those of evaluation.steps. Dashed: the dense model." if tested else "."),
         figure=figure,
     )
 
 
 def _references(runs: Mapping[str, Run], key: str) -> dict[str, float | None]:
-    """The dense model's perplexity, where it is the same in all runs."""
+    """The dense model's perplexity, if it is the same in all runs."""
     values = set()
     for run in runs.values():
         for dataset, result in run.stages.get("dense", {}).items():
@@ -91,8 +91,8 @@ def _flips(runs: Mapping[str, Run]) -> Picture | None:
     return Picture(
         name="flips",
         title="Flip rate and initial flip rate",
-        caption="At each mask refresh, the share of masked weights whose mask differs from that of the refresh before, "
-        "and from that of the start.",
+        caption="At each mask refresh, the share of masked weights whose mask differs from the mask at the previous "
+        "refresh, and from the mask at the start.",
         figure=figure,
     )
 
@@ -120,14 +120,14 @@ def _layer_flips(run: Run, suffix: str, of: str) -> Picture | None:
     return Picture(
         name=f"layer_flips{suffix}",
         title=f"Flip rates by layer{of}",
-        caption="In % of the masked weights. Left, how the kinds of layers settle over the mask refreshes; right, how "
-        "far each layer has moved from the masks it started with. White: no flip.",
+        caption="In % of the masked weights. Left: the flip rate of each kind of layer over the mask refreshes. Right: "
+        "the difference of each layer from its first mask. White: no flip.",
         figure=figure,
     )
 
 
 def _domains(run: Run, suffix: str, of: str) -> Picture | None:
-    """Shares of the domains over the steps, and their losses in training and held out."""
+    """Shares of the domains over the steps, and their train and held-out losses."""
     names = [key.removeprefix(_SHARE) for key in run.logged_keys() if key.startswith(_SHARE)]
     parts = [
         (f"{_SHARE}{{}}", 100, "share of the sequences (%)"),
@@ -158,7 +158,7 @@ def _domains(run: Run, suffix: str, of: str) -> Picture | None:
     return Picture(
         name=f"domains{suffix}",
         title=f"Domains over the steps{of}",
-        caption="The share of the training sequences that each domain gives, and its losses.",
+        caption="The share of the training sequences that come from each domain, and its losses.",
         figure=figure,
     )
 
@@ -193,7 +193,7 @@ def draw_density(counts: Mapping[str, Counts]) -> Picture | None:
     return Picture(
         name="density",
         title="Mask density by layer",
-        caption="Linear layers of the blocks; a layer that is not pruned is at 100%, one pruned 2:4 at 50%.",
+        caption="Linear layers of the blocks; a layer that is not pruned has 100%, a layer pruned 2:4 has 50%.",
         figure=figure,
     )
 
@@ -209,7 +209,7 @@ def layer_place(name: str) -> tuple[str, int]:
 
 
 def _matrix(values: Mapping[str, float], kinds: Sequence[str], scale: float = 1) -> Any:
-    """Values by layer as `[kinds, blocks]`, the mean where a block has several layers of a kind, NaN where none."""
+    """Values by layer as `[kinds, blocks]`: the mean if a block has several layers of a kind, NaN if it has none."""
     places = {name: layer_place(name) for name in values}
     cells: dict[tuple[int, int], list[float]] = {}
     for name, value in values.items():

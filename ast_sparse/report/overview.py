@@ -1,4 +1,4 @@
-"""The models of a report side by side: the stages of runs and the models that were measured, each once."""
+"""The models of a report in one table: the stages of runs and the measured models, each once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ Counts = dict[str, tuple[int, int]]  # weights that are not zero and all weights
 
 
 class Protocol(NamedTuple):
-    """What a perplexity was measured on; two are comparable where all of it is the same."""
+    """What a perplexity was measured on; two perplexities are comparable if all of it is the same."""
 
     text: str
     seq_len: int
@@ -60,13 +60,13 @@ def model_rows(
     counts: Mapping[str, Counts],
     samples: Mapping[str, Mapping[str, str]],
 ) -> list[ModelRow]:
-    """A row for every stage of a run and every measured model; a stage that was also measured is one row.
+    """A row for every stage of a run and every measured model; a stage that is also a measured model has one row.
 
     Args:
         runs: by the name they are shown under.
         texts: model, text, dtype and result, as `Results.texts`.
         names: every measured model, and the name it is shown under.
-        counts, samples: of the linear layers, and by prompt, of the measured models.
+        counts, samples: weights of the linear layers, and continuations by prompt, of the measured models.
     """
     rows: dict[Any, ModelRow] = {}
     for label, run in runs.items():
@@ -119,7 +119,7 @@ def _zeros(counts: Counts) -> float | None:
 
 
 def _kind(model: str) -> str:
-    """What a folder holds, as far as its files say."""
+    """The kind of model in a folder, as far as its files tell."""
     folder = Path(model).expanduser()
     if not (folder / files.CONFIG_NAME).is_file():
         return "model"
@@ -134,7 +134,7 @@ def _kind(model: str) -> str:
 
 
 def weight_bytes(model: str) -> int | None:
-    """Size of the weight files of a local model, SLoRB's included; None for a model of the hub."""
+    """Size of the weight files of a local model, including SLoRB's; None for a model on the hub."""
     path = Path(model).expanduser()
     if path.is_file():
         return path.stat().st_size
@@ -143,10 +143,10 @@ def weight_bytes(model: str) -> int | None:
 
 
 def layer_counts(model: nn.Module) -> Counts:
-    """Counts of the linear layers inside the decoder blocks."""
+    """Weight counts of the linear layers inside the decoder blocks."""
     inside = tuple(f"{name}." for name in decoder_blocks(model))
     found = {}
-    counted: set[int] = set()  # weights that several layers share count once
+    counted: set[int] = set()  # so that weights that several layers share are counted once
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and name.startswith(inside) and ".lora_" not in name:
             if id(module.weight) in counted:
@@ -158,7 +158,7 @@ def layer_counts(model: nn.Module) -> Counts:
 
 
 def stored_counts(folder: Path) -> Counts:
-    """Counts of the pruned layers of a dense checkpoint, read a tensor at a time."""
+    """Weight counts of the pruned layers of a dense checkpoint, read one tensor at a time."""
     from safetensors import safe_open
 
     layers = SparsityRecord.read(folder).layers
@@ -172,7 +172,7 @@ def stored_counts(folder: Path) -> Counts:
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """Models by the shortest end of their path that tells them apart."""
+    """For each model, the shortest end of its path that no other model has."""
     names = {}
     for model in models:
         parts = Path(model).parts

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: tables, figures inline, continuations side by side."""
+"""The report as one HTML page without other files: tables, inline figures, continuations side by side."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 _PICTURES = ("losses", "flips", "layer_flips*", "domains*", "density")  # files of an earlier report
-_PIXELS = 108  # of an inch of a figure: the widest, 8.6 inches, fills the page
+_PIXELS = 108  # per inch of a figure: the widest figure, 8.6 inches, fills the page
 _SETTINGS = (
     ("model", ("model", "name_or_path")),
     ("pattern", ("sparsity", "pattern")),
@@ -52,12 +52,12 @@ _SETTINGS = (
 
 @dataclass(kw_only=True)
 class Report:
-    """What a page shows.
+    """The content of a page.
 
     Attributes:
         runs: by the name they are shown under.
         names: the measured models, and the names they are shown under.
-        results: what was measured of them.
+        results: the results of these models.
         counts: weights that are not zero, by measured model.
         samples: continuations by measured model, by prompt.
         made_with: versions and the like, for the foot of the page.
@@ -72,7 +72,7 @@ class Report:
 
     @classmethod
     def of(cls, models: Sequence[str]) -> Report:
-        """A report on models, with the record of those that are the output of a run.
+        """A report on models, with the records of those that are the output of a run.
 
         Raises:
             UserError: a file of such a record is damaged.
@@ -85,7 +85,7 @@ class Report:
     def add(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = ()
     ) -> None:
-        """Count the weights of a model, and let it continue the prompts: by default those that a run continued.
+        """Count the weights of a model, and let it continue the prompts; by default, those of the runs.
 
         Raises:
             UserError: a prompt that cannot be continued.
@@ -99,7 +99,7 @@ class Report:
 
 
 def run_report(folder: Path) -> Report:
-    """The report on a finished run, of what it recorded and of the weights it saved."""
+    """The report on a finished run, from its records and the weights it saved."""
     return Report(
         runs={folder.name: read_run(folder)},
         names={str(folder): folder.name},
@@ -109,7 +109,7 @@ def run_report(folder: Path) -> Report:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and those under it."""
+    """Versions of this package, torch and transformers."""
     import torch
     import transformers
 
@@ -134,7 +134,7 @@ def check_report(out: Path, field: str) -> None:
     if find_spec("matplotlib") is None:
         raise UserError(f"{field} needs matplotlib for its figures. Install it: pip install 'ast-sparse[plots]'.")
     if out.suffix == ".html":
-        raise UserError(f"{field} {out}: name a folder; the page in it is {PAGE}, with its figures beside it.")
+        raise UserError(f"{field} {out} ends in .html. Name a folder for {PAGE} and its figures.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{field} {out} is a file. Name a folder.")
     above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
@@ -143,10 +143,10 @@ def check_report(out: Path, field: str) -> None:
 
 
 def write_report(out: Path, report: Report) -> Path:
-    """Write the page and its figures as PNG beside it; those of an earlier report are replaced.
+    """Write the page, and its figures as PNG next to it; files of an earlier report are replaced.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         UserError: the folder cannot be written.
@@ -183,7 +183,7 @@ def _page(report: Report, pictures: Sequence[Picture], out: Path) -> str:
     sections = [
         _section("Models", _models_table(rows), _MODELS_NOTE),
         _section("Tasks", _tasks_table(report)) if report.results.tasks else "",
-        _section("Figures of every text", _texts_table(report)) if report.results.texts else "",
+        _section("Results on every text", _texts_table(report)) if report.results.texts else "",
         _section("Training", _settings_table(report.runs)) if report.runs else "",
         *(_figure(picture, out) for picture in pictures),
         _section("Continuations", samples, _SAMPLES_NOTE) if samples else "",
@@ -201,7 +201,7 @@ def _section(title: str, content: str, note: str = "") -> str:
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]], words: int = 1) -> str:
-    """A table; the first `words` columns are text, the others numbers to the right."""
+    """A table; the first `words` columns are text, the others right-aligned numbers."""
     kinds = ["" if column < words else ' class="number"' for column in range(len(headers))]
     head = "".join(f'<th scope="col"{kind}>{escape(header)}</th>' for header, kind in zip(headers, kinds, strict=True))
     lines = []
@@ -237,7 +237,7 @@ def _perplexity(row: ModelRow, protocol: Protocol) -> str | float | None:
 
 
 def _tasks_table(report: Report) -> str:
-    """Tasks down, models across."""
+    """Results of tasks: a row for each task, a column for each model."""
     models = list(dict.fromkeys(model for model, _, _ in report.results.tasks))
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for model, _, task in report.results.tasks:
@@ -276,7 +276,7 @@ def _decimals(value: float | None) -> str | None:
 
 
 def _settings_table(runs: Mapping[str, Run]) -> str:
-    """Settings and length of the runs, a column each."""
+    """Settings and length of the runs, a column for each."""
     lines: list[list[Any]] = [
         [title, *(_setting(run.setting(*path)) for run in runs.values())] for title, path in _SETTINGS
     ]
@@ -297,7 +297,7 @@ def _setting(value: Any) -> str | None:
 
 def _figure(picture: Picture, out: Path) -> str:
     data = base64.b64encode((out / f"{picture.name}.png").read_bytes()).decode()
-    width = round(_PIXELS * picture.figure.get_figwidth())  # so that letters are of one size in all figures
+    width = round(_PIXELS * picture.figure.get_figwidth())  # so that text has the same size in all figures
     return (
         f"<section>\n<h2>{escape(picture.title)}</h2>\n<figure>\n"
         f'<img src="data:image/png;base64,{data}" alt="{escape(picture.title)}" width="{width}">\n'
@@ -306,7 +306,7 @@ def _figure(picture: Picture, out: Path) -> str:
 
 
 def _continuations(rows: Sequence[ModelRow]) -> str:
-    """For each prompt a card for every model that continued it."""
+    """For each prompt, a card for every model that continued it."""
     parts = []
     for prompt in dict.fromkeys(prompt for row in rows for prompt in row.samples):
         cards = "\n".join(
@@ -324,10 +324,10 @@ def _made_with(made_with: Mapping[str, Any]) -> str:
 
 
 _MODELS_NOTE = (
-    "Perplexities of one column are comparable; those of different columns are not: a longer window gives a lower "
-    "figure. Zeros are counted in the linear layers of the decoder blocks, the size is that of the weight files."
+    "Perplexities in one column are comparable; those in different columns are not: a longer window gives a lower "
+    "perplexity. Zeros are counted in the linear layers of the decoder blocks; the size is that of the weight files."
 )
-_SAMPLES_NOTE = "The likeliest token each time, without a chat template. The prompt is grey."
+_SAMPLES_NOTE = "Greedy continuations, without a chat template. The prompt is grey."
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.45 system-ui, "Liberation Sans", "DejaVu Sans", sans-serif; color: #111; background: #fff;

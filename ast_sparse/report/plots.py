@@ -1,6 +1,6 @@
-"""What all figures share: a style that survives grey print, lines, panels, axes and legends.
+"""What all figures share: a style that also works in greyscale, lines, panels, axes and legends.
 
-Figures are drawn without pyplot, so that nothing of a notebook's matplotlib changes.
+Figures are drawn without pyplot, so that a notebook's matplotlib is not changed.
 """
 
 import math
@@ -14,24 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's colours, told apart by the colour-blind; line and marker differ as well, for grey print
+# Okabe and Ito's colours, which colour-blind people can distinguish; lines and markers differ too, for greyscale
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)), "-")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDE = 4  # a larger ratio of perplexities is drawn on a logarithmic axis
+WIDE = 4  # perplexities with a larger ratio are drawn on a logarithmic axis
 _STYLE: Any = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.6, "lines.markersize": 5,
 }  # fmt: skip
-_DENSE_TICKS = 300  # a larger ratio has no room for the ticks 2 and 5
-_MARKS = 12  # at most so many markers on a line
+_DENSE_TICKS = 300  # an axis with a larger ratio has no room for the ticks 2 and 5
+_MARKS = 12  # maximum number of markers on a line
 
 Points = Sequence[tuple[float, float]]
 
 
 def styled() -> AbstractContextManager[None]:
-    """The style of all figures, in force while they are drawn and saved."""
+    """Use the style of all figures in the block, where they are drawn and saved."""
     return matplotlib.rc_context(_STYLE)
 
 
@@ -47,7 +47,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def line(axes: Axes, index: int, name: str, points: Iterable[tuple[float, float]]) -> None:
-    """Draw a line whose colour, dashes and markers are those of number `index`."""
+    """Draw a line with the colour, dashes and markers of number `index`."""
     drawn = list(points)
     style = index % len(COLOURS)
     axes.plot(
@@ -57,7 +57,7 @@ def line(axes: Axes, index: int, name: str, points: Iterable[tuple[float, float]
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """One legend for all panels, above them."""
+    """Put one legend for all panels above them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
 
@@ -69,7 +69,7 @@ def step_axis(axes: Axes) -> None:
 
 
 def plain_ticks(axes: Axes, which: str) -> None:
-    """1, 2, 5, 10, … on a logarithmic axis; powers of ten alone where these would run into each other."""
+    """Ticks 1, 2, 5, 10, … on a logarithmic axis; only powers of ten if the labels would overlap."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _DENSE_TICKS * low else (1,)))
@@ -78,7 +78,7 @@ def plain_ticks(axes: Axes, which: str) -> None:
 
 
 def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
-    """Means of up to `window` values, ending with that of each step."""
+    """For each step, the mean of its value and up to `window` − 1 values before it."""
     values = [value for _, value in points]
     means = [sum(values[max(0, i + 1 - window) : i + 1]) / (i + 1 - max(0, i + 1 - window)) for i in range(len(values))]
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
@@ -90,12 +90,12 @@ def rounded(value: float) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A figure, or None where it is missing or not finite."""
+    """The number, or None if it is missing or not finite."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def loss_panel(axes: Axes, curves: Sequence[tuple[str, Points]], what: str = "train loss") -> None:
-    """A loss over the steps by name, each the mean of as many log entries as make a twentieth of the longest."""
+    """Losses over the steps, by name: running means over a twentieth of the log entries of the longest curve."""
     window = max(1, max(len(points) for _, points in curves) // 20)
     for index, (name, points) in enumerate(curves):
         if points:
@@ -107,9 +107,9 @@ def loss_panel(axes: Axes, curves: Sequence[tuple[str, Points]], what: str = "tr
 def perplexity_panel(
     axes: Axes, curves: Sequence[tuple[str, Points]], label: str, references: Mapping[str, float | None] | None = None
 ) -> None:
-    """A perplexity over the steps by name, and horizontal lines such as the dense model's; what is missing is left out.
+    """Perplexities over the steps, by name, and horizontal lines such as the dense model's.
 
-    The axis is logarithmic where values are far apart.
+    Missing values are left out. The axis is logarithmic if values are far apart.
     """
     values = []
     for index, (name, points) in enumerate(curves):

@@ -219,7 +219,7 @@ def test_report_that_cannot_be_made_is_refused_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     text = (model, "--dataset", domains)
     cases = {
-        ("--report", tmp_path / "a.html"): "name a folder; the page in it is report.html",
+        ("--report", tmp_path / "a.html"): "ends in .html. Name a folder for report.html",
         ("--report", tmp_path / "file"): "file is a file. Name a folder.",
         ("--report", tmp_path / "file" / "below"): "cannot be written to. Name another folder.",
         ("--report", tmp_path / "out", "--prompt", " "): "--prompt is empty. Give it text, or remove it.",
