@@ -1,4 +1,4 @@
-"""What ast-train refuses in a run before it begins, and checks at its end."""
+"""Checks of ast-train before a run begins, and of the model at its end."""
 
 import re
 from collections.abc import Callable
@@ -38,12 +38,12 @@ from ast_sparse.training.resume.same_run import check_settings
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedRun:
-    """A run that may begin: what its phases share.
+    """A run that has passed the checks: what its phases share.
 
     Attributes:
-        checkpoint: the one to continue from, or None.
-        overwrite: replace a run that the output folder holds.
-        changed: allowed differences from the run of the checkpoint, as lines.
+        checkpoint: the checkpoint to continue from, or None.
+        overwrite: replace a run in the output folder.
+        changed: lines on the allowed differences from the run of the checkpoint.
     """
 
     config: RunConfig
@@ -67,13 +67,13 @@ def checked_run(
     echo: Callable[[str], None],
     signals: PreemptionSignals,
 ) -> CheckedRun:
-    """The run, once all is checked that takes no weights and no tokenizer. Arguments as of `run_training`.
+    """Do all checks that need no weights and no tokenizer, and return the run. Arguments as in `run_training`.
 
     Raises:
         UserError: a setting, the text, the output folder or the checkpoint does not fit.
     """
     output = output_folder(config, output_dir)
-    # a plan needs no accelerator, and bf16 without one would be refused
+    # a plan needs no accelerator, and bf16 is refused if there is none
     values = {**config.training, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
     if not dry_run:
@@ -101,7 +101,7 @@ def checked_run(
 
 
 def _check_settings(config: RunConfig, args: TrainingArguments, output: Path) -> None:
-    """Raise UserError for a setting that does not fit the others, or text that is not there."""
+    """Raise UserError if settings do not fit together, or if text is missing."""
     if config.evaluation.report:
         check_report(output / REPORT, "evaluation.report")
     check_sources(config.data)
@@ -115,7 +115,7 @@ def _check_settings(config: RunConfig, args: TrainingArguments, output: Path) ->
 def _check_checkpoint(
     checkpoint: Path, config: RunConfig, args: TrainingArguments, plan: Plan, devices: int
 ) -> list[str]:
-    """Raise UserError for the checkpoint of another run; what differs, and may, as lines."""
+    """Lines on allowed differences; raise UserError if the checkpoint belongs to another run."""
     with errors_shared():
         check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
         check_same_model(checkpoint, plan.sparsity.pruned)
@@ -123,12 +123,12 @@ def _check_checkpoint(
 
 
 def slorb_of(config: RunConfig) -> SLoRBConfig | None:
-    """The settings of SLoRB, where a run has it."""
+    """The settings of SLoRB; None if it is off."""
     return config.slorb if config.slorb is not None and config.slorb.enabled else None
 
 
 def check_held_out(config: RunConfig, args: TrainingArguments) -> None:
-    """Held-out text where something needs it."""
+    """Raise UserError if held-out text is needed and there is none."""
     if config.data.entries("eval") or config.data.eval_share > 0:
         return
     if "heldout" in config.evaluation.datasets:
@@ -147,7 +147,7 @@ def check_held_out(config: RunConfig, args: TrainingArguments) -> None:
 
 
 def check_best(config: RunConfig, args: TrainingArguments) -> None:
-    """The best checkpoint is not chosen by a test set, or by text whose perplexity is reported."""
+    """Raise UserError if the best checkpoint would be chosen on a test set, or on text whose perplexity is reported."""
     if args.load_best_model_at_end:
         by = "training.load_best_model_at_end=True"
     elif args.save_strategy == SaveStrategy.BEST:
@@ -159,21 +159,21 @@ def check_best(config: RunConfig, args: TrainingArguments) -> None:
             if isinstance(entry, dict) and "test" in re.split(r"\W+", str(entry.get("split"))):
                 raise UserError(
                     f"{where}: {shown(entry)} is a test set, and {by} would choose a checkpoint by it. Name another "
-                    "split, or remove it: a share of the training text is held out then."
+                    "split, or remove it, to hold out a share of the training text."
                 )
             if entry in config.evaluation.datasets:
                 raise UserError(
-                    f"{where}: {shown(entry)} is in evaluation.datasets too, and {by} would choose the checkpoint that "
-                    "is reported by it. Name other text in one of them."
+                    f"{where}: {shown(entry)} is also in evaluation.datasets, and {by} would choose the reported "
+                    "checkpoint by it. Name other text in one of them."
                 )
 
 
 def check_streaming(config: RunConfig, args: TrainingArguments) -> None:
-    """What a stream needs to be told."""
+    """Raise UserError if training arguments do not allow a stream."""
     if not config.data.streaming:
         return
     if args.max_steps <= 0:
-        raise UserError("data.streaming=true does not know the length of the text. Set training.max_steps.")
+        raise UserError("data.streaming=true: the length of the text is unknown. Set training.max_steps.")
     if args.dataloader_num_workers > 1:
         raise UserError(
             f"training.dataloader_num_workers={args.dataloader_num_workers}: each worker would read the same stream. "
@@ -188,7 +188,7 @@ def check_token_ids(
     teacher: PreTrainedModel | str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Every token of the text has its row in the embeddings: a tokenizer with spare entries is no fault."""
+    """Raise UserError if a token of the text has no embedding; unused tokens of the tokenizer need none."""
     rows = model.config.get_text_config().vocab_size
     taught_by = model.config
     if isinstance(teacher, str):
@@ -198,8 +198,8 @@ def check_token_ids(
     largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
     if largest >= rows:
         raise UserError(
-            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, the model has {rows} "
-            "embeddings. They do not belong together: put the model's own tokenizer into its folder."
+            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, but the model has only "
+            f"{rows} embeddings. Put the model's own tokenizer into its folder."
         )
     check_taught(torch.tensor(largest), model.config, taught_by)
 
@@ -214,13 +214,13 @@ def check_batches(args: TrainingArguments, blocks: int) -> None:
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and blocks < batch:
         raise UserError(
-            f"training.dataloader_drop_last=True leaves nothing to train on: the text makes {blocks:,} blocks, fewer "
+            f"training.dataloader_drop_last=True leaves nothing to train on: the text has {blocks:,} blocks, fewer "
             f"than a batch of {batch:,}. Lower per_device_train_batch_size, or remove it."
         )
 
 
 def check_final(model: nn.Module) -> None:
-    """Every trained layer is exactly N:M, by the checker of the export; a sharded one is gathered for that."""
+    """Check that every trained layer is exactly N:M, as the export does; sharded layers are gathered for it."""
     for name, layer in sparse_layers(model).items():
         if not layer.pattern.holds(whole(layer.weight), layer.group_dim):
-            raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a fault of ast_sparse.")
+            raise RuntimeError(f"`{name}` is not {layer.pattern} after training. This is a bug in ast_sparse.")

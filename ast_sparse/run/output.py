@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it may be used, what stays of an earlier run, and the results it keeps."""
+"""The output folder of a run: whether it may be used, what is kept of an earlier run, and the results in it."""
 
 import os
 import shutil
@@ -46,29 +46,29 @@ def output_folder(config: RunConfig, output_dir: str | None) -> Path:
 
 
 def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None:
-    """The checkpoint to continue from; None to begin, also where a run was stopped before its first checkpoint."""
+    """The checkpoint to continue from; None to start from the beginning, also if a run has no checkpoint yet."""
     if not resume:
         return None
     if resume is True:
         refuse_model_only(checkpoint_folders(output))
     if resume is True and (output / RESOLVED_CONFIG).exists() and last_checkpoint(output) is None:
-        logger.warning(f"{output} holds a run without a complete checkpoint yet: it starts from the beginning.")
+        logger.warning(f"{output} has a run without a complete checkpoint: it starts from the beginning.")
         return None
     return resolve_checkpoint(output, resume)
 
 
 def refuse_used(output: Path) -> None:
-    """Raise UserError if the folder holds anything."""
+    """Raise UserError if the folder is not empty."""
     if output.is_dir() and any(output.iterdir()):
         what = "a run" if (output / RESOLVED_CONFIG).exists() or checkpoint_folders(output) else "files"
         raise UserError(
-            f"Output folder {str(output)!r} holds {what} already. Continue it with --resume, replace it with "
+            f"Output folder {str(output)!r} already has {what}. Continue it with --resume, replace it with "
             "--overwrite, or give another --output-dir."
         )
 
 
 def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, overwrite: bool) -> None:
-    """Make the output folder that of this run: what is stale goes, its configuration is written."""
+    """Prepare the output folder for this run: remove what is stale, write the configuration."""
     if overwrite:
         _remove_run(output)
     if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
@@ -77,7 +77,7 @@ def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, over
 
 
 def _remove_run(output: Path) -> None:
-    """Remove what an earlier run left that this one might not overwrite; other files stay."""
+    """Remove files of an earlier run that this one might not overwrite; other files stay."""
     for folder in checkpoint_folders(output):
         shutil.rmtree(folder)
     for name in (MASK_HISTORY, METRICS, RESULTS, SAMPLES, "trainer_state.json"):
@@ -90,7 +90,7 @@ def _remove_run(output: Path) -> None:
 
 
 def _remove_newer(checkpoint: Path) -> None:
-    """Remove the half-written or abandoned checkpoints after the one that is resumed: a later --resume took them."""
+    """Remove checkpoints after the one that is resumed, half-written or abandoned: a later --resume would use them."""
     for folder in checkpoint_folders(checkpoint.parent):
         if folder.resolve() == checkpoint.resolve():
             return
@@ -108,7 +108,7 @@ def _write_config(config: RunConfig, output: Path) -> None:
 
 
 def read_rows(output: Path, config: RunConfig) -> Stages:
-    """The results of the stages before training, if they were measured as this run measures."""
+    """The results of the stages before training, if they were measured with the settings of this run."""
     try:
         rows = read_json(output / RESULTS)
         before = read_yaml(output / RESOLVED_CONFIG)["evaluation"]
@@ -121,7 +121,7 @@ def read_rows(output: Path, config: RunConfig) -> Stages:
 
 
 def read_samples(output: Path, stages: Stages) -> dict[str, dict[str, str]]:
-    """The continuations of the stages whose results were read."""
+    """The continuations by the stages whose results were read."""
     try:
         samples = read_json(output / SAMPLES)
         return {stage: dict(samples[stage]) for stage in stages if stage in samples}
@@ -130,7 +130,7 @@ def read_samples(output: Path, stages: Stages) -> dict[str, dict[str, str]]:
 
 
 def write_results(output: Path, rows: Stages, measured: Measured) -> None:
-    """The results of all stages so far, and their continuations where a report is wanted."""
+    """Write the results of all stages so far, and their continuations if a report is wanted."""
     write_stages(output, rows)
     if measured.samples:
         write_json(output / SAMPLES, measured.samples)

@@ -1,4 +1,4 @@
-"""A run that is asked to leave saves a checkpoint at the end of the step, and goes."""
+"""A run that receives a signal saves a checkpoint at the end of the step, and exits."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,18 @@ from ast_sparse.run.signals import Preempted, PreemptionSignals
 
 
 class PreemptionCallback(TrainerCallback):
-    """Saves and leaves when a signal came to any rank; add it last, and catch `Preempted` around `train()`.
+    """Saves and stops when any rank has received a signal; add it last, and catch `Preempted` around `train()`.
 
-    The save is Trainer's own, after what is due at the step (masks, logs, evaluation), so the resumed run is the
-    undisturbed one bit for bit. transformers' `enable_jit_checkpoint` is not: it saves before masks are refreshed and
-    between the backward pass and the update, each rank by itself, knows no SIGUSR1, and ends as if training were done.
+    Trainer saves as usual, after the other work of the step (masks, logs, evaluation), so the resumed run is bit for
+    bit the same as an uninterrupted one. With transformers' `enable_jit_checkpoint` it would not be: it saves before
+    masks are refreshed and between the backward pass and the update, each rank on its own, ignores SIGUSR1, and ends
+    as if training were complete.
 
     Args:
-        signals: those of `preemption_signals()`.
+        signals: from `preemption_signals()`.
 
     Raises:
-        Preempted: on all ranks, once everything is written; the text is empty on ranks that say nothing.
+        Preempted: on all ranks, once everything is written; the text is empty on ranks that print nothing.
     """
 
     def __init__(self, signals: PreemptionSignals) -> None:
@@ -39,13 +40,13 @@ class PreemptionCallback(TrainerCallback):
             self.signals.finish()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.signals.is_training:  # a signal in a long evaluation needs no further step
+        if self.signals.is_training:  # a signal during a long evaluation does not wait for another step
             self._save_if_received(args, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._leaving:
             return
-        wait_for_all()  # a launcher ends the other ranks when the first one exits
+        wait_for_all()  # a launcher ends the other ranks as soon as one exits
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         name = "A signal to another rank" if self.signals.received is None else self.signals.received.name
         raise Preempted(f"{name}: saved {folder}; --resume continues from there." if args.should_log else "")
@@ -55,5 +56,5 @@ class PreemptionCallback(TrainerCallback):
             return
         self._leaving = control.should_save = True
         args.save_only_model = False  # it would leave out what a resume needs
-        if args.save_strategy == SaveStrategy.BEST:  # an evaluation at this step would take the save back
+        if args.save_strategy == SaveStrategy.BEST:  # an evaluation at this step would cancel the save
             args.save_strategy = SaveStrategy.STEPS

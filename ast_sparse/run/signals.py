@@ -1,4 +1,4 @@
-"""Signals by which a scheduler asks a run to leave: kept until the run can be left so that it can be resumed."""
+"""Signals with which a scheduler asks a run to stop: the run stops when it can be resumed."""
 
 import os
 import signal
@@ -8,52 +8,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h, "try again later": neither a success nor an error (1, 2), nor what a kill leaves (128 + N),
+# EX_TEMPFAIL of sysexits.h, "try again later": not success, not an error (1, 2), and not the code of a kill (128 + N),
 # so a scheduler can requeue on it (Slurm: scontrol requeue; Kubernetes: podFailurePolicy on exit codes)
 PREEMPTED_EXIT = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_REPEAT_S = 1.0  # a launcher passes on what a scheduler sends to every process too: that is still one signal
+_REPEAT_S = 1.0  # a process may get one signal twice: from the scheduler, and passed on by the launcher
 
 
 class Preempted(KeyboardInterrupt):
-    """The run was asked to leave, and has. Like Ctrl-C, so that libraries clean up; the text is one line, or empty."""
+    """A signal stopped the run. A KeyboardInterrupt, so that libraries clean up; its text is one line, or empty."""
 
 
 class PreemptionSignals:
-    """What has been received, and whether it stops the run at once or at the end of a step.
+    """The received signal, and whether it stops the run at once or at the end of a step.
 
     Attributes:
         received: the first signal.
-        mend: how to start again, where nothing has been saved.
+        restart: how to start the run again, for the message if nothing has been saved.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.mend = "start it again with the same command"
+        self.restart = "start it again with the same command"
         self.is_training = False
         self._received_at = 0.0
         self._at_once = True
         self._owner = os.getpid()
 
     def begin_training(self) -> None:
-        """From here on a signal waits for the end of the step.
+        """Training begins: from now on a signal waits for the end of the step.
 
         Raises:
-            Preempted: one came before.
+            Preempted: a signal was received before.
         """
         self._stop_if_received()
         self._at_once, self.is_training = False, True
 
     def finish(self) -> None:
-        """Training is done: from here on a signal waits for the end of the run."""
+        """Training is complete: from now on a signal waits for the end of the run."""
         self._at_once, self.is_training = False, False
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let the block end before a signal stops the run: what it writes is read again.
+        """Let the block finish before a signal stops the run, so that the files it writes are complete.
 
         Raises:
-            Preempted: one came in between.
+            Preempted: a signal was received in the block.
         """
         before, self._at_once = self._at_once, False
         try:
@@ -69,7 +69,9 @@ class PreemptionSignals:
         Raises:
             Preempted: before training, when there is nothing to save.
         """
-        if os.getpid() != self._owner:  # forked: a worker dies when its pool ends it, and leaves the rest to the run
+        if (
+            os.getpid() != self._owner
+        ):  # forked: a worker exits on SIGTERM, so that its pool can end it; the run does the rest
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
             if number == signal.SIGTERM:
                 os.kill(os.getpid(), number)
@@ -82,17 +84,17 @@ class PreemptionSignals:
         if self._at_once:
             self._stop_if_received()
         what = "the step and its checkpoint" if self.is_training else "what is being written"
-        # not `print`, which fails inside a print that the signal interrupted
+        # not `print`, which fails if the signal interrupted another print
         os.write(2, f"\n{self.received.name}: {what} will be finished; a second signal stops at once.\n".encode())
 
     def _stop_if_received(self) -> None:
         if self.received is not None:
-            raise Preempted(f"{self.received.name}: stopped before training began, nothing was saved; {self.mend}.")
+            raise Preempted(f"{self.received.name}: stopped before training began, nothing was saved; {self.restart}.")
 
 
 @contextmanager
 def preemption_signals() -> Iterator[PreemptionSignals]:
-    """Catch SIGTERM and SIGUSR1 while the block runs; outside the main thread, where Python cannot, do nothing."""
+    """Catch SIGTERM and SIGUSR1 in the block; do nothing outside the main thread, where Python cannot catch them."""
     signals = PreemptionSignals()
     if threading.current_thread() is not threading.main_thread():
         yield signals

@@ -1,4 +1,4 @@
-"""The perplexities that a run reports: at its stages (the dense, the one-shot, the retrained model) and in between."""
+"""The perplexities that a run reports: of its stages (dense, one-shot and retrained model) and during training."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -45,7 +45,7 @@ def check_finite(rows: Stages) -> None:
     """Check that the loss of every stage is finite.
 
     Raises:
-        DivergenceError: naming stage, data set and window.
+        DivergenceError: a loss is not finite; it names stage, data set and window.
     """
     for stage, results in rows.items():
         for name, result in results.items():
@@ -55,14 +55,14 @@ def check_finite(rows: Stages) -> None:
 
 
 class Measured:
-    """Perplexities of `evaluation.datasets`, whose texts are read at once, before any model is loaded.
+    """Measures perplexities on `evaluation.datasets`; the texts are read here, before any model is loaded.
 
     Args:
-        args: device, progress bars, and whether a model that was measured leaves the device again, because it is
-            sharded from the CPU.
+        args: for the device, progress bars, and whether a measured model must go back to the CPU, from where it is
+            sharded.
 
     Raises:
-        UserError: a text that is not there or cannot be read.
+        UserError: a text is missing or cannot be read.
     """
 
     def __init__(self, config: RunConfig, args: TrainingArguments) -> None:
@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def is_asked(self) -> bool:
-        """Whether models are measured at all."""
+        """Whether anything is to be measured."""
         return bool(self.config.evaluation.datasets or self.config.evaluation.report)
 
     def _read(self, name: str) -> list[str]:
@@ -105,10 +105,10 @@ class Measured:
                 )
 
     def check_lengths(self, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
-        """Check that every text fills a window.
+        """Check that every text has at least one window.
 
         Raises:
-            UserError: naming the text that does not.
+            UserError: a text is shorter; it names the text.
         """
         window = self.config.evaluation.seq_len or default_seq_len(model_config)
         bos = len(find_bos(self.config.data.bos, tokenizer).tokens)
@@ -125,7 +125,7 @@ class Measured:
     ) -> dict[str, StageResult]:
         """The results of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model continues the prompts as well. It is on the device for that alone, where it is asked for.
+        For a report the model also continues the prompts. It is moved to the device only if anything is to be measured.
         """
         settings = self.config.evaluation
         if not self.is_asked:
@@ -142,7 +142,7 @@ class Measured:
     def during_training(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
     ) -> dict[str, float]:
-        """The perplexities alone, by the names they are logged under; no bar beside that of the training."""
+        """Only the perplexities, by the names they are logged under; without a progress bar."""
         results = self._measure("training", model, tokenizer, held_out, show=False)
         for name, result in results.items():
             if fault := result.fault():
@@ -168,22 +168,22 @@ class Measured:
 
 
 def _as_one(held_out: Any) -> Any:
-    """The blocks of all domains, where they are held out by domain."""
+    """All held-out blocks together, if they are held out by domain."""
     return DomainBlocks(held_out) if isinstance(held_out, dict) else held_out
 
 
 def logged_key(name: str) -> str:
-    """What the perplexity of a data set is called in the log."""
+    """The name of a data set's perplexity in the log."""
     return f"{name if name in (HELDOUT, WIKITEXT2) else Path(name).stem}_perplexity"
 
 
 class PerplexityCallback(TrainerCallback):
     """Measures the perplexities of `evaluation.datasets` every `evaluation.steps` updates, and logs them.
 
-    Masks are those of the step, in the precision of training; the random state of the training stays as it is.
+    The model has the masks of the step and the precision of training; the random state of training does not change.
 
     Args:
-        measure: perplexities by name of the model it is called with.
+        measure: returns the perplexities of a model by name.
         log: `Trainer.log`.
     """
 
@@ -205,15 +205,15 @@ class PerplexityCallback(TrainerCallback):
             results = self.measure(kwargs["model"])
         due = control.should_log
         self.log(results)
-        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+        control.should_log = due  # logging clears it, and the loss of this step would not be logged
 
 
 def _two_decimals(perplexity: float | None) -> str:
-    return "not finite" if perplexity is None else f"{perplexity:.2f}"  # as a file of results has it
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"  # None in a file of results
 
 
 def results_table(rows: Stages) -> str:
-    """Perplexity by stage and data set, the window length beside every data set."""
+    """Perplexity by stage and data set, with number and length of the windows of each data set."""
     datasets = list(dict.fromkeys(name for stage in rows.values() for name in stage))
     if not datasets:
         return "No perplexity was asked for (evaluation.datasets is empty)."

@@ -52,23 +52,23 @@ def run_training(
     signals: PreemptionSignals | None = None,
     hardware: Hardware | None = None,
 ) -> Path | None:
-    """Do what a configuration says; see the module's first line.
+    """Run a configuration; the phases are in the module's first line.
 
     Args:
-        output_dir: beats `training.output_dir`.
-        resume: True for the last complete checkpoint of the output folder, or a checkpoint folder.
-        overwrite: replace a run that the output folder holds.
+        output_dir: overrides `training.output_dir`.
+        resume: True for the last complete checkpoint in the output folder, or a checkpoint folder.
+        overwrite: replace a run in the output folder.
         dry_run: print the plan and stop; no weights are loaded, nothing is written.
-        signals: those that make the run save and leave.
-        hardware: what a dry run plans for.
+        signals: the signals that make the run save and stop.
+        hardware: the hardware that a dry run plans for.
 
     Returns:
         The output folder, or None after a dry run.
 
     Raises:
         UserError: one line; nothing has been written unless training had begun. After the plan of a dry run: a device
-            has too little memory for it.
-        Preempted: a signal came, and the run can be resumed.
+            has too little memory.
+        Preempted: a signal was received, and the run can be resumed.
     """
     hardware, signals = hardware or Hardware(), signals or PreemptionSignals()
     run = checked_run(config, output_dir, resume, overwrite, dry_run, hardware, echo, signals)
@@ -96,7 +96,7 @@ def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokeniz
     with write_errors(run.output):
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
         run.signals.finish()
-        # without the autocast of training: all stages are measured in the float32 that is saved
+        # without the autocast of training: all stages are measured in float32, as they are saved
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         check_final(trainer.student)
         trainer.save_model()
@@ -106,14 +106,14 @@ def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokeniz
 def _measure_result(
     run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokenizerBase, measured: Measured, rows: Stages
 ) -> None:
-    """Read the saved model back, measure the retrained model, and write what the run has to say."""
+    """Read the saved model back, measure the retrained model, and write results and report."""
     config, output = run.config, run.output
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
     student = trainer.whole_student()
     if student is not None and run.args.should_save:
         check_saved(student, output, config.model.trust_remote_code)
-    if student is not None and measured.is_asked:  # of a sharded run, on one process while the others wait
+    if student is not None and measured.is_asked:  # in a sharded run, one process measures while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
     wait_for_all()
     if run.args.should_save:
@@ -126,7 +126,7 @@ def _measure_result(
 
 
 def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, once it has been saved into a temporary folder."""
+    """The tokenizer of the model; also checks, in a temporary folder, that it can be saved."""
     tokenizer = load_tokenizer(
         model.name_or_path,
         revision=model.revision,
@@ -138,7 +138,7 @@ def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
 
 
 def _show_costs(run: CheckedRun, hardware: Hardware) -> None:
-    """What differs from the run that is resumed, and what the plan costs.
+    """Print the differences from the run that is resumed, and what the plan costs.
 
     Raises:
         UserError: the tokenizer cannot be read or saved, or a device has too little memory.
@@ -163,7 +163,7 @@ def _show_costs(run: CheckedRun, hardware: Hardware) -> None:
 
 
 def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Stages]:
-    """Data, model and trainer; the results of the dense and the one-shot model."""
+    """Prepare data, model and trainer, and measure the dense and the one-shot model."""
     config, args, checkpoint = run.config, run.args, run.checkpoint
     every_block, train, held_out = _read_data(run, tokenizer)
     with library_bars(not args.disable_tqdm):
@@ -183,11 +183,11 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     with run.signals.held():
         if args.should_save:
             clear_for_run(config, run.output, checkpoint, run.overwrite)
-        run.signals.mend = "--resume starts it again"  # also from the beginning, where there is no checkpoint
+        run.signals.restart = "--resume starts it again"  # from the beginning, if there is no checkpoint
     stage = f"one-shot {config.sparsity.pattern}"
-    is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern later
+    is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern only during training
     if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
-        is_one_shot = False  # what the run began with is gone
+        is_one_shot = False  # the masks that the run started with are lost
     if stage not in rows and is_one_shot:
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
@@ -197,15 +197,15 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
 
 
 def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
-    """All training blocks, and those to train and to evaluate on: the ones with a token that the loss counts."""
+    """All training blocks, and those for training and for evaluation, which have tokens that the loss counts."""
     data, args = run.config.data, run.args
     with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
         try:
             every_block, held_out, data_report = build_datasets(data, tokenizer)
-        except OSError as error:  # of the cache: sources that cannot be read are named where they are read
+        except OSError as error:  # of the cache: sources that cannot be read raise UserError
             raise UserError(
-                f"The tokenised text cannot be cached: {one_line(error)}. Let the environment variable "
-                "HF_DATASETS_CACHE name a folder that can be written to and has room."
+                f"The tokenised text cannot be cached: {one_line(error)}. Set the environment variable "
+                "HF_DATASETS_CACHE to a writable folder with enough space."
             ) from error
     if args.should_log:
         run.echo("\n".join(data_report.lines()))
@@ -229,7 +229,7 @@ def _make_trainer(
     """The trainer, which makes the model sparse.
 
     Args:
-        every_block: of the training text, to calibrate on; `train` are those with a token that the loss counts.
+        every_block: all blocks of the training text, for calibration; `train` has those with tokens that count.
     """
     config = run.config
     try:
@@ -251,7 +251,7 @@ def _make_trainer(
             bos=config.data.bos,
             trust_remote_code=config.model.trust_remote_code,
         )
-    except OSError as error:  # of the output folder, which Trainer makes, or of the hub
+    except OSError as error:  # of the output folder, which Trainer creates, or of the hub
         raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
 
 
@@ -262,7 +262,7 @@ def _calibration(
     checkpoint: Path | None,
     training: Blocks,
 ) -> Blocks | bool:
-    """What one-shot pruning is calibrated on; False where a checkpoint brings the masks."""
+    """Blocks for the calibration of one-shot pruning; False if the masks come from a checkpoint."""
     settings = config.calibration
     if checkpoint is not None:
         return False
@@ -288,7 +288,7 @@ def _load_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
-    """The teacher where it is not the student's own start."""
+    """The teacher, or None if there is none or it is the dense model that the student starts from."""
     if config.distillation is None or not config.distillation.needs_teacher:
         return None
     if config.model.teacher is None and config.model.random_weights:

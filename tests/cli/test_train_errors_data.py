@@ -32,7 +32,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("model.name_or_path={root}/none.gguf", r"There is no file .*none\.gguf"),
     ("model.name_or_path={root}/finished", r"finished' is the result of a run.*Name the dense model"),
     ("model.name_or_path={root}/finished/checkpoint-1", r"checkpoint-1' is the result of a run"),
-    ("model.name_or_path={root}/small-vocabulary", r"makes the token \d+, the model has 64 embeddings"),
+    ("model.name_or_path={root}/small-vocabulary", r"makes the token \d+, but the model has only 64 embeddings"),
     ("model.name_or_path={root}/cut-weights", r"model\.safetensors` is damaged.*Copy or write"),
     ("model.name_or_path={root}/no-weights", r"holds no model\.safetensors"),
     ("model.name_or_path={root}/nan-weights", r"`model\.embed_tokens\.weight` of .*nan-weights' holds values"),
@@ -119,7 +119,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("data.sead=1", r"Unknown key data\.sead\. Did you mean 'seed'"),
     # streaming
     ("data.streaming=true", r"data\.streaming=True cannot hold out documents of the stream\. Name data\.eval"),
-    ([*STREAMING, "training.max_steps=-1"], r"does not know the length of the text\. Set training\.max_steps"),
+    ([*STREAMING, "training.max_steps=-1"], r"the length of the text is unknown\. Set training\.max_steps"),
     ([*STREAMING, "training.dataloader_num_workers=2"], r"dataloader_num_workers=2: each worker would read the same"),
     ([*STREAMING, "data.train=latin.txt"], r"latin\.txt, line 1: not UTF-8"),
     ([*DOMAINS, "data.streaming=true"], r"data\.streaming=True supports no domains\. Make shards"),

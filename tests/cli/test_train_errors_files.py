@@ -56,8 +56,8 @@ def test_a_broken_file_is_named(root: Path, text: str, message: str) -> None:
         ([], r"training\.output_dir is missing"),
         (["--output-dir", "{root}/text.txt"], r"text\.txt' is a file"),
         (["--output-dir", "{root}/text.txt/below"], r"text\.txt' cannot be written to"),
-        (["--output-dir", "{root}/finished"], r"finished' holds a run already.*--resume.*--overwrite"),
-        (["--output-dir", "{root}"], r"holds files already"),
+        (["--output-dir", "{root}/finished"], r"finished' already has a run.*--resume.*--overwrite"),
+        (["--output-dir", "{root}"], r"already has files"),
         (["--output-dir", "{root}/llama", "--overwrite"], r"llama' is model\.name_or_path, and would be replaced"),
         (["--output-dir", "{root}/out", "--resume"], r"Nothing to resume: '.*out' holds no complete checkpoint"),
         (["--output-dir", "{root}/out", "--resume", "/nowhere"], r"Checkpoint '/nowhere' is no folder"),
@@ -139,7 +139,10 @@ def test_a_damaged_checkpoint_is_passed_over(root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("build_datasets", r"The tokenised text cannot be cached: .*No space left.* HF_DATASETS_CACHE name a folder"),
+        (
+            "build_datasets",
+            r"tokenised text cannot be cached: .*No space left.* HF_DATASETS_CACHE to a writable folder",
+        ),
         ("SparseTrainer", r"training: .*No space left on device\. Correct training\.output_dir"),
     ],
 )

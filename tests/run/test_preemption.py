@@ -64,7 +64,7 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "number", "mend"),
+    ("owner", "name", "number", "restart"),
     [
         (run_module, "build_datasets", signal.SIGUSR1, "start it again with the same command"),
         (run_module, "load_causal_lm", signal.SIGTERM, "start it again with the same command"),
@@ -74,14 +74,14 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ids=["tokenising", "loading", "writing", "evaluated"],
 )
 def test_before_training_a_signal_leaves_at_once(
-    interrupted: Callable[..., Result], tmp_path: Path, owner: Any, name: str, number: signal.Signals, mend: str
+    interrupted: Callable[..., Result], tmp_path: Path, owner: Any, name: str, number: signal.Signals, restart: str
 ) -> None:
     result = interrupted(owner, name, number)
     assert result.exit_code == 75, result.output
-    line = f"{number.name}: stopped before training began, nothing was saved; {mend}."
+    line = f"{number.name}: stopped before training began, nothing was saved; {restart}."
     assert result.stderr.splitlines()[-1] == line
     left = {path.name for path in (tmp_path / "out").glob("*")}
-    if "same command" in mend:
+    if "same command" in restart:
         assert not left  # so the same command is not refused
     else:
         assert "config.yaml" in left and not any("checkpoint" in name for name in left)
