@@ -84,9 +84,7 @@ def _parts(folder: Path, sources: tuple[str, ...], domains: tuple[str, ...]) -> 
     for domain in domains:
         name, sign, source = domain.partition("=")
         if not sign or not source or not name.replace("-", "_").replace("_", "a").isalnum():
-            raise UserError(
-                f"--domain {domain!r} is not of the form NAME=SOURCE. NAME may have letters, digits, _ and -."
-            )
+            raise UserError(f"--domain {domain!r} is not of the form NAME=SOURCE with letters, digits, _ or - in NAME.")
         parts.setdefault(folder / name, []).append(_entry(source))
     return parts
 

@@ -14,9 +14,7 @@ class EvaluationConfig(Section):
     datasets: tuple[str, ...] = field(
         default=("heldout",), metadata=about("`heldout`, `wikitext2`, or text files; an empty list: none.")
     )
-    seq_len: int | None = field(
-        default=None, metadata=about("Tokens in a window; default: as published for the family.")
-    )
+    seq_len: int | None = field(default=None, metadata=about("Window in tokens; default: as published for the family."))
     windows: int | None = field(default=None, metadata=about("Maximum number of windows per data set; default: all."))
     data_dir: str | None = field(default=None, metadata=about("Folder with wiki.test.raw, instead of the hub."))
     steps: int | None = field(
@@ -53,14 +51,10 @@ class WatchConfig(Section):
     )
     spike: Literal["off", "warn", "skip", "stop"] = field(
         default="off",
-        metadata=about(
-            "What to do if a loss is above `spike_factor` times the median of the last `spike_window` steps."
-        ),
+        metadata=about("What to do if a loss is above `spike_factor` times the median of `spike_window` steps."),
     )
     spike_factor: float = field(default=3.0, metadata=about("How many times the median a loss may be, above 1."))
-    spike_window: int = field(
-        default=50, metadata=about("Steps that the median is taken of; the check starts after them.")
-    )
+    spike_window: int = field(default=50, metadata=about("Steps for the median; checks begin after them."))
     max_skips: int = field(default=10, metadata=about("Steps in a row that may be skipped before the run stops."))
 
     def _validate(self) -> None:

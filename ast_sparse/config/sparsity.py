@@ -130,15 +130,11 @@ class SLoRBConfig(Section):
     _name = "slorb"
     enabled: bool = field(default=True, metadata=about("Whether sparse layers get the adapter."))
     k: int = field(default=16, metadata=about("Columns in a group; must divide in_features."))
-    init: Literal["mean", "zero"] = field(
-        default="mean", metadata=about("Initial S: from the pruned weights (6), or zero.")
-    )
+    init: Literal["mean", "zero"] = field(default="mean", metadata=about("mean: S from pruned weights (6); zero: 0."))
     train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
     start: float = field(
         default=0.0,
-        metadata=about(
-            "Share of the steps after which SLoRB alone is trained (Table 12); 0: with the weights, from the start."
-        ),
+        metadata=about("Share of the steps after which only SLoRB is trained (Table 12); 0: trained from the start."),
     )
 
     def _validate(self) -> None:
@@ -159,9 +155,7 @@ class CalibrationConfig(Section):
     damping: float = field(
         default=0.01, metadata=about("SparseGPT: share of the Hessian's mean diagonal that is added to the diagonal.")
     )
-    block_size: int = field(
-        default=128, metadata=about("SparseGPT: number of columns pruned before the remaining columns are updated.")
-    )
+    block_size: int = field(default=128, metadata=about("SparseGPT: columns pruned before the rest is updated."))
     keep_zeros: bool = field(
         default=False,
         metadata=about(

@@ -67,7 +67,7 @@ class Budget:
     def _cost_lines(self) -> list[str]:
         per_step = self.plan.flops_per_token * self.plan.tokens_per_step
         steps = self.plan.steps
-        lines = [f"FLOPs: {per_step:.3g} a step" + ("" if steps is None else f", {steps * per_step:.3g} in all")]
+        lines = [f"FLOPs: {per_step:.3g} per step" + ("" if steps is None else f", {steps * per_step:.3g} in all")]
         peak = self._peak()
         if peak is None:
             return [*lines, "time: the peak of the device is unknown; give --peak-tflops"]

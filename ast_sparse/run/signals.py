@@ -69,9 +69,7 @@ class PreemptionSignals:
         Raises:
             Preempted: before training, when there is nothing to save.
         """
-        if (
-            os.getpid() != self._owner
-        ):  # forked: a worker exits on SIGTERM, so that its pool can end it; the run does the rest
+        if os.getpid() != self._owner:  # forked: a worker exits on SIGTERM, as its pool expects; the run does the rest
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
             if number == signal.SIGTERM:
                 os.kill(os.getpid(), number)
