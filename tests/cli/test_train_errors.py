@@ -120,7 +120,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ),
     (
         [*BEST, "training.load_best_model_at_end=true", "data.eval=other.txt"],
-        r"data\.eval: 'other\.txt' is in evaluation\.datasets too, and training\.load_best_model_at_end=True",
+        r"data\.eval: 'other\.txt' is also in evaluation\.datasets, and training\.load_best_model_at_end=True",
     ),
     ("training.metric_for_best_model=accuracy", r"training\.metric_for_best_model='accuracy' is unknown"),
     ("training.report_to=wandbx", r"training\.report_to='wandbx' is no tracker\. Did you mean 'wandb'"),
@@ -231,7 +231,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), SETTINGS, ids=name_of)
-def test_one_wrong_setting_is_named_with_its_mend(root: Path, change: str | list[str], message: str) -> None:
+def test_one_wrong_setting_is_named_with_its_fix(root: Path, change: str | list[str], message: str) -> None:
     changes = [change] if isinstance(change, str) else change
     settings = [part for setting in changes for part in ("--set", setting.format(root=root))]
     refused(root, message.replace("{{", "{").replace("}}", "}"), base(root), *settings, "--output-dir", root / "out")

@@ -161,7 +161,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), SETTINGS, ids=name_of)
-def test_one_wrong_setting_is_named_with_its_mend(root: Path, change: str | list[str], message: str) -> None:
+def test_one_wrong_setting_is_named_with_its_fix(root: Path, change: str | list[str], message: str) -> None:
     changes = [change] if isinstance(change, str) else change
     settings = [part for setting in changes for part in ("--set", setting.format(root=root))]
     refused(root, message.replace("{{", "{").replace("}}", "}"), base(root), *settings, "--output-dir", root / "out")

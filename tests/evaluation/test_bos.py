@@ -184,5 +184,5 @@ def generated(model: PreTrainedModel, ids: list[int]) -> str:
 def test_a_window_needs_an_embedding_for_its_bos() -> None:
     config = tiny_model().config
     config.vocab_size = BOS
-    with pytest.raises(UserError, match=f"makes the token {BOS}, but the model has only {BOS} embeddings"):
+    with pytest.raises(UserError, match=f"makes the token {BOS}, the model has {BOS} embeddings"):
         measure_text(AutoModelForCausalLM.from_config(config), bos_tokenizer(), ROWS, 32, bos="window", progress=False)
