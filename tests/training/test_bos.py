@@ -131,7 +131,7 @@ def test_a_teacher_folder_with_another_tokenizer_is_refused_and_one_without_is_s
     tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
     sections = {"model": {"teacher": str(tmp_path / "teacher")}, "distillation": {"alpha": 0.5}}
     bare = train(tmp_path, "--dry-run", **copy.deepcopy(sections))
-    assert bare.exit_code == 0 and "the teacher has no tokenizer to compare; its tokens are taken for" in bare.stdout
+    assert bare.exit_code == 0 and "the teacher has no tokenizer to compare; its tokens are assumed" in bare.stdout
     other = copy.deepcopy(tiny_tokenizer())
     other.backend_tokenizer.normalizer = Lowercase()
     other.save_pretrained(tmp_path / "teacher")

@@ -96,9 +96,9 @@ def test_tokenizer_without_eos_is_refused() -> None:
     ("data", "message"),
     [
         ({"text": ["a b c"]}, r"has \d tokens, fewer than one block of `block_size` = 64"),
-        ({"body": ["a b c"]}, "no column `text` .* but body"),
-        ({"text": ["a b c", None]}, "row 1 has no text in `text` but None"),
-        ({"text": [1, 2]}, "row 0 has no text in `text` but 1"),
+        ({"body": ["a b c"]}, "no column `text` .* only body"),
+        ({"text": ["a b c", None]}, "row 1: `text` is None, not text"),
+        ({"text": [1, 2]}, "row 0: `text` is 1, not text"),
     ],
 )
 def test_data_set_without_usable_text_is_refused(data: dict, message: str) -> None:

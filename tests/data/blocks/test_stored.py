@@ -47,7 +47,7 @@ def test_shards_and_text_may_stand_side_by_side_as_train_and_eval(tmp_path: Path
         assert rows(found[0]) == rows(expected[0]) and rows(found[1]) == rows(expected[1])
     with pytest.raises(UserError, match=r"`data\.train`: a is a folder of shards and b\.jsonl is text"):
         build(tmp_path, "a", "b.jsonl")
-    with pytest.raises(UserError, match=r"`calibration\.data`: a is a folder of shards, and here text is read"):
+    with pytest.raises(UserError, match=r"`calibration\.data`: a is a folder of shards, but text is read here"):
         check_entries(["a"], str(tmp_path), "calibration.data")
 
 
@@ -84,7 +84,7 @@ def test_shards_of_another_tokenizer_or_too_short_are_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"text of a has \d+ tokens, fewer than one block of `data.block_size` = 9,999"):
         build(tmp_path, folder, block_size=9999, eval_share=0)
     edited(tokenizer_key="0" * 32)(tmp_path / folder)
-    with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, of .*again"):
+    with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, .*again"):
         build(tmp_path, folder)
 
 

@@ -169,7 +169,7 @@ def test_shards_are_read_as_they_were_made_or_refused(tmp_path: Path) -> None:
     assert report.lines()[-1].startswith("BOS: none; the tokenizer would put <s>")
     assert len({read(choice, bare)[0].fingerprint for choice in ("none", "block")}) == 2
     for choice, folder, message in (
-        ("document", bare, "bare hold no BOS, and data.bos is document. Make them again .* --bos document, or set"),
+        ("document", bare, "bare have no BOS, and data.bos is document. Make them again .* --bos document, or set"),
         ("none", begun, r"begun begin their documents with BOS \[82\], and data.bos is none.* --bos none, or set"),
         ("block", begun, r"begin their documents with BOS \[82\], and data.bos is block"),
     ):
@@ -183,10 +183,10 @@ def test_shards_are_not_finished_with_another_bos(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "none")
     arguments = ["prepare", str(folder), str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
     result = CliRunner().invoke(main, [*arguments, "--workers", "1"])
-    assert result.exit_code == 2 and "or without BOS before each document" in result.output
+    assert result.exit_code == 2 and "shards made with another setting of --bos" in result.output
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": [BOS]}))
-    with pytest.raises(UserError, match="does not hold the documents its manifest says"):
+    with pytest.raises(UserError, match="does not have the documents its manifest says"):
         verify_shards(folder)
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": ["x"]}))
     with pytest.raises(UserError, match="damaged"):
@@ -255,7 +255,7 @@ def test_calibration_windows_begin_with_bos_whatever_their_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"), [("auto", "begins each document"), ("none", "begins no text"), ("window", None)]
+    ("choice", "message"), [("auto", "start of each document"), ("none", "is nowhere"), ("window", None)]
 )
 def test_a_note_says_where_windows_have_none(choice: str, message: str | None) -> None:
     note: Callable[[Any], str | None] = lambda tokenizer: bos_note(choice, tokenizer)  # noqa: E731

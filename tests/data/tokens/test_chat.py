@@ -99,7 +99,7 @@ def test_perplexity_of_held_out_chat_is_over_what_is_counted() -> None:
 def test_held_out_prompts_alone_measure_nothing() -> None:
     with pytest.raises(UserError, match=r"Nothing in 1 held-out blocks is predicted: all labels are −100"):
         evaluate_blocks(tiny_model(), [{"input_ids": [1, 2, 3], "labels": [-100] * 3}], progress=False)
-    with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they hold prompts alone"):
+    with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they contain only prompts"):
         rows = [{"messages": conversation("two of four weights while", "late")}]
         measure_text(tiny_model(), tokenizer(), rows, 4, 1, is_chat=True, progress=False)
 
