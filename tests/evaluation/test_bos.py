@@ -146,7 +146,7 @@ def test_ast_eval_takes_it_and_says_what_it_means(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     text = (model, "--dataset", tmp_path / "a.txt", "--seq-len", "32", "--json", tmp_path / "out.json")
     for bos, windows, note in (
-        ((), published(32), "BOS begins each document or text, not each window (--bos auto)"),
+        ((), published(32), "BOS is only at the start of each document or text (--bos auto)"),
         (("--bos", "window"), begun(32), None),
         (("--bos", "block"), begun(32), None),
     ):
@@ -184,5 +184,5 @@ def generated(model: PreTrainedModel, ids: list[int]) -> str:
 def test_a_window_needs_an_embedding_for_its_bos() -> None:
     config = tiny_model().config
     config.vocab_size = BOS
-    with pytest.raises(UserError, match=f"makes the token {BOS}, the model has {BOS} embeddings"):
+    with pytest.raises(UserError, match=f"makes the token {BOS}, but the model has {BOS} embeddings"):
         measure_text(AutoModelForCausalLM.from_config(config), bos_tokenizer(), ROWS, 32, bos="window", progress=False)

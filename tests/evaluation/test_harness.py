@@ -201,7 +201,7 @@ def test_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ([str(file)], None, "--tasks .*mine.yaml cannot be loaded: .*mine.jsonl"),
         ([str(tmp_path / "bad.yml")], None, "--tasks .*bad.yml cannot be loaded: "),
         ([str(tmp_path / "empty.yml")], None, "--tasks .*empty.yml cannot be loaded: "),
-        (["mine"], str(tmp_path / "no"), "--include-path .*no is no folder"),
+        (["mine"], str(tmp_path / "no"), "--include-path .*no is not a folder"),
     ]
     for names, folder, message in cases:
         with pytest.raises(UserError, match=message) as caught:

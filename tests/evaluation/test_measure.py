@@ -210,5 +210,5 @@ def test_another_tokenizer_of_the_same_size_is_refused() -> None:
             return {"input_ids": tokens_of(text)[::-1]}
 
     check_tokens(tiny_tokenizer(), tiny_tokenizer(), DOCUMENTS)
-    with pytest.raises(UserError, match="--teacher makes other tokens of the same text"):
+    with pytest.raises(UserError, match="--teacher makes different tokens from the same text"):
         check_tokens(tiny_tokenizer(), Reversed(), ["", *DOCUMENTS])  # type: ignore[arg-type]

@@ -76,8 +76,8 @@ def test_the_first_bad_window_is_named_and_the_rest_is_written(text: Path, tmp_p
     result = run(bad, good, *options)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: {bad}, text.txt: the loss of window 2 of {windows} (16 tokens each) is not finite, and so the "
-        "perplexity is not. Check the weights for values that are not finite, or load the model in float32."
+        f"Error: {bad}, text.txt: the loss of window 2 of {windows} (16 tokens each) is not finite, and "
+        "neither is the perplexity. Check the weights for values that are not finite, or load the model in float32."
     )
     first, second = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)["results"]
     assert (first["perplexity"], first["mean_nll"], first["bits_per_byte"], first["bad_window"]) == (
@@ -99,7 +99,7 @@ def test_groups_of_a_file_are_named(tmp_path: Path) -> None:
     result = run(bad, "--dataset", tmp_path / "mixed.jsonl", "--by", "set", "--seq-len", "16")
     assert result.exit_code == 2
     assert f"{bad}, mixed.jsonl a: the loss of window 1 of " in result.stderr
-    assert "So it is in 2 more rows." in result.stderr
+    assert "The same is true of 2 more rows." in result.stderr
 
 
 def test_the_window_of_a_total_counts_all_texts() -> None:

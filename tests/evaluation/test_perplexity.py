@@ -213,7 +213,7 @@ def test_missing_wikitext_is_named(tmp_path: Path) -> None:
         (tmp_path, "test", "No wiki.test.raw in `--data-dir` "),
         (tmp_path, "validation", "No wiki.valid.raw in "),
         (tmp_path / "absent", "test", "No wiki.test.raw in "),
-        (tmp_path, "train", "test or validation, not `train`"),
+        (tmp_path, "train", "test or validation split, not `train`"),
         (None, "test", "cannot be loaded from the hub .* by `--data-dir`"),
     ):
         with pytest.raises(UserError, match=message) as caught:

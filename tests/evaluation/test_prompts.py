@@ -102,8 +102,8 @@ def test_models_with_other_templates_are_asked_in_their_own(asked: Requests, tmp
     ("options", "template", "message"),
     [
         ({"apply_chat_template": True}, None, "--apply-chat-template: the tokenizer has no chat template"),
-        ({"apply_chat_template": "rag"}, TEMPLATE, "rag: the tokenizer has no such chat template, but default. Name"),
-        ({"apply_chat_template": True}, {"a": TEMPLATE, "b": TURNS}, "template: .* no such chat template, but a, b"),
+        ({"apply_chat_template": "rag"}, TEMPLATE, "rag: the tokenizer has no such chat template, only default. Name"),
+        ({"apply_chat_template": True}, {"a": TEMPLATE, "b": TURNS}, "template: .* no such chat template, only a, b"),
         (
             {"apply_chat_template": True, "system_instruction": "So."},
             NO_SYSTEM,
@@ -129,7 +129,7 @@ def test_what_a_template_cannot_do_is_refused(options: dict[str, Any], template:
         (("--fewshot-as-multiturn", "true"), "--fewshot-as-multiturn needs --apply-chat-template"),
         (("--apply-chat-template", ""), "--apply-chat-template has an empty name"),
         (("--system-instruction", " "), "--system-instruction has no text"),
-        (("--apply-chat-template", "rag"), "rag: the tokenizer has no such chat template, but default"),
+        (("--apply-chat-template", "rag"), "rag: the tokenizer has no such chat template, only default"),
         (("--fewshot-as-multiturn", "perhaps"), "'perhaps' is not a valid boolean"),
     ],
 )

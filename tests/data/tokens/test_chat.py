@@ -148,7 +148,7 @@ def test_a_cut_archive_is_named(tmp_path: Path) -> None:
     ("columns", "template", "message"),
     [
         ({"messages": ROWS}, None, r"chat is chat data \(messages\), and the tokenizer of .* has no chat template"),
-        ({"messages": ROWS}, LAST_ONLY, r"chat, row 0: the chat template writes earlier turns otherwise.*generation"),
+        ({"messages": ROWS}, LAST_ONLY, r"chat, row 0: the chat template writes earlier turns differently.*generation"),
         ({"messages": [ROWS[1]]}, STRICT, r"row 0: the chat template refuses it: Begin with the user\. Leave the row"),
         ({"messages": [conversation("a", "b")[1:]]}, PLAIN, r"row 0: the conversation begins with the assistant"),
         ({"messages": [[]]}, PLAIN, r"row 0: `messages` is \[\], not a list of messages"),
