@@ -1,4 +1,4 @@
-"""Messages about text and domains that no other test triggers: each fault is made, and ends in its line."""
+"""Messages about text and domains that no other test triggers: each fault ends in its line."""
 
 import copy
 import os

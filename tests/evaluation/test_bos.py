@@ -1,4 +1,4 @@
-"""BOS in windows: the published protocol as a tokenizer does it, none, and one before each window."""
+"""BOS in windows: the published protocol as the tokenizer follows it, no BOS, and one before each window."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.models import generated_text, save_tiny_model, tiny_model
 
 ROWS = [generated_text(count, seed) for seed, count in enumerate((9, 1, 5, 20, 2))]
 TEXT = "\n\n".join(ROWS)
-Windows = list[tuple[list[int], list[int]]]  # tokens, and the places that are predicted
+Windows = list[tuple[list[int], list[int]]]  # tokens, and the indices that are predicted
 
 
 def twin(windows: Windows, seed: int = 0) -> tuple[float, int]:
@@ -33,7 +33,7 @@ def twin(windows: Windows, seed: int = 0) -> tuple[float, int]:
 
 
 def published(size: int) -> Windows:
-    """As Wanda's and SparseGPT's code: the joined text is tokenised in one call, then cut."""
+    """As in Wanda's and SparseGPT's code: the joined text is tokenised in one call, then cut."""
     ids = bos_tokenizer()("\n\n".join(ROWS))["input_ids"]
     return [(ids[at : at + size], list(range(1, size))) for at in range(0, len(ids) - size + 1, size)]
 
@@ -45,8 +45,8 @@ def begun(size: int) -> Windows:
 
 
 def check(result: Any, windows: Windows) -> None:
-    figure, count = twin(windows)
-    assert result.perplexity == pytest.approx(figure, rel=1e-5)
+    expected, count = twin(windows)
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert (result.predicted_tokens, result.windows) == (count, len(windows))
 
 

@@ -1,4 +1,4 @@
-"""Every figure of a text against a plain loop over all logits in float64."""
+"""Every result for a text against a plain loop over all logits in float64."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def student_and_teacher() -> tuple[PreTrainedModel, PreTrainedModel]:
 def twin(
     windows: list[tuple[list[int], int]], model: PreTrainedModel | None = None, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Figures of windows of which tokens from an index on are scored, token by token in float64."""
+    """Results of windows whose tokens from an index on are scored, token by token in float64."""
     model = model or tiny_model()
     losses, divergences, agreed, text = [], [], 0, ""
     for window, first in windows:

@@ -1,4 +1,4 @@
-"""Tasks through chat templates: the requests are the harness's own, and figures say how they were asked."""
+"""Tasks through chat templates: the requests are the harness's own, and results say how they were asked."""
 
 import copy
 import json
@@ -148,7 +148,7 @@ def test_a_second_model_without_a_template_is_refused_before_the_first_is_measur
     assert "--apply-chat-template belongs to --tasks" in run(chat, "--apply-chat-template").stderr
 
 
-def test_figures_say_how_they_were_asked(tmp_path: Path) -> None:
+def test_results_say_how_they_were_asked(tmp_path: Path) -> None:
     model = save(tmp_path / "model", chat_tokenizer())
     task = ("--tasks", choice_task(tmp_path, "choice"), "--json", tmp_path / "a.json")
     result = run(model, *task)
@@ -166,7 +166,7 @@ def test_figures_say_how_they_were_asked(tmp_path: Path) -> None:
     assert record["settings"]["system_instruction"] == "Go."
 
 
-def test_a_description_that_a_template_drops_is_said(
+def test_a_description_that_a_template_drops_is_reported(
     asked: Requests,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

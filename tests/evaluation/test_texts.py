@@ -57,7 +57,7 @@ def test_fields_that_cannot_group_are_named(files: Path) -> None:
         read_datasets(["wikitext2"], by="domain")
 
 
-def test_files_of_one_name_are_told_apart(files: Path) -> None:
+def test_files_of_the_same_name_have_different_labels(files: Path) -> None:
     (files / "other").mkdir()
     (files / "other" / "plain.txt").write_text("other")
     names = [str(files / "plain.txt"), str(files / "other" / "plain.txt"), str(files / "a.jsonl")]

@@ -1,4 +1,4 @@
-"""Blocks out of shards are those that the same text gives without shards."""
+"""Blocks from shards are those of the same text without shards."""
 
 import pickle
 import tracemalloc
@@ -92,7 +92,7 @@ def test_blocks_and_order_of_eight_billion_tokens_take_no_memory(tmp_path: Path)
     shards = [Shard(f"shard-{n:05d}", 1, 0, 61_000_000, 0, 0, 0) for n in range(130)]
     for shard in shards:
         with (tmp_path / f"{shard.name}.tokens").open("wb") as file:
-            file.truncate(2 * shard.tokens)  # a hole takes no room on the disk
+            file.truncate(2 * shard.tokens)  # a hole takes no space on the disk
         (tmp_path / f"{shard.name}.documents").write_bytes(np.array([shard.tokens, 7], dtype="<u8").tobytes())
     manifest = Manifest(
         format_version=1, tokenizer="t", tokenizer_key="k", vocab_size=9, eos_token_id=0, token_type="uint16",

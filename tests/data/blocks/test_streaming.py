@@ -1,4 +1,4 @@
-"""A stream gives the blocks of the text, and a run on it resumes at the very next one."""
+"""A stream has the blocks of the text, and a run on it resumes at the next one."""
 
 import json
 from itertools import islice

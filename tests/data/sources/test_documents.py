@@ -1,4 +1,4 @@
-"""Files and data sets to documents, and what is said about those that cannot be read."""
+"""Files and data sets to documents, and the errors for those that cannot be read."""
 
 import gzip
 import json

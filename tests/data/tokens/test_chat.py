@@ -1,4 +1,4 @@
-"""Chat data: which tokens are counted, against the text itself; the same from every place it may lie."""
+"""Chat data: which tokens are counted, against the text itself; the same from every kind of source."""
 
 import gzip
 import json

@@ -44,7 +44,7 @@ def byte_tokenizer(template: str, trims: bool, normalizer: Any = None) -> PreTra
 
 
 def space_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """As SentencePiece: a space before the text, bytes for unknown characters."""
+    """Like SentencePiece: a space before the text, bytes for unknown characters."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -278,7 +278,7 @@ def test_an_eos_that_ends_the_conversation_ends_no_earlier_turn() -> None:
     ((_, labels),) = conversation_tokens(rows, made, "chat")
     text = made.decode([int(token) for token in labels if token != -100])
     assert text == "keeps<|stop|>moves<|stop|>\n<|end|>"
-    # where the EOS ends the last turn itself, another token may end those before it
+    # if the EOS itself ends the last turn, another token may end those before it
     swapped = PLAIN.replace("'<|end|>'", "('<|end|>' if loop.last else '<|stop|>')")
     made.chat_template = swapped
     with pytest.raises(UserError, match=r"row 0: the chat template writes earlier turns differently when more follow"):
@@ -321,7 +321,7 @@ def test_a_text_of_which_nothing_is_counted_is_refused(tmp_path: Path) -> None:
             run()
 
 
-def test_conversations_by_other_names_are_told_how_to_be_read(tmp_path: Path) -> None:
+def test_a_conversation_under_another_name_gets_a_hint(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "two"}]}) + "\n")
     config = DataConfig(root=str(tmp_path), train=("a.jsonl",), eval_share=0.0, block_size=16)
     with pytest.raises(UserError, match=r"recognised by `messages`, with `role` and `content`: rename `conversations`"):

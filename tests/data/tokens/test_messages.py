@@ -49,7 +49,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 
 def as_json(rows: list[dict[str, Any]]) -> Dataset:
-    """Rows as those of JSONL lie in the cache."""
+    """Rows as JSONL rows are stored in the cache."""
     return Dataset.from_dict({"conversation": [json.dumps(row) for row in rows]})
 
 
@@ -77,7 +77,7 @@ def test_parts_that_the_template_trims_keep_the_white_space_between_them() -> No
     either = HEAD + "{% if m.content is string %}{{ m.content }}{% else %}" + trimmed + "{% endif %}" + TAIL
     assert "two of four<|end|>" in written({"messages": messages}, either)
     assert stretches(messages, either) == ["keeps the dense<|end|>"]
-    # one that reads nothing but parts writes them as it does
+    # a template that reads only parts writes them its own way
     assert stretches(messages, HEAD + trimmed + TAIL) == ["keepsthe dense<|end|>"]
 
 
@@ -160,7 +160,7 @@ def test_tool_calls_and_reasoning_must_be_written_too() -> None:
         stretches([USER, call({"x": 1})], plain)
     with pytest.raises(UserError, match="drops or rewrites `reasoning_content` of message 1"):
         stretches([USER, said("keeps", reasoning_content="late")], plain)
-    # of a turn that the user answers, a template may leave thoughts out
+    # a template may leave out the thoughts of a turn that the user answers
     assert stretches([USER, said("keeps", reasoning_content="late"), USER, said("moves")], plain)
     forgets = HEAD + "{{ m.content.split('</think>')[-1] }}" + TAIL
     assert stretches([USER, said("<think>late</think>keeps"), USER, said("moves")], forgets)

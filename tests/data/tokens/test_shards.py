@@ -1,4 +1,4 @@
-"""Text to shards and back: the tokens are those of the text, whoever wrote them and however often it was stopped."""
+"""Text to shards and back: the tokens are those of the text, whatever wrote them and however often that was stopped."""
 
 import copy
 import errno

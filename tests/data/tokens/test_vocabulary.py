@@ -127,7 +127,7 @@ def test_without_two_tokenizers_the_sizes_decide() -> None:
         check_teacher_tokens(tiny_tokenizer(), None, 128, 192, "t")
 
 
-def test_another_end_of_text_is_said() -> None:
+def test_another_end_of_text_is_reported() -> None:
     other = copy.deepcopy(tiny_tokenizer())
     other.eos_token = "<|im_end|>"
     note = check_teacher_tokens(tiny_tokenizer(), other, 128, 128, "t")
