@@ -173,7 +173,7 @@ class Harness:
         """Evaluate a model, on its device and in its dtype, in eval mode.
 
         Args:
-            limit: ask only the first questions of every task, this many.
+            limit: how many questions of every task to ask, from the first on; None: all.
             batch_size: questions at a time.
             max_length: most tokens the model is given; None: its positions, or the harness's default if it has no
                 limit.

@@ -81,7 +81,7 @@ def measure_text(
         documents: texts, joined as `join` says; or with `is_chat` rows of chat data, which stay separate and in which
             what the assistant says is predicted.
         seq_len: tokens of a window.
-        windows: measure only the first ones, this many.
+        windows: how many to measure, from the first on; None: all.
         stride: tokens between the starts of windows, as in `windows.cut`; None: they do not overlap, and the rest of
             the text is dropped (the published protocol); of separate documents the rest is a shorter window.
         join: as in `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.

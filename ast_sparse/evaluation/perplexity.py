@@ -79,7 +79,7 @@ def perplexity(
     Args:
         text_or_rows: the text, or rows to be joined by a blank line.
         seq_len: tokens of a window.
-        windows: measure only the first ones, this many.
+        windows: how many to measure, from the first on; None: all.
         bos: `auto`: what the tokenizer does, BOS at the start of the text or none; `none`; `document`: at the start of
             the text; `window`: at the start of each window, as part of its `seq_len`. It is not predicted.
 
@@ -159,7 +159,7 @@ def evaluate_blocks(
     Args:
         blocks: a data set or list of rows of one length: `{"input_ids": ...}`, lists of token ids, or int64 tensors.
             In rows with `labels` (chat data) only those that are not −100 are predicted.
-        windows: measure only the first ones, this many.
+        windows: how many to measure, from the first on; None: all.
 
     Raises:
         UserError: no blocks, blocks of different lengths, a window the model cannot take, or nothing to predict.

@@ -28,7 +28,7 @@ class Text:
     Attributes:
         name: what tables call it.
         documents: to be joined by `join`; for chat data, rows with its columns.
-        windows: measure only the first ones, this many; None: all.
+        windows: how many to measure, from the first on; None: all.
         group: the file, if this text is a group of its documents.
     """
 

@@ -19,8 +19,8 @@ def training_tokens(
     """How many tokens of each document train; the rest of it is held out.
 
     Whole documents are held out: from each source the `ceil(share · n)` with the smallest hash of (seed, text), so that
-    neither the order of files nor copies of a document matter. A copy in another source is treated alike. If a source
-    has fewer than 20 documents, the last `share` of its tokens is held out, which cuts one document in two.
+    neither the order of files nor copies of a document matter. A copy in another source is treated the same. If a
+    source has fewer than 20 documents, the last `share` of its tokens is held out, which cuts one document in two.
 
     Args:
         keys, lengths: per source `[documents]`, hash of the text, and number of tokens (0 if empty).

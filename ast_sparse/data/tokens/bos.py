@@ -1,6 +1,6 @@
 """Where text gets a BOS token: nowhere, before each document, or before each block (of training) or window.
 
-The tokens that a tokenizer puts before a text itself are its BOS. They are found by encoding a few texts, and there may
+The tokens that a tokenizer itself puts before a text are its BOS. They are found by encoding a few texts, and there may
 be several of them (GLM). Chat templates write their own BOS, which is neither doubled nor removed.
 """
 
@@ -32,7 +32,7 @@ class Bos:
     Attributes:
         place: `none`, `document` or `block`; in an evaluation a block is a window.
         tokens: BOS, which is several tokens for a few tokenizers; empty if the place is `none`.
-        own: what the tokenizer puts before a text itself, for messages.
+        own: what the tokenizer itself puts before a text, for messages.
         is_end: BOS is also the token that ends documents (OPT).
     """
 

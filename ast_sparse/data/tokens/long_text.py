@@ -23,7 +23,7 @@ def encoded(encode: Encode, texts: Sequence[str]) -> Iterator[np.ndarray]:
     """The tokens `[tokens]` of each text, as `encode` returns them for the whole text.
 
     Long texts are tokenised in pieces. They are cut where that changes no token around the cut: before a space or a
-    line break, or in its place for tokenizers that put a space before every text.
+    line break, or in place of it for tokenizers that put a space before every text.
 
     Raises:
         UserError: a text is too long to be tokenised in one go and cannot be cut.
