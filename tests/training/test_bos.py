@@ -165,7 +165,7 @@ def test_a_chat_teacher_that_renames_reserved_tokens_teaches_text_without_them(t
         tokenizer.save_pretrained(tmp_path / folder)
     sections = {"model": {"teacher": str(tmp_path / "teacher")}, "distillation": {"alpha": 0.5}}
     plan = train(tmp_path, "--dry-run", **copy.deepcopy(sections))
-    assert plan.exit_code == 0 and "other names for 1 added tokens, the first is 82: '<call>' there" in plan.stdout
+    assert plan.exit_code == 0 and "other names for 1 added tokens; the first is 82: '<call>' there" in plan.stdout
     assert train(tmp_path, **copy.deepcopy(sections)).exit_code == 0
     (tmp_path / "tools.txt").write_text("two <reserved> of four " * 100)
     result = train(tmp_path, "--overwrite", data={"train": "tools.txt", "bos": "none"}, **copy.deepcopy(sections))
