@@ -291,7 +291,7 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (sharding_by_an_unknown_policy, "fsdp_config of `accelerate launch`: .*nowhere.* Correct it."),
     (sharding_but_for_some_modules, "fsdp_config of `accelerate launch`: ignored_modules would get no gradients"),
     (sharding_of_a_conv1d, "`transformer.h.0.attn.c_attn` is a Conv1D, whose groups of a mask FSDP2 would cut."),
-    (teacher_of_another_tokenizer, "--teacher .*teacher makes other tokens of the same text. Name a teacher"),
+    (teacher_of_another_tokenizer, "--teacher .*teacher makes different tokens from the same text. Name a teacher"),
     (several_gpus_of_one_process, "2 GPUs are visible to one process, and nn.DataParallel does not carry masks."),
     (rate_below_zero, "training.lr_scheduler_kwargs=.*: min_lr is negative. Set it to 0 or more."),
     (

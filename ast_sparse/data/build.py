@@ -41,7 +41,7 @@ Blocks: TypeAlias = Dataset | TokenBlocks | DomainBlocks | StreamedBlocks
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What one source gives to one split."""
+    """What one source contributes to one split."""
 
     name: str
     documents: int
@@ -52,8 +52,8 @@ class SourceReport:
 class SplitReport:
     """One split: its sources joined in order and cut into blocks; `leftover` tokens do not fill a last block.
 
-    Of chat data, and of documents that are kept apart, `counted` tokens of the blocks enter the loss, and `empty` of
-    the blocks have none, so that a run leaves them out.
+    For chat data, and for documents that are kept apart, `counted` tokens of the blocks enter the loss. `empty` blocks
+    have no such token, and a run leaves them out.
     """
 
     name: str
@@ -74,15 +74,15 @@ class DataReport:
     train: SplitReport | None  # None: streamed, so its length is not known
     eval: SplitReport | None
     empty_documents: int
-    uncounted: tuple[str, ...] = ()  # a line for each source of chat data that has rows of which nothing is counted
-    bos: str | None = None  # where BOS stands, for a tokenizer that uses it
+    uncounted: tuple[str, ...] = ()  # a line for each chat source that has rows with nothing to count
+    bos: str | None = None  # where BOS goes, for a tokenizer that uses it
 
     def lines(self) -> list[str]:
         """The report as lines to print."""
         lines: list[str] = []
         for split in (self.train, self.eval):
             if split is None:
-                lines.append("held out: nothing" if lines else "train: streamed, tokenised while it is trained on")
+                lines.append("held out: nothing" if lines else "train: streamed, tokenised during training")
                 continue
             lines.append(
                 f"{split.name}: {_counts(split)} -> {split.blocks:,} blocks of {self.block_size:,}, "
@@ -112,18 +112,18 @@ def _left_out(empty: int) -> str:
 def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None, DataReport]:
     """Read, tokenise, hold out and pack; the result is cached by text, tokenizer, block size, share and seed.
 
-    Token shards are tokenised already and are read where they lie. With `data.eval` nothing is held out of training;
-    without it and with `data.eval_share: 0` nothing is evaluated on. How documents are held out: `training_tokens`.
+    Token shards are tokenised already and are read in place. With `data.eval` nothing is held out of training. Without
+    it, and with `data.eval_share: 0`, there is no held-out text. `training_tokens` says how documents are held out.
     With several processes call it under `main_process_first()`.
 
     Returns:
-        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`, and `labels` of chat
-        data), and the report. Of `data.domains` both are `DomainBlocks`. Blocks without a counted token, which the
-        report counts, are among them: `with_counted_tokens` leaves them out.
+        Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`, and `labels` for
+        chat data), and the report. With `data.domains` both are `DomainBlocks`. Blocks without a counted token are
+        included, and the report counts them; `with_counted_tokens` leaves them out.
 
     Raises:
-        UserError: any source cannot be read, a split or a domain has less text than one block or none that the loss
-            counts, or shards are of another tokenizer.
+        UserError: a source cannot be read, a split or a domain has less text than one block or nothing that the loss
+            counts, or shards were made with another tokenizer.
     """
     trained, evaluated = config.entries("train"), config.entries("eval")
     bos = find_bos(config.bos, tokenizer)
@@ -155,7 +155,7 @@ def _streamed(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, bos: Bos
 ) -> tuple[StreamedBlocks, Blocks | None, DataReport]:
     train = StreamedBlocks(config.train or (), config.root, config.text_field, tokenizer, config.block_size, bos)
-    next(iter(train))  # so that what cannot be read at all is found before a model is loaded
+    next(iter(train))  # finds text that cannot be read before a model is loaded
     held_out, blocks, eval_report = None, None, None
     if evaluated := config.entries("eval"):
         held_out = _read(config, tokenizer, evaluated, 0.0, bos)
@@ -215,13 +215,13 @@ class _Text:
         self.cuts = training_tokens(keys, self.lengths, self.names, share, seed)
 
     def report(self, source: int, is_held_out: bool) -> SourceReport:
-        """What a source gives to training, or what is held out of it."""
+        """What a source contributes to training, or what is held out of it."""
         start, stop = self._range(source, is_held_out)
         documents, tokens = int((stop > start).sum()), int((stop - start).sum())
         return SourceReport(name=self.names[source], documents=documents, tokens=tokens)
 
     def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> Dataset:
-        """The same as blocks, of several sources joined."""
+        """The same text as blocks, several sources joined."""
         starts, stops = zip(*(self._range(source, is_held_out) for source in sources), strict=True)
         documents = datasets.concatenate_datasets([self.tokenised[source] for source in sources])
         return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), block_size, label, self.bos)
@@ -249,7 +249,7 @@ class _Shards:
         for field, folder in zip(self.fields, self.folders, strict=True):
             if (folder.manifest.tokenizer_key, folder.manifest.eos_token_id) != (key, eos):
                 raise UserError(
-                    f"`{field}`: the shards of {folder.name} were made with another tokenizer, of "
+                    f"`{field}`: the shards of {folder.name} were made with another tokenizer, that of "
                     f"{folder.manifest.tokenizer}. Make them again with ast-data prepare --tokenizer "
                     f"{tokenizer.name_or_path}."
                 )
@@ -259,12 +259,12 @@ class _Shards:
         self.stretches = split_folders(self.folders, share, seed)
 
     def report(self, source: int, is_held_out: bool) -> SourceReport:
-        """What a folder gives to training, or what is held out of it."""
+        """What a folder contributes to training, or what is held out of it."""
         part = self.stretches[source][int(is_held_out)]
         return SourceReport(name=self.folders[source].name, documents=part.documents, tokens=part.tokens)
 
     def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> TokenBlocks:
-        """The same as blocks, of several folders joined."""
+        """The same text as blocks, several folders joined."""
         chosen = [self.stretches[source][int(is_held_out)] for source in sources]
         return TokenBlocks(self.folders, join(chosen), block_size, self.bos.of_block)
 
@@ -272,7 +272,7 @@ class _Shards:
 def _pack(
     split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, borders: Borders | None
 ) -> tuple[Blocks, SplitReport]:
-    """One split; of domains each by itself."""
+    """Pack one split, each domain separately if there are any."""
     size = config.block_size
     of_text = size - len(split.bos.of_block)
     every = range(len(split.fields))
@@ -302,7 +302,7 @@ def _pack(
 
 
 def _counted(blocks: Dataset | TokenBlocks, report: SplitReport, borders: Borders | None) -> SplitReport:
-    """The report with what the loss counts; every block of raw text that is read as one stream has such tokens."""
+    """Add what the loss counts to a report, except for raw text read as one stream, where every block counts."""
     if not isinstance(blocks, Dataset) or ("labels" not in blocks.column_names and borders is None):
         return report
     found = counted_tokens(blocks, borders)
@@ -320,7 +320,7 @@ def _names(sources: Sequence[SourceReport]) -> str:
 
 
 def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:
-    """Of raw text beside chat data every token is a label."""
+    """Tokenise every source; beside chat data every token of raw text is a label."""
     tokenised = [
         tokenise_conversations(source.documents, tokenizer, source.name, bos.of_document)
         if source.is_chat
@@ -333,7 +333,7 @@ def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, 
 
 
 def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig, of_text: int) -> SplitReport:
-    """The report of a split whose blocks take so many tokens of text."""
+    """The report of a split whose blocks each take `of_text` tokens of text."""
     tokens = sum(source.tokens for source in sources)
     if tokens < of_text:
         raise UserError(_too_short(split, [source.name for source in sources], tokens, config))
@@ -353,7 +353,7 @@ def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) ->
     if split == "held out":
         return (
             f"The text held out of {shown} (`data.eval_share` = {config.eval_share:g}) {need}. "
-            "Raise `data.eval_share`, lower `data.block_size`, or name `data.eval`."
+            "Raise `data.eval_share`, lower `data.block_size`, or set `data.eval`."
         )
     after = " after the held-out share" if split == "train" and config.eval_share and not config.entries("eval") else ""
     where = "" if config.domains else f" in `data.{split}`"

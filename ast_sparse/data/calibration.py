@@ -1,4 +1,4 @@
-"""Text for one-shot pruning: packed blocks of it, and the windows that are measured."""
+"""Text for one-shot pruning: packed blocks, and the windows that calibration runs on."""
 
 import logging
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def calibration_blocks(
     """Text for one-shot pruning as packed blocks (rows `{"input_ids": block_size token ids}`), cached.
 
     Args:
-        bos: as of `data.bos`.
+        bos: as in `data.bos`.
 
     Raises:
         UserError: a source cannot be read, or there is less text than one block.
@@ -64,7 +64,7 @@ def calibration_samples(blocks: Any, config: CalibrationConfig, front: tuple[int
     Args:
         blocks: rows `{"input_ids": ...}` of one length, as `pack_dataset` makes them: one stream cut into blocks.
         config: how many windows; their length, by default that of a block.
-        front: tokens that every block begins with; so does every window.
+        front: tokens at the start of every block; every window starts with them too.
 
     Returns:
         `[samples, seq_len]` int64.
@@ -97,7 +97,7 @@ def calibration_samples(blocks: Any, config: CalibrationConfig, front: tuple[int
         stream = torch.cat([torch.as_tensor(blocks[row]["input_ids"], dtype=torch.long)[len(front) :] for row in rows])
         if len(stream) != len(rows) * size:
             raise UserError(
-                f"The rows to calibrate on have different lengths, the first {size} tokens. Pass packed blocks as "
+                f"The rows to calibrate on differ in length: the first has {size} tokens. Pass packed blocks as "
                 "calibration_dataset."
             )
         text.copy_(stream[start % size :][:length])

@@ -1,4 +1,4 @@
-"""A data set as packed blocks, for SparseTrainer: without a configuration, nothing held out, no report."""
+"""Pack a data set for SparseTrainer: no configuration, no held-out share, no report."""
 
 import logging
 
@@ -20,18 +20,18 @@ def pack_dataset(
 ) -> Dataset:
     """Tokenise and pack a data set of raw text or chat data, for SparseTrainer.
 
-    Documents are joined in order, one EOS after each, conversations as their template writes them; the number of tokens
-    that do not fill a last block is logged.
+    Documents are joined in order with one EOS after each, conversations as their template writes them. The number of
+    tokens that do not fill a last block is logged.
 
     Args:
-        bos: as of `data.bos`.
+        bos: as in `data.bos`.
 
     Returns:
-        Rows `{"input_ids": block_size token ids}`, with `labels` where it is chat data.
+        Rows `{"input_ids": block_size token ids}`, with `labels` for chat data.
 
     Raises:
-        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; and as
-            `tokenise_conversations`.
+        UserError: no column `text_field`, a row without text, no EOS token, or less text than one block; also what
+            `tokenise_conversations` raises.
     """
     found = find_bos(bos, tokenizer, "bos")
     is_chat = bool(chat_columns(dataset.column_names))

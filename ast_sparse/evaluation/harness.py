@@ -1,7 +1,7 @@
 """Tasks of the LM Evaluation Harness, through its Python interface, on a model that is loaded already.
 
-`lm-eval` is an optional package (extra `harness`). Since the model is handed over as an object, whatever
-`loading.load_causal_lm` reads is evaluated as it is: compressed checkpoints, SLoRB adapters, `.gguf` files.
+`lm-eval` is an optional package (extra `harness`). The model is passed as an object, so whatever
+`storage.load.load_causal_lm` reads is evaluated as it is: compressed checkpoints, SLoRB adapters, `.gguf` files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ast_sparse.evaluation.perplexity import check_window, named_positions
 from ast_sparse.evaluation.prompts import PromptFormat
 
 logger = logging.getLogger(__name__)
-_PYTHON_SEED, _SEED = 0, 1234  # what the harness itself begins with: Python's generator, and all others
+_PYTHON_SEED, _SEED = 0, 1234  # the harness's own seeds: Python's generator, and all others
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class TaskResult:
 
     Attributes:
         metric: as the harness calls it; a filter of the answers follows after a comma: `exact_match,strict-match`.
-        stderr: standard error of `value`, None where the harness has none.
+        stderr: standard error of `value`, None if the harness has none.
         examples: questions that were asked.
         shown: whether the task and the metric were asked for. The tasks inside a group, and the metrics that the
-            paper does not report, are in the record alone.
-        prompt: how questions are put, where it is not as plain text; figures are comparable where it is the same.
+            paper does not report, are only in the record.
+        prompt: how questions are put, None for plain text; results are comparable only if it is the same.
     """
 
     task: str
@@ -74,20 +74,20 @@ class TaskResult:
     prompt: str | None = None
 
     def fault(self) -> str | None:
-        """What makes the figure worthless; None for a number. A standard error may be missing."""
+        """What makes the value useless; None for a number. A standard error may be missing."""
         return "its value is not a number" if math.isnan(self.value) else None
 
 
 class Harness:
-    """Tasks that are found and whose data are read, before any model is loaded.
+    """Tasks, found and with their data read before any model is loaded.
 
-    Every model gets the same requests, those of `lm_eval.simple_evaluate` for the name alone: whatever was measured
-    before, each name begins with the same seeds.
+    Every model gets the same requests, those of `lm_eval.simple_evaluate` for the name alone: each name begins with the
+    same seeds, whatever was measured before.
 
     Args:
         names: of tasks, groups or tags of the harness, paths of task files (YAML), `paper` or `paper-fewshot`.
         include_path: a folder with further task files.
-        num_fewshot: examples before each question; None: as published for the paper's tasks, else the task's own. A
+        num_fewshot: examples before each question; None: as published for the paper's tasks, or the task's own. A
             task whose file says 0 keeps 0, as in the harness.
         prompts: whether a chat template is applied, and how.
 
@@ -108,7 +108,7 @@ class Harness:
         published = [task for name in names for task in GROUPS.get(name, ())]
         wanted = [each for name in names for each in ([task.name for task in GROUPS.get(name, ())] or [name])]
         self._loaded: dict[str, Any] = {}
-        self._random: dict[str, _RandomState] = {}  # after the data of the name were read
+        self._random: dict[str, _RandomState] = {}  # after its data were read
         self._asked: dict[tuple[Any, ...], str] = {}  # fingerprints of requests
         with _quiet(), _random_state_kept():
             self._manager = _manager(wanted, include_path)
@@ -136,7 +136,7 @@ class Harness:
             ) from error
 
     def _begin(self, name: str) -> None:
-        """Put every generator to where the harness has it before it asks the first question."""
+        """Set every generator to its state in the harness before the first question."""
         _seed()  # those of GPUs too
         self._random[name].restore()
         for task in self._loaded[name]["tasks"].values():
@@ -150,8 +150,8 @@ class Harness:
                 digest.update(repr((request.request_type, request.args)).encode())
         if self._asked.setdefault((name, *settings), digest.hexdigest()) != digest.hexdigest():
             raise UserError(
-                f"--tasks {name}: this model is asked other questions than the one before it: the code of the task has "
-                "a random generator of its own. Measure one model at a time."
+                f"--tasks {name}: this model gets different questions from the one before it: the code of the task has "
+                "its own random generator. Measure one model at a time."
             )
 
     def _warn_of_dropped(self, name: str, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -173,10 +173,10 @@ class Harness:
         """Evaluate a model, on its device and in its dtype, in eval mode.
 
         Args:
-            limit: ask only the first so many questions of every task.
+            limit: how many questions of every task to ask, from the first on; None: all.
             batch_size: questions at a time.
-            max_length: tokens the model is given at most; None: its positions; if it has no limit, what the
-                harness takes.
+            max_length: most tokens the model is given; None: its positions, or the harness's default if it has no
+                limit.
 
         Raises:
             UserError: a task fails on its data or on the model, `max_length` is more than its positions, or the
@@ -187,7 +187,7 @@ class Harness:
         if max_length is not None:
             check_window(model.config, max_length)
         else:
-            max_length = named_positions(model.config)  # the harness does not know what every family calls them
+            max_length = named_positions(model.config)  # the harness does not know the name every family gives them
         template = self.prompts.template(tokenizer)
         results: list[TaskResult] = []
         with _quiet(), _random_state_kept():
@@ -226,14 +226,14 @@ class Harness:
         if template is not None:
             self._warn_of_dropped(name, tokenizer, template)
         rows = _results(name, loaded, record, self._metrics.get(name), self.prompts.described(tokenizer))
-        if seen():  # the first choice of NaN, or greedy decoding of it, would be scored as an answer
+        if seen():  # else the first choice, or what greedy decoding makes of NaN, would be scored
             rows = [replace(row, value=math.nan, stderr=None) for row in rows]
         return rows
 
 
 @dataclass(frozen=True)
 class _RandomState:
-    """The random generators that a task may draw from, besides the one of its own."""
+    """The random generators that a task may draw from, besides its own."""
 
     python: Any
     numpy: Any
@@ -279,11 +279,11 @@ def _import() -> Any:
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """A task manager that knows all names; the harness's own tasks, seconds to index, only where they are needed."""
+    """A task manager that knows all names; the harness's own tasks take seconds to index, so only if needed."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise UserError(f"--include-path {include_path} is no folder. Name the folder with the task files.")
+        raise UserError(f"--include-path {include_path} is not a folder. Name the folder with the task files.")
     folders = [] if include_path is None else [str(Path(include_path).expanduser())]
     manager = TaskManager(include_path=folders, include_defaults=False)
     if _unknown(names, manager):
@@ -301,14 +301,14 @@ def _unknown(names: Sequence[str], manager: Any) -> list[str]:
 
 
 def _results(name: str, loaded: Any, record: Any, published: str | None, prompt: str | None) -> list[TaskResult]:
-    """All figures of one name; those of the name itself are shown, of the published metric alone if there is one."""
-    figures = record["results"]
+    """All results of one name. Those of the name itself are shown, only the published metric if there is one."""
+    found = record["results"]
     inner = {child for children in record.get("group_subtasks", {}).values() for child in children}
-    top = [task for task in figures if task not in inner]
-    if not any(_metrics(figures[task]) for task in top):  # a group without figures of its own
-        top = list(figures)
+    top = [task for task in found if task not in inner]
+    if not any(_metrics(found[task]) for task in top):  # a group without its own results
+        top = list(found)
     rows = []
-    for task, row in figures.items():
+    for task, row in found.items():
         for key in _metrics(row):
             metric = key.removesuffix(",none")
             stderr = row.get(_stderr_key(key))
@@ -328,7 +328,7 @@ def _results(name: str, loaded: Any, record: Any, published: str | None, prompt:
 
 
 def _metrics(row: Any) -> list[str]:
-    """Keys of a row that hold figures: `acc,none`, but neither `acc_stderr,none` nor `alias`."""
+    """Keys of a row that are metrics: `acc,none`, but not `acc_stderr,none` or `alias`."""
     return [
         key
         for key, value in row.items()
@@ -342,7 +342,7 @@ def _stderr_key(key: str) -> str:
 
 
 def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResult]:
-    """The paper's mean over its seven tasks, each of the same weight."""
+    """The paper's mean over its seven tasks, all with the same weight."""
     rows = [row for row in results if row.shown and row.task in names]
     if not rows:
         return []
@@ -364,7 +364,7 @@ def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResul
 
 @contextmanager
 def _nan_seen(model: PreTrainedModel) -> Iterator[Callable[[], bool]]:
-    """Whether a model computed NaN for the last token of a sequence since."""
+    """A function that says whether the model has computed NaN for the last token of a sequence."""
     found = torch.zeros((), dtype=torch.bool, device=model.device)
 
     def look(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -379,7 +379,7 @@ def _nan_seen(model: PreTrainedModel) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what the harness tells people who call it from code."""
+    """Leave out the harness's hints to people who call it from code."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""All figures of a text in one pass: perplexity, bits per byte, divergence from a teacher.
+"""All results for a text in one pass: perplexity, bits per byte, divergence from a teacher.
 
-Windows may overlap and documents may stay apart (`windows.py`); the default is the published protocol, and gives the
-perplexity of `evaluate_text`.
+Windows may overlap and documents may stay apart (`windows.py`); the default is the published protocol, with the
+same perplexity as `evaluate_text`.
 """
 
 import math
@@ -28,31 +28,31 @@ _SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
 
 @dataclass(frozen=True, kw_only=True)
 class TextResult(PerplexityResult):
-    """Figures of a text; means are over its scored tokens (`predicted_tokens`).
+    """Results for a text; means are over its scored tokens (`predicted_tokens`).
 
     `bits_per_byte` is the summed loss of the scored tokens in bits, over the UTF-8 bytes of the text that these tokens
     stand for: a token stands for the bytes from the end of the token before it to its own end. Tokens that are context
-    only (the first of a window, or with a stride the first of the text) count on neither side.
+    only (the first of a window, or with a stride the first of the text) do not count on either side.
     """
 
     all_windows: int  # of the text, measured or not
     stride: int | None
     join: str
-    bos: str  # where the text had BOS: none, document or window
+    bos: str  # where text had BOS: none, document or window
     documents: int
     scored_bytes: int | None  # None: the tokenizer has no offsets
     bits_per_byte: float | None
     teacher_kl: float | None  # KL(teacher‖student), nats per token; None without a teacher
     teacher_agreement: float | None  # share of tokens where the likeliest one is the teacher's too
-    bad_kl_window: int | None = None  # as `bad_window`, of the divergence from the teacher
+    bad_kl_window: int | None = None  # as `bad_window`, for the divergence from the teacher
 
     def fault(self) -> str | None:
-        """As of a perplexity; with a teacher also where the divergence alone is not finite."""
+        """As for a perplexity; with a teacher also if only the divergence is not finite."""
         if (fault := super().fault()) is not None or self.bad_kl_window is None:
             return fault
         return (
             f"the divergence from the teacher is not finite in window {self.bad_kl_window:,} of {self.windows:,} "
-            f"({self.seq_len:,} tokens each), while the loss is: the teacher is to blame"
+            f"({self.seq_len:,} tokens each), but the loss is: the teacher is to blame"
         )
 
 
@@ -78,16 +78,16 @@ def measure_text(
     are float32, a chunk of positions at a time.
 
     Args:
-        documents: texts, joined as `join` says; or with `is_chat` rows of chat data, which stay separate, and of which
+        documents: texts, joined as `join` says; or with `is_chat` rows of chat data, which stay separate and in which
             what the assistant says is predicted.
         seq_len: tokens of a window.
-        windows: measure only the first so many.
-        stride: tokens between the begins of windows, as of `windows.cut`; None: they do not overlap, and the rest of
-            the text is dropped (the published protocol), unless documents are separate, whose rest is a shorter window.
-        join: as of `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
-        bos: as of `perplexity`; with `document` or `auto` each document that is tokenised by itself has its own.
+        windows: how many to measure, from the first on; None: all.
+        stride: tokens between the starts of windows, as in `windows.cut`; None: they do not overlap, and the rest of
+            the text is dropped (the published protocol); of separate documents the rest is a shorter window.
+        join: as in `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
+        bos: as in `perplexity`; with `document` or `auto` each document that is tokenised separately gets it.
         teacher: a model with the same tokenizer; its vocabulary may be padded to another size.
-        renamed: as of `renamed_tokens`: tokens of the teacher that the text must not hold.
+        renamed: from `renamed_tokens`: tokens of the teacher that the text must not contain.
 
     Raises:
         UserError: as `evaluate_text`; a stride not below the window, a token that the teacher does not know.
@@ -110,7 +110,7 @@ def measure_text(
     pairs = ((window.tokens, window.chosen) for window in measured)
     sums = score(model, pairs, len(measured), teacher=teacher, progress=progress, label=f"{label} at {seq_len:,}")
     if not sums.tokens:
-        raise UserError(f"Nothing is predicted in {len(measured):,} windows: they hold prompts alone. Measure more.")
+        raise UserError(f"Nothing is predicted in {len(measured):,} windows: they contain only prompts. Measure more.")
     return _result(
         sums,
         [window.scored_bytes for window in measured],
@@ -129,7 +129,7 @@ def measure_text(
 def _checked_windows(
     model: nn.Module, streams: Sequence[Stream], seq_len: int, stride: int | None, separate: bool, bos: Bos
 ) -> list[Window]:
-    """All windows of a text; UserError where it does not fill one, or has a token that the model does not know."""
+    """All windows of a text; UserError if it does not fill one, or has a token that the model does not know."""
     windows = cut(streams, seq_len, stride, keep_rest=separate, bos=bos)
     is_cut = bool(windows) and (separate or _count(streams) + len(bos.of_block) >= seq_len)
     check_streams(model, streams, seq_len, is_cut=is_cut, front=bos.of_block)
@@ -153,7 +153,7 @@ def measure_texts(
     renamed: Renamed | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, TextResult]]:
-    """Name and figures of every text, and after the groups of a file those of all of them. As `measure_text`."""
+    """Name and result of every text, and after the groups of a file that of the whole file. As `measure_text`."""
     group: list[TextResult] = []
     for index, text in enumerate(texts):
         limits = [limit for limit in (text.windows, windows) if limit is not None]
@@ -189,32 +189,32 @@ def check_tokens(
     documents: Sequence[Any],
     named: str = "--teacher",
 ) -> None:
-    """Check that the tokenizer of a teacher makes the model's tokens of the beginning of a text.
+    """Check that a teacher's tokenizer makes the same tokens as the model's from the beginning of a text.
 
     Args:
         named: what messages call the teacher.
 
     Raises:
-        UserError: it makes others.
+        UserError: it makes different ones.
     """
-    texts = map(str, documents)  # of chat data rows
+    texts = map(str, documents)  # rows, for chat data
     sample = "\n".join(islice((text for text in texts if text.strip()), 20))[:_SAMPLE]
     ours, theirs = (each(sample, add_special_tokens=False)["input_ids"] for each in (tokenizer, other))
     if ours != theirs:
         raise UserError(
-            f"{named} makes other tokens of the same text. Name a teacher with the model's tokenizer, for instance "
-            "the model it was pruned from."
+            f"{named} makes different tokens from the same text. Name a teacher with the model's tokenizer, for "
+            "instance the model it was pruned from."
         )
 
 
 def check_teacher_window(teacher_config: Any, seq_len: int, named: str = "--teacher") -> None:
-    """Check that a teacher takes the window.
+    """Check that a teacher can take the window.
 
     Args:
         named: what messages call the teacher.
 
     Raises:
-        UserError: it does not.
+        UserError: it cannot.
     """
     try:
         check_window(teacher_config, seq_len)
@@ -237,7 +237,7 @@ def _check_taught(model: nn.Module, teacher: nn.Module, streams: Sequence[Stream
 
 
 def total_of(results: Sequence[TextResult]) -> TextResult:
-    """Figures over all scored tokens of several texts that were measured alike."""
+    """The result over all scored tokens of several texts that were measured in the same way."""
     first = results[0]
     weights = [result.predicted_tokens for result in results]
 

@@ -1,9 +1,9 @@
-"""Perplexity in the published protocol, and the WikiText-2 text it is reported on.
+"""Perplexity by the published protocol, and the WikiText-2 text it is reported on.
 
 The text is tokenised as one stream, by default as the tokenizer does when it is called with it (BOS at its start, or
 none), and cut into windows that do not overlap; the remainder is dropped. Each window of `seq_len` tokens predicts
-`seq_len - 1`; the figure is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower figure,
-so no figure means anything without its window length.
+`seq_len - 1`; the perplexity is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower
+perplexity, so a perplexity means nothing without its window length.
 """
 
 import time
@@ -32,7 +32,7 @@ _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions",
     "max_sequence_length", "max_seq_length", "max_seqlen", "seq_length", "context_length", "model_max_length",
 )  # fmt: skip
-# Their table of positions is named whole, and its first rows, up to that of the padding token, belong to no position.
+# Their configs name the whole table, whose first rows, up to that of the padding token, belong to no position.
 _POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
@@ -52,7 +52,7 @@ class PerplexityResult:
     bad_window: int | None = None  # first measured window, from 1, whose loss is not finite; None: all are
 
     def fault(self) -> str | None:
-        """What makes the figures worthless, for an error or a warning; None where the loss of every window is finite.
+        """What makes the result useless, for an error or a warning; None if the loss of every window is finite.
 
         A finite loss whose exp is too large for a float is not a fault: its perplexity is inf.
         """
@@ -60,7 +60,7 @@ class PerplexityResult:
             return None
         return (
             f"the loss of window {self.bad_window:,} of {self.windows:,} ({self.seq_len:,} tokens each) is not finite, "
-            "and so the perplexity is not"
+            "and neither is the perplexity"
         )
 
 
@@ -72,16 +72,16 @@ def perplexity(
     windows: int | None = None,
     bos: str = "auto",
 ) -> float:
-    """Perplexity of a causal language model on a text; `evaluate_text` returns the particulars as well.
+    """Perplexity of a causal language model on a text; `evaluate_text` returns the details as well.
 
     A loss that is not finite gives nan or inf, and a warning that names the window.
 
     Args:
         text_or_rows: the text, or rows to be joined by a blank line.
         seq_len: tokens of a window.
-        windows: measure only the first so many.
-        bos: `auto`: what the tokenizer does, BOS at the begin of the text or none; `none`; `document`: at the begin of
-            the text; `window`: at the begin of each window, whose `seq_len` it counts in. It is not predicted.
+        windows: how many to measure, from the first on; None: all.
+        bos: `auto`: what the tokenizer does, BOS at the start of the text or none; `none`; `document`: at the start of
+            the text; `window`: at the start of each window, as part of its `seq_len`. It is not predicted.
 
     Raises:
         UserError: as `evaluate_text`.
@@ -103,13 +103,13 @@ def evaluate_text(
     progress: bool = True,
     label: str = "Perplexity",
 ) -> PerplexityResult:
-    """Perplexity over non-overlapping windows of the text; arguments as of `perplexity`.
+    """Perplexity over non-overlapping windows of the text; arguments as in `perplexity`.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the loss is float32.
-    Afterwards every module is back in the mode it was in. `label` stands before the progress bar.
+    Afterwards every module is back in its old mode. `label` is shown before the progress bar.
 
     Raises:
-        UserError: a text shorter than one window, a window below two tokens or above the model's positions, a token
+        UserError: a text shorter than one window, a window below two tokens or beyond the model's positions, a token
             that the model does not know.
     """
     documents = [text_or_rows] if isinstance(text_or_rows, str) else text_or_rows
@@ -141,8 +141,8 @@ def check_streams(
     largest = max(0, *front, *(max(stream.tokens, default=0) for stream in streams))
     if embeddings is not None and largest >= embeddings:
         raise UserError(
-            f"The tokenizer makes the token {largest}, the model has {embeddings} embeddings. They do not belong "
-            "together: use the model's own tokenizer."
+            f"The tokenizer makes the token {largest}, but the model has {embeddings} embeddings. They do not match: "
+            "use the model's own tokenizer."
         )
 
 
@@ -158,8 +158,8 @@ def evaluate_blocks(
 
     Args:
         blocks: a data set or list of rows of one length: `{"input_ids": ...}`, lists of token ids, or int64 tensors.
-            Of rows with `labels` (chat data) only those that are not −100 are predicted.
-        windows: measure only the first so many.
+            In rows with `labels` (chat data) only those that are not −100 are predicted.
+        windows: how many to measure, from the first on; None: all.
 
     Raises:
         UserError: no blocks, blocks of different lengths, a window the model cannot take, or nothing to predict.
@@ -175,7 +175,7 @@ def evaluate_blocks(
 
 
 def _pairs(blocks: Sequence[Any], count: int, seq_len: int) -> Iterator[tuple[Any, int | Tensor]]:
-    """The first `count` blocks, one at a time, all of one length, and what of them is predicted."""
+    """The first `count` blocks, one at a time, all of one length, and which of their tokens are predicted."""
     for index in range(count):
         block = blocks[index]
         ids = _token_ids(block)
@@ -208,7 +208,7 @@ def check_window(model_config: Any, seq_len: int, windows: int | None = None) ->
 
 
 def max_positions(model_config: Any) -> int | None:
-    """Longest sequence a model takes, by its config; None where it sets no limit (Mamba, BLOOM, Falcon with ALiBi).
+    """Longest sequence a model takes, by its config; None if it sets no limit (Mamba, BLOOM, Falcon with ALiBi).
 
     Scaling of rotary positions beyond what the config names counts (`linear`, `dynamic`, `yarn`, by their factor).
     """
@@ -237,14 +237,14 @@ def _named_positions(config: Any) -> int | None:
 def _scaled_positions(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
-        return 0  # of others the named positions hold it already
+        return 0  # for others the named positions include it
     factor = rope.get("factor")
     before = rope.get("original_max_position_embeddings") or _named_positions(config)
     return int(before * factor) if before and isinstance(factor, int | float) else 0
 
 
 def default_seq_len(model_config: Any) -> int:
-    """Window the published figures of the model's family use (paper Sec. 7), capped by the model's positions.
+    """The window of the published results for the model's family (paper Sec. 7), at most the model's positions.
 
     GPT-2 1024, OPT 2048, LLaMA2 4096: a `llama` with exactly 4096 positions, as LLaMA2 and its fine-tunes have. For all
     others, later LLaMAs included, 2048, the usual choice in the pruning literature.
@@ -257,7 +257,7 @@ def default_seq_len(model_config: Any) -> int:
 
 
 def text_config(model_config: Any) -> Any:
-    """The part of a config that speaks of the language model."""
+    """The part of a config that describes the language model."""
     if not hasattr(model_config, "get_text_config"):
         return model_config
     try:
@@ -308,7 +308,7 @@ def wikitext2_rows(split: str = "test", data_dir: str | Path | None = None, fiel
     """
     names = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
     if split not in names:
-        raise UserError(f"WikiText-2 is evaluated on its split test or validation, not `{split}`.")
+        raise UserError(f"WikiText-2 is evaluated on its test or validation split, not `{split}`.")
     if data_dir is None:
         return _hub_rows(split, field)
     path = Path(data_dir).expanduser()
@@ -334,6 +334,6 @@ def _hub_rows(split: str, field: str) -> list[str]:
         return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
-            f"WikiText-2 cannot be loaded from the hub ({one_line(error, 200)}). Without network, name a folder with "
+            f"WikiText-2 cannot be loaded from the hub ({one_line(error, 200)}). Without a network, name a folder with "
             f"wiki.test.raw by `{field}`."
         ) from error

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ast_sparse.errors import UserError, one_line
 
 _PROBE = "instruction7"
-_DEFAULT = "default"  # what transformers calls the template that is taken where none is named
+_DEFAULT = "default"  # what transformers calls the template that is used if none is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +19,11 @@ class PromptFormat:
     """The options of the LM Evaluation Harness of the same names.
 
     Attributes:
-        apply_chat_template: whether questions go through the chat template of the tokenizer; its name, where the
+        apply_chat_template: whether questions go through the chat template of the tokenizer; its name, if the
             tokenizer has several.
-        fewshot_as_multiturn: whether examples are turns of the conversation; None: with a chat template. False: they
-            are part of the one question.
-        system_instruction: stands before each question, before what the task itself says; with a chat template it is
+        fewshot_as_multiturn: whether examples are turns of the conversation; None: if there is a chat template. False:
+            they are part of the question.
+        system_instruction: goes before each question, before what the task itself says; with a chat template it is
             the system message.
 
     Raises:
@@ -37,7 +37,7 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if self.fewshot_as_multiturn and self.apply_chat_template is False:
             raise UserError(
-                "--fewshot-as-multiturn needs --apply-chat-template: examples are turns only of a conversation. Add "
+                "--fewshot-as-multiturn needs --apply-chat-template: examples are turns only in a conversation. Add "
                 "it, or leave out --fewshot-as-multiturn."
             )
         if self.apply_chat_template == "":
@@ -52,7 +52,7 @@ class PromptFormat:
 
     @property
     def name(self) -> str | None:
-        """Of the template; None without one."""
+        """The name of the template; None without one."""
         if isinstance(self.apply_chat_template, str):
             return self.apply_chat_template
         return _DEFAULT if self.apply_chat_template else None
@@ -75,7 +75,7 @@ class PromptFormat:
         if self.name not in templates:
             given = f" {self.name}" if isinstance(self.apply_chat_template, str) else ""
             raise UserError(
-                f"--apply-chat-template{given}: the tokenizer has no such chat template, but {', '.join(templates)}. "
+                f"--apply-chat-template{given}: the tokenizer has no such chat template, only {', '.join(templates)}. "
                 "Name one of them; if this is a MODEL, name models before the option."
             )
         template = str(templates[self.name])
@@ -88,7 +88,7 @@ class PromptFormat:
 
     @staticmethod
     def drops_system(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-        """How the template fails to show a system message; None where it does. The harness leaves it out then."""
+        """How the template fails to show a system message, which the harness then leaves out; None if it shows it."""
         messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "?"}]
         try:
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
@@ -97,7 +97,7 @@ class PromptFormat:
         return None if _PROBE in str(text) else "leaves system messages out"
 
     def described(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """The format in words that differ where prompts do, for tables; None for plain text."""
+        """The format in words, for tables; other prompts get other words. None for plain text."""
         parts = []
         if (template := self.template(tokenizer)) is not None:
             parts.append(f"chat template {self.name} ({hashlib.sha256(template.encode()).hexdigest()[:8]})")

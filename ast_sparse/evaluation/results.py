@@ -28,7 +28,7 @@ class Results:
         return bool(self.texts or self.tasks)
 
     def table(self, *, bits_per_byte: bool, teacher: bool) -> str:
-        """The results that were asked for; arguments as of `texts_table`."""
+        """The results that were asked for; arguments as in `texts_table`."""
         tables = []
         if self.texts:
             tables.append(texts_table(self.texts, bits_per_byte=bits_per_byte, teacher=teacher))
@@ -40,17 +40,17 @@ class Results:
         """Check that all losses are finite, and all values of tasks that are shown are numbers.
 
         Raises:
-            DivergenceError: names the model, the text or task, and the first window that is not.
+            DivergenceError: names the model, the text or task, and the first bad window.
         """
         faults = [(model, text, result.fault()) for model, text, _, result in self.texts]
         faults += [(model, row.task, row.fault()) for model, _, row in self.tasks if row.shown]
         found = list(dict.fromkeys(f"{model}, {what}: {fault}." for model, what, fault in faults if fault is not None))
         if found:
-            others = f" So it is in {len(found) - 1:,} more rows." if len(found) > 1 else ""
+            others = f" The same is true of {len(found) - 1:,} more rows." if len(found) > 1 else ""
             raise DivergenceError(f"{found[0]}{others} {NOT_FINITE}")
 
     def record(self) -> dict[str, list[dict[str, Any]]]:
-        """All results: `results` of texts and, where there are any, `tasks`. What is not finite is None."""
+        """All results: `results` of texts and, if there are any, `tasks`. Numbers that are not finite are None."""
         record = {
             "results": [
                 {"model": model, "dataset": text, "dtype": dtype, **_finite(asdict(result))}
@@ -75,7 +75,7 @@ def texts_table(
 
     Args:
         rows: model, name of the text, dtype and result.
-        bits_per_byte, teacher: add these columns; a stride has its column where there is one.
+        bits_per_byte, teacher: add these columns; there is one for strides if any row has one.
     """
     headers = ["model", "dataset", "dtype", "window", "windows", "predicted tokens", "perplexity"]
     stride = any(result.stride is not None for *_, result in rows)

@@ -1,4 +1,4 @@
-"""Greedy continuations of a few prompts, to read beside the figures."""
+"""Greedy continuations of a few prompts, to read beside the results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def continue_prompts(
 
     Args:
         field: the setting the prompts come from, for messages.
-        bos: as of `data.bos`: whether BOS stands before each prompt.
+        bos: as in `data.bos`: whether BOS goes before each prompt.
 
     Raises:
         UserError: a prompt without text, or one that fills the model's positions.
@@ -42,10 +42,10 @@ def continue_prompts(
             inputs = torch.tensor([[*begin, *ids]], dtype=torch.long)
             length = inputs.shape[1]
             if not ids:
-                raise UserError(f"{field}: {prompt!r} gives no token. Write another prompt, or remove it.")
+                raise UserError(f"{field}: {prompt!r} has no tokens. Write another prompt, or remove it.")
             if limit is not None and length >= limit:
                 raise UserError(
-                    f"{field}: {prompt[:40]!r} … has {length:,} tokens, the model {limit:,} positions. Shorten it."
+                    f"{field}: {prompt[:40]!r} … has {length:,} tokens, the model has {limit:,} positions. Shorten it."
                 )
             settings = GenerationConfig(
                 do_sample=False,

@@ -27,13 +27,13 @@ class Sums:
     tokens: int = 0
     nll: float = 0.0  # nats
     kl: float = 0.0  # KL(teacher‖student), nats
-    agreed: int = 0  # tokens where student and teacher hold the same one for the likeliest
+    agreed: int = 0  # tokens where student and teacher find the same one likeliest
     bad_window: int | None = None  # first window, from 1, whose loss is not finite
     bad_kl_window: int | None = None  # first window, from 1, whose divergence is not finite
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss; inf where that overflows, nan before any token."""
+        """exp of the mean loss; inf if that overflows, nan before any token."""
         try:
             return math.exp(self.nll / self.tokens) if self.tokens else math.nan
         except OverflowError:
@@ -56,10 +56,10 @@ def score(
     chunk of positions in the model's dtype; losses and divergence are float32, summed in float64.
 
     Args:
-        windows: token ids (int64 tensor or list) and how many of the last of them are scored, at least one and fewer
-            than there are tokens; or which of those after the first are (bool `[tokens − 1]`).
+        windows: token ids (int64 tensor or list) and how many of them, from the end, are scored: at least one and fewer
+            than there are tokens; or which of those after the first are scored (bool `[tokens − 1]`).
         count: how many windows there are, for the progress bar.
-        teacher: has the tokens of the model; what one of them has more at the end is left out of the comparison.
+        teacher: has the tokens of the model; extra ones at the end of either vocabulary are not compared.
     """
     sums = Sums()
     scored_by = _Scored(model), None if teacher is None else _Scored(teacher)
@@ -78,7 +78,7 @@ def score(
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """All modules in eval mode, and afterwards each as it was."""
-    # Module by module: `model.train()` would wake what was frozen in eval mode inside a training model.
+    # Module by module: `model.train()` would also switch modules that were in eval mode inside a training model.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -89,13 +89,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class _Scored:
-    """A model whose logits exist for a chunk of positions at a time, where its head is understood."""
+    """A model whose logits exist for a chunk of positions at a time, if its head is recognised."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.head: OutputHead | None = None
-        with suppress(UnknownHeadError):  # its logits are whole then
+        with suppress(UnknownHeadError):  # then it computes all logits at once
             self.head = find_output_head(model)
 
     def parts(self, tokens: Tensor, chosen: slice | Tensor) -> Iterator[Tensor]:
@@ -141,7 +141,7 @@ def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, sc
 def _compare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Summed KL(teacher‖student) (float64) and how often the likeliest tokens agree (int64), of logits in float32.
 
-    Where one model has more columns than the other (padding of the vocabulary), over those that both have.
+    If one model has more columns than the other (padding of the vocabulary), over those that both have.
     """
     width = min(student.shape[-1], teacher.shape[-1])
     student, teacher = student[..., :width], teacher[..., :width]

@@ -1,4 +1,4 @@
-"""What `ast-eval --teacher` asks of a teacher: the window, and the tokens of the model."""
+"""What `ast-eval` checks of a `--teacher`: that it takes the window, and has the tokens of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_teacher(
         config, tokenizer: of the model.
 
     Returns:
-        A line to print where the teacher has no tokenizer to compare.
+        A line to print if the teacher has no tokenizer to compare.
 
     Raises:
         UserError: the window is too long for it, or its tokens are not the model's.
@@ -38,6 +38,6 @@ def check_teacher(
     try:
         other = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except UserError:
-        other = None  # none beside its weights
+        other = None  # its folder has none
     rows, teacher_rows = (text_config(each).vocab_size for each in (config, teacher_config))
     return check_teacher_tokens(tokenizer, other, rows, teacher_rows, named)

@@ -27,9 +27,9 @@ class Text:
 
     Attributes:
         name: what tables call it.
-        documents: to be joined by `join`; of chat data rows of its columns.
-        windows: measure only the first so many; None: all.
-        group: the file whose documents this text is a group of.
+        documents: to be joined by `join`; for chat data, rows with its columns.
+        windows: how many to measure, from the first on; None: all.
+        group: the file, if this text is a group of its documents.
     """
 
     name: str
@@ -56,12 +56,12 @@ def read_datasets(
 
     Args:
         names: `wikitext2`, `c4` or files of text, chat data among them, JSONL or parquet.
-        split, data_dir: as of `wikitext2_rows`.
+        split, data_dir: as in `wikitext2_rows`.
         by: group the documents of every file by this field; a text for every value.
-        join: as of `windows.tokenise`; None: a space for C4, a blank line for all else.
+        join: as in `windows.tokenise`; None: a space for C4, otherwise a blank line.
 
     Raises:
-        UserError: a text that is not there or cannot be read, or `by` with a text that has no fields.
+        UserError: a text is missing or cannot be read, or `by` is given with a text that has no fields.
     """
     texts: list[Text] = []
     names = list(dict.fromkeys(names))
@@ -78,7 +78,7 @@ def read_datasets(
         elif rows := read_conversations(str(_file(name).absolute()), None, "--dataset"):
             if join not in (None, "separate"):
                 raise UserError(
-                    f"--join {join} joins text, and {name} is chat data, whose rows stay separate. Drop it."
+                    f"--join {join} joins text, but {name} is chat data, whose rows stay separate. Remove it."
                 )
             texts.append(Text(name=label, documents=rows, join="separate", is_chat=True))
         else:
@@ -89,7 +89,7 @@ def read_datasets(
 
 def _file(name: str, by: str | None = None) -> Path:
     if by is not None and name in (WIKITEXT2, C4):
-        raise UserError(f"--by {by} groups the documents of a file, and {name} is none. Name a JSONL or parquet file.")
+        raise UserError(f"--by {by} groups the documents of a file, not {name}. Name a JSONL or parquet file.")
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"--dataset {name}: no such file, and not {WIKITEXT2} or {C4}. Correct the name.")
@@ -118,6 +118,6 @@ def _c4_documents() -> list[str]:
         source = load_documents([_C4_ENTRY], None, "text", "--dataset")[0]
     except UserError as error:
         raise UserError(
-            f"--dataset {C4} is read from the hub. {error} Without network, give a file of C4 as --dataset FILE."
+            f"--dataset {C4} is read from the hub. {error} Without a network, give a file of C4 as --dataset FILE."
         ) from None
     return list(source.documents["text"])

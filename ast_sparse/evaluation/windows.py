@@ -1,4 +1,4 @@
-"""Text to windows: documents joined and tokenised, tokens cut into windows, and the bytes they stand for."""
+"""From text to windows: join and tokenise documents, cut tokens into windows, count the bytes they stand for."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ JOINS = (*SEPARATORS, "eos", "separate")
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens that may share windows: a whole text, or one document where documents stay separate.
+    """Tokens that may share windows: a whole text, or one document if documents stay separate.
 
     Attributes:
         tokens: token ids.
-        ends: how many UTF-8 bytes of the text end with each token, None for a tokenizer without offsets. A token stands
+        ends: UTF-8 bytes of the text up to the end of each token, None for a tokenizer without offsets. A token stands
             for the bytes from the end of the token before it to its own end, so that every byte belongs to one token.
         counted: which tokens are predicted, None for all.
     """
@@ -78,17 +78,17 @@ class Window(NamedTuple):
 def tokenise(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str = "blank-line", bos: Bos = NO_BOS
 ) -> list[Stream]:
-    """Tokenise documents, without special tokens but those of `bos`.
+    """Tokenise documents, without special tokens except those of `bos`.
 
     Args:
-        join: `blank-line`, `newline`, `space`, `none`: what stands between documents of the one text. `eos`: documents
-            are tokenised one by one, with the end-of-text token between them; it is predicted and stands for no byte.
-            `separate`: every document is a stream of its own.
-        bos: what stands before each document; before the one text, where documents are joined to one before they are
-            tokenised. It is not predicted and stands for no byte. Before windows it is put by `cut`.
+        join: `blank-line`, `newline`, `space`, `none`: what is put between documents to join them into one text. `eos`:
+            documents are tokenised one by one, with the end-of-text token between them; it is predicted and stands for
+            no byte. `separate`: every document is its own stream.
+        bos: what goes before each document, or before the whole text if documents are joined before they are tokenised.
+            It is not predicted and stands for no byte. `cut` puts it before windows.
 
     Raises:
-        UserError: `eos` and the tokenizer has no such token.
+        UserError: `join` is `eos` and the tokenizer has no such token.
     """
     texts = [SEPARATORS[join].join(documents)] if join in SEPARATORS else list(documents)
     streams = [_begun(stream, bos.of_document) for stream in _encode(tokenizer, texts)]
@@ -105,12 +105,12 @@ def tokenise(
 def tokenise_chat(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], name: str, bos: Bos = NO_BOS
 ) -> list[Stream]:
-    """Conversations, a stream each, of which what the assistant says is predicted.
+    """Conversations, one stream each; what the assistant says is predicted.
 
-    Chat templates write their own BOS; of prompts and completions that are plain text it is that of `bos`.
+    Chat templates write their own BOS; prompts and completions that are plain text get that of `bos`.
 
     Raises:
-        UserError: as `data.chat.tokenise_conversations`.
+        UserError: as `tokenise_conversations`.
     """
     found = list(conversation_tokens(rows, tokenizer, name, bos.of_document))
     if line := uncounted_rows(np.array([len(ids) for ids, _ in found]), name):
@@ -119,7 +119,7 @@ def tokenise_chat(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Stream]:
-    # verbose=False: a text is longer than the model's window by intent, it is cut afterwards.
+    # verbose=False: a text may be longer than the model's window; it is cut afterwards.
     encoded = tokenizer(
         texts,
         add_special_tokens=False,
@@ -149,7 +149,7 @@ def _byte_ends(text: str, spans: list[tuple[int, int]]) -> list[int]:
 
 
 def _begun(stream: Stream, begin: tuple[int, ...]) -> Stream:
-    """A document after BOS, which is not predicted; an empty one stays empty."""
+    """A document with BOS before it, which is not predicted; an empty one stays empty."""
     begin = missing(begin, stream.tokens)
     if not begin or not stream.tokens:
         return stream
@@ -159,7 +159,7 @@ def _begun(stream: Stream, begin: tuple[int, ...]) -> Stream:
 
 
 def _all_counted(stream: Stream) -> Stream:
-    """Without a mask where it says no more than that nothing predicts the first token."""
+    """Drop the mask if all it says is that the first token is not predicted."""
     return Stream(stream.tokens, stream.ends) if stream.counted and all(stream.counted[1:]) else stream
 
 
@@ -190,11 +190,11 @@ def cut(
     Args:
         stride: None: windows do not overlap, the first token of each is context only, and the rest of a stream that
             fills no window is dropped. Otherwise windows begin `stride` tokens apart, each scores the tokens after the
-            end of the one before it, and so all tokens of a stream but its first are scored once; the last window ends
+            end of the one before it, so every token of a stream but the first is scored once. The last window ends
             with the stream and may be shorter.
         keep_rest: with no stride, keep the rest as a shorter window.
-        bos: where it stands before every window, it is context only: `seq_len` less its tokens are of the text, and all
-            of them are predicted. A window that begins with it already, of a chat template, gets no second one.
+        bos: if it goes before every window, it is context only: the rest of `seq_len` is text, and all of that is
+            predicted. A window that already begins with it, from a chat template, does not get a second one.
 
     Raises:
         UserError: `stride` is not between 1 and `seq_len` − 1.
@@ -202,7 +202,7 @@ def cut(
     longest = seq_len - max(1, len(bos.of_block))
     if stride is not None and not 1 <= stride <= longest:
         raise UserError(
-            f"--stride {stride} must be between 1 and {longest}, a token less than the window of {seq_len} tokens. "
+            f"--stride {stride} must be between 1 and {longest} for windows of {seq_len} tokens. "
             "Leave it out for windows that do not overlap."
         )
     windows = []

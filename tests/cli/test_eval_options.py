@@ -165,7 +165,7 @@ def test_bad_options_are_one_line_and_leave_nothing(model: str, domains: Path, t
     cases = {
         "stride": ((model, *text, "--stride", "48"), "--stride 48 must be between 1 and 47"),
         "by": ((model, *text, "--by", "domain"), "--by domain: "),
-        "by wikitext": ((model, "--by", "domain"), "groups the documents of a file, and wikitext2 is none"),
+        "by wikitext": ((model, "--by", "domain"), "groups the documents of a file, not wikitext2"),
         "join": ((model, *text, "--join", "tab"), "--join"),
         "c4": ((model, "--dataset", "c4"), "--dataset c4 is read from the hub"),
         "teacher": ((model, *text, "--teacher", tmp_path / "no"), "no"),
@@ -174,7 +174,7 @@ def test_bad_options_are_one_line_and_leave_nothing(model: str, domains: Path, t
             f"--teacher {tmp_path / 'small'} has a vocabulary",
         ),
         "second": ((model, *text, "--dataset", tmp_path / "nowhere"), "nowhere: no such file"),
-        "task": ((model, "--tasks", tmp_path / "no.yaml", "--include-path", tmp_path / "no"), "is no folder"),
+        "task": ((model, "--tasks", tmp_path / "no.yaml", "--include-path", tmp_path / "no"), "is not a folder"),
         "no task": ((model, "--tasks", ","), "names no task"),
         "only tasks": ((model, *text, "--include-path", tmp_path), "--include-path belongs to --tasks"),
         "only texts": ((model, "--tasks", "mine", "--teacher", model), "--teacher belongs to --dataset"),
@@ -199,7 +199,7 @@ def test_of_chat_data_what_the_assistant_says_is_predicted(tmp_path: Path) -> No
     found = table(run(*text, "--teacher", tmp_path / "model"))[2]
     assert found[5:7] == [f"{len(losses)}", f"{math.exp(sum(losses) / len(losses)):.2f}"]
     assert found[-2:] == ["0.0000", "100.00%"]
-    assert "--join newline joins text, and" in refused(*text, "--join", "newline")
+    assert "--join newline joins text, but" in refused(*text, "--join", "newline")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     assert "has no chat template" in refused(*text)
 

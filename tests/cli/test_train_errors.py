@@ -184,7 +184,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("evaluation.prompts=''", r"evaluation\.prompts=\(''.*has an empty entry"),
     (
         ["evaluation.report=true", f"evaluation.prompts={'the ' * 200}"],
-        r"evaluation\.prompts: 'the the .* the model 128 positions\. Shorten it",
+        r"evaluation\.prompts: 'the the .* the model has 128 positions\. Shorten it",
     ),
     ("evaluation.data_dir=/nowhere", r"evaluation\.data_dir='/nowhere' does not exist"),
     # watch

@@ -12,7 +12,7 @@ EOS, BOS = 0, 82
 
 
 def bos_tokenizer(single: str | None = "<s> $A", bos: str | None = "<s>") -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with a BOS token, which it puts where the template says."""
+    """The tiny tokenizer with a BOS token, put where the template says."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     if bos is not None:
         tokenizer.add_special_tokens({"bos_token": bos})

@@ -30,7 +30,7 @@ def tokenizer(template: str | None = PLAIN) -> PreTrainedTokenizerFast:
 
 
 def conversation(*turns: str) -> list[dict[str, str]]:
-    """Turns of user and assistant by turns; one that begins with ! is the system's."""
+    """Turns of user and assistant in alternation; one that begins with ! is the system's."""
     roles = ["user", "assistant"] * len(turns)
     system = [{"role": "system", "content": turn[1:]} for turn in turns if turn.startswith("!")]
     spoken = [turn for turn in turns if not turn.startswith("!")]

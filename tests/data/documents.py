@@ -15,7 +15,7 @@ DIGITS = [
     "weights",
     "while",
     "dense",
-]  # all the tokenizer knows
+]  # the words the tokenizer knows
 
 
 def documents(count: int, sentences: int = 1) -> list[str]:

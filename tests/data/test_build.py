@@ -1,4 +1,4 @@
-"""Sources to training and held-out blocks: the split never overlaps, and nothing is lost unsaid."""
+"""Sources to training and held-out blocks: the splits never overlap, and whatever is left out is reported."""
 
 import copy
 from pathlib import Path

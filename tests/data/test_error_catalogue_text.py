@@ -1,4 +1,4 @@
-"""Messages about text and domains that no other test triggers: each fault is made, and ends in its line."""
+"""Messages about text and domains that no other test triggers: each fault ends in its line."""
 
 import copy
 import os
@@ -141,10 +141,10 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (no_sources, "`data.train` names no text. List files or data sets."),
     (text_without_rights, "`data.train`: .*a.txt cannot be read: permission denied."),
     (damaged_parquet, "a.parquet is damaged: .* Copy or write it again."),
-    (text_of_blanks, "a.jsonl holds no text. Name other text."),
-    (tokens_beyond_the_type, "makes a token 300 does not fit uint8 of its .* tokens. Mend it."),
-    (shards_without_rights, "out cannot be written to: Permission denied. Correct its rights, or name another folder."),
-    (worker_that_is_killed, "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers"),
+    (text_of_blanks, "a.jsonl has no text. Give other text."),
+    (tokens_beyond_the_type, "has .* tokens, but token 300 does not fit uint8. Correct its files."),
+    (shards_without_rights, "out cannot be written to: Permission denied. Fix its permissions, or name another"),
+    (worker_that_is_killed, "A tokenising process was killed, perhaps because memory ran out. Use fewer --workers"),
     (chat_and_slow_tokenizer, "a.jsonl is chat data, and the tokenizer of .* is a slow one"),
     (config_without_rights, "Config .*run.yaml' cannot be read \\(Permission denied\\). Give a readable file."),
     (domain_without_share, "data.domains.wiki.share is missing. Give every domain a share"),

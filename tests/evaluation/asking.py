@@ -1,4 +1,4 @@
-"""What a model is asked: by our harness for one model after the other, and by the harness itself."""
+"""What models are asked: one after another by ours, and by the harness itself."""
 
 import random
 from pathlib import Path
@@ -19,7 +19,7 @@ Requests = list[tuple[Any, ...]]
 def ours(
     asked: Requests, harness: Harness, models: int = 2, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
 ) -> list[Requests]:
-    """Requests of one model after the other."""
+    """Requests of one model after another."""
     found = []
     for seed in range(models):
         asked.clear()

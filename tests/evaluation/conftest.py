@@ -14,7 +14,7 @@ from tests.evaluation.asking import Requests
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Requests]:
-    """Requests as they reach the model; the answers draw random numbers."""
+    """Requests as they reach the model; answering draws random numbers."""
     requests: Requests = []
 
     def likelihoods(self: HFLM, instances: list[Any], **_: Any) -> list[tuple[float, bool]]:

@@ -30,7 +30,7 @@ def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]], **settin
 
 
 def choice_task(folder: Path, name: str, questions: int = 8, seed: int = 0) -> Path:
-    """Which of three sentences goes on? The answers are arbitrary."""
+    """Which of three sentences continues the text? The answers are arbitrary."""
     rng = random.Random(seed)
     rows = [
         {
@@ -55,7 +55,7 @@ def choice_task(folder: Path, name: str, questions: int = 8, seed: int = 0) -> P
 
 
 def answer_task(folder: Path, name: str, **settings: Any) -> Path:
-    """Twelve questions that a model answers by writing."""
+    """Twelve questions that a model answers with text."""
     return write_task(
         folder,
         name,

@@ -1,4 +1,4 @@
-"""BOS in windows: the published protocol as a tokenizer does it, none, and one before each window."""
+"""BOS in windows: the published protocol as the tokenizer follows it, no BOS, and one before each window."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.models import generated_text, save_tiny_model, tiny_model
 
 ROWS = [generated_text(count, seed) for seed, count in enumerate((9, 1, 5, 20, 2))]
 TEXT = "\n\n".join(ROWS)
-Windows = list[tuple[list[int], list[int]]]  # tokens, and the places that are predicted
+Windows = list[tuple[list[int], list[int]]]  # tokens, and the indices that are predicted
 
 
 def twin(windows: Windows, seed: int = 0) -> tuple[float, int]:
@@ -33,7 +33,7 @@ def twin(windows: Windows, seed: int = 0) -> tuple[float, int]:
 
 
 def published(size: int) -> Windows:
-    """As Wanda's and SparseGPT's code: the joined text is tokenised in one call, then cut."""
+    """As in Wanda's and SparseGPT's code: the joined text is tokenised in one call, then cut."""
     ids = bos_tokenizer()("\n\n".join(ROWS))["input_ids"]
     return [(ids[at : at + size], list(range(1, size))) for at in range(0, len(ids) - size + 1, size)]
 
@@ -45,8 +45,8 @@ def begun(size: int) -> Windows:
 
 
 def check(result: Any, windows: Windows) -> None:
-    figure, count = twin(windows)
-    assert result.perplexity == pytest.approx(figure, rel=1e-5)
+    expected, count = twin(windows)
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
     assert (result.predicted_tokens, result.windows) == (count, len(windows))
 
 
@@ -146,7 +146,7 @@ def test_ast_eval_takes_it_and_says_what_it_means(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     text = (model, "--dataset", tmp_path / "a.txt", "--seq-len", "32", "--json", tmp_path / "out.json")
     for bos, windows, note in (
-        ((), published(32), "BOS begins each document or text, not each window (--bos auto)"),
+        ((), published(32), "BOS is only at the start of each document or text (--bos auto)"),
         (("--bos", "window"), begun(32), None),
         (("--bos", "block"), begun(32), None),
     ):
@@ -184,5 +184,5 @@ def generated(model: PreTrainedModel, ids: list[int]) -> str:
 def test_a_window_needs_an_embedding_for_its_bos() -> None:
     config = tiny_model().config
     config.vocab_size = BOS
-    with pytest.raises(UserError, match=f"makes the token {BOS}, the model has {BOS} embeddings"):
+    with pytest.raises(UserError, match=f"makes the token {BOS}, but the model has {BOS} embeddings"):
         measure_text(AutoModelForCausalLM.from_config(config), bos_tokenizer(), ROWS, 32, bos="window", progress=False)

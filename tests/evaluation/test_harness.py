@@ -22,7 +22,7 @@ from tests.models import generated_text, tiny_model, tiny_tokenizer
 DOCUMENTS = [generated_text(count, seed) for seed, count in enumerate((3, 6, 1))]
 
 
-def figures(results: list[TaskResult], *, shown: bool = True) -> dict[tuple[str, str], float]:
+def values(results: list[TaskResult], *, shown: bool = True) -> dict[tuple[str, str], float]:
     return {(row.task, row.metric): row.value for row in results if row.shown or not shown}
 
 
@@ -53,14 +53,14 @@ def test_accuracy_equals_a_plain_loop(tmp_path: Path) -> None:
         ]
         correct.append(losses.index(min(losses)) == row["answer"])
     results = run(Harness([str(file)]), tiny_model("qwen2"))
-    assert figures(results)["mine", "acc"] == sum(correct) / len(correct)
+    assert values(results)["mine", "acc"] == sum(correct) / len(correct)
     (row,) = [row for row in results if row.metric == "acc"]
     p = row.value
     assert row.stderr == pytest.approx(math.sqrt(p * (1 - p) / (len(correct) - 1)))
     assert (row.examples, row.num_fewshot) == (len(correct), 0)
 
 
-def test_figures_are_those_of_the_harness(tmp_path: Path) -> None:
+def test_results_are_those_of_the_harness(tmp_path: Path) -> None:
     choice_task(tmp_path, "mine")
     perplexity_task(tmp_path, "text", DOCUMENTS)
     lm = HFLM(pretrained=tiny_model(), tokenizer=tiny_tokenizer())
@@ -68,7 +68,7 @@ def test_figures_are_those_of_the_harness(tmp_path: Path) -> None:
     record = lm_eval.simple_evaluate(model=lm, tasks=["mine", "text"], task_manager=manager, num_fewshot=2)
     harness = Harness(["mine", "text"], include_path=str(tmp_path), num_fewshot=2)
     for _ in range(2):  # the tasks serve one model after the other
-        ours = figures(run(harness))
+        ours = values(run(harness))
         for (task, metric), value in ours.items():
             assert value == record["results"][task][f"{metric},none"]
         assert {metric for _, metric in ours} == {
@@ -85,7 +85,7 @@ def test_perplexity_task_agrees_with_separate_documents_and_a_plain_loop(tmp_pat
     # The harness puts the end-of-text token before each document and scores all of its tokens; here a document's first
     # token is context only, so with that token before it both score the same tokens, over the same bytes.
     perplexity_task(tmp_path, "text", DOCUMENTS)
-    theirs = figures(run(Harness([str(tmp_path / "text.yaml")])))["text", "bits_per_byte"]
+    theirs = values(run(Harness([str(tmp_path / "text.yaml")])))["text", "bits_per_byte"]
     eos = tiny_tokenizer().eos_token
     ours = measure_text(
         tiny_model(), tiny_tokenizer(), [eos + document for document in DOCUMENTS], 128, join="separate", progress=False
@@ -94,12 +94,12 @@ def test_perplexity_task_agrees_with_separate_documents_and_a_plain_loop(tmp_pat
     assert ours.bits_per_byte == pytest.approx(theirs, rel=1e-6)
     losses = [loss_of(tiny_model(), tokens_of(eos + document), 1) for document in DOCUMENTS]
     assert theirs == pytest.approx(sum(losses) / math.log(2) / ours.scored_bytes, rel=1e-5)
-    assert figures(run(Harness([str(tmp_path / "text.yaml")])))["text", "byte_perplexity"] == pytest.approx(2**theirs)
+    assert values(run(Harness([str(tmp_path / "text.yaml")])))["text", "byte_perplexity"] == pytest.approx(2**theirs)
 
 
-def test_perplexity_task_without_its_first_tokens_is_the_plain_figure(tmp_path: Path) -> None:
+def test_perplexity_task_without_its_first_tokens_is_the_plain_perplexity(tmp_path: Path) -> None:
     perplexity_task(tmp_path, "text", DOCUMENTS[:1])
-    theirs = figures(run(Harness([str(tmp_path / "text.yaml")])))["text", "bits_per_byte"]
+    theirs = values(run(Harness([str(tmp_path / "text.yaml")])))["text", "bits_per_byte"]
     ours = measure_text(tiny_model(), tiny_tokenizer(), DOCUMENTS[:1], 128, join="separate", progress=False)
     tokens = tokens_of(tiny_tokenizer().eos_token + DOCUMENTS[0])
     total = theirs * math.log(2) * len(DOCUMENTS[0].encode())
@@ -117,14 +117,14 @@ def test_a_long_document_agrees_by_overlapping_windows(tmp_path: Path) -> None:
     ours = measure_text(
         tiny_model(), tiny_tokenizer(), [tiny_tokenizer().eos_token + document], 33, stride=32, progress=False
     )
-    assert ours.bits_per_byte == pytest.approx(figures(results)["text", "bits_per_byte"], rel=1e-6)
+    assert ours.bits_per_byte == pytest.approx(values(results)["text", "bits_per_byte"], rel=1e-6)
 
 
 def test_limit_and_batches(tmp_path: Path) -> None:
     file = str(choice_task(tmp_path, "mine"))
     (row, _) = run(Harness([file]), limit=3)
     assert row.examples == 3
-    assert figures(run(Harness([file]), batch_size=4)) == figures(run(Harness([file])))
+    assert values(run(Harness([file]), batch_size=4)) == values(run(Harness([file])))
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
@@ -139,21 +139,21 @@ def test_group_shows_its_mean_and_records_its_tasks(tmp_path: Path) -> None:
     group(tmp_path, "both", ["a", "b"])
     group(tmp_path, "bare", ["a", "b"], None)
     results = run(Harness(["both"], include_path=str(tmp_path)))
-    assert set(figures(results)) == {("both", "acc")}
-    every = figures(results, shown=False)
+    assert set(values(results)) == {("both", "acc")}
+    every = values(results, shown=False)
     assert every["both", "acc"] == pytest.approx((4 * every["a", "acc"] + 5 * every["b", "acc"]) / 9)
-    assert {task for task, _ in figures(run(Harness(["bare"], include_path=str(tmp_path))))} == {"a", "b"}
+    assert {task for task, _ in values(run(Harness(["bare"], include_path=str(tmp_path))))} == {"a", "b"}
 
 
 def test_paper_tasks_are_asked_as_published(tmp_path: Path) -> None:
     for seed, task in enumerate(GROUPS["paper"]):
         choice_task(tmp_path, task.name, 4, seed)
     results = run(Harness(["paper"], include_path=str(tmp_path)))
-    shown = figures(results)
+    shown = values(results)
     assert list(shown) == [*((task.name, "acc") for task in GROUPS["paper"]), ("mean", "acc")]
     assert shown["mean", "acc"] == pytest.approx(sum(list(shown.values())[:7]) / 7)
     assert {row.num_fewshot for row in results} == {0}
-    assert ("rte", "acc_norm") in figures(results, shown=False)
+    assert ("rte", "acc_norm") in values(results, shown=False)
 
 
 def test_paper_fewshot_tasks_have_their_examples_and_metrics(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_paper_fewshot_tasks_have_their_examples_and_metrics(tmp_path: Path) -> 
     assert {row.task: row.num_fewshot for row in results} == {
         "mmlu": 5, "one": 5, "two": 5, "minerva_math": 4, "algebra": 4, "gsm8k": 5,
     }  # fmt: skip
-    assert set(figures(results)) == {("mmlu", "acc"), ("gsm8k", "exact_match,strict-match")}
+    assert set(values(results)) == {("mmlu", "acc"), ("gsm8k", "exact_match,strict-match")}
 
 
 def test_names_of_the_paper_are_tasks_of_the_harness() -> None:
@@ -201,7 +201,7 @@ def test_tasks_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ([str(file)], None, "--tasks .*mine.yaml cannot be loaded: .*mine.jsonl"),
         ([str(tmp_path / "bad.yml")], None, "--tasks .*bad.yml cannot be loaded: "),
         ([str(tmp_path / "empty.yml")], None, "--tasks .*empty.yml cannot be loaded: "),
-        (["mine"], str(tmp_path / "no"), "--include-path .*no is no folder"),
+        (["mine"], str(tmp_path / "no"), "--include-path .*no is not a folder"),
     ]
     for names, folder, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -99,5 +99,5 @@ def test_a_task_with_a_generator_of_its_own_is_refused_for_a_second_model(asked:
     with_code(answer_task(tmp_path, "own"), code, doc_to_text="text")
     harness = Harness(["own"], include_path=str(tmp_path))
     ours(asked, harness, 1)
-    with pytest.raises(UserError, match=r"--tasks own: this model is asked other questions .* one model at a time\."):
+    with pytest.raises(UserError, match=r"--tasks own: this model gets different questions .* one model at a time\."):
         ours(asked, harness, 1)

@@ -1,4 +1,4 @@
-"""Every figure of a text against a plain loop over all logits in float64."""
+"""Every result for a text against a plain loop over all logits in float64."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def student_and_teacher() -> tuple[PreTrainedModel, PreTrainedModel]:
 def twin(
     windows: list[tuple[list[int], int]], model: PreTrainedModel | None = None, teacher: PreTrainedModel | None = None
 ) -> dict[str, float]:
-    """Figures of windows of which tokens from an index on are scored, token by token in float64."""
+    """Results of windows whose tokens from an index on are scored, token by token in float64."""
     model = model or tiny_model()
     losses, divergences, agreed, text = [], [], 0, ""
     for window, first in windows:
@@ -210,5 +210,5 @@ def test_another_tokenizer_of_the_same_size_is_refused() -> None:
             return {"input_ids": tokens_of(text)[::-1]}
 
     check_tokens(tiny_tokenizer(), tiny_tokenizer(), DOCUMENTS)
-    with pytest.raises(UserError, match="--teacher makes other tokens of the same text"):
+    with pytest.raises(UserError, match="--teacher makes different tokens from the same text"):
         check_tokens(tiny_tokenizer(), Reversed(), ["", *DOCUMENTS])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Losses that are not finite: said with model, text and window, everywhere a model is measured."""
+"""Losses that are not finite: model, text and window are named wherever a model is measured."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def save(model: PreTrainedModel, folder: Path) -> Path:
 
 
 def with_epsilon(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
-    """The model with another epsilon in its norms; of a negative one they take the root of a negative number."""
+    """The model with another epsilon in its norms; with a negative one they take the root of a negative number."""
     model.config.rms_norm_eps = epsilon
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
@@ -44,9 +44,9 @@ def with_epsilon(model: PreTrainedModel, epsilon: float) -> PreTrainedModel:
 
 
 def poisoned_token(window: int) -> tuple[PreTrainedModel, int]:
-    """A model that computes NaN of a token which windows of 16 before the given one (from 1) do not contain.
+    """A model that computes NaN from a token which windows of 16 before the given one (from 1) do not contain.
 
-    Its weights are finite: those that are not are refused when they are loaded.
+    Its weights are finite: other ones are refused when they are loaded.
     """
     tokens = tiny_tokenizer().encode(TEXT, add_special_tokens=False)
     firsts = {token: tokens.index(token) // 16 + 1 for token in set(tokens)}
@@ -58,7 +58,7 @@ def poisoned_token(window: int) -> tuple[PreTrainedModel, int]:
 
 
 def nan_model(family: str = "qwen2") -> PreTrainedModel:
-    """A model of finite weights that computes NaN of every token."""
+    """A model with finite weights that computes NaN from every token."""
     return with_epsilon(tiny_model(family), -1e9)
 
 
@@ -76,8 +76,8 @@ def test_the_first_bad_window_is_named_and_the_rest_is_written(text: Path, tmp_p
     result = run(bad, good, *options)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1] == (
-        f"Error: {bad}, text.txt: the loss of window 2 of {windows} (16 tokens each) is not finite, and so the "
-        "perplexity is not. Check the weights for values that are not finite, or load the model in float32."
+        f"Error: {bad}, text.txt: the loss of window 2 of {windows} (16 tokens each) is not finite, and "
+        "neither is the perplexity. Check the weights for values that are not finite, or load the model in float32."
     )
     first, second = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)["results"]
     assert (first["perplexity"], first["mean_nll"], first["bits_per_byte"], first["bad_window"]) == (
@@ -99,7 +99,7 @@ def test_groups_of_a_file_are_named(tmp_path: Path) -> None:
     result = run(bad, "--dataset", tmp_path / "mixed.jsonl", "--by", "set", "--seq-len", "16")
     assert result.exit_code == 2
     assert f"{bad}, mixed.jsonl a: the loss of window 1 of " in result.stderr
-    assert "So it is in 2 more rows." in result.stderr
+    assert "The same is true of 2 more rows." in result.stderr
 
 
 def test_the_window_of_a_total_counts_all_texts() -> None:
@@ -111,7 +111,7 @@ def test_the_window_of_a_total_counts_all_texts() -> None:
     assert total_of([clean, clean]).bad_window is None
 
 
-def test_a_teacher_that_is_to_blame_is_said(text: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_is_to_blame_is_named(text: Path, tmp_path: Path) -> None:
     student, teacher = save_tiny_model(tmp_path / "student"), save(nan_model("llama"), tmp_path / "teacher")
     result = run(student, "--dataset", text, "--seq-len", "16", "--teacher", teacher, "--json", tmp_path / "a.json")
     assert result.exit_code == 2
@@ -209,6 +209,6 @@ def test_a_run_whose_result_is_not_finite_is_saved_and_says_so(
     assert "Step 1: eval_loss is nan" in caplog.text
     assert "The retrained 2:4 model, heldout: the loss of window 1 of 1" in result.stderr.splitlines()[-1]
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    figures = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
-    assert figures["retrained 2:4"]["heldout"]["perplexity"] is None
-    assert figures["dense"]["heldout"]["perplexity"] > 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["retrained 2:4"]["heldout"]["perplexity"] is None
+    assert results["dense"]["heldout"]["perplexity"] > 1

@@ -38,14 +38,14 @@ def tokens_of(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_figure_equals_a_plain_float64_loop(family: str) -> None:
+def test_perplexity_equals_a_plain_float64_loop(family: str) -> None:
     text = generated_text(60)
     expected = twin(tiny_model(family), tokens_of(text), 48)
     assert perplexity(tiny_model(family), tiny_tokenizer(), text, 48) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 47, 1000])
-def test_chunks_of_positions_do_not_change_the_figure(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_chunks_of_positions_do_not_change_the_perplexity(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     text = generated_text(20)
     monkeypatch.setattr(scoring, "_POSITIONS_PER_CHUNK", chunk)
     expected = twin(tiny_model(), tokens_of(text), 48)
@@ -53,7 +53,7 @@ def test_chunks_of_positions_do_not_change_the_figure(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "unknown"])
-def test_heads_that_cap_scale_or_do_something_else_give_the_same_figure(name: str) -> None:
+def test_heads_that_cap_scale_or_do_something_else_have_the_same_perplexity(name: str) -> None:
     def model() -> PreTrainedModel:
         torch.manual_seed(0)
         if name == "unknown":
@@ -102,7 +102,7 @@ def test_more_windows_than_there_are_means_all() -> None:
     assert results[0].perplexity == results[1].perplexity and results[0].windows == len(tokens_of(text)) // 48
 
 
-def test_tokenised_blocks_give_the_figure_of_their_text() -> None:
+def test_tokenised_blocks_have_the_perplexity_of_their_text() -> None:
     tokens = tokens_of(generated_text(40))
     blocks = [tokens[i : i + 32] for i in range(0, len(tokens) - 31, 32)]
     expected = evaluate_text(tiny_model(), tiny_tokenizer(), generated_text(40), 32)
@@ -128,8 +128,8 @@ def test_mode_of_every_module_is_restored_even_after_an_error() -> None:
 def test_dropout_is_off_and_no_gradient_is_kept() -> None:
     model = tiny_model("gpt2").train()
     model.transformer.drop.p = 0.5
-    figures = [perplexity(model, tiny_tokenizer(), generated_text(20), 48) for _ in range(2)]
-    assert figures[0] == figures[1]
+    found = [perplexity(model, tiny_tokenizer(), generated_text(20), 48) for _ in range(2)]
+    assert found[0] == found[1]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -146,7 +146,7 @@ def test_loss_of_a_bfloat16_model_is_taken_in_float32() -> None:
     assert expected == pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)
 
 
-def test_hopeless_models_give_inf_and_nan_instead_of_an_error() -> None:
+def test_hopeless_models_get_inf_and_nan_instead_of_an_error() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e6)
@@ -213,7 +213,7 @@ def test_missing_wikitext_is_named(tmp_path: Path) -> None:
         (tmp_path, "test", "No wiki.test.raw in `--data-dir` "),
         (tmp_path, "validation", "No wiki.valid.raw in "),
         (tmp_path / "absent", "test", "No wiki.test.raw in "),
-        (tmp_path, "train", "test or validation, not `train`"),
+        (tmp_path, "train", "test or validation split, not `train`"),
         (None, "test", "cannot be loaded from the hub .* by `--data-dir`"),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -1,4 +1,4 @@
-"""How long a sequence a model takes: found for every family, and the length at which its code works."""
+"""The longest sequence of a model: found for every family, and the code works at that length."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.models import VOCAB, generated_text, tiny_model, tiny_tokenizer
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 DECODER = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
 BERT = {**ATTENTION, "max_position_embeddings": 48, "pad_token_id": 1, "is_decoder": True}
-# Families whose code stops beyond its table of positions.
+# Families whose code fails beyond its table of positions.
 TABLES: dict[str, tuple[dict[str, Any], int]] = {
     "mpt": ({"d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 48}, 48),
     "gpt2": ({"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48}, 48),

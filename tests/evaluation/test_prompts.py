@@ -1,4 +1,4 @@
-"""Tasks through chat templates: the requests are the harness's own, and figures say how they were asked."""
+"""Tasks through chat templates: the requests are the harness's own, and results say how they were asked."""
 
 import copy
 import json
@@ -102,8 +102,8 @@ def test_models_with_other_templates_are_asked_in_their_own(asked: Requests, tmp
     ("options", "template", "message"),
     [
         ({"apply_chat_template": True}, None, "--apply-chat-template: the tokenizer has no chat template"),
-        ({"apply_chat_template": "rag"}, TEMPLATE, "rag: the tokenizer has no such chat template, but default. Name"),
-        ({"apply_chat_template": True}, {"a": TEMPLATE, "b": TURNS}, "template: .* no such chat template, but a, b"),
+        ({"apply_chat_template": "rag"}, TEMPLATE, "rag: the tokenizer has no such chat template, only default. Name"),
+        ({"apply_chat_template": True}, {"a": TEMPLATE, "b": TURNS}, "template: .* no such chat template, only a, b"),
         (
             {"apply_chat_template": True, "system_instruction": "So."},
             NO_SYSTEM,
@@ -129,7 +129,7 @@ def test_what_a_template_cannot_do_is_refused(options: dict[str, Any], template:
         (("--fewshot-as-multiturn", "true"), "--fewshot-as-multiturn needs --apply-chat-template"),
         (("--apply-chat-template", ""), "--apply-chat-template has an empty name"),
         (("--system-instruction", " "), "--system-instruction has no text"),
-        (("--apply-chat-template", "rag"), "rag: the tokenizer has no such chat template, but default"),
+        (("--apply-chat-template", "rag"), "rag: the tokenizer has no such chat template, only default"),
         (("--fewshot-as-multiturn", "perhaps"), "'perhaps' is not a valid boolean"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_second_model_without_a_template_is_refused_before_the_first_is_measur
     assert "--apply-chat-template belongs to --tasks" in run(chat, "--apply-chat-template").stderr
 
 
-def test_figures_say_how_they_were_asked(tmp_path: Path) -> None:
+def test_results_say_how_they_were_asked(tmp_path: Path) -> None:
     model = save(tmp_path / "model", chat_tokenizer())
     task = ("--tasks", choice_task(tmp_path, "choice"), "--json", tmp_path / "a.json")
     result = run(model, *task)
@@ -166,7 +166,7 @@ def test_figures_say_how_they_were_asked(tmp_path: Path) -> None:
     assert record["settings"]["system_instruction"] == "Go."
 
 
-def test_a_description_that_a_template_drops_is_said(
+def test_a_description_that_a_template_drops_is_reported(
     asked: Requests,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -43,21 +43,21 @@ def test_fields_that_cannot_group_are_named(files: Path) -> None:
     (files / "b.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"text": "x", "domain": None}))
     cases = [
         ("a.jsonl", "nothing", "--by nothing: .*a.jsonl, line 1: no field `nothing` to group by"),
-        ("a.jsonl", "meta", r"a.jsonl, line 1: `meta` is \{.*\}, no string or number to group by"),
+        ("a.jsonl", "meta", r"a.jsonl, line 1: `meta` is \{.*\}, not a string or number"),
         ("a.jsonl", "meta.other", "line 1: no field `meta.other`"),
         ("b.jsonl", "domain", "b.jsonl, line 2: `domain` is null"),
-        ("a.parquet", "nothing", "a.parquet has no column `nothing` but text, domain, meta. Name one of them"),
+        ("a.parquet", "nothing", "a.parquet has no column `nothing`, only text, domain, meta. Name one of them"),
         ("plain.txt", "domain", "plain.txt is plain text, which has no fields"),
     ]
     for name, by, message in cases:
         with pytest.raises(UserError, match=message) as caught:
             read_datasets([str(files / name)], by=by)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="--by domain groups the documents of a file, and wikitext2 is none"):
+    with pytest.raises(UserError, match="--by domain groups the documents of a file, not wikitext2"):
         read_datasets(["wikitext2"], by="domain")
 
 
-def test_files_of_one_name_are_told_apart(files: Path) -> None:
+def test_files_of_the_same_name_have_different_labels(files: Path) -> None:
     (files / "other").mkdir()
     (files / "other" / "plain.txt").write_text("other")
     names = [str(files / "plain.txt"), str(files / "other" / "plain.txt"), str(files / "a.jsonl")]

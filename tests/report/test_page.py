@@ -117,9 +117,9 @@ def test_each_stage_continues_the_prompts_as_a_plain_loop_does(folder: Path) -> 
 
 
 def test_a_prompt_that_cannot_be_continued_is_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"--prompt: 'the the.* … has \d+ tokens, the model 128 positions"):
+    with pytest.raises(UserError, match=r"--prompt: 'the the.* … has \d+ tokens, the model has 128 positions"):
         continue_prompts(tiny_model(), tiny_tokenizer(), ["the " * 200], "--prompt")
-    with pytest.raises(UserError, match="--prompt: '' gives no token"):
+    with pytest.raises(UserError, match="--prompt: '' has no tokens"):
         continue_prompts(tiny_model(), tiny_tokenizer(), [""], "--prompt")
 
 

@@ -131,7 +131,7 @@ def test_a_teacher_folder_with_another_tokenizer_is_refused_and_one_without_is_s
     tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
     sections = {"model": {"teacher": str(tmp_path / "teacher")}, "distillation": {"alpha": 0.5}}
     bare = train(tmp_path, "--dry-run", **copy.deepcopy(sections))
-    assert bare.exit_code == 0 and "the teacher has no tokenizer to compare; its tokens are taken for" in bare.stdout
+    assert bare.exit_code == 0 and "the teacher has no tokenizer to compare; its tokens are assumed" in bare.stdout
     other = copy.deepcopy(tiny_tokenizer())
     other.backend_tokenizer.normalizer = Lowercase()
     other.save_pretrained(tmp_path / "teacher")
@@ -165,7 +165,7 @@ def test_a_chat_teacher_that_renames_reserved_tokens_teaches_text_without_them(t
         tokenizer.save_pretrained(tmp_path / folder)
     sections = {"model": {"teacher": str(tmp_path / "teacher")}, "distillation": {"alpha": 0.5}}
     plan = train(tmp_path, "--dry-run", **copy.deepcopy(sections))
-    assert plan.exit_code == 0 and "other names for 1 added tokens, the first is 82: '<call>' there" in plan.stdout
+    assert plan.exit_code == 0 and "other names for 1 added tokens; the first is 82: '<call>' there" in plan.stdout
     assert train(tmp_path, **copy.deepcopy(sections)).exit_code == 0
     (tmp_path / "tools.txt").write_text("two <reserved> of four " * 100)
     result = train(tmp_path, "--overwrite", data={"train": "tools.txt", "bos": "none"}, **copy.deepcopy(sections))

@@ -19,24 +19,24 @@ Borders = tuple[int, int | None]  # the tokens that documents end and begin with
 
 
 def document_borders(tokenizer: PreTrainedTokenizerBase | None, packing: str, bos: str = "auto") -> Borders | None:
-    """The tokens that documents end and begin with (None: no BOS); None where they are not kept apart."""
+    """The tokens that documents end and begin with (None: no BOS); None if they are not kept apart."""
     if tokenizer is None or packing != "documents":
         return None
     return eos_token(tokenizer), next(iter(find_bos(bos, tokenizer).tokens), None)
 
 
 class CausalLMCollator:
-    """Stack token rows to a batch; labels are the inputs unless a row brings its own.
+    """Stack token rows into a batch; labels are the inputs unless a row has its own.
 
     transformers' `DataCollatorForLanguageModeling` masks every label equal to the pad token: with pad = EOS, the usual
     choice for GPT-2 or LLaMA, a model would never learn to end a document. Here only padding is ignored.
 
     Args:
-        pad_token_id: fills rows on the right where lengths differ; with None such a batch is refused.
-        document_end: keep documents apart, which end with this token unless rows bring `position_ids`: positions begin
-            at 0 with every document, which transformers' attention masks take for its border, and the first token of a
-            document is no label. With None they are not kept apart.
-        document_begin: BOS, where documents or blocks begin with it. It may be the token that ends documents (OPT).
+        pad_token_id: fills rows on the right if lengths differ; with None such a batch is refused.
+        document_end: the token that ends documents, which are then kept apart: positions begin at 0 in every document,
+            which transformers' attention masks take as its border, and its first token is not a label. `position_ids`
+            of a row take precedence over the token. With None documents are not kept apart.
+        document_begin: BOS, if documents or blocks begin with it. It may be the token that ends documents (OPT).
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class CausalLMCollator:
         """Make a batch.
 
         Args:
-            features: rows with `input_ids` and perhaps `labels` and `attention_mask`: lists or tensors of one length.
+            features: rows with `input_ids` and perhaps `labels` and `attention_mask`: lists or tensors of equal length.
 
         Returns:
             int64 `[batch, longest]`: `input_ids`, `labels` (-100 on padding), and `attention_mask` only if lengths
-            differ or a row brings one; `position_ids` where documents are kept apart; `domain_index`, `[batch]`, if the
-            rows have it.
+            differ or a row has one; `position_ids` if documents are kept apart; `domain_index`, `[batch]`, if the rows
+            have it.
 
         Raises:
-            UserError: lengths differ and there is no pad token, or documents are to be kept apart; or a row's labels or
-                mask differ in length from it.
+            UserError: lengths differ and there is no pad token or documents are to be kept apart; or a row differs in
+                length from its labels or mask.
         """
         rows = [_long(feature["input_ids"]) for feature in features]
         length = max(map(len, rows))
@@ -91,13 +91,13 @@ class CausalLMCollator:
     ) -> dict[str, Tensor]:
         if "attention_mask" in batch:
             raise UserError(
-                "data.packing='documents' needs blocks of one length without padding, and these rows differ in length "
-                "or bring an attention_mask. Pass packed blocks, or raw text, or take data.packing='joined'."
+                "data.packing='documents' needs blocks of one length without padding, but these rows differ in length "
+                "or have an attention_mask. Pass packed blocks or raw text, or set data.packing='joined'."
             )
         place = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
         ends = torch.eq(batch["input_ids"], document_end)
         if self.document_begin == document_end:
-            # BOS is the second of two in a row, or one alone at the begin of the block: nothing ends with it.
+            # BOS is the second of two in a row, or a single one at the start of the block: no document ends there.
             before = torch.cat([~ends[:, 1:2], ends[:, :-1]], dim=1)
             ends = ends & ~before
         ends = ends[:, :-1]

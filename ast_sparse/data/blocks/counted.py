@@ -19,19 +19,19 @@ from ast_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1  # part of the fingerprint: raise it when other rows are left out
+_FORMAT_VERSION = 1  # part of the fingerprint: raise it when different rows are left out
 _ROWS_PER_BATCH = 1024
 
 
 def counted_tokens(rows: Dataset, borders: Borders | None = None) -> np.ndarray:
     """How many tokens of each row the loss counts: int64 `[rows]`.
 
-    The first token of a row is never predicted, a label of −100 does not count, and of documents that are kept apart
-    neither does the first token of each.
+    The first token of a row is never predicted, and a label of −100 does not count. If documents are kept apart, the
+    first token of each does not count either.
 
     Args:
         rows: `input_ids`, and perhaps `labels` and `position_ids`.
-        borders: the tokens that documents end and begin with (None: no BOS), as of `CausalLMCollator`; None where
+        borders: the tokens that documents end and begin with (None: no BOS), as in `CausalLMCollator`; None if
             documents are not kept apart.
     """
     names = [name for name in ("input_ids", "labels", "position_ids") if name in rows.column_names]
@@ -58,7 +58,7 @@ def _of_table(table: pa.Table, borders: Borders | None) -> np.ndarray:
 
 
 def _ends(ids: np.ndarray, first: np.ndarray, end: int, begin: int | None) -> np.ndarray:
-    """Where documents end, by the rule of `CausalLMCollator`. `first` are the places of the first tokens of rows."""
+    """Where documents end, by the rule of `CausalLMCollator`. `first`: the indices of the first tokens of rows."""
     ends = ids == end
     if begin == end:
         before = np.roll(ends, 1)
@@ -70,7 +70,7 @@ def _ends(ids: np.ndarray, first: np.ndarray, end: int, begin: int | None) -> np
 def _values(table: pa.Table, name: str, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column that may be missing or null, and which tokens have one.
 
-    A row whose values are not as many as its tokens counts as one without: the collator refuses it.
+    A row that has more or fewer values than tokens counts as one without: the collator refuses it.
     """
     if name not in table.column_names:
         return np.empty(0, dtype=np.int64), np.zeros(int(lengths.sum()), dtype=bool)
@@ -88,7 +88,7 @@ def _flat(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def nothing_counted(name: str, rows: int) -> str:
-    """The error where no row has a counted token."""
+    """The error if no row has a counted token."""
     return (
         f"{name}: none of {rows:,} block{'' if rows == 1 else 's'} has a token that the loss counts: all labels are "
         "−100, so nothing can be learned or measured. Give rows with longer answers and shorter prompts, or more rows; "
@@ -97,14 +97,14 @@ def nothing_counted(name: str, rows: int) -> str:
 
 
 def with_counted_tokens(dataset: Any, name: str, borders: Borders | None = None, says: bool = True) -> Any:
-    """A data set of rows without those that have no counted token; where all have one, the data set itself.
+    """Leave out the rows without a counted token; if every row has one, return the data set itself.
 
-    Only a `datasets.Dataset`, a list of rows, domains and a mapping of names to such are looked through; anything else
-    is returned as it is.
+    This looks at a `datasets.Dataset`, a list of rows, domains, and a mapping of names to these. Anything else is
+    returned as it is.
 
     Args:
         name: what messages call the data.
-        borders: as of `counted_tokens`.
+        borders: as in `counted_tokens`.
         says: log how many are left out.
 
     Raises:

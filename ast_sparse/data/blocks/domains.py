@@ -1,9 +1,9 @@
-"""Which block of which domain each sample of a training is (Sheared LLaMA's dynamic batch loading, paper Sec. 7).
+"""Which block of which domain each training sample is (Sheared LLaMA's dynamic batch loading, paper Sec. 7).
 
-Samples are numbered through the training: step s takes the samples `[s · batch, (s+1) · batch)`, however many processes
-and micro-batches share them. Sample i belongs to the domain into whose part of [0, 1) a hash of (seed, i) falls, cut by
-the shares in force at its step; it is the next block in that domain's own order. So the whole sequence follows from the
-seed and the history of the shares, and that is all a checkpoint keeps.
+Samples are numbered over the whole run: step s takes the samples `[s · batch, (s+1) · batch)`, however many processes
+and micro-batches share them. The shares at that step divide [0, 1) among the domains. Sample i belongs to the domain in
+whose part a hash of (seed, i) falls, and is the next block in that domain's order. So the whole sequence follows from
+the seed and the history of the shares, and that is all a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHUNK = 2**16  # samples that are counted at once
 
 
 class DomainBlocks(Sequence[dict[str, Any]]):
-    """The blocks of several domains as one data set; a row says which domain it is of.
+    """The blocks of several domains as one data set; each row has the index of its domain.
 
     Args:
         parts: packed blocks by the name of the domain, rows `{"input_ids": ...}` of one length.
@@ -52,7 +52,7 @@ class ShareChange:
     """Shares that are in force from a step on.
 
     Attributes:
-        step: first step they hold for.
+        step: the first step they apply to.
         shares: of the domains, in their order.
         losses: held-out losses they were computed from; None for those the run starts with.
     """
@@ -63,13 +63,13 @@ class ShareChange:
 
 
 class Mixture:
-    """The samples of a training, step by step.
+    """The samples of a training run, step by step.
 
     Args:
         blocks: how many each domain has, by name; at least 1 each.
-        shares: to begin with, in the order of `blocks`; they sum to 1.
-        seed: of the order of blocks, and of the draw of domains.
-        batch: samples of a step, over all processes and micro-batches.
+        shares: at the start, in the order of `blocks`; they sum to 1.
+        seed: for the order of blocks and for drawing domains.
+        batch: samples in a step, over all processes and micro-batches.
     """
 
     def __init__(self, blocks: Mapping[str, int], shares: Sequence[float], seed: int, batch: int) -> None:
@@ -83,11 +83,11 @@ class Mixture:
         self._counted = (0, np.zeros(len(self.names), dtype=np.int64))  # step, blocks used before it
 
     def shares_at(self, step: int) -> tuple[float, ...]:
-        """The shares that the samples of `step` are drawn by."""
+        """The shares by which the samples of `step` are drawn."""
         return next(change.shares for change in reversed(self.history) if change.step <= step)
 
     def change_shares(self, step: int, shares: Sequence[float], losses: Sequence[float]) -> None:
-        """Draw the samples of `step` and later by other shares; earlier changes are of earlier steps."""
+        """Draw the samples of `step` and later by other shares; this replaces changes at `step` or later."""
         self.history = [change for change in self.history if change.step < step]
         self.history.append(ShareChange(step, tuple(shares), tuple(losses)))
         if self._counted[0] > step:
@@ -123,7 +123,7 @@ class Mixture:
         bits = mix(mix(np.arange(first, first + count, dtype=np.uint64)) ^ self._key) >> np.uint64(11)
         uniform = bits.astype(np.float64) * 2.0**-53
         borders = np.cumsum(shares)
-        last = int(np.flatnonzero(shares)[-1])  # the borders may end a rounding below 1
+        last = int(np.flatnonzero(shares)[-1])  # rounding may leave the last border below 1
         return np.minimum(np.searchsorted(borders, uniform, side="right"), last).astype(np.int64)
 
     def state(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Mixture:
         }
 
     def load_history(self, state: Mapping[str, Any]) -> None:
-        """Go on with the shares of a checkpoint.
+        """Continue with the shares of a checkpoint.
 
         Raises:
             ValueError, KeyError, TypeError: the state is damaged.
@@ -165,8 +165,8 @@ def updated_shares(
     """The shares after an evaluation (paper Sec. 7).
 
     doremi: `w' = softmax(log w + η·(loss − target))`; bandit: `w' = softmax(w + η·(loss − target))`; then
-    `w = (1−c)·w' + c/n`. With `clip` a loss below its target counts as on it, as in Sheared LLaMA's paper. constant: as
-    they are.
+    `w = (1−c)·w' + c/n`. With `clip` a loss below its target counts as equal to it, as in Sheared LLaMA's paper.
+    constant: unchanged.
 
     Args:
         losses, targets: of the domains, held out, in nats a token.

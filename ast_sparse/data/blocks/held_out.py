@@ -18,12 +18,12 @@ def training_tokens(
 ) -> list[np.ndarray]:
     """How many tokens of each document train; the rest of it is held out.
 
-    Whole documents are held out: of each source the `ceil(share · n)` with the smallest hash of (seed, text), so that
-    neither the order of files nor copies of a document matter; a copy in another source goes the same way. Of a source
-    with fewer than 20 documents the last `share` of its tokens is held out, which cuts one document in two.
+    Whole documents are held out: from each source the `ceil(share · n)` with the smallest hash of (seed, text), so that
+    neither the order of files nor copies of a document matter. A copy in another source is treated the same. If a
+    source has fewer than 20 documents, the last `share` of its tokens is held out, which cuts one document in two.
 
     Args:
-        keys, lengths: per source `[documents]`, hash of the text and tokens; empty documents have length 0.
+        keys, lengths: per source `[documents]`, hash of the text, and number of tokens (0 if empty).
         names: of the sources, for messages.
 
     Returns:
@@ -66,7 +66,7 @@ def ceil_share(share: float, n: int) -> int:
 
 
 def all_but_the_tail(lengths: np.ndarray, share: float) -> np.ndarray:
-    """Of each document the tokens before the last `share` of all tokens."""
+    """How many tokens of each document come before the last `share` of all tokens."""
     total = int(lengths.sum())
     before = np.cumsum(lengths) - lengths
     return np.clip(total - ceil_share(share, total) - before, 0, lengths)
@@ -83,5 +83,5 @@ def _refuse_copies(
             raise UserError(
                 f"A document of {name} occurs twice in `data.train`. With fewer than {FEW_DOCUMENTS} documents the "
                 "end of the text is held out (`data.eval_share`), and the copy would leak it into training. Remove the "
-                "copy, name `data.eval`, or set `data.eval_share: 0`."
+                "copy, set `data.eval`, or set `data.eval_share: 0`."
             )

@@ -23,14 +23,14 @@ def seed_key(*parts: object) -> int:
 
 
 class BlockOrder:
-    """In which order the blocks of a text are trained on: all of them once in every epoch, each epoch in its own order.
+    """The order in which the blocks of a text are trained on: each once an epoch, every epoch in its own order.
 
     The permutation is a Feistel network of four rounds over the next power of four, walked until it hits a block
-    (cycle walking), so nothing of the size of the text is kept, and any position is found at once.
+    (cycle walking), so nothing as large as the text is kept, and any position is computed directly.
 
     Args:
         blocks: their number, at least 1.
-        key: of `seed_key`; another key, another order.
+        key: from `seed_key`; another key gives another order.
     """
 
     def __init__(self, blocks: int, key: int) -> None:

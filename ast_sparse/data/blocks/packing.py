@@ -1,7 +1,7 @@
-"""From documents to training blocks: tokenise, pack, collate.
+"""Pack tokenised documents into training blocks of equal length.
 
-Both steps over the text are `datasets` maps with fingerprints of their own, so a second run with the same text,
-tokenizer and block size reads the cache instead of working again.
+Packing is a `datasets` map with its own fingerprint, so a second run with the same text, tokenizer and block size reads
+the cache.
 """
 
 import numpy as np
@@ -22,13 +22,13 @@ def pack_tokens(
     """Join the tokens `[start, stop)` of every document, in order, and cut them into blocks; the remainder is left out.
 
     Args:
-        tokenised: from `tokenise_documents` or `tokenise_conversations`, several of them concatenated if need be.
+        tokenised: from `tokenise_documents` or `tokenise_conversations`, or several of them concatenated.
         starts, stops: int64 `[documents]`.
-        bos: what stands before each block, and counts in its size.
+        bos: what goes before each block; it counts towards the size.
 
     Returns:
-        `{"input_ids": block_size token ids}` a row, cached; of conversations `labels` and `position_ids` as well, which
-            begin at 0 with each conversation, and with each block.
+        `{"input_ids": block_size token ids}` a row, cached; for conversations also `labels` and `position_ids`, which
+            begin at 0 in each conversation and in each block.
     """
     rows = np.flatnonzero(stops > starts)
     starts, stops = starts[rows], stops[rows]
@@ -37,17 +37,17 @@ def pack_tokens(
     parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *front, *rule)
     key = Hasher.hash((FORMAT_VERSION, "pack", tokenised._fingerprint, *parts))
     columns = ["input_ids", *(("labels", "position_ids") if "labels" in tokenised.column_names else ())]
-    # of one map batch into the next: one process, batches in order
+    # from one map batch to the next: one process takes the batches in order
     carried = {column: np.empty(0, dtype=np.int32) for column in columns}
 
     def stream(column: str, table: pa.Table, indices: list[int]) -> np.ndarray:
         is_position = column == "position_ids"
         documents = table.column("input_ids" if is_position else column).combine_chunks()
         tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
-        pieces = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
+        found = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
         if is_position:
-            pieces = [np.arange(len(piece), dtype=np.int32) for piece in pieces]
-        return np.concatenate([carried[column], *pieces])
+            found = [np.arange(len(part), dtype=np.int32) for part in found]
+        return np.concatenate([carried[column], *found])
 
     def cut(table: pa.Table, indices: list[int]) -> pa.Table:
         streams = {column: stream(column, table, indices) for column in columns}
@@ -58,7 +58,7 @@ def pack_tokens(
             blocks[column] = [
                 _block(column, values[at : at + block_size - before], before, front) for at, before in begins
             ]
-        return pa.table({column: list_array(pieces) for column, pieces in blocks.items()})
+        return pa.table({column: list_array(found) for column, found in blocks.items()})
 
     packed = (
         tokenised.select(rows)
@@ -92,7 +92,7 @@ def block_begins(stream: np.ndarray, block_size: int, bos: Bos) -> tuple[list[tu
 def _block(column: str, values: np.ndarray, before: int, front: tuple[int, ...]) -> np.ndarray:
     """A block of one column: `before` tokens of `front`, and its values."""
     if column == "position_ids":
-        # A document that began in an earlier block begins anew; the first one begins with what stands before it.
+        # A document that began in an earlier block starts again, after the BOS that is put before it.
         is_first = np.cumsum(values[1:] == 0) == 0
         values = np.concatenate([[before], np.where(is_first, values[1:] - values[0] + before, values[1:])])
         added = np.arange(before)

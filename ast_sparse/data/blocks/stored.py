@@ -1,7 +1,7 @@
-"""Blocks of tokens read out of memory-mapped shards: nothing of the size of the text is held in memory.
+"""Blocks of tokens read from memory-mapped shards: nothing as large as the text is kept in memory.
 
-The documents of a folder are one stream, of which some stretches are held out. A split is a list of stretches, and its
-block i the tokens `[i · size, (i+1) · size)` of them joined.
+The documents of a folder are one stream, and some stretches of it are held out. A split is a list of stretches. Its
+block i is the tokens `[i · size, (i+1) · size)` of the joined stretches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ast_sparse.errors import UserError
 
 @dataclass(frozen=True)
 class Stretches:
-    """Tokens of a split: `[start, stop)` of a shard each, in order; int64 `[stretches]`, and the shard's number."""
+    """The tokens of a split, in order: the number of a shard, and `[start, stop)` in it; int64 `[stretches]` each."""
 
     shard: np.ndarray
     start: np.ndarray
@@ -47,9 +47,9 @@ class TokenBlocks(Sequence[dict[str, Any]]):
     """The blocks of a split: rows `{"input_ids": int64 [block_size]}`, read when they are asked for.
 
     Args:
-        folders: their shards, numbered through.
-        stretches: of `split_folders`.
-        front: tokens that every block begins with, which count in its size.
+        folders: their shards are numbered consecutively.
+        stretches: from `split_folders`.
+        front: tokens at the start of every block; they count towards its size.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class TokenBlocks(Sequence[dict[str, Any]]):
 
 
 def split_folders(folders: Sequence[ShardFolder], share: float, seed: int) -> list[tuple[Stretches, Stretches]]:
-    """What of each folder trains, and what is held out: the documents that `training_tokens` would hold out.
+    """Which part of each folder trains and which is held out: the documents that `training_tokens` would hold out.
 
-    Hashes are read shard by shard, so memory is that of what is held out.
+    Hashes are read shard by shard, so memory grows only with what is held out.
 
     Raises:
         UserError: a document of a folder with fewer than 20 has a copy somewhere, so that the cut would let it leak.
@@ -168,7 +168,7 @@ def _smallest(folder: ShardFolder, share: float, seed: int) -> np.ndarray:
 
 
 def _without(folder: ShardFolder, held_out: np.ndarray, first: int) -> tuple[Stretches, Stretches]:
-    """The stretches between the documents that are held out, and these."""
+    """The stretches that train, and those of the held-out documents."""
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     counts = [0, 0]
     for number, (_, borders, keys) in enumerate(_documents(folder), start=first):
@@ -189,7 +189,7 @@ def _runs(chosen: np.ndarray, borders: np.ndarray, number: int) -> np.ndarray:
 
 
 def _cut_tail(folder: ShardFolder, share: float, first: int) -> tuple[Stretches, Stretches]:
-    """All but the last `share` of the tokens, and these; a document that is cut in two counts in both."""
+    """All but the last `share` of the tokens, and that share; a document that is cut in two counts in both."""
     shards = folder.manifest.shards
     lengths = np.asarray([shard.tokens for shard in shards], dtype=np.int64)
     kept = all_but_the_tail(lengths, share)
@@ -220,5 +220,5 @@ def _refuse_copies(folders: Sequence[ShardFolder], few: Sequence[bool]) -> None:
             raise UserError(
                 f"A document of {folder.name} occurs twice in the training text. With fewer than {FEW_DOCUMENTS} "
                 "documents the end of the text is held out (`data.eval_share`), and the copy would leak it into "
-                "training. Remove the copy, name `data.eval`, or set `data.eval_share: 0`."
+                "training. Remove the copy, set `data.eval`, or set `data.eval_share: 0`."
             )

@@ -1,4 +1,4 @@
-"""Blocks of text that is tokenised while it is trained on: nothing is stored, and nothing is known of its length."""
+"""Blocks of text that is tokenised during training: nothing is stored, and the length is unknown."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _DOCUMENTS = 16  # tokenised at once
 class StreamedBlocks(IterableDataset[dict[str, Any]]):
     """The documents of sources in their order, joined and cut into blocks: rows `{"input_ids": int64 [block_size]}`.
 
-    The blocks are those that `pack_tokens` makes of the text, again and again without an end. A resumed run reads and
-    tokenises again what was used, and goes on at the very next block. Data sets of the hub are read over the network.
+    The blocks are those that `pack_tokens` makes of the text, repeated without end. A resumed run reads and tokenises
+    the used text again and continues with the next block. Data sets of the hub are read over the network.
 
     Args:
-        entries, root, text_field: as of `data.train`.
-        bos: what stands before documents or blocks.
+        entries, root, text_field: as in `data.train`.
+        bos: what goes before documents or blocks.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             carried = stream[end:]
 
     def _stream(self) -> Iterator[np.ndarray]:
-        """The tokens of some documents at a time, of all sources again and again."""
+        """The tokens of all sources, a few documents at a time, repeated without end."""
         while True:
             total = 0
             documents = iterate_documents(self.entries, self.root, self.text_field, "data.train", streaming=True)
@@ -71,5 +71,5 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             if total < self.block_size - len(self.bos.of_block):
                 raise UserError(
                     f"`data.train`: the stream ends after {total:,} tokens, fewer than one block of "
-                    f"`data.block_size` = {self.block_size:,}. Name more text."
+                    f"`data.block_size` = {self.block_size:,}. Give more text."
                 )

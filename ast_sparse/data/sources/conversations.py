@@ -1,4 +1,4 @@
-"""Chat data as it lies in files: recognised by the names of its columns, as TRL does, and read row by row."""
+"""Chat data in files: recognised by the names of its columns, as TRL does, and read row by row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from ast_sparse.data.sources.text_files import json_rows, shown
 from ast_sparse.errors import UserError, one_line
 
-ROW = "conversation"  # a column of rows as JSON, whatever their messages hold
+ROW = "conversation"  # a column with whole rows as JSON, whatever is in their messages
 SETTINGS = "chat_template_kwargs"  # variables of the template, by row
 _OPTIONAL = ("tools", SETTINGS)
 
 
 def chat_columns(names: Collection[str]) -> list[str]:
-    """The columns that make a data set chat data; none where it is raw text."""
+    """The columns that make a data set chat data; none if it is raw text."""
     more = [name for name in _OPTIONAL if name in names]
     if {"prompt", "completion"} <= set(names):
         return ["prompt", "completion", *more]
@@ -27,7 +27,7 @@ def chat_columns(names: Collection[str]) -> list[str]:
 
 
 def chat_columns_of_file(file: Path, kind: str) -> list[str]:
-    """The same of a file, by the first row of JSONL or the schema of parquet; none where it cannot be read.
+    """The same for a file, from the first row of JSONL or the schema of parquet; none if it cannot be read.
 
     Args:
         kind: of the file: json, parquet or text.
@@ -38,7 +38,7 @@ def chat_columns_of_file(file: Path, kind: str) -> list[str]:
 
             return chat_columns(pq.read_schema(file).names)
         row, _ = next(json_rows(file), ({}, "")) if kind == "json" else ({}, "")
-    except (UserError, OSError, EOFError, ValueError, zlib.error):  # said when it is read as text
+    except (UserError, OSError, EOFError, ValueError, zlib.error):  # reported when it is read as text
         return []
     return chat_columns(row) if isinstance(row, dict) else []
 
@@ -55,19 +55,19 @@ def json_conversations(files: tuple[Path, ...], columns: tuple[str, ...]) -> Ite
                 for column in columns:
                     if column not in _OPTIONAL and (not isinstance(row, Mapping) or row.get(column) is None):
                         raise UserError(f"{where}: no `{column}`, which the first line has. Leave the line out.")
-                # of the other columns the first line does not say whether they are there
+                # optional columns may begin after the first line
                 more = [column for column in _OPTIONAL if column not in columns and row.get(column) is not None]
                 yield {ROW: json.dumps({column: row.get(column) for column in (*columns, *more)})}
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
             reason = one_line(error, 300, end="stop")
-            raise UserError(f"{file} cannot be read: {reason} Copy it again, or mend its rights.") from error
+            raise UserError(f"{file} cannot be read: {reason} Copy it again, or fix its permissions.") from error
 
 
 def read_row(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
-    """A row by the columns of its conversation, out of the column `ROW` where it stands there.
+    """The columns of a conversation as one row, decoded from the column `ROW` if there is one.
 
     Args:
-        features: of the columns. Arrow gives all rows the same keys and fills them with null: those are taken out.
+        features: of the columns. Arrow gives all rows the same keys and fills missing ones with null, which is removed.
     """
     if ROW in row:
         return dict(json.loads(row[ROW]))
@@ -75,7 +75,7 @@ def read_row(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]
 
 
 def without_filled(value: Any, feature: Any) -> Any:
-    """A value without the keys that Arrow filled with null; what a feature holds as JSON stays as it is."""
+    """A value without the keys that Arrow filled with null; what a feature stores as JSON stays as it is."""
     if isinstance(value, dict) and isinstance(feature, dict):
         return {key: without_filled(item, feature.get(key)) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def without_filled(value: Any, feature: Any) -> Any:
 
 
 def read_tools(value: Any, where: str) -> list[Any] | None:
-    """The tools of a row, None without any; the list, each of it and its parameters may be JSON strings."""
+    """The tools of a row, None without any; the list, each tool and its parameters may be JSON strings."""
     tools = _decoded(value, "tools", where)
     if not tools:
         return None
@@ -94,7 +94,7 @@ def read_tools(value: Any, where: str) -> list[Any] | None:
     found = []
     for tool in (_decoded(tool, "tools", where) for tool in tools):
         if not isinstance(tool, dict):
-            raise UserError(f"{where}: `tools` holds {shown(tool)}, which is not a JSON schema. Leave the row out.")
+            raise UserError(f"{where}: `tools` contains {shown(tool)}, which is not a JSON schema. Leave the row out.")
         function = tool.get("function", tool)
         if isinstance(function, dict) and isinstance(function.get("parameters"), str):
             function = {**function, "parameters": _decoded(function["parameters"], "parameters", where)}

@@ -1,4 +1,4 @@
-"""Text out of its sources: files and hub data sets to documents.
+"""Read text from its sources: files and hub data sets become documents.
 
 Every entry (`entries`) becomes a memory-mapped `datasets.Dataset` with one document a row, or is read once, document by
 document, to be written into shards.
@@ -23,7 +23,7 @@ from ast_sparse.data.sources.text_files import file_documents, json_rows, name_t
 from ast_sparse.errors import UserError, one_line
 
 _FORMAT_VERSION = 1  # part of the cache key of files: raise it when they are read differently
-_OPTIONAL_READ = 1  # the same of conversations
+_OPTIONAL_READ = 1  # the same for conversations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,12 @@ def load_documents(
 def iterate_documents(
     entries: Sequence[Entry], root: str | None, text_field: str, field: str, streaming: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """The documents of every entry in order, one at a time, and where each stands, for messages.
+    """The documents of every entry in order, one at a time, each with its place, for messages.
 
-    Files are read once, nothing is cached.
+    Files are read once, and nothing is cached.
 
     Args:
-        streaming: read data sets of the hub over the network instead of downloading them; an entry may say so itself.
+        streaming: read data sets of the hub over the network instead of downloading them; an entry may set it too.
 
     Raises:
         UserError: as `load_documents`.
@@ -86,7 +86,7 @@ def _column_texts(rows: Dataset | IterableDataset, text_field: str, name: str) -
     try:
         for number, row in enumerate(rows):
             if not isinstance(text := row[text_field], str):
-                raise UserError(f"{name}: row {number} has no text in `{text_field}` but {shown(text)}. Leave it out.")
+                raise UserError(f"{name}: row {number}: `{text_field}` is {shown(text)}, not text. Leave it out.")
             yield text, f"{name}, row {number}"
     except (OSError, ValueError, DatasetGenerationError) as error:  # a damaged file, or the network
         reason = one_line(error, 300, end="stop")
@@ -94,7 +94,7 @@ def _column_texts(rows: Dataset | IterableDataset, text_field: str, name: str) -
 
 
 def read_texts(entry: str, root: str | None, text_field: str, field: str) -> list[str]:
-    """The documents of one file or glob, read into memory. Arguments and errors as of `load_documents`."""
+    """The documents of one file or glob, read into memory. Arguments and errors as in `load_documents`."""
     kind, files = text_files(entry, root, field)
     if kind == "parquet":
         return list(_load_parquet(files, text_field)[text_field])
@@ -102,7 +102,7 @@ def read_texts(entry: str, root: str | None, text_field: str, field: str) -> lis
 
 
 def read_conversations(entry: str, root: str | None, field: str) -> list[dict[str, Any]]:
-    """The rows of one file or glob of chat data, read into memory; none where it is raw text.
+    """The rows of one file or glob of chat data, read into memory; none if it is raw text.
 
     Raises:
         UserError: as `load_documents`.
@@ -115,10 +115,10 @@ def read_conversations(entry: str, root: str | None, field: str) -> list[dict[st
 
 
 def read_groups(entry: str, root: str | None, text_field: str, by: str, field: str) -> dict[str, list[str]]:
-    """The documents of one JSONL or parquet file or glob by the value of a field, in the order they first appear.
+    """The documents of one JSONL or parquet file or glob, grouped by a field; groups are in order of appearance.
 
     Args:
-        by: field, or the path to one inside others: `meta.domain`. Its values are strings, numbers or booleans.
+        by: a field, or the path to a nested one: `meta.domain`. Its values are strings, numbers or booleans.
 
     Raises:
         UserError: as `read_texts`; the file is plain text, or a row has no such field or no such value in it.
@@ -144,7 +144,7 @@ def _parquet_column(files: list[Path], by: str) -> list[Any]:
     top = by.split(".")[0]
     for file in files:
         if top not in (names := pq.read_schema(file).names):
-            raise UserError(f"{file} has no column `{top}` but {', '.join(names)}. Name one of them.")
+            raise UserError(f"{file} has no column `{top}`, only {', '.join(names)}. Name one of them.")
     return list(_load_parquet(files, top)[top])
 
 
@@ -155,7 +155,7 @@ def _group(row: Any, where: str, by: str) -> str:
             raise UserError(f"{where}: no field `{by}` to group by. Name another field, or complete the row.")
         value = value[name]
     if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: `{by}` is {shown(value)}, no string or number to group by.")
+        raise UserError(f"{where}: `{by}` is {shown(value)}, not a string or number. Name another field.")
     return str(value)
 
 
@@ -176,11 +176,11 @@ def _load(entry: Entry, kind: str, files: list[Path], text_field: str) -> Source
 
 
 def _check_columns(files: list[Path], columns: list[str]) -> None:
-    """Raise UserError where a later file of chat data has a column that the first has not, and that would be lost."""
+    """Raise UserError if a later file of chat data has a column that the first lacks, since it would be lost."""
     for file in files[1:] if columns else ():
         if more := [name for name in chat_columns_of_file(file, "parquet") if name not in columns]:
             raise UserError(
-                f"{file} has a column `{more[0]}`, and {files[0]} has not. Write all files with the same columns."
+                f"{file} has a column `{more[0]}`, but {files[0]} does not. Write all files with the same columns."
             )
 
 
@@ -195,14 +195,14 @@ def _load_hub(
     kind = IterableDataset if streaming else Dataset
     try:
         loaded = datasets.load_dataset(**{"split": "train", **({"streaming": True} if streaming else {}), **entry})
-        # features of a stream may be unknown until it is read
+        # the features of a stream may be unknown until it is read
         columns = loaded.column_names or list(next(iter(loaded), {})) if isinstance(loaded, kind) else []
     except Exception as error:  # whatever the arguments of the entry make `datasets` and its readers raise
         reason = one_line(error, 300).removesuffix(".")
         raise UserError(f"Cannot load data set {name}: {reason}. Check its entry, or the network.") from error
     if not isinstance(loaded, kind):
-        mend = "name one `split`" if streaming else "name one `split`, without `streaming`"
-        raise UserError(f"Data set {name} loads as {type(loaded).__name__}: {mend}.")
+        fix = "give one `split`" if streaming else "give one `split`, without `streaming`"
+        raise UserError(f"Data set {name} loads as {type(loaded).__name__}: {fix}.")
     if may_be_chat and (found := chat_columns(columns)):
         return loaded.select_columns(found)
     if text_field not in columns:
@@ -232,20 +232,20 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
         )
     except DatasetGenerationError as error:
         reason = one_line(error.__cause__ or error, 300, end="stop")
-        if len(files) > 1 and isinstance(error.__cause__, TypeError | CastError):  # not of the file but of the schema
+        if len(files) > 1 and isinstance(error.__cause__, TypeError | CastError):  # the schema is wrong, not the file
             raise UserError(
-                f"{', '.join(map(str, files))} hold columns of different types: {reason} Write all files with the same "
-                "types, or give each an entry of its own."
+                f"{', '.join(map(str, files))} have columns of different types: {reason} Write all files with the same "
+                "types, or give each its own entry."
             ) from error
         raise UserError(f"{', '.join(map(str, files))} is damaged: {reason} Copy or write it again.") from error
 
 
 def _no_column(name: str, text_field: str, columns: Sequence[str]) -> str:
-    return f"{name} has no column `{text_field}` but {', '.join(columns)}. {name_text(columns)}"
+    return f"{name} has no column `{text_field}`, only {', '.join(columns)}. {name_text(columns)}"
 
 
 def _load_files(files: list[Path], kind: str, text_field: str) -> Dataset:
-    arguments = {"files": tuple(files), "kind": kind, "text_field": text_field}  # a list would mean shards
+    arguments = {"files": tuple(files), "kind": kind, "text_field": text_field}  # `datasets` takes a list as shards
     return _generated(_rows, "text", arguments, (_FORMAT_VERSION, file_stamps(files), kind, text_field))
 
 
@@ -257,13 +257,13 @@ def _load_chat_files(files: list[Path], columns: list[str]) -> Dataset:
 
 
 def _generated(rows: Any, column: str, arguments: dict[str, Any], parts: tuple[Any, ...]) -> Dataset:
-    """What a generator of rows of one column of text makes, cached under the hash of `parts`."""
+    """The data set of a generator whose rows have one column of text, cached under the hash of `parts`."""
     try:
         return cast(
             Dataset,
             Dataset.from_generator(
                 rows,
-                features=Features({column: Value("large_string")}),  # a string column ends at 2 GiB
+                features=Features({column: Value("large_string")}),  # a string column takes at most 2 GiB
                 gen_kwargs=arguments,
                 fingerprint=Hasher.hash(parts),
             ),

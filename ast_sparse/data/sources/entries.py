@@ -32,7 +32,7 @@ def check_sources(config: DataConfig) -> None:
 
     Raises:
         UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry,
-            shards that are unfinished or cut, or a source that stands in both lists.
+            shards that are unfinished or cut, or a source that is in both lists.
     """
     places: dict[str, str] = {}
     trained = config.entries("train")
@@ -40,20 +40,20 @@ def check_sources(config: DataConfig) -> None:
     for field, entries in trained.items():
         for key in {key for entry in entries for key in _identities(entry, config.root, field)}:
             if (other := places.setdefault(key, field)) != field:
-                raise UserError(f"`{field}`: {key} is in `{other}` too. Give each domain text of its own.")
+                raise UserError(f"`{field}`: {key} is in `{other}` too. Give each domain its own text.")
     evaluated = config.entries("eval")
     _check_kinds(evaluated, config.root)
     for field, entries in evaluated.items():
         for entry in entries:
             if found := sorted(places[key] for key in _identities(entry, config.root, field) if key in places):
                 raise UserError(
-                    f"`{field}`: {entry} is in `{found[0]}` too, so nothing would be held out. Name other text, or "
+                    f"`{field}`: {entry} is in `{found[0]}` too, so nothing would be held out. Give other text, or "
                     f"remove `{field}` and set `data.eval_share`."
                 )
 
 
 def _check_kinds(entries: Mapping[str, Sequence[Entry]], root: str | None) -> None:
-    """Domains are all of shards, or none is."""
+    """Check that all domains are folders of shards, or none."""
     kinds = {field: bool(shard_folders(part, root, field)) for field, part in entries.items()}
     if len(set(kinds.values())) > 1:
         shards, text = (
@@ -96,7 +96,7 @@ def text_files(entry: Entry, root: str | None, field: str) -> tuple[str, list[Pa
     """
     kind, files = _check_entry(entry, root, field)
     if kind == "shards":
-        raise UserError(f"`{field}`: {entry} is a folder of shards, and here text is read. Name its text.")
+        raise UserError(f"`{field}`: {entry} is a folder of shards, but text is read here. Give the text itself.")
     return kind, files
 
 
@@ -120,14 +120,14 @@ def file_stamps(files: list[Path]) -> list[Any]:
 
 
 def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[Path]]:
-    """Kind of the entry (hub, shards, parquet, json, text) and its files, of shards their folder."""
+    """Kind of the entry (hub, shards, parquet, json, text) and its files; for shards their folder."""
     if isinstance(entry, Mapping):
         if not isinstance(entry.get("path"), str):
             raise UserError(
-                f"`{field}`: {dict(entry)!r} names no data set. Give `path`, as to `datasets.load_dataset`."
+                f"`{field}`: {dict(entry)!r} names no data set. Give `path`, as for `datasets.load_dataset`."
             )
         if entry["path"] in _FORMATS and not ("data_files" in entry or "data_dir" in entry):
-            raise UserError(f"`{field}`: {dict(entry)!r} names a format and no files. Give `data_files`.")
+            raise UserError(f"`{field}`: {dict(entry)!r} names a format but no files. Give `data_files`.")
         return "hub", []
     folder = Path(root or ".").expanduser() / Path(entry).expanduser()
     if is_shard_folder(folder):
@@ -137,7 +137,7 @@ def _check_entry(entry: Entry, root: str | None, field: str) -> tuple[str, list[
     kinds = {_kind(path) for path in files}
     if len(kinds) > 1:
         raise UserError(
-            f"`{field}`: {entry} matches files of several kinds ({', '.join(sorted(kinds))}). Give each kind an entry."
+            f"`{field}`: {entry} matches files of several kinds ({', '.join(sorted(kinds))}). Give each its own entry."
         )
     return kinds.pop(), files
 

@@ -1,4 +1,4 @@
-"""The documents of text and JSONL files, plain or compressed, and what is said about those that cannot be read."""
+"""The documents of text and JSONL files, plain or compressed, and the errors for those that cannot be read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LONGEST_LINE = 2**28  # bytes of a JSONL line, which is one document
 
 
 def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterator[tuple[str, str]]:
-    """The documents of files in order, and where each stands: a text file is one, a JSONL line is one (`text_field`).
+    """The documents of files in order, each with its place: a text file is one, a JSONL line is one (`text_field`).
 
     Args:
         kind: of the files, `json` or `text`.
 
     Raises:
-        UserError: a file cannot be read, holds no text, or a line has no text in `text_field`.
+        UserError: a file cannot be read or has no text, or a line has no text in `text_field`.
     """
     for file in files:
         is_empty = True
@@ -38,9 +38,9 @@ def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterato
                 yield text, where
         except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
             reason = one_line(error, 300, end="stop")
-            raise UserError(f"{file} cannot be read: {reason} Copy it again, or mend its rights.") from error
+            raise UserError(f"{file} cannot be read: {reason} Copy it again, or fix its permissions.") from error
         if is_empty:
-            raise UserError(f"{file} holds no text. Remove it from the list or give it text.")
+            raise UserError(f"{file} has no text. Remove it from the list or give it text.")
 
 
 def uncompressed_name(path: Path) -> str:
@@ -64,7 +64,7 @@ def _open_zstd(file: Path) -> IO[bytes]:
             f"{file} is compressed with Zstandard, which this build of pyarrow lacks. Install pyarrow from PyPI, or "
             "write the file as .gz."
         )
-    with file.open("rb"):  # for the usual error of a file that cannot be read
+    with file.open("rb"):  # raises the usual error if the file cannot be read
         pass
     return cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"), 2**20))
 
@@ -79,7 +79,7 @@ def _text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(file, data[: error.start].count(b"\n") + 1, error)) from error
     if "\0" in text:
-        raise UserError(f"{file} is not text: it holds zero bytes. Give {READABLE}.")
+        raise UserError(f"{file} is not text: it contains NUL bytes. Give {READABLE}.")
     return text
 
 
@@ -94,7 +94,7 @@ def _json_texts(file: Path, text_field: str) -> Iterator[tuple[str, str]]:
 
 
 def json_rows(file: Path) -> Iterator[tuple[Any, str]]:
-    """Rows of a JSONL file or a JSON array, and where each stands, for messages."""
+    """Rows of a JSONL file or a JSON array, each with its place, for messages."""
     if uncompressed_name(file).endswith(".json"):
         with _open(file) as stream:
             if stream.read(64).lstrip().startswith(b"["):
@@ -121,7 +121,7 @@ def _json_array_rows(file: Path) -> Iterator[tuple[Any, str]]:
 
 def _parse(file: Path, number: int, data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig").rstrip())  # else a cut line is reported as the one after it
+        return json.loads(data.decode("utf-8-sig").rstrip())  # otherwise a cut line is reported as the next one
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(file, number + data[: error.start].count(b"\n"), error)) from error
     except RecursionError:
@@ -142,17 +142,17 @@ def shown(value: Any) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first names, each on one line and of bearable length."""
+    """The first names, each cut short and on one line."""
     first = [name if name.isprintable() else repr(name) for name in islice(names, _MOST_LISTED)]
     return ", ".join(name[:_LONGEST_SHOWN] for name in first) or "none"
 
 
 def name_text(names: Collection[str]) -> str:
-    """The mend where rows of these names have no text."""
+    """What to do if rows with these fields have no text."""
     if "messages" in names or {"prompt", "completion"} <= set(names):
         return (
-            "This is chat data, and here raw text is read: name it in `data.train` without streaming, or in ast-eval "
-            "without --by."
+            "This is chat data, but raw text is read here: put it in `data.train` without streaming, or give it to "
+            "ast-eval without --by."
         )
     if "conversations" in names:
         return (
@@ -165,7 +165,7 @@ def _json_text(row: Any, where: str, text_field: str) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object but {shown(row)}. Each line must be one JSON object.")
     if text_field not in row:
-        raise UserError(f"{where}: no field `{text_field}` but {_listed(row)}. {name_text(row)}")
+        raise UserError(f"{where}: no field `{text_field}`, only {_listed(row)}. {name_text(row)}")
     text = row[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}: field `{text_field}` is not a string but {shown(text)}. Leave the line out.")
@@ -174,6 +174,6 @@ def _json_text(row: Any, where: str, text_field: str) -> str:
 
 
 def check_characters(text: str, where: str) -> None:
-    """Raise UserError where a text cannot be written as UTF-8."""
+    """Raise UserError if a text cannot be written as UTF-8."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where} holds half a character (a lone surrogate). Leave the line out.")
+        raise UserError(f"{where} contains half a character (a lone surrogate). Leave the line out.")

@@ -1,7 +1,7 @@
 """Where text gets a BOS token: nowhere, before each document, or before each block (of training) or window.
 
-A tokenizer that puts tokens before a text itself is taken at its word: they are found by trying, and there may be
-several of them (GLM). Chat templates write their own BOS, which is neither doubled nor removed.
+The tokens that a tokenizer itself puts before a text are its BOS. They are found by encoding a few texts, and there may
+be several of them (GLM). Chat templates write their own BOS, which is neither doubled nor removed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TRIED = ("a", "the", "1", ".")
 
 @dataclass(frozen=True)
 class Bos:
-    """What stands before text, and where.
+    """What goes before text, and where.
 
     Attributes:
-        place: `none`, `document`, or `block`, which is a window where text is measured.
-        tokens: BOS; of a few tokenizers several tokens. None where the place is `none`.
-        own: what the tokenizer puts before a text itself, for messages.
+        place: `none`, `document` or `block`; in an evaluation a block is a window.
+        tokens: BOS, which is several tokens for a few tokenizers; empty if the place is `none`.
+        own: what the tokenizer itself puts before a text, for messages.
         is_end: BOS is also the token that ends documents (OPT).
     """
 
@@ -52,14 +52,14 @@ class Bos:
         return self.tokens if self.place == "block" else ()
 
     def before_block(self, ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
-        """The tokens to put before a block or window; none where its text, a chat written out, begins with them.
+        """The tokens to put before a block or window; none if its text, a rendered chat, begins with them.
 
-        Where BOS ends documents too, it may be the end of a document that a block begins with: BOS is put before it.
+        If BOS also ends documents, a block that begins with it may begin with the end of one, so BOS is put before it.
         """
         return self.of_block if self.is_end else missing(self.of_block, ids)
 
     def line(self, tokenizer: PreTrainedTokenizerBase, unit: str = "block") -> str | None:
-        """What reports say of it; None for a tokenizer that puts nothing before text, where nothing is asked for."""
+        """What reports say about it; None if the tokenizer puts nothing before text and nothing is asked for."""
         if not (self.tokens or self.own):
             return None
         name = "".join(tokenizer.convert_ids_to_tokens(list(self.tokens or self.own)))
@@ -95,7 +95,7 @@ def find_bos(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "data
         if token is None:
             raise UserError(
                 f"{field}={choice!r}: the tokenizer of {str(tokenizer.name_or_path)!r} has no BOS token. Set "
-                f"{field} to none or auto, or name a `bos_token` in its tokenizer_config.json."
+                f"{field} to none or auto, or set `bos_token` in its tokenizer_config.json."
             )
         tokens = (int(token),)
     is_end = tokens == (tokenizer.eos_token_id,)
@@ -103,7 +103,7 @@ def find_bos(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "data
 
 
 def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a table of perplexities should say beside it, where a tokenizer puts BOS before text and a window has none.
+    """A note for a table of perplexities, if the tokenizer puts BOS before text but windows do not begin with it.
 
     Raises:
         UserError: as `find_bos`.
@@ -111,15 +111,15 @@ def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     found = find_bos(choice, tokenizer, "--bos")
     if not found.own or found.place == "block":
         return None
-    where = "each document or text" if found.place == "document" else "no text"
+    where = "only at the start of each document or text" if found.place == "document" else "nowhere"
     return (
-        f"BOS begins {where}, not each window (--bos {choice}). Models that need it everywhere, as Gemma does, are "
-        "measured by --bos window."
+        f"BOS is {where} (--bos {choice}). Measure models that need it in every window, such as Gemma, "
+        "with --bos window."
     )
 
 
 def own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special tokens that a tokenizer puts before a text, found by trying; those it puts after it do not count."""
+    """The special tokens that a tokenizer puts before a text; those it puts after it do not count."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if not hasattr(tokenizer, "encode"):
         return ()
@@ -128,7 +128,7 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     texts = [*_TRIED, *(str(tokenizer.decode([index])) for index in range(size // 2, size, max(1, size // 16)))]
     for text in texts:
         plain, whole = (list(tokenizer.encode(text, add_special_tokens=around)) for around in (False, True))
-        if not plain or special & set(plain):  # unknown text tells nothing apart from what is put before it
+        if not plain or special & set(plain):  # unknown tokens look like those that are put before the text
             continue
         for start in range(len(whole) - len(plain) + 1):
             if whole[start : start + len(plain)] == plain:
@@ -137,22 +137,22 @@ def own_bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def bos_of_shards(fields: Sequence[str], folders: Sequence[ShardFolder], bos: Bos, choice: str) -> Bos:
-    """What blocks of shards begin with: `auto` takes documents as they were written, all of one kind.
+    """What blocks of shards begin with: `auto` takes documents as they were written, if all agree.
 
     Raises:
-        UserError: documents that were written with or without BOS, where the setting asks for the other.
+        UserError: the documents have BOS and the setting asks for none, or the other way round.
     """
     expected = tuple(folders[0].manifest.bos) if choice == "auto" else bos.of_document
     for field, folder in zip(fields, folders, strict=True):
         found = tuple(folder.manifest.bos)
         if found == expected:
             continue
-        has = f"begin their documents with BOS {list(found)}" if found else "hold no BOS"
+        has = f"begin their documents with BOS {list(found)}" if found else "have no BOS"
         other = f"those of {folders[0].name} differ" if choice == "auto" else f"data.bos is {choice}"
         option = "document" if expected else "none"
         raise UserError(
             f"`{field}`: the shards of {folder.name} {has}, and {other}. Make them again with ast-data prepare --bos "
-            f"{option}, or set data.bos to what they hold."
+            f"{option}, or set data.bos to match them."
         )
     if choice != "auto":
         return bos

@@ -1,9 +1,9 @@
-"""Conversations and pairs of prompt and completion as tokens, with labels on what the assistant says alone.
+"""Conversations and pairs of prompt and completion as tokens, with labels only on what the assistant says.
 
 Recognised by their columns, as TRL does: `prompt` and `completion` (both text, or both lists of messages), or
-`messages`. What is counted of messages: `chat_template`. Of a completion all is counted that follows the prompt, and of
-plain text the EOS after it. A token begins where the one before it ends, also where its offset leaves out white space;
-one that begins before a turn belongs to what stands before. No special tokens are added to those of the template.
+`messages`. `chat_template` decides what counts in messages. In a completion everything after the prompt counts, and in
+plain text the EOS after it too. A token begins where the one before it ends, even if its offset leaves out white space;
+one that begins before a turn is not part of it. No special tokens are added to those of the template.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROWS_PER_BATCH = 256
 def tokenise_conversations(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
 ) -> Dataset:
-    """Tokenise chat data; rows of which nothing is counted give no token.
+    """Tokenise chat data; rows with nothing to count give no token.
 
     Args:
         rows: with the columns of `chat_columns`.
@@ -42,10 +42,10 @@ def tokenise_conversations(
         bos: tokens before a prompt and completion of plain text; a chat template writes its own.
 
     Returns:
-        A row each, cached: `input_ids`, `labels` (−100 where nothing is counted; int32) and `key`, a 64-bit hash.
+        One row for each, cached: `input_ids`, `labels` (−100 where nothing is counted; int32) and `key`, a 64-bit hash.
 
     Raises:
-        UserError: the tokenizer has no chat template, or no offsets; a row that is no conversation.
+        UserError: the tokenizer has no chat template, or no offsets; or a row is not a conversation.
     """
     columns = chat_columns(rows.column_names)
     chosen = rows.select_columns(columns).with_format(None)
@@ -87,29 +87,29 @@ def tokenise_conversations(
 
 
 def uncounted_rows(lengths: np.ndarray, name: str) -> str | None:
-    """A line on rows of which nothing is counted, None where there are none.
+    """A line about rows with nothing to count, None if there are none.
 
     Args:
-        lengths: tokens of each row, `[rows]`, as `tokenise_conversations` gives them.
+        lengths: tokens of each row, `[rows]`, as `tokenise_conversations` returns them.
 
     Raises:
-        UserError: nothing of any row is counted.
+        UserError: no row has anything to count.
     """
     rows = np.flatnonzero(lengths == 0)
     if not len(rows):
         return None
     if len(rows) == len(lengths):
         raise UserError(
-            f"{name}: nothing is counted of any of {len(rows):,} rows. Each needs a message of role `assistant` that "
+            f"{name}: nothing is counted in any of {len(rows):,} rows. Each needs a message of role `assistant` that "
             "the chat template writes (and marks, where it has {% generation %})."
         )
-    return f"{name}: rows left out since nothing of them is counted: {len(rows):,}, the first is row {rows[0]}"
+    return f"{name}: rows left out because nothing in them is counted: {len(rows):,}, the first is row {rows[0]}"
 
 
 def conversation_tokens(
     rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and labels of rows that were read; arguments and errors as of `tokenise_conversations`."""
+    """Token ids and labels of rows that were read; arguments and errors as in `tokenise_conversations`."""
     eos = eos_token(tokenizer)
     for number, row in enumerate(rows):
         if not number:
@@ -118,16 +118,16 @@ def conversation_tokens(
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
-    """Raise UserError unless the tokenizer can write and take apart what the first row holds."""
+    """Raise UserError unless the tokenizer can write and take apart the first row."""
     if not getattr(tokenizer, "chat_template", None) and not isinstance(row.get("prompt"), str):
         raise UserError(
             f"{name} is chat data ({', '.join(row)}), and the tokenizer of `{tokenizer.name_or_path}` has no chat "
-            "template. Take the tokenizer of a chat model, or put a chat_template.jinja into its folder."
+            "template. Use the tokenizer of a chat model, or put a chat_template.jinja into its folder."
         )
     if not tokenizer.is_fast:
         raise UserError(
-            f"{name} is chat data, and the tokenizer of `{tokenizer.name_or_path}` is a slow one, which does not say "
-            "where tokens begin. Put a tokenizer.json into its folder."
+            f"{name} is chat data, and the tokenizer of `{tokenizer.name_or_path}` is a slow one, which does not "
+            "say where tokens begin. Put a tokenizer.json into its folder."
         )
     if getattr(tokenizer, "chat_template", None):
         try:
@@ -135,7 +135,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], na
         except UserError:
             raise
         except ValueError as error:  # several templates and none of them the default
-            raise UserError(f"{name}: the chat template cannot be taken: {one_line(error, 300, end='stop')}") from error
+            raise UserError(f"{name}: no chat template can be chosen: {one_line(error, 300, end='stop')}") from error
 
 
 def _tokens(
@@ -163,7 +163,7 @@ def _tokens(
         ids, counted = [*bos, *ids, eos], [*(False for _ in bos), *counted, True]
     found = np.asarray(ids, dtype=np.int32)
     labels = np.where(np.asarray(counted, dtype=bool), found, IGNORE_INDEX).astype(np.int32)
-    labels[:1] = IGNORE_INDEX  # nothing of the row predicts its first token
+    labels[:1] = IGNORE_INDEX  # nothing in the row predicts its first token
     is_empty = not (labels != IGNORE_INDEX).any()
     return (found[:0], labels[:0]) if is_empty else (found, labels)
 
@@ -193,7 +193,7 @@ def _counted(text: str, spans: Spans, tokenizer: PreTrainedTokenizerBase) -> tup
     )
     counted, done = [], 0
     for start, end in encoded["offset_mapping"]:
-        # of a character of several tokens all begin where it does
+        # if a character is several tokens, all of them begin where it does
         begin = start if end > start else done
         while begin > done and text[begin - 1].isspace():  # offsets may leave out white space
             begin -= 1

@@ -1,12 +1,11 @@
-"""A tokenizer's chat template: a conversation as text, and which stretches of it the assistant says.
+"""A tokenizer's chat template: a conversation as text, and the stretches of it that the assistant says.
 
-A template that asks for today's date gets `DATE`, so that the same conversation gives the same tokens on every day.
-Where the template marks the assistant's turns by `{% generation %}` the marks are taken. Else turns are found by
-prefixes: turn i is what rendering the messages up to it adds to rendering those before it with the generation prompt,
-less white space at its end. When more messages follow, a template may leave out the thought (`<think>`) of a turn and
-the EOS that ended the conversation; one that otherwise writes earlier turns differently cannot be taken apart so, and
-is refused. Where the generation prompt opens what the turn does not hold (`<think>`), the turn begins where the two
-part.
+A template that asks for today's date gets `DATE`, so that the same conversation gives the same tokens every day. If the
+template marks the assistant's turns with `{% generation %}`, the marks are used. Otherwise turns are found by prefixes:
+turn i is what rendering the messages up to it adds to rendering those before it with the generation prompt, without
+white space at its end. When more messages follow, a template may leave out the thought (`<think>`) of a turn and the
+EOS that ended the conversation. One that writes earlier turns differently in any other way is refused. If the
+generation prompt opens something that the turn lacks (`<think>`), the turn begins where the two differ.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
     """The template for these tools, with the date fixed.
 
     Raises:
-        UserError: it draws at random.
+        UserError: it uses random numbers.
     """
     text = tokenizer.get_chat_template(tools=tools)
     if _RANDOM.search(text):
         raise UserError(
             f"The chat template of `{tokenizer.name_or_path}` draws at random (`random` or `lipsum`), so tokens would "
-            "differ from run to run. Take that out of its chat_template.jinja."
+            "differ from run to run. Remove that from its chat_template.jinja."
         )
     return _fixed_date() + text if "strftime_now" in text else text
 
 
 @cache
 def _fixed_date() -> str:
-    """A macro which hides `strftime_now`: functions cannot be handed to a template."""
+    """A macro which hides `strftime_now`: functions cannot be passed to a template."""
     pairs = [("%" + flag + key, DATE.strftime("%" + key)) for key in _DIRECTIVES for flag in ("-", "#", "")]
     pairs = [(key, value.lstrip("0") or "0" if key[1] in "-#" else value) for key, value in pairs]
     replaced = "".join(f" | replace({key!r}, {value!r})" for key, value in [*pairs, ("%%", "%")])
@@ -67,11 +66,11 @@ def _fixed_date() -> str:
 
 @dataclass(kw_only=True)
 class Chat:
-    """How one row is rendered: its tools and its settings of the template.
+    """How one row is rendered: its tools and its template settings.
 
     Attributes:
         where: the row, for messages.
-        settings: more variables of the template, `chat_template_kwargs`.
+        settings: further template variables, `chat_template_kwargs`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -99,7 +98,7 @@ class Chat:
         return texts[0], list(marks[0]) if with_marks else []
 
     def settle(self, messages: list[Message]) -> list[Message]:
-        """The messages in the form that the template writes as it should."""
+        """The messages in the form that the template writes correctly."""
         errors: list[Exception] = []
         others = []
         for form in written_forms(messages):
@@ -121,7 +120,7 @@ class Chat:
         raise errors[0]
 
     def check_read(self, text: str, messages: list[Message]) -> None:
-        """Raise UserError where the template drops what the user or the system says."""
+        """Raise UserError if the template drops what the user or the system says."""
         for index, message in enumerate(messages):
             said = text_of(message).strip()
             if message["role"] in ("assistant", *_TOOL_ROLES) or said in text:
@@ -154,24 +153,24 @@ class Chat:
         return text, spans
 
     def _stretch(self, text: str, turn: str, begin: int) -> tuple[int, int]:
-        """Where a turn that begins at `begin` stands in the whole text, which may leave out its thought."""
+        """Where a turn that begins at `begin` is in the whole text, which may leave out its thought."""
         if not text.startswith(turn):
-            begin = len(_EMPTY_THOUGHT.sub("", turn[:begin]))  # which the generation prompt may hold
+            begin = len(_EMPTY_THOUGHT.sub("", turn[:begin]))  # the generation prompt may have one
             turn = turn[:begin] + _THOUGHT.sub("", turn[begin:]).rstrip()
             ended = turn.removesuffix(self.tokenizer.eos_token or "").rstrip()
             if ended.endswith(tuple(self.tokenizer.added_tokens_encoder)) and not text.startswith(turn):
-                turn = ended  # by a token of its own, before the EOS of the conversation
+                turn = ended  # the turn has its own end token before the EOS
             self._check_prefix(text, turn)
         return begin, len(turn.rstrip())
 
     def _begin(self, turn: str, messages: list[Message], index: int) -> int:
-        """The character where what the assistant says begins in its turn."""
+        """The index of the character at which the assistant's words begin in its turn."""
         prompt = self.render(messages[:index], add_generation_prompt=True)
         if turn.startswith(prompt):
             return len(prompt)
         before = self.render(messages[:index])
         self._check_prefix(turn, before)
-        # what the assistant says may begin as what the prompt opens does (`<tool_call>`, `<think>`): other words do not
+        # the assistant's words may begin like what the prompt opens (`<tool_call>`, `<think>`); the probe does not
         other = self.render([*messages[:index], {"role": "assistant", "content": _PROBE}])
         begin = len(commonprefix([prompt, turn, other]).rstrip("<"))  # noqa: RUF071 - `<think>` is not half `</think>`
         said = text_of(messages[index]).strip()
@@ -179,14 +178,14 @@ class Chat:
             return begin
         raise UserError(
             f"{self.where}: the chat template's generation prompt ends in {shown(prompt[-40:])}, and the assistant's "
-            "turn does not begin with it, so where it begins cannot be found. Mark the turns by {% generation %} in "
+            "turn does not begin with it, so where it begins cannot be found. Mark the turns with {% generation %} in "
             "the template, or give `prompt` and `completion` as text."
         )
 
     def completion(
         self, prompt: list[Message], completion: list[Message], counted: Sequence[bool]
     ) -> tuple[str, Spans]:
-        """The same of a prompt and its completion, of which all is counted."""
+        """The same for a prompt and its completion, all of which is counted."""
         messages = prompt + completion
         text = self.render(messages)
         begin = self._begin(text, messages, len(prompt))
@@ -199,7 +198,7 @@ class Chat:
             return text, []
         if not all(spoken):
             raise UserError(
-                f"{self.where}: some messages of `completion` have weight 0 and some have not. Give `messages`, or "
+                f"{self.where}: some messages of `completion` have weight 0 and some do not. Give `messages`, or "
                 "one message as `completion`."
             )
         for index, message in enumerate(messages):
@@ -221,7 +220,7 @@ class Chat:
                     )
         if all(counted[index] for index in assistants):
             return text, spans
-        # the spans of a message are those that it adds to what stands before it
+        # the spans of a message are those that it adds to the messages before it
         before = [self._rendered(messages[:index], False, True)[1] if index else [] for index in range(len(messages))]
         ends = [*map(len, before), len(spans)]
         others = [index for index in range(len(messages)) if index not in assistants]
@@ -233,24 +232,24 @@ class Chat:
         return text, [span for index in assistants if counted[index] for span in spans[ends[index] : ends[index + 1]]]
 
     def check_said(self, messages: list[Message], index: int, turn: str) -> None:
-        """Raise UserError unless the turn holds what the assistant says."""
+        """Raise UserError unless the turn has what the assistant says."""
         if lost := missing(messages[index], turn, self._is_last(messages, index)):
             raise UserError(
                 f"{self.where}: the chat template drops or rewrites `{lost}` of message {index}, which the assistant "
-                "says. Take a template that writes it, or leave the row out."
+                "says. Use a template that writes it, or leave the row out."
             )
 
     @staticmethod
     def _is_last(messages: list[Message], index: int) -> bool:
-        """Whether no message of the user follows."""
+        """Whether no user message follows."""
         return not any(message["role"] == "user" for message in messages[index + 1 :])
 
     def _check_prefix(self, text: str, before: str) -> None:
         if not text.startswith(before):
             raise UserError(
-                f"{self.where}: the chat template writes earlier turns otherwise when more follow, so what the "
-                "assistant says cannot be told. Mark its turns by {% generation %} in the template, or give `prompt` "
-                "and `completion` as text."
+                f"{self.where}: the chat template writes earlier turns differently when more follow, so what the "
+                "assistant says cannot be found. Mark its turns with {% generation %} in the template, or give "
+                "`prompt` and `completion` as text."
             )
 
 

@@ -1,4 +1,4 @@
-"""Tokenise texts of any length within bounded memory: a tokenizer takes some 130 bytes for each character of a call."""
+"""Tokenise texts of any length within bounded memory: a tokenizer needs about 130 bytes a character."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ CHARACTERS_PER_CALL = 1_000_000
 LONGEST_PIECE = 16_000_000  # characters of a text that cannot be cut anywhere
 _AROUND = 1000  # characters on each side of a cut that are tokenised with and without it
 _SOUGHT = 20_000  # characters before the end of a piece in which a cut is looked for
-_TRIED = 16  # places of them
+_TRIED = 16  # places that are tried there
 _PLACE = re.compile(r"(?<=\S)[ \n](?=\S)")
 
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 def encoded(encode: Encode, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """The tokens `[tokens]` of each text, as `encode` gives them for the whole of it.
+    """The tokens `[tokens]` of each text, as `encode` returns them for the whole text.
 
-    Long texts are tokenised in pieces. They are cut where that changes no token of the text around the cut: before a
-    blank or a line break, or, for tokenizers that put a blank before every text, in its place.
+    Long texts are tokenised in pieces. They are cut where that changes no token around the cut: before a space or a
+    line break, or in place of it for tokenizers that put a space before every text.
 
     Raises:
         UserError: a text is too long to be tokenised in one go and cannot be cut.
@@ -69,7 +69,7 @@ def _pieces(encode: Encode, text: str) -> Iterator[str]:
 
 
 def _cut(encode: Encode, text: str, start: int, end: int) -> tuple[int, int] | None:
-    """Where a piece from `start` to `end` at most may stop, and the next begin; None if no place is found."""
+    """Where a piece from `start` to at most `end` may stop and the next may begin; None if there is no such place."""
     low = max(start + 1, end - _SOUGHT)
     places = [low + match.start() for match in _PLACE.finditer(text[low:end])]
     for place in reversed(places[-_TRIED:]):

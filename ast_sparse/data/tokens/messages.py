@@ -1,6 +1,6 @@
-"""Messages of a conversation as they are read: what each says as text, and which of them are counted.
+"""The messages of a conversation: the text of each, and which of them are counted.
 
-`content` is text, or a list of parts of which all are text. `weight`, `train`, `training` and `loss` say whether an
+`content` is text or a list of text parts. `weight`, `train`, `training` and `loss` say whether an
 assistant's message is counted; templates do not see them.
 """
 
@@ -21,10 +21,10 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def read_messages(value: Any, column: str, where: str) -> tuple[list[Message], list[bool]]:
-    """Check messages and take the weights out of them.
+    """Check messages and remove the weights from them.
 
     Args:
-        value: what stands in the column.
+        value: of the column.
         where: the row, for messages.
 
     Returns:
@@ -62,7 +62,7 @@ def _check_content(message: Message, place: str) -> None:
             if kind != "text" or not isinstance(part.get("text"), str):
                 what = f"a part of type {kind!r}" if kind and kind != "text" else f"the part {shown(part)}"
                 raise UserError(
-                    f"{place} has {what} in its `content`, and only text is trained on: "
+                    f"{place} has {what} in its `content`, but only text is trained on: "
                     '{"type": "text", "text": "..."}. Leave the row out.'
                 )
     elif not isinstance(content, str):
@@ -83,7 +83,7 @@ def _is_counted(message: Message, place: str) -> bool:
             raise UserError(f"{place} has `{field}` {shown(value)}. A message counts or does not: use 0 or 1.")
         if value and not is_assistant:
             raise UserError(
-                f"{place} has `{field}` {shown(value)}, and only what the assistant says is counted. Remove it."
+                f"{place} has `{field}` {shown(value)}, but only what the assistant says is counted. Remove it."
             )
         is_counted = is_counted and bool(value)
     return is_counted
@@ -95,7 +95,7 @@ def text_of(message: Message) -> str:
 
 
 def with_more(message: Message, text: str) -> Message:
-    """A message that says more, in the form of the given one."""
+    """The message with more text at its end, in the same form."""
     content = message.get("content", "")
     return {**message, "content": content + (text if isinstance(content, str) else [{"type": "text", "text": text}])}
 
@@ -106,10 +106,10 @@ def _parts(message: Message) -> list[str]:
 
 
 def written_forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """The messages in the forms that templates read, as they are given first.
+    """The messages in the forms that templates read, first as they are given.
 
-    Contents as they are or as one text, empty where there is none; arguments of tool calls as they are, as objects or
-    as JSON strings.
+    Contents stay as they are or become one text, empty if there is none. Arguments of tool calls stay as they are or
+    become objects or JSON strings.
     """
     contents: list[Callable[[Message], Message]] = [lambda message: message]
     if not all(isinstance(message.get("content"), str) for message in messages):
@@ -123,12 +123,12 @@ def written_forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def is_joined(text: str, messages: list[Message]) -> bool:
-    """Whether the text holds what each list of parts says, joined without anything between them."""
+    """Whether the text has what each list of parts says, joined without anything between them."""
     return all(text_of(each).strip() in text for each in messages if isinstance(each.get("content"), list))
 
 
 def fault_of(text: str, messages: list[Message]) -> str | None:
-    """What the template writes wrongly of these messages, None where they are written as they should be."""
+    """What the template writes wrongly for these messages, None if it writes them correctly."""
 
     def writes(piece: str) -> bool:
         return text.count(piece) > sum(text_of(message).count(piece) for message in messages)
@@ -138,7 +138,7 @@ def fault_of(text: str, messages: list[Message]) -> str | None:
         if isinstance(content, list) and content:
             is_read = all(part.strip() in text for part in _parts(message))
             if not is_read or writes(str(content)) or writes(json.dumps(content, ensure_ascii=False)):
-                return f"the list of parts of message {index} as it stands, not their text"
+                return f"the list of parts of message {index} as it is, not their text"
         for value in _arguments(message):
             if isinstance(value, str) and any(writes(json.dumps(value, ensure_ascii=ascii)) for ascii in (True, False)):
                 return f"the `arguments` of a tool call of message {index} as a string in a string"
@@ -149,13 +149,13 @@ def fault_of(text: str, messages: list[Message]) -> str | None:
 
 
 def missing(message: Message, turn: str, is_last: bool) -> str | None:
-    """What an assistant's message says and its rendered turn does not hold, by the name of the field.
+    """The field of an assistant's message whose text its rendered turn lacks, None if it has all of it.
 
-    White space at both ends does not matter. Of a turn that the user answers the template may leave out the thoughts:
-    what stands before `</think>`, and the fields of reasoning.
+    White space at both ends does not matter. From a turn that the user answers the template may leave out the thoughts:
+    what comes before `</think>`, and the reasoning fields.
 
     Args:
-        is_last: no message of the user follows.
+        is_last: no user message follows.
     """
     content = text_of(message)
     if not all(part.strip() in turn for part in _parts(message)):

@@ -1,9 +1,9 @@
 """Text to token shards: read once, tokenised by several processes, continued after a kill.
 
-One process reads the documents in order and writes the shards, the others tokenise batches of them, which come back in
-order: what a shard holds does not depend on how many they are, and no more text is held than `_AHEAD` batches for each.
-`prepare.json` lists the shards that are finished; a run that was killed reads the text again, passes over what those
-hold, and goes on.
+One process reads the documents in order and writes the shards. The others tokenise batches, which come back in order,
+so the shards do not depend on how many processes there are. At most `_AHEAD` batches for each are in memory.
+`prepare.json` lists the finished shards. A run that was killed reads the text again, skips what these contain, and
+continues.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.files import write_json
 
 SHARD_CHARACTERS = 64_000_000
-_BATCH_CHARACTERS = 250_000  # of documents that go to a process together; some 50 ms of its time
-_AHEAD = 4  # batches for each process that are read and not yet written
+_BATCH_CHARACTERS = 250_000  # of documents that go to a process together; about 50 ms of its time
+_AHEAD = 4  # batches for each process that are read but not yet written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,12 @@ class PrepareSettings:
     """What is to be tokenised, and how.
 
     Attributes:
-        entries, root, text_field: as of `data.train`.
-        shard_characters: a shard takes whole documents until it has so many.
-        keep_long: give a longer document a shard by itself, instead of refusing it.
-        workers: processes that tokenise; with one there is none beside that which reads.
+        entries, root, text_field: as in `data.train`.
+        shard_characters: a shard takes whole documents up to this many characters.
+        keep_long: give a longer document its own shard instead of refusing it.
+        workers: processes that tokenise; with 1 the process that reads does it.
         streaming: read hub data sets over the network instead of downloading them.
-        bos: as of `data.bos`. With `block` documents are written without: blocks get theirs in training.
+        bos: as in `data.bos`. With `block` documents are written without BOS; blocks get it in training.
     """
 
     entries: Sequence[Entry]
@@ -89,15 +89,15 @@ def prepare_shards(
     finished: Callable[[Shard, bool], object] = lambda shard, is_new: None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Manifest:
-    """Tokenise the text into `folder`, or finish what an earlier call began; one that is complete is left as it is.
+    """Tokenise the text into `folder`, or finish what an earlier call began; a complete folder is left as it is.
 
     Args:
         finished: called with every shard, and whether this call made it.
         progress: called with the number of tokens of each batch.
 
     Raises:
-        UserError: the text cannot be read, a document is longer than a shard, the folder holds something else or shards
-            of other text, settings or another tokenizer, or the disk is full. Finished shards stay, and no manifest is
+        UserError: the text cannot be read, a document is longer than a shard, the folder has other files or shards of
+            other text, settings or another tokenizer, or the disk is full. Finished shards stay, and no manifest is
             written.
     """
     manifest = _empty_manifest(settings, tokenizer)
@@ -119,7 +119,7 @@ def prepare_shards(
             finished(shard, True)
         manifest = _with_shards(manifest, done)
         if not manifest.tokens:
-            raise UserError(f"{', '.join(manifest.sources)} holds no text. Name other text.")
+            raise UserError(f"{', '.join(manifest.sources)} has no text. Give other text.")
         write_json(folder / MANIFEST, manifest.to_dict(), durable=True)
         (folder / PROGRESS).unlink(missing_ok=True)
     return manifest
@@ -154,12 +154,12 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.is_dir():
         names = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
         if names and not names & {MANIFEST, PROGRESS}:
-            raise UserError(f"{folder} holds other files already. Name an empty or new folder.")
+            raise UserError(f"{folder} already has other files. Name an empty or new folder.")
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make a folder; what fails with nothing in it leaves none, and errors of the disk are explained."""
+    """Make a folder. If the work fails with nothing in it, it is removed again; disk errors are explained."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _remove_shards(folder: Path) -> None:
-    """The manifest first: of a folder that is half removed nothing is read."""
+    """The manifest goes first, so that a half-removed folder is not read."""
     for name in (MANIFEST, PROGRESS):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("shard-*"):
@@ -185,12 +185,12 @@ def _check_same(ours: Manifest, theirs: Manifest, folder: Path) -> None:
     for key, what in (
         ("tokenizer_key", "another tokenizer"),
         ("eos_token_id", "another end-of-sequence token"),
-        ("bos", "or without BOS before each document (--bos)"),
+        ("bos", "another setting of --bos"),
         ("text_field", "another text field"),
         ("text_key", "other text, text that changed since, or another shard size"),
     ):
         if getattr(ours, key) != getattr(theirs, key):
-            raise UserError(f"{folder} holds shards made with {what}. Name another folder, or give --overwrite.")
+            raise UserError(f"{folder} has shards made with {what}. Name another folder, or add --overwrite.")
 
 
 def _read_progress(folder: Path, manifest: Manifest) -> dict[str, Shard]:
@@ -238,7 +238,7 @@ def _write_all(
                 yield write_shard(folder, name, (counted(batch) for _, batch in group))
     except OverflowError as error:
         raise UserError(
-            f"The tokenizer {manifest.tokenizer} makes a {error} of its {manifest.vocab_size:,} tokens. Mend it."
+            f"The tokenizer {manifest.tokenizer} has {manifest.vocab_size:,} tokens, but {error}. Correct its files."
         ) from error
 
 
@@ -265,7 +265,7 @@ def _batches(settings: PrepareSettings) -> Iterator[tuple[str, list[str]]]:
 def _too_long(text: str, where: str, settings: PrepareSettings) -> str:
     return (
         f"{where}: a document of {len(text):,} characters is longer than a shard of {settings.shard_characters:,} "
-        "(--shard-size). Add --keep-long, which gives it a shard by itself and keeps the shards that are finished, or "
+        "(--shard-size). Add --keep-long, which gives it its own shard and keeps the finished ones, or "
         "split the document."
     )
 
@@ -273,7 +273,7 @@ def _too_long(text: str, where: str, settings: PrepareSettings) -> str:
 def _tokenised(
     tasks: Iterator[tuple[str, list[str]]], settings: TokeniserSettings, workers: int
 ) -> Generator[tuple[str, Batch]]:
-    """The batches in order; what is read ahead, and waits to be written, is bounded."""
+    """The batches in order; how many are read ahead and wait to be written is bounded."""
     if workers == 1:
         tokeniser = Tokeniser(settings)
         yield from ((name, tokeniser(texts)) for name, texts in tasks)
@@ -289,7 +289,7 @@ def _tokenised(
             yield _first(pending)
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that tokenises was killed, perhaps for want of memory. Give fewer --workers, and run the same "
+            "A tokenising process was killed, perhaps because memory ran out. Use fewer --workers and run the same "
             "command again: finished shards are kept."
         ) from error
     finally:
@@ -305,6 +305,6 @@ def _write_error(folder: Path, error: OSError) -> UserError:
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"{folder}: {reason}. Free some room and run the same command again: finished shards are kept."
+            f"{folder}: {reason}. Free some space and run the same command again: finished shards are kept."
         )
-    return UserError(f"{folder} cannot be written to: {reason}. Correct its rights, or name another folder.")
+    return UserError(f"{folder} cannot be written to: {reason}. Fix its permissions, or name another folder.")

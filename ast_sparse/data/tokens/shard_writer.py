@@ -1,4 +1,4 @@
-"""Tokenise batches of documents, which each process of `ast-data prepare` does, and write them as a shard.
+"""Tokenise batches of documents, in each process of `ast-data prepare`, and write them as a shard.
 
 Nothing heavy is imported here, because every process imports this.
 """
@@ -43,7 +43,7 @@ class TokeniserSettings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some documents as they stand in a shard: their tokens as bytes, and by document `[documents]` count and hash."""
+    """Some documents as stored in a shard: tokens as bytes, and a token count and hash for each, `[documents]`."""
 
     tokens: bytes
     lengths: np.ndarray
@@ -61,29 +61,29 @@ class Tokeniser:
         self._type = np.dtype(settings.token_type).newbyteorder("<")
 
     def __call__(self, texts: Sequence[str]) -> Batch:
-        """Every document after its first tokens and ended by EOS; an empty one has no token.
+        """Tokenise documents, with `begin` before and EOS after each; an empty one has no token.
 
         Raises:
             OverflowError: a token does not fit the type.
         """
-        pieces = [
+        parts = [
             document_tokens(text, ids, self._eos, self._begin)
             for text, ids in zip(texts, encoded(self._encode, texts), strict=True)
         ]
-        tokens = np.concatenate(pieces)
+        tokens = np.concatenate(parts)
         largest = int(tokens.max(initial=0))
         if largest > np.iinfo(self._type).max:  # a tokenizer that makes tokens beyond its own length
             raise OverflowError(f"token {largest} does not fit {self._type.name}")
         return Batch(
             tokens=tokens.astype(self._type).tobytes(),
-            lengths=np.asarray([len(piece) for piece in pieces], dtype=np.int64),
+            lengths=np.asarray([len(part) for part in parts], dtype=np.int64),
             keys=np.asarray([text_key(text) for text in texts], dtype="<u8"),
             largest_token=largest,
         )
 
 
 def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
-    """Write `name.tokens` and `name.documents`, each through a temporary file that is renamed when it is whole.
+    """Write `name.tokens` and `name.documents`, each through a temporary file that is renamed when it is complete.
 
     Raises:
         OSError: the disk is full or cannot be written to; no temporary file is left.
@@ -112,14 +112,14 @@ def write_shard(folder: Path, name: str, batches: Iterable[Batch]) -> Shard:
 
 
 def document_tokens(text: str, ids: np.ndarray, eos: int, begin: tuple[int, ...] = ()) -> np.ndarray:
-    """The tokens of a text as a document: after `begin`, and ended by EOS; of an empty one none."""
+    """The tokens of a text as a document: `begin`, the tokens, EOS; none for an empty text."""
     if not text.strip():
         return ids[:0]
     return np.concatenate([np.asarray(missing(begin, ids), dtype=ids.dtype), ids, [eos]])
 
 
 def missing(begin: tuple[int, ...], ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
-    """What of BOS is to be put before a text: none where the text, a chat written out, begins with it already."""
+    """The BOS tokens to put before a text: none if it begins with them already, as a rendered chat may."""
     return () if tuple(ids[: len(begin)]) == begin else begin
 
 
@@ -142,7 +142,7 @@ def _encoder(tokenizer: str | bytes) -> Encode:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when it is whole and on the disk; of a failure nothing is left."""
+    """A file that gets its name once it is complete and on disk; a failure leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb", buffering=2**20) as stream:
@@ -158,7 +158,7 @@ _tokeniser: Tokeniser | None = None
 
 
 def start_process(settings: TokeniserSettings) -> None:
-    """Begin a process of the pool: it goes when the one that started it is gone, however that ended."""
+    """Start a process of the pool. It exits when the one that started it is gone, however that ended."""
     global _tokeniser
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     parent = parent_process()

@@ -1,9 +1,9 @@
 """Token shards: the format that `ast-data prepare` writes and training reads without copying.
 
-A folder holds
+A folder contains
 
 - `manifest.json`: tokenizer, token type, counts, and name, sizes and checksums of every shard;
-- `shard-N.tokens`: token ids, little-endian uint16 or uint32, every document ended by one EOS, and begun by BOS where
+- `shard-N.tokens`: token ids, little-endian uint16 or uint32, every document ends with one EOS, and begins with BOS if
   the manifest says so;
 - `shard-N.documents`: two little-endian uint64 arrays `[documents]`: where each document ends in the shard, and a hash
   of its text. Empty documents have no tokens and are kept.
@@ -48,17 +48,17 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds.
+    """What a folder of shards contains.
 
     Attributes:
         tokenizer: name of the tokenizer, for messages.
-        tokenizer_key: hash of what decides the tokens of a text, of `packing.tokenizer_key`, and of its EOS.
+        tokenizer_key: hash of what decides the tokens of a text, from `tokenise.tokenizer_key`.
         vocab_size: tokens of the tokenizer, which decided the token type.
         token_type: uint16 or uint32.
-        bos: tokens that every document begins with, that is not empty; none in folders that do not say it.
+        bos: tokens that every document begins with, except empty ones; none in folders older than this field.
         text_field, sources: what was read.
-        text_key: hash of what the files were (name, size, time) and how they were cut, by which a call that goes on
-            knows its own work.
+        text_key: hash of the files (name, size, time) and of how they were cut, by which a later call recognises its
+            own work.
     """
 
     format_version: int
@@ -108,7 +108,7 @@ class ShardFolder:
 
 
 def token_type(vocab_size: int) -> str:
-    """The smaller type that holds every token."""
+    """The smaller type that fits every token."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
@@ -122,7 +122,7 @@ def is_shard_folder(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder, whose files are all there and as long as it says.
+    """The manifest of a finished folder, whose files all exist with the sizes it says.
 
     Raises:
         UserError: the folder is unfinished, the manifest is damaged or of a later version, or a shard is missing, cut
@@ -132,19 +132,19 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if (folder / PROGRESS).is_file():
             raise UserError(
-                f"{folder} is unfinished. Run the same ast-data prepare again: it goes on where it stopped."
+                f"{folder} is unfinished. Run the same ast-data prepare again: it continues where it stopped."
             )
-        raise UserError(f"{folder} is no folder of shards: it holds no {MANIFEST}. Make it with ast-data prepare.")
+        raise UserError(f"{folder} is not a folder of shards: it has no {MANIFEST}. Make it with ast-data prepare.")
     manifest = parse_manifest(path)
     if not manifest.shards:
-        raise UserError(f"{path} names no shard. Make the folder again with ast-data prepare.")
+        raise UserError(f"{path} lists no shards. Make the folder again with ast-data prepare.")
     names = [shard.name for shard in manifest.shards]
     if (
         names != [shard_name(number) for number in range(len(names))]
         or (folder / (shard_name(len(names)) + TOKENS)).exists()
     ):
         raise UserError(
-            f"{path} does not name the shards of its folder one after another. Copy it again, or make the folder again "
+            f"{path} does not list the shards of its folder in order. Copy it again, or make the folder again "
             "with ast-data prepare."
         )
     for shard in manifest.shards:
@@ -167,10 +167,10 @@ def parse_manifest(path: Path) -> Manifest:
         version = content["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise UserError(
-                f"{path} has format_version {version}, this version of ast_sparse reads up to {FORMAT_VERSION}. "
+                f"{path} has format_version {version}, but this version of ast_sparse reads up to {FORMAT_VERSION}. "
                 "Update ast_sparse."
             )
-        content = {"bos": [], **content}  # folders made before it was known have none
+        content = {"bos": [], **content}  # older folders have none
         values = {item.name: content[item.name] for item in fields(Manifest)}
         shards = [parse_shard(shard) for shard in values.pop("shards")]
         manifest = Manifest(shards=shards, **values)
@@ -222,7 +222,7 @@ def verify_shards(folder: Path, progress: Callable[[int], object] = lambda size:
     """Read every byte and compare it with the manifest: checksums, borders of documents, tokens, EOS.
 
     Args:
-        progress: called with the bytes of each piece that was read.
+        progress: called with the number of bytes of each chunk that was read.
 
     Raises:
         UserError: as `read_manifest`, or a shard differs from its manifest.
@@ -247,15 +247,15 @@ def verify_shards(folder: Path, progress: Callable[[int], object] = lambda size:
             or any((tokens[first + i] != bos).any() for i, bos in enumerate(manifest.bos))
         )
         if not is_whole or has_other_begins or (last != manifest.eos_token_id).any():
-            raise UserError(f"{folder / shard.name} does not hold the documents its manifest says. Make it again.")
+            raise UserError(f"{folder / shard.name} does not have the documents its manifest says. Make it again.")
     return manifest
 
 
 def file_crc32(file: Path, progress: Callable[[int], object] = lambda size: None) -> int:
-    """CRC-32 of a file, read in pieces."""
+    """CRC-32 of a file, read in chunks."""
     checksum = 0
     with file.open("rb") as stream:
-        while piece := stream.read(_CHUNK):
-            checksum = zlib.crc32(piece, checksum)
-            progress(len(piece))
+        while chunk := stream.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+            progress(len(chunk))
     return checksum

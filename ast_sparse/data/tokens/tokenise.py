@@ -31,7 +31,7 @@ def tokenise_documents(
     Args:
         documents: one document a row in the string column `text_field`.
         name: what messages and the progress bar call the text.
-        bos: what stands before each document.
+        bos: what goes before each document.
 
     Returns:
         One row a document, cached: `input_ids` (int32) and `key`, a 64-bit hash of the text.
@@ -41,18 +41,18 @@ def tokenise_documents(
     """
     eos, begin = eos_token(tokenizer), bos.of_document
     if text_field not in documents.column_names:
-        raise UserError(f"{name} has no column `{text_field}` (`text_field`) but {', '.join(documents.column_names)}.")
+        raise UserError(
+            f"{name} has no column `{text_field}` (`text_field`), only {', '.join(documents.column_names)}."
+        )
 
     def tokenise(table: pa.Table, rows: list[int]) -> pa.Table:
         texts = table.column(text_field).to_pylist()
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
-                raise UserError(
-                    f"{name}: row {row} has no text in `{text_field}` but {text!r:.40}. Leave such rows out."
-                )
-        pieces = list(token_ids(tokenizer, texts, eos, begin))
+                raise UserError(f"{name}: row {row}: `{text_field}` is {text!r:.40}, not text. Leave such rows out.")
+        tokens = list(token_ids(tokenizer, texts, eos, begin))
         keys = pa.array([text_key(text) for text in texts], type=pa.uint64())
-        return pa.table({"input_ids": list_array(pieces), "key": keys})
+        return pa.table({"input_ids": list_array(tokens), "key": keys})
 
     tokenised = documents.with_format("arrow").map(
         tokenise,
@@ -96,7 +96,7 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer of `{tokenizer.name_or_path}` has no end-of-sequence token, which separates documents. "
-            "Name one as `eos_token` in its tokenizer_config.json."
+            "Set `eos_token` in its tokenizer_config.json."
         )
     return int(tokenizer.eos_token_id)
 
@@ -113,10 +113,10 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], eos: int, begin: tuple[int, ...] = ()
 ) -> Iterator[np.ndarray]:
-    """The tokens of each text, int32 `[tokens]`, after those of `begin` and ended by EOS; of an empty one none."""
+    """The tokens of each text, int32 `[tokens]`: `begin`, the tokens, EOS; none for an empty text."""
 
     def encode(group: list[str]) -> Any:
-        # verbose=False: a document may be longer than the model's window, it is packed into blocks afterwards.
+        # verbose=False: a document may be longer than the model's window; it is packed into blocks afterwards.
         return tokenizer(
             group, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
@@ -125,10 +125,10 @@ def token_ids(
         yield document_tokens(text, ids, eos, begin).astype(np.int32)
 
 
-def list_array(pieces: list[np.ndarray]) -> pa.ListArray:
+def list_array(rows: list[np.ndarray]) -> pa.ListArray:
     """Integers of several rows as one column."""
-    offsets = np.cumsum([0, *map(len, pieces)], dtype=np.int32)
-    values = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

@@ -1,4 +1,4 @@
-"""Whether the tokens of a student and of its teacher are the same: two tokenizers compared."""
+"""Compare two tokenizers: whether a student and its teacher have the same tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
 
-# What the tokenizer makes of text; truncation, padding, special tokens it puts around a text, and the way back to text
-# may differ.
+# What decides the tokens of a text. Truncation, padding, special tokens around a text, and decoding may differ.
 _PIPELINE = ("normalizer", "pre_tokenizer", "model")
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -30,29 +29,29 @@ _TOKENS = 12  # of each
 
 
 def difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
-    """Why two tokenizers do not make the same ids of a text, or None where they do.
+    """Why two tokenizers make different ids from a text, or None if they do not.
 
-    Every id that both have must be the same token, but for `renamed_tokens`. Tokens that one of them alone has, as
-    added at its end, make no difference. Chat templates, padding, truncation and special tokens that are put around a
-    text are not compared.
+    Every id that both have must be the same token, except for `renamed_tokens`. Tokens that only one of them has, such
+    as tokens added at its end, do not matter. Chat templates, padding, truncation and special tokens around a text are
+    not compared.
     """
     ours, theirs = (_by_id(tokenizer) for tokenizer in (student, teacher))
     may_differ = _added(student) & _added(teacher)
     shared = [index for index in sorted(ours.keys() & theirs.keys()) if index not in may_differ]
     for index in shared:
         if ours[index] != theirs[index]:
-            return f"token {index} is {theirs[index]!r} there and {ours[index]!r} here"
+            return f"token {index} is {theirs[index]!r} in it and {ours[index]!r} in the student's"
     if (pipeline := _pipeline(student)) is not None and pipeline == _pipeline(teacher):
         return None
     for text in (*_PROBES, *_generated(student, shared)):
         tokens, others = (_encode(tokenizer, text) for tokenizer in (student, teacher))
         if tokens != others:
-            return f"it makes {_some(others)} of {text[:20]!r} and the student's {_some(tokens)}"
+            return f"it makes {_some(others)} from {text[:20]!r}, the student's makes {_some(tokens)}"
     return None
 
 
 def renamed_tokens(student: PreTrainedTokenizerBase | None, teacher: PreTrainedTokenizerBase | None) -> Renamed:
-    """Added tokens that a teacher has under another name, as a chat model gives reserved tokens a meaning.
+    """Added tokens that a teacher has under another name, as when a chat model gives reserved tokens a meaning.
 
     Text without them is the same to both. BOS, EOS and padding have one meaning whatever they are called.
 
@@ -69,14 +68,14 @@ def renamed_tokens(student: PreTrainedTokenizerBase | None, teacher: PreTrainedT
 
 
 def check_text_tokens(tokens: Tensor, renamed: Renamed, named: str) -> None:
-    """Check that text holds none of the tokens that a teacher has under another name.
+    """Check that text contains none of the tokens that a teacher has under another name.
 
     Args:
         tokens: ids, of any shape.
         named: what messages call the teacher.
 
     Raises:
-        UserError: it holds one.
+        UserError: it contains one.
     """
     if not renamed:
         return
@@ -97,15 +96,15 @@ def check_teacher_tokens(
     teacher_rows: int,
     named: str,
 ) -> str | None:
-    """Check that the logits of a teacher speak of the student's tokens; padding of either vocabulary may differ.
+    """Check that the logits of a teacher are for the student's tokens; padding of either vocabulary may differ.
 
     Args:
-        student, teacher: their tokenizers; None where there is none. Then sizes have to agree.
+        student, teacher: their tokenizers; None if there is none; then the sizes must agree.
         rows, teacher_rows: of the embeddings.
         named: what messages call the teacher.
 
     Returns:
-        A line to print where the tokenizers could not be compared, end text with other tokens, or have other names for
+        A line to print if the tokenizers could not be compared, end text with other tokens, or have other names for
         added tokens.
 
     Raises:
@@ -117,18 +116,18 @@ def check_teacher_tokens(
         whose = "the teacher" if teacher is None else "the student"
         if rows != teacher_rows:
             raise UserError(f"{sizes}, and {whose} has no tokenizer to compare. {of}")
-        return f"{named}: {whose} has no tokenizer to compare; its tokens are taken for the student's"
+        return f"{named}: {whose} has no tokenizer to compare; its tokens are assumed to be the student's"
     if (reason := difference(student, teacher)) is not None:
         raise UserError(f"{named} has another tokenizer: {reason}. {of}")
     if rows != teacher_rows and min(rows, teacher_rows) < min(len(student), len(teacher)):
         raise UserError(f"{sizes}, and its tokenizer makes {len(teacher)}. {of}")
     notes = []
-    if student.eos_token_id != teacher.eos_token_id:  # as of a base model and its chat model
+    if student.eos_token_id != teacher.eos_token_id:  # as with a base model and its chat model
         notes.append(f"{named} ends text with {teacher.eos_token!r}, the student with {student.eos_token!r}")
     if renamed := renamed_tokens(student, teacher):
         index, (ours, theirs) = next(iter(renamed.items()))
         notes.append(
-            f"{named} has other names for {len(renamed)} added tokens, the first is {index}: {theirs!r} there and "
+            f"{named} has other names for {len(renamed)} added tokens; the first is {index}: {theirs!r} there and "
             f"{ours!r} here; text with such tokens is refused"
         )
     return "; ".join(notes) or None
@@ -142,12 +141,12 @@ def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that stand beside the vocabulary that was learnt from text."""
+    """Ids of the tokens that were added to the vocabulary learnt from text."""
     return set(getattr(tokenizer, "added_tokens_decoder", {}))
 
 
 def _pipeline(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The parts of a fast tokenizer that decide the tokens of a text, None of another kind."""
+    """The parts of a fast tokenizer that decide the tokens of a text, None for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -156,7 +155,7 @@ def _pipeline(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _generated(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
-    """Texts of random tokens, so that a small or a foreign vocabulary is tried as well."""
+    """Texts of random tokens, so that small vocabularies and other languages are tried too."""
     chance = random.Random(0)
     return [str(tokenizer.decode(chance.choices(tokens, k=_TOKENS))) for _ in range(_GENERATED if tokens else 0)]
 

@@ -1,4 +1,4 @@
-"""The mixture: what each sample is follows from the seed and the history of the shares, by hand-computed rules."""
+"""The mixture: samples follow from the seed and the history of the shares, by rules computed by hand."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def samples(mixture: Mixture, *steps: int) -> list[tuple[int, int]]:
 
 
 def by_hand(count: int, shares_of: Any, seed: int = 0) -> list[tuple[int, int]]:
-    """The twin: one sample after the other. `shares_of(i)` are the shares in force at sample i."""
+    """The twin: one sample after another. `shares_of(i)` are the shares in force at sample i."""
     key = seed_key(seed, "domain of a sample")
     used, found = [0, 0, 0], []
     for i in range(count):

@@ -19,7 +19,7 @@ from tests.data.documents import cut, documents, stream
 from tests.models import generated_text, tiny_tokenizer
 
 
-# 600 documents are three map batches; a block of 4,000 tokens is longer than the first batch gives.
+# 600 documents are three map batches; a block of 4,000 tokens is longer than the first batch.
 @pytest.mark.parametrize(("count", "block_size"), [(5, 16), (600, 97), (600, 4000), (257, 3)])
 def test_blocks_equal_a_plain_loop_over_the_documents(count: int, block_size: int) -> None:
     texts = documents(count)
@@ -62,7 +62,7 @@ def test_only_the_range_asked_for_is_packed() -> None:
     assert pack_tokens(tokenised, starts, stops, 11, "x")["input_ids"][:] == cut(list(chain.from_iterable(kept)), 11)
 
 
-def test_leftover_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_leftover_tokens_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         pack_dataset(Dataset.from_dict({"text": documents(5)}), tiny_tokenizer(), "text", 16)
     assert f"the last {len(stream(documents(5))) % 16:,} tokens do not fill a block" in caplog.text
@@ -96,9 +96,9 @@ def test_tokenizer_without_eos_is_refused() -> None:
     ("data", "message"),
     [
         ({"text": ["a b c"]}, r"has \d tokens, fewer than one block of `block_size` = 64"),
-        ({"body": ["a b c"]}, "no column `text` .* but body"),
-        ({"text": ["a b c", None]}, "row 1 has no text in `text` but None"),
-        ({"text": [1, 2]}, "row 0 has no text in `text` but 1"),
+        ({"body": ["a b c"]}, "no column `text` .* only body"),
+        ({"text": ["a b c", None]}, "row 1: `text` is None, not text"),
+        ({"text": [1, 2]}, "row 0: `text` is 1, not text"),
     ],
 )
 def test_data_set_without_usable_text_is_refused(data: dict, message: str) -> None:

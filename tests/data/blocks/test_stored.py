@@ -1,4 +1,4 @@
-"""Blocks out of shards are those that the same text gives without shards."""
+"""Blocks from shards are those of the same text without shards."""
 
 import pickle
 import tracemalloc
@@ -47,7 +47,7 @@ def test_shards_and_text_may_stand_side_by_side_as_train_and_eval(tmp_path: Path
         assert rows(found[0]) == rows(expected[0]) and rows(found[1]) == rows(expected[1])
     with pytest.raises(UserError, match=r"`data\.train`: a is a folder of shards and b\.jsonl is text"):
         build(tmp_path, "a", "b.jsonl")
-    with pytest.raises(UserError, match=r"`calibration\.data`: a is a folder of shards, and here text is read"):
+    with pytest.raises(UserError, match=r"`calibration\.data`: a is a folder of shards, but text is read here"):
         check_entries(["a"], str(tmp_path), "calibration.data")
 
 
@@ -84,7 +84,7 @@ def test_shards_of_another_tokenizer_or_too_short_are_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"text of a has \d+ tokens, fewer than one block of `data.block_size` = 9,999"):
         build(tmp_path, folder, block_size=9999, eval_share=0)
     edited(tokenizer_key="0" * 32)(tmp_path / folder)
-    with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, of .*again"):
+    with pytest.raises(UserError, match=r"`data\.train`: the shards of a were made with another tokenizer, .*again"):
         build(tmp_path, folder)
 
 
@@ -92,7 +92,7 @@ def test_blocks_and_order_of_eight_billion_tokens_take_no_memory(tmp_path: Path)
     shards = [Shard(f"shard-{n:05d}", 1, 0, 61_000_000, 0, 0, 0) for n in range(130)]
     for shard in shards:
         with (tmp_path / f"{shard.name}.tokens").open("wb") as file:
-            file.truncate(2 * shard.tokens)  # a hole takes no room on the disk
+            file.truncate(2 * shard.tokens)  # a hole takes no space on the disk
         (tmp_path / f"{shard.name}.documents").write_bytes(np.array([shard.tokens, 7], dtype="<u8").tobytes())
     manifest = Manifest(
         format_version=1, tokenizer="t", tokenizer_key="k", vocab_size=9, eos_token_id=0, token_type="uint16",

@@ -1,4 +1,4 @@
-"""A stream gives the blocks of the text, and a run on it resumes at the very next one."""
+"""A stream has the blocks of the text, and a run on it resumes at the next one."""
 
 import json
 from itertools import islice
@@ -71,7 +71,7 @@ def test_a_run_on_a_stream_resumes_at_the_very_next_block(tmp_path: Path) -> Non
         arguments = ["--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / out), *options]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
-        assert "train: streamed, tokenised while it is trained on" in result.output
+        assert "train: streamed, tokenised during training" in result.output
         return load_file(tmp_path / out / "checkpoint-6/model.safetensors")
 
     whole = run("whole")

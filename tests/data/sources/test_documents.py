@@ -1,4 +1,4 @@
-"""Files and data sets to documents, and what is said about those that cannot be read."""
+"""Files and data sets to documents, and the errors for those that cannot be read."""
 
 import gzip
 import json
@@ -84,14 +84,14 @@ READ = [
     (
         "a.jsonl",
         {"a.jsonl": lines({"text": "x"}, {"body": "x"})},
-        r"line 2: no field `text` but body. Set `text_field`",
+        r"line 2: no field `text`, only body. Set `text_field`",
     ),
     ("a.jsonl", {"a.jsonl": lines({"text": "x"}, {"text": None})}, "line 2: field `text` is not a string but null"),
     ("a.jsonl", {"a.jsonl": lines({"text": 3})}, "line 1: field `text` is not a string but 3"),
     ("a.jsonl", {"a.jsonl": b'{"text": "\\ud83d"}\n'}, "line 1: .* lone surrogate"),
     ("a.jsonl", {"a.jsonl": lines({"text": "x"}) + b'{"text": "\xff"}\n'}, r"a\.jsonl, line 2: not UTF-8 \(byte 0xff"),
-    ("a.jsonl", {"a.jsonl": b"\n \n"}, r"a\.jsonl holds no text"),
-    ("a.jsonl", {"a.jsonl": lines({"text": ""})}, r"a\.jsonl holds no text"),
+    ("a.jsonl", {"a.jsonl": b"\n \n"}, r"a\.jsonl has no text"),
+    ("a.jsonl", {"a.jsonl": lines({"text": ""})}, r"a\.jsonl has no text"),
     ("a.json", {"a.json": b'[{"text": "x"},\n 3]'}, r"a\.json, element 2: not a JSON object but 3"),
     ("a.json", {"a.json": b'[{"text": "x"},\n}'}, r"a\.json, line 2: not JSON"),
     ("a.jsonl.gz", {"a.jsonl.gz": b"no gzip"}, r"a\.jsonl\.gz cannot be read: "),
@@ -99,8 +99,8 @@ READ = [
     ("a.jsonl.zst", {"a.jsonl.zst": b"no frame"}, r"a\.jsonl\.zst cannot be read: ZSTD decompress failed"),
     ("a.jsonl.zst", {"a.jsonl.zst": zstd(lines({"text": "x"}))[:-3]}, r"a\.jsonl\.zst cannot be read: Truncated"),
     ("a.txt", {"a.txt": b"one\ntwo \xe9\n"}, r"a\.txt, line 2: not UTF-8 \(byte 0xe9"),
-    ("a.txt", {"a.txt": b" \n"}, r"a\.txt holds no text"),
-    ("a.bin", {"a.bin": b"x\0y"}, r"a\.bin is not text: it holds zero bytes"),
+    ("a.txt", {"a.txt": b" \n"}, r"a\.txt has no text"),
+    ("a.bin", {"a.bin": b"x\0y"}, r"a\.bin is not text: it contains NUL bytes"),
     ("*.txt", {"a.txt": b"x", "b.txt": b"\xff"}, r"b\.txt, line 1: not UTF-8"),
     ("a.parquet", {"a.parquet": b"no parquet"}, r"a\.parquet is not a parquet file"),
     ({"path": "nobody/nothing"}, {}, "Cannot load data set nobody/nothing: "),
@@ -150,9 +150,9 @@ DEEP, LONG_INTEGER = b"[" * 900 + b"]" * 900, b"9" * 5000
         (b'{"text": NaN}', "line 1: field `text` is not a string but NaN"),
         (b'{"text": ' + DEEP + b"}", r"line 1: (field `text` is not a string but|nested too deeply)"),
         (b"[" * 100_000, "line 1: nested too deeply"),
-        (b'{"a\\nb": 1}', r"no field `text` but 'a\\nb'"),
-        (json.dumps({"x" * 10**6: 1}).encode(), "no field `text` but x+. Set"),
-        (json.dumps({str(n): n for n in range(10**5)}).encode(), "no field `text` but 0, 1, .*, 19. Set"),
+        (b'{"a\\nb": 1}', r"no field `text`, only 'a\\nb'"),
+        (json.dumps({"x" * 10**6: 1}).encode(), "no field `text`, only x+. Set"),
+        (json.dumps({str(n): n for n in range(10**5)}).encode(), "no field `text`, only 0, 1, .*, 19. Set"),
     ],
 )
 def test_absurd_line_is_one_short_message(tmp_path: Path, content: bytes, message: str) -> None:
@@ -206,25 +206,25 @@ def test_documents_are_iterated_as_they_are_loaded(tmp_path: Path, streaming: bo
 def test_bad_row_of_a_stream_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "x"}, {"text": None}))
     hub = {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
-    with pytest.raises(UserError, match="json: row 1 has no text in `text` but null"):
+    with pytest.raises(UserError, match="json: row 1: `text` is null, not text"):
         list(iterate_documents([hub], None, "text", "x", streaming=True))
     with pytest.raises(UserError, match=r"Cannot load data set json: .*none"):
         list(iterate_documents([{**hub, "data_files": "none.jsonl"}], None, "text", "x", streaming=True))
-    with pytest.raises(UserError, match="no column `body` but text"):
+    with pytest.raises(UserError, match="no column `body`, only text"):
         list(iterate_documents([hub], None, "body", "x", streaming=True))
 
 
 def test_column_missing_from_a_table_is_named(tmp_path: Path) -> None:
     Dataset.from_dict({"id": [1], "body": ["one"]}).to_parquet(str(tmp_path / "a.parquet"))
     for entry in ("a.parquet", {"path": "parquet", "data_files": str(tmp_path / "a.parquet")}):
-        with pytest.raises(UserError, match=r"no column `text` but id, body\. Set `text_field`"):
+        with pytest.raises(UserError, match=r"no column `text`, only id, body\. Set `text_field`"):
             load_documents([entry], str(tmp_path), "text")
 
 
 def test_data_set_of_several_splits_or_a_stream_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     for extra in ({"split": None}, {"streaming": True}):
-        with pytest.raises(UserError, match="name one `split`, without `streaming`"):
+        with pytest.raises(UserError, match="give one `split`, without `streaming`"):
             load_documents([{"path": "text", "data_files": str(tmp_path / "a.txt"), **extra}], None, "text")
 
 

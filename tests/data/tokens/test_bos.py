@@ -31,14 +31,14 @@ from tests.models import tiny_tokenizer
     [
         (tiny_tokenizer, ()),
         (bos_tokenizer, (BOS,)),
-        (lambda: bos_tokenizer(None), ()),  # has a token and does not use it, as GPT-2
-        (lambda: bos_tokenizer("<s> $A <|end|>"), (BOS,)),  # the EOS behind is not ours to double
+        (lambda: bos_tokenizer(None), ()),  # has a token but does not use it, like GPT-2
+        (lambda: bos_tokenizer("<s> $A <|end|>"), (BOS,)),  # the EOS after the text is not added twice
         (lambda: bos_tokenizer("$A <|end|>"), ()),
-        (lambda: bos_tokenizer("<s> <|end|> $A"), (BOS, EOS)),  # two tokens, as GLM
-        (lambda: bos_tokenizer("<|end|> $A", "<|end|>"), (EOS,)),  # BOS is EOS, as OPT
+        (lambda: bos_tokenizer("<s> <|end|> $A"), (BOS, EOS)),  # two tokens, like GLM
+        (lambda: bos_tokenizer("<|end|> $A", "<|end|>"), (EOS,)),  # BOS is EOS, like OPT
     ],
 )
-def test_what_the_tokenizer_does_is_found_by_trying(tokenizer: Any, expected: tuple[int, ...]) -> None:
+def test_what_the_tokenizer_does_is_found(tokenizer: Any, expected: tuple[int, ...]) -> None:
     assert own_bos(tokenizer()) == expected
     found = find_bos("auto", tokenizer())
     assert (found.place, found.tokens) == (("document", expected) if expected else ("none", ()))
@@ -47,7 +47,7 @@ def test_what_the_tokenizer_does_is_found_by_trying(tokenizer: Any, expected: tu
 def test_choices() -> None:
     for choice in ("block", "window"):
         assert find_bos(choice, bos_tokenizer()).of_block == (BOS,)
-    assert find_bos("document", bos_tokenizer(None)).of_document == (BOS,)  # asked for, though it does not do it
+    assert find_bos("document", bos_tokenizer(None)).of_document == (BOS,)  # though the tokenizer does not add it
     none = find_bos("none", bos_tokenizer())
     assert (none.tokens, none.own) == ((), (BOS,))
     with pytest.raises(UserError, match=r"data.bos='document': the tokenizer of .* has no BOS token"):
@@ -101,7 +101,7 @@ def test_blocks_equal_a_plain_loop_whatever_reads_the_text(tmp_path: Path, choic
 def test_a_block_that_begins_with_the_end_of_a_document_gets_bos_where_both_are_one_token(tmp_path: Path) -> None:
     texts = documents(300)
     save(tmp_path, texts)
-    tokenizer = bos_tokenizer("<|end|> $A", "<|end|>")  # as OPT's
+    tokenizer = bos_tokenizer("<|end|> $A", "<|end|>")  # like OPT's
     for size in (12, 13, 16):
         expected = expected_blocks(texts, size, "block", EOS)
         assert any(block[1] == EOS for block in expected)
@@ -153,7 +153,7 @@ def prepared(root: Path, choice: str, name: str = "shards") -> Path:
 def test_shards_are_read_as_they_were_made_or_refused(tmp_path: Path) -> None:
     bare, begun = prepared(tmp_path, "none", "bare"), prepared(tmp_path, "document", "begun")
     manifest = json.loads((bare / MANIFEST).read_text())
-    del manifest["bos"]  # as folders were written before
+    del manifest["bos"]  # as in older folders
     (bare / MANIFEST).write_text(json.dumps(manifest))
     assert read_manifest(bare).bos == [] and read_manifest(begun).bos == [BOS]
 
@@ -169,7 +169,7 @@ def test_shards_are_read_as_they_were_made_or_refused(tmp_path: Path) -> None:
     assert report.lines()[-1].startswith("BOS: none; the tokenizer would put <s>")
     assert len({read(choice, bare)[0].fingerprint for choice in ("none", "block")}) == 2
     for choice, folder, message in (
-        ("document", bare, "bare hold no BOS, and data.bos is document. Make them again .* --bos document, or set"),
+        ("document", bare, "bare have no BOS, and data.bos is document. Make them again .* --bos document, or set"),
         ("none", begun, r"begun begin their documents with BOS \[82\], and data.bos is none.* --bos none, or set"),
         ("block", begun, r"begin their documents with BOS \[82\], and data.bos is block"),
     ):
@@ -183,10 +183,10 @@ def test_shards_are_not_finished_with_another_bos(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "none")
     arguments = ["prepare", str(folder), str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
     result = CliRunner().invoke(main, [*arguments, "--workers", "1"])
-    assert result.exit_code == 2 and "or without BOS before each document" in result.output
+    assert result.exit_code == 2 and "shards made with another setting of --bos" in result.output
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": [BOS]}))
-    with pytest.raises(UserError, match="does not hold the documents its manifest says"):
+    with pytest.raises(UserError, match="does not have the documents its manifest says"):
         verify_shards(folder)
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": ["x"]}))
     with pytest.raises(UserError, match="damaged"):
@@ -211,7 +211,7 @@ def test_a_chat_template_writes_its_own_bos(choice: str) -> None:
     for row in packed:
         assert row["position_ids"][0] == 0
         if choice == "block" and row["input_ids"][1] != one[1]:
-            assert row["position_ids"][:2] == [0, 1]  # the rest of a conversation goes on after BOS
+            assert row["position_ids"][:2] == [0, 1]  # the rest of a conversation continues after BOS
 
 
 def test_prompts_of_plain_text_begin_as_documents_do() -> None:
@@ -242,7 +242,7 @@ def test_documents_that_are_kept_apart_begin_with_bos(bos: int, place: str) -> N
 
 
 def is_bos(block: list[int], at: int) -> bool:
-    """Where BOS and EOS are one token: the second of two in a row, or a lone one at the begin of a block."""
+    """If BOS and EOS are one token: the second of two in a row, or a single one at the start of a block."""
     return block[at - 1] == EOS if at else block[1] != EOS
 
 
@@ -255,7 +255,7 @@ def test_calibration_windows_begin_with_bos_whatever_their_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"), [("auto", "begins each document"), ("none", "begins no text"), ("window", None)]
+    ("choice", "message"), [("auto", "start of each document"), ("none", "is nowhere"), ("window", None)]
 )
 def test_a_note_says_where_windows_have_none(choice: str, message: str | None) -> None:
     note: Callable[[Any], str | None] = lambda tokenizer: bos_note(choice, tokenizer)  # noqa: E731

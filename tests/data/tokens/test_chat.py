@@ -1,4 +1,4 @@
-"""Chat data: which tokens are counted, against the text itself; the same from every place it may lie."""
+"""Chat data: which tokens are counted, against the text itself; the same from every kind of source."""
 
 import gzip
 import json
@@ -99,7 +99,7 @@ def test_perplexity_of_held_out_chat_is_over_what_is_counted() -> None:
 def test_held_out_prompts_alone_measure_nothing() -> None:
     with pytest.raises(UserError, match=r"Nothing in 1 held-out blocks is predicted: all labels are −100"):
         evaluate_blocks(tiny_model(), [{"input_ids": [1, 2, 3], "labels": [-100] * 3}], progress=False)
-    with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they hold prompts alone"):
+    with pytest.raises(UserError, match=r"Nothing is predicted in 1 windows: they contain only prompts"):
         rows = [{"messages": conversation("two of four weights while", "late")}]
         measure_text(tiny_model(), tokenizer(), rows, 4, 1, is_chat=True, progress=False)
 
@@ -148,7 +148,7 @@ def test_a_cut_archive_is_named(tmp_path: Path) -> None:
     ("columns", "template", "message"),
     [
         ({"messages": ROWS}, None, r"chat is chat data \(messages\), and the tokenizer of .* has no chat template"),
-        ({"messages": ROWS}, LAST_ONLY, r"chat, row 0: the chat template writes earlier turns otherwise.*generation"),
+        ({"messages": ROWS}, LAST_ONLY, r"chat, row 0: the chat template writes earlier turns differently.*generation"),
         ({"messages": [ROWS[1]]}, STRICT, r"row 0: the chat template refuses it: Begin with the user\. Leave the row"),
         ({"messages": [conversation("a", "b")[1:]]}, PLAIN, r"row 0: the conversation begins with the assistant"),
         ({"messages": [[]]}, PLAIN, r"row 0: `messages` is \[\], not a list of messages"),

@@ -44,7 +44,7 @@ def byte_tokenizer(template: str, trims: bool, normalizer: Any = None) -> PreTra
 
 
 def space_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """As SentencePiece: a space before the text, bytes for unknown characters."""
+    """Like SentencePiece: a space before the text, bytes for unknown characters."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -278,17 +278,17 @@ def test_an_eos_that_ends_the_conversation_ends_no_earlier_turn() -> None:
     ((_, labels),) = conversation_tokens(rows, made, "chat")
     text = made.decode([int(token) for token in labels if token != -100])
     assert text == "keeps<|stop|>moves<|stop|>\n<|end|>"
-    # where the EOS ends the last turn itself, another token may end those before it
+    # if the EOS itself ends the last turn, another token may end those before it
     swapped = PLAIN.replace("'<|end|>'", "('<|end|>' if loop.last else '<|stop|>')")
     made.chat_template = swapped
-    with pytest.raises(UserError, match=r"row 0: the chat template writes earlier turns otherwise when more follow"):
+    with pytest.raises(UserError, match=r"row 0: the chat template writes earlier turns differently when more follow"):
         list(conversation_tokens(rows, made, "chat"))
 
 
 def test_several_templates_without_a_default_are_refused() -> None:
     made = tokenizer()
     made.chat_template = {"a": PLAIN, "b": PLAIN}
-    with pytest.raises(UserError, match=r"chat: the chat template cannot be taken: .*no default"):
+    with pytest.raises(UserError, match=r"chat: no chat template can be chosen: .*no default"):
         tokenise_conversations(Dataset.from_dict({"messages": ROWS}), made, "chat")
 
 
@@ -297,7 +297,7 @@ def test_rows_of_which_nothing_is_counted_are_named(tmp_path: Path, caplog: pyte
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     config = DataConfig(root=str(tmp_path), train=("a.jsonl",), eval_share=0.0, block_size=16)
     report = build_datasets(config, tokenizer())[2]
-    line = "rows left out since nothing of them is counted: 2, the first is row 3"
+    line = "rows left out because nothing in them is counted: 2, the first is row 3"
     assert report.lines()[-1] == f"warning: a.jsonl: {line}" and report.empty_documents == 0
     pack_dataset(Dataset.from_dict({"messages": rows}), tokenizer(), "text", 16)
     calibration_blocks(["a.jsonl"], str(tmp_path), "text", tokenizer(), 16)
@@ -317,11 +317,11 @@ def test_a_text_of_which_nothing_is_counted_is_refused(tmp_path: Path) -> None:
         lambda: calibration_blocks(["a.jsonl"], str(tmp_path), "text", tokenizer(), 16),
         lambda: tokenise_chat(tokenizer(), [{"messages": row} for row in rows], "a.jsonl"),
     ):
-        with pytest.raises(UserError, match=r": nothing is counted of any of 3 rows"):
+        with pytest.raises(UserError, match=r": nothing is counted in any of 3 rows"):
             run()
 
 
-def test_conversations_by_other_names_are_told_how_to_be_read(tmp_path: Path) -> None:
+def test_a_conversation_under_another_name_gets_a_hint(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "two"}]}) + "\n")
     config = DataConfig(root=str(tmp_path), train=("a.jsonl",), eval_share=0.0, block_size=16)
     with pytest.raises(UserError, match=r"recognised by `messages`, with `role` and `content`: rename `conversations`"):

@@ -25,7 +25,7 @@ def gpt2_like() -> Encode:
 
 
 def llama_like() -> Encode:
-    """A blank before every text and no words: the whole text is one piece for the merges, which begin with a blank."""
+    """A space before every text and no words: the whole text is one piece for the merges, which begin with a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     encode = encoder(tokenizer)
@@ -63,7 +63,7 @@ def test_a_text_that_cannot_be_cut_is_taken_whole_up_to_a_length(monkeypatch: py
 
 
 def test_a_cut_that_changes_a_token_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer that sees pairs of words as one: no place leaves the tokens as they are."""
+    """A tokenizer that takes pairs of words as one: a cut changes tokens wherever it is made."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [[len(text.split(" ")), len(text)] for text in texts]

@@ -49,7 +49,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 
 def as_json(rows: list[dict[str, Any]]) -> Dataset:
-    """Rows as those of JSONL lie in the cache."""
+    """Rows as JSONL rows are stored in the cache."""
     return Dataset.from_dict({"conversation": [json.dumps(row) for row in rows]})
 
 
@@ -77,7 +77,7 @@ def test_parts_that_the_template_trims_keep_the_white_space_between_them() -> No
     either = HEAD + "{% if m.content is string %}{{ m.content }}{% else %}" + trimmed + "{% endif %}" + TAIL
     assert "two of four<|end|>" in written({"messages": messages}, either)
     assert stretches(messages, either) == ["keeps the dense<|end|>"]
-    # one that reads nothing but parts writes them as it does
+    # a template that reads only parts writes them its own way
     assert stretches(messages, HEAD + trimmed + TAIL) == ["keepsthe dense<|end|>"]
 
 
@@ -132,7 +132,7 @@ def test_a_message_of_weight_0_is_not_counted(field: dict[str, Any], template: s
     pair = as_json([{"prompt": [USER], "completion": [first]}])
     assert tokenise_conversations(pair, tokenizer(template), "chat")[0]["labels"] == []
     mixed = as_json([{"prompt": [USER], "completion": [first, USER, last]}])
-    with pytest.raises(UserError, match=r"row 0: some messages of `completion` have weight 0 and some have not"):
+    with pytest.raises(UserError, match=r"row 0: some messages of `completion` have weight 0 and some do not"):
         tokenise_conversations(mixed, tokenizer(template), "chat")
 
 
@@ -160,7 +160,7 @@ def test_tool_calls_and_reasoning_must_be_written_too() -> None:
         stretches([USER, call({"x": 1})], plain)
     with pytest.raises(UserError, match="drops or rewrites `reasoning_content` of message 1"):
         stretches([USER, said("keeps", reasoning_content="late")], plain)
-    # of a turn that the user answers, a template may leave thoughts out
+    # a template may leave out the thoughts of a turn that the user answers
     assert stretches([USER, said("keeps", reasoning_content="late"), USER, said("moves")], plain)
     forgets = HEAD + "{{ m.content.split('</think>')[-1] }}" + TAIL
     assert stretches([USER, said("<think>late</think>keeps"), USER, said("moves")], forgets)
@@ -254,16 +254,14 @@ def test_json_columns_of_parquet_keep_their_nulls(tmp_path: Path) -> None:
 def test_a_column_that_only_later_files_have_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"messages": ROWS[0]["messages"]}]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet has a column `tools`, and .*a\.parquet has not"):
+    with pytest.raises(UserError, match=r"b\.parquet has a column `tools`, but .*a\.parquet does not"):
         read_conversations("*.parquet", str(tmp_path), "--dataset")
 
 
 def test_files_whose_calls_have_other_arguments_are_named_and_may_be_entries(tmp_path: Path) -> None:
     for name, row in zip("ab", ROWS, strict=False):
         pq.write_table(pa.Table.from_pylist([{"messages": row["messages"]}]), tmp_path / f"{name}.parquet")
-    with pytest.raises(
-        UserError, match=r"b\.parquet hold columns of different types: .* give each an entry of its own"
-    ):
+    with pytest.raises(UserError, match=r"b\.parquet have columns of different types: .* give each its own entry"):
         read_conversations("*.parquet", str(tmp_path), "--dataset")
     config = DataConfig(root=str(tmp_path), train=("a.parquet", "b.parquet"), eval_share=0.0, block_size=16)
     assert build_datasets(config, tokenizer(TOJSON))[2].train.documents == 2  # type: ignore[union-attr]
@@ -286,7 +284,7 @@ def test_tools_and_settings_of_the_template_come_from_their_columns() -> None:
     [
         ({"tools": "{"}, r"row 0: `tools` is \"{\", which is not JSON"),
         ({"tools": {"name": "move"}}, r"row 0: `tools` is {.*, not a list of tools"),
-        ({"tools": [3]}, r"row 0: `tools` holds 3, which is not a JSON schema"),
+        ({"tools": [3]}, r"row 0: `tools` contains 3, which is not a JSON schema"),
         ({"chat_template_kwargs": [3]}, r"row 0: `chat_template_kwargs` is \[3\], not a mapping"),
     ],
 )
@@ -297,5 +295,5 @@ def test_columns_beside_the_messages_are_checked(columns: dict[str, Any], reason
 
 @pytest.mark.parametrize("row", [{"messages": [USER, said("late \ud800")]}, {"prompt": "two", "completion": "\ud800"}])
 def test_half_a_character_is_refused(row: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"chat, row 0 holds half a character"):
+    with pytest.raises(UserError, match=r"chat, row 0 contains half a character"):
         tokenise_conversations(as_json([row]), tokenizer(), "chat")

@@ -1,4 +1,4 @@
-"""Text to shards and back: the tokens are those of the text, whoever wrote them and however often it was stopped."""
+"""Text to shards and back: the tokens are those of the text, whatever wrote them and however often that was stopped."""
 
 import copy
 import errno
@@ -215,7 +215,7 @@ def test_full_disk_keeps_finished_shards_and_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"out: No space left on device\. Free some room and run the same command"):
+        with pytest.raises(UserError, match=r"out: No space left on device\. Free some space and run the same command"):
             prepare_shards(out, settings(tmp_path, *SOURCES), tiny_tokenizer())
     names = ["shard-00000.documents", "shard-00000.tokens", "shard-00001.documents", "shard-00001.tokens"]
     assert sorted(path.name for path in out.iterdir()) == [PROGRESS, *names]
@@ -246,9 +246,9 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (cut(MANIFEST, 50), r"manifest\.json cannot be read or is damaged"),
     (edited(format_version=2), r"manifest\.json has format_version 2, .* reads up to 1\. Update ast_sparse"),
     (edited(token_type="float64"), r"manifest\.json cannot be read or is damaged"),
-    (edited(shards=[]), r"names no shard"),
+    (edited(shards=[]), r"lists no shards"),
     (edited(shards=[{"name": "../x"}]), r"manifest\.json cannot be read or is damaged"),
-    (lambda folder: (folder / MANIFEST).unlink(), r"is no folder of shards: it holds no manifest\.json"),
+    (lambda folder: (folder / MANIFEST).unlink(), r"is not a folder of shards: it has no manifest\.json"),
 ]
 
 
@@ -293,7 +293,7 @@ def test_verify_finds_borders_that_are_none(tmp_path: Path, whole: Path) -> None
     shards = json.loads((folder / MANIFEST).read_text())["shards"]
     shards[0]["documents_crc32"] = file_crc32(folder / "shard-00000.documents")
     edited(shards=shards)(folder)
-    with pytest.raises(UserError, match="shard-00000 does not hold the documents its manifest says"):
+    with pytest.raises(UserError, match="shard-00000 does not have the documents its manifest says"):
         verify_shards(folder)
 
 
@@ -327,18 +327,18 @@ REFUSED: list[tuple[list[str], str]] = [
     (["out", "--domain", "../cc=a.jsonl"], r"is not of the form NAME=SOURCE"),
     (["out", "none.jsonl"], r"`SOURCE`: file none\.jsonl does not exist"),
     (["out", "bad.jsonl"], r"bad\.jsonl, line 2: not UTF-8 \(byte 0xff"),
-    (["out", "blank.jsonl"], r"blank\.jsonl holds no text"),
+    (["out", "blank.jsonl"], r"blank\.jsonl has no text"),
     (["out", "{path: no/such}"], r"Cannot load data set no/such"),
     (["out", "{path: [}"], r"SOURCE .* is not valid YAML"),
-    (["out", "a.jsonl", "--text-field", "body"], r"no field `body` but text"),
-    (["out", "chat.jsonl"], r"line 1: no field `text` but messages\. This is chat data, and here raw text is read"),
+    (["out", "a.jsonl", "--text-field", "body"], r"no field `body`, only text"),
+    (["out", "chat.jsonl"], r"line 1: no field `text`, only messages\. This is chat data, but raw text is read here"),
     (
         ["out", "a.jsonl", "--shard-size", "1e-6"],
         r"a\.jsonl, line 1: a document of 3 characters is longer than a shard",
     ),
-    (["out", "--domain", "cc=blank.jsonl"], r"blank\.jsonl holds no text"),
+    (["out", "--domain", "cc=blank.jsonl"], r"blank\.jsonl has no text"),
     (["file", "a.jsonl"], r"file is a file\. Name a folder"),
-    (["full", "a.jsonl"], r"full holds other files already"),
+    (["full", "a.jsonl"], r"full already has other files"),
     (["out", "a.jsonl", "--workers", "0"], r"Invalid value for '--workers'"),
     (["out", "a.jsonl", "--shard-size", "0"], r"Invalid value for '--shard-size'"),
     (["out", "a.jsonl", "--tokenizer", "/nowhere"], r"/nowhere"),
