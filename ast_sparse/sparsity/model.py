@@ -63,7 +63,7 @@ class SparsityReport:
         ]
         lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
         for (kind, _), count in _by_kind(dict.fromkeys(self.without_slorb, ())).items():
-            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter of it")
+            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter for it")
         reasons = _by_kind({name: (reason,) for name, reason in self.skipped.items()})
         lines += [f"  skipped  {kind}  ({count}): {reason[0]}" for (kind, reason), count in reasons.items()]
         return lines
@@ -98,7 +98,7 @@ def sparsify_model(
     Args:
         calibration_config: SparseGPT's damping and block size.
         samples: `[sequences, tokens]` int64, for a method that needs text.
-        device: where they run, block by block; default: where the model is.
+        device: where the samples run, block by block; default: where the model is.
         progress: show a bar with the layers and their errors.
 
     Raises:

@@ -123,7 +123,7 @@ def select_layers(
             if reason is None:
                 selected[name] = module
     for name, owner in read_past_forward(model, selected).items():
-        linears[name] = f"its weight is read by {owner} past its forward"
+        linears[name] = f"its weight is read by {owner} outside its forward"
         del selected[name]
     skipped |= {name: reason for name, reason in linears.items() if reason is not None}
     skipped |= _fused(model, inside)

@@ -39,7 +39,7 @@ class HeldOutLoss:
             by_position: `[batch · seq]`, the loss of each position.
             labels: `[batch, seq]`, shifted; −100 does not count.
         """
-        first = (self._batches * self.ranks + self.rank) * self.batch_size  # batches are dealt out in turns
+        first = (self._batches * self.ranks + self.rank) * self.batch_size  # batches go to the ranks in turn
         self._batches += 1
         count = len(labels) if self.rows is None else max(0, min(len(labels), self.rows - first))
         losses = by_position.view_as(labels)[:count]

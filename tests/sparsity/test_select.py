@@ -47,12 +47,12 @@ class Reader(nn.Module):
     ("way", "dense"),
     [("matmul", True), ("F.linear", True), ("cat", True), ("einsum", True), ("no read", False), ("forward", False)],
 )
-def test_a_weight_that_is_read_past_forward_stays_dense(way: str, dense: bool) -> None:
+def test_a_weight_that_is_read_outside_forward_stays_dense(way: str, dense: bool) -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = Reader(way)
     selected, skipped = select_layers(model)
-    reason = "its weight is read by Reader past its forward"
+    reason = "its weight is read by Reader outside its forward"
     assert (skipped.get("model.layers.1.mlp.proj") == reason) is dense
     assert ("model.layers.1.mlp.proj" in selected) is not dense
     assert "model.layers.1.mlp.other" in selected
@@ -62,7 +62,7 @@ def test_a_weight_that_is_read_past_forward_stays_dense(way: str, dense: bool) -
 def test_dt_proj_of_mamba_stays_dense_in_plan_and_run_alike(family: str) -> None:
     model = family_model(family)
     report = sparsify_model(model, SparsityConfig(), SLoRBConfig(k=4))
-    dense = [name for name, reason in report.skipped.items() if "past its forward" in reason]
+    dense = [name for name, reason in report.skipped.items() if "outside its forward" in reason]
     assert dense and all(name.endswith("dt_proj") for name in dense)
     assert any(name.endswith("out_proj") for name in report.pruned)
     assert select_layers(on_meta(family))[1].keys() == report.skipped.keys()
@@ -79,7 +79,7 @@ def test_out_proj_of_multihead_attention_stays_dense() -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = _Attends()
-    assert "past its forward" in select_layers(model)[1]["model.layers.0.mlp.attention.out_proj"]
+    assert "outside its forward" in select_layers(model)[1]["model.layers.0.mlp.attention.out_proj"]
 
 
 class _Attends(nn.Module):
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_run_without_data_is_judged_by_its_source() -> None:
     for layer in model.model.layers:
         layer.mlp = _NeedsData("matmul")
     selected, skipped = select_layers(model)
-    assert "past its forward" in skipped["model.layers.0.mlp.proj"] and "model.layers.0.mlp.other" in selected
+    assert "outside its forward" in skipped["model.layers.0.mlp.proj"] and "model.layers.0.mlp.other" in selected
 
 
 class _NeedsData(Reader):
@@ -116,7 +116,7 @@ def test_nothing_is_logged_if_a_model_cannot_run_without_data() -> None:
         _, skipped = select_layers(model)
     finally:
         logger.removeFilter(records.append)
-    assert "past its forward" in skipped["model.layers.0.mlp.proj"]
+    assert "outside its forward" in skipped["model.layers.0.mlp.proj"]
     assert records == [] and not logger.disabled
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # of accelerate
+import psutil  # a dependency of accelerate
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging

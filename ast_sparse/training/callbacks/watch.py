@@ -54,7 +54,7 @@ class WatchCallback(TrainerCallback):
     A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data move on.
     What later decisions depend on is saved with every checkpoint, so a resumed run decides like an uninterrupted one.
 
-    A step without a counted token on any rank has nothing to learn from. It is not judged, and also leaves weights,
+    A step in which no rank has a counted token has nothing to learn from. It is not judged, and also leaves weights,
     moments and step counts as they are; the masks wait for the next step that has such tokens (`SparsityCallback`),
     while λ, learning rate and data move on.
 

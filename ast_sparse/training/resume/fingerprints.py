@@ -25,7 +25,7 @@ from ast_sparse.data.tokens.tokenise import tokenizer_key
 
 _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once
-_FIRST = 256  # rows of a stream; reading more of it before training would take too long
+_FIRST = 256  # rows of a stream; the rest is not read before training
 _SAMPLED = 1024  # rows of a data set that computes them on access
 _PIECES, _PIECE = 64, 2**16  # pieces of a streamed file, and bytes of each
 _CHUNK = 2**20  # entries of a tensor whose bits are summed together

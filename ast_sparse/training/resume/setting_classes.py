@@ -67,7 +67,7 @@ _MOVING = ("params", "initial_lr", "mask_decay")  # entries of an optimizer's gr
 _EVALUATIONS = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# schedules whose rate depends only on the steps before
+# schedules whose rate depends only on the steps so far
 _ENDLESS = (
     SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT,
     SchedulerType.REDUCE_ON_PLATEAU,
