@@ -1,4 +1,4 @@
-"""Masks, optimizer updates and masked weights in one pass over memory, by torch.compile; each with an eager twin.
+"""Masks, optimizer updates and products: a compiled or faster way each, and a plain one that does the same.
 
-`choice.py` says which of the two a run uses.
+`choice.py` decides between compiled and eager kernels, `cpu/setting.py` whether the functions for one CPU are used.
 """

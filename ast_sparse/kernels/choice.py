@@ -1,4 +1,4 @@
-"""Whether a run uses compiled or eager kernels: chosen once, logged once, stored in its checkpoints."""
+"""Whether a run uses compiled or eager kernels: chosen once, logged once, saved in its checkpoints."""
 
 import logging
 import time
@@ -22,12 +22,12 @@ def compile_kernel(function: Callable[..., Any], **options: Any) -> Callable[...
     """`torch.compile` of a pure function for all sizes; one worker, because a kernel is one small graph.
 
     Args:
-        options: further settings of the inductor.
+        options: more settings of the inductor.
     """
     compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1, **options})
 
     def kernel(*args: Any) -> Any:
-        # dynamo counts the graphs of one source line together: patterns, placements, dtypes, ranks of tensors
+        # dynamo limits the graphs of one source line: patterns, placements, dtypes and ranks of tensors share it
         with torch._dynamo.config.patch(recompile_limit=64):
             return compiled(*args)
 
@@ -43,13 +43,13 @@ def choose_kernels(
     """The kernels of a run.
 
     Args:
-        setting: `sparsity.kernels`. `auto` is what the checkpoint was trained with; in a new run compiled, where a
+        setting: `sparsity.kernels`. `auto` is what the checkpoint was trained with; in a new run it is compiled if a
             compiler works and there are enough masked weights to be worth its time.
         weights: number of masked weights.
-        stored: the choice of the checkpoint that is resumed.
+        stored: the choice in the checkpoint that is resumed.
 
     Raises:
-        UserError: `compiled` is asked for, and compiling fails here.
+        UserError: `compiled` is asked for, but compiling fails here.
     """
     choice = setting if setting != "auto" else stored or ("compiled" if weights >= WORTHWHILE else "eager")
     if choice == "compiled" and (fault := compiler_fault(device.type)):
@@ -59,22 +59,22 @@ def choose_kernels(
         choice = "eager"
     if stored is not None and choice != stored:
         logger.warning(
-            f"The checkpoint was trained with {stored} kernels, this run goes on with {choice} ones: its steps agree "
-            "within rounding, not to the bit."
+            f"The checkpoint was trained with {stored} kernels, this run continues with {choice} ones: its steps are "
+            "equal within rounding, not to the bit."
         )
     return choice
 
 
 @cache
 def compiler_fault(device_type: str) -> str | None:
-    """Why kernels cannot be compiled for a device, in one line; None where they can. Tried once a process."""
+    """Why kernels cannot be compiled for a device, in one line; None if they can. Tried once per process."""
     started = time.perf_counter()
     try:
         probe = torch.arange(64.0, device=device_type)
         doubled = compile_kernel(_probe)(probe)
         if not torch.equal(doubled, probe * 2 + 1):
             return "a compiled function gives wrong results"
-    except Exception as error:  # no compiler, an unsupported Python, a full disk: whatever the inductor raises
+    except Exception as error:  # no compiler, an unsupported Python, a full disk: anything that the inductor raises
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")
     logger.info(f"Kernels are compiled for {device_type} (first one in {time.perf_counter() - started:.1f} s).")

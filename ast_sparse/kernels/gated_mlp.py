@@ -1,6 +1,6 @@
-"""MLPs with a gate, `down(act(gate(x)) · up(x))`, recognised by trying them, whatever their class and parts are called.
+"""MLPs with a gate, `down(act(gate(x)) · up(x))`, recognised by running them, whatever their parts are called.
 
-Most families have such an MLP; some make gate and up by one product, whose output they cut in two (Phi-3).
+Most families have such an MLP; some compute gate and up by one product and split its output (Phi-3).
 """
 
 import itertools
@@ -12,16 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_SHAPE = (1, 3, 16)  # of what is tried: small, its width even
+_SHAPE = (1, 3, 16)  # of the test input: small, with an even width
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The parts of a gated MLP by name.
+    """The names of the parts of a gated MLP.
 
     Attributes:
         projections: gate and up in the order in which they are called, or the one whose output has both as halves.
-        gate: which of the two, or of the halves, the activation function is applied to.
+        gate: index of the one, or of the half, that the activation function is applied to.
         activation, down: the activation function, and the projection of the product.
     """
 
@@ -31,7 +31,7 @@ class GatedMLP:
     down: str
 
     def product(self, activation: Callable[[Tensor], Tensor], *projected: Tensor) -> Tensor:
-        """`act(gate) · up` of the outputs of the projections."""
+        """`act(gate) · up` from the outputs of the projections."""
         parts = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
         return activation(parts[self.gate]) * parts[1 - self.gate]
 
@@ -40,7 +40,7 @@ class _Call(NamedTuple):
     name: str
     input: Tensor
     output: Tensor
-    returned: Tensor  # itself: the output is a copy, which nothing changes in place
+    returned: Tensor  # the tensor itself; `output` is a copy that nothing changes in place
 
 
 _tried: "WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], GatedMLP | None]]" = WeakKeyDictionary()
@@ -49,9 +49,9 @@ _tried: "WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], GatedMLP | None]]" 
 def find_gated_mlp(module: nn.Module) -> GatedMLP | None:
     """The parts of a module if it computes `down(act(gate(x)) · up(x))` and nothing else, or None.
 
-    Its forward is tried with other parts in the place of its own: known tensors for what the projections give, and a
-    copy of the activation function. So weights are not read and may be sharded or on the meta device, no hook runs, and
-    gradients, random numbers and modes stay as they are. A module is tried once, as long as it has the same parts.
+    Its forward runs with other parts in place of its own: projections that return known tensors, and a copy of the
+    activation function. So weights are not read and may be sharded or on the meta device, no hook runs, and gradients,
+    random state and modes do not change. A module is tried only once while it has the same parts.
     """
     activation = _activation(module)
     if activation is None:
@@ -64,11 +64,11 @@ def find_gated_mlp(module: nn.Module) -> GatedMLP | None:
 
 
 def _activation(module: nn.Module) -> str | None:
-    """The name of the only part without weights, where all others are two or three matrices; None otherwise."""
+    """The name of the only part without weights, if the others are two or three matrices; None otherwise."""
     children = module._modules
     if len(children) not in (3, 4) or any(isinstance(each, Tensor) for each in vars(module).values()):
         return None
-    if module._parameters or module._buffers:  # a factor that is 1 now would not be seen
+    if module._parameters or module._buffers:  # a factor that is 1 now would not be noticed
         return None
     others = [name for name, child in children.items() if getattr(getattr(child, "weight", None), "ndim", 0) != 2]
     if len(others) != 1:
@@ -79,7 +79,7 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module, activation: str) -> GatedMLP | None:
-    """What all tries agree on: half precision would show a cast, training what is random."""
+    """The result if all tries agree: half precision would show a cast, training mode anything random."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         found = {
             _try_once(module, activation, dtype, training)
@@ -93,7 +93,7 @@ def _try_once(module: nn.Module, activation: str, dtype: torch.dtype, training: 
     calls: list[_Call] = []
 
     def values(_: Any = None) -> Tensor:
-        """Of all magnitudes from 1e-3 to 1e4, so that a limit would show."""
+        """Values of all magnitudes from 1e-3 to 1e4, so that clamping would show."""
         size, sign = (torch.rand(_SHAPE, generator=generator, device="cpu") for _ in range(2))
         return (10 ** (7 * size - 3) * (sign - 0.5).sign()).to(dtype)
 
@@ -111,12 +111,12 @@ def _try_once(module: nn.Module, activation: str, dtype: torch.dtype, training: 
     try:
         result = tried.forward(x.clone())
         return _understood(calls, activation, act, x, result, set(module._modules))
-    except Exception:  # whatever the code of a module raises that wants other inputs, or parts of another kind
+    except Exception:  # anything that a module with other inputs or other kinds of parts raises
         return None
 
 
 def _copy(module: Any, training: bool) -> Any:
-    """A module with the same attributes, made without its class being asked: FSDP's would make another one."""
+    """A module with the same attributes, made without calling its class: FSDP's would make a different one."""
     made = object.__new__(type(module))
     vars(made).update(vars(module))
     made.training = training
@@ -131,7 +131,7 @@ def _understood(
     result: Any,
     names: set[str],
 ) -> GatedMLP | None:
-    """The MLP whose parts were called like this, with `result` for `x`; None where its formula gives something else."""
+    """The MLP whose parts were called like this and returned `result` for `x`; None if it computes something else."""
     *projections, down = (call for call in calls if call.name != activation)
     (gated,) = (call for call in calls if call.name == activation)
     if len(calls) != len(names) or {call.name for call in calls} != names or result is not down.returned:
@@ -146,6 +146,6 @@ def _understood(
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and values, a NaN being equal to another."""
+    """Whether two tensors have the same dtype, shape and values; NaNs are equal."""
     same_kind = first.dtype == second.dtype and first.shape == second.shape
     return same_kind and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)

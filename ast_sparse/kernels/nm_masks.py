@@ -1,4 +1,4 @@
-"""N:M masks of scores or of |W|: the N highest of every M, ties keep the lower column."""
+"""N:M masks of scores or of |W|: the N highest of every M are kept; ties keep the lower column."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from ast_sparse.kernels.choice import Kernels, compile_kernel
 
 _PAIRWISE_LIMIT = 8  # up to this M, comparing all pairs is faster than sorting
-_COMPILED_LIMIT = 16  # and up to this one if the comparisons are compiled
-_BLOCK = 1 << 18  # elements of an eager block on a CPU: its temporaries stay in the cache
+_COMPILED_LIMIT = 16  # and up to this M if the comparisons are compiled
+_BLOCK = 1 << 18  # elements of an eager block on a CPU, so that temporaries stay in the cache
 
 
 def nm_group_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """The eager mask, a block of rows after the other.
+    """The eager mask, one block of rows at a time.
 
     Args:
-        scores: `[rows, columns]`, any real dtype, no NaN; `dim` is a multiple of `m`.
+        scores: `[rows, columns]`, any real dtype, no NaN; the size of `dim` is a multiple of `m`.
 
     Returns:
         Boolean mask of the shape of `scores`, contiguous.
@@ -41,10 +41,10 @@ def nm_group_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int, dim: int, kernels: Kernels) -> Tensor:
-    """The mask of |W|, the same to the bit from both kernels.
+    """The mask of |W|; both kernels return the same.
 
     Args:
-        weight: `[out, in]` with `dim=1` or `[in, out]` with `dim=0`, any float dtype, no NaN; this process's own part.
+        weight: `[out, in]` with `dim=1` or `[in, out]` with `dim=0`, any float dtype, no NaN; this process's piece.
     """
     if kernels == "eager" or m > _COMPILED_LIMIT or weight.numel() == 0:
         return nm_group_mask(weight.abs(), n, m, dim)
@@ -55,12 +55,12 @@ def magnitude_mask(weight: Tensor, n: int, m: int, dim: int, kernels: Kernels) -
 
 @cache
 def _compiled_mask(n: int, m: int) -> Callable[..., Any]:
-    # the inductor's own vectors are 5 to 20 times slower on boolean intermediates than what the compiler makes of loops
+    # the inductor's vector code is 5 to 20 times slower on booleans than the loops that the C++ compiler vectorises
     return compile_kernel(_MagnitudeMask(n), **{"cpp.simdlen": 1})
 
 
 class _MagnitudeMask(nn.Module):
-    """A module, because its integers are constants to torch.compile where those of a closure may become symbols."""
+    """A module, because torch.compile treats its integers as constants; those of a closure may become symbols."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _MagnitudeMask(nn.Module):
 
 
 def _kept(columns: Sequence[Tensor], n: int) -> list[Tensor]:
-    """For each column of the groups, whether it is kept: it loses fewer than `n` comparisons."""
+    """For each column of the groups, whether it is kept, because it loses fewer than `n` comparisons."""
     if len(columns) == 4 and n == 2:
         a, b, c, d = columns
         ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d

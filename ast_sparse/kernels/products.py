@@ -1,7 +1,7 @@
 """The masked weight `m ⊙ W`, masked gradients, and matrix products with a weight.
 
-`linear` and `product` are the functions of PyTorch that they stand for. On one kind of CPU they go another way, equal
-to rounding, where `kernels/cpu/setting.py` allows it.
+`linear` and `product` call the same functions of PyTorch. On one kind of CPU, if `kernels/cpu/setting.py` allows it,
+they use oneDNN, with results equal to rounding.
 """
 
 import torch
@@ -16,8 +16,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def masked(values: Tensor, mask: Tensor) -> Tensor:
     """The values where the mask is True, and 0.0 elsewhere, never -0.0; bit for bit `torch.where(mask, values, 0)`.
 
-    On a CPU the bits of the values and of the mask are joined: `torch.where` goes element by element there, and takes
-    twenty times as long.
+    On a CPU this is a bitwise and of values and mask: `torch.where` goes element by element there, and takes twenty
+    times as long.
 
     Args:
         values: any float dtype; mask: bool of its shape.
@@ -30,16 +30,16 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
     return bits.bitwise_and_(values.detach().view(integer)).view(values.dtype)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_input: bool = False) -> Tensor:
-    """`input Wᵀ + b` as `F.linear`, or with `by_input` the `input W + b` of GPT-2's Conv1D; equal to rounding.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group_dim: int = 1) -> Tensor:
+    """`input Wᵀ + b` as in `F.linear`, or with `group_dim=0` `input W + b` as in GPT-2's Conv1D; equal to rounding.
 
     Args:
-        input: `[..., in]`; weight: `[out, in]`, with `by_input` `[in, out]`; bias: `[out]`.
+        input: `[..., in]`; weight: `[out, in]`, with `group_dim=0` `[in, out]`; bias: `[out]`.
     """
-    width = weight.shape[1 if by_input else 0]
+    width = weight.shape[1 - group_dim]
     if onednn.takes(input, weight, input.numel() * width) and (bias is None or bias.dtype == torch.float32):
-        return onednn.linear(input, weight, bias, by_input)
-    if not by_input:
+        return onednn.linear(input, weight, bias, group_dim)
+    if group_dim == 1:
         return F.linear(input, weight, bias)
     rows = input.reshape(-1, input.shape[-1])
     product = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
@@ -47,7 +47,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, by_inpu
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """`left @ right` of two matrices, equal to rounding; for code that keeps no gradients.
+    """`left @ right` of two matrices, equal to rounding; for code without gradients.
 
     Args:
         out: memory that may be used for the result.

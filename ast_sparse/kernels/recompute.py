@@ -1,7 +1,7 @@
-"""Selective recomputation: outputs that are cheap to make again are not kept for the backward pass.
+"""Selective recomputation: outputs that are cheap to compute again are not kept for the backward pass.
 
-Norms, activation functions and the gate of an MLP make more than half of a decoder block's activations, which the
-products they go into keep, and next to none of its arithmetic. They are made again when a backward pass asks for them.
+Norms, activation functions and MLP gates take almost no arithmetic, but their outputs are more than half of the
+activations that the products after them keep. They are recomputed when a backward pass asks for them.
 """
 
 from collections import deque
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-_REMEMBERED = 8  # outputs; between a norm and the last product it goes into some models have two more norms
+_REMEMBERED = 8  # outputs; some models have two more norms between a norm and the last product that uses it
 
 
 class Recomputation(saved_tensors_hooks):
-    """A context for forward and backward pass, inside which outputs of calls to it are made again, not kept.
+    """A context for forward and backward pass, in which outputs of calls to it are recomputed instead of kept.
 
-    `recompute(function, *inputs)` calls a function of tensors, which must do the same each time. Wherever autograd
-    would keep its output as it is, it keeps the inputs, which the function's own gradient needs anyway.
+    `recompute(function, *inputs)` calls a function of tensors, which must do the same each time. If autograd would keep
+    its output unchanged, it keeps the inputs instead, which the function's own gradient needs anyway.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Recomputation(saved_tensors_hooks):
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
-        self._outputs.clear()  # hooks refer to their context: what is left would wait for the garbage collector
+        self._outputs.clear()  # hooks refer to their context: otherwise these would wait for the garbage collector
         self._latest = (None, None)
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -47,23 +47,23 @@ class Recomputation(saved_tensors_hooks):
         return (tensor.detach(), tensor._version) if recipe is None else (recipe, tensor.shape)
 
     def _unpack(self, packed: Any) -> Tensor:
-        self._outputs.clear()  # a backward pass has begun, which frees inputs as it goes
+        self._outputs.clear()  # the backward pass has begun, and it frees inputs as it goes
         if not isinstance(packed[0], _Recipe):
             tensor, version = packed
-            if tensor._version != version:  # autograd does not look where there are hooks
+            if tensor._version != version:  # autograd does not check this if there are hooks
                 raise _changed(f"a tensor of shape {tuple(tensor.shape)}")
             return cast(Tensor, tensor)
         recipe, shape = packed
         known, value = self._latest
         if known is not recipe or value is None:
-            self._latest = (None, None)  # freed before the next one is made
+            self._latest = (None, None)  # free it before the next one is computed
             value = recipe()
             self._latest = (recipe, value)
         return value.view(shape)
 
 
 class _Recipe:
-    """A function and its inputs as they are before the first call, with its autocast."""
+    """A function, its inputs as they were before the first call, and its autocast."""
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
         self._function, self._inputs = function, [each.detach() for each in inputs]
@@ -91,15 +91,15 @@ def _changed(what: str) -> RuntimeError:
 
 
 class _Output:
-    """What is known of an output without keeping it."""
+    """What identifies an output without keeping it."""
 
     def __init__(self, output: Tensor, recipe: _Recipe) -> None:
         self.recipe = recipe
-        self._storage = StorageWeakRef(output.untyped_storage())  # while there is one, no other storage has its address
+        self._storage = StorageWeakRef(output.untyped_storage())  # while this exists, no other storage has its address
         self._about = _about(output)
 
     def is_in(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the output, unchanged and in its order, in whatever shape."""
+        """Whether the tensor is the output, unchanged and in its order, in any shape."""
         same_storage = self._storage.cdata == tensor.untyped_storage()._cdata
         return same_storage and self._about == _about(tensor) and tensor.is_contiguous()
 

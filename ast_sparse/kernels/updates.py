@@ -1,7 +1,7 @@
 """One AdamW update with the decay on pruned weights, by placement (paper Sec. 3.2 and 6.6).
 
-Compiled, an update is one pass over weight, gradient, mask and moments. Eager, it goes block by block: what the
-placement adds is computed into a temporary the size of a block, and torch's fused AdamW does the rest.
+The compiled update is one pass over weight, gradient, mask and moments. The eager one works block by block: the term
+of the placement is computed into a temporary of one block, and torch's fused AdamW does the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _BLOCK = 1 << 18  # elements of an eager block on a CPU
 
 @dataclass(frozen=True)
 class StepValues:
-    """The scalars of one update: step t counts from 1, `mask_decay` is λ(t)."""
+    """The scalars of one update; steps count from 1, and `mask_decay` is λ(t)."""
 
     step: int
     lr: float
@@ -41,7 +41,7 @@ class StepValues:
         return 1 - self.beta2**self.step
 
     def as_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What the compiled updates read, so that a change of a value compiles nothing anew."""
+        """The values as a tensor for the compiled updates, so that a new value does not compile them again."""
         values = [
             self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, 1 - self.lr * self.weight_decay,
             self.lr / self.correction1, self.correction2**-0.5, self.eps, self.mask_decay, self.lr * self.mask_decay,
@@ -63,15 +63,15 @@ def update_weights(
 
     Args:
         placement: a key of `PLACEMENTS`.
-        weight, grad, mask, first, second: of one shape, this process's own parts; mask bool, True = kept. 16-bit
-            weights are computed in float32 by the compiled kernels, by the eager ones as torch's fused AdamW does.
+        weight, grad, mask, first, second: of one shape, this process's pieces; mask bool, True = kept. For 16-bit
+            weights the compiled kernels compute in float32, the eager ones as torch's fused AdamW does.
     """
     w, g, m, first_, second_ = (tensor.detach().contiguous() for tensor in (weight, grad, mask, first, second))
     (_update_eager if kernels == "eager" else _update_compiled)(placement, w, g, m, first_, second_, values)
     for target, result in ((weight.detach(), w), (first, first_), (second, second_)):
         if not target.is_contiguous():
             target.copy_(result)
-    torch.autograd.graph.increment_version(weight)  # neither way to update tells autograd
+    torch.autograd.graph.increment_version(weight)  # autograd sees neither kind of update
 
 
 def _update_eager(
@@ -90,7 +90,7 @@ def _update_compiled(
 ) -> None:
     computed_in = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w, g, m, u, v = (tensor.view(-1) for tensor in (weight, grad, mask, first, second))
-    # vectors of booleans are slow in the inductor, those of bytes are not
+    # vectors of booleans are slow in the inductor, vectors of bytes are not
     scalars = values.as_tensor(computed_in, weight.device)
     _compiled_update(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), u, v, scalars)
 
@@ -99,7 +99,7 @@ def _momentum_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: T
     """(20)-(23): the decay enters the step and the second moment, never the first moment."""
     first.lerp_(g, 1 - values.beta1)
     step = _plus_decay(first, w, mask, values.mask_decay)
-    correction = values.correction1  # AdamW with β1 = 0 takes what it is given as its first moment
+    correction = values.correction1  # AdamW with β1 = 0 uses its gradient as the first moment
     _adamw(w, step, torch.zeros_like(first), second, values, 0.0, values.lr / correction, correction)
 
 
@@ -120,7 +120,7 @@ def _plus_decay(to: Tensor, w: Tensor, mask: Tensor, decay: float) -> Tensor:
 
 
 def _pruned(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where pruned: on a CPU a product with it takes a tenth of `torch.where`; bytes convert faster than bools."""
+    """1 where pruned: on a CPU a product with it takes a tenth of the time of `torch.where`; bytes convert faster."""
     return (~mask).view(torch.uint8).to(dtype)
 
 

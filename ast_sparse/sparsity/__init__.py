@@ -1,1 +1,1 @@
-"""What a sparse layer is: masks, layers, SLoRB, and the selection of layers in a model."""
+"""Masks, sparse layers, SLoRB, one-shot pruning, and the selection of layers in a model."""

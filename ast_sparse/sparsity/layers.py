@@ -1,7 +1,7 @@
 """Layers with an N:M mask: dense weight, mask, straight-through product (paper Sec. 3.1).
 
 A dense layer becomes sparse in place, by changing its class: hooks, shared references and parameter objects stay.
-The mask is a boolean `Parameter`, because parameters are what FSDP shards with the weight and saves in the state dict.
+The mask is a boolean `Parameter`, because FSDP shards parameters together with the weight and saves them.
 """
 
 from typing import Any, cast
@@ -20,28 +20,38 @@ from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """The product with `m ⊙ W`; backward the whole gradient of it (1), or its kept part where masks are fixed.
+def group_dim_of(layer: nn.Module) -> int:
+    """The dimension of a layer's weight along which groups run: 0 in `Conv1D`, 1 in `nn.Linear`."""
+    return 0 if isinstance(layer, Conv1D) else 1
 
-    The masked weight, and what autocast makes of the input, are made again for the backward pass instead of being kept:
-    the copies of all layers together would be as large as the model, and those of an input as many as it has layers.
+
+def out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
+    """A weight or mask as a view of shape `[out, in]`; applied to such a view, its own layout again."""
+    return tensor.t() if group_dim == 0 else tensor
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """The product with `m ⊙ W`; backward, its whole gradient (1), or the kept part if masks are fixed.
+
+    The masked weight and the input in autocast's dtype are recomputed for the backward pass instead of being kept: over
+    all layers, the masked weights would be as large as the model, and there would be a copy of the input per layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, by_input: bool, fixed: bool
+        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, group_dim: int, fixed: bool
     ) -> Tensor:
         device = input.device.type
-        lower = None  # as autocast would: float64 stays
+        lower = None  # as in autocast, float64 stays
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             lower = torch.get_autocast_dtype(device)
-        ctx.by_input, ctx.fixed, ctx.bias_dtype = by_input, fixed, None if bias is None else bias.dtype
+        ctx.group_dim, ctx.fixed, ctx.bias_dtype = group_dim, fixed, None if bias is None else bias.dtype
         ctx.save_for_backward(input, weight, mask)
         kept = masked(weight, mask)
         if lower is not None:
             input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
         with torch.autocast(device, enabled=False):
-            return linear(input, kept, bias, by_input=by_input)
+            return linear(input, kept, bias, group_dim=group_dim)
 
     @staticmethod
     @once_differentiable
@@ -50,11 +60,11 @@ class _MaskedLinear(torch.autograd.Function):
         grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            kept = masked(weight, mask).to(grad.dtype)
-            by_rows = product(grad, kept.t() if ctx.by_input else kept).view(input.shape).to(input.dtype)
+            kept = out_by_in(masked(weight, mask).to(grad.dtype), ctx.group_dim)
+            by_rows = product(grad, kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
             rows = rows.to(grad.dtype)
-            by_weight = product(rows.t(), grad) if ctx.by_input else product(grad.t(), rows)
+            by_weight = product(rows.t(), grad) if ctx.group_dim == 0 else product(grad.t(), rows)
             by_weight = by_weight.to(weight.dtype)
             by_weight = masked(by_weight, mask) if ctx.fixed else by_weight
         if ctx.needs_input_grad[3]:
@@ -63,17 +73,17 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 class SparseLayer(nn.Module):
-    """What SparseLinear and SparseConv1D share. `group_dim` is the input dimension of the weight.
+    """Base of SparseLinear and SparseConv1D. `group_dim` is the input dimension of the weight.
 
     Attributes:
         weight: dense weight, trained.
         mask: bool, shape of the weight, True = kept; not trained.
-        start_mask: the first mask, eight positions a byte along `group_dim`; for the initial flip rate.
+        start_mask: the first mask, eight positions per byte along `group_dim`; for the initial flip rate.
         slorb: the low-rank adapter, or None.
-        pattern: what the mask must fit.
-        fixed_mask: pruned weights get no gradient, because the mask will never move.
-        dense_class: of the layer before.
-        kernels: `compiled` or `eager`; both give the same masks and products.
+        pattern: the pattern that the mask must fit.
+        fixed_mask: pruned weights get no gradient, because the mask will never change.
+        dense_class: the class of the dense layer.
+        kernels: `compiled` or `eager`; both compute the same masks and products.
     """
 
     group_dim: int
@@ -93,19 +103,19 @@ class SparseLayer(nn.Module):
 
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
-        by_input = self.group_dim == 0
-        return cast(Tensor, _MaskedLinear.apply(input, self.weight, self.mask, self.bias, by_input, self.fixed_mask))
+        result = _MaskedLinear.apply(input, self.weight, self.mask, self.bias, self.group_dim, self.fixed_mask)
+        return cast(Tensor, result)
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
-        """The pattern's mask of |W|, in the layer's own layout; of this process's part, where the layer is sharded."""
+        """The pattern's mask of |W|, in the layer's own layout; of this process's piece if the layer is sharded."""
         weight = local(self.weight)
         if self.pattern.structured:
             return magnitude_mask(weight, self.pattern.n, self.pattern.m, self.group_dim, self.kernels)
-        return self.pattern.mask(weight.abs().movedim(self.group_dim, -1)).movedim(-1, self.group_dim)
+        return out_by_in(self.pattern.mask(out_by_in(weight.abs(), self.group_dim)), self.group_dim)
 
     def unpacked_start_mask(self) -> Tensor:
-        """The first mask, bool, shape of the weight; this process's part, where the layer is sharded."""
+        """The first mask, bool, shape of the weight; this process's piece if the layer is sharded."""
         bits = unpack_bits(local(self.start_mask), self.group_dim)
         return bits.narrow(self.group_dim, 0, self.mask.shape[self.group_dim])
 
@@ -138,7 +148,7 @@ def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bo
     """Turn an `nn.Linear` or `Conv1D` into its sparse form, in place.
 
     Args:
-        layer: the dense layer, of one of the two classes or one that computes the same (Falcon's).
+        layer: the dense layer, of one of the two classes or a subclass that computes the same (Falcon's).
         mask: bool, shape of the layer's weight, True = kept.
     """
     sparse = _sparse_class(layer, pattern, fixed_mask)
@@ -149,7 +159,7 @@ def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bo
 
 
 def share_mask(twin: nn.Module, layer: SparseLayer) -> None:
-    """Turn a dense layer with the same weight as a sparse one into its sparse form, in place, with the same masks."""
+    """Turn a dense layer that shares the weight of a sparse one into its sparse form, in place, with the same masks."""
     sparse = _sparse_class(twin, layer.pattern, layer.fixed_mask)
     sparse.mask, sparse.start_mask, sparse.slorb = layer.mask, layer.start_mask, layer.slorb
 
@@ -164,7 +174,7 @@ def _sparse_class(layer: nn.Module, pattern: Pattern, fixed_mask: bool) -> Spars
 
 @torch.no_grad()
 def make_dense(layer: SparseLayer) -> nn.Module:
-    """Turn a sparse layer back into its dense class, in place, holding the masked weight; SLoRB is dropped."""
+    """Turn a sparse layer back into its dense class, in place, with the masked weight; SLoRB is dropped."""
     layer.weight.copy_(torch.where(layer.mask, layer.weight, 0))
     del layer.mask, layer.start_mask, layer.slorb
     dense = cast(nn.Module, layer)

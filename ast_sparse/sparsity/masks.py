@@ -1,4 +1,4 @@
-"""N:M masks (paper Sec. 3.1) and how they change over training (Sec. 6.7). Masks are boolean, True = kept."""
+"""N:M masks (paper Sec. 3.1) and how they change during training (Sec. 6.7). Masks are boolean, True = kept."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def check_nm(weight: Tensor, n: int, m: int, dim: int = -1) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which masks a layer may have: `n` of every `m` along the input dimension, or `n/m` of the layer without groups.
+    """The masks a layer may have: `n` of every `m` along the input dimension, or `n/m` of the layer without groups.
 
     Attributes:
         structured: whether there are groups.
@@ -88,11 +88,11 @@ class Pattern:
 
 
 def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """A mask on the way to the pattern: of what the pattern prunes, only the lowest scores of the layer are pruned.
+    """A mask on the way to the pattern: of the weights that it prunes, only those with the lowest scores.
 
     Args:
-        scores: `[out, in]`, any float dtype, 0 or more; below 0 where a weight is pruned already and stays so. What is
-            pruned already must fit the pattern.
+        scores: `[out, in]`, any float dtype, 0 or more; below 0 where a weight is already pruned and stays pruned.
+            Weights that are already pruned must fit the pattern.
         sparsity: share of the weights to prune; at `pattern.sparsity` the result is the pattern's own mask.
     """
     mask = pattern.mask(scores)

@@ -1,4 +1,4 @@
-"""What is done to all layers of a model that are pruned: sparsify, refresh, apply, densify."""
+"""Operations on all pruned layers of a model: sparsify, refresh, apply, densify."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
@@ -16,7 +15,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.progress import progress_bar
 from ast_sparse.schedules import sparsity_at
-from ast_sparse.sparsity.layers import SparseLayer, make_dense, make_sparse, share_mask
+from ast_sparse.sparsity.layers import SparseLayer, group_dim_of, make_dense, make_sparse, out_by_in, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, prune_weight, settle
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
@@ -27,7 +26,7 @@ from ast_sparse.storage.quantized import make_plain
 
 logger = logging.get_logger(__name__)
 
-CHECKPOINTED = "_checkpoint_wrapped_module."  # in names, where FSDP wraps blocks for activation checkpointing
+CHECKPOINTED = "_checkpoint_wrapped_module."  # part of names if FSDP wraps blocks for activation checkpointing
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class SparsityReport:
     Attributes:
         pruned: shape of the weight by layer name.
         skipped: reason by name of the linear, embedding or fused expert weight that stays dense.
-        pattern: what the masks fit.
-        total_parameters: parameters of the dense model, tied ones once; masks are not counted.
-        without_slorb: the pruned layers that get no SLoRB in a run that has it, because PEFT could not load it.
+        pattern: the pattern of the masks.
+        total_parameters: parameters of the dense model, tied ones once, without masks.
+        without_slorb: the pruned layers without SLoRB in a run that has it, because PEFT could not load it there.
         errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device, and for IMP and GMP.
     """
 
@@ -55,7 +54,7 @@ class SparsityReport:
         object.__setattr__(self, "pruned_parameters", sum(a * b for a, b in self.pruned.values()))
 
     def lines(self) -> list[str]:
-        """A short text: the totals, the pruned layers by kind, the skipped ones with their reason."""
+        """A short text: the totals, the pruned layers by kind, and the skipped ones with the reason."""
         kinds = _by_kind(self.pruned)
         share = self.pruned_parameters / self.total_parameters
         lines = [
@@ -64,14 +63,14 @@ class SparsityReport:
         ]
         lines += [f"  pruned   {kind}  {count} x {list(shape)}" for (kind, shape), count in kinds.items()]
         for (kind, _), count in _by_kind(dict.fromkeys(self.without_slorb, ())).items():
-            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter of it")
+            lines.append(f"  no SLoRB {kind}  ({count}): PEFT does not load an adapter for it")
         reasons = _by_kind({name: (reason,) for name, reason in self.skipped.items()})
         lines += [f"  skipped  {kind}  ({count}): {reason[0]}" for (kind, reason), count in reasons.items()]
         return lines
 
 
 def _by_kind(rows: dict[str, tuple[Any, ...]]) -> dict[tuple[str, tuple[Any, ...]], int]:
-    """Count rows that differ only in the number of their block: `model.layers.*.mlp.up_proj`."""
+    """Count rows whose names differ only in the number of their block: `model.layers.*.mlp.up_proj`."""
     kinds: dict[tuple[str, tuple[Any, ...]], int] = {}
     for name, value in rows.items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -90,24 +89,24 @@ def sparsify_model(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> SparsityReport:
-    """Give every selected layer its start mask by `sparsity.init`, and SLoRB where it is enabled, in place.
+    """Give every selected layer its start mask by `sparsity.init`, and SLoRB if it is enabled, in place.
 
-    By magnitude the weights do not change. By other methods pruned weights shrink below the smallest kept one of their
-    group, so that the mask survives the first refreshes, and SparseGPT moves the kept ones. On the meta device nothing
-    is computed.
+    Magnitude does not change the weights. With other methods pruned weights shrink below the smallest kept one of their
+    group, so that the mask survives the first refreshes, and SparseGPT changes the kept ones. On the meta device
+    nothing is computed.
 
     Args:
         calibration_config: SparseGPT's damping and block size.
-        samples: `[sequences, tokens]` int64, what a method that needs text calibrates on.
-        device: where they run block by block; default: where the model is.
+        samples: `[sequences, tokens]` int64, for a method that needs text.
+        device: where the samples run, block by block; default: where the model is.
         progress: show a bar with the layers and their errors.
 
     Raises:
-        UserError: a shape does not fit, no layer is left, the model is sparse already, or samples are missing.
+        UserError: a shape does not fit, no layer is left, the model is already sparse, or samples are missing.
     """
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     if sparse_layers(model):
-        raise UserError("The model is sparse already. Load the dense model anew, or call `densify_model` first.")
+        raise UserError("The model is already sparse. Load the dense model again, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
     check_shapes(selected, sparsity_config, slorb_config)
     check_finite(model)
@@ -122,20 +121,20 @@ def sparsify_model(
     for name, layer, result in _prune_layers(
         model, selected, sparsity_config, calibration_config, samples, device, progress
     ):
-        conv = isinstance(layer, Conv1D)
-        dense = (layer.weight.t() if conv else layer.weight).clone() if slorb is not None and name not in bare else None
+        dim = group_dim_of(layer)
+        dense = out_by_in(layer.weight, dim).clone() if slorb is not None and name not in bare else None
         weight, mask = result.weight, result.mask
         if not METHODS[sparsity_config.init].by_magnitude:
             weight = settle(weight, mask, pattern)
-            layer.weight.copy_(weight.t() if conv else weight)
+            layer.weight.copy_(out_by_in(weight, dim))
         if not weight.is_meta and not sparsity_config.is_gradual:
             errors[name] = result.error
-        make_sparse(layer, mask.t() if conv else mask, pattern, sparsity_config.fixed_masks)
+        make_sparse(layer, out_by_in(mask, dim), pattern, sparsity_config.fixed_masks)
         if slorb is not None and dense is not None:
             init = slorb.init if slorb.start == 0 else "zero"  # until `restart_slorb`
             start = slorb_init(dense, torch.where(mask, weight, 0), slorb.k, init)
             adapters[name] = SLoRB(*start, slorb.train_projection)
-    for name, adapter in adapters.items():  # last: the blocks above are calibrated on are pruned, without SLoRB
+    for name, adapter in adapters.items():  # last, because calibration runs the pruned blocks without SLoRB
         model.get_submodule(name).slorb = adapter
     for name, others in same.items():
         for twin in others.values():
@@ -145,9 +144,9 @@ def sparsify_model(
 
 def _check_forwards(selected: Mapping[str, Prunable]) -> None:
     for name, layer in selected.items():
-        if "forward" in vars(layer):  # accelerate's hooks put one there, and it would bypass the mask
+        if "forward" in vars(layer):  # set by accelerate's hooks; it would bypass the mask
             raise UserError(
-                f"`{name}` has a forward of its own, as a model loaded with device_map has. Load it without device_map."
+                f"`{name}` has its own forward, as in a model loaded with device_map. Load it without device_map."
             )
 
 
@@ -160,9 +159,9 @@ def _prune_layers(
     device: torch.device | None,
     progress: bool,
 ) -> Iterator[tuple[str, Prunable, PrunedLayer]]:
-    """Name, layer and result of one layer after the other by `sparsity.init`; the caller writes the result back.
+    """Prune one layer at a time by `sparsity.init`; yields name, layer and result, which the caller writes back.
 
-    A layer that several names share comes once. One that no token reached (an expert) is pruned by magnitude.
+    A layer with several names comes once. One that no token reached (an expert) is pruned by magnitude.
     """
     pattern, method = Pattern.of(config), METHODS[config.init]
     layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
@@ -177,11 +176,11 @@ def _prune_layers(
     with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:
         for name, statistics in ((name, group[name]) for group in groups for name in group):
             layer = layers[name]
-            weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+            weight = out_by_in(layer.weight, group_dim_of(layer))
             if statistics is None and method.needs_text and not is_meta:
                 logger.warning(f"No token of the calibration text reached `{name}`: it is pruned by magnitude.")
             result = prune_layer(name, weight, config.init, pattern, statistics, calibration)
-            if config.is_gradual and not is_meta:  # the first round, or all of it kept
+            if config.is_gradual and not is_meta:  # the first round, or everything is kept
                 mask = gradual_mask(weight.abs(), pattern, sparsity_at(config, 0, config.rounds))
                 result = replace(result, mask=mask)
             bar.set_postfix_str(f"{name} error {result.error:.4f}" if not is_meta else "", refresh=False)
@@ -190,7 +189,7 @@ def _prune_layers(
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of a model by name; those that share one weight come once, under the first name."""
+    """The sparse layers of a model by name; those that share one weight appear once, under the first name."""
     first: dict[Tensor, tuple[str, SparseLayer]] = {}
     for name, layer in _all_sparse_layers(model).items():
         first.setdefault(layer.weight, (name, layer))
@@ -214,8 +213,8 @@ def refresh_masks(
     """Recompute every mask from |W| (paper Sec. 3.2), or by another criterion (Table 13); weights stay as they are.
 
     Args:
-        statistics: for a method that needs text, what the layers of the student saw just now, by name.
-        sparsity: share that is pruned, on the way to the pattern (IMP, GMP): pruned weights stay pruned.
+        statistics: for a method that needs text, by layer name, those of the current inputs.
+        sparsity: share of pruned weights on the way to the pattern (IMP, GMP): pruned weights stay pruned.
         calibration_config: SparseGPT's damping and block size.
 
     Returns:
@@ -226,11 +225,11 @@ def refresh_masks(
     for name, layer in layers.items():
         if METHODS[criterion].by_magnitude and sparsity is None and layer.pattern.structured:
             new = layer.magnitude_mask()
-        else:  # from the whole layer, which every process of a sharded run has for this moment
+        else:  # from the whole layer, which every process of a sharded run has at this moment
             new = piece_for(_layer_mask(name, layer, criterion, statistics, sparsity, calibration_config), layer.mask)
         mask = local(layer.mask)
         flips.append(torch.stack([(new ^ before).count_nonzero() for before in (mask, layer.unpacked_start_mask())]))
-        mask.copy_(new)  # never rebound: the optimizer and torch.compile hold this tensor
+        mask.copy_(new)  # in place: the optimizer and torch.compile refer to this tensor
     if not flips:
         return {}
     entries = [layer.mask.numel() for layer in layers.values()]
@@ -249,27 +248,27 @@ def _layer_mask(
     sparsity: float | None,
     calibration: CalibrationConfig | None,
 ) -> Tensor:
-    """The new mask of a whole layer, by what cannot be told from a part of it; in the layer's own layout."""
-    weight, mask = (whole(tensor).movedim(layer.group_dim, -1) for tensor in (layer.weight, layer.mask))
+    """The new mask of a whole layer, if a piece of it is not enough to compute one; in the layer's own layout."""
+    weight, mask = (out_by_in(whole(tensor), layer.group_dim) for tensor in (layer.weight, layer.mask))
     if sparsity is not None:
         new = gradual_mask(torch.where(mask, weight.abs(), -1), layer.pattern, sparsity)
     else:
         seen = (statistics or {}).get(name)
         if METHODS[criterion].needs_text and seen is None:
-            logger.warning_once(f"No input of `{name}` was seen: its mask is refreshed by magnitude.")
+            logger.warning_once(f"`{name}` got no input: its mask is refreshed by magnitude.")
         _, new = prune_weight(name, weight, criterion, layer.pattern, seen, calibration)
-    return new.movedim(-1, layer.group_dim)
+    return out_by_in(new, layer.group_dim)
 
 
 @torch.no_grad()
 def restart_slorb(model: nn.Module, init: Literal["mean", "zero"]) -> None:
-    """Set S of every layer by (6) from what its mask prunes by now, in place; X stays as it is.
+    """Set S of every layer by (6) from the weights that its mask prunes now, in place; X does not change.
 
-    The decay has shrunk the pruned weights by then, so S is smaller than at the start of a run.
+    The decay has shrunk these weights, so S is smaller than at the start of a run.
     """
     for layer in sparse_layers(model).values():
         if layer.slorb is not None:
-            weight, mask = (local(tensor).movedim(layer.group_dim, -1) for tensor in (layer.weight, layer.mask))
+            weight, mask = (out_by_in(local(tensor), layer.group_dim) for tensor in (layer.weight, layer.mask))
             start, _ = slorb_init(weight, torch.where(mask, weight, 0), layer.slorb.k, init)
             local(layer.slorb.S).copy_(start)
 
@@ -295,5 +294,5 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
 
 
 def masks_by_parameter(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Mask by weight parameter: what `SparseAdamW.bind_masks` takes."""
+    """Mask by weight parameter, as `SparseAdamW.bind_masks` takes it."""
     return {layer.weight: layer.mask for layer in sparse_layers(model).values()}

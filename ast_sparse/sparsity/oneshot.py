@@ -1,6 +1,6 @@
 """One-shot pruning: magnitude, Wanda and SparseGPT (paper Sec. 6), layer by layer.
 
-A method is a function and its entry in `METHODS`; its name and a line of help stand in `config/sparsity.py`.
+A method is a function and its entry in `METHODS`; its name and a line of help are in `config/sparsity.py`.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.sparsity.statistics import InputStatistics
 
-_SETTLED = 0.25  # of the smallest kept weight of its group: how large a pruned one may start
+_SETTLED = 0.25  # largest start of a pruned weight, as a share of the smallest kept one in its group
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """What pruning makes of one weight, all `[out, in]`.
+    """The result of pruning one weight, all `[out, in]`.
 
     Attributes:
-        weight: SparseGPT's has moved, with zeros where it is pruned; else the given weight.
+        weight: from SparseGPT, updated and zero where pruned; otherwise the given weight.
         mask: bool, True = kept.
-        error: relative squared error of the layer's output on the calibration text, `‖(W − W̃)X‖² / ‖WX‖²`; of a
-            method that needs norms without the products of different columns, of one without text without X.
+        error: relative squared error of the layer's output on the calibration text, `‖(W − W̃)X‖² / ‖WX‖²`; without the
+            products of different columns for a method that uses norms, and without X for one that needs no text.
     """
 
     weight: Tensor
@@ -63,7 +63,7 @@ def sparsegpt_prune(
     structured: bool = True,
     keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Prune column by column and push each error into the columns to the right (Frantar & Alistarh 2023).
+    """Prune column by column and compensate each error in the columns to the right (Frantar & Alistarh 2023).
 
     Input columns that are always zero (a zero on the diagonal) get weight 0, and 1 on the diagonal, as published.
 
@@ -71,10 +71,10 @@ def sparsegpt_prune(
         weight: `[out, in]`; computed in float32 or wider.
         hessian: `[in, in]`, `X Xᵀ` up to a factor.
         n, m: the pattern; without groups (`structured` False) `n/m` of each block of columns is kept, as published.
-        block_size: columns between two updates of all the rest; rounded up to whole groups.
-        damping: share of the mean diagonal that is added to the diagonal.
-        keep_zeros: what is 0 in `weight` is pruned first and stays 0, also where the mask keeps it because a group has
-            fewer than `n` other weights. The columns to the right make up for it as for any pruned weight.
+        block_size: columns between two updates of all remaining columns; rounded up to whole groups.
+        damping: share of the mean of the diagonal that is added to the diagonal.
+        keep_zeros: zeros of `weight` are pruned first and stay 0, even if the mask keeps one because its group has
+            fewer than `n` other weights. The columns to the right compensate for them as for any pruned weight.
 
     Returns:
         The new weight, dtype of `weight`, exactly 0.0 where pruned, and the mask (bool, True = kept).
@@ -132,15 +132,15 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
 
 @dataclass(frozen=True)
 class OneShotMethod:
-    """What a method is, for all that use one by its name.
+    """A method, for all code that selects one by name.
 
     Attributes:
         prune: gets the weight `[out, in]`, the pattern, the statistics of the inputs (None without text) and the
             settings in `calibration`; returns the new weight and the mask, or raises UserError with reason and fix.
-        needs: what it looks at: `weights` alone, or of the calibration text the `norms` of the input columns, or the
-            whole `hessian`.
-        by_magnitude: whether the mask is that of |W|, as training refreshes it. Masks of other methods are made to
-            last: pruned weights start smaller (`settle`).
+        needs: its input: only `weights`, or from the calibration text the `norms` of the input columns or the whole
+            `hessian`.
+        by_magnitude: whether the mask is that of |W|, like the refreshes in training. To make masks of other methods
+            last, their pruned weights start smaller (`settle`).
     """
 
     prune: Callable[[Tensor, Pattern, Any, CalibrationConfig], tuple[Tensor, Tensor]]
@@ -149,12 +149,12 @@ class OneShotMethod:
 
     @property
     def needs_text(self) -> bool:
-        """Whether it looks at activations."""
+        """Whether it uses activations."""
         return self.needs != "weights"
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether their second moments are needed, rather than norms."""
+        """Whether it needs their second moments rather than norms."""
         return self.needs == "hessian"
 
 
@@ -206,12 +206,12 @@ def prune_weight(
     statistics: InputStatistics | None = None,
     calibration: CalibrationConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weight and the mask that a method makes of one weight, all `[out, in]`.
+    """The weight and the mask that a method computes for one weight, all `[out, in]`.
 
     Args:
         name: of the layer, for messages.
-        statistics: of the inputs, for a method that needs text; without any the weight is pruned by magnitude, as it
-            is on the meta device.
+        statistics: of the inputs, for a method that needs text; without them, and on the meta device, the weight is
+            pruned by magnitude.
         calibration: settings of the method.
 
     Raises:
@@ -238,7 +238,7 @@ def prune_layer(
     statistics: InputStatistics | None = None,
     calibration: CalibrationConfig | None = None,
 ) -> PrunedLayer:
-    """`prune_weight`, and how far the output of the layer moves; arguments and errors are the same."""
+    """`prune_weight`, and the error of the layer's output; arguments and exceptions are the same."""
     new, mask = prune_weight(name, weight, method, pattern, statistics, calibration)
     change = weight - torch.where(mask, new, 0)
     if statistics is None or not METHODS[method].needs_text:
@@ -261,7 +261,7 @@ def _relative(error: Tensor, whole: Tensor) -> float:
 def settle(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     """Shrink pruned weights below the smallest kept one of their group, so that the first refreshes keep the mask.
 
-    A mask that is not magnitude's would be undone otherwise. Without groups the row is the group.
+    Otherwise they would undo a mask that is not by magnitude. Without groups the row is the group.
 
     Args:
         weight, mask: `[out, in]`.

@@ -1,4 +1,4 @@
-"""Which weights a model reads itself, past the forward of their layer: a mask in the layer would not reach them."""
+"""Which weights a model reads directly, bypassing the forward of their layer: a mask would have no effect on them."""
 
 import copy
 import importlib.util
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 _TOKENS = 8
 _TORCH_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
-# These take dtype, device or shape from a tensor, and none of its values.
+# These take dtype, device or shape from a tensor, but none of its values.
 _LIKE = (
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "type_as", "expand_as"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "view_as", "reshape_as"),
@@ -29,16 +29,16 @@ _SOURCE = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|s
 
 
 def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Find the layers whose `weight` is an operand outside their own forward, as that of Mamba's `dt_proj`.
+    """Find the layers whose `weight` is an operand outside their own forward, as in Mamba's `dt_proj`.
 
-    One forward pass of a few tokens, without data: a copy of the model on fake tensors, so that a plan on the meta
-    device and a run find the same. Where the model cannot run so, and for fused kernels, its source code decides.
+    Runs a copy of the model on a few fake tokens without data, so that a plan on the meta device and a run find the
+    same. If the model cannot run like that, and for fused kernels, its source code decides.
 
     Args:
-        layers: what to look at, by name.
+        layers: the layers to check, by name.
 
     Returns:
-        By name of the layer, the class of the module that holds it.
+        By name of the layer, the class of the module that contains it.
     """
     found = _operands(model, layers)
     if found is None or any(importlib.util.find_spec(package) for package in _FUSED):
@@ -51,7 +51,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def _in_source(model: nn.Module, name: str) -> bool:
-    """Whether a method of the owner that runs in its forward mentions `self.<layer>.weight`."""
+    """Whether a method of the owner that may run in its forward mentions `self.<layer>.weight`."""
     child = name.rpartition(".")[2]
     for kind in type(_owner(model, name)).__mro__:
         if kind.__module__.startswith("torch."):
@@ -66,21 +66,21 @@ def _in_source(model: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | None:
-    """Names of the layers whose weight is used outside; None where a forward pass without data is not possible."""
+    """Names of the layers whose weight is used outside; None if a forward pass without data is not possible."""
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         shadow = _without_data(model, mode)
         watch = _Watch({name: shadow.get_submodule(name) for name in layers})
         with torch.random.fork_rng(devices=[]), _quiet(), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
             shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
-    except Exception:  # whatever the code of a model raises that needs data, or other inputs
+    except Exception:  # anything that a model that needs data, or other inputs, raises
         return None
     return watch.found
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the traceback that torch logs when an operation does not run on fake tensors."""
+    """Hide the traceback that torch logs if an operation does not run on fake tensors."""
     before, _TORCH_LOGGER.disabled = _TORCH_LOGGER.disabled, True
     try:
         yield
@@ -97,15 +97,15 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     shadow = copy.deepcopy(model, memo).eval()
-    with suppress(Exception):  # other attentions look at the values of a mask
+    with suppress(Exception):  # other kinds of attention read the values of a mask
         cast(Any, shadow).set_attn_implementation("eager")
-    with suppress(Exception):  # and other experts at where tokens go
+    with suppress(Exception):  # and other implementations of experts read the routing
         cast(Any, shadow).set_experts_implementation("batched_mm")
     return shadow
 
 
 class _EveryPosition(TorchDispatchMode):
-    """Answers what only data could tell as if every position counted, so that all experts run."""
+    """Treats every position as selected where the result would depend on data, so that all experts run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
@@ -116,7 +116,7 @@ class _EveryPosition(TorchDispatchMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the layers whose weight is an operand of a torch function while none of their forwards runs."""
+    """Records the layers whose weight is an operand of a torch function while none of their forwards runs."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -138,12 +138,12 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def own_forwards(self, shadow: nn.Module) -> Iterator[None]:
-        """Know when a layer runs, or another one with its weight, however it is called."""
+        """Track when a layer runs, or another one with its weight, however it is called."""
         for module in shadow.modules():
             weight = module._parameters.get("weight")
             if id(weight) in self._names:
                 vars(module)["forward"] = self._marked(id(weight), cast(Callable[..., Any], module.forward))
-        yield  # the model is a copy
+        yield  # no clean-up: the model is a copy
 
     def _marked(self, key: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.sparsity.layers import SparseLayer, group_dim_of
 from ast_sparse.sparsity.reads import read_past_forward
 
 Prunable = nn.Linear | Conv1D
@@ -21,11 +21,11 @@ Prunable = nn.Linear | Conv1D
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|tower|qformer|mtp|nextn", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"[Rr]outer|(Mo_?E(V\d+)?|[Tt]op_?[kK]?\d*)_?Gat(e|ing)(?![a-z])")
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)|experts?_gat(e|ing)$")
-_EXPERTS = re.compile(r"(^|_)n(um)?_(?!shared)(\w+_)?experts$|(^|_)experts?_(num|count)$")  # settings that count them
+_EXPERTS = re.compile(r"(^|_)n(um)?_(?!shared)(\w+_)?experts$|(^|_)experts?_(num|count)$")  # settings with their number
 _NO_ADAPTERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses their out_proj
-# PEFT takes adapters of layers with these names for those of joined experts, by whose files transformers converts.
+# PEFT mistakes adapters of layers with these names for those of joined experts, which transformers converts.
 _JOINED_BY_PEFT = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
-_GATE_NAME = ("gate", "gating", "wg")  # of routers beside experts, of full-size projections elsewhere
+_GATE_NAME = ("gate", "gating", "wg")  # routers if beside experts, full-size projections elsewhere
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,7 +41,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
         raise UserError(
             f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none of {depth} entries "
-            "(num_hidden_layers), so the decoder cannot be told. Use a decoder-only model."
+            "(num_hidden_layers), so it is not clear which is the decoder. Use a decoder-only model."
         )
     if not chosen:
         raise UserError(
@@ -52,7 +52,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _lists_of_blocks(model: nn.Module, configs: tuple[type, ...]) -> dict[str, nn.ModuleList]:
-    """The outermost lists of modules, without those of parts that have another kind of configuration (towers)."""
+    """The outermost lists of modules, except in parts with another class of configuration (towers)."""
     lists: dict[str, nn.ModuleList] = {}
     others: list[str] = []
     for name, module in model.named_modules():
@@ -67,7 +67,7 @@ def _lists_of_blocks(model: nn.Module, configs: tuple[type, ...]) -> dict[str, n
 
 
 def _text_decoder(model: nn.Module) -> str:
-    """The name of the part that decodes text, with a dot."""
+    """The prefix of names in the text decoder, with a dot."""
     find = getattr(model, "get_decoder", None)
     decoder = find() if callable(find) else model
     name = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -75,25 +75,25 @@ def _text_decoder(model: nn.Module) -> str:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a layer is meant: its full name, its last parts, or a shell pattern of either."""
+    """Whether a pattern matches a layer: its full name, its last parts, or a shell pattern of either."""
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"*.{p}") for p in patterns)
 
 
 def select_layers(
     model: nn.Module, config: SparsityConfig | None = None, recorded: Collection[str] = ()
 ) -> tuple[dict[str, Prunable], dict[str, str]]:
-    """Find the layers to prune: the linear ones inside the decoder blocks whose mask the model would honour.
+    """Find the layers to prune: the linear ones inside the decoder blocks that would compute with their mask.
 
-    Layers that share one weight (Zamba2's shared blocks) come once, under the first name. Routers stay dense, unless a
-    pattern of `include` names them.
+    Layers that share one weight (Zamba2's shared blocks) appear once, under the first name. Routers stay dense unless
+    a pattern of `include` names them.
 
     Args:
-        model: causal LM, dense or already sparse, on any device (meta too).
+        model: causal LM, dense or already sparse, on any device (also meta).
         config: its `include` and `exclude` patterns narrow the selection.
-        recorded: names of layers that are known to be pruned: routers among them are taken.
+        recorded: names of layers that are known to be pruned: routers among them are selected.
 
     Returns:
-        The selected layers by name, and the reason by name of what stays dense.
+        The selected layers by name, and by name the reason why others stay dense.
 
     Raises:
         UserError: no layer is left, or a pattern matches nothing.
@@ -123,7 +123,7 @@ def select_layers(
             if reason is None:
                 selected[name] = module
     for name, owner in read_past_forward(model, selected).items():
-        linears[name] = f"its weight is read by {owner} past its forward"
+        linears[name] = f"its weight is read by {owner} outside its forward"
         del selected[name]
     skipped |= {name: reason for name, reason in linears.items() if reason is not None}
     skipped |= _fused(model, inside)
@@ -132,7 +132,7 @@ def select_layers(
 
 
 def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """The modules that have a parameter, by their first name, by the identity of the parameter."""
+    """By the id of each parameter, the modules that have it, by their first name."""
     found: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -142,7 +142,7 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 
 def twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """By name of a layer, the other modules that have the same weight, by their names."""
+    """By layer name, the other modules that have the same weight, by their names."""
     holders = _holders(model)
     found = {name: dict(holders.get(id(layer.weight), {})) for name, layer in layers.items()}
     return {name: {key: m for key, m in others.items() if m is not layers[name]} for name, others in found.items()}
@@ -157,7 +157,7 @@ def _left_out(together: tuple[str, ...], config: SparsityConfig) -> str | None:
 
 
 def _unfit(together: Mapping[str, nn.Module], inside: tuple[str, ...]) -> str | None:
-    """Why a mask on a weight would not do what it should, or None; `together` are all modules that have it."""
+    """Why a mask on a weight would not work, or None; `together` are all modules that have the weight."""
     for name, module in together.items():
         if not isinstance(module, nn.Linear | Conv1D) or not name.startswith(inside):
             return f"its weight is also that of `{name}`"
@@ -168,7 +168,7 @@ def _unfit(together: Mapping[str, nn.Module], inside: tuple[str, ...]) -> str | 
 
 @torch.no_grad()
 def _computes_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes `x Wᵀ + b` and nothing else: a subclass is tried on small numbers."""
+    """Whether a layer computes `x Wᵀ + b` and nothing else: a subclass is tried on a small example."""
     kind = type(layer)
     if kind in (nn.Linear, Conv1D):
         return True
@@ -186,7 +186,7 @@ def _computes_linear(layer: nn.Module) -> bool:
             trial.__dict__.update({**vars(layer), **own, "_parameters": {"weight": weight, "bias": bias}})
             try:
                 close = all(torch.allclose(kind.forward(trial, s * x), F.linear(s * x, weight, bias)) for s in (1, 100))
-            except Exception:  # whatever a layer raises that needs other shapes or more arguments
+            except Exception:  # anything that a layer with other shapes or more arguments raises
                 return False
             if not close:
                 return False
@@ -194,7 +194,7 @@ def _computes_linear(layer: nn.Module) -> bool:
 
 
 def _expert_counts(model: nn.Module) -> set[int]:
-    """How many experts a model has, by every setting whose name says so."""
+    """The numbers of experts of a model, from every setting whose name suggests one."""
     config = getattr(model, "config", None)
     values = {} if config is None else config.get_text_config(decoder=True).to_dict()
     nested = [settings for settings in values.values() if isinstance(settings, dict)]  # DBRX's ffn_config
@@ -204,7 +204,7 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def router_part(model: nn.Module, name: str, experts: Collection[int] = ()) -> str | None:
-    """The part of a layer's name that makes it a router, which chooses or weighs experts, or None."""
+    """The part of a layer's name that makes it a router, which chooses or weights experts, or None."""
     parts = name.split(".")
     module = model
     for index, part in enumerate(parts):
@@ -218,16 +218,16 @@ def router_part(model: nn.Module, name: str, experts: Collection[int] = ()) -> s
 
 
 def _is_narrow(module: nn.Module, parent: nn.Module, path: list[str], experts: Collection[int]) -> bool:
-    """Whether a gate outside attention has one output or one per expert, and no layer beside it has as many."""
+    """Whether a gate outside attention has one output, or one per expert, and no layer beside it has as many."""
     if not isinstance(module, nn.Linear) or any("attn" in part or "attention" in part for part in path):
         return False
     others = [child for child in parent.children() if isinstance(child, nn.Linear) and child is not module]
-    is_glu = any(child.out_features == module.out_features for child in others)  # what the gate is multiplied with
+    is_glu = any(child.out_features == module.out_features for child in others)  # multiplied with the gate
     return module.out_features in {1, *experts} and not is_glu
 
 
 def _names_router(part: str, name: str, include: tuple[str, ...]) -> bool:
-    """Whether a pattern means this router, and does not only match it by a wildcard."""
+    """Whether a pattern names this router, rather than matching it only by a wildcard."""
     return any(
         _matches(name, (pattern,)) and any(key.strip("*?") and fnmatchcase(part, key) for key in pattern.split("."))
         for pattern in include
@@ -235,7 +235,7 @@ def _names_router(part: str, name: str, include: tuple[str, ...]) -> bool:
 
 
 def _fused(model: nn.Module, inside: tuple[str, ...]) -> dict[str, str]:
-    """Matrices inside the decoder blocks that belong to other modules than linear layers, with the reason."""
+    """Matrices inside the decoder blocks that belong to modules other than linear layers, with the reason."""
     found = {}
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -280,8 +280,8 @@ def _check_selection(
 def takes_slorb(model: nn.Module, name: str) -> bool:
     """Whether PEFT loads an adapter of a layer.
 
-    Not of those that fused kernels of Mamba would pass over, and not where it would change the name: of shared experts
-    and dense MLPs of DeepSeek-V3 and others.
+    It does not for layers that fused kernels of Mamba would bypass, or whose names it would change: shared experts and
+    dense MLPs of DeepSeek-V3 and others.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     last = name.rpartition(".")[2]
@@ -294,7 +294,7 @@ def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb:
     """Raise UserError for the first layer whose in_features is not a multiple of M, or not divisible by SLoRB's k."""
     for name, layer in selected.items():
         shape = tuple(layer.weight.shape)
-        in_features = shape[0] if isinstance(layer, Conv1D) else shape[1]
+        in_features = shape[group_dim_of(layer)]
         if sparsity.structured and in_features % sparsity.m:
             raise UserError(
                 f"Cannot build a {sparsity.pattern} mask for `{name}` of shape {shape}: in_features={in_features} is "

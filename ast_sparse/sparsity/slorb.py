@@ -1,4 +1,4 @@
-"""SLoRB, sparse low-rank boosting (paper Sec. 3.4): two small matrices that stand in for what was pruned."""
+"""SLoRB, sparse low-rank boosting (paper Sec. 3.4): two small matrices that replace what was pruned."""
 
 from typing import Literal
 
@@ -16,14 +16,14 @@ def slorb_init(
     Args:
         dense_weight: `[out, in]`, the weight before pruning.
         start_weight: `[out, in]`, the masked weight training begins with.
-        k: columns a group; divides `in`.
+        k: columns per group; divides `in`.
         init: `mean` as (6): the sum over the pruned weights of a group divided by k; `zero`: S = 0.
 
     Returns:
-        S `[out, in/k]` and X `[in/k, in]` (`x_ij = 1` where column j lies in group i), dtype of the weight.
+        S `[out, in/k]` and X `[in/k, in]` (`x_ij = 1` if column j is in group i), dtype of the weight.
 
     Raises:
-        ValueError: k does not divide `in`, or an unknown `init`.
+        ValueError: k does not divide `in`, or `init` is unknown.
     """
     out_features, in_features = dense_weight.shape
     if k < 1 or in_features % k:
@@ -54,7 +54,7 @@ class SLoRB(nn.Module):
 
     @property
     def k(self) -> int:
-        """Columns a group."""
+        """Columns per group."""
         return self.X.shape[1] // self.X.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the layers of a model see: second moments of their inputs, block by block or during a training step."""
+"""Second moments of the inputs of a model's layers, block by block or during a training step."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +14,12 @@ from ast_sparse.errors import UserError
 
 
 class InputStatistics:
-    """Second moments of what a layer saw, as running means over sequences in the arithmetic of the published codes.
+    """Second moments of the inputs of a layer, as running means over sequences, computed as in the published code.
 
     Attributes:
         mean_squares: `[in]` float32, mean over the sequences of `Σ_tokens x_j²` (Wanda); unused with `hessian`.
         hessian: `[in, in]` float32, `2 X Xᵀ / sequences` (SparseGPT); None unless asked for.
-        sequences: how many.
+        sequences: number of sequences so far.
     """
 
     def __init__(self, in_features: int, with_hessian: bool, device: torch.device) -> None:
@@ -29,8 +29,8 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
-        """Count the inputs `[sequences, tokens, in]` (or `[tokens, in]`) of a forward pass, any float dtype."""
-        with torch.autocast(inputs.device.type, enabled=False):  # bf16 sums make no positive definite Hessian
+        """Add the inputs `[sequences, tokens, in]` (or `[tokens, in]`) of a forward pass, any float dtype."""
+        with torch.autocast(inputs.device.type, enabled=False):  # bf16 sums: no positive definite Hessian
             self._add(inputs)
 
     def _add(self, inputs: Tensor) -> None:
@@ -47,7 +47,7 @@ class InputStatistics:
 
     @property
     def input_norm(self) -> Tensor:
-        """`‖x_j‖₂` up to a factor, `[in]`: what `wanda_mask` takes."""
+        """`‖x_j‖₂` up to a factor, `[in]`: the `input_norm` of `wanda_mask`."""
         return self.squares.sqrt()
 
     @property
@@ -56,7 +56,7 @@ class InputStatistics:
         return self.mean_squares if self.hessian is None else self.hessian.diagonal() / 2
 
     def average_over_ranks(self) -> None:
-        """Take in what the other ranks saw, so that all of them choose the same masks."""
+        """Include the inputs of the other ranks, so that all ranks choose the same masks."""
         count = torch.tensor(float(self.sequences), device=self.mean_squares.device)
         for tensor in (self.mean_squares, self.hessian):
             if tensor is not None:
@@ -70,7 +70,7 @@ class InputStatistics:
 
 
 class InputRecorder:
-    """Collects `InputStatistics` of layers by forward hooks; layers that are handed the same tensor share them.
+    """Collects `InputStatistics` of layers by forward hooks; layers with the same input tensor share them.
 
     A forward pass that activation checkpointing repeats counts twice, which scales all sums alike.
     """
@@ -82,7 +82,7 @@ class InputRecorder:
         twins: Mapping[str, Mapping[str, nn.Module]] | None = None,
     ) -> None:
         self.layers = layers
-        self.twins = twins or {}  # what else runs with the weight of a layer, by its name
+        self.twins = twins or {}  # by layer name, the other modules that run with its weight
         self.with_hessian = with_hessian
         self._owner: dict[str, str] = {}
         self._sums: dict[str, InputStatistics] = {}
@@ -95,7 +95,7 @@ class InputRecorder:
         self._handles = [each.register_forward_pre_hook(self._hook(name)) for name, all_ in modules for each in all_]
 
     def stop(self) -> None:
-        """Remove them."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -106,7 +106,7 @@ class InputRecorder:
         return {name: self._sums[owner] for name, owner in self._owner.items()}
 
     def reduced_statistics(self) -> dict[str, InputStatistics]:
-        """The same over all ranks of a distributed run; a layer that one rank did not call counts with the others'."""
+        """The same over all ranks of a distributed run; a layer counts even if only some ranks called it."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             widths = {owner: len(statistics.mean_squares) for owner, statistics in self._sums.items()}
             everywhere: list[Any] = [None] * torch.distributed.get_world_size()
@@ -149,17 +149,17 @@ def calibrate_blocks(
     with_hessian: bool,
     device: torch.device | None = None,
 ) -> Iterator[dict[str, InputStatistics | None]]:
-    """Statistics of the layers of one decoder block after the other; None for a layer that no token reached.
+    """Statistics of the layers, one decoder block at a time; None for a layer that no token reached.
 
-    When the caller asks for the next block, this one is run again, so that what was done to its layers meanwhile (they
-    were pruned) is what the next one is calibrated on. Alive at a time: one block on `device`, the activations between
-    two blocks, and the statistics of one block.
+    When the caller asks for the next block, this one is run again, so that the next one is calibrated on the output of
+    the pruned layers. In memory at a time: one block on `device`, the activations between two blocks, and the
+    statistics of one block.
 
     Args:
         blocks: the decoder blocks, in the order in which they run.
-        layers: what to measure, by name; names start with that of their block.
+        layers: the layers to measure, by name; a name starts with that of its block.
         samples: `[sequences, tokens]` int64.
-        with_hessian: collect what SparseGPT needs.
+        with_hessian: collect the Hessian for SparseGPT.
         device: where blocks run; default: where they are.
 
     Raises:
@@ -193,7 +193,7 @@ def calibrate_blocks(
 def _block_inputs(
     model: nn.Module, blocks: Mapping[str, nn.Module], samples: Tensor
 ) -> tuple[list[Tensor], dict[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What the first block gets of each sample, and what every block gets beside it: masks, positions."""
+    """The input of the first block for each sample, and the other arguments of every block: masks, positions."""
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     again: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     hidden: list[Tensor] = []
@@ -203,7 +203,7 @@ def _block_inputs(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             if not args and "hidden_states" not in kwargs:
-                raise UserError(f"`{name}` is not called with hidden states, so it cannot be calibrated by itself.")
+                raise UserError(f"`{name}` is not called with hidden states, so it cannot be calibrated on its own.")
             inputs = args[0] if args else kwargs.pop("hidden_states")
             if name == first:
                 hidden.append(inputs)
@@ -216,7 +216,7 @@ def _block_inputs(
     device = next(model.parameters()).device
     handles = [block.register_forward_pre_hook(remember(name), with_kwargs=True) for name, block in blocks.items()]
     try:
-        for index in range(len(samples)):  # the first sample shows the calls of all blocks, the second that they repeat
+        for index in range(len(samples)):  # the first records the calls of all blocks, the second compares
             with suppress(_Stop):
                 model(input_ids=samples[index : index + 1].to(device), use_cache=False)
     finally:
@@ -232,7 +232,7 @@ def _block_inputs(
         if any(isinstance(first, Tensor) and not torch.equal(first, second) for first, second in pairs):
             raise UserError(
                 f"`{name}` of {type(model).__name__} gets more than hidden states from the text, so it cannot be "
-                "calibrated by itself. Use the method magnitude."
+                "calibrated on its own. Use the method magnitude."
             )
     return hidden, calls
 

@@ -1,1 +1,1 @@
-"""SparseTrainer and what drives it."""
+"""SparseTrainer, its loss and its checkpoints."""

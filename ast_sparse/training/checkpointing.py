@@ -1,4 +1,4 @@
-"""What SparseTrainer adds to the checkpoints of `transformers.Trainer`, in one piece or sharded."""
+"""What SparseTrainer adds to the checkpoints of `transformers.Trainer`, whole or sharded."""
 
 import re
 import shutil
@@ -35,17 +35,17 @@ from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 
-# The table was read against this version of transformers; a test compares it with the one that is installed.
+# The table was checked against this version of transformers; a test compares it with the installed one.
 TRANSFORMERS_VERSION = "5.23.0"
 
 
 class Internal(NamedTuple):
-    """Something of transformers that is not public, and that training relies on.
+    """A part of transformers that is not public, but that training relies on.
 
     Attributes:
-        name: of a method or an attribute.
-        parameters: of a method, `self` left out; None for an attribute.
-        why: what we do with it.
+        name: of the method or attribute.
+        parameters: of the method, without `self`; None for an attribute.
+        why: what it is used for.
     """
 
     name: str
@@ -53,20 +53,20 @@ class Internal(NamedTuple):
     why: str
 
 
-# Whatever begins with an underscore and is overridden, called, read or set by the classes of SparseTrainer.
+# Every name with a leading underscore that the classes of SparseTrainer override, call, read or set.
 TRAINER_INTERNALS = (
-    Internal("save_model", ("output_dir", "_internal_call"), "tells a checkpoint, which is resumed, from a model"),
-    Internal("_save_checkpoint", ("model", "trial"), "a save that fails leaves no folder behind"),
+    Internal("save_model", ("output_dir", "_internal_call"), "whether it saves a checkpoint to resume, or a model"),
+    Internal("_save_checkpoint", ("model", "trial"), "a failed save leaves no folder behind"),
     Internal("_save_optimizer_and_scheduler", ("output_dir",), "sharded state needs an entry for every parameter"),
-    Internal("_save_rng_state", ("output_dir",), "the last file of a checkpoint: then all ranks have written"),
+    Internal("_save_rng_state", ("output_dir",), "the last file of a checkpoint: all ranks have written by then"),
     Internal("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "reads sharded and whole checkpoints"),
     Internal("_issue_warnings_after_load", ("load_result",), "a tied weight is not missing"),
     Internal("_load_best_model", (), "the best checkpoint may be sharded"),
-    Internal("_load_optimizer_and_scheduler", ("checkpoint",), "moments of a sharded run go into any run, and back"),
+    Internal("_load_optimizer_and_scheduler", ("checkpoint",), "sharded and whole runs load each other's moments"),
     Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
 )
-# Of the configuration of a model.
-CONFIG_INTERNALS = (Internal("_attn_implementation", None, "read, to say which attention gave way to eager"),)
+# The same for the configuration of a model.
+CONFIG_INTERNALS = (Internal("_attn_implementation", None, "read, to say which attention was replaced by eager"),)
 
 
 class CheckpointTrainer(Trainer):
@@ -81,14 +81,14 @@ class CheckpointTrainer(Trainer):
     slorb_config: SLoRBConfig | None
     sparsity_report: SparsityReport
     run_record: RunRecord
-    _sparsity: SparsityCallback  # which knows the kernels
-    _mixture: Mixture | None  # the order of blocks that are read where they lie, and those of each domain
+    _sparsity: SparsityCallback  # has the kernels of the run
+    _mixture: Mixture | None  # the order of blocks that are read in place; their domains are in `_parts`
     _parts: dict[str, Any] | None
     _mixture_config: MixtureConfig
     _compared: Path | None = None  # the checkpoint that this run was compared with
-    _frame: PreTrainedModel | None  # the student without weights, where it is going to be sharded
+    _frame: PreTrainedModel | None  # the student without weights, if it will be sharded
     _origin: Origin  # of the student
-    _given_settings: Settings = ()  # while Trainer's own are in the student's configuration: those before
+    _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
 
     @property
     def student(self) -> PreTrainedModel:
@@ -96,16 +96,16 @@ class CheckpointTrainer(Trainer):
         return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
 
     def whole_student(self) -> PreTrainedModel | None:
-        """The student in one piece: itself, or gathered on the CPU of the first process, where training is sharded.
+        """The whole student: itself, or gathered on the CPU of the first process if training is sharded.
 
-        Every process must call it; in a sharded run it is None on all but the first.
+        Every process must call this; in a sharded run it is None on all but the first.
         """
         if self._frame is None or not is_sharded(self.student):
             return self.student
         return gathered(self.student, self._frame)
 
     def sparsity_config_dict(self) -> dict[str, Any]:
-        """What `sparsity_config.json` says of the run."""
+        """The content of `sparsity_config.json`."""
         record = SparsityRecord.of_run(
             version=ast_sparse.__version__,
             base_model=self.base_model_name,
@@ -119,7 +119,7 @@ class CheckpointTrainer(Trainer):
 
     @contextmanager
     def _settings_of_trainer(self) -> Iterator[None]:
-        """Without a cache, as Trainer trains; afterwards the student has its own settings again."""
+        """Inside, the student has no cache, as Trainer trains; afterwards it has its own settings again."""
         with settings_kept(self.student, self.args.use_cache) as given:
             outer, self._given_settings = self._given_settings, self._given_settings or given
             try:
@@ -128,14 +128,14 @@ class CheckpointTrainer(Trainer):
                 self._given_settings = outer
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in Trainer, with FSDP2 where it is asked for, between CPU processes too."""
+        """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
         super().create_accelerator_and_postprocess()
         if (plugin := sharding_plugin(self.args)) is not None:
             use_plugin(self.accelerator, plugin)
             self.is_fsdp_enabled = True
 
     def shard_student(self) -> None:
-        """Shard the student now, where it is going to be: accelerate does so together with the optimizer only."""
+        """Shard the student now if it will be sharded: accelerate does so only together with the optimizer."""
         if self.is_fsdp_enabled and not is_sharded(self.student):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self.model_wrapped = self.model
@@ -143,7 +143,7 @@ class CheckpointTrainer(Trainer):
     # ---- save ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the masked model as an ordinary checkpoint; inside training, its dense weights and masks for resume.
+        """Save the masked model as an ordinary checkpoint; during training, its dense weights and masks, to resume.
 
         Raises:
             DivergenceError: weights are not finite; nothing is written.
@@ -177,19 +177,19 @@ class CheckpointTrainer(Trainer):
     def _check_finite(self) -> None:
         """Raise DivergenceError unless all weights are finite, on every process of a sharded run."""
         faulty = (
-            f"`{name}` holds"
+            f"`{name}` has"
             for name, parameter in self.student.named_parameters()
             if parameter.is_floating_point() and not torch.isfinite(local(parameter)).all()
         )
         fault = next(faulty, None)
         if is_sharded(self.student) and any_rank(fault is not None, self.args.device):
-            fault = fault or "another process's part of the weights holds"
+            fault = fault or "another process's part of the weights has"
         if fault is not None:
             raise divergence(f"{fault} values that are not finite", self.args, self.state.global_step)
 
     def _save_for_resume(self, folder: Path) -> None:
-        """The weights under the names of the live model, as Trainer's load knows no others (fused experts of MoE
-        models); of a sharded run what makes a model of them, which Trainer saves with the optimizer."""
+        """Save the weights under the names of the live model, the only ones that Trainer can load (fused experts of MoE
+        models); in a sharded run only the configuration, because Trainer saves the weights with the optimizer."""
         student: Any = self.student
         if is_sharded(student):
             if self.args.should_save:
@@ -220,9 +220,9 @@ class CheckpointTrainer(Trainer):
         return cast(PreTrainedTokenizerBase | None, self.processing_class)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in Trainer, into an empty folder, which does not stay behind when the save fails."""
+        """As in Trainer, into an empty folder, which is removed if the save fails."""
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and folder.is_dir():  # of a save that was cut off, maybe of more processes
+        if self.args.should_save and folder.is_dir():  # left by an interrupted save, maybe with more processes
             shutil.rmtree(folder)
         wait_for_all()
         with write_errors(folder.parent, folder):
@@ -231,19 +231,19 @@ class CheckpointTrainer(Trainer):
             except BaseException as error:
                 if self.args.should_save:
                     shutil.rmtree(folder, ignore_errors=True)
-                if isinstance(error, CheckpointException):  # which every process gets
+                if isinstance(error, CheckpointException):  # raised on every process
                     wait_for_all()
                 raise
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if is_sharded(self.student):  # a sharded checkpoint is read into a state that has an entry for everything
+        if is_sharded(self.student):  # a sharded checkpoint is read into a state that has all entries
             optimizer = sparse_optimizer(self.optimizer)
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state_of(parameter)
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As in Trainer, until every process has written: what comes next marks the checkpoint as finished."""
+        """As in Trainer, then wait for all processes: the next file marks the checkpoint as finished."""
         super()._save_rng_state(output_dir)
         wait_for_all()
         if is_sharded(self.student):
@@ -252,10 +252,10 @@ class CheckpointTrainer(Trainer):
     # ---- load ----------------------------------------------------------------------------------------------------
 
     def check_resume(self, checkpoint: Path) -> None:
-        """Compare this run with that of a checkpoint, once, and print what may differ and does; on all processes.
+        """Compare this run with that of a checkpoint, once, and print allowed differences; on all processes.
 
         Raises:
-            UserError: a setting that decides the weights, the model, the teacher, the tokenizer or the text differs.
+            UserError: a setting that decides the weights, or the model, teacher, tokenizer or text, differs.
         """
         if self._compared != checkpoint.resolve():
             with errors_shared():
@@ -264,14 +264,14 @@ class CheckpointTrainer(Trainer):
         self._compared = checkpoint.resolve()
 
     def check_data_state(self, checkpoint: Path) -> None:
-        """Take the history of a mixture from a checkpoint; UserError if its blocks are others."""
+        """Load the history of a mixture from a checkpoint; UserError if it has other blocks."""
         if self._mixture is not None and self._parts is not None:
             load_data_state(checkpoint, self._mixture, self._mixture_config, self._parts)
 
     def load_finished(self, checkpoint: Path) -> bool:
-        """Load a run that was finished, and stopped before the final save; False for any other.
+        """Load a run that has done all steps but not the final save; False for any other.
 
-        Trainer would do one more step of it.
+        Trainer would do one more step.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
@@ -293,7 +293,7 @@ class CheckpointTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in Trainer; a tied weight, which is stored under its other name, is not missing."""
+        """As in Trainer, but a tied weight, which is stored under its other name, is not missing."""
         tied = getattr(self.student, "all_tied_weights_keys", None) or {}
         load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result)

@@ -1,4 +1,4 @@
-"""The loss over held-out rows, each counted once, whatever the number of processes."""
+"""The loss over held-out rows, each counted once, on any number of processes."""
 
 import math
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from ast_sparse.errors import UserError
 class HeldOutLoss:
     """Mean cross-entropy over the tokens of an evaluation.
 
-    Trainer averages the means of batches: rows that fill up the last batch on several processes count there, and a row
-    with few labels counts as much as any. Here every token of the text counts once.
+    Trainer averages the means of batches: rows that fill up the last batch on several processes count too, and a row
+    with few labels counts as much as any other. Here every token of the text counts once.
 
     Args:
-        dataloader: of one evaluation; without a length no row is taken for a filler.
+        dataloader: of one evaluation; if it has no length, every row counts.
     """
 
     def __init__(self, dataloader: DataLoader, args: TrainingArguments) -> None:
@@ -39,7 +39,7 @@ class HeldOutLoss:
             by_position: `[batch · seq]`, the loss of each position.
             labels: `[batch, seq]`, shifted; −100 does not count.
         """
-        first = (self._batches * self.ranks + self.rank) * self.batch_size  # batches are dealt out in turns
+        first = (self._batches * self.ranks + self.rank) * self.batch_size  # batches go to the ranks in turn
         self._batches += 1
         count = len(labels) if self.rows is None else max(0, min(len(labels), self.rows - first))
         losses = by_position.view_as(labels)[:count]
@@ -48,14 +48,14 @@ class HeldOutLoss:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def mean(self) -> float | None:
-        """The loss over the tokens of all processes, which must all call this; None if there were none."""
+        """The loss over the tokens of all processes, which must all call this; None without tokens."""
         if self._sums is None:
             return None
         loss, tokens = mean_over_ranks(self._sums).tolist()
         return loss / tokens if tokens else None
 
     def replace_in(self, metrics: dict[str, float] | None, prefix: str) -> None:
-        """Put the mean in the place of Trainer's loss, which would be 0 where no token counts; all must call this."""
+        """Replace Trainer's loss, which would be 0 if no token counts, by the mean; all processes must call this."""
         loss = self.mean()
         if metrics is not None and loss is not None:
             metrics[f"{prefix}_loss"] = loss
@@ -64,7 +64,7 @@ class HeldOutLoss:
 
 
 def loss_of_parts(metrics: Mapping[str, float], held_out: Any, prefix: str) -> float | None:
-    """The loss over all parts of a mapping, out of that of each; None where there is none, or no mapping.
+    """The loss over all parts of a mapping, from that of each; None if one is missing, or for a single data set.
 
     Raises:
         UserError: one data set was evaluated, and no token of it is counted, so there is no loss.
@@ -80,7 +80,7 @@ def loss_of_parts(metrics: Mapping[str, float], held_out: Any, prefix: str) -> f
 
 
 def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:
-    """The loss over the blocks of all domains, out of those of each; None where one is missing."""
+    """The loss over the blocks of all domains, from that of each; None if one is missing."""
     sizes = {name: len(part) for name, part in held_out.items()}
     losses = {name: metrics.get(f"{prefix}_{name}_loss") for name in sizes}
     if not all(isinstance(loss, float) for loss in losses.values()):

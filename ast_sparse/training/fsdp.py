@@ -1,6 +1,6 @@
-"""Sharded training (FSDP2) through accelerate: its settings, the frozen teacher, and the student in one piece.
+"""Sharded training (FSDP2) through accelerate: its settings, the frozen teacher, and gathering the student.
 
-The student, its masks, SLoRB and the optimizer state are sharded by accelerate, as parameters and what follows them.
+accelerate shards the student with masks and SLoRB, which are parameters, and the optimizer state.
 """
 
 import copy
@@ -36,12 +36,12 @@ _LAUNCH = "Start with `accelerate launch --config_file configs/accelerate/fsdp2.
 
 
 def env_flag(name: str) -> bool:
-    """Whether `accelerate launch` has switched something on."""
+    """Whether `accelerate launch` has turned an option on."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
 def sharding_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin | None:
-    """The settings of FSDP2, from `args.fsdp` and `args.fsdp_config` or from `accelerate launch`; None without.
+    """The settings of FSDP2, from `args.fsdp` and `args.fsdp_config` or from `accelerate launch`; None without FSDP.
 
     Raises:
         UserError: FSDP1, or a setting under which masks do not follow their weights.
@@ -62,29 +62,29 @@ def sharding_plugin(args: TrainingArguments) -> FullyShardedDataParallelPlugin |
         )
     try:
         plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args if args.fsdp else {}))
-    except (ValueError, KeyError, ImportError) as error:  # of its many checks
+    except (ValueError, KeyError, ImportError) as error:  # from its many checks
         raise UserError(f"{where}: {one_line(error, end='open')}. Correct it.") from None
     if plugin.cpu_ram_efficient_loading:
         raise UserError(
-            f"{where}: cpu_ram_efficient_loading leaves all processes but one without the weights that masks are made "
-            "from. Set it to false."
+            f"{where}: with cpu_ram_efficient_loading only one process has the weights, and all of them make masks "
+            "from them. Set it to false."
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise UserError(f"{where}: cpu_offload has not been made to work with masks. Remove it; use more GPUs.")
+        raise UserError(f"{where}: cpu_offload does not work with masks. Remove it; use more GPUs.")
     if plugin.ignored_modules is not None:
-        raise UserError(f"{where}: ignored_modules would get no gradients of other processes. Remove it.")
+        raise UserError(f"{where}: ignored_modules would not get the gradients of other processes. Remove it.")
     if args.save_only_model:
         raise UserError(
-            "training.save_only_model=True cannot be had of a sharded run, whose checkpoints are made to resume. "
-            "Remove it; ast-export makes an ordinary model of a checkpoint."
+            "training.save_only_model=True does not work in a sharded run, whose checkpoints can only be resumed. "
+            "Remove it; ast-export turns a checkpoint into an ordinary model."
         )
     return plugin
 
 
 def _check_keys(config: dict[str, Any]) -> None:
-    """Names that transformers would pass over, and what is never so in a sharded run."""
+    """Refuse names that transformers would ignore, and values that a sharded run cannot have."""
     for key, value in config.items():
-        if key.startswith("xla") and not value:  # transformers writes its defaults in
+        if key.startswith("xla") and not value:  # transformers adds its defaults
             continue
         if key.startswith("xla"):
             raise UserError(f"training.fsdp_config: {key} is not supported. Remove it.")
@@ -95,12 +95,12 @@ def _check_keys(config: dict[str, Any]) -> None:
     if str(state).upper() != _STATE_DICT:
         raise UserError(
             f"training.fsdp_config: state_dict_type={state!r}: checkpoints of a sharded run are sharded. Remove it; "
-            "ast-export makes an ordinary model of one."
+            "ast-export turns one into an ordinary model."
         )
 
 
 def check_sharding(args: TrainingArguments) -> None:
-    """Raise UserError where sharding is asked for and there is one process without a launcher."""
+    """Raise UserError if sharding is asked for in a single process without a launcher."""
     if sharding_plugin(args) is not None and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
             f"training.fsdp={args.fsdp} needs processes to shard over. {_LAUNCH} (`torchrun --nproc_per_node N`), or "
@@ -109,11 +109,11 @@ def check_sharding(args: TrainingArguments) -> None:
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Raise UserError for a Conv1D, whose groups FSDP2 would cut along dim 0, and for blocks that share weights."""
+    """Raise UserError for a Conv1D, whose groups FSDP2 would cut along dim 0, or for blocks that share weights."""
     name = next((name for name, module in model.named_modules() if isinstance(module, Conv1D)), None)
     if name is not None:
         raise UserError(
-            f"`{name}` is a Conv1D, whose groups of a mask FSDP2 would cut. Remove training.fsdp; use DDP (torchrun)."
+            f"`{name}` is a Conv1D, whose mask groups FSDP2 would cut. Remove training.fsdp; use DDP (torchrun)."
         )
     first: dict[nn.Parameter, str] = {}
     for block_name, block in decoder_blocks(model).items():
@@ -126,11 +126,11 @@ def check_shardable(model: nn.Module) -> None:
 
 
 def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Complete what accelerate made of the settings.
+    """Complete the settings that accelerate has read.
 
-    Checkpoints are sharded; gradients are summed up in float32, also where the blocks compute in bf16. Between CPU
-    processes accelerate 1.15 ignores the settings and takes DDP: what is set in its state here is all that its FSDP2
-    path asks for, which then runs as on GPUs.
+    Checkpoints are sharded; gradients are summed in float32, even if the blocks compute in bf16. Between CPU processes
+    accelerate 1.15 ignores the settings and uses DDP: the state that is set here is all that its FSDP2 path checks, so
+    that path then runs as on GPUs.
     """
     state = accelerator.state
     if accelerator.device.type == "cpu":
@@ -147,10 +147,10 @@ def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin)
 def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_forward: bool) -> None:
     """Shard a frozen model block by block, in place; embeddings, last norm and head stay whole on every process.
 
-    So a forward pass may begin at the model or at its decoder alone, and the head may be used by itself.
+    So a forward pass may start at the model or at its decoder, and the head may be called alone.
 
     Args:
-        device: of training; at no time more than one block is there whole.
+        device: of training; never has more than one whole block.
     """
     for block in decoder_blocks(teacher).values():
         fully_shard(block, reshard_after_forward=reshard_after_forward)
@@ -158,7 +158,7 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_
     outside = [p for p in teacher.parameters() if p not in inside]
     for tensor in (*outside, *teacher.buffers()):
         tensor.data = tensor.data.to(device)
-    # the root, which lets the blocks overlap; not the decoder, of which transformers knows nothing by another class
+    # the root, so that the blocks overlap; not the decoder, which transformers does not recognise with another class
     fully_shard(teacher, ignored_params=set(outside))
 
 
@@ -172,7 +172,7 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def gathered(sharded: nn.Module, frame: PreTrainedModel) -> PreTrainedModel | None:
-    """The sharded model in one piece, on the CPU of the first process; None on the others. Every one must call it.
+    """The whole model, on the CPU of the first process; None on the others. Every process must call this.
 
     Args:
         frame: the model before it was sharded, `without_weights`; not changed.
@@ -189,7 +189,7 @@ def gathered(sharded: nn.Module, frame: PreTrainedModel) -> PreTrainedModel | No
 
 @torch.no_grad()
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Put weights, masks and SLoRB of a checkpoint into a model, where only one of the two may be sharded.
+    """Load weights, masks and SLoRB of a checkpoint into a model; one of the two may be sharded.
 
     Raises:
         UserError: the checkpoint lacks a tensor of the model, or it has another shape.
@@ -207,7 +207,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_moments(checkpoint: Path, model: nn.Module, optimizer: SparseAdamW) -> None:
-    """Give an optimizer the state of a checkpoint, where only one of the two is sharded; its groups stay as they are.
+    """Load the state of a checkpoint into an optimizer, if one of the two is sharded; its groups do not change.
 
     Raises:
         UserError: the checkpoint lacks the state of a parameter, or it has another shape.
@@ -222,17 +222,17 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: SparseAdamW) -> 
         for parameter in parameters:
             prefix = f"state.{names[parameter]}."
             states[parameter] = {key.removeprefix(prefix): v for key, v in stored.items() if key.startswith(prefix)}
-    else:  # by the order of the groups, which is the same
+    else:  # by position: the groups have the same order
         saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)["state"]
         states |= {parameter: saved[index] for index, parameter in enumerate(parameters) if index in saved}
     for parameter, state in states.items():
-        if state:  # else never updated so far
+        if state:  # otherwise it was never updated
             for key, live in optimizer.state_of(parameter).items():
                 _fill(live, state.get(key), f"{checkpoint}: {key} of `{names[parameter]}`")
 
 
 def _fill(live: Tensor, stored: Tensor | None, what: str) -> None:
-    """Copy a whole tensor into a live one, or into the part that this process has of it."""
+    """Copy a whole tensor into a live one, or into this process's piece of it."""
     if stored is None or stored.shape != live.shape:
         found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}, the run {tuple(live.shape)}"
         raise UserError(f"{what} {found}. Resume from another checkpoint.")

@@ -1,7 +1,7 @@
 """Batches of blocks whose order does not depend on processes, micro-batches or workers, and its state in a checkpoint.
 
-accelerate's loader asks for batches ahead of time, and pads the last one with blocks that were used. This one asks for
-a batch when it is trained on, so that shares that changed at an evaluation hold for the very next step.
+accelerate's loader fetches batches ahead of time, and fills up the last one with blocks that were used. This one
+fetches a batch when it is trained on, so shares that change at an evaluation take effect at the next step.
 """
 
 import json
@@ -21,8 +21,8 @@ from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.training.resume.checkpoints import RUN_RECORD
 
 DATA_STATE = "data_state.json"
-_REFUSED = {  # of TrainingArguments: what would order blocks otherwise
-    "train_sampling_strategy": ("random", "blocks have an order of their own. Remove it."),
+_REFUSED = {  # fields of TrainingArguments that would change the order of blocks
+    "train_sampling_strategy": ("random", "blocks have their own order. Remove it."),
     "ignore_data_skip": (False, "blocks that were used would be used again. Remove it; skipping them takes no time."),
 }
 
@@ -54,11 +54,11 @@ class BlockBatches:
 
     @property
     def batch_sampler(self) -> "BlockBatches":
-        """Itself: Trainer tells the sampler behind a wrapper the epoch, and finds it by this name."""
+        """Itself: Trainer sets the epoch on the sampler inside a wrapper, which it looks up by this name."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin at this epoch: a stretch of steps that takes as many blocks as there are."""
+        """Start at this epoch; an epoch is the steps that use as many blocks as there are."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -75,20 +75,20 @@ class BlockBatches:
 
 
 def block_source(train_dataset: Any) -> dict[str, Any] | None:
-    """The domains of a data set that this loader serves; of shards without domains there is one."""
+    """The domains of a data set that this loader serves, a single one for shards without domains; None for others."""
     if isinstance(train_dataset, DomainBlocks):
         return train_dataset.parts
     return {"train": train_dataset} if isinstance(train_dataset, TokenBlocks) else None
 
 
 def make_mixture(parts: dict[str, Any], shares: Mapping[str, float] | None, args: TrainingArguments) -> Mixture:
-    """The order of the blocks of a run, by `training.data_seed`, or else `training.seed`.
+    """The order of the blocks of a run, from `training.data_seed`, or else `training.seed`.
 
     Args:
-        shares: by domain; None: as many samples of each as it has blocks.
+        shares: by domain; None: in proportion to the blocks of each.
 
     Raises:
-        UserError: a setting asks for another order.
+        UserError: a setting asks for a different order.
     """
     for key, (default, reason) in _REFUSED.items():
         if (value := getattr(args, key)) != default:
@@ -102,14 +102,14 @@ def make_mixture(parts: dict[str, Any], shares: Mapping[str, float] | None, args
 
 
 def block_loader(dataset: Any, mixture: Mixture, collator: Any, args: TrainingArguments) -> DataLoader[Any]:
-    """The loader of the training; tokens are read in this process, whatever `dataloader_num_workers` says."""
+    """The training loader; tokens are read in this process, whatever `dataloader_num_workers` says."""
     offsets = dataset.offsets if isinstance(dataset, DomainBlocks) else np.zeros(1, dtype=np.int64)
     batches: Any = BlockBatches(mixture, offsets, args)
     return DataLoader(_Rows(dataset), batch_sampler=batches, collate_fn=collator, pin_memory=args.dataloader_pin_memory)
 
 
 class _Rows(Dataset[Any]):
-    """A sequence as torch's data sets are."""
+    """A sequence as a torch data set."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -122,7 +122,7 @@ class _Rows(Dataset[Any]):
 
 
 def save_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> None:
-    """Write what a resumed run needs to go on at the very next block."""
+    """Write what a resumed run needs to continue at the next block."""
     write_json(folder / DATA_STATE, {"format_version": 1, **_state(mixture, config, parts)})
 
 
@@ -132,19 +132,19 @@ def _state(mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> di
 
 
 def load_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts: dict[str, Any]) -> None:
-    """Take the history of the shares from a checkpoint.
+    """Load the history of the shares from a checkpoint.
 
     Raises:
-        UserError: the file is missing or damaged, or the run that resumes has other text, seed, batch or shares.
+        UserError: the file is missing or damaged, or the resumed run has a different text, seed, batch or share.
     """
     path = folder / DATA_STATE
     if not path.is_file():
         raise UserError(
-            f"{str(folder)!r} holds no {DATA_STATE}: its run read other data. Resume with the data of the run."
+            f"{str(folder)!r} has no {DATA_STATE}: its run read other data. Resume with the data of that run."
         )
     saved = read_json(path)
     ours = _state(mixture, config, parts)
-    is_recorded = (folder / RUN_RECORD).is_file()  # with a fingerprint of the text wherever it lies
+    is_recorded = (folder / RUN_RECORD).is_file()  # it has a fingerprint of the text, wherever that is
     for key, what in _SAME.items():
         if key == "fingerprints" and is_recorded:
             continue

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, from hidden states and heads, or from full logits where a head is not understood."""
+"""The loss of a micro-batch, from hidden states and heads, or from full logits if a head is not understood."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What a model is given of a batch, and the labels: they are shifted, so that the logits, which are big, are not.
+    """The inputs of the model, and the shifted labels: shifting labels is cheaper than shifting the large logits.
 
     Raises:
         UserError: there are no labels.
@@ -38,7 +38,7 @@ def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     features = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
     if "position_ids" in features:
-        features["use_cache"] = False  # beside a cache, transformers sees no borders of documents in them
+        features["use_cache"] = False  # with a cache, transformers does not see document borders in them
     return features, labels
 
 
@@ -48,9 +48,9 @@ def find_heads(
     config: DistillationConfig | None,
     args: TrainingArguments,
 ) -> dict[str, OutputHead]:
-    """The heads of `student` and, where the loss needs its logits, of `teacher`; one that is not understood is named.
+    """The heads of `student` and, if the loss needs its logits, of `teacher`; a warning names unknown ones.
 
-    Each model that is looked at runs two tokens.
+    Each of these models runs two tokens.
     """
     models = {"student": student}
     if teacher is not None and teaches_logits(config):
@@ -64,8 +64,8 @@ def find_heads(
         except UnknownHeadError as reason:
             if args.should_log:
                 logger.warning(
-                    f"The loss needs full logits, which takes memory for [tokens, vocabulary]. Of the {owner}, a "
-                    f"{type(model).__name__}: {reason}."
+                    "The loss needs full logits, which take memory for [tokens, vocabulary]. The reason is the "
+                    f"{owner}, a {type(model).__name__}: {reason}."
                 )
     return heads
 
@@ -78,10 +78,10 @@ def teaches_logits(config: DistillationConfig | None) -> bool:
 class MicroBatchLoss:
     """The loss (4) of student and teacher, summed over the tokens of a micro-batch; cross-entropy alone in evaluation.
 
-    Where the heads of both are known, no logits exist: see `chunked_distillation_loss`.
+    If the heads of both are known, no full logits are made: see `chunked_distillation_loss`.
 
     Args:
-        teacher: frozen and in eval mode; None where D has no weight.
+        teacher: frozen and in eval mode; None if D has no weight.
         config: the loss; None is cross-entropy.
         heads: as `find_heads` returns them.
     """
@@ -102,17 +102,17 @@ class MicroBatchLoss:
         needs_logits: bool,
         by_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
-        """The summed loss, the number of tokens in it, and what the student returned.
+        """The summed loss, its number of tokens, and the output of the student.
 
         Args:
             model: the student as it is called, in the wrapper of a distributed run.
             student: the same without the wrapper.
             labels: `[batch, seq]` int64, already shifted.
-            needs_logits: the outputs are to hold logits; otherwise they may be None.
-            by_position: `[batch · seq]` of zeros, which gets the loss of each position, features left out.
+            needs_logits: the outputs must have logits; otherwise they may be None.
+            by_position: `[batch · seq]` of zeros, filled with the loss of each position, without features.
         """
         config = self.config if model.training else None
-        inside = config if self.teacher is not None else None  # what the loss looks at inside the models
+        inside = config if self.teacher is not None else None  # what the loss needs from inside the models
         ours, theirs = self._usable_heads(student, config, needs_logits)
         reference, teacher_features = self._reference(inputs, inside, theirs)
         if ours is None:
@@ -136,7 +136,7 @@ class MicroBatchLoss:
     def _usable_heads(
         self, student: PreTrainedModel, config: DistillationConfig | None, needs_logits: bool
     ) -> tuple[OutputHead | None, OutputHead | None]:
-        """The heads of student and teacher, or None for both where logits have to be whole."""
+        """The heads of student and teacher, or None for both if full logits are needed."""
         ours, theirs = self.heads.get("student"), self.heads.get("teacher")
         if needs_logits or ours is None or not ours.belongs_to(student):
             return None, None
@@ -148,7 +148,7 @@ class MicroBatchLoss:
     def _reference(
         self, inputs: Mapping[str, Any], config: DistillationConfig | None, head: OutputHead | None
     ) -> tuple[Tensor | None, Features]:
-        """What the teacher's head is fed with, or without `head` its logits, and the features of `config`."""
+        """The input of the teacher's head, or its logits if `head` is None, and the features that `config` asks for."""
         if config is None or self.teacher is None:
             return None, Features()
         teacher, inputs = self.teacher, {**inputs, "use_cache": False}
@@ -163,10 +163,10 @@ class MicroBatchLoss:
 
 
 class DomainLosses:
-    """The loss (4) of the training by domain, features left out, over the tokens since the last record of the log.
+    """The training loss (4) by domain, without features, over the tokens since the last log record.
 
     Args:
-        names: of the domains, in the order of `DomainBlocks`.
+        names: the domains, in the order of `DomainBlocks`.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -187,11 +187,11 @@ class DomainLosses:
             self._sums = rows.new_zeros(2, len(self.names))
         self._sums.index_add_(1, domains.to(rows.device), rows)
 
-    def figures(self) -> dict[str, float]:
+    def log_values(self) -> dict[str, float]:
         """`domain_loss/NAME` of the domains that had tokens since the last call; all ranks must call it."""
         if self._sums is None:
             return {}
         losses, tokens = mean_over_ranks(self._sums).tolist()
         self._sums = None
-        figures = zip(self.names, losses, tokens, strict=True)
-        return {f"domain_loss/{name}": loss / count for name, loss, count in figures if count}
+        rows = zip(self.names, losses, tokens, strict=True)
+        return {f"domain_loss/{name}": loss / count for name, loss, count in rows if count}

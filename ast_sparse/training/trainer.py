@@ -1,7 +1,7 @@
 """SparseTrainer: `transformers.Trainer` that retrains a dense causal LM to N:M sparsity (paper Algorithm 1)."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -55,35 +55,35 @@ class SparseTrainer(CheckpointTrainer):
 
     Args:
         model: dense causal LM in float32, or the name of one. It is made sparse in place.
-        args: plain `TrainingArguments`; what AST would ignore is refused by name.
+        args: plain `TrainingArguments`; a setting that AST would ignore is refused by name.
         sparsity_config: pattern and mask settings; default `SparsityConfig()`.
-        distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the steps of `args`
-            become more; `args` itself is not changed.
+        distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the run has more
+            steps than `args` says; `args` itself is not changed.
         slorb_config: SLoRB adapters; None for none.
-        calibration_config: how many sequences a `sparsity.init` that needs text measures, and SparseGPT's settings.
+        calibration_config: how many sequences a `sparsity.init` that needs text looks at, and SparseGPT's settings.
         watch_config: what happens when the loss is not finite or jumps; default `WatchConfig()`, which stops at NaN.
         mixture_config: shares of the domains of `train_dataset` and how they change; default: by size, constant.
-        calibration_dataset: packed blocks or raw text to measure them on; default the training data. False: start from
-            magnitude masks, because a checkpoint brings the masks and weights.
+        calibration_dataset: packed blocks or raw text for that; default the training data. False: start from magnitude
+            masks, because masks and weights will come from a checkpoint.
         teacher_model: another teacher, a model or a name; default the dense model itself, frozen before masking.
         train_dataset, eval_dataset: packed blocks (`input_ids`, optionally `labels` with −100 where neither CE nor KL
-            counts), raw text, or chat data (`messages`, or `prompt` and `completion`), of which what the assistant says
-            is counted; both are tokenised and packed. Blocks of token shards are read where they lie. A mapping of
-            names to such is a mixture of domains; the losses held out are then reported by domain.
+            counts), raw text, or chat data (`messages`, or `prompt` and `completion`), where only what the assistant
+            says is counted; both are tokenised and packed. Blocks of token shards are read in place. A mapping of names
+            to data sets is a mixture of domains; held-out losses are then reported by domain.
         text_field, block_size: for raw text; the default block is the model's window, at most 1024 tokens.
-        bos: as of `data.bos`, for raw text.
+        bos: as `data.bos`, for raw text.
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
         trust_remote_code: run code that comes with a model or teacher given by name.
 
     Raises:
-        UserError: a setting, shape or vocabulary that does not fit, named in one line.
+        UserError: a setting, shape or vocabulary does not fit; one line names it.
     """
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
     _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
-    _needs_logits = True  # where outputs are returned
+    _needs_logits = True  # if outputs are returned
 
     # long: 26 lines are its arguments
     def __init__(
@@ -162,7 +162,7 @@ class SparseTrainer(CheckpointTrainer):
         tokenizer: PreTrainedTokenizerBase | None,
         trust_remote_code: bool,
     ) -> DenseModels:
-        """Student and teacher as `dense_models` gives them."""
+        """Student and teacher as `dense_models` returns them."""
         sparsity, slorb, distillation = self.sparsity_config, self.slorb_config, self.distillation_config
         models = dense_models(model, teacher, args, sparsity, slorb, distillation, tokenizer, trust_remote_code)
         self.base_model_name = str(models.student.config.name_or_path)
@@ -171,7 +171,7 @@ class SparseTrainer(CheckpointTrainer):
         return models
 
     def _record(self, model: PreTrainedModel, args: TrainingArguments, data_settings: dict[str, str]) -> RunRecord:
-        """What checkpoints keep of the run; the model is still dense."""
+        """The record of the run that checkpoints keep; the model is still dense."""
         sections = {
             "distillation": None if self.distillation_config is None else self.distillation_config.to_dict(),
             "calibration": self.calibration_config.to_dict(),
@@ -181,7 +181,7 @@ class SparseTrainer(CheckpointTrainer):
         return RunRecord(model, args, sections, self._mixture_config.type)
 
     def _prepare_loss(self) -> None:
-        """What Trainer is told of the loss, the teacher where training runs, and the loss itself."""
+        """Tell Trainer how the loss counts, move the teacher to its device, and build the loss."""
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         plugin = sharding_plugin(self.args)
@@ -194,7 +194,7 @@ class SparseTrainer(CheckpointTrainer):
         self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
 
     def _prepare_order(self) -> None:
-        """The order of blocks that are read where they lie; all other data is ordered by Trainer."""
+        """Set the order of blocks that are read in place; Trainer orders all other data."""
         self._parts, self._mixture = block_source(self.train_dataset), None
         if self._parts is not None:
             if isinstance(self.train_dataset, DomainBlocks):
@@ -203,11 +203,11 @@ class SparseTrainer(CheckpointTrainer):
         self._domain_losses = DomainLosses(tuple(self._parts or ()))
 
     def _own_callbacks(self) -> list[TrainerCallback]:
-        """What happens around a step, in this order.
+        """The callbacks that act around a step, in this order.
 
-        Trainer calls the events of all of them. No event can replace what this class calls by itself: `add`, `count`
-        and `drop_gradients` belong between the backward pass of a micro-batch and the clipping of the gradients, and
-        need the batch; `figures` and `correct_loss` change a record of the log before Trainer keeps it.
+        Trainer calls all their events. There are no events for the methods that this class calls directly: `add`,
+        `count` and `drop_gradients` run between the backward pass of a micro-batch and gradient clipping, and need the
+        batch; `log_values` and `correct_loss` change a log record before Trainer keeps it.
         """
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
         self._watch = WatchCallback(self._watch_config)
@@ -226,7 +226,7 @@ class SparseTrainer(CheckpointTrainer):
     # ---- data and loss -------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As in Trainer; blocks of shards come in an order of their own, each when it is trained on."""
+        """As in Trainer; blocks of shards and mixtures come in their own order, each read when it is trained on."""
         if self._mixture is None:
             return super().get_train_dataloader()
         return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
@@ -240,7 +240,7 @@ class SparseTrainer(CheckpointTrainer):
     ) -> Any:
         """The loss (4) of a micro-batch, over the tokens of the whole batch; cross-entropy alone in evaluation.
 
-        Outputs are returned with their logits; in evaluation without metrics, nobody asks for them, and they are None.
+        Returned outputs have logits, except in evaluation without metrics, where nothing needs them and they are None.
         """
         features, labels = split_batch(inputs)
         if model.training and self.teacher is not None:
@@ -258,7 +258,7 @@ class SparseTrainer(CheckpointTrainer):
         if num_items_in_batch is None:
             loss = loss / tokens.clamp(min=1)
         else:
-            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0 in a step that is passed over
+            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1)  # 0 in an empty step
             if self.args.average_tokens_across_devices:  # DDP averages gradients over the ranks
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -288,7 +288,7 @@ class SparseTrainer(CheckpointTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """As in Trainer; logits are made only where they are asked for."""
+        """As in Trainer; logits are computed only if they are needed."""
         self._needs_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -297,9 +297,11 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
-        blocks = list(decoder_blocks(self.student).values())
-        compiled = self.args.torch_compile  # which does not see what a fast step changes
-        with nullcontext() if compiled else fast_step(self.student, self.teacher, blocks, self.args.device):
+        faster: AbstractContextManager[None] = nullcontext()
+        if not self.args.torch_compile:  # which does not see what a fast step changes
+            blocks = list(decoder_blocks(self.student).values())
+            faster = fast_step(self.student, self.teacher, blocks, self.args.device)
+        with faster:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self._watch.add(inputs, loss)
@@ -309,7 +311,7 @@ class SparseTrainer(CheckpointTrainer):
     # ---- train, evaluate, log ------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `sparse_adamw`, unless the trainer was given an optimizer."""
+        """The optimizer that was given, otherwise that of `sparse_adamw`."""
         if self.optimizer is None:
             self.made_optimizer = True
             model = self.student if model is None else model
@@ -324,7 +326,7 @@ class SparseTrainer(CheckpointTrainer):
 
         Raises:
             DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
-            UserError: the checkpoint is incomplete, or that of another run (`check_resume`).
+            UserError: the checkpoint is incomplete, or belongs to another run (`check_resume`).
         """
         checkpoint = None
         if resume_from_checkpoint:
@@ -333,19 +335,19 @@ class SparseTrainer(CheckpointTrainer):
             self.check_data_state(checkpoint)
         self._sparsity.kernels = self._kernels(None if checkpoint is None else stored_kernels(checkpoint))
         if checkpoint is not None and self.load_finished(checkpoint):
-            # Trainer's handler would call all callbacks, and the others need a training that has begun
+            # Trainer's handler would call all callbacks, but the others need a training that has begun
             self._metrics.on_train_begin(self.args, self.state, self.control)
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         with self._settings_of_trainer():
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        # the loss over the steps that have one, as it is logged
+        # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As in Trainer; of a mapping there is also the loss over all of its parts.
+        """As in Trainer; for a mapping there is also the loss over all its parts.
 
         Raises:
             UserError: no token of the data is counted, so there is no loss.
@@ -359,7 +361,7 @@ class SparseTrainer(CheckpointTrainer):
         return metrics
 
     def _kernels(self, stored: Kernels | None) -> Kernels:
-        """The kernels of the run; eager on all ranks where one cannot compile, for their weights must stay the same."""
+        """The kernels of the run; eager on all ranks if one cannot compile, because their weights must stay equal."""
         weights, device = self.sparsity_report.pruned_parameters, self.args.device
         choice = choose_kernels(self.sparsity_config.kernels, weights, device, stored)
         return "eager" if any_rank(choice == "eager", device) else choice
@@ -367,7 +369,8 @@ class SparseTrainer(CheckpointTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss."""
         if "loss" in logs:
-            logs.update(self._speed.figures(self.args), **self._watch.figures(), **self._domain_losses.figures())
+            logs.update(self._speed.log_values(self.args))
+            logs.update(self._watch.log_values(), **self._domain_losses.log_values())
             self._watch.correct_loss(logs)
         if "train_loss" in logs:
             self._watch.correct_loss(logs, "train_loss")
@@ -376,5 +379,5 @@ class SparseTrainer(CheckpointTrainer):
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in Trainer, 6 for each token and parameter outside the embeddings, SLoRB's too; masks are none."""
+        """As in Trainer: 6 for each token and parameter outside the embeddings, SLoRB included; masks do not count."""
         return 6 * int(inputs["input_ids"].numel()) * self._trained_parameters

@@ -80,7 +80,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.per_device_eval_batch_size=0", r"training\.per_device_eval_batch_size=0 must be 1 or more"),
     ("training.gradient_accumulation_steps=0", r"training\.gradient_accumulation_steps=0 must be 1 or more"),
     ("training.warmup_steps=-1", r"training\.warmup_steps=-1\.0 must be 0 or more"),
-    ("training.warmup_steps=1.5", r"training\.warmup_steps=1\.5 must be whole steps"),
+    ("training.warmup_steps=1.5", r"training\.warmup_steps=1\.5 must be a whole number"),
     ("training.weight_decay=-0.1", r"training\.weight_decay=-0\.1 must be 0 or more"),
     ("training.adam_beta2=1", r"training\.adam_beta2=1\.0 must be 0 or more and below 1"),
     ("training.adam_epsilon=0", r"training\.adam_epsilon=0\.0 must be above 0"),
@@ -98,8 +98,8 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.lr_scheduler_type=cosine_with_min_lr", r"lr_scheduler_type='cosine_with_min_lr'.*min_lr_rate"),
     ("training.lr_scheduler_type=reduce_lr_on_plateau", r"'reduce_lr_on_plateau'.*requires an eval strategy"),
     ("training.lr_scheduler_kwargs=0.1", r"training\.lr_scheduler_kwargs=0\.1 is a number, expected a mapping"),
-    ("training.lr_scheduler_kwargs=a.json", r"training\.lr_scheduler_kwargs='a\.json' is no mapping"),
-    ("training.lr_scheduler_kwargs.min_lr=0", r"the schedule 'linear' takes no 'min_lr'\. Remove it"),
+    ("training.lr_scheduler_kwargs=a.json", r"training\.lr_scheduler_kwargs='a\.json' is not a mapping"),
+    ("training.lr_scheduler_kwargs.min_lr=0", r"the schedule 'linear' does not take 'min_lr'\. Remove it"),
     ("training.save_strategy=stepz", r"training\.save_strategy='stepz' is text.*Did you mean 'steps'"),
     ("training.save_strategy=true", r"training\.save_strategy=True is true or false"),
     ("training.save_strategy=best", r"training\.save_strategy='best' needs.*metric_for_best_model"),
@@ -123,7 +123,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
         r"data\.eval: 'other\.txt' is also in evaluation\.datasets, and training\.load_best_model_at_end=True",
     ),
     ("training.metric_for_best_model=accuracy", r"training\.metric_for_best_model='accuracy' is unknown"),
-    ("training.report_to=wandbx", r"training\.report_to='wandbx' is no tracker\. Did you mean 'wandb'"),
+    ("training.report_to=wandbx", r"training\.report_to='wandbx' is not a tracker\. Did you mean 'wandb'"),
     ("training.report_to=swanlab", r"training\.report_to='swanlab' is not installed"),
     ("training.log_level=loud", r"training\.log_level='loud' is unknown\. Choose from"),
     ("training.train_sampling_strategy=foo", r"training\.train_sampling_strategy='foo' is unknown"),
@@ -153,7 +153,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     (["training.fsdp=true", "training.fsdp_config.cpu_offload=true"], r"fsdp_config: cpu_offload has not been made"),
     (
         ["training.fsdp=true", "training.save_only_model=true"],
-        r"training\.save_only_model=True cannot be had of a",
+        r"training\.save_only_model=True does not work in a",
     ),
     ("training.do_train=false", r"training\.do_train=False: ast-train always trains"),
     ("training.resume_from_checkpoint=x", r"training\.resume_from_checkpoint='x': .*--resume"),
@@ -199,7 +199,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     # several together
     (
         ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs.min_lr_rat=0.1"],
-        r"takes no 'min_lr_rat'\. Did you mean 'min_lr_rate'",
+        r"does not take 'min_lr_rat'\. Did you mean 'min_lr_rate'",
     ),
     (
         ["training.lr_scheduler_type=cosine_with_min_lr", "training.lr_scheduler_kwargs.min_lr_rate=low"],

@@ -1,4 +1,4 @@
-"""Which blocks each rank trains on, found by `test_data.py` in this process and between gloo ranks under torchrun."""
+"""Which blocks each rank trains on; `test_data.py` calls this in its own process and on gloo ranks under torchrun."""
 
 import json
 import os
@@ -23,11 +23,11 @@ SOURCES: dict[str, dict[str, Any]] = {
     "mixture": {"domains": DOMAINS, "update": {"type": "doremi"}, "eval_share": 0.2},
     "stream": {"train": ("even.jsonl", "odd.jsonl"), "streaming": True, "eval_share": 0.0},
 }
-Blocks = list[list[list[int]]]  # by step: of each micro-batch the tokens of each row, as one list
+Blocks = list[list[list[int]]]  # by step: for each micro-batch, the tokens of each row as one list
 
 
 class Recorded(SparseTrainer):
-    """Keeps what each step trains on."""
+    """Records what each step trains on."""
 
     seen: Blocks
 
@@ -49,7 +49,7 @@ def write_text(root: Path) -> None:
 
 
 def run(root: Path, name: str, kind: str, world: int, resume: Path | None = None, **values: Any) -> Recorded:
-    """A run on a source by a kind of parallelism: none, ddp or fsdp; two micro-batches a step."""
+    """A run on a source with a kind of parallelism (none, ddp or fsdp) and two micro-batches per step."""
     AcceleratorState._reset_state()  # one process runs both kinds
     settings = DataConfig(root=str(root), block_size=16, **SOURCES[name])
     train, held_out, _ = build_datasets(settings, tiny_tokenizer())
@@ -78,7 +78,7 @@ def main(root: Path) -> None:
     facts: dict[str, Any] = {}
     for name in SOURCES:
         facts[f"{name}, workers"] = run(root, name, "ddp", RANKS, dataloader_num_workers=1, max_steps=2).seen
-    for kind in ("ddp", "fsdp"):  # in this order: what FSDP2 sets in the environment stays
+    for kind in ("ddp", "fsdp"):  # in this order, because FSDP2 sets environment variables that stay
         for name in SOURCES:
             whole = run(root, name, kind, RANKS)
             facts[f"{name}, {kind}"] = whole.seen

@@ -1,4 +1,4 @@
-"""Which steps move weights and masks, found by `test_empty.py` between gloo ranks under torchrun."""
+"""Which steps change weights and masks; `test_empty.py` calls this on gloo ranks under torchrun."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from tests.models import tiny_model
 from tests.training.small_runs import Rows, arguments
 
-EMPTY = [False, False, False, True, True, True, True, False, True, True]  # two of them a step, one for each rank
+EMPTY = [False, False, False, True, True, True, True, False, True, True]  # two of them per step, one for each rank
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "by rank": {"average_tokens_across_devices": False},

@@ -1,6 +1,6 @@
-"""Runs of FSDP2 between gloo ranks, started by `test_fsdp.py` under torchrun; what they found goes into a JSON file.
+"""Runs of FSDP2 on gloo ranks, started by `test_fsdp.py` under torchrun; the results are written to a JSON file.
 
-Every run has its twin of one process, made by the same functions.
+Every run has a twin in one process, made by the same functions.
 """
 
 import json
@@ -25,7 +25,7 @@ from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import sparse_layers
 from tests.models import tiny_config, tiny_model
 
-RANKS = 3  # 32, 48 and 16 rows: no layer can be shared out evenly
+RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
 BATCH = 6
 
 
@@ -35,7 +35,7 @@ def data(rows: int = 48, seed: int = 3) -> Dataset:
 
 
 def few_rows() -> Any:
-    """A model whose k_proj and v_proj have two rows: the third rank has nothing of them."""
+    """A model whose k_proj and v_proj have two rows, so that the third rank has none of them."""
     config = tiny_config("llama")
     config.num_key_value_heads, config.head_dim = 1, 2
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def make(
     out: Path, sparsity: SparsityConfig, world: int, *, model: Any = None, kind: str = "kl", slorb: Any = None,
     **args: Any,
 ) -> Any:  # fmt: skip
-    """A trainer of a tiny model in float64, its batch shared out over the ranks."""
+    """A trainer of a tiny model in float64, its batch split over the ranks."""
     model = (model or tiny_model("llama")).double()
     accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
@@ -80,7 +80,7 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
         out, SparsityConfig(mask_interval=0), world,
         **({"fsdp_config": {"activation_checkpointing": True}} if world > 1 else {}),
     ),
-    "moving": lambda out, world: make(  # whose blocks an evaluation, the last one too, leaves whole
+    "moving": lambda out, world: make(  # an evaluation, even the last one, leaves its blocks whole
         out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world, eval_strategy="steps", eval_steps=3,
         **({"fsdp_config": {"reshard_after_forward": False}} if world > 1 else {}),
     ),
@@ -94,7 +94,7 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
 
 
 def found(run: Any) -> dict[str, Any]:
-    """Losses and flip rates of a run that is over, and its masks as they are on every rank together."""
+    """Losses and flip rates of a finished run, and its masks from all ranks."""
     log = run.state.log_history
     student = run.whole_student()
     masks = {} if student is None else {name: layer.mask for name, layer in sparse_layers(student).items()}
@@ -106,7 +106,7 @@ def found(run: Any) -> dict[str, Any]:
 
 
 class Logits:
-    """How often the student, called in training, returned logits."""
+    """How many times the student returned logits in training."""
 
     def __init__(self, run: Any) -> None:
         self.made = self.calls = 0
@@ -119,7 +119,7 @@ class Logits:
 
 
 class MasksFit(TrainerCallback):
-    """Whether after a refresh this rank's part of every mask is that of the whole weight."""
+    """Whether, after a refresh, this rank's piece of every mask equals that of the whole weight's mask."""
 
     def __init__(self) -> None:
         self.fits: list[bool] = []
@@ -132,7 +132,7 @@ class MasksFit(TrainerCallback):
 
 
 def kinds(run: Any) -> dict[str, Any]:
-    """What is sharded, and how a bf16 run computes."""
+    """What is sharded, and the dtypes that a bf16 run computes in."""
     seen: set[str] = set()
     layer = next(iter(sparse_layers(run.student).values()))
     handle = layer.register_forward_hook(lambda module, args, out: seen.update((str(args[0].dtype), str(out.dtype))))
@@ -164,7 +164,7 @@ def half(out: Path, world: int) -> Any:
 
 
 def refused_for_space(out: Path) -> list[Any]:
-    """A save that the file system refuses after a good one: the message, and which checkpoints are left."""
+    """A save that the file system refuses after a good one: the message, and the checkpoints that are left."""
     run = make(out, SparsityConfig(mask_interval=0), RANKS, save_strategy="steps", save_steps=3)
 
     class Full(TrainerCallback):
@@ -188,7 +188,7 @@ BEST = dict(
 
 
 def best(run: Any) -> dict[str, Any]:
-    """The figures of a run that ends with its best checkpoint, and the held-out loss before and after it."""
+    """The log of a run that ends with its best checkpoint, and the held-out loss before and after it."""
     before = run.evaluate()["eval_loss"]
     run.train()
     return {
@@ -199,7 +199,7 @@ def best(run: Any) -> dict[str, Any]:
 
 
 class Asked(TrainerCallback):
-    """A scheduler's signal to one rank in the middle of a step."""
+    """A scheduler's signal that reaches one rank in the middle of a step."""
 
     def __init__(self, rank: int, step: int, number: signal.Signals) -> None:
         self.rank, self.step, self.number = rank, step, number
@@ -210,7 +210,7 @@ class Asked(TrainerCallback):
 
 
 def preempted(out: Path) -> list[Any]:
-    """What is said at the end of each part of a run that is asked to leave twice, and then the losses of all of it."""
+    """The messages at the end of each part of a run that is preempted twice, and the losses of the whole run."""
     said: list[Any] = []
     for asked in (Asked(1, 2, signal.SIGUSR1), Asked(0, 3, signal.SIGTERM), None):
         run = make(out, SparsityConfig(mask_interval=2), RANKS)
@@ -244,7 +244,7 @@ def main(out: Path) -> None:
     saved.save_model()
     facts["saved"] = found(saved)
     resumed = make(out / "plain", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5))
-    resumed.train(resume_from_checkpoint=str(out / "plain" / "checkpoint-2"))  # of one process
+    resumed.train(resume_from_checkpoint=str(out / "plain" / "checkpoint-2"))  # in one process
     facts["resumed from one process"] = found(resumed)
     resumed = make(out / "again", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5))
     resumed.train(resume_from_checkpoint=str(out / "saved" / "checkpoint-2"))

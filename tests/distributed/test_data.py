@@ -33,7 +33,7 @@ def facts(text: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(text: Path) -> dict[str, Blocks]:
-    """What one process trains on."""
+    """What a single process trains on."""
     return {name: run(text, name, "none", 1).seen for name in SOURCES}
 
 
@@ -48,7 +48,7 @@ def joined(parts: list[Blocks]) -> Blocks:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOURCES)
-def test_ranks_share_out_the_blocks_of_one_process(
+def test_ranks_divide_the_blocks_of_one_process(
     facts: list[dict[str, Any]], alone: dict[str, Blocks], name: str, kind: str
 ) -> None:
     parts = [rank[f"{name}, {kind}"] for rank in facts]
@@ -64,7 +64,7 @@ def test_no_block_comes_twice(alone: dict[str, Blocks], name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOURCES)
-def test_resumed_ranks_go_on_at_the_very_next_block(facts: list[dict[str, Any]], name: str, kind: str) -> None:
+def test_resumed_ranks_continue_at_the_next_block(facts: list[dict[str, Any]], name: str, kind: str) -> None:
     for rank in facts:
         whole, resumed = rank[f"{name}, {kind}"], rank[f"{name}, {kind}, resumed"]
         assert resumed[:SAVED] == [[]] * SAVED and resumed[SAVED:] == whole[SAVED:]
@@ -77,7 +77,7 @@ def test_workers_change_nothing(facts: list[dict[str, Any]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_one_process_goes_on_where_two_ranks_stopped(
+def test_one_process_continues_where_two_ranks_stopped(
     text: Path, facts: list[dict[str, Any]], alone: dict[str, Blocks], name: str
 ) -> None:
     resumed = run(text, name, "none", 1, text / f"{name}-ddp-{RANKS}" / f"checkpoint-{SAVED}").seen

@@ -76,7 +76,7 @@ def test_two_ranks_follow_one_process_with_fixed_masks(folder: Path, kind: str, 
     options = [part for setting in settings for part in ("--set", setting)]
     one, two = (train(folder, ranks, 0, *options, kind=kind) for ranks in (1, 2))
     assert logged(two, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
-    if is_mixture:  # rows of the last held-out batch are dealt out unevenly
+    if is_mixture:  # rows of the last held-out batch are distributed unevenly
         for key in ("eval_even_loss", "eval_odd_loss", "domain_share/odd", "domain_loss/even", "domain_epoch/odd"):
             assert len(logged(one, key)) >= 4 and logged(two, key) == pytest.approx(logged(one, key), abs=1e-5)
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
@@ -117,9 +117,7 @@ main()
 """
 
 
-def test_ranks_skip_the_same_step_and_save_the_same_step_when_one_is_asked_to_leave(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_ranks_skip_the_same_step_and_save_the_same_step_when_one_gets_a_signal(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "troubled.py").write_text(TROUBLED)
     out = tmp_path / "out"
     started = [part.replace("ast_sparse.cli.train", str(tmp_path / "troubled.py")) for part in command(folder, 2, 2)]

@@ -1,4 +1,4 @@
-"""Ranks agree on which steps have no counted token: one rank without any trains on, both without any move nothing."""
+"""Ranks agree on which steps have no counted token: if one rank has some, they train; if none has, nothing changes."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from tests.distributed.empty_facts import SETTINGS, run
 from tests.processes import run_command
 
 
-def test_a_step_is_passed_over_only_if_no_rank_has_a_counted_token(tmp_path: Path) -> None:
+def test_a_step_is_empty_only_if_no_rank_has_a_counted_token(tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launch, "-m", "tests.distributed.empty_facts", str(tmp_path)]
     finished = run_command(command)

@@ -1,4 +1,4 @@
-"""FSDP2 between gloo ranks trains as one process does, and its checkpoints go both ways."""
+"""FSDP2 on gloo ranks trains as one process does, and each can resume the other's checkpoints."""
 
 import io
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What three ranks left, after one process left a checkpoint for them."""
+    """The results of three ranks, which got a checkpoint from one process."""
     out = tmp_path_factory.mktemp("fsdp")
     slorb = SLoRBConfig(k=16, start=0.5)
     one = make(out / "plain", SparsityConfig(mask_interval=0), 1, slorb=slorb, save_strategy="steps", save_steps=2)
@@ -52,7 +52,7 @@ def facts(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_three_uneven_shards_train_as_one_process(facts: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
     run = RUNS[name](tmp_path, 1)
     run.train()
     expected = found(run)
@@ -82,7 +82,7 @@ def test_weights_masks_moments_slorb_and_teacher_are_sharded_and_masters_stay_fl
 ) -> None:
     run = half(tmp_path, 1)
     run.train()
-    expected = pytest.approx(found(run)["losses"], rel=1e-3)  # of bf16, which has three digits
+    expected = pytest.approx(found(run)["losses"], rel=1e-3)  # bf16 has three digits
     masters = {name: [True, "torch.float32"] for name in ("weight", "S", "X", "moment")}
     others = {"mask": [True, "torch.bool"], "start_mask": [True, "torch.uint8"], "teacher": [True, "torch.bfloat16"]}
     for rank in facts:
@@ -90,7 +90,7 @@ def test_weights_masks_moments_slorb_and_teacher_are_sharded_and_masters_stay_fl
         assert rank["bf16"]["losses"] == expected
 
 
-def test_a_run_continues_on_shards_from_shards_and_from_one_process(facts: list[dict[str, Any]]) -> None:
+def test_a_sharded_run_continues_a_sharded_run_and_one_of_one_process(facts: list[dict[str, Any]]) -> None:
     for rank in facts:
         for name in ("resumed", "resumed from one process"):
             assert rank[name]["losses"] == pytest.approx(rank["saved"]["losses"], abs=1e-5)
@@ -124,7 +124,7 @@ def _write_evil_metadata(folder: Path) -> None:
 
 
 def _write_evil_value(folder: Path) -> None:
-    """In the place of a value of the optimizer's groups, which torch would unpickle."""
+    """Replaces a value in the optimizer's groups, which torch would unpickle."""
     metadata = FileSystemReader(folder / "optimizer_0").read_metadata()
     place = next(place for index, place in metadata.storage_data.items() if index.fqn.endswith(".betas"))
     buffer = io.BytesIO()
@@ -153,7 +153,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_of_a_damaged_sharded_checkpoint_nothing_is_run_and_the_one_before_is_taken(
+def test_a_damaged_sharded_checkpoint_runs_no_code_and_the_one_before_is_used(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_a_model_is_evaluated_befor
     facts: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = best(make(tmp_path, SparsityConfig(mask_interval=0), 1, **BEST))
-    assert "missing keys" not in caplog.text  # of a head that is tied
+    assert "missing keys" not in caplog.text  # for a tied head
     assert expected["best"][0] == "checkpoint-4" and expected["before and after"][1] == expected["best"][1]
     for rank in facts:
         assert rank["best"]["best"] == ["checkpoint-4", pytest.approx(expected["best"][1], abs=1e-5)]
@@ -180,7 +180,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end_and_a_model_is_evaluated_befor
             assert rank["best"][key] == pytest.approx(expected[key], abs=1e-5)
 
 
-def test_a_signal_to_one_rank_saves_all_shards_and_the_run_goes_on_as_if_undisturbed(
+def test_a_signal_to_one_rank_saves_all_pieces_and_the_run_continues_as_if_uninterrupted(
     out: Path, facts: list[dict[str, Any]]
 ) -> None:
     first, last = (str(out / "preempted" / f"checkpoint-{step}") for step in (3, 4))

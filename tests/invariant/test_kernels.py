@@ -1,4 +1,4 @@
-"""Compiled and eager kernels train the same model; a resumed run goes on with the kernels it began with."""
+"""Compiled and eager kernels train the same model; a resumed run continues with the kernels it began with."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_twenty_steps_of_compiled_kernels_are_those_of_eager_ones(
 
     checkpoint = tmp_path / "compiled" / "checkpoint-10"
     assert json.loads((checkpoint / "sparsity_config.json").read_text())["kernels"] == "compiled"
-    resumed = run(tmp_path / "resumed", "auto", str(checkpoint))  # small as it is: what the checkpoint had
+    resumed = run(tmp_path / "resumed", "auto", str(checkpoint))  # as in the checkpoint, though small
     whole = compiled.model.state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.model.state_dict().items())
     assert "trained with" not in caplog.text
     run(tmp_path / "changed", "eager", str(checkpoint), steps=11)
-    assert "trained with compiled kernels, this run goes on with eager ones" in caplog.text
+    assert "trained with compiled kernels, this run continues with eager ones" in caplog.text

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends bit for bit like the one that was not."""
+"""A run that is killed and resumed ends bit for bit like an uninterrupted one."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Pat
         process = Started(command(config, out, *(["--resume"] if newest_step(out) else [])))
         while newest_step(out) < target and process.poll() is None:
             time.sleep(0.001)
-        time.sleep(rng.random() * rng.choice([0.05, 0.5]))  # inside the save that began, or in the steps after it
+        time.sleep(rng.random() * rng.choice([0.05, 0.5]))  # during the save, or in the steps after it
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert kill or process.returncode == -signal.SIGKILL
@@ -111,7 +111,7 @@ def test_sigkill_at_a_random_moment_changes_nothing(undisturbed: tuple[Path, Pat
 
 
 @pytest.mark.parametrize(("name", "options"), [("SIGTERM", []), ("SIGUSR1", ["--set", "training.save_strategy=no"])])
-def test_a_run_that_is_asked_to_leave_saves_its_step_and_resumes_bit_for_bit(
+def test_a_run_that_gets_a_signal_saves_its_step_and_resumes_bit_for_bit(
     undisturbed: tuple[Path, Path], tmp_path: Path, name: str, options: list[str]
 ) -> None:
     config, whole = undisturbed
@@ -167,7 +167,7 @@ def test_a_finished_run_that_is_resumed_ends_with_its_best_checkpoint(tmp_path: 
         return trainer
 
     first = run(resume=False)
-    assert first.state.best_global_step < 6  # the loss falls, and the largest counts as best here
+    assert first.state.best_global_step < 6  # the loss falls, and here the largest counts as best
     again = run(resume=True).model.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.model.state_dict().items())
 
@@ -178,7 +178,7 @@ def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
     )  # fmt: skip
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")  # experts lie apart on disk
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")  # experts are separate on disk
 
     def run(folder: Path, resume: str | None = None) -> SparseTrainer:
         trainer = SparseTrainer(

@@ -30,7 +30,7 @@ def test_small_models_compile_nothing_and_large_ones_do(monkeypatch: pytest.Monk
     assert tried == ["cpu"] * 2
 
 
-def test_a_resumed_run_takes_the_kernels_of_its_checkpoint(
+def test_a_resumed_run_uses_the_kernels_of_its_checkpoint(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "compiler_fault", lambda device: None)
@@ -38,7 +38,7 @@ def test_a_resumed_run_takes_the_kernels_of_its_checkpoint(
     assert choose_kernels("auto", WORTHWHILE, CPU, "eager") == "eager"
     assert not caplog.records
     assert choose_kernels("eager", 8, CPU, "compiled") == "eager"
-    assert "trained with compiled kernels, this run goes on with eager ones" in caplog.text
+    assert "trained with compiled kernels, this run continues with eager ones" in caplog.text
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -50,7 +50,7 @@ def test_without_a_compiler_kernels_are_eager_and_the_log_says_why(caplog: pytes
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_compiled_kernels_that_cannot_be_had_are_refused_in_one_line() -> None:
+def test_compiled_kernels_that_do_not_work_are_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"sparsity\.kernels='compiled' fails here: .*\. Set auto or eager\.$"):
         choose_kernels("compiled", 8, CPU)
 

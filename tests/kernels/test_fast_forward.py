@@ -65,7 +65,7 @@ def test_twenty_steps_are_the_same_to_rounding_with_products_of_onednn(
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
 
 
-def test_heads_and_layers_that_have_a_forward_of_their_own_are_left_alone() -> None:
+def test_heads_and_layers_with_their_own_forward_are_not_changed() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[0].mlp.up_proj
     layer.forward = own = lambda x: x

@@ -1,4 +1,4 @@
-"""Gated MLPs are recognised by trying them; what is not one, or not for sure, keeps its own forward."""
+"""Gated MLPs are recognised by running them; any other module, or a doubtful one, keeps its own forward."""
 
 import copy
 from typing import Any
@@ -26,7 +26,7 @@ LLAMA = GatedMLP(("gate_proj", "up_proj"), 0, "act_fn", "down_proj")
 
 
 class Gated(nn.Module):
-    """Parts of other names, and called in another order, than those of Llama."""
+    """Parts with other names than those of Llama, called in another order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Gated(nn.Module):
 
 
 class UpFirst(nn.Module):
-    """One product, the gate being its second half."""
+    """One product, whose second half is the gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class ReadsWeights(Gated):
     ],
     ids=lambda given: type(given).__name__,
 )
-def test_parts_are_found_by_what_they_do(module: nn.Module, mlp: GatedMLP) -> None:
+def test_parts_are_recognised_by_what_they_compute(module: nn.Module, mlp: GatedMLP) -> None:
     assert find_gated_mlp(module) == mlp
     assert find_gated_mlp(copy.deepcopy(module).to("meta")) == mlp
 
@@ -168,7 +168,7 @@ def test_gradients_are_the_same_to_the_bit_and_less_is_kept(kind: type[nn.Module
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads, expected_grads, strict=True))
 
 
-def test_a_try_leaves_all_as_it_was() -> None:
+def test_trying_a_module_changes_nothing() -> None:
     module, called = DropoutInside().train(), []
     for each in module.modules():
         each.register_forward_hook(lambda *_: called.append(1))

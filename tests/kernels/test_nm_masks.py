@@ -18,12 +18,12 @@ def test_compiled_masks_are_the_eager_ones_and_those_of_sorting_to_the_bit(n: in
         assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], twin if dim else twin.t())
 
 
-def test_no_weights_give_an_empty_mask() -> None:
+def test_no_weights_have_an_empty_mask() -> None:
     for kernels in ("eager", "compiled"):  # a process that FSDP2 left without rows
         assert magnitude_mask(torch.empty(0, 8), 2, 4, 1, kernels).shape == (0, 8)
 
 
-def test_eager_blocks_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_blocks_equal_one_mask_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ast_sparse.kernels.nm_masks._BLOCK", 64)
     scores = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
     assert torch.equal(nm_group_mask(scores, 2, 4), slow_mask(scores, 2, 4))

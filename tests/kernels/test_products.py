@@ -36,14 +36,14 @@ def test_a_compiled_layer_is_one_graph_with_the_same_output_and_gradient() -> No
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_products_are_those_of_pytorch_to_the_bit_where_the_setting_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_those_of_pytorch_to_the_bit_if_the_setting_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setting, "is_enabled", lambda: False)
-    monkeypatch.setattr(onednn, "is_faster", onednn.is_faster.__wrapped__)  # without what it remembers
+    monkeypatch.setattr(onednn, "is_faster", onednn.is_faster.__wrapped__)  # without its cache
     monkeypatch.setattr(onednn, "_WORTHWHILE", 0)
     torch.manual_seed(0)
     x, weight, bias, total = torch.randn(5, 24), torch.randn(10, 24), torch.randn(10), torch.randn(5, 10)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    assert torch.equal(linear(x, weight.t(), bias, by_input=True), torch.addmm(bias, x, weight.t()))
+    assert torch.equal(linear(x, weight.t(), bias, group_dim=0), torch.addmm(bias, x, weight.t()))
     assert torch.equal(product(x, weight.t()), x @ weight.t())
     expected = torch.addmm(total, x, weight.t())
     add_product(total, x, weight.t())

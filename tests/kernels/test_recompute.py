@@ -1,4 +1,4 @@
-"""Selective recomputation: the same gradients to the bit, and what is no longer kept, by hand count."""
+"""Selective recomputation: the same gradients to the bit, and what is no longer kept, counted by hand."""
 
 import copy
 from contextlib import nullcontext
@@ -49,7 +49,7 @@ def test_gradients_are_the_same_to_the_bit(family: str, half: bool) -> None:
         assert expected.grad is None or torch.equal(expected.grad, given.grad), name
 
 
-def test_a_block_keeps_what_products_and_attention_cannot_do_without() -> None:
+def test_a_block_keeps_only_what_products_and_attention_need() -> None:
     model, ids = tiny_model("llama").train(), torch.randint(0, VOCAB, (4, 16))
     kept = []
     for layers in (1, 2):
@@ -75,7 +75,7 @@ def squares(recompute: Recomputation, x: Tensor) -> tuple[Tensor, list[int]]:
     return recompute(square, x), calls
 
 
-def test_an_output_is_made_again_once_for_the_products_that_follow_each_other() -> None:
+def test_an_output_is_recomputed_once_for_consecutive_products() -> None:
     x = torch.arange(6.0).requires_grad_()
     recompute = Recomputation()
     with recompute:
@@ -151,7 +151,7 @@ def test_modules_take_keywords_as_before() -> None:
 
 
 @pytest.mark.parametrize("by", ["model", "FSDP"])
-def test_with_activation_checkpointing_nothing_else_is_made_again(by: str) -> None:
+def test_with_activation_checkpointing_nothing_else_is_recomputed(by: str) -> None:
     model = tiny_model("llama").train()
     if by == "model":
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -164,7 +164,7 @@ def test_with_activation_checkpointing_nothing_else_is_made_again(by: str) -> No
     assert faster == {"Linear"}
 
 
-def test_the_place_of_a_freed_storage_is_not_taken_while_it_is_remembered() -> None:
+def test_the_address_of_a_freed_storage_is_not_reused_while_it_is_remembered() -> None:
     x = torch.randn(8, requires_grad=True)
     output = _Output(y := x * x, _Recipe(lambda x: x * x, x))
     assert output.is_in(y)
@@ -175,7 +175,7 @@ def test_the_place_of_a_freed_storage_is_not_taken_while_it_is_remembered() -> N
 
 
 class InPlaceOf(torch.autograd.Function):
-    """A copy of a tensor, written into given memory: freed and taken again by no luck of the allocator."""
+    """A copy of a tensor in given memory, so that reuse of freed memory does not depend on the allocator."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, memory: bytearray) -> Tensor:
@@ -186,7 +186,7 @@ class InPlaceOf(torch.autograd.Function):
         return gradient, None
 
 
-def test_a_tensor_in_the_place_of_a_freed_output_is_kept() -> None:
+def test_a_tensor_at_the_address_of_a_freed_output_is_kept() -> None:
     x, memory = torch.arange(6.0).requires_grad_(), bytearray(24)
     recompute = Recomputation()
     with recompute:

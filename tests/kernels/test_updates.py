@@ -6,7 +6,7 @@ from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 
 
 def twin(placement: str, w, g, mask, first, second, values: StepValues) -> list[torch.Tensor]:
-    """(16)-(23) on whole tensors in float64, without a thought of speed."""
+    """(16)-(23) on whole tensors in float64, with no regard to speed."""
     w, g, first, second = (tensor.double() for tensor in (w, g, first, second))
     pruned = torch.where(mask, 0, w)
     if placement == "gradient":
@@ -27,9 +27,9 @@ def test_updates_equal_the_equations_in_float64(
     monkeypatch.setattr("ast_sparse.kernels.updates._BLOCK", 100)  # several blocks, the last one short
     generator = torch.Generator().manual_seed(1)
     cases = [((13, 20), torch.float32, 2e-6), ((13, 20), torch.float64, 1e-13), ((7, 4), torch.bfloat16, 2e-2)]
-    cases = cases if kernels == "eager" or placement == "momentum" else cases[:1]  # each dtype is compiled anew
+    cases = cases if kernels == "eager" or placement == "momentum" else cases[:1]  # each dtype is compiled separately
     for shape, dtype, tolerance in cases:
-        for step in (1, 7):  # with the values of a step nothing is compiled anew
+        for step in (1, 7):  # new values of a step compile nothing again
             w, g = torch.randn(2, *shape, generator=generator, dtype=dtype).unbind()
             first, second = torch.randn(2, *shape, generator=generator, dtype=dtype).mul_(0.1).unbind()
             second.square_()
@@ -44,7 +44,7 @@ def test_updates_equal_the_equations_in_float64(
 
 
 @pytest.mark.parametrize("kernels", ["eager", "compiled"])
-def test_weights_in_any_layout_are_updated_where_they_lie(kernels: Kernels) -> None:
+def test_weights_in_any_layout_are_updated_in_place(kernels: Kernels) -> None:
     generator = torch.Generator().manual_seed(2)
     w, g = torch.randn(2, 12, 8, generator=generator).unbind()
     mask = torch.rand(12, 8, generator=generator) < 0.5

@@ -33,7 +33,7 @@ def test_pruned_weights_of_a_fixed_mask_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("family", ["linear", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, "autocast"])
-def test_output_and_gradients_are_to_the_bit_those_of_autograd(family: str, dtype: torch.dtype | str) -> None:
+def test_output_and_gradients_are_those_of_autograd_to_the_bit(family: str, dtype: torch.dtype | str) -> None:
     torch.manual_seed(0)
     own = torch.float32 if dtype == "autocast" else dtype
     layer = nn.Linear(8, 12, dtype=own) if family == "linear" else Conv1D(12, 8).to(own)

@@ -58,7 +58,7 @@ GRADUAL = [Pattern(2, 4), Pattern(1, 4), Pattern(16, 32), Pattern(1, 2, structur
 
 
 def slow_gradual_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """Plain loops: the lowest scores of the layer, one after the other, while the pattern prunes them anyway."""
+    """Plain loops: prunes the lowest scores of the layer one by one, if the pattern prunes them too."""
     flat = scores.flatten().tolist()
     prunable = (~pattern.mask(scores)).flatten().tolist()
     order = sorted((i for i in range(len(flat)) if prunable[i]), key=lambda i: (flat[i], i))
@@ -81,7 +81,7 @@ def test_gradual_mask_prunes_the_lowest_scores_that_the_pattern_prunes(pattern: 
 def test_what_is_pruned_stays_pruned_while_scores_change_and_ends_in_the_pattern(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(2)
     mask = torch.ones(6, 64, dtype=torch.bool)
-    for share in (0.0, 0.2, 0.5, 0.5, 0.9, 0.7, 1.0):  # falls once, as where a resumed run is made longer
+    for share in (0.0, 0.2, 0.5, 0.5, 0.9, 0.7, 1.0):  # falls once, as in a resumed run that was made longer
         scores = torch.where(mask, torch.rand(6, 64, generator=generator), -1)
         new = gradual_mask(scores, pattern, share * pattern.sparsity)
         assert not (new & ~mask).any()
@@ -90,7 +90,7 @@ def test_what_is_pruned_stays_pruned_while_scores_change_and_ends_in_the_pattern
     assert int((~mask).sum()) == 384 * pattern.sparsity and pattern.holds(mask)
 
 
-def test_unstructured_keeps_the_upper_half_of_a_layer_wherever_it_lies() -> None:
+def test_unstructured_keeps_the_upper_half_of_a_layer_wherever_it_is() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5], [1, 1, 1, 1, 9]])
     mask = Pattern(1, 2, structured=False).mask(scores)
     assert mask.tolist() == [[True] * 4 + [False], [False] * 4 + [True]]

@@ -74,7 +74,7 @@ def test_no_layer_left_is_refused() -> None:
         sparsify_model(tiny_model("llama"), SparsityConfig(exclude=("*",)))
 
 
-def test_in_features_that_is_no_multiple_of_m_is_refused_with_name_and_mend() -> None:
+def test_in_features_that_are_not_a_multiple_of_m_are_refused_with_name_and_fix() -> None:
     with pytest.raises(UserError, match=r"`model\.layers\.0\.self_attn\.q_proj` .*in_features=32 is not a multiple"):
         sparsify_model(tiny_model("llama"), SparsityConfig(pattern="2:5"))
 
@@ -89,7 +89,7 @@ def test_slorb_k_that_does_not_divide_is_refused_before_anything_changes() -> No
 def test_sparsifying_twice_is_refused() -> None:
     model = tiny_model("llama")
     sparsify_model(model, SparsityConfig())
-    with pytest.raises(UserError, match="sparse already"):
+    with pytest.raises(UserError, match="already sparse"):
         sparsify_model(model, SparsityConfig())
 
 
@@ -97,7 +97,7 @@ def test_a_layer_whose_forward_was_replaced_is_refused() -> None:
     model = tiny_model("llama")
     layer = model.model.layers[1].mlp.up_proj
     layer.forward = layer.forward  # as accelerate's hooks do
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj` has a forward of its own"):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj` has its own forward"):
         sparsify_model(model, SparsityConfig())
 
 

@@ -12,7 +12,7 @@ from ast_sparse.sparsity.statistics import InputStatistics
 
 
 def random_layer(rows: int, columns: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A weight, and inputs whose columns are correlated and of different size; float64."""
+    """A weight, and inputs whose columns are correlated and of different scale; float64."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
@@ -24,7 +24,7 @@ def random_layer(rows: int, columns: int, tokens: int, seed: int) -> tuple[Tenso
 
 
 def slow_sparsegpt(weight: Tensor, hessian: Tensor, n: int, m: int, damping: float) -> tuple[Tensor, Tensor]:
-    """Optimal brain surgeon column after column, with a fresh inverse of what is left of the Hessian each time."""
+    """Optimal brain surgeon column by column, each time with a new inverse of the rest of the Hessian."""
     weight, hessian = weight.clone(), hessian.clone()
     rows, columns = weight.shape
     for j in range(columns):
@@ -50,7 +50,7 @@ def slow_sparsegpt(weight: Tensor, hessian: Tensor, n: int, m: int, damping: flo
 @pytest.mark.parametrize(
     ("n", "m", "block_size"), [(2, 4, 8), (2, 4, 128), (1, 2, 5), (4, 8, 16), (1, 4, 12), (3, 6, 4)]
 )
-def test_sparsegpt_equals_the_surgeon_that_inverts_anew_for_every_column(n: int, m: int, block_size: int) -> None:
+def test_sparsegpt_equals_the_surgeon_that_inverts_again_for_every_column(n: int, m: int, block_size: int) -> None:
     weight, inputs = random_layer(6, 24, 60, seed=m + block_size)
     expected, mask = slow_sparsegpt(weight, inputs.T @ inputs, n, m, 0.01)
     found, found_mask = sparsegpt_prune(weight, inputs.T @ inputs, n, m, block_size=block_size)
@@ -93,13 +93,13 @@ def test_a_dead_input_column_gets_weight_zero_and_disturbs_nothing(dead: tuple[i
     assert bool((found[:, list(dead)] == 0).all()) and check_nm(mask, 2, 4)
 
 
-def test_more_columns_than_tokens_are_held_by_the_damping() -> None:
+def test_damping_makes_more_columns_than_tokens_work() -> None:
     weight, inputs = random_layer(8, 32, 10, seed=3)  # rank 10 of 32
     found, mask = sparsegpt_prune(weight.float(), (inputs.T @ inputs).float())
     assert bool(torch.isfinite(found).all()) and check_nm(mask, 2, 4)
 
 
-def test_a_singular_hessian_without_damping_is_one_line_that_names_the_layer_and_the_mend() -> None:
+def test_a_singular_hessian_without_damping_is_one_line_that_names_the_layer_and_the_fix() -> None:
     statistics = InputStatistics(16, True, torch.device("cpu"))
     statistics.add(torch.ones(4, 16))  # rank 1
     with pytest.raises(UserError, match=r"`h\.0\.up`: .*damping=0.*Raise calibration\.damping"):
@@ -168,7 +168,7 @@ def test_shapes_and_patterns_that_do_not_fit_are_refused(call: object) -> None:
 
 
 def slow_sparsegpt_with_zeros(weight: Tensor, hessian: Tensor, n: int, m: int, damping: float) -> tuple[Tensor, Tensor]:
-    """As `slow_sparsegpt`: zeros of `weight` are pruned before anything else, and can only be kept as zeros."""
+    """As `slow_sparsegpt`, but zeros of `weight` are pruned first, and can only be kept as zeros."""
     zeros, weight = weight == 0, weight.clone()
     columns = weight.shape[1]
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)

@@ -1,4 +1,4 @@
-"""Which layers stay dense and why: weights read past forward, routers, shared blocks, towers, subclasses."""
+"""Which layers stay dense and why: weights read outside forward, routers, shared blocks, towers, subclasses."""
 
 import logging
 from typing import Any, cast
@@ -22,7 +22,7 @@ def on_meta(family: str, **values: Any) -> nn.Module:
 
 
 class Reader(nn.Module):
-    """Computes with the weight of a linear layer in one of the ways models have."""
+    """Computes with the weight of a linear layer in one of the ways that models do."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Reader(nn.Module):
     ("way", "dense"),
     [("matmul", True), ("F.linear", True), ("cat", True), ("einsum", True), ("no read", False), ("forward", False)],
 )
-def test_a_weight_that_is_read_past_forward_stays_dense(way: str, dense: bool) -> None:
+def test_a_weight_that_is_read_outside_forward_stays_dense(way: str, dense: bool) -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = Reader(way)
     selected, skipped = select_layers(model)
-    reason = "its weight is read by Reader past its forward"
+    reason = "its weight is read by Reader outside its forward"
     assert (skipped.get("model.layers.1.mlp.proj") == reason) is dense
     assert ("model.layers.1.mlp.proj" in selected) is not dense
     assert "model.layers.1.mlp.other" in selected
@@ -62,7 +62,7 @@ def test_a_weight_that_is_read_past_forward_stays_dense(way: str, dense: bool) -
 def test_dt_proj_of_mamba_stays_dense_in_plan_and_run_alike(family: str) -> None:
     model = family_model(family)
     report = sparsify_model(model, SparsityConfig(), SLoRBConfig(k=4))
-    dense = [name for name, reason in report.skipped.items() if "past its forward" in reason]
+    dense = [name for name, reason in report.skipped.items() if "outside its forward" in reason]
     assert dense and all(name.endswith("dt_proj") for name in dense)
     assert any(name.endswith("out_proj") for name in report.pruned)
     assert select_layers(on_meta(family))[1].keys() == report.skipped.keys()
@@ -79,7 +79,7 @@ def test_out_proj_of_multihead_attention_stays_dense() -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = _Attends()
-    assert "past its forward" in select_layers(model)[1]["model.layers.0.mlp.attention.out_proj"]
+    assert "outside its forward" in select_layers(model)[1]["model.layers.0.mlp.attention.out_proj"]
 
 
 class _Attends(nn.Module):
@@ -97,7 +97,7 @@ def test_a_model_that_cannot_run_without_data_is_judged_by_its_source() -> None:
     for layer in model.model.layers:
         layer.mlp = _NeedsData("matmul")
     selected, skipped = select_layers(model)
-    assert "past its forward" in skipped["model.layers.0.mlp.proj"] and "model.layers.0.mlp.other" in selected
+    assert "outside its forward" in skipped["model.layers.0.mlp.proj"] and "model.layers.0.mlp.other" in selected
 
 
 class _NeedsData(Reader):
@@ -105,7 +105,7 @@ class _NeedsData(Reader):
         return self.other(x) @ self.proj.weight.T + len(x.flatten().tolist())
 
 
-def test_nothing_is_logged_where_a_model_cannot_run_without_data() -> None:
+def test_nothing_is_logged_if_a_model_cannot_run_without_data() -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         layer.mlp = _SplitsByData("matmul")
@@ -116,7 +116,7 @@ def test_nothing_is_logged_where_a_model_cannot_run_without_data() -> None:
         _, skipped = select_layers(model)
     finally:
         logger.removeFilter(records.append)
-    assert "past its forward" in skipped["model.layers.0.mlp.proj"]
+    assert "outside its forward" in skipped["model.layers.0.mlp.proj"]
     assert records == [] and not logger.disabled
 
 
@@ -142,7 +142,7 @@ class _Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_a_subclass_that_computes_something_else_is_named_where_nothing_is_left() -> None:
+def test_a_subclass_that_computes_something_else_is_named_if_no_layer_is_left() -> None:
     model = tiny_model("llama")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and ".layers." in name:
@@ -180,7 +180,7 @@ def test_full_projections_that_are_called_gates_are_pruned(family: str, name: st
     assert any(key.endswith(name) for key in select_layers(on_meta(family))[0])
 
 
-@pytest.mark.parametrize("width", [4, 32, 48])  # as many as experts, as its size, as its depth
+@pytest.mark.parametrize("width", [4, 32, 48])  # equal to the number of experts, the size, the depth
 def test_a_gate_that_is_multiplied_with_a_layer_beside_it_is_pruned(width: int) -> None:
     model = on_meta("qwen2_moe", num_experts=4, shared_expert_intermediate_size=48)
     for layer in cast(Any, model).model.layers:
@@ -201,7 +201,7 @@ def test_a_gate_with_an_output_for_every_expert_stays_dense(part: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3", "glm4_moe", "gpt_oss", "dots1", "minimax"])
-def test_routers_that_are_no_linear_layers_are_called_routers(family: str) -> None:
+def test_routers_that_are_not_linear_layers_are_called_routers(family: str) -> None:
     skipped = select_layers(on_meta(family))[1]
     assert any(reason.startswith("router, a weight of shape") for reason in skipped.values())
 
@@ -257,12 +257,12 @@ def test_a_vision_tower_as_deep_as_the_text_model_is_not_pruned() -> None:
 
 
 @pytest.mark.parametrize("name", ["vision_tower", "audio_encoder", "mtp", "visual"])
-def test_other_lists_of_the_same_depth_are_not_taken_for_the_decoder(name: str) -> None:
+def test_other_lists_of_the_same_depth_are_not_mistaken_for_the_decoder(name: str) -> None:
     model = tiny_model("llama")
     setattr(model.model, name, nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)]))
     setattr(model, f"beside_{name}", nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)]))
     assert list(decoder_blocks(model)) == ["model.layers.0", "model.layers.1"]
 
 
-def test_a_head_that_is_called_decoder_is_not_taken_for_it() -> None:
+def test_a_head_that_is_called_decoder_is_not_mistaken_for_it() -> None:
     assert list(decoder_blocks(on_meta("modernbert-decoder"))) == ["model.layers.0", "model.layers.1"]

@@ -21,7 +21,7 @@ def samples(count: int = 3, length: int = 12) -> Tensor:
 
 
 def layer_inputs(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    """Everything a layer sees in forward passes of the whole model, `[tokens, in]` float64."""
+    """All inputs of a layer in forward passes of the whole model, `[tokens, in]` float64."""
     seen: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with torch.no_grad():
@@ -56,15 +56,15 @@ def test_each_block_is_calibrated_on_the_outputs_of_the_pruned_ones_before_it(fa
         inside = [name for name in layers if name.startswith(f"{block}.")]
         seen = {name: layer_inputs(slow, name, tokens).float() for name in inside}
         for name in inside:
-            conv = not isinstance(layers[name], nn.Linear)
-            weight = layers[name].weight.detach().t() if conv else layers[name].weight.detach()
+            is_conv1d = not isinstance(layers[name], nn.Linear)
+            weight = layers[name].weight.detach().t() if is_conv1d else layers[name].weight.detach()
             if method == "wanda":
                 mask = wanda_mask(weight, seen[name].norm(dim=0))
             else:
                 weight, mask = sparsegpt_prune(weight, 2 / 3 * seen[name].T @ seen[name])
             with torch.no_grad():
                 pruned = torch.where(mask, weight, 0)
-                layers[name].weight.copy_(pruned.t() if conv else pruned)
+                layers[name].weight.copy_(pruned.t() if is_conv1d else pruned)
     sparsify_model(model, SparsityConfig(init=method), samples=tokens)
     for name, layer in sparse_layers(model).items():
         torch.testing.assert_close(layer.masked_weight(), layers[name].weight, rtol=1e-3, atol=1e-5)
@@ -96,7 +96,7 @@ def test_statistics_under_autocast_are_those_without() -> None:
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
 
-def test_a_block_that_gets_more_of_the_text_than_hidden_states_is_refused() -> None:
+def test_a_block_that_gets_more_from_the_text_than_hidden_states_is_refused() -> None:
     model = tiny_model("llama").eval()
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "extra": args[0].detach().clone()}), with_kwargs=True
@@ -148,7 +148,7 @@ def test_a_model_whose_blocks_do_not_run_in_order_is_refused() -> None:
 
 
 @pytest.mark.parametrize("init", ["wanda", "sparsegpt"])
-def test_a_start_by_activations_needs_text(init: str) -> None:
+def test_a_start_mask_by_activations_needs_text(init: str) -> None:
     with pytest.raises(UserError, match=f"sparsity.init='{init}' needs text"):
         sparsify_model(tiny_model(), SparsityConfig(init=init))
 
@@ -161,7 +161,7 @@ def test_a_start_mask_by_activations_survives_a_refresh_by_magnitude(family: str
     assert all(rates == (0.0, 0.0) for rates in refresh_masks(model).values())
 
 
-def test_slorb_makes_up_for_what_sparsegpt_took_from_the_dense_weight() -> None:
+def test_slorb_compensates_for_what_sparsegpt_took_from_the_dense_weight() -> None:
     model, dense = tiny_model("gpt2"), tiny_model("gpt2")
     sparsify_model(model, SparsityConfig(init="sparsegpt"), SLoRBConfig(k=8), samples=samples())
     for name, layer in sparse_layers(model).items():
@@ -171,7 +171,7 @@ def test_slorb_makes_up_for_what_sparsegpt_took_from_the_dense_weight() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_a_refresh_by_activations_takes_the_mask_and_leaves_the_weights(criterion: str) -> None:
+def test_a_refresh_by_activations_changes_the_mask_and_not_the_weights(criterion: str) -> None:
     model = tiny_model("gpt2")
     sparsify_model(model, SparsityConfig(criterion=criterion))
     recorder = InputRecorder(sparse_layers(model), criterion == "sparsegpt")

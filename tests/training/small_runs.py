@@ -42,7 +42,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """The same model with more rows, whose logits are no longer small."""
+    """The same model with more rows, so that its logits are no longer small."""
     torch.manual_seed(1)
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
@@ -54,7 +54,7 @@ SIZE = 16
 
 
 class Rows(TorchDataset[Any]):
-    """A data set that is not looked through, whose rows train in their order."""
+    """A data set that is not scanned for empty rows, and whose rows are used in order."""
 
     def __init__(self, is_empty: list[bool]) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -34,7 +34,7 @@ def pruned_counts(masks: dict[str, torch.Tensor], share: float) -> dict[str, int
 
 
 def wide_model(family: str) -> PreTrainedModel:
-    """Every width a multiple of 32."""
+    """A model in which every width is a multiple of 32."""
     config = tiny_config(family)
     if family == "llama":
         config.intermediate_size = 64
@@ -50,7 +50,7 @@ def gmp(prune_until: float = 1.0, **kwargs: Any) -> SparsityConfig:
     return SparsityConfig(schedule="gmp", mask_interval=3, prune_until=prune_until, **kwargs)
 
 
-# shares of the weights that are pruned after steps 1 to 7, of the 2:4 pattern's half
+# shares of the weights that are pruned after steps 1 to 7, of the half that 2:4 prunes
 ROUNDS = [1 - 0.5 ** (i / 3) for i in (1, 2, 2, 3, 3, 3, 3)]  # a round is 7 // 3 = 2 steps
 RAMP = [0.5 * (1 - (1 - step / 7) ** 3) for step in (0, 0, 3, 3, 3, 6, 7)]
 
@@ -89,7 +89,7 @@ def test_sparsity_follows_its_schedule_and_ends_exactly_in_the_pattern(
 
 
 @pytest.mark.parametrize("sparsity", [imp(rounds=1), gmp(prune_until=0.3), imp(rounds=2, prune_share=0.9)])
-def test_imp_and_gmp_end_in_the_pattern_whatever_their_settings(tmp_path: Path, sparsity: SparsityConfig) -> None:
+def test_imp_and_gmp_end_in_the_pattern_with_any_settings(tmp_path: Path, sparsity: SparsityConfig) -> None:
     run = trainer(tmp_path, tiny_model("gpt2"), sparsity, args=dict(max_steps=STEPS))
     run.train()
     export_model(run.model, tmp_path / "out", "compressed")
@@ -107,7 +107,7 @@ def test_a_run_that_is_stopped_early_is_pruned_to_its_pattern(tmp_path: Path, sp
     export_model(run.model, tmp_path / "out", "compressed")
 
 
-def test_imp_and_gmp_are_trained_by_adamw_itself(tmp_path: Path) -> None:
+def test_imp_and_gmp_are_trained_by_plain_adamw(tmp_path: Path) -> None:
     """One step from a start where everything is kept: `torch.optim.AdamW` on the cross-entropy."""
     model, plain = tiny_model("llama"), tiny_model("llama")
     data = blocks(count=4)
@@ -129,7 +129,7 @@ def test_imp_and_gmp_are_trained_by_adamw_itself(tmp_path: Path) -> None:
     groups = [{"params": rest}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.1)
     ids = torch.tensor(data["input_ids"])
-    for seen in watched[:2]:  # masks move after the second update
+    for seen in watched[:2]:  # masks change after the second update
         optimizer.zero_grad()
         plain(ids, labels=ids).loss.backward()
         optimizer.step()
@@ -161,7 +161,7 @@ def test_imp_and_gmp_resume_bit_identically(tmp_path: Path, sparsity: SparsityCo
     ids=["imp", "gmp", "slorb"],
 )
 @pytest.mark.parametrize("steps", [3, 9])
-def test_a_resume_of_another_length_is_refused_where_the_past_depends_on_it(
+def test_a_resume_of_another_length_is_refused_if_past_steps_depend_on_it(
     tmp_path: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, steps: int
 ) -> None:
     args = dict(max_steps=STEPS, save_strategy="steps", save_steps=4)
@@ -222,7 +222,7 @@ def test_imp_whose_last_round_begins_with_the_last_step_is_allowed(tmp_path: Pat
     export_model(run.model, tmp_path / "out", "compressed")
 
 
-def test_rounds_that_epochs_leave_no_room_for_are_refused_when_training_begins(tmp_path: Path) -> None:
+def test_rounds_that_do_not_fit_into_the_epochs_are_refused_when_training_begins(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=-1, num_train_epochs=1)  # 32 blocks in batches of 4: 8 steps
     run = SparseTrainer(tiny_model("llama"), args, sparsity_config=imp(rounds=9), train_dataset=blocks())
     with pytest.raises(UserError, match=r"sparsity\.rounds=9 need more than the 8 steps"):
@@ -264,7 +264,7 @@ def moments(folder: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
     return torch.load(folder / f"checkpoint-{step}/optimizer.pt", weights_only=True)["state"]
 
 
-def test_before_slorb_begins_the_run_is_one_without_it(late: tuple[Path, SparseTrainer], tmp_path: Path) -> None:
+def test_until_slorb_begins_the_run_equals_one_without_it(late: tuple[Path, SparseTrainer], tmp_path: Path) -> None:
     folder, run = late
     late_run(tmp_path, None, family=run.model.config.model_type)
     plain, ours = checkpoint(tmp_path, 3), checkpoint(folder, 3)
@@ -277,7 +277,9 @@ def test_before_slorb_begins_the_run_is_one_without_it(late: tuple[Path, SparseT
             assert torch.equal(tensor, torch.eye(len(tensor)).repeat_interleave(16, dim=1))
 
 
-def test_slorb_begins_with_the_sums_of_what_is_pruned_by_then(late: tuple[Path, SparseTrainer], tmp_path: Path) -> None:
+def test_slorb_begins_with_the_sums_of_what_is_pruned_at_that_step(
+    late: tuple[Path, SparseTrainer], tmp_path: Path
+) -> None:
     folder, finished = late
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -306,7 +308,7 @@ def test_after_that_only_slorb_is_trained(late: tuple[Path, SparseTrainer]) -> N
     assert len(later) - len(earlier) == len(moved)
     assert [log["step"] for log in run.state.log_history if "flip_rate" in log] == [1, 2, 3]
     norms = [log["grad_norm"] for log in run.state.log_history if "grad_norm" in log]
-    assert len(norms) == 7 and max(norms[3:]) < min(norms[:3])  # what is frozen is not in what is clipped
+    assert len(norms) == 7 and max(norms[3:]) < min(norms[:3])  # frozen parameters are not in the clipped norm
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])

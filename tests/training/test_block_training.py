@@ -49,7 +49,7 @@ def test_every_step_trains_on_its_samples_across_epochs_and_after_a_resume(tmp_p
     blocks = build(tmp_path, shards(tmp_path, write(tmp_path, "a.jsonl", documents(36))), eval_share=0)[0]
     assert isinstance(blocks, TokenBlocks)
     blocks = TokenBlocks(blocks.folders, blocks.stretches, 16)
-    assert 10 < len(blocks) < 36  # fewer than nine steps of four use
+    assert 10 < len(blocks) < 36  # fewer than nine steps of four blocks use
     whole = run(tmp_path / "whole", blocks)
     mixture = make_mixture({"train": blocks}, None, arguments(tmp_path, per_device_train_batch_size=4))
     order = [int(block) for step in range(9) for block in mixture.samples(step)[1]]

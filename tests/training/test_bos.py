@@ -143,7 +143,7 @@ def test_a_teacher_folder_with_another_tokenizer_is_refused_and_one_without_is_s
     assert unused.exit_code == 0
 
 
-def test_added_tokens_that_the_teacher_lacks_are_refused_where_the_text_has_them(tmp_path: Path) -> None:
+def test_added_tokens_that_the_teacher_lacks_are_refused_if_the_text_has_them(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_tokens([f"<spare{i}>" for i in range(128 - len(tokenizer))] + ["<tool>"])
     padded(tiny_model(), len(tokenizer)).save_pretrained(tmp_path / "model")
@@ -174,7 +174,7 @@ def test_a_chat_teacher_that_renames_reserved_tokens_teaches_text_without_them(t
 
 
 def test_two_teachers_of_one_tokenizer_train_alike_with_and_without_padding(tmp_path: Path) -> None:
-    """Rows that never win change nothing: the padding's logits are far below all others."""
+    """Rows that never win change nothing: the logits of the padding are far below all others."""
     losses = []
     for rows in (128, 160):
         teacher = tiny_model(seed=1)

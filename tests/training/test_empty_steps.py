@@ -1,4 +1,4 @@
-"""Rows and steps without a counted token: rows are left out, steps move nothing."""
+"""Rows and steps without a counted token: rows are left out, steps change nothing."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ class States(TrainerCallback):
 
 
 def run_of(folder: Path, is_empty: list[bool], accumulation: int = 1, **kwargs: Any) -> tuple[SparseTrainer, States]:
-    """One row a micro-batch; a step each, or several of them."""
+    """One row per micro-batch, with one or several of them in a step."""
     settings: dict[str, Any] = dict(
         max_steps=len(is_empty) // accumulation, per_device_train_batch_size=1, weight_decay=0.1,
         gradient_accumulation_steps=accumulation, train_sampling_strategy="sequential",
@@ -60,7 +60,7 @@ def same(one: Any, two: Any) -> bool:
     return all(same(a, b) for a, b in zip(one, two, strict=True)) if isinstance(one, tuple | list) else one == two
 
 
-def test_a_step_without_a_counted_token_moves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_without_a_counted_token_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, states = run_of(tmp_path, [False, True, False, True, True, False])
     logging.getLogger("transformers").propagate = True
     run.train()
@@ -70,7 +70,7 @@ def test_a_step_without_a_counted_token_moves_nothing(tmp_path: Path, caplog: py
     by_step = {row["step"]: row for row in log if "learning_rate" in row}
     assert [step for step, row in by_step.items() if "loss" in row and "grad_norm" in row] == [1, 3, 6]
     assert [row.get("empty_steps") for row in by_step.values()] == [None, 1, 1, 2, 3, 3]
-    assert len({row["learning_rate"] for row in by_step.values()}) == 6  # goes on
+    assert len({row["learning_rate"] for row in by_step.values()}) == 6  # it moves on
     assert [row["step"] for row in log if "flip_rate" in row] == [1, 3, 6]
     mean = sum(row["loss"] for row in by_step.values() if "loss" in row) / 3
     assert log[-2]["train_loss"] == pytest.approx(mean, rel=1e-6)
@@ -101,7 +101,7 @@ def test_a_refresh_that_is_due_waits_for_the_next_step_with_an_update(tmp_path: 
 
 
 @pytest.mark.parametrize("at", [2, 3, 4])
-def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path: Path, at: int) -> None:
+def test_a_resumed_run_continues_like_an_uninterrupted_one(tmp_path: Path, at: int) -> None:
     is_empty = [False, False, True, True, False, False, False]
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     sparsity = SparsityConfig(mask_interval=3, mask_decay=1e-2)
@@ -127,7 +127,7 @@ def test_a_loss_of_no_token_does_not_count_as_usual(tmp_path: Path) -> None:
     assert run.state.global_step == 13
 
 
-def test_a_run_of_empty_steps_alone_logs_no_loss(tmp_path: Path) -> None:
+def test_a_run_of_only_empty_steps_logs_no_loss(tmp_path: Path) -> None:
     run, _ = run_of(tmp_path, [True, True])
     before = weights(run.model)
     output = run.train()
@@ -171,7 +171,7 @@ LONG = generated_text(12)
 
 
 def chat(folder: Path, answers: list[str], columns: str = "messages") -> None:
-    """A long prompt and a short answer each."""
+    """Rows with a long prompt and a short answer."""
     rows: list[dict[str, Any]] = []
     for index, answer in enumerate(answers):
         prompt = f"{index} {LONG}"

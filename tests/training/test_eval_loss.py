@@ -1,4 +1,4 @@
-"""The held-out loss is the mean over the tokens of the text, however rows are dealt out and filled up."""
+"""The held-out loss is the mean over the tokens of the text, however rows are distributed and filled up."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ LOSSES = torch.rand(11, 6, generator=torch.Generator().manual_seed(1)).masked_fi
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 4), (2, 4), (2, 1), (3, 2), (4, 8)])
-def test_every_row_counts_once_as_accelerate_deals_them_out(
+def test_every_row_counts_once_as_accelerate_distributes_them(
     ranks: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sums = []

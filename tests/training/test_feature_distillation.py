@@ -1,4 +1,4 @@
-"""TinyBERT, MobileBERT and SquareHead in training: against twins made of the models themselves, and what is refused."""
+"""TinyBERT, MobileBERT and SquareHead in training: against twins that call the models directly, and what is refused."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decode
 
 
 def partly_labelled(count: int = 8) -> Dataset:
-    """Blocks whose rows count another number of tokens each."""
+    """Blocks whose rows each have a different number of counted tokens."""
     rows = blocks(count=count)["input_ids"]
     return Dataset.from_dict(
         {"input_ids": rows, "labels": [[-100] * (i * 2) + row[i * 2 :] for i, row in enumerate(rows)]}
@@ -48,7 +48,7 @@ def other_model(family: str = "llama", **changes: Any) -> PreTrainedModel:
 
 
 def looked_inside(model: PreTrainedModel, family: str, ids: torch.Tensor) -> tuple[Any, list[torch.Tensor], Any]:
-    """Logits, block outputs and attention maps, by hooks of this test's own."""
+    """Logits, block outputs and attention maps, by hooks of this test."""
     hidden: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any, output: Any) -> None:
@@ -99,7 +99,7 @@ def plain_loss(student: Any, teacher: Any, labels: torch.Tensor, settings: Disti
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", BLOCKS)
-def test_first_loss_and_gradient_equal_a_twin_made_of_the_models(tmp_path: Path, family: str, kind: str) -> None:
+def test_first_loss_and_gradient_equal_a_twin_that_calls_the_models(tmp_path: Path, family: str, kind: str) -> None:
     settings, data = config(kind), partly_labelled()
     dense = tiny_model(family).double()
     run = trainer(
@@ -170,7 +170,7 @@ def test_evaluation_is_cross_entropy_and_looks_inside_no_model(tmp_path: Path, k
     run.teacher.register_forward_hook(lambda *args: calls.append(1))
     hooks = [len(block._forward_hooks) for block in run.model.get_submodule(BLOCKS["llama"])]
     run.train()
-    assert calls or kind == "mobilebert"  # which asks the decoder of the teacher alone
+    assert calls or kind == "mobilebert"  # which calls only the decoder of the teacher
     calls.clear()
     metrics = run.evaluate()
     assert not calls
@@ -191,7 +191,7 @@ def test_mobilebert_computes_no_logits_of_the_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_weight_on_the_distillation_loads_no_teacher(tmp_path: Path, kind: str) -> None:
+def test_no_teacher_is_loaded_if_the_distillation_has_no_weight(tmp_path: Path, kind: str) -> None:
     run = trainer(tmp_path, distillation_config=DistillationConfig(kind=kind, alpha=0.0), args=dict(max_steps=1))
     assert run.teacher is None and run.model.config._attn_implementation == "sdpa"
     run.train()
@@ -207,7 +207,7 @@ def test_no_weight_on_the_distillation_loads_no_teacher(tmp_path: Path, kind: st
         (config("squarehead"), "sdpa"),
     ],
 )
-def test_attention_becomes_eager_where_maps_are_compared_and_that_is_said_once(
+def test_attention_becomes_eager_if_maps_are_compared_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: DistillationConfig, attention: str
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -220,7 +220,7 @@ def test_attention_becomes_eager_where_maps_are_compared_and_that_is_said_once(
     assert "eager" not in (tmp_path / "config.json").read_text()
 
 
-def test_attention_that_is_eager_already_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_that_is_already_eager_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     with caplog.at_level(logging.WARNING):
@@ -247,7 +247,7 @@ def test_a_model_that_fails_when_asked_for_attention_maps_is_refused(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", without_maps)
-    with pytest.raises(UserError, match=r"delivers none: no output_attentions here\. Set"):
+    with pytest.raises(UserError, match=r"returns none: no output_attentions here\. Set"):
         trainer(tmp_path, model, distillation_config=config("mobilebert"))
 
 
@@ -302,7 +302,7 @@ def test_another_teacher_of_the_same_shape_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "attn_pdrop"), ("llama", "attention_dropout")])
-def test_attention_dropout_of_the_student_is_refused_where_maps_are_compared(
+def test_attention_dropout_of_the_student_is_refused_if_maps_are_compared(
     tmp_path: Path, family: str, name: str
 ) -> None:
     model = other_model(family, **{name: 0.1})

@@ -1,4 +1,4 @@
-"""What training relies on inside transformers stands in one table, and the installed version has all of it."""
+"""The internals of transformers that training relies on are in one table, and the installed version has them all."""
 
 import ast
 import inspect
@@ -15,7 +15,7 @@ from ast_sparse.training.trainer import SparseTrainer
 PACKAGE = Path(inspect.getfile(ast_sparse)).parent
 CLASSES = SparseTrainer.__mro__[: SparseTrainer.__mro__.index(Trainer)]
 VERSIONS = f"transformers is {transformers.__version__}, the table was read against {TRANSFORMERS_VERSION}"
-ELSEWHERE = {"_exit", "_replace"}  # of `os` and of a named tuple: documented, in spite of their names
+ELSEWHERE = {"_exit", "_replace"}  # of `os` and of a named tuple: documented despite their names
 
 
 def is_private(name: str) -> bool:
@@ -23,7 +23,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names(kind: type) -> set[str]:
-    """Private methods and attributes of a class, those that its methods set, read or call included."""
+    """Private methods and attributes of a class, including those that its methods set, read or call."""
     tree = ast.parse(inspect.getsource(kind))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_its_own(node.value)}
     return {name for name in used | set(vars(kind)) if is_private(name)}
@@ -36,7 +36,7 @@ def is_its_own(node: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize("row", TRAINER_INTERNALS, ids=lambda row: row.name)
-def test_trainer_has_it(row: Internal) -> None:
+def test_the_installed_trainer_has_it(row: Internal) -> None:
     assert row.why
     if row.parameters is None:
         assert row.name in own_names(Trainer), VERSIONS
@@ -56,7 +56,7 @@ def test_a_configuration_has_it() -> None:
 
 
 def test_no_other_private_name_of_trainer_is_overridden_or_used() -> None:
-    """So a name of ours that a new version of Trainer takes for itself is found here too."""
+    """So this also finds one of our names that a new version of Trainer starts to use."""
     ours = set().union(*(own_names(kind) for kind in CLASSES))
     known = {row.name for row in TRAINER_INTERNALS if is_private(row.name)}
     assert ours & own_names(Trainer) == known, VERSIONS

@@ -33,7 +33,7 @@ UPDATE = MixtureConfig(shares={"cc": 0.6, "wiki": 0.4}, targets={"cc": 1.0, "wik
 
 @dataclass
 class Arguments:
-    """What the loader reads of TrainingArguments."""
+    """The TrainingArguments that the loader reads."""
 
     train_batch_size: int = 2
     gradient_accumulation_steps: int = 1
@@ -100,18 +100,18 @@ def test_nothing_comes_twice_before_its_domain_is_used_up() -> None:
     assert found[:21] != found[21:42]
 
 
-def test_resume_begins_at_the_very_next_block() -> None:
+def test_resume_begins_at_the_next_block() -> None:
     args = arguments()
     whole = [row.tolist() for row in block_loader(DomainBlocks(PARTS), mixture(args), collated, args)]
     for done in (1, 5, len(whole) - 1):
         loader = skip_first_batches(block_loader(DomainBlocks(PARTS), mixture(args), collated, args), done)
         assert [row.tolist() for row in loader] == whole[done:]
-        sampler = loader.batch_sampler.batch_sampler  # where Trainer looks for it
+        sampler = loader.batch_sampler.batch_sampler  # where Trainer looks for the sampler
         sampler.set_epoch(1)
         assert [row.tolist() for row in loader] != whole[done:]
 
 
-def test_loader_asks_for_a_batch_when_it_is_wanted_whatever_the_number_of_workers() -> None:
+def test_loader_fetches_a_batch_when_it_is_needed_with_any_number_of_workers() -> None:
     args = arguments(dataloader_num_workers=4)
     ours, asked = mixture(args), []
     samples = ours.samples
@@ -148,7 +148,7 @@ def test_setting_that_asks_for_another_order_is_refused(values: dict[str, Any], 
         mixture(arguments(**values))
 
 
-def test_state_brings_the_history_of_the_shares_back(tmp_path: Path) -> None:
+def test_state_restores_the_history_of_the_shares(tmp_path: Path) -> None:
     args = arguments()
     ours, theirs = mixture(args), mixture(args)
     ours.change_shares(4, [0.1, 0.9], [2.0, 3.0])
@@ -175,7 +175,7 @@ def edited(**values: Any) -> Callable[[Path], Any]:
         (edited(history=[]), r"data_state\.json is damaged"),
         (edited(format_version=2), r"data_state\.json is damaged"),
         (lambda path: path.write_text("{"), r"data_state\.json"),
-        (Path.unlink, r"holds no data_state\.json: its run read other data"),
+        (Path.unlink, r"has no data_state\.json: its run read other data"),
     ],
 )
 def test_state_of_another_run_or_damaged_is_refused(

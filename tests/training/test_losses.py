@@ -35,7 +35,7 @@ def family(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "cohere"])
 def test_twenty_steps_equal_those_on_full_logits(tmp_path: Path, name: str) -> None:
-    """In float64, masks that move: 1e-6 relative after 20 steps."""
+    """In float64, with masks that change: 1e-6 relative after 20 steps."""
     results = []
     for slow in (False, True):
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ def test_twenty_steps_equal_those_on_full_logits(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["tinybert", "mobilebert", "squarehead", "reverse_kl"])
-def test_every_kind_of_distillation_gives_the_loss_of_full_logits(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_distillation_has_the_loss_of_full_logits(tmp_path: Path, kind: str) -> None:
     losses = []
     for slow in (False, True):
         config = DistillationConfig(kind=kind, ce_weight=0.5, kl_weight=1.0, temperature=2.0)
@@ -59,7 +59,7 @@ def test_every_kind_of_distillation_gives_the_loss_of_full_logits(tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_evaluation_makes_no_logits_unless_metrics_ask_for_them(tmp_path: Path) -> None:
+def test_evaluation_makes_no_logits_unless_metrics_need_them(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset=blocks(count=6, seed=1))
     seen: list[Any] = []
     run.model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
@@ -87,5 +87,5 @@ def test_a_head_that_is_not_understood_is_named_and_trains_on_full_logits(
     run.train()
     student, _ = said  # the teacher is its copy, hook included
     assert student.startswith("The loss needs full logits")
-    assert student.endswith("Of the student, a LlamaForCausalLM: its head has hooks.")
+    assert student.endswith("The reason is the student, a LlamaForCausalLM: its head has hooks.")
     assert all(logits is not None for logits in seen)

@@ -1,4 +1,4 @@
-"""A teacher beside the student: which one fits, and what their vocabularies share."""
+"""Which teachers fit a student, and what their vocabularies must share."""
 
 import copy
 import json

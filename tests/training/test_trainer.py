@@ -103,7 +103,7 @@ def test_fixed_masks_never_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("distillation", [None, DistillationConfig(alpha=0.0)])
-def test_no_kl_loads_no_teacher(tmp_path: Path, distillation: DistillationConfig | None) -> None:
+def test_no_teacher_is_loaded_without_kl(tmp_path: Path, distillation: DistillationConfig | None) -> None:
     run = trainer(tmp_path, distillation_config=distillation)
     assert run.teacher is None
     run.train()
@@ -122,7 +122,7 @@ def test_teacher_is_the_frozen_dense_model_outside_the_student(tmp_path: Path) -
 
 def test_accumulation_of_unequal_batches_equals_one_large_batch(tmp_path: Path) -> None:
     rows = blocks(count=8)["input_ids"]
-    labels = [[-100] * (i * 2) + row[i * 2 :] for i, row in enumerate(rows)]  # each row counts another number of tokens
+    labels = [[-100] * (i * 2) + row[i * 2 :] for i, row in enumerate(rows)]  # each row counts differently
     data = Dataset.from_dict({"input_ids": rows, "labels": labels})
     results = []
     for name, batch, steps in (("a", 8, 1), ("b", 2, 4)):

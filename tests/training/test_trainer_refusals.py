@@ -1,4 +1,4 @@
-"""What SparseTrainer refuses: what it would ignore, and what masks do not survive."""
+"""What SparseTrainer refuses: settings that it would ignore, and those that masks do not survive."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_setting_that_would_be_ignored_is_refused_by_name(tmp_path: Path, valu
 
 def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with pytest.raises(UserError, match="AdamW, which knows no masks"):
+    with pytest.raises(UserError, match="AdamW, which does not support masks"):
         trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
 
 
@@ -43,7 +43,7 @@ def test_an_argument_that_would_be_ignored_is_refused_by_name(tmp_path: Path, na
 
 def test_an_optimizer_without_the_slorb_parameters_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with pytest.raises(UserError, match=r"does not hold `.*slorb.S`, which would never be trained"):
+    with pytest.raises(UserError, match=r"does not have `.*slorb.S`, which would never be trained"):
         trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None), slorb_config=SLoRBConfig())
 
 
@@ -58,7 +58,7 @@ def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
     ("engine", "what"),
     [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "tensor or context")],
 )
-def test_what_accelerate_may_be_set_up_for_is_refused_where_masks_would_be_lost(
+def test_setups_of_accelerate_that_would_lose_masks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, what: str
 ) -> None:
     args = arguments(tmp_path)
@@ -72,9 +72,9 @@ def test_what_accelerate_may_be_set_up_for_is_refused_where_masks_would_be_lost(
     [
         ({"FSDP_VERSION": "1"}, "version 1 flattens weights and masks .* Set fsdp_version: 2"),
         ({}, "version 1 flattens"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "cpu_ram_efficient_loading leaves all processes but one without"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload has not been made to work with masks"),
-        ({"FSDP_IGNORED_MODULES": "lm_head"}, "ignored_modules would get no gradients"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "with cpu_ram_efficient_loading only one process has the weights"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "cpu_offload does not work with masks"),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, "ignored_modules would not get the gradients"),
         ({"FSDP_AUTO_WRAP_POLICY": "BY_LAYER"}, "Invalid auto wrap policy: BY_LAYER"),
     ],
     ids=["fsdp1", "no version", "ram", "offload", "ignored", "policy"],
@@ -91,7 +91,7 @@ def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
 
 
 def test_a_conv1d_is_not_sharded() -> None:
-    with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose groups .* use DDP"):
+    with pytest.raises(UserError, match=r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D, whose mask groups .* use DDP"):
         check_shardable(tiny_model("gpt2"))
     with pytest.raises(UserError, match="FSDP2 cannot shard a weight that two blocks share"):
         check_shardable(family_model("zamba2"))

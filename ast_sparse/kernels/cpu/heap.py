@@ -1,7 +1,7 @@
-"""Memory that a training step on a CPU has freed, given back to the system.
+"""Memory that a training step on a CPU has freed, returned to the system.
 
-What glibc keeps of freed temporaries fits few of the tensors that come next: beside the activations of a 135M model it
-is half as much again.
+glibc keeps freed temporaries, which fit few of the next tensors: for a 135M model that adds half of the memory of its
+activations.
 """
 
 import ctypes
@@ -15,18 +15,18 @@ from torch import nn
 
 from ast_sparse.kernels.cpu import setting
 
-_PARTS = 4  # of the decoder; with more of them a step takes longer and its peak is hardly lower
+_PARTS = 4  # of the decoder; with more parts a step takes longer and its peak is hardly lower
 
 
 @contextmanager
 def freed_memory_given_back(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, forward and backward passes give the free blocks of the heap back before, between and after four parts.
+    """Inside, forward and backward passes return free heap memory to the system before, between and after four parts.
 
-    Nothing is done where the device is not a CPU, or `setting.is_enabled()` says no.
+    Does nothing if the device is not a CPU, or `setting.is_enabled()` is False.
 
     Args:
-        blocks: those of a decoder, in their order.
-        device: where it computes.
+        blocks: the decoder blocks in order.
+        device: where they compute.
     """
     if device.type != "cpu" or not setting.is_enabled():
         yield

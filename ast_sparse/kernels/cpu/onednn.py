@@ -1,7 +1,7 @@
-"""Float32 matrix products through oneDNN, which PyTorch brings along.
+"""Float32 matrix products through oneDNN, which is part of PyTorch.
 
-For float32 PyTorch calls MKL, whose products on CPUs of AMD stop at AVX2, at half of what a core with AVX-512 can do.
-`torch.backends.mkldnn.flags(enabled=False)` switches this way off too.
+For float32 PyTorch calls MKL, whose products on AMD CPUs use only AVX2, at half the speed of a core with AVX-512.
+`torch.backends.mkldnn.flags(enabled=False)` turns this off too.
 """
 
 import logging
@@ -16,8 +16,8 @@ from ast_sparse.kernels.cpu import setting
 
 logger = logging.getLogger(__name__)
 
-_WORTHWHILE = 1 << 22  # multiplications of a product, 40 µs; what Python takes on the way is less
-_BLOCK = 1 << 22  # elements of a product that is made to be added
+_WORTHWHILE = 1 << 22  # multiplications of a product, 40 µs; the Python overhead is less
+_BLOCK = 1 << 22  # elements of a product that is computed to be added
 
 
 def takes(left: Tensor, right: Tensor, multiplications: int) -> bool:
@@ -37,7 +37,7 @@ def takes(left: Tensor, right: Tensor, multiplications: int) -> bool:
 
 @cache
 def is_faster() -> bool:
-    """Whether this is a CPU of AMD with AVX-512 and PyTorch's products are MKL's."""
+    """Whether this is an AMD CPU with AVX-512, and PyTorch's products are those of MKL."""
     if not setting.is_enabled():
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
@@ -49,15 +49,15 @@ def is_faster() -> bool:
     return faster
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool) -> Tensor:
-    """`products.linear` of what `takes` accepts; bias float32."""
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, group_dim: int) -> Tensor:
+    """`products.linear` for tensors that `takes` accepts; bias float32."""
     rows = input.reshape(-1, input.shape[-1])
-    width = weight.shape[1 if by_input else 0]
-    return cast(Tensor, _Linear.apply(rows, weight, bias, by_input)).view(*input.shape[:-1], width)
+    width = weight.shape[1 - group_dim]
+    return cast(Tensor, _Linear.apply(rows, weight, bias, group_dim)).view(*input.shape[:-1], width)
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right + bias`, by the function that torch.compile takes for linear layers."""
+    """`left @ right + bias`, by the function that torch.compile uses for linear layers."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], ""))
 
 
@@ -72,10 +72,10 @@ class _Linear(torch.autograd.Function):
     """`rows Wᵀ + b`, or `rows W + b`: three products with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool) -> Tensor:
-        ctx.by_input = by_input
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, group_dim: int) -> Tensor:
+        ctx.group_dim = group_dim
         ctx.save_for_backward(rows, weight)
-        return product(rows, weight if by_input else weight.t(), bias)
+        return product(rows, weight if group_dim == 0 else weight.t(), bias)
 
     @staticmethod
     @once_differentiable
@@ -83,9 +83,9 @@ class _Linear(torch.autograd.Function):
         (grad,), (rows, weight) = grads, ctx.saved_tensors
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_rows = product(grad, weight.t() if ctx.by_input else weight)
+            by_rows = product(grad, weight.t() if ctx.group_dim == 0 else weight)
         if ctx.needs_input_grad[1]:
-            by_weight = product(rows.t(), grad) if ctx.by_input else product(grad.t(), rows)
+            by_weight = product(rows.t(), grad) if ctx.group_dim == 0 else product(grad.t(), rows)
         if ctx.needs_input_grad[2]:
             by_bias = grad.sum(0)
         return by_rows, by_weight, by_bias, None

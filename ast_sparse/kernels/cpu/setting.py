@@ -1,13 +1,13 @@
 """Whether the functions of this folder are used: the environment variable AST_SPARSE_CPU decides.
 
-- `auto`, also where it is not set: they are used on Linux with glibc, on an x86-64 CPU with AVX-512; for that they were
-  written, and measured there. Every other machine takes the plain way.
+- `auto`, the default: they are used on Linux with glibc, on an x86-64 CPU with AVX-512, for which they were written
+  and measured. Every other machine uses the plain way.
 - `plain`: the plain way everywhere.
 
-The plain way calls PyTorch alone, and stands where the functions here are called: `kernels/products.py`,
-`kernels/fast_forward.py`, `export/codec24.py`. Memory (`heap.py`) and codes (`words.py`) change no result. Products
-(`onednn.py`) agree with the plain ones within rounding. Checkpoints do not store the choice: a run that goes on with
-another one agrees with the uninterrupted run within rounding, not to the bit, as on another kind of CPU.
+The plain way calls only PyTorch, and is beside each call of these functions: `kernels/products.py`,
+`kernels/fast_forward.py`, `export/codec24.py`. Memory (`heap.py`) and codes (`words.py`) do not change results.
+Products (`onednn.py`) are equal to the plain ones within rounding. Checkpoints do not store the choice: a run that
+continues with the other one is equal to the uninterrupted run within rounding, not to the bit.
 """
 
 import os
@@ -23,7 +23,7 @@ VARIABLE = "AST_SPARSE_CPU"
 
 @cache
 def is_enabled() -> bool:
-    """Whether the functions of this folder are used; decided once a process.
+    """Whether the functions of this folder are used; decided once per process.
 
     Raises:
         UserError: the variable is neither `auto` nor `plain`.
@@ -32,7 +32,7 @@ def is_enabled() -> bool:
 
 
 def requested() -> str:
-    """What the environment variable says.
+    """The value of the environment variable.
 
     Raises:
         UserError: it is neither `auto` nor `plain`.
@@ -49,7 +49,7 @@ def _is_their_machine() -> bool:
 
 
 def capabilities() -> dict[str, Any]:
-    """What this CPU can do, as torch names it; empty where torch does not say."""
+    """The features of this CPU under torch's names; empty if torch does not report them."""
     import torch  # only here, because commands check the variable before they load torch
 
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -1,6 +1,6 @@
-"""The 2:4 code of 16-bit weights (`export/codec24.py`) by operations on words: a group of four is one of 64 bits.
+"""The 2:4 code of 16-bit weights (`export/codec24.py`) by operations on words: a group of four is one 64-bit word.
 
-What is written lies in huge pages where Linux grants them: to touch fresh memory costs more than an operation.
+Results are written to huge pages if Linux grants them: touching new memory costs more than an operation.
 """
 
 import ctypes
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ast_sparse.kernels.cpu import setting
 
-_BLOCK = 1 << 18  # groups: few calls, and not too far out of the cache
-_HUGE = 1 << 22  # bytes of a tensor for which huge pages are asked for
+_BLOCK = 1 << 18  # groups: few calls, and not much larger than the cache
+_HUGE = 1 << 22  # bytes from which on a tensor asks for huge pages
 _KEPT = [[place for place in range(4) if occupancy >> place & 1] for occupancy in range(16)]
-# By occupancy two bits of an int32, of idx0 and of idx1 - 1; where not two are kept, no valid pair: idx0 = 3, idx1 = 1
+# Two bits of an int32 for each occupancy: idx0, and idx1 - 1; unless two are kept, an invalid pair: idx0 = 3, idx1 = 1
 _FIRST = sum((kept[0] if len(kept) == 2 else 3) << 2 * occupancy for occupancy, kept in enumerate(_KEPT)) - (1 << 32)
 _SECOND = sum((kept[1] - 1 if len(kept) == 2 else 0) << 2 * occupancy for occupancy, kept in enumerate(_KEPT))
 
 
 def take(tensor: Tensor) -> bool:
-    """Whether the weights, or kept values, of a tensor are moved by words; gradients do not pass through them."""
+    """Whether weights, or kept values, are packed and unpacked by words, which pass no gradients."""
     if torch.compiler.is_compiling() or not setting.is_enabled():
         return False
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
@@ -31,10 +31,10 @@ def take(tensor: Tensor) -> bool:
 
 
 def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and metadata of a weight; a group that does not keep two gets metadata that are not valid.
+    """Values and metadata of a weight; a group that does not keep two gets invalid metadata.
 
     Args:
-        weight: `[out, in]`, 16-bit; mask: bool, its shape. Both contiguous, and without gradients; the first entry at a
+        weight: `[out, in]`, 16-bit; mask: bool, of its shape. Both are contiguous, without gradients, and start at a
             whole word of their storage.
     """
     out_features, in_features = weight.shape
@@ -45,14 +45,14 @@ def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (_FIRST, _SECOND)]
     dtypes = (torch.int32, torch.int32, torch.int32, torch.int64, torch.uint8, torch.uint8)
     for at, (occupancy, first, second, moved, idx0, idx1) in _blocks(len(groups), *dtypes):
-        # the four bytes of a group's mask become four neighbouring bits: two times the occupancy
+        # the four bytes of a group's mask become four neighbouring bits: twice the occupancy
         torch.mul(kept[at], 0x01020408, out=occupancy).bitwise_right_shift_(23)
-        for idx, table in zip((idx0, idx1), tables, strict=True):  # of the second one less
+        for idx, table in zip((idx0, idx1), tables, strict=True):  # the second table has idx1 - 1
             idx.copy_(torch.bitwise_right_shift(table, occupancy, out=first))
             idx.bitwise_and_(3)
         nibbles = ((idx1 + 1) << 2).bitwise_or_(idx0).view(torch.int16)
         codes[at.start // 2 : at.stop // 2].copy_(nibbles.bitwise_or_(nibbles >> 4))
-        for idx, entry in ((idx0, first), (idx1, second)):  # 16 bits a place; the second one has one place less to go
+        for idx, entry in ((idx0, first), (idx1, second)):  # 16 bits per place; the second one moves one place less
             moved.copy_(idx.bitwise_left_shift_(4))
             entry.copy_(torch.bitwise_right_shift(groups[at], moved, out=moved))
         torch.bitwise_or(first.bitwise_and_(0xFFFF), second.bitwise_and_(-0x10000), out=pairs[at])
@@ -63,25 +63,25 @@ def unpack(values: Tensor, meta: Tensor) -> Tensor:
     """The dense weight `[out, in]`.
 
     Args:
-        values: `[out, in/2]`, as the weight of `pack`; meta: `[out, in/8]`, uint8, in any layout.
+        values: `[out, in/2]`, as the weight in `pack`; meta: `[out, in/8]`, uint8, in any layout.
     """
     dense = _in_huge_pages(values.new_empty(values.shape[0], 2 * values.shape[1]))
     groups, pairs, codes = dense.view(torch.int64).view(-1), values.view(torch.uint32).view(-1), meta.flatten()
     for at, (first, second, move, nibbles) in _blocks(len(groups), torch.int64, torch.int64, torch.int64, torch.uint8):
         torch.bitwise_and(second.copy_(pairs[at]), 0xFFFF, out=first)
         second.bitwise_xor_(first)
-        # a byte with two nibbles becomes two bytes with a nibble, each then four bits of how far an entry moves
+        # a byte with two nibbles becomes two bytes, each with the four bits that say how far an entry moves
         two = nibbles.view(torch.int16).copy_(codes[at.start // 2 : at.stop // 2])
         two.bitwise_or_(two << 4)
         first.bitwise_left_shift_(move.copy_((two & 0x0303).bitwise_left_shift_(4).view(torch.uint8)))
-        two.bitwise_left_shift_(2).bitwise_and_(0x3030).sub_(0x1010)  # the second one lies one place further already
+        two.bitwise_left_shift_(2).bitwise_and_(0x3030).sub_(0x1010)  # the second one is already one place further
         second.bitwise_left_shift_(move.copy_(nibbles))
         torch.bitwise_or(first, second, out=groups[at])
     return dense
 
 
 def _blocks(groups: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Blocks of so many groups, each with buffers of a block's length in each dtype, the same ones for all blocks."""
+    """Blocks of this many groups, each with buffers of its length in each dtype; all blocks share the buffers."""
     size = min(groups, _BLOCK)
     buffers = [torch.empty(size, dtype=dtype, device="cpu") for dtype in dtypes]
     for start in range(0, groups, size):
@@ -90,11 +90,11 @@ def _blocks(groups: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, list[Ten
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """The new tensor, a large one in huge pages where Linux grants them: to touch it first is most of a copy."""
+    """The new tensor, in huge pages if it is large and Linux grants them: the first access is most of a copy's time."""
     if tensor.nbytes >= _HUGE:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         whole_pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(start, whole_pages, mmap.MADV_HUGEPAGE)  # a wish: where it is not granted nothing is lost
+        _madvise()(start, whole_pages, mmap.MADV_HUGEPAGE)  # only a hint: it may have no effect
     return tensor
 
 

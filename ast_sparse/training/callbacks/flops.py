@@ -1,4 +1,4 @@
-"""FLOPs of a run, 6 for each token and parameter of the student and 2 of its teacher, and equal ones (Table 11)."""
+"""FLOPs of a run, 6 per token and parameter of the student and 2 of its teacher; runs of equal FLOPs (Table 11)."""
 
 import copy
 from collections.abc import Callable
@@ -17,31 +17,32 @@ from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.select import select_layers, takes_slorb
 from ast_sparse.storage.locate import load_model_config
 
 logger = logging.get_logger(__name__)
 
-_ROUNDING = 1e-9  # of epochs: 4/3 of 3 of them are 4, not a step more
+_ROUNDING = 1e-9  # of epochs: 4/3 of 3 epochs is 4, and not one step more
 
 
 def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> int:
-    """Parameters of a dense model outside its embeddings, with those SLoRB is going to add; pruned ones count.
+    """Parameters of a dense model outside its embeddings, with those that SLoRB will add; pruned ones count.
 
     Args:
-        model: on any device, meta too.
+        model: on any device, also meta.
     """
     count = model.num_parameters(exclude_embeddings=True)
     if slorb is not None and slorb.enabled:
         selected = select_layers(model, sparsity)[0]
         for layer in [layer for name, layer in selected.items() if takes_slorb(model, name)]:
-            rows, columns = layer.weight.shape if isinstance(layer, torch.nn.Linear) else layer.weight.t().shape
+            rows, columns = out_by_in(layer.weight, group_dim_of(layer)).shape
             count += (rows + columns) * (columns // slorb.k)  # S and X
     return count
 
 
 def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool = False) -> int:
-    """Parameters of a teacher outside its embeddings; of a named one, by its configuration.
+    """Parameters of a teacher outside its embeddings; for a name, from its configuration.
 
     Raises:
         UserError: there is no such model.
@@ -60,16 +61,16 @@ def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool =
 def match_flops(
     args: TrainingArguments, config: DistillationConfig | None, student: int, teacher: Callable[[], int]
 ) -> tuple[TrainingArguments, str | None]:
-    """More steps for a run without teacher, as many as the FLOPs of a teacher pay for: 4/3 where both are equal.
+    """More steps for a run without a teacher, as many as the FLOPs of the teacher pay for: 4/3 if both are equal.
 
     Args:
         args: not changed.
         student: its parameters, SLoRB's included.
-        teacher: gives those of the teacher there would be.
+        teacher: returns the parameters of the teacher that the run does not use.
 
     Returns:
-        `args` with `max_steps`, or the epochs where they decide, times `(6 student + 2 teacher) / (6 student)`, and a
-        line that says so; as they are, and None, without `distillation.match_flops`.
+        A copy of `args` with `max_steps`, or the epochs if they decide, times `(6 student + 2 teacher) / (6 student)`,
+        and a line that says so; without `distillation.match_flops`, `args` and None.
     """
     if config is None or not config.match_flops:
         return args, None
@@ -85,7 +86,7 @@ def match_flops(
 
 
 def flops_of_run(total_flops: float, student: int, teacher: int) -> dict[str, float]:
-    """What is logged at the end.
+    """The values that are logged at the end.
 
     Args:
         total_flops: of the student, as Trainer counts and saves them.
@@ -95,12 +96,12 @@ def flops_of_run(total_flops: float, student: int, teacher: int) -> dict[str, fl
 
 
 class FlopsCallback(TrainerCallback):
-    """Logs `student_flops` and `teacher_flops` when training ends, those before a resume included.
+    """Logs `student_flops` and `teacher_flops` when training ends, including those before a resume.
 
     Args:
         student, teacher: their parameters; 0 without a teacher.
         log: `Trainer.log`.
-        matched: what `match_flops` says, shown when training begins.
+        matched: the line of `match_flops`, shown when training begins.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Baselines that need the length of a run: IMP, GMP, and SLoRB after the sparse training (paper Sec. 6, Table 12)."""
+"""SLoRB after the sparse training (paper Table 12)."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ from ast_sparse.sparsity.slorb import SLoRB
 
 
 class LateSLoRB(TrainerCallback):
-    """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps without it, then it alone is trained.
+    """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps without it, then it alone.
 
-    Until then S is zero. When SLoRB begins, S is made by (6) from the pruned weights, which the mask decay has brought
+    At first S is zero. When SLoRB begins, S is set by (6) from the pruned weights, which the mask decay has brought
     close to zero by then; masks and all other weights stay as they are. Everything follows from `state.global_step`, so
-    a resumed run needs nothing saved. The frozen parameters lose their gradients before these are clipped and are
-    passed over by SparseAdamW, so they need no other hooks, momentum and weight decay do not move them, and DDP finds
-    every gradient it waits for.
+    nothing is saved for a resumed run. Gradients of frozen parameters are dropped before clipping, and SparseAdamW
+    skips parameters without one. So momentum and weight decay do not move them, and DDP gets every gradient that it
+    waits for.
 
     Args:
-        config: with `start` above 0; with 0 nothing is done.
+        config: if its `start` is 0, nothing is done.
     """
 
     def __init__(self, config: SLoRBConfig | None) -> None:
@@ -34,7 +34,7 @@ class LateSLoRB(TrainerCallback):
             restart_slorb(kwargs["model"], self.config.init)
 
     def drop_gradients(self, model: nn.Module, state: TrainerState) -> None:
-        """Take the gradients of what is not trained at this step, after the backward pass of a micro-batch."""
+        """Drop the gradients of what is not trained at this step, after the backward pass of a micro-batch."""
         begin = slorb_step(self.config, state.max_steps)
         if begin is None:
             return

@@ -1,4 +1,4 @@
-"""Progress of a training whose log is not a terminal: lines in place of Trainer's bars."""
+"""Progress of training if the log is not a terminal: lines instead of Trainer's bars."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ast_sparse.progress import progress_bar, shows_bars
 
 
 class ProgressLines(ProgressCallback):
-    """As its parent, which prints the records of the log too, with the bars of `ast_sparse.progress`."""
+    """As its parent, which also prints the log records, with the bars of `ast_sparse.progress`."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,7 +37,7 @@ class ProgressLines(ProgressCallback):
 
 
 def use_lines(trainer: Trainer) -> None:
-    """Let a trainer print lines where bars are not shown; a callback of the user's own stays."""
+    """Make a trainer print lines if bars are not shown; a progress callback of the user stays."""
     callbacks = trainer.callback_handler.callbacks
     if not shows_bars() and any(type(callback) is ProgressCallback for callback in callbacks):
         trainer.remove_callback(ProgressCallback)

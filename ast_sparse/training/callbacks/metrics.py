@@ -1,11 +1,11 @@
-"""The figures of a run while it goes: every record of the log in a file, and speed and memory beside each loss."""
+"""What a run measures as it trains: every log record in a file, and speed and memory beside each loss."""
 
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # of accelerate
+import psutil  # a dependency of accelerate
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -17,7 +17,7 @@ from ast_sparse.storage.run_folder import METRICS, append_row, keep_rows_until
 logger = logging.get_logger(__name__)
 
 
-_PEAK_FLOPS = (  # a second, dense bf16 with float32 sums, of the vendor's data sheets; by name, the first that matches
+_PEAK_FLOPS = (  # per second, dense bf16 with float32 sums, from the vendor's data sheets; the first name that matches
     (r"\bMIG\b", None),  # a part of a GPU
     (r"H[12]00 NVL", 835.5e12),
     (r"H100 PCIe", 756.5e12),
@@ -29,21 +29,21 @@ _PEAK_FLOPS = (  # a second, dense bf16 with float32 sums, of the vendor's data 
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOPs a second of a GPU, by its name; None where it is not known."""
+    """Dense bf16 FLOPs per second of a GPU, by its name; None if it is not known."""
     return next((peak for pattern, peak in _PEAK_FLOPS if re.search(pattern, device_name)), None)
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes every record of `Trainer.log` to `metrics.jsonl`: step, epoch, time in seconds since 1970, figures."""
+    """Writes every record of `Trainer.log` to `metrics.jsonl`: step, epoch, time in seconds since 1970, values."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.should_save:  # a checkpoint knows how many records it has seen: later ones may be of the same step
+        if args.should_save:  # a checkpoint has the number of records so far: later ones may have the same step
             keep_rows_until(Path(str(args.output_dir)) / METRICS, state.global_step, len(state.log_history))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:  # `logs` has lost what the progress bar takes out of it
+        if args.should_save:  # the progress bar removes entries from `logs`
             row = {"step": state.global_step, "epoch": state.epoch, "time": time.time(), **state.log_history[-1]}
             append_row(Path(str(args.output_dir)) / METRICS, row)
             for key, value in row.items():
@@ -52,10 +52,9 @@ class MetricsCallback(TrainerCallback):
 
 
 class SpeedCallback(TrainerCallback):
-    """Tokens a second of all ranks, model FLOPs utilisation and memory, for the record of each training loss.
+    """Tokens per second of all ranks, model FLOPs utilisation and memory, for the record of each training loss.
 
-    Counted is what a step takes: data, forward, backward, update, mask refresh. Evaluation, saving and the trackers
-    are not.
+    The time of a step counts: data, forward, backward, update, mask refresh. Evaluation, saving and trackers do not.
 
     Args:
         flops_per_token: of student and teacher.
@@ -72,10 +71,10 @@ class SpeedCallback(TrainerCallback):
         """Add the tokens of a micro-batch."""
         self._tokens += tokens
 
-    def figures(self, args: TrainingArguments) -> dict[str, float]:
-        """Since the last call: `tokens_per_second` and, where the peak is known, `mfu`; `memory_gib` of this process.
+    def log_values(self, args: TrainingArguments) -> dict[str, float]:
+        """Since the last call: `tokens_per_second` and, if the peak is known, `mfu`; `memory_gib` of this process.
 
-        All ranks must call it. Memory is the peak allocated on a GPU, or what is resident on a CPU.
+        All ranks must call this. Memory is the allocated peak on a GPU, or the resident memory on a CPU.
         """
         ranks, on_gpu = args.world_size, args.device.type == "cuda"
         tokens = float(mean_over_ranks(torch.tensor(float(self._tokens), device=args.device))) * ranks
@@ -106,7 +105,7 @@ class SpeedCallback(TrainerCallback):
         self._since, self._in_step = now, False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self._in_step and self._since is not None:  # between steps: what came since the last one is no training
+        if not self._in_step and self._since is not None:  # between steps: the time since the last one is not training
             self._since = time.monotonic()
 
     on_evaluate = on_save = on_log

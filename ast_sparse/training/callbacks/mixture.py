@@ -1,4 +1,4 @@
-"""Shares of domains that follow their held-out losses while a run goes (paper Sec. 7), and what is logged of them."""
+"""Shares of domains that follow their held-out losses during a run (paper Sec. 7), and their log."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ logger = logging.get_logger(__name__)
 
 
 class MixtureCallback(TrainerCallback):
-    """At every evaluation after a step, computes the shares that hold from the next step on, and logs them.
+    """At every evaluation after a step, computes the shares from the next step on, and logs them.
 
     An evaluation before the first step of a run, or of a resumed one (`eval_on_start`), changes nothing, so a resumed
-    run goes on as if it had not been interrupted. The losses are those that Trainer reports, the same on all ranks.
+    run continues as if it had not been interrupted. The losses are those that Trainer reports, equal on all ranks.
     """
 
     def __init__(self, mixture: Mixture, config: MixtureConfig, log: Callable[[dict[str, float]], None]) -> None:
@@ -35,8 +35,8 @@ class MixtureCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 1:
             due = control.should_log
-            self.log(self.figures(state.global_step - 1))
-            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+            self.log(self.log_values(state.global_step - 1))
+            control.should_log = due  # logging clears it, and the loss of this step would not be logged
         self._steps_done, self._losses = True, {}
 
     def on_train_end(
@@ -56,7 +56,7 @@ class MixtureCallback(TrainerCallback):
         self._losses = {}
         if self.config.type != "constant":
             self._update(state.global_step, losses)
-        self.log(self.figures(state.global_step))
+        self.log(self.log_values(state.global_step))
 
     def _update(self, step: int, losses: list[float]) -> None:
         if not all(math.isfinite(loss) for loss in losses):
@@ -68,8 +68,8 @@ class MixtureCallback(TrainerCallback):
         shares = updated_shares(self.mixture.shares_at(step), losses, targets, self.config)
         self.mixture.change_shares(step, shares, losses)
 
-    def figures(self, step: int) -> dict[str, float]:
-        """Share of each domain at a step, and how often its blocks have been gone through before it."""
+    def log_values(self, step: int) -> dict[str, float]:
+        """Share of each domain at a step, and how many times its blocks were used before it."""
         shares, epochs = self.mixture.shares_at(step), self.mixture.used(step) / self.mixture.blocks
         return {
             **{f"domain_share/{name}": share for name, share in zip(self.mixture.names, shares, strict=True)},

@@ -17,7 +17,7 @@ from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
 from ast_sparse.training.checks.baselines import check_steps
 
-_STATE = "ast_sparse.refresh_waits"  # as the state of `WatchCallback`
+_STATE = "ast_sparse.refresh_waits"  # not a class name, as in `watch.py`
 
 
 class SparsityCallback(TrainerCallback):
@@ -25,17 +25,17 @@ class SparsityCallback(TrainerCallback):
 
     λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone. A refresh that is due
     after a step without a counted token waits for the next step that has some; that it waits is all that is saved for
-    a resumed run. Activations for a `criterion` that needs text are those of the step that a refresh follows.
+    a resumed run. A `criterion` that needs text uses the activations of the step before the refresh.
 
     Args:
         config: the sparsity settings.
-        log: `Trainer.log`, which reaches the progress bar, the trackers and `state.log_history`.
+        log: `Trainer.log`, which feeds the progress bar, the trackers and `state.log_history`.
         calibration: SparseGPT's damping and block size.
-        slorb: where SLoRB comes after the sparse training, masks stop moving when it begins.
-        is_empty: whether the step that ends had no counted token.
+        slorb: if SLoRB comes after the sparse training, masks stop changing when it begins.
+        is_empty: returns whether the step that ends had no counted token.
 
     Attributes:
-        kernels: what masks and updates are computed with, from the beginning of training on.
+        kernels: the kernels for masks and updates, used from the beginning of training.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SparsityCallback(TrainerCallback):
         self.is_empty = is_empty
         self.kernels: Kernels = "eager"
         self._recorder: InputRecorder | None = None
-        self._waits = False  # a refresh that was due
+        self._waits = False  # whether a refresh that was due waits
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,35 +90,35 @@ class SparsityCallback(TrainerCallback):
         rates = self._refresh(model, state.global_step, state.max_steps)
         masks = {name: layer.mask for name, layer in sparse_layers(model).items()}
         total = sum(mask.numel() for mask in masks.values())
-        figures = {
+        values = {
             key: sum(rates[name][i] * mask.numel() for name, mask in masks.items()) / total
             for i, key in enumerate(("flip_rate", "initial_flip_rate"))
         }
-        figures["mask_decay"] = decay_at(self.config, state.global_step - 1, state.max_steps)  # of the update just done
+        values["mask_decay"] = decay_at(self.config, state.global_step - 1, state.max_steps)  # of the last update
         if self.config.is_gradual:
-            figures["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+            values["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
         due = control.should_log
-        self.log(dict(figures))
-        control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+        self.log(dict(values))
+        control.should_log = due  # logging clears it, and the loss of this step would not be logged
         if args.should_save:
             layers = {name: list(rate) for name, rate in rates.items()}
-            row = {"step": state.global_step, **figures, "layers": layers}
+            row = {"step": state.global_step, **values, "layers": layers}
             append_row(Path(str(args.output_dir)) / MASK_HISTORY, row)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.config.is_gradual:  # a run that was stopped early is pruned to its pattern all the same
+        if self.config.is_gradual:  # a run that stops early is pruned to its pattern too
             refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
         apply_masks(kwargs["model"])
 
     def _wait(self, state: TrainerState, waits: bool) -> None:
-        """Put the refresh of a step off, or end that; what was recorded for it is dropped with it."""
+        """Postpone the refresh of a step and drop what was recorded for it, or note that none waits any more."""
         if waits and self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
         if waits != self._waits:
-            others: dict[str, Any] = dict(state.stateful_callbacks or {})  # type: ignore[arg-type]  # a mapping by now
+            others: dict[str, Any] = dict(state.stateful_callbacks or {})  # type: ignore[arg-type]  # a mapping here
             others.pop(_STATE, None)
             state.stateful_callbacks = {**others, _STATE: {}} if waits else others  # type: ignore[assignment]
         self._waits = waits
@@ -140,7 +140,7 @@ class SparsityCallback(TrainerCallback):
 
 
 def sparse_optimizer(optimizer: Any) -> SparseAdamW:
-    """The optimizer itself: accelerate wraps it."""
+    """The optimizer inside accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", optimizer)
     assert isinstance(inner, SparseAdamW), type(inner)
     return inner

@@ -1,6 +1,6 @@
-"""A loss that is not finite, or jumps: the run stops or passes over the step, and the batch is kept for replay.
+"""A loss that is not finite, or jumps: the run stops or skips the step, and the batch is saved for replay.
 
-A step without a counted token is passed over too.
+A step without a counted token makes no update either.
 """
 
 import json
@@ -28,16 +28,16 @@ from ast_sparse.training.resume.checkpoints import last_checkpoint
 
 logger = logging.get_logger(__name__)
 
-# not the name of a class: transformers would build one anew with `restore_callback_states_from_checkpoint`
+# not a class name: transformers would make a new instance with `restore_callback_states_from_checkpoint`
 _STATE = "ast_sparse.watch"
 
 
 def divergence(what: str, args: TrainingArguments, step: int, batch: Path | None = None) -> DivergenceError:
-    """The error that ends a run whose numbers have gone wrong.
+    """The error that ends a run with wrong values.
 
     Args:
-        what: is wrong, at which `step`.
-        batch: where the step's batch is kept.
+        what: what is wrong at `step`.
+        batch: the file with the batch of the step.
     """
     last = last_checkpoint(str(args.output_dir))
     good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
@@ -51,16 +51,16 @@ def divergence(what: str, args: TrainingArguments, step: int, batch: Path | None
 class WatchCallback(TrainerCallback):
     """Judges every step before its update, by the loss of all its micro-batches on all ranks.
 
-    A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data go on. What
-    a later verdict depends on is saved with every checkpoint, so a resumed run decides as the undisturbed one.
+    A skipped step leaves weights, moments and step counts as they are, while masks, learning rate and data move on.
+    What later decisions depend on is saved with every checkpoint, so a resumed run decides like an uninterrupted one.
 
-    A step whose micro-batches hold no token that the loss counts, on any rank, has nothing to learn from. It leaves
-    weights, moments and step counts as they are as well, and is not judged; the masks wait for the next step that has
-    such tokens (`SparsityCallback`), while λ, learning rate and data go on.
+    A step in which no rank has a counted token has nothing to learn from. It is not judged, and also leaves weights,
+    moments and step counts as they are; the masks wait for the next step that has such tokens (`SparsityCallback`),
+    while λ, learning rate and data move on.
 
     Attributes:
-        is_empty: whether the step that was judged last had no such token.
-        empty: steps without one so far.
+        is_empty: whether the last step had no such token.
+        empty: number of such steps so far.
     """
 
     def __init__(self, config: WatchConfig) -> None:
@@ -73,28 +73,28 @@ class WatchCallback(TrainerCallback):
         self.is_empty = False
         self._in_a_row = 0
         self._tokens: Tensor | None = None
-        self._steps = [0, 0]  # since the last record of the log, and since the beginning of this call of train()
-        self._empty_steps = [0, 0]  # of them
+        self._steps = [0, 0]  # since the last log record, and since this call of train() began
+        self._empty_steps = [0, 0]  # those of them without a counted token
 
     def add(self, inputs: dict[str, Any], loss: Tensor) -> None:
-        """Note a micro-batch and its loss, as Trainer adds them up."""
+        """Add a micro-batch and its loss, as Trainer adds them up."""
         tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss)
         self._batches.append(inputs)
         self._loss = loss if self._loss is None else self._loss + loss
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
 
-    def figures(self) -> dict[str, float]:
-        """For the log: `skipped_steps` so far, where steps may be skipped; `empty_steps`, once there is one."""
+    def log_values(self) -> dict[str, float]:
+        """For the log: `skipped_steps` so far, if steps may be skipped; `empty_steps`, once there is one."""
         found: dict[str, float] = (
             {"skipped_steps": self.skipped} if "skip" in (self.config.nan, self.config.spike) else {}
         )
         return {**found, "empty_steps": self.empty} if self.empty else found
 
     def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
-        """Make the mean over steps that Trainer logs one over the steps that have a loss; without one, take it out.
+        """Replace the mean over all steps, which Trainer logs, by that over the steps with a loss; drop it without any.
 
         Args:
-            key: `loss`, since the last record of the log, or `train_loss`, since the beginning of this call of train().
+            key: `loss`, since the last log record, or `train_loss`, since this call of train() began.
         """
         index = int(key != "loss")
         steps, empty = self._steps[index], self._empty_steps[index]
@@ -120,7 +120,7 @@ class WatchCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the update go on, or empty it by taking the gradients.
+        """Let the update happen, or prevent it by dropping the gradients.
 
         Raises:
             DivergenceError: the settings say stop.
@@ -150,17 +150,18 @@ class WatchCallback(TrainerCallback):
         elif self.config.spike != "off":
             self._losses.append(loss)
         if action != "go" and args.should_log:
-            logger.warning(f"Step {step} {'is skipped' if action == 'skip' else 'goes on'}: {what}. The batch: {path}.")
+            done = "is skipped" if action == "skip" else "continues"
+            logger.warning(f"Step {step} {done}: {what}. The batch: {path}.")
 
     def _pass_over(self, args: TrainingArguments, step: int, optimizer: Any) -> None:
-        """Leave out the update of a step without a counted token, and say so the first time."""
+        """Leave out the update of a step without a counted token; warn the first time."""
         self._empty_steps = [steps + 1 for steps in self._empty_steps]
         self.empty += 1
         _drop_update(optimizer)
         if self.empty == 1 and args.should_log:
             logger.warning(
                 f"Step {step} has no token that the loss counts (all labels are −100), so weights, moments and masks "
-                "stay as they are. Said once; `empty_steps` in the log counts such steps."
+                "stay as they are. This is shown once; `empty_steps` in the log counts such steps."
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -189,7 +190,7 @@ class WatchCallback(TrainerCallback):
         return "go", ""
 
     def _save(self, args: TrainingArguments, header: dict[str, Any], optimizer: Any) -> Path:
-        """This rank's micro-batches as `replay/step-N-rank-R.safetensors`."""
+        """Save this rank's micro-batches as `replay/step-N-rank-R.safetensors`."""
         path = Path(str(args.output_dir)) / REPLAY / f"step-{header['step']}-rank-{args.process_index}.safetensors"
         settings = {"watch": self.config.to_dict(), "learning_rate": float(optimizer.param_groups[0]["lr"])}
         described = {**header, "rank": args.process_index, "micro_batches": len(self._batches), "settings": settings}
@@ -210,7 +211,7 @@ def load_batch(path: str | Path) -> tuple[list[dict[str, Tensor]], dict[str, Any
     """The micro-batches of a file in `replay/`, and its header: step, rank, what was wrong, loss, settings.
 
     Raises:
-        UserError: the file is not there, or is none of them.
+        UserError: the file is missing, or is not one of these.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -228,9 +229,9 @@ def load_batch(path: str | Path) -> tuple[list[dict[str, Tensor]], dict[str, Any
 
 
 def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
-    """Cross-entropy of a model on each micro-batch that a run kept.
+    """Cross-entropy of a model on each micro-batch that a run saved.
 
-    For the loss (4) of a run, give each of `load_batch(path)[0]` to `SparseTrainer.compute_loss`.
+    For the loss (4) of a run, pass each of `load_batch(path)[0]` to `SparseTrainer.compute_loss`.
 
     Raises:
         UserError: the file cannot be read.
@@ -238,7 +239,7 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
     batches, _ = load_batch(path)
     with torch.no_grad():
         known = [{name: value for name, value in batch.items() if name != DOMAIN} for batch in batches]
-        # beside a cache, transformers sees no borders of documents in `position_ids`
+        # with a cache, transformers does not see document borders in `position_ids`
         return [
             float(model(use_cache=False, **{name: v.to(model.device) for name, v in batch.items()}).loss)
             for batch in known
@@ -246,14 +247,14 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
 
 
 def _drop_update(optimizer: Any) -> None:
-    """Let the optimizer find nothing to do: neither weights decay nor moments nor step counts move."""
+    """Leave the optimizer nothing to do: weights do not decay, moments and step counts do not change."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
 
 
 def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
-    """The norm after clipping, which leaves a NaN where it was not finite."""
-    if getattr(optimizer, "scaler", None) is not None:  # of fp16: it overflows now and then, and sees to it itself
+    """The norm after clipping, which turns a norm that is not finite into NaN."""
+    if getattr(optimizer, "scaler", None) is not None:  # fp16 overflows now and then, and its scaler handles that
         return torch.zeros(())
     return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

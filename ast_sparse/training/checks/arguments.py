@@ -1,4 +1,4 @@
-"""Settings of `TrainingArguments` that are wrong, or that AST would ignore or break: refused by name before a run."""
+"""Settings of `TrainingArguments` that are wrong, or that AST would ignore or break, are refused before a run."""
 
 import dataclasses
 import inspect
@@ -21,7 +21,7 @@ from transformers.training_args import trainer_log_levels
 from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
 
-# field: why, and the mend; refused whenever it is not at its default
+# field: reason and fix; refused unless it has its default
 _REFUSED = {
     "optim": "AST trains with its own SparseAdamW. Remove it; set adam_beta1, adam_beta2, adam_epsilon, weight_decay.",
     "optim_args": "AST trains with its own SparseAdamW. Remove it.",
@@ -33,9 +33,9 @@ _REFUSED = {
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
     "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; set fsdp: true (FSDP2).",
     "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
-    "auto_find_batch_size": "a batch size that changes makes a run unrepeatable. Set per_device_train_batch_size.",
+    "auto_find_batch_size": "a run whose batch size changes is not repeatable. Set per_device_train_batch_size.",
 }
-# of a configuration file only: transformers leaves these to scripts, and ast-train has its own way
+# only in a configuration file: transformers leaves these to scripts, and ast-train does not use them
 _USELESS = {
     "do_train": (True, "ast-train always trains. Remove it; ast-eval measures a model."),
     "do_predict": (False, "ast-train predicts nothing. Remove it."),
@@ -62,11 +62,11 @@ _ENGINES = {
     "PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-_ANY_STEPS = 1000  # stands for the length of a run that the data decides
+_ANY_STEPS = 1000  # in place of a number of steps that only the data decides
 
 
 def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArguments:
-    """`TrainingArguments(**values)` with its errors as one line each.
+    """`TrainingArguments(**values)`, with its errors in one line each.
 
     Raises:
         UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting.
@@ -77,20 +77,20 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
     for name, (default, reason) in _USELESS.items():
         if name in values and values[name] != default:
             raise UserError(f"training.{name}={_short(values[name])}: {reason}")
-    _check_choices(values, "metric_for_best_model")  # of a trainer of one's own, compute_metrics brings others
+    _check_choices(values, "metric_for_best_model")  # a SparseTrainer with compute_metrics has others
     arguments = {**values, "output_dir": output_dir}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
             args = TrainingArguments(**arguments)
-        except Exception as error:  # whatever its many checks, and those of accelerate, raise
+        except Exception as error:  # anything that its many checks, and those of accelerate, raise
             raise UserError(_named(error, values, arguments)) from None
     check_arguments(args)
     return args
 
 
 def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """An error of TrainingArguments in one line, with the setting without which it does not occur."""
+    """An error of TrainingArguments in one line, with the setting that causes it."""
     message = one_line(error, end="stop")
     for key in sorted(values.keys() - {"output_dir"}, key=lambda key: re.search(rf"\b{key}\b", message) is None):
         try:
@@ -105,7 +105,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuse settings that fail later, or that this trainer would ignore.
 
     Raises:
-        UserError: the first of them, with its value and the mend.
+        UserError: the first of them, with its value and the fix.
     """
     values = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
     _check_refused(values, {item.name: item.default for item in dataclasses.fields(args)})
@@ -116,7 +116,7 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_schedule(args)
     _check_checkpointing(args)
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
-        raise UserError("training.save_strategy='best' needs a figure to compare. Set metric_for_best_model: loss.")
+        raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
     if args.push_to_hub and args.hub_strategy not in ("end",):
         raise UserError(
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
@@ -145,9 +145,9 @@ def _check_refused(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    def require(condition: bool, name: str, mend: str) -> None:
+    def require(condition: bool, name: str, fix: str) -> None:
         if not condition:
-            raise UserError(f"training.{name}={_short(values[name])} {mend}")
+            raise UserError(f"training.{name}={_short(values[name])} {fix}")
 
     given = {name: value for name, value in values.items() if isinstance(value, int | float)}
     for name in given.keys() & _AT_LEAST.keys():
@@ -160,10 +160,10 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         require(0 <= given[name] < 2**32, name, "must lie between 0 and 4294967295.")
     if "max_steps" in given:
         steps = given["max_steps"]
-        require(steps >= 1 or steps == -1, "max_steps", "must be 1 or more, or -1 where num_train_epochs decides.")
+        require(steps >= 1 or steps == -1, "max_steps", "must be 1 or more, or -1 if num_train_epochs decides.")
         require(steps < 2**31, "max_steps", "must be below 2147483648.")
     if given.get("warmup_steps", 0) > 1:
-        require(given["warmup_steps"] % 1 == 0, "warmup_steps", "must be whole steps, or a share of them below 1.")
+        require(given["warmup_steps"] % 1 == 0, "warmup_steps", "must be a whole number, or a share below 1.")
 
 
 def _check_choices(values: Mapping[str, Any], name: str) -> None:
@@ -176,39 +176,39 @@ def _check_trackers(report_to: Any) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             known = ("none", "all", *sorted(INTEGRATION_TO_CALLBACK))
-            raise UserError(f"training.report_to={_short(name)} is no tracker. {_choose(name, known)}")
-        # transformers lists neither of these two among the available ones in every case
+            raise UserError(f"training.report_to={_short(name)} is not a tracker. {_choose(name, known)}")
+        # transformers does not always list these two as available
         if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):
             raise UserError(f"training.report_to={_short(name)} is not installed. Install it, or set report_to: none.")
 
 
 def _check_schedule(args: TrainingArguments) -> None:
-    """Build the learning-rate schedule as Trainer will, and follow it to its end."""
+    """Build the learning-rate schedule as Trainer will, and run through it."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
     where = f"training.lr_scheduler_kwargs={_short(given)}" if given else f"training.lr_scheduler_type={kind.value!r}"
     if not isinstance(given, dict):
-        raise UserError(f"{where} is no mapping. Write for example {{min_lr_rate: 0.1}}.")
+        raise UserError(f"{where} is not a mapping. Write, for example, {{min_lr_rate: 0.1}}.")
     build = cast(Callable[..., Any], TYPE_TO_SCHEDULER_FUNCTION[kind])
     parameters = inspect.signature(build).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     known = [name for name in parameters if name not in _GIVEN_TO_SCHEDULERS]
     if kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
-        known = []  # Trainer hands them none
+        known = []  # Trainer passes them none
     for key in given:
         if key not in known and not takes_any:
-            raise UserError(f"{where}: the schedule {kind.value!r} takes no {key!r}. {_choose(key, known)}")
+            raise UserError(f"{where}: the schedule {kind.value!r} does not take {key!r}. {_choose(key, known)}")
         if isinstance(given[key], int | float) and given[key] < 0:
             raise UserError(f"{where}: {key} is negative. Set it to 0 or more.")
     steps = args.max_steps if args.max_steps > 0 else _ANY_STEPS
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
-        with warnings.catch_warnings(action="ignore"):  # they come again when Trainer builds it
+        with warnings.catch_warnings(action="ignore"):  # they are shown when Trainer builds it
             schedule = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, given)
         rate = getattr(schedule, "lr_lambdas", [lambda step: 1.0])[0]
         rates = [float(rate(steps * tenth // 10)) for tenth in range(11)]
-    except Exception as error:  # whatever arguments of the wrong type or size make it raise
-        mend = "Correct its arguments." if given else "Give its arguments in training.lr_scheduler_kwargs."
-        raise UserError(f"{where}: the schedule cannot be built: {one_line(error, end='open')}. {mend}") from None
+    except Exception as error:  # anything that arguments of the wrong type or size raise
+        fix = "Correct its arguments." if given else "Give its arguments in training.lr_scheduler_kwargs."
+        raise UserError(f"{where}: the schedule cannot be built: {one_line(error, end='open')}. {fix}") from None
     if not all(math.isfinite(value) and -1e-6 <= value <= 1 + 1e-6 for value in rates):
         raise UserError(
             f"{where}: the schedule {kind.value!r} leaves the range from 0 to training.learning_rate="

@@ -1,4 +1,4 @@
-"""What is refused of the baselines IMP, GMP and late SLoRB."""
+"""Checks of the baselines IMP, GMP and late SLoRB before a run."""
 
 from transformers import TrainingArguments
 
@@ -9,13 +9,13 @@ from ast_sparse.sparsity.oneshot import METHODS
 
 
 def check_baseline(sparsity: SparsityConfig, slorb: SLoRBConfig | None, args: TrainingArguments) -> None:
-    """Refuse what would end a run short of its pattern, as far as it is known before the data is.
+    """Refuse settings with which a run would not reach its pattern, as far as that is known without the data.
 
     Args:
-        args: those of training; `max_steps` counts where it is set.
+        args: of training; the steps are checked only if `max_steps` is set.
 
     Raises:
-        UserError: naming the settings that do not go together.
+        UserError: two settings do not go together.
     """
     if sparsity.is_gradual and args.load_best_model_at_end:
         raise UserError(
@@ -32,7 +32,7 @@ def check_baseline(sparsity: SparsityConfig, slorb: SLoRBConfig | None, args: Tr
 
 
 def check_steps(sparsity: SparsityConfig, slorb: SLoRBConfig | None, total_steps: int) -> None:
-    """Raise UserError unless IMP's last round begins within the run, and the pattern is there when SLoRB begins."""
+    """Raise UserError unless IMP's last round begins within the run, and the pattern is reached before SLoRB begins."""
     if lacks_rounds(sparsity, total_steps):
         given = "" if sparsity.steps_per_round is None else f" of sparsity.steps_per_round={sparsity.steps_per_round}"
         raise UserError(

@@ -1,4 +1,4 @@
-"""What distillation of hidden states and attention maps asks of student, teacher and settings, before training."""
+"""What distillation of hidden states and attention maps needs from student, teacher and settings; checked first."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,11 +19,11 @@ _PROBE_TOKENS = 2
 def check_feature_settings(
     config: DistillationConfig | None, student: PreTrainedConfig, args: TrainingArguments
 ) -> None:
-    """Refuse what the kinds of distillation that look inside the blocks cannot work with; other kinds pass.
+    """Refuse what does not work with the kinds of distillation that look inside the blocks; other kinds pass.
 
     Raises:
-        UserError: weights leave nothing to distil, attention weights are dropped at random, or
-            `torch_compile` or reentrant activation checkpointing would hide the features.
+        UserError: all weights are 0, attention weights are dropped at random, or `torch_compile` or reentrant
+            activation checkpointing would hide the features.
     """
     if config is None or not config.needs_teacher:
         return
@@ -45,8 +45,8 @@ def check_feature_settings(
     options = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise UserError(
-            "training.gradient_checkpointing_kwargs={'use_reentrant': True} cuts the features that "
-            f"{kind} compares off their gradient. Set use_reentrant: false."
+            "training.gradient_checkpointing_kwargs={'use_reentrant': True} detaches the features that "
+            f"{kind} compares. Set use_reentrant: false."
         )
     if needs_attention(config) and (dropped := next(_attention_dropout(student.get_text_config().to_dict()), None)):
         name, value = dropped
@@ -57,7 +57,7 @@ def check_feature_settings(
 
 
 def _attention_dropout(values: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
-    """Settings of a model that drop attention weights, those of nested sections included."""
+    """Settings of a model that drop attention weights, also in nested sections."""
     for key, value in values.items():
         name = str(key)  # label maps have numbers
         if isinstance(value, dict):
@@ -69,7 +69,7 @@ def _attention_dropout(values: Mapping[Any, Any]) -> Iterator[tuple[str, float]]
 def check_feature_shapes(
     config: DistillationConfig | None, student: PreTrainedConfig, teacher: PreTrainedConfig
 ) -> None:
-    """Raise UserError if the blocks of the teacher cannot be compared with the student's one by one."""
+    """Raise UserError if teacher and student cannot be compared block by block."""
     if config is None or not (needs_hidden(config) or needs_attention(config)):
         return
     keys = ["num_hidden_layers"]
@@ -88,13 +88,13 @@ def check_feature_shapes(
 def use_eager_attention(
     config: DistillationConfig | None, student: PreTrainedModel, teacher: PreTrainedModel, report: bool = True
 ) -> None:
-    """Make both models hand out attention maps where the loss needs them: transformers does so under eager alone.
+    """Make both models return attention maps if the loss needs them: in transformers only eager attention does.
 
     Args:
-        report: say so where an attention had to be changed.
+        report: warn if the attention of a model is changed.
 
     Raises:
-        UserError: a model delivers no attention maps.
+        UserError: a model returns no attention maps.
     """
     if config is None or not needs_attention(config):
         return
@@ -104,7 +104,7 @@ def use_eager_attention(
         if (reason := _missing_maps(model)) is not None:
             raise UserError(
                 f"distillation.kind={config.kind!r} needs attention maps, and the {owner}, a "
-                f"{type(model).__name__}, delivers none: {reason}. "
+                f"{type(model).__name__}, returns none: {reason}. "
                 "Set distillation.attention_weight: 0, or distillation.kind: kl."
             )
     if before and report:
@@ -116,18 +116,18 @@ def use_eager_attention(
 
 @torch.no_grad()
 def _missing_maps(model: PreTrainedModel) -> str | None:
-    """Why a forward pass of two tokens brings no attention maps, or None where it does."""
+    """Why a forward pass of two tokens returns no attention maps, or None if it does."""
     ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=model.device)
     was_training = model.training
     model.eval()
     try:
         maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    except Exception as error:  # whatever the code of a model raises that knows no attention maps
+    except Exception as error:  # anything that a model without attention maps raises
         return one_line(error, end="open")
     finally:
         model.train(was_training)
     if not maps:
-        return "its output holds no attentions"
+        return "its output has no attentions"
     shapes = [tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__ for each in maps]
     wrong = [shape for shape in shapes if shape[-2:] != (_PROBE_TOKENS, _PROBE_TOKENS) or len(shape) != 4]
     return f"its attentions are {wrong[0]}, not [batch, heads, query, key]" if wrong else None

@@ -1,4 +1,4 @@
-"""What SparseTrainer is given, checked before training: models, their vocabularies, an optimizer."""
+"""Checks of what SparseTrainer is given, before training: models, their vocabularies, an optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from ast_sparse.storage.locate import load_tokenizer
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UserError for half-precision weights, or a loss of the model's own that (4) has no place for."""
+    """Raise UserError for half-precision weights, or a loss of the model itself that is not part of (4)."""
     if getattr(model.config, "output_router_logits", False):
         raise UserError(
             "config.output_router_logits=True asks for the router's auxiliary loss, which is not part of (4). "
@@ -22,16 +22,16 @@ def check_model(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64) and parameter.is_floating_point():
             raise UserError(
-                f"`{name}` is {parameter.dtype}: half-precision master weights swallow the mask decay and small steps. "
+                f"`{name}` is {parameter.dtype}: half-precision master weights lose the mask decay and small steps. "
                 "Load the model with dtype=torch.float32, and set bf16=True in TrainingArguments for speed."
             )
 
 
 def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, Any]) -> None:
-    """Raise UserError for what SparseTrainer has of its own: an optimizer without masks, a loss, a model to build."""
+    """Raise UserError for what would replace SparseTrainer's own: an optimizer without masks, a loss, a model."""
     if optimizer is not None and not isinstance(optimizer, SparseAdamW):
         raise UserError(
-            f"optimizers[0] is {type(optimizer).__name__}, which knows no masks. Pass a SparseAdamW, or None."
+            f"optimizers[0] is {type(optimizer).__name__}, which does not support masks. Pass a SparseAdamW, or None."
         )
     for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
         if given.get(name) is not None:
@@ -39,14 +39,14 @@ def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, 
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:
-    """Raise UserError unless an optimizer that was built by hand holds every trained parameter, SLoRB's included."""
+    """Raise UserError unless an optimizer built by the user has every trained parameter, SLoRB's included."""
     if optimizer is None:
         return
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in held:
             raise UserError(
-                f"optimizers[0] does not hold `{name}`, which would never be trained. Pass None: SparseTrainer builds "
+                f"optimizers[0] does not have `{name}`, which would never be trained. Pass None: SparseTrainer builds "
                 "its own SparseAdamW."
             )
 
@@ -58,18 +58,18 @@ def check_vocabularies(
     name: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str | None, Renamed]:
-    """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer lies beside it.
+    """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer is beside it.
 
     Args:
         tokenizer: of the student; None: the one beside its weights.
-        name: of the teacher, where it is not the one in its configuration.
+        name: of the teacher, if it is not the one in its configuration.
         trust_remote_code: run code that comes with a tokenizer.
 
     Returns:
-        A line to print, as of `check_teacher_tokens`, and the tokens that text must not hold, as of `renamed_tokens`.
+        A line to print, as in `check_teacher_tokens`, and the tokens that text must not have, as in `renamed_tokens`.
 
     Raises:
-        UserError: as `check_teacher_tokens`.
+        UserError: as in `check_teacher_tokens`.
     """
     name = name or str(teacher.name_or_path)
     named = f"model.teacher {name!r}"
@@ -77,7 +77,7 @@ def check_vocabularies(
     if tokenizer is None:
         tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
     else:
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     other = find_tokenizer(name, trust_remote_code)
     note = check_teacher_tokens(tokenizer, other, rows, teacher_rows, named)
     return note, renamed_tokens(tokenizer, other)
@@ -86,10 +86,10 @@ def check_vocabularies(
 def check_taught(
     tokens: torch.Tensor, student: PreTrainedConfig, teacher: PreTrainedConfig, renamed: Renamed | None = None
 ) -> None:
-    """Raise UserError for a token that the teacher, whose vocabulary is the smaller one, has no embedding for.
+    """Raise UserError for a token that a teacher with a smaller vocabulary has no embedding for.
 
     Args:
-        renamed: tokens that mean something else to the teacher; the same for one of them.
+        renamed: tokens that mean something else to the teacher; they raise UserError too.
     """
     check_text_tokens(tokens, renamed or {}, f"model.teacher {str(teacher.name_or_path)!r}")
     rows = teacher.get_text_config().vocab_size
@@ -101,7 +101,7 @@ def check_taught(
 
 
 def find_tokenizer(name_or_path: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, None where there is none that can be read."""
+    """The tokenizer of a model, or None if it has none that can be read."""
     try:
         return load_tokenizer(name_or_path, trust_remote_code=trust_remote_code) if name_or_path else None
     except UserError:

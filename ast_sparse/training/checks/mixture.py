@@ -1,4 +1,4 @@
-"""What is refused of a mixture of domains."""
+"""Checks of a mixture of domains before a run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,16 +15,16 @@ def check_mixture(config: MixtureConfig, train: Mapping[str, Any], held_out: Any
 
     Args:
         train: blocks by domain.
-        held_out: the same of the text that is held out, if there is any.
+        held_out: the same for held-out text, if there is any.
 
     Raises:
-        UserError: a domain has no block, share, target or held-out text, there is one too many, or there is no
-            evaluation.
+        UserError: a domain lacks a block, share, target or held-out text, a share or target has no domain, or there is
+            no evaluation.
     """
     config.check_names(train)
     for what, given in (("share", config.shares), ("target", config.targets)):
         if unknown := sorted((given or {}).keys() - train.keys()):
-            raise UserError(f"data.domains: there is a {what} for {unknown[0]!r}, which is no domain. Remove it.")
+            raise UserError(f"data.domains: there is a {what} for {unknown[0]!r}, which is not a domain. Remove it.")
     for name, blocks in train.items():
         if not len(blocks):
             raise UserError(f"data.domains.{name} has no block to train on. Give it more text, or remove it.")
@@ -40,7 +40,7 @@ def check_mixture(config: MixtureConfig, train: Mapping[str, Any], held_out: Any
 
 
 def check_evaluations(config: MixtureConfig, args: TrainingArguments) -> None:
-    """Raise UserError if shares are to change at evaluations and there are none."""
+    """Raise UserError if shares change at evaluations, but there are none."""
     if config.type != "constant" and args.eval_strategy == IntervalStrategy.NO:
         raise UserError(
             f"data.update.type={config.type} changes shares at every evaluation, and training.eval_strategy is no. Set "

@@ -1,4 +1,4 @@
-"""Documents of a block kept apart (`data.packing: documents`): what it needs of a model, tried out before training."""
+"""Documents of a block kept apart (`data.packing: documents`): whether the models do so is tried before training."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.evaluation.scoring import eval_mode
 
-_MEND = "Set data.packing: joined."
+_FIX = "Set data.packing: joined."
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # of the largest logit, for float32 and below
-_TRIED = ((3, 13), (8, 8))  # lengths of the documents of each row
+_TRIED = ((3, 13), (8, 8))  # lengths of the documents in each row
 
 
 def check_apart(
@@ -23,15 +23,15 @@ def check_apart(
 ) -> None:
     """Check that student and teacher keep the documents of a block apart.
 
-    Each that is not on flash attention runs two short rows of two documents, and the documents alone. Flash attention
-    reads the borders out of the positions of a batch of one row only.
+    A model without flash attention runs two short rows of two documents, and then each document alone. Flash attention
+    takes the borders from the positions, but only in a batch of one row.
 
     Raises:
-        UserError: one of them does not, or there is no tokenizer to say how documents end.
+        UserError: one of them does not, or there is no tokenizer whose EOS token shows where documents end.
     """
     if tokenizer is None or collator is not None:
         raise UserError(
-            "packing='documents' is done by SparseTrainer's own collator, by the tokenizer's EOS token. Pass "
+            "packing='documents' needs SparseTrainer's own collator and the tokenizer's EOS token. Pass "
             "processing_class and no data_collator."
         )
     for who, tried in (("the model", model), ("the teacher", teacher)):
@@ -43,7 +43,7 @@ def check_apart(
         elif reason := _mixes(tried):
             raise UserError(
                 f"data.packing='documents': {who} ({type(tried).__name__}, attention {attention!r}) does not keep "
-                f"documents apart by their positions: {reason}. {_MEND}"
+                f"documents apart by their positions: {reason}. {_FIX}"
             )
 
 
@@ -52,7 +52,7 @@ def _check_batch(args: TrainingArguments, attention: str) -> None:
         if getattr(args, key) != 1:
             raise UserError(
                 f"training.{key}={getattr(args, key)}: with attention {attention!r}, data.packing='documents' needs "
-                "batches of one block. Set it to 1 and raise gradient_accumulation_steps, or take sdpa."
+                "batches of one block. Set it to 1 and raise gradient_accumulation_steps, or use sdpa."
             )
 
 

@@ -31,7 +31,7 @@ from ast_sparse.storage.sparsity_record import SparsityRecord
 
 logger = logging.get_logger(__name__)
 
-RUN_RECORD = "run.json"  # what the run was: settings, and fingerprints of what it read
+RUN_RECORD = "run.json"  # settings of the run, and fingerprints of what it read
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
@@ -39,8 +39,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_EPOCHS = 10**9
-_MAY_DIFFER = ("kernels",)  # a warning says what it means
-_STATE = ("optimizer.pt", "scheduler.pt")  # of a sharded run, the optimizer is in the shards
+_MAY_DIFFER = ("kernels",)  # only a warning
+_STATE = ("optimizer.pt", "scheduler.pt")  # in a sharded run, the optimizer is in the shards
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -50,9 +50,9 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What a resume needs and the folder lacks, or holds damaged: every file is read and compared with its checksums.
+    """Files that a resume needs and that are missing or damaged: every file is read and compared with its checksums.
 
-    `trainer_state.json` is written last, so it marks a finished save. Files that did not change are not read again.
+    `trainer_state.json` is written last, so it marks a finished save. Unchanged files are not read again.
     """
     found = []
     sharded = is_sharded_checkpoint(checkpoint)
@@ -66,7 +66,7 @@ def faults(checkpoint: Path) -> list[str]:
         except UserError as error:
             found.append(str(error).rstrip("."))
     for name in _PICKLED:
-        if (checkpoint / name).exists():  # beside shards, Trainer takes it for the weights
+        if (checkpoint / name).exists():  # beside shards, Trainer would load it as the weights
             found.append(f"{name} is pickled, which is not read")
     states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
     for path in (*(checkpoint / name for name in _STATE[sharded:]), *states):
@@ -100,9 +100,9 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
-    """What is wrong with a file of `torch.save`; nothing pickled in it is run.
+    """What is wrong with a file of `torch.save`; pickled code in it is not run.
 
-    Its format is a zip file with checksums, which torch does not compare.
+    The format is a zip file with checksums, which torch does not check.
     """
     try:
         check_inside(path)
@@ -116,13 +116,13 @@ def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
         return "is damaged"
     try:
-        with safe_globals():  # numpy's random state, as Trainer allows it
+        with safe_globals():  # allows numpy's random state, as Trainer does
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        return "holds more than numbers, text and tensors, so it is not read"
-    except Exception:  # whatever a damaged pickle makes torch raise
+        return "contains more than numbers, text and tensors, so it is not read"
+    except Exception:  # anything that torch raises for a damaged pickle
         return "is damaged"
-    markers = {"param_groups": "optimizer", "cpu": "rng_state"}  # a scheduler's keys are its own
+    markers = {"param_groups": "optimizer", "cpu": "rng_state"}  # a scheduler may have any keys
     kind = next((kind for key, kind in markers.items() if key in state), "scheduler") if isinstance(state, dict) else ""
     return None if kind and path.name.startswith(kind) else "is damaged"
 
@@ -130,7 +130,7 @@ def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
 def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
     try:
         state = TrainerState(**content)
-    except Exception:  # unknown keys, or values it cannot work with
+    except Exception:  # unknown keys, or values of the wrong type
         return "is damaged"
     steps = (state.global_step, state.max_steps)
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
@@ -138,31 +138,31 @@ def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
     known = _NAME.fullmatch(name)
     if known and "global_step" in content and state.global_step != int(known[1]):
         return f"is of step {state.global_step}"
-    endless = state.num_train_epochs == sys.maxsize  # Trainer's word for a stream
+    endless = state.num_train_epochs == sys.maxsize  # Trainer sets this for a stream
     epochs = (state.epoch or 0.0, 0 if endless else state.num_train_epochs)
-    if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # NaN is not
+    if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # false for NaN
         return "is damaged"
     return None if isinstance(state.log_history, list) else "is damaged"
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; half-written ones are named in a warning and passed over."""
+    """The newest complete checkpoint of a run; a warning names incomplete ones, which are skipped."""
     for folder in checkpoint_folders(output_dir):
         found = faults(folder)
         if not found:
             return folder
-        logger.warning(f"{folder} is incomplete ({', '.join(found)}): the checkpoint before it is taken.")
+        logger.warning(f"{folder} is incomplete ({', '.join(found)}): the one before it is used.")
     return None
 
 
 def refuse_model_only(folders: Iterable[Path]) -> None:
-    """Raise UserError if the first finished one of the folders was saved with `save_only_model`."""
+    """Raise UserError if the first finished checkpoint among the folders was saved with `save_only_model`."""
     for folder in folders:
         states = [*folder.glob("rng_state*.pth"), *(path for name in _STATE if (path := folder / name).exists())]
         is_finished = (folder / TRAINER_STATE_NAME).is_file() and (folder / SPARSITY_CONFIG_NAME).is_file()
         if is_finished and not states and any((folder / name).is_file() for name in _WEIGHTS):
             raise UserError(
-                f"{str(folder)!r} holds the model without optimizer, schedule and random state "
+                f"{str(folder)!r} has the model without optimizer, schedule and random state "
                 "(training.save_only_model=true): a resume would begin at step 0. Name a checkpoint that has them, or "
                 "start again with --overwrite and save_only_model: false."
             )
@@ -174,24 +174,24 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
     """The checkpoint to resume: the named one, or the last complete one of `output_dir`.
 
     Raises:
-        UserError: the folder is no complete checkpoint, was saved with `save_only_model`, or there is none.
+        UserError: the folder is not a complete checkpoint, was saved with `save_only_model`, or does not exist.
     """
     if resume is True:
         refuse_model_only(checkpoint_folders(output_dir))
         last = last_checkpoint(output_dir)
         if last is None:
             raise UserError(
-                f"Nothing to resume: {str(output_dir)!r} holds no complete checkpoint-N folder. "
+                f"Nothing to resume: {str(output_dir)!r} has no complete checkpoint-N folder. "
                 "Start without --resume, or name a checkpoint."
             )
         return last
     folder = Path(str(resume))
     if not folder.is_dir():
-        raise UserError(f"Checkpoint {str(folder)!r} is no folder. Name a checkpoint-N folder of the run.")
+        raise UserError(f"Checkpoint {str(folder)!r} is not a folder. Name a checkpoint-N folder of the run.")
     refuse_model_only([folder])
     if found := faults(folder):
         raise UserError(
-            f"{str(folder)!r} is no complete training checkpoint: {', '.join(found)}. "
+            f"{str(folder)!r} is not a complete training checkpoint: {', '.join(found)}. "
             "Name a checkpoint-N folder of the run."
         )
     return folder
@@ -200,10 +200,10 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
 def check_same_run(
     checkpoint: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, layers: Iterable[str]
 ) -> None:
-    """Raise UserError if a checkpoint was made with other sparsity or SLoRB settings, or another pruned layer set.
+    """Raise UserError if a checkpoint has other sparsity or SLoRB settings, or other pruned layers.
 
     Args:
-        sparsity, slorb, layers: settings and names of the pruned layers of the run that resumes.
+        sparsity, slorb, layers: settings and names of the pruned layers of the resumed run.
     """
     path = checkpoint / SPARSITY_CONFIG_NAME
     off = SLoRBConfig(enabled=False)
@@ -211,7 +211,7 @@ def check_same_run(
     now = {"sparsity": sparsity.to_dict(), "slorb": (slorb or off).to_dict()}
     try:
         saved = SparsityRecord.from_dict(read_json(path))
-        # a setting that came after the checkpoint was written had its default
+        # a setting that is newer than the checkpoint had its default there
         was = {name: {**default, **saved.settings(name)} for name, default in defaults.items()}
         differing = [
             (f"{section}.{key}", was[section][key], value)
@@ -231,7 +231,7 @@ def check_same_run(
     if other_layers:
         name = min(other_layers, key=str)
         older = (
-            " Earlier versions also pruned routers and weights that the model reads itself: start such a run anew."
+            " Earlier versions also pruned routers and weights that the model reads directly: start such a run again."
             if other_layers <= saved.checkpoint_layers()
             else ""
         )
@@ -242,12 +242,12 @@ def check_same_run(
 
 
 def stored_kernels(checkpoint: Path) -> Kernels:
-    """What a checkpoint's masks and updates were computed with; eager, where it is older than the choice."""
+    """The kernels that a checkpoint was trained with; eager if it is older than the choice."""
     return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).kernels
 
 
 def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError if a pruned weight has another shape in a checkpoint than in the model that is trained.
+    """Raise UserError if a pruned weight has a different shape in a checkpoint than in the trained model.
 
     Args:
         shapes: of the weights, by name of the layer.
@@ -268,14 +268,14 @@ def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 @contextmanager
 def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
-    """One line instead of what torch, safetensors and Python say of a folder that cannot be written.
+    """One line instead of what torch, safetensors and Python say if a folder cannot be written.
 
     Args:
         run: the output folder of the run.
         folder: what is written; default: the run.
 
     Raises:
-        UserError: naming the last good checkpoint; of a sharded save, a SharedError.
+        UserError: it names the last good checkpoint; a SharedError for a sharded save.
     """
     try:
         yield
@@ -287,7 +287,7 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
         if isinstance(error, RuntimeError):
             if not _TORCH_WRITE.search(reason):
                 raise
-            reason = "a file could not be written whole"  # torch says where in its own code
+            reason = "a file could not be written whole"  # torch only says where in its own code
         last = last_checkpoint(run)
         good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
         made = SharedError if isinstance(error, CheckpointException) else UserError

@@ -1,4 +1,4 @@
-"""Fingerprints of what a run reads: equal for the same weights, tokens and tokenizer, wherever they lie."""
+"""Fingerprints of what a run reads: equal for the same weights, tokens and tokenizer, wherever they are stored."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ from ast_sparse.data.tokens.tokenise import tokenizer_key
 
 _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once
-_FIRST = 256  # rows of a stream, of which no more is known before they are trained on
-_SAMPLED = 1024  # rows of a data set that makes each when it is asked for
-_PIECES, _PIECE = 64, 2**16  # of a file that is streamed, and bytes of each
-_CHUNK = 2**20  # entries of a tensor whose bits are added up
+_FIRST = 256  # rows of a stream; the rest is not read before training
+_SAMPLED = 1024  # rows of a data set that computes them on access
+_PIECES, _PIECE = 64, 2**16  # pieces of a streamed file, and bytes of each
+_CHUNK = 2**20  # entries of a tensor whose bits are summed together
 _TAKEN = 2**14  # entries of a tensor that are hashed one by one
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# of a configuration: what says nothing of the function that the model computes
+# entries of a configuration that do not change the function that the model computes
 _NOT_THE_MODEL = (
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "auto_map",
     "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
@@ -40,7 +40,7 @@ _NOT_THE_MODEL = (
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of names, shapes, and weights: sums of the bits of all entries and a sample of the entries themselves."""
+    """Hash of names, shapes and weights: sums over the bits of all entries, and a sample of the entries."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -60,7 +60,7 @@ def _add_bits(digest: Any, tensor: Tensor) -> None:
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model's configuration says of the function it computes."""
+    """The entries of a configuration that decide the function that the model computes."""
     values: dict[str, Any] = _without(json.loads(config.to_json_string(use_diff=True)))
     return values
 
@@ -72,7 +72,7 @@ def _without(value: Any) -> Any:
 
 
 def tokenizer_values(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides the tokens of a text and how rows are padded."""
+    """Values that decide the tokens of a text and the padding of rows."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         key = _hash(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     else:
@@ -89,8 +89,8 @@ def tokenizer_values(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def blocks_fingerprint(blocks: Any) -> Any:
     """Hash of the token ids and labels of a data set, one for each part of a mixture.
 
-    Of a stream it is that of the first 256 rows and of samples of its local files; of a data set of a class of one's
-    own, of 1024 rows spread over it. None where rows cannot be read twice.
+    For a stream it covers the first 256 rows and samples of its local files; for a data set of a user's class, 1024
+    rows spread over it. None if rows can be read only once.
     """
     if isinstance(blocks, DomainBlocks):
         blocks = blocks.parts
@@ -126,7 +126,7 @@ def _table_fingerprint(dataset: Dataset) -> str:
 
 
 def _file_sample(file: Path) -> tuple[int, int]:
-    """The size of a file and a checksum of pieces spread over it, all of it up to 4 MiB."""
+    """The size of a file and a checksum of pieces spread over it; files up to 4 MiB are read whole."""
     size, checksum = file.stat().st_size, 0
     with file.open("rb") as stream:
         for piece in range(_PIECES):

@@ -1,4 +1,4 @@
-"""Checkpoints of versions that kept no settings: what their other files tell, compared with the run that resumes."""
+"""Checkpoints of versions that saved no settings: their other files, compared with the resumed run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from ast_sparse.errors import UserError
 
 
 def stored_training(checkpoint: Path) -> dict[str, Any]:
-    """The fields of TrainingArguments that the optimizer's state holds; empty where it is sharded."""
+    """The fields of TrainingArguments in the state of the optimizer; empty if it is sharded."""
     path = checkpoint / OPTIMIZER_NAME
     if not path.is_file():
         return {}
@@ -31,11 +31,11 @@ def stored_training(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_bos(checkpoint: Path, data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, blocks: Any) -> None:
-    """Raise UserError where text gets BOS now: the versions that kept no settings put it before no text.
+    """Raise UserError if text gets BOS now: versions that saved no settings never added it.
 
     Args:
         data: settings of the text.
-        blocks: what is trained on; shards hold what they were made with, and chat templates write their own BOS.
+        blocks: the training data; shards have the BOS they were made with, and chat templates write their own.
     """
     parts = blocks.parts.values() if isinstance(blocks, DomainBlocks) else [blocks]
     is_text = any(

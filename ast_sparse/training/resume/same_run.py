@@ -1,4 +1,4 @@
-"""Whether a run that resumes is the run of its checkpoint: settings by class, and what they name by content."""
+"""Whether a resumed run is the run of its checkpoint: settings by class, and the inputs they name by content."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ from ast_sparse.training.resume.setting_classes import (
 _FORMAT_VERSION = 1
 _ROUNDING = 1e-6  # of steps
 _NEW_RUN = "or start a new run with another output folder."
-# what is compared by content: the settings that name it, an argument of SparseTrainer, and what differs
+# what is compared by content: the settings that name it, the argument of SparseTrainer, and what may differ
 _CONTENT = {
     "model": (("model.name_or_path", "model.revision", "model.gguf_file"), "model", "weights"),
     "teacher": (("model.teacher",), "teacher_model", "weights"),
@@ -46,14 +46,14 @@ _CONTENT = {
     "eval": (("data.eval", "data.root", "data.text_field"), "eval_dataset", "tokens"),
 }
 _NUMBERS = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
-_CHANGED_BY_SIGNALS = ("save_only_model", "save_strategy")  # so that the step at which one comes is saved
+_CHANGED_BY_SIGNALS = ("save_only_model", "save_strategy")  # so that the step at which a signal arrives is saved
 Settings = dict[str, dict[str, Any] | None]
 
 
 def run_settings(config: RunConfig) -> Settings:
-    """The sections of a configuration that SparseTrainer does not see, as a checkpoint keeps them."""
+    """The sections of a configuration that SparseTrainer does not see, as a checkpoint saves them."""
     data = config.data.to_dict()
-    if config.data.domains:  # places are compared by content
+    if config.data.domains:  # paths are compared by content
         domains = config.data.domain_configs
         data["domains"] = {name: {"share": part.share, "target": part.target} for name, part in domains.items()}
         data["train"], data["eval"] = (
@@ -64,18 +64,18 @@ def run_settings(config: RunConfig) -> Settings:
 
 
 class RunRecord:
-    """What checkpoints keep of a run (`run.json`), and the comparison with the run that resumes.
+    """The record of a run in its checkpoints (`run.json`), and the comparison with the resumed run.
 
-    The first process reads what is hashed, and all of them end with its verdict.
+    Only the first process hashes and compares; all processes raise the error that it finds.
 
     Args:
         model: the dense model, before masks are made.
         args: of the run.
-        settings: sections that the trainer knows.
+        settings: the sections that the trainer has.
         update_rule: `data.update.type`.
 
     Attributes:
-        sections: settings that the trainer does not see; of ast-train, `run_settings`.
+        sections: settings that the trainer does not see; ast-train sets `run_settings`.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class RunRecord:
             self._content = {"model": weights_fingerprint(model), "model_config": config_values(model.config)}
 
     def add_teacher(self, teacher: nn.Module) -> None:
-        """Keep what the teacher holds; call it before the teacher is sharded."""
+        """Record the content of the teacher; call this before the teacher is sharded."""
         if self._is_first:
             self._content["teacher"] = weights_fingerprint(teacher)
             self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
 
     def save(self, trainer: Any, folder: Path) -> None:
-        """Write `run.json`; on the first process."""
+        """Write `run.json`; call this on the first process."""
         write_json(folder / RUN_RECORD, {"format_version": _FORMAT_VERSION, **self._now(trainer)})
 
     def check(self, trainer: Any, checkpoint: Path) -> None:
-        """Compare with a checkpoint, and print what may differ and does; every process must call it.
+        """Compare with a checkpoint, and print the differences that are allowed; every process must call this.
 
         Raises:
             UserError: a setting, the model, the teacher, the tokenizer or the text is not that of the checkpoint.
@@ -131,7 +131,7 @@ class RunRecord:
         lines = []
         if saved is None:
             lines.append(
-                f"resume: {str(checkpoint)!r} is of a version that kept no settings with it: only sparsity, SLoRB, "
+                f"resume: {str(checkpoint)!r} is from a version that saved no settings: only sparsity, SLoRB, "
                 "distillation, the optimizer, the steps and the blocks of shards are compared."
             )
             if self.sections:
@@ -147,13 +147,13 @@ class RunRecord:
 def check_settings(
     checkpoint: Path, config: RunConfig, args: TrainingArguments, slorb: SLoRBConfig | None, processes: int
 ) -> list[str]:
-    """Compare what can be compared before anything is loaded, and return lines on what may differ and does.
+    """Compare what can be compared before anything is loaded, and return lines on the differences that are allowed.
 
     Args:
-        processes: of the run that resumes.
+        processes: number of processes of the resumed run.
 
     Raises:
-        UserError: a setting must be that of the checkpoint, and is not.
+        UserError: a setting must be that of the checkpoint, but is not.
     """
     saved, distillation = _read(checkpoint), config.distillation
     settings = {
@@ -161,13 +161,13 @@ def check_settings(
         "calibration": config.calibration.to_dict(),
         "watch": config.watch.to_dict(),
         **run_settings(config),
-        # a dry run sets it
+        # a dry run sets `use_cpu`
         "training": {**training_values(args), "use_cpu": config.training.get("use_cpu", False)},
     }
     now = {"processes": processes, "settings": plain(settings)}
     strict = depending(args, config.sparsity, config.data.mixture.type)
     lines = _settings_differences(checkpoint, saved, now, strict)
-    if distillation is None or not distillation.match_flops:  # which makes a run longer
+    if distillation is None or not distillation.match_flops:  # it makes a run longer
         lines += _length_differences(checkpoint, saved, args, config.sparsity, slorb)
     return lines
 
@@ -185,7 +185,7 @@ def _settings_differences(
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint; None where it is older than that."""
+    """The record of a checkpoint; None if the checkpoint is older than such records."""
     path = checkpoint / RUN_RECORD
     if not path.is_file():
         return None
@@ -199,7 +199,7 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
         and all(isinstance(number, int | float) for number in [saved.get("processes"), *map(training.get, _NUMBERS)])
     )
     if saved.get("format_version") != _FORMAT_VERSION or not is_whole:
-        raise UserError(f"{path} is damaged, or of a later version. Resume from another checkpoint.")
+        raise UserError(f"{path} is damaged, or from a later version. Resume from another checkpoint.")
     return saved
 
 
@@ -208,17 +208,17 @@ def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:
-    """Lines on the settings that differ and may.
+    """Lines on the settings that differ and are allowed to.
 
     Args:
         was, now: by section; sections that only one of them has are not compared.
-        strict: settings or sections that may differ elsewhere, but not in this run.
+        strict: settings or sections that may differ in other runs, but not in this one.
 
     Raises:
-        UserError: the first setting that must be the same and is not.
+        UserError: the first setting that must be the same, but is not.
     """
     lines = []
-    if (now.get("data") or {}).get("streaming"):  # of which only the beginning is compared by content
+    if (now.get("data") or {}).get("streaming"):  # only the beginning of a stream is compared by content
         strict = strict | {"data.train"}
     for section in [name for name in now if name in was]:
         old, new = was[section], now[section]
@@ -234,7 +234,7 @@ def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]
 
 
 def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that differ with both values; a setting that came after the checkpoint was written had its default."""
+    """Keys that differ, with both values; a setting that is newer than the checkpoint had its default there."""
     made = {**SECTIONS, "training": TrainingArguments}.get(section)
     fields = () if made is None else dataclasses.fields(made)
     defaults = {item.name: plain(item.default) for item in fields if item.default is not dataclasses.MISSING}
@@ -242,12 +242,12 @@ def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> It
         was, now = _with_weights(was), _with_weights(now)
     for key, value in now.items():
         before = was.get(key, defaults.get(key))
-        if before != value and not {str(before), str(value)} <= {"None", "{}"}:  # which both say that nothing is given
+        if before != value and not {str(before), str(value)} <= {"None", "{}"}:  # both mean that nothing is set
             yield key, before, value
 
 
 def _with_weights(distillation: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with α and both weights, whichever were given."""
+    """The section with α and both weights, whichever of them were set."""
     keys = ("alpha", "ce_weight", "kl_weight")
     given: Any = {key: distillation.get(key) for key in keys}
     ce, kl = DistillationConfig(**given).weights
@@ -264,7 +264,7 @@ def _refusal(name: str, was: Any, now: Any, checkpoint: Path) -> str:
 
 
 def _innermost(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
-    """The key of two mappings that differs, with both values."""
+    """The nested key at which two mappings differ, with both values."""
     while isinstance(was, dict) and isinstance(now, dict) and was != now:
         key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
         name, was, now = f"{name}.{key}", was.get(key), now.get(key)
@@ -272,7 +272,7 @@ def _innermost(name: str, was: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 def _text(value: Any) -> str:
-    """A value for a message; whole numbers without a point, as they are written in a configuration."""
+    """A value for a message; whole numbers without a decimal point, as in a configuration."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else shown(value)
 
 
@@ -283,16 +283,16 @@ def _length_differences(
     sparsity: SparsityConfig,
     slorb: SLoRBConfig | None,
 ) -> list[str]:
-    """A run may become longer or shorter where the masks it has do not depend on its length.
+    """Lines on the number of steps, which may change if the masks so far do not depend on it.
 
-    Learning rate and mask decay then follow the new length from here on, which is said. What is done stays done.
+    Learning rate and mask decay then follow the new number from here on, and a line says so. Past steps do not change.
     """
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     steps, was = state.max_steps, None if saved is None else saved["settings"]["training"]
     past, rest = past_follows_length(sparsity, slorb), rest_follows_length(args, sparsity)
     if args.max_steps > 0:
         name, before, value = "training.max_steps", steps, args.max_steps
-        said = f"the {steps} steps that the run was begun with"
+        said = f"the {steps} steps that the run began with"
     elif was is not None:
         name = "training.max_steps" if was["max_steps"] > 0 else "training.num_train_epochs"
         before, value = was[name.removeprefix("training.")], getattr(args, name.removeprefix("training."))
@@ -308,7 +308,7 @@ def _length_differences(
         )
     limit, end = "max_steps", float(args.max_steps)
     if args.max_steps <= 0 and state.epoch:
-        limit = "num_train_epochs"  # which end with a whole step
+        limit = "num_train_epochs"  # an epoch ends with a whole step
         end = math.ceil(args.num_train_epochs * state.global_step / state.epoch - _ROUNDING)
     if 0 < end < state.global_step:
         raise UserError(
@@ -320,7 +320,7 @@ def _length_differences(
 
 
 def _batch_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The sequences of a step stay, however many processes and micro-batches share them."""
+    """Lines on how processes and micro-batches share the sequences of a step; UserError if their number changed."""
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     splits = []
     for record in (saved, now):
@@ -337,7 +337,7 @@ def _batch_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[
 
 
 def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines on what lies elsewhere and holds the same; UserError for what does not."""
+    """Lines on inputs that moved but have the same content; UserError if the content differs."""
     was, has = saved["content"], now["content"]
     moved: dict[str, tuple[Any, Any]] = {}
     for section, values in now["settings"].items():
@@ -348,12 +348,12 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
     for key, (names, argument, what) in _CONTENT.items():
         old, new = was.get(key), has.get(key)
         named = [name for name in names if name in moved]
-        is_unknown = key == "train" and new is None and bool(named)  # rows that cannot be read twice
+        is_unknown = key == "train" and new is None and bool(named)  # rows that can be read only once
         if old == new and not is_unknown:
             continue
         if named:
             name, before, value = _innermost(named[0], *moved[named[0]])
-            if named[0] in ("data.train", "data.eval") and name != named[0]:  # of a domain
+            if named[0] in ("data.train", "data.eval") and name != named[0]:  # in a domain
                 name = f"data.domains.{name.removeprefix(named[0] + '.')}.{named[0].removeprefix('data.')}"
             start = f"{name}={shown(value)} differs from {shown(before)} in {str(checkpoint)!r}"
         else:
@@ -365,11 +365,11 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
 
 
 def _subject(key: str, names: tuple[str, ...], argument: str, settings: Settings) -> str:
-    """What a user calls it: a setting with its value, or an argument of SparseTrainer."""
+    """The name that the user knows: a setting with its value, or an argument of SparseTrainer."""
     section, field = names[0].split(".")
     if (values := settings.get(section)) is None or field not in values:
         return argument
-    name = "data.train" if key == "eval" and not values["eval"] else names[0]  # held out of it
+    name = "data.train" if key == "eval" and not values["eval"] else names[0]  # held out from it
     return f"{name}={shown(values[name.split('.')[1]])}"
 
 

@@ -1,10 +1,10 @@
-"""What a changed setting means for a run that is resumed: every setting is of exactly one class.
+"""What a changed setting means for a resumed run: every setting is in exactly one class.
 
-- `same`: it decides the weights that come out, so a resume must have the value of the checkpoint;
-- `content`: the name of something whose content is compared instead, so that a folder may have moved;
-- `free`: the weights stay what they are; a change is printed;
-- `length`, `batch`: judged together with others;
-- `unkept`: secrets and what a launcher sets; not written to a checkpoint.
+- `same`: it decides the resulting weights, so it must have the value of the checkpoint;
+- `content`: it names an input whose content is compared instead, so a folder may have moved;
+- `free`: it does not change the weights; a change is printed;
+- `length`, `batch`: compared together with others;
+- `unkept`: secrets and what a launcher sets; not saved in a checkpoint.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from ast_sparse.sparsity.oneshot import METHODS
 
 Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
 
-_SECTIONS: dict[str, Kind] = {  # of fields that are not named below, also of those that are still to come
+_SECTIONS: dict[str, Kind] = {  # for fields that are not named below, including future ones
     "model": "same", "data": "same", "sparsity": "same", "distillation": "same", "slorb": "same",
     "calibration": "free", "evaluation": "free", "watch": "free",
-    "optimizer": "same",  # one that was built by hand
+    "optimizer": "same",  # one that the user built
 }  # fmt: skip
 _FIELDS: dict[str, Kind] = {
     "model.name_or_path": "content", "model.revision": "content", "model.gguf_file": "content",
     "model.teacher": "content", "model.attn_implementation": "free", "model.trust_remote_code": "free",
     "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
-    "sparsity.kernels": "free",  # a resume goes on with those of the checkpoint
+    "sparsity.kernels": "free",  # a resume continues with those of the checkpoint
 }  # fmt: skip
 _TRAINING: dict[Kind, tuple[str, ...]] = {
     "same": (
@@ -52,7 +52,7 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
         "metric_for_best_model", "greater_is_better", "save_only_model", "save_strategy", "save_steps",
         "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_private_repo",
         "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "restore_callback_states_from_checkpoint",
-        # speed and memory: the same mathematics
+        # speed and memory, with the same mathematics
         "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
         "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_cache",
         "torch_empty_cache_steps", "full_determinism", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
@@ -63,11 +63,11 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
     "unkept": ("hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
 }  # fmt: skip
 _KIND = {name: kind for kind, names in _TRAINING.items() for name in names}
-_MOVING = ("params", "initial_lr", "mask_decay")  # of a group of an optimizer: what changes with the steps
+_MOVING = ("params", "initial_lr", "mask_decay")  # entries of an optimizer's group that change with the steps
 _EVALUATIONS = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# the rate of a step follows from the steps before it alone
+# schedules whose rate depends only on the steps so far
 _ENDLESS = (
     SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT,
     SchedulerType.REDUCE_ON_PLATEAU,
@@ -75,17 +75,17 @@ _ENDLESS = (
 
 
 def kind_of(section: str, key: str) -> Kind:
-    """The class of a setting; of a field of TrainingArguments that is not in the table, the strict one."""
+    """The class of a setting; `same` for a field of TrainingArguments that is not in the table."""
     if section == "training":
         return _KIND.get(key, "same")
     return _FIELDS.get(f"{section}.{key}", _SECTIONS[section])
 
 
 def depending(args: TrainingArguments, sparsity: SparsityConfig, update: str) -> set[str]:
-    """The `free` settings that decide the weights in this run.
+    """The `free` settings that do decide the weights in this run.
 
     Args:
-        update: `data.update.type`, by which the shares of domains follow the held-out losses.
+        update: `data.update.type`, the rule by which shares of domains follow the held-out losses.
     """
     found = set()
     if update != "constant" or args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
@@ -96,7 +96,7 @@ def depending(args: TrainingArguments, sparsity: SparsityConfig, update: str) ->
 
 
 def past_follows_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> str | None:
-    """The setting by which the masks of the steps that were done follow from the number of all steps; None without."""
+    """The setting that makes the masks of past steps depend on the total number of steps; None if there is none."""
     if sparsity.is_gradual:
         return f"sparsity.schedule={sparsity.schedule}"
     if slorb is not None and slorb.enabled and slorb.start > 0:
@@ -105,7 +105,7 @@ def past_follows_length(sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> 
 
 
 def rest_follows_length(args: TrainingArguments, sparsity: SparsityConfig) -> list[str]:
-    """The settings by which learning rate and mask decay follow from the number of all steps."""
+    """The settings that make learning rate and mask decay depend on the total number of steps."""
     kind, found = SchedulerType(args.lr_scheduler_type), []
     if kind not in _ENDLESS:
         found.append(f"training.lr_scheduler_type={kind.value}")
@@ -117,20 +117,20 @@ def rest_follows_length(args: TrainingArguments, sparsity: SparsityConfig) -> li
 
 
 def training_values(args: TrainingArguments) -> dict[str, Any]:
-    """The fields of TrainingArguments that a checkpoint keeps, as JSON values."""
+    """The fields of TrainingArguments that a checkpoint saves, as JSON values."""
     names = [item.name for item in dataclasses.fields(args)]
     return {name: plain(getattr(args, name)) for name in names if kind_of("training", name) != "unkept"}
 
 
 def optimizer_values(optimizer: Any) -> dict[str, Any]:
-    """What the groups of an optimizer are updated by, each setting with its values in all groups."""
+    """The settings in the groups of an optimizer, each with its values in all groups."""
     groups = optimizer.param_groups
     values = {key: plain([group.get(key) for group in groups]) for key in groups[0] if key not in _MOVING}
     return {**values, "lr": plain([group.get("initial_lr", group["lr"]) for group in groups])}
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """A value as it is after a round trip through JSON."""
     if isinstance(value, Enum):
         return plain(value.value)
     if isinstance(value, Mapping):

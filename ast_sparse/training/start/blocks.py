@@ -1,4 +1,4 @@
-"""The data sets of a run as packed blocks, out of whatever SparseTrainer is given."""
+"""The data sets of a run as packed blocks, made from whatever SparseTrainer is given."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +15,14 @@ from ast_sparse.data.tokens.bos import NO_BOS, find_bos
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 
-_LONGEST_BLOCK = 1024  # where nothing was asked for
+_LONGEST_BLOCK = 1024  # unless `block_size` says otherwise
 
 
 def block_length(block_size: int | None, *models: Any) -> int:
-    """Tokens of a block: as asked for, by default the positions of the student and the teacher, at most 1024.
+    """Tokens of a block: `block_size`, or by default the positions of student and teacher, at most 1024.
 
     Raises:
-        UserError: more than one of them has positions.
+        UserError: `block_size` is more than the positions of a model.
     """
     limits = [max_positions(model.config) for model in models if getattr(model, "config", None) is not None]
     limit = min((limit for limit in limits if limit is not None), default=None)
@@ -39,9 +39,9 @@ class RunBlocks:
     """Packed blocks of a run.
 
     Attributes:
-        train: to train on; of domains they are `DomainBlocks`.
-        held_out: to evaluate on, a mapping where that is done part by part; or None.
-        calibration: to calibrate one-shot pruning on, not packed so far; False for none.
+        train: to train on; `DomainBlocks` if there are domains.
+        held_out: to evaluate on, a mapping if each part is evaluated; or None.
+        calibration: to calibrate one-shot pruning on, not packed yet; False for none.
     """
 
     train: Any
@@ -50,19 +50,19 @@ class RunBlocks:
 
 
 class BlockMaker:
-    """Makes packed blocks of raw text and chat data.
+    """Makes packed blocks from raw text and chat data.
 
     Args:
-        tokenizer: None where all data have `input_ids`.
+        tokenizer: None if all data have `input_ids`.
         text_field: the column of raw text.
         block_size: tokens of a block.
-        packing, bos: as of SparseTrainer.
+        packing, bos: as in SparseTrainer.
 
     Attributes:
-        front: BOS of each block, a few tokens or none.
+        front: the BOS tokens at the start of each block; may be empty.
 
     Raises:
-        UserError: `bos` is not a choice, or the tokenizer has no BOS.
+        UserError: `bos` is not a valid choice, or the tokenizer has no BOS.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class BlockMaker:
         self.front = (NO_BOS if tokenizer is None else find_bos(bos, tokenizer, "bos")).of_block
 
     def of_run(self, train: Any, held_out: Any, calibration: Any, makes_labels: bool) -> RunBlocks:
-        """The blocks of a run; those without a counted token are left out.
+        """The blocks of a run, without those that have no counted token.
 
         Args:
-            calibration: None takes the training data.
-            makes_labels: the data collator makes labels of its own, so no block is left out.
+            calibration: None for the training data.
+            makes_labels: the data collator makes its own labels, so no block is left out.
         """
         train, held_out = self.pack(train), self.pack(held_out)
         if isinstance(train, dict):
@@ -107,10 +107,10 @@ class BlockMaker:
 def as_blocks(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, text_field: str, block_size: int, bos: str = "auto"
 ) -> Any:
-    """A data set of raw text or chat data as packed blocks; anything that has `input_ids` as it is.
+    """A data set of raw text or chat data as packed blocks; anything that has `input_ids` is returned as it is.
 
     Raises:
-        UserError: there is no tokenizer, or the data set is not a `datasets.Dataset`; and as `pack_dataset`.
+        UserError: there is no tokenizer, the data set is not a `datasets.Dataset`, or as in `pack_dataset`.
     """
     if isinstance(dataset, dict):
         return {name: as_blocks(part, tokenizer, text_field, block_size, bos) for name, part in dataset.items()}

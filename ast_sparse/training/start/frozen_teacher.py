@@ -26,7 +26,7 @@ def frozen_teacher(
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> tuple[nn.Module | None, Renamed]:
-    """The teacher, out of the student's module tree, and the tokens that it calls by other names.
+    """The teacher, outside the student's module tree, and the tokens that it has under other names.
 
     Args:
         model: the student, still dense.
@@ -35,7 +35,7 @@ def frozen_teacher(
         trust_remote_code: run code that comes with the teacher.
 
     Returns:
-        None in place of the teacher where the KL has no weight.
+        None instead of the teacher if the KL has no weight.
 
     Raises:
         UserError: the teacher cannot be read, or its vocabulary, shapes or settings do not fit the student.
@@ -56,7 +56,7 @@ def frozen_teacher(
     check_feature_shapes(config, model.config, teacher.config)
     use_eager_attention(config, model, teacher, bool(args.should_log))
     if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
-        for parameter in teacher.parameters():  # not `.to`: buffers, rotary frequencies among them, stay float32
+        for parameter in teacher.parameters():  # not `.to`: buffers, such as rotary frequencies, stay float32
             parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
     return teacher.requires_grad_(False).eval(), renamed
 
@@ -64,7 +64,7 @@ def frozen_teacher(
 def place_teacher(
     teacher: PreTrainedModel, args: TrainingArguments, plugin: FullyShardedDataParallelPlugin | None
 ) -> None:
-    """Put the teacher where training runs, sharded where the student is going to be."""
+    """Move the teacher to the device of the run, sharded if the student will be."""
     if plugin is None:
         teacher.to(args.device)  # type: ignore[arg-type]
     else:

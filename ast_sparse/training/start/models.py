@@ -24,16 +24,16 @@ from ast_sparse.training.start.frozen_teacher import frozen_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class DenseModels:
-    """Student and teacher before masks are made, and what follows from them.
+    """Student and teacher before masks are made, and what is known from them.
 
     Attributes:
         student: the model to make sparse.
-        origin: what it said when it was loaded.
-        teacher: frozen, out of the student's module tree; None where the loss needs none.
-        renamed: tokens that the teacher calls by other names.
+        origin: its folder and configuration as loaded.
+        teacher: frozen, outside the student's module tree; None if the loss needs none.
+        renamed: tokens that the teacher has under other names.
         trained_parameters: parameters of the student outside its embeddings, SLoRB's included.
         args: of the run, with the steps that `distillation.match_flops` adds.
-        matched: a line that says so, or None.
+        matched: a line that says so, or None if none are added.
     """
 
     student: PreTrainedModel
@@ -55,17 +55,17 @@ def dense_models(
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> DenseModels:
-    """Student and teacher of a run, checked together with its length.
+    """Student and teacher of a run, checked together with the number of steps.
 
     Args:
-        model, teacher: models, or their names; without a teacher it is the student as it is now.
+        model, teacher: models, or their names; None as teacher is the student as it is now.
         args: not changed.
         tokenizer: of the student.
         trust_remote_code: run code that comes with a model.
 
     Raises:
         UserError: a model cannot be read, trained, sharded or saved, teacher and student do not fit, or a baseline
-            needs other steps.
+            needs a different number of steps.
     """
     student, origin = _dense_student(model, args, tokenizer, trust_remote_code)
     count = student_parameters(student, sparsity, slorb)
@@ -91,7 +91,7 @@ def _dense_student(
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, Origin]:
-    """A model that can be trained and saved, and what it said when it was loaded."""
+    """A model that can be trained and saved, and its origin."""
     model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
@@ -112,11 +112,11 @@ def first_masks(
     maker: BlockMaker,
     dataset: Any,
 ) -> SparsityReport:
-    """Start masks and SLoRB, in place; by a method that needs text each rank prunes the same model on the same text.
+    """Add start masks and SLoRB, in place; if the method needs text, each rank uses the same model and text.
 
     Args:
-        maker: makes blocks of `dataset`.
-        dataset: to calibrate on; False starts from magnitude masks.
+        maker: packs `dataset`.
+        dataset: to calibrate on; False for magnitude masks.
     """
     sparsity = sparsity if dataset is not False else replace(sparsity, init="magnitude")
     if not METHODS[sparsity.init].needs_text:

@@ -1,4 +1,4 @@
-"""The optimizer of a run: SparseAdamW, and which parameters it treats how."""
+"""The optimizer of a run: SparseAdamW and its groups of parameters."""
 
 from collections.abc import Collection
 
@@ -54,6 +54,6 @@ def sparse_adamw(
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        # without decay, `gradient` is AdamW itself: what IMP and GMP are trained with
+        # without mask decay, `gradient` is plain AdamW, which IMP and GMP train with
         decay_placement="gradient" if config.is_gradual else config.decay_placement,
     )

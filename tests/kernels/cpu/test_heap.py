@@ -11,7 +11,7 @@ from tests.training.small_runs import blocks, trainer
 
 
 @pytest.mark.parametrize(("layers", "parts"), [(1, 1), (2, 2), (4, 4), (6, 3), (7, 4), (9, 3)])
-def test_freed_memory_is_given_back_around_four_parts_of_the_decoder(
+def test_freed_memory_is_returned_around_four_parts_of_the_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, parts: int
 ) -> None:
     calls: list[int] = []
@@ -25,7 +25,7 @@ def test_freed_memory_is_given_back_around_four_parts_of_the_decoder(
     assert calls == []
     run = trainer(tmp_path, model, args=dict(max_steps=2, gradient_accumulation_steps=1), eval_dataset=blocks())
     run.train()
-    assert calls == [0] * 2 * (1 + 2 * parts)  # the teacher's blocks, and evaluation, do without
+    assert calls == [0] * 2 * (1 + 2 * parts)  # not in the teacher's blocks, nor in evaluation
     run.evaluate()
     assert len(calls) == 2 * (1 + 2 * parts)
 
@@ -37,7 +37,7 @@ def test_on_other_machines_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> N
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_heap_of_this_machine_can_be_asked() -> None:
+def test_malloc_trim_works_on_this_machine() -> None:
     model, ids = tiny_model("gpt2"), torch.ones(1, 8, dtype=torch.long)
     with heap.freed_memory_given_back(list(decoder_blocks(model).values()), torch.device("cpu")):
         model(ids, labels=ids).loss.backward()

@@ -1,4 +1,4 @@
-"""Products through oneDNN against float64, and when they go by PyTorch itself."""
+"""Products through oneDNN against float64, and when PyTorch itself computes them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from ast_sparse.kernels.products import add_product, linear, product
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """As on a CPU where oneDNN is faster, for products of any size; the list grows with each of its products."""
+    """As on a CPU where oneDNN is faster, for products of any size; each of them is added to the list."""
     calls: list[int] = []
     inner = onednn.product
 
@@ -28,20 +28,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield calls
 
 
-@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize("group_dim", [1, 0])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_through_onednn_equals_float64(calls: list[int], by_input: bool, has_bias: bool) -> None:
+def test_linear_through_onednn_equals_float64(calls: list[int], group_dim: int, has_bias: bool) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 7, 24), torch.randn(10, 24), torch.randn(10)
     x[0, 0], weight[0] = 0, 0
     outside = torch.randn(10, 3, 7).permute(1, 2, 0)  # a gradient that is not contiguous
-    tensors = [x, weight.t().contiguous() if by_input else weight, *([bias] if has_bias else [])]
+    tensors = [x, weight.t().contiguous() if group_dim == 0 else weight, *([bias] if has_bias else [])]
     twins = [tensor.double().requires_grad_() for tensor in tensors]
-    expected = twins[0] @ (twins[1] if by_input else twins[1].t()) + (twins[2] if has_bias else 0)
+    expected = twins[0] @ (twins[1] if group_dim == 0 else twins[1].t()) + (twins[2] if has_bias else 0)
     expected_grads = torch.autograd.grad(expected, twins, outside.double())
     for tensor in tensors:
         tensor.requires_grad_()
-    result = linear(*tensors, by_input=by_input)
+    result = linear(*tensors, group_dim=group_dim)
     grads = torch.autograd.grad(result, tensors, outside)
     assert len(calls) == 3
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
@@ -50,7 +50,7 @@ def test_linear_through_onednn_equals_float64(calls: list[int], by_input: bool, 
         torch.testing.assert_close(grad.double(), twin, rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_gradients_that_are_asked_for_are_computed(calls: list[int]) -> None:
+def test_only_the_requested_gradients_are_computed(calls: list[int]) -> None:
     x, weight = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
     linear(x, weight).sum().backward()
     assert len(calls) == 2
@@ -78,24 +78,22 @@ def test_products_without_gradients_equal_float64(calls: list[int], monkeypatch:
         (torch.float32, lambda: torch.backends.mkldnn.flags(enabled=False)),
     ],
 )
-def test_what_onednn_would_change_goes_by_pytorch_itself(
+def test_what_onednn_would_change_is_computed_by_pytorch(
     calls: list[int], dtype: torch.dtype, inside: Callable[[], Any]
 ) -> None:
     x, weight, bias = torch.randn(2, 3, 8, dtype=dtype), torch.randn(6, 8, dtype=dtype), torch.randn(6, dtype=dtype)
     with inside():
         expected = torch.nn.functional.linear(x, weight, bias)
         assert torch.equal(linear(x, weight, bias), expected)
-        torch.testing.assert_close(linear(x, weight.t().contiguous(), bias, by_input=True), expected)
+        torch.testing.assert_close(linear(x, weight.t().contiguous(), bias, group_dim=0), expected)
         torch.testing.assert_close(
-            linear(x, weight.t().contiguous(), by_input=True), torch.nn.functional.linear(x, weight)
+            linear(x, weight.t().contiguous(), group_dim=0), torch.nn.functional.linear(x, weight)
         )
         assert product(x[0], weight.t()).dtype == expected.dtype
     assert not calls
 
 
-def test_small_products_and_other_processors_go_by_pytorch_itself(
-    calls: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_products_and_other_processors_use_pytorch(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
     monkeypatch.setattr(onednn, "_WORTHWHILE", 4 * 8 * 6 + 1)
     linear(x, weight)
@@ -117,7 +115,7 @@ def test_small_products_and_other_processors_go_by_pytorch_itself(
         ({}, False),
     ],
 )
-def test_onednn_is_taken_on_processors_where_mkl_stops_at_half_the_width(
+def test_onednn_is_used_on_processors_where_mkl_uses_half_the_width(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capabilities: dict[str, Any], faster: bool
 ) -> None:
     monkeypatch.setattr(setting, "is_enabled", lambda: True)
@@ -128,6 +126,6 @@ def test_onednn_is_taken_on_processors_where_mkl_stops_at_half_the_width(
     assert ("go through oneDNN" in caplog.text) is faster
 
 
-def test_it_is_not_taken_where_the_setting_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_not_used_if_the_setting_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setting, "is_enabled", lambda: False)
     assert onednn.is_faster.__wrapped__() is False

@@ -29,7 +29,7 @@ def is_enabled(monkeypatch: pytest.MonkeyPatch, value: str | None, **machine: An
 
 
 @pytest.mark.parametrize(("value", "enabled"), [(None, True), ("auto", True), ("plain", False)])
-def test_the_variable_decides_on_their_machine(
+def test_the_variable_decides_on_a_supported_machine(
     monkeypatch: pytest.MonkeyPatch, value: str | None, enabled: bool
 ) -> None:
     assert is_enabled(monkeypatch, value) is enabled
@@ -38,7 +38,7 @@ def test_the_variable_decides_on_their_machine(
 @pytest.mark.parametrize(
     "other", [{"system": "darwin"}, {"library": ""}, {"processor": "aarch64"}, {"avx512_f": False}], ids=str
 )
-def test_every_other_machine_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
+def test_every_other_machine_uses_the_plain_way(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
     assert not is_enabled(monkeypatch, None, **other)
     assert not is_enabled(monkeypatch, "auto", **other)
 

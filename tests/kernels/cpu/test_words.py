@@ -1,4 +1,4 @@
-"""The code by words; that it equals its slow twin is a fact of `tests/export/test_codec24.py`."""
+"""The code by words; `tests/export/test_codec24.py` compares it with its slow twin."""
 
 import mmap
 
@@ -10,7 +10,7 @@ from ast_sparse.kernels.cpu import setting, words
 from ast_sparse.sparsity.masks import nm_mask
 
 
-def test_words_and_the_plain_way_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_the_plain_way_return_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight, mask = torch.randn(64, 128).bfloat16(), nm_mask(torch.rand(64, 128))
     results = []
@@ -22,7 +22,7 @@ def test_words_and_the_plain_way_give_the_same_bits(monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(plain, by_words) for plain, by_words in zip(*results, strict=True))
 
 
-def test_other_dtypes_and_gradients_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_gradients_use_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setting, "is_enabled", lambda: True)
     assert words.take(torch.ones(1, 8).bfloat16())
     assert not words.take(torch.ones(1, 8)) and not words.take(torch.ones(0, 8).bfloat16())
@@ -34,7 +34,7 @@ def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pyte
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(words, "_madvise", lambda: lambda *args: calls.append(args))
     monkeypatch.setattr(setting, "is_enabled", lambda: True)
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)  # Linux alone has it
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)  # only Linux has it
     weight, mask = torch.randn(2048, 2048).bfloat16(), nm_mask(torch.rand(2048, 2048))
     values, meta = pack24(weight, mask)  # values of 4 MiB, metadata of 0.5
     dense = unpack24(values, meta)

@@ -33,13 +33,13 @@ def test_without_a_teacher_a_run_gets_a_third_more_steps(tmp_path: Path) -> None
     run = SparseTrainer(tiny_model(), args, distillation_config=MATCHED, train_dataset=blocks())
     run.train()
     assert run.args.max_steps == run.state.global_step == 10  # 28/3 rounded up
-    assert args.max_steps == 7  # what the caller holds, for another run, is as it was
+    assert args.max_steps == 7  # the caller's arguments, maybe used for another run, did not change
     rates = [log["learning_rate"] for log in run.state.log_history if "learning_rate" in log]
     assert rates.index(max(rates)) == 5  # the warm-up is a share of the steps
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (3, 24), (0.5, 4)])
-def test_epochs_are_stretched_alike(tmp_path: Path, epochs: float, steps: int) -> None:
+def test_epochs_become_more_like_steps(tmp_path: Path, epochs: float, steps: int) -> None:
     args = dict(max_steps=-1, num_train_epochs=epochs)
     run = trainer(tmp_path, distillation_config=MATCHED, train_dataset=blocks(count=24), args=args)  # 6 steps each
     run.train()
@@ -116,7 +116,7 @@ def test_the_plan_and_the_run_say_how_many_steps_there_are(tmp_path: Path) -> No
         "model": {"name_or_path": str(tmp_path / "model")},
         "data": {"train": str(tmp_path / "text.txt"), "eval_share": 0.1, "block_size": 16},
         "distillation": {"alpha": 0, "match_flops": True},
-        "sparsity": {"schedule": "imp", "rounds": 4},  # of the four steps, not of the three that are set
+        "sparsity": {"schedule": "imp", "rounds": 4},  # for the four steps, not the three that are set
         "training": {"max_steps": 3, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and the figures of speed and memory."""
+"""metrics.jsonl, and the values of speed and memory."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from ast_sparse.training.callbacks.metrics import SpeedCallback, peak_flops
 from tests.models import tiny_model
 from tests.training.small_runs import arguments, blocks, trainer, weights
 
-MEASURED = {"time", "tokens_per_second", "mfu", "memory_gib"}  # what no two runs have in common
+MEASURED = {"time", "tokens_per_second", "mfu", "memory_gib"}  # what differs between any two runs
 AT_THE_END = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 
 
@@ -34,12 +34,12 @@ def test_every_record_of_the_log_is_a_line_with_step_epoch_and_time(tmp_path: Pa
         run.state.log_history
     )
     assert all(begin <= row["time"] <= time.time() and {"step", "epoch"} <= row.keys() for row in written)
-    figures = {key for row in written for key in row}
-    assert {"loss", "learning_rate", "flip_rate", "mask_decay", "eval_loss", "eval_perplexity"} <= figures
-    assert {"tokens_per_second", "memory_gib"} <= figures and "mfu" not in figures  # the peak of a CPU is not known
+    values = {key for row in written for key in row}
+    assert {"loss", "learning_rate", "flip_rate", "mask_decay", "eval_loss", "eval_perplexity"} <= values
+    assert {"tokens_per_second", "memory_gib"} <= values and "mfu" not in values  # the peak of a CPU is not known
 
 
-def test_a_tracker_is_told_what_the_file_holds(tmp_path: Path) -> None:
+def test_a_tracker_gets_the_records_of_the_file(tmp_path: Path) -> None:
     class Tracker(TrainerCallback):
         def __init__(self) -> None:
             self.told: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def test_a_tracker_is_told_what_the_file_holds(tmp_path: Path) -> None:
     assert {"memory_gib", "eval_perplexity", "loss", "grad_norm"} <= names
 
 
-def test_a_second_run_in_the_same_folder_starts_the_file_anew(tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_folder_starts_a_new_file(tmp_path: Path) -> None:
     for _ in range(2):
         trainer(tmp_path, args=dict(max_steps=2)).train()
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2]
@@ -89,7 +89,7 @@ def test_a_resumed_run_has_each_record_once(tmp_path: Path, step: int) -> None:
     assert len([row for row in whole if "loss" in row]) == 9
 
 
-def test_rows_up_to_the_step_are_kept_and_of_them_at_most_so_many(tmp_path: Path) -> None:
+def test_rows_up_to_the_step_are_kept_but_not_more_than_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     keep_rows_until(path, 1)
     assert not path.exists()
@@ -118,7 +118,7 @@ def test_only_the_process_that_saves_writes(tmp_path: Path, monkeypatch: pytest.
 
 
 class Clock(TrainerCallback):
-    """Stands for `time.monotonic`: each optimizer step takes a second, evaluation and saving a thousand."""
+    """Replaces `time.monotonic`: each optimizer step takes a second, evaluation and saving a thousand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -167,17 +167,17 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     speed = SpeedCallback(flops_per_token=10**9)
     speed.count(1000)
     speed._seconds = 0.5
-    figures = speed.figures(Arguments())  # type: ignore[arg-type]
-    assert figures == {
-        "tokens_per_second": 4000.0,  # of each rank 2000
+    values = speed.log_values(Arguments())  # type: ignore[arg-type]
+    assert values == {
+        "tokens_per_second": 4000.0,  # 2000 from each rank
         "mfu": pytest.approx(2000 * 1e9 / 989.4e12),
         "memory_gib": 3.0,
     }
     Arguments.bf16 = False
     speed.count(1000)
     speed._seconds = 0.5
-    assert "mfu" not in speed.figures(Arguments())  # type: ignore[arg-type]
-    assert speed.figures(Arguments()) == {"memory_gib": 3.0}  # type: ignore[arg-type]  # nothing since the last call
+    assert "mfu" not in speed.log_values(Arguments())  # type: ignore[arg-type]
+    assert speed.log_values(Arguments()) == {"memory_gib": 3.0}  # type: ignore[arg-type]  # nothing since the last call
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ TARGETS = {"cc": 4.8, "wiki": 4.9, "book": 4.7}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three domains, `book` of few documents; as text and as shards."""
+    """Three domains, as text and as shards; `book` has few documents."""
     root = tmp_path_factory.mktemp("domains")
     save_tiny_model(root / "model")
     texts = documents(170, sentences=3)
@@ -71,7 +71,7 @@ def by_step(out: Path, key: str) -> dict[int, float]:
     return {row["step"]: row[key] for row in records(out) if key in row}
 
 
-def test_shares_follow_the_rule_and_a_resumed_run_goes_on_with_the_same_blocks(root: Path, tmp_path: Path) -> None:
+def test_shares_follow_the_rule_and_a_resumed_run_continues_with_the_same_blocks(root: Path, tmp_path: Path) -> None:
     configure(root, "")
     result = train(root, tmp_path / "whole")
     assert "train: 154 documents" in result.output and "  wiki: 54 documents" in result.output
@@ -104,7 +104,7 @@ def test_shares_follow_the_rule_and_a_resumed_run_goes_on_with_the_same_blocks(r
 
 
 def check_domain_losses(out: Path, state: dict[str, Any]) -> None:
-    """The losses of the domains, each by its samples, are together the loss of the step."""
+    """The losses of the domains, weighted by their samples, add up to the loss of the step."""
     names = list(state["domains"])  # in the order of the YAML file
     mixture = Mixture(state["domains"], [START[name] for name in names], state["seed"], state["batch"])
     mixture.load_history(state)
@@ -122,7 +122,7 @@ def test_text_and_shards_of_a_mixture_train_alike(root: Path, tmp_path: Path) ->
     ours, theirs = (load_file(tmp_path / out / "checkpoint-3/model.safetensors") for out in ("shards", "text"))
     assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     results = json.loads((tmp_path / "text/results.json").read_text())
-    assert results["dense"]["heldout"]["windows"] > 20  # of all domains together
+    assert results["dense"]["heldout"]["windows"] > 20  # over all domains
     overall = by_step(tmp_path / "text", "eval_loss")[2]
     assert math.exp(overall) == pytest.approx(by_step(tmp_path / "text", "eval_perplexity")[2])
     parts = {name: by_step(tmp_path / "text", f"eval_{name}_loss")[2] for name in START}
@@ -158,7 +158,7 @@ def test_evaluation_before_the_first_step_changes_no_share(tmp_path: Path) -> No
         ({"mixture_config": MixtureConfig(shares={"a": 0.5, "c": 0.5})}, r"data\.domains\.b\.share is missing"),
         (
             {"mixture_config": MixtureConfig(shares={"a": 0.5, "b": 0.4, "c": 0.1})},
-            r"there is a share for 'c', which is no domain",
+            r"there is a share for 'c', which is not a domain",
         ),
         (
             {"mixture_config": MixtureConfig(type="doremi", targets={"a": 1.0})},

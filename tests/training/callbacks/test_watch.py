@@ -70,7 +70,7 @@ def test_by_default_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: 
         run.train()
     assert len(before.states) == 4
     for name, parameter in run.model.named_parameters():
-        assert not parameter.is_floating_point() or torch.equal(parameter, before.states[-1][0][name])  # masks moved
+        assert not parameter.is_floating_point() or torch.equal(parameter, before.states[-1][0][name])  # masks changed
 
 
 def test_by_default_a_jump_of_the_loss_changes_nothing(tmp_path: Path) -> None:
@@ -147,10 +147,10 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_resumed_run_decides_as_the_undisturbed_one(tmp_path: Path, step: int) -> None:
+def test_a_resumed_run_decides_like_an_uninterrupted_one(tmp_path: Path, step: int) -> None:
     def run(folder: Path, resume: str | None = None) -> Troubled:
         watch = WatchConfig(nan="skip", spike="skip", spike_window=4, spike_factor=2.0, max_skips=2)
-        factors = {3: math.nan, 6: 2.5, 7: 3.0, 8: 1.5}  # of 6 and 7 one verdict needs losses from before a resume
+        factors = {3: math.nan, 6: 2.5, 7: 3.0, 8: 1.5}  # 6 or 7 needs losses from before a resume
         trainer = troubled(folder, factors, watch, max_steps=9, save_strategy="steps", save_steps=3)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -164,7 +164,7 @@ def test_a_resumed_run_decides_as_the_undisturbed_one(tmp_path: Path, step: int)
     assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())
 
 
-def test_a_checkpoint_of_before_the_watch_can_be_resumed_with_it(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_the_watch_can_be_resumed_with_it(tmp_path: Path) -> None:
     troubled(tmp_path, {}, None, save_strategy="steps", save_steps=3).train()
     watch = WatchConfig(nan="skip", spike="skip")
     run = troubled(tmp_path, {5: math.nan}, watch, save_strategy="steps", save_steps=3)

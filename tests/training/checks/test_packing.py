@@ -1,4 +1,4 @@
-"""Documents of a block kept apart: each as if it were alone, in student and teacher, or the model is refused."""
+"""Documents of a block kept apart: in student and teacher each is as if it were alone, or the model is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_token
 from tests.training.small_runs import arguments
 
 EOS = 0
-# documents of several lengths: one of a single token, one cut by the end of its block, an end at the end of a block
+# documents of several lengths: one of a single token, one cut at the end of its block, one ending with a block
 ROWS_OF_TOKENS = [[5, 6, 7, EOS, EOS, 9, 10, 11, EOS, 12, 13, 14], [20, 21, 22, 23, 24, 25, 26, EOS, 27, 28, 29, EOS]]
 
 
@@ -34,7 +34,7 @@ def batch(rows: list[list[int]] = ROWS_OF_TOKENS) -> dict[str, torch.Tensor]:
     return CausalLMCollator(document_end=EOS)([{"input_ids": row} for row in rows])
 
 
-def test_positions_and_labels_begin_anew_with_each_document() -> None:
+def test_positions_and_labels_restart_with_each_document() -> None:
     made = batch()
     for row, positions, labels in zip(ROWS_OF_TOKENS, made["position_ids"], made["labels"], strict=True):
         parts = documents(row)
@@ -43,7 +43,7 @@ def test_positions_and_labels_begin_anew_with_each_document() -> None:
     assert "attention_mask" not in made
 
 
-def test_a_row_that_brings_positions_keeps_them_beside_one_that_does_not() -> None:
+def test_a_row_with_positions_keeps_them_beside_one_without() -> None:
     given = {"input_ids": ROWS_OF_TOKENS[1], "position_ids": [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2]}
     made = CausalLMCollator(document_end=EOS)([{"input_ids": ROWS_OF_TOKENS[0]}, given])
     assert made["position_ids"].tolist() == [batch()["position_ids"][0].tolist(), given["position_ids"]]
@@ -88,7 +88,7 @@ def test_the_loss_is_that_of_the_documents_alone_for_student_and_teacher(tmp_pat
     assert float(loss) == pytest.approx(summed / count, rel=1e-6)
 
 
-def test_ends_of_turns_inside_a_conversation_are_no_borders(tmp_path: Path) -> None:
+def test_ends_of_turns_inside_a_conversation_are_not_borders(tmp_path: Path) -> None:
     blocks = pack_dataset(Dataset.from_dict({"messages": ROWS * 4}), tokenizer(), "text", 16)
     lengths = [len(tokenizer().apply_chat_template(row)["input_ids"]) for row in ROWS] * 4
     stream = [place for length in lengths for place in range(length)]
@@ -115,7 +115,7 @@ def test_a_run_trains_and_evaluates_with_documents_apart(tmp_path: Path) -> None
 
 
 class Forgetful(torch.nn.Module):
-    """A model that makes nothing of positions."""
+    """A model that ignores positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,14 +130,14 @@ def test_what_cannot_keep_documents_apart_is_one_line(tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": ROWS_OF_TOKENS})
     with pytest.raises(UserError, match=r"the teacher \(Forgetful, .*does not keep documents apart.*packing: joined"):
         check_apart(tiny_model(), Forgetful(), tiny_tokenizer(), arguments(tmp_path), None)
-    # transformers' OPT gives its attention mask no positions
+    # transformers' OPT does not use positions in its attention mask
     with pytest.raises(UserError, match=r"the model \(OPTForCausalLM, attention 'sdpa'\) does not keep.*differ by"):
         SparseTrainer(tiny_model("opt"), arguments(tmp_path), packing="documents", processing_class=tiny_tokenizer())
     flash = tiny_model()
     flash.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UserError, match=r"per_device_train_batch_size=4: with attention 'flash_attention_2'.*to 1"):
         check_apart(flash, None, tiny_tokenizer(), arguments(tmp_path), None)
-    with pytest.raises(UserError, match=r"packing='documents' is done by SparseTrainer's own collator"):
+    with pytest.raises(UserError, match=r"packing='documents' needs SparseTrainer's own collator"):
         trainer(tmp_path, data, processing_class=None)
     with pytest.raises(UserError, match=r"needs blocks of one length without padding"):
         CausalLMCollator(pad_token_id=1, document_end=EOS)([{"input_ids": [5, EOS]}, {"input_ids": [VOCAB - 1]}])

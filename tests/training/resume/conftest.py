@@ -22,6 +22,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(root: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the finished run, whose weights must not change."""
+    """A copy of the finished run; its weights must not change."""
     shutil.copytree(root / "whole", tmp_path / "out")
     yield tmp_path / "out"

@@ -47,22 +47,22 @@ def test_the_newest_complete_checkpoint_is_taken_by_step_not_by_name(tmp_path: P
 
 
 @pytest.mark.parametrize("missing", FILES)
-def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, missing: str) -> None:
+def test_a_half_written_checkpoint_is_skipped(tmp_path: Path, missing: str) -> None:
     before = checkpoint(tmp_path, 10)
     half = checkpoint(tmp_path, 20, without=missing)
     assert last_checkpoint(tmp_path) == before
-    with pytest.raises(UserError, match=f"no complete training checkpoint: {missing} is missing"):
+    with pytest.raises(UserError, match=f"not a complete training checkpoint: {missing} is missing"):
         resolve_checkpoint(tmp_path, str(half))
 
 
 @pytest.mark.parametrize("cut", FILES)
-def test_a_cut_file_is_named_and_its_checkpoint_passed_over(tmp_path: Path, cut: str) -> None:
+def test_a_cut_file_is_named_and_its_checkpoint_skipped(tmp_path: Path, cut: str) -> None:
     before = checkpoint(tmp_path, 10)
     damaged = checkpoint(tmp_path, 20)
     content = (damaged / cut).read_bytes()
     (damaged / cut).write_bytes(content[: len(content) // 2])
     assert last_checkpoint(tmp_path) == before
-    with pytest.raises(UserError, match=rf"no complete training checkpoint: .*{cut}.? is damaged"):
+    with pytest.raises(UserError, match=rf"not a complete training checkpoint: .*{cut}.? is damaged"):
         resolve_checkpoint(tmp_path, str(damaged))
 
 
@@ -72,7 +72,7 @@ def test_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, name:
     evil = checkpoint(tmp_path, 20)
     for content in (evil_pickle(marker), evil_pickle(marker, **STATES[name])):
         (evil / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} holds more than numbers, text and tensors, so it is not read"):
+        with pytest.raises(UserError, match=f"{name} contains more than numbers, text and tensors, so it is not read"):
             resolve_checkpoint(tmp_path, str(evil))
     assert last_checkpoint(tmp_path) == before and not marker.exists()
 
@@ -93,7 +93,7 @@ def test_trainer_does_not_run_a_pickle_of_its_checkpoint(tmp_path: Path) -> None
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         folder = Path(shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name / "checkpoint-1"))
         (folder / name).write_bytes(evil_pickle(marker))
-        with pytest.raises(UserError, match="holds more than numbers") as caught:
+        with pytest.raises(UserError, match="contains more than numbers") as caught:
             SparseTrainer(tiny_model(), args, train_dataset=rows).train(resume_from_checkpoint=str(folder))
         assert str(caught.value).isprintable() and not marker.exists()
     folder = Path(shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "arguments/checkpoint-1"))
@@ -103,7 +103,7 @@ def test_trainer_does_not_run_a_pickle_of_its_checkpoint(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_pickled_weights_beside_the_others_are_refused(tmp_path: Path, name: str) -> None:
+def test_pickled_weights_beside_safetensors_are_refused(tmp_path: Path, name: str) -> None:
     folder = checkpoint(tmp_path, 10)
     (folder / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name} is pickled, which is not read"):
@@ -126,7 +126,7 @@ def test_state_file_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path, str(folder))
 
 
-def test_changed_weights_are_noticed_where_there_are_checksums(tmp_path: Path) -> None:
+def test_changed_weights_are_noticed_if_there_are_checksums(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 10)
     write_checksums(folder)
     assert last_checkpoint(tmp_path) == folder
@@ -173,10 +173,10 @@ def test_a_cut_trainer_state_marks_a_half_written_checkpoint(tmp_path: Path) -> 
     assert last_checkpoint(tmp_path) == before
 
 
-def test_nothing_to_resume_is_said(tmp_path: Path) -> None:
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Nothing to resume"):
         resolve_checkpoint(tmp_path, True)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         resolve_checkpoint(tmp_path, str(tmp_path / "checkpoint-7"))
 
 
@@ -211,10 +211,12 @@ def test_a_damaged_sparsity_config_is_named(tmp_path: Path) -> None:
         check_same_run(folder, SparsityConfig(), None, [])
 
 
-def test_a_run_of_an_earlier_version_that_pruned_a_router_is_told_why_it_cannot_go_on(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_that_pruned_a_router_gets_the_reason_why_it_cannot_continue(
+    tmp_path: Path,
+) -> None:
     router = "model.layers.0.mlp.shared_expert_gate"
     (tmp_path / "sparsity_config.json").write_text(json.dumps({"sparsity": {}, "slorb": {}, "layers": ["a", router]}))
     with pytest.raises(UserError, match=rf"{router}' is pruned in only one .* Earlier versions also pruned routers"):
         check_same_run(tmp_path, SparsityConfig(), None, ["a"])
-    with pytest.raises(UserError, match=r"include/exclude of the run\.$"):  # of another model
+    with pytest.raises(UserError, match=r"include/exclude of the run\.$"):  # from another model
         check_same_run(tmp_path, SparsityConfig(), None, ["a", "b"])

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from ast_sparse.training.resume.fingerprints import blocks_fingerprint, weights_fingerprint
+from ast_sparse.training.resume.fingerprints import blocks_fingerprint, config_values, weights_fingerprint
+from tests.models import tiny_model
 from tests.training.small_runs import blocks
 
 
@@ -39,3 +40,10 @@ def test_a_fingerprint_of_weights_sees_one_entry_and_their_order() -> None:
         model.weight[5, 77] -= 1e-6
         model.weight.copy_(model.weight.flip(0))
     assert len({before, changed, weights_fingerprint(model)}) == 3
+
+
+def test_values_of_a_configuration_do_not_depend_on_the_attention_implementation() -> None:
+    model = tiny_model("llama")
+    before = config_values(model.config)
+    model.set_attn_implementation("eager")  # as a teacher whose attention maps are compared asks for
+    assert config_values(model.config) == before

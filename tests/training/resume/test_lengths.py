@@ -43,7 +43,9 @@ def test_another_length_is_printed_with_what_follows_from_it(root: Path, out: Pa
         (["training.max_steps=-1", "training.num_train_epochs=0.01"], "training.num_train_epochs=0.01 "),
     ],
 )
-def test_a_run_is_not_shorter_than_what_is_done(root: Path, out: Path, settings: list[str], message: str) -> None:
+def test_a_run_cannot_end_before_the_steps_it_has_done(
+    root: Path, out: Path, settings: list[str], message: str
+) -> None:
     options = [part for setting in settings for part in ("--set", setting)]
     said = refusal(train(root, out, "--resume", str(out / "checkpoint-2"), *options))
     assert f"{message}ends before step 2 of" in said and "Resume from an earlier checkpoint, or raise" in said

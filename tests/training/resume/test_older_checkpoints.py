@@ -1,4 +1,4 @@
-"""Resuming what an older version left, damaged records, and checkpoints without optimizer."""
+"""Resuming checkpoints of older versions, with damaged records, and without an optimizer."""
 
 import json
 import shutil
@@ -15,23 +15,23 @@ from ast_sparse.training.resume.checkpoints import RUN_RECORD
 from tests.training.resume.resumed_runs import base, refusal, resume, train, trainer
 
 
-def test_a_checkpoint_of_before_is_resumed_and_says_what_is_compared(root: Path, out: Path) -> None:
+def test_an_older_checkpoint_is_resumed_and_says_what_is_compared(root: Path, out: Path) -> None:
     (out / "checkpoint-1" / RUN_RECORD).unlink()
     assert "distillation.alpha=0.5 differs from 0.67" in refusal(resume(root, out, "distillation.alpha=0.5"))
     result = resume(root, out)
-    assert result.exit_code == 0 and "is of a version that kept no settings" in result.stdout, result.output
+    assert result.exit_code == 0 and "is from a version that saved no settings" in result.stdout, result.output
     whole, again = (load_file(folder / "model.safetensors") for folder in (root / "whole", out))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
-def test_a_checkpoint_of_before_is_compared_with_its_optimizer(root: Path, out: Path) -> None:
+def test_an_older_checkpoint_is_compared_with_its_optimizer(root: Path, out: Path) -> None:
     (out / "checkpoint-1" / RUN_RECORD).unlink()
     for change, before in (("learning_rate=0.1", "0.001"), ("weight_decay=0.1", "0"), ("adam_beta2=0.9", "0.999")):
         said = refusal(resume(root, out, f"training.{change}"))
         assert f"training.{change} differs from {before} in" in said
 
 
-def test_a_checkpoint_of_before_has_no_bos(root: Path, tmp_path: Path) -> None:
+def test_an_older_checkpoint_has_no_bos(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "model", tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", bos_token="<|end|>")
     front = TemplateProcessing(single="<|end|> $A", pair="<|end|> $A $B", special_tokens=[("<|end|>", 0)])
@@ -59,7 +59,7 @@ def test_a_dry_run_compares_what_needs_no_weights(root: Path, out: Path) -> None
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_what_a_signal_changes_is_no_setting_of_the_run(tmp_path: Path) -> None:
+def test_what_a_signal_changes_is_not_a_setting_of_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, save_strategy="no")
     run.args.save_strategy = "steps"  # as PreemptionCallback does
     run.run_record.save(run, tmp_path)

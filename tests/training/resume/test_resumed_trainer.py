@@ -1,4 +1,4 @@
-"""A SparseTrainer that is resumed by hand is compared with its checkpoint as ast-train is."""
+"""A SparseTrainer that is resumed in Python is compared with its checkpoint, as ast-train is."""
 
 from pathlib import Path
 from typing import Any

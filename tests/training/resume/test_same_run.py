@@ -120,7 +120,7 @@ def test_what_leaves_the_weights_as_they_are_is_printed(root: Path, out: Path, s
     assert all(torch.allclose(tensor, again[name], atol=1e-6) for name, tensor in whole.items())
 
 
-def test_nothing_is_printed_where_nothing_changed(root: Path, out: Path) -> None:
+def test_nothing_is_printed_if_nothing_changed(root: Path, out: Path) -> None:
     result = resume(root, out, f"training.output_dir={out}", "distillation.alpha=0.67")
     assert result.exit_code == 0
     lines = [line for line in result.stdout.splitlines() if line.startswith("resume: ")]
@@ -129,7 +129,7 @@ def test_nothing_is_printed_where_nothing_changed(root: Path, out: Path) -> None
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
-def test_an_empty_mapping_is_nothing_given(root: Path, out: Path) -> None:
+def test_an_empty_mapping_counts_as_not_set(root: Path, out: Path) -> None:
     result = resume(root, out, "training.lr_scheduler_kwargs={}", "model.config_overrides={}")
     assert result.exit_code == 0 and result.stdout.count("resume: ") == 1, result.output
 
@@ -147,7 +147,7 @@ def test_a_folder_that_moved_is_the_same(root: Path, out: Path, tmp_path: Path) 
 
 
 def changed_copy(root: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A run of its own, whose inputs may be changed."""
+    """A separate run whose inputs may be changed."""
     shutil.copytree(root / "model", tmp_path / "model")
     shutil.copy(root / "text.txt", tmp_path / "text.txt")
     shutil.copytree(root / "whole", tmp_path / "out")
@@ -226,7 +226,7 @@ def test_domains_are_compared_by_shares_and_content(root: Path, tmp_path: Path) 
     assert "data.domains.other.train=" in said and "the tokens, other differ" in said
 
 
-def test_calibration_counts_where_masks_are_made_by_it(root: Path, tmp_path: Path) -> None:
+def test_calibration_settings_matter_if_masks_are_made_by_them(root: Path, tmp_path: Path) -> None:
     settings = ["sparsity.criterion=wanda", "calibration.samples=4"]
     options = [part for setting in settings for part in ("--set", setting)]
     assert train(root, tmp_path / "out", *options).exit_code == 0
