@@ -300,7 +300,7 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     ),
     (text_that_streams_into_a_trainer, "IterableDataset of raw text .* cannot be packed here. Tokenise it"),
     (blocks_left_out_of_a_comparison, "layerdrop=0.1 of the student leaves blocks out. Set model.config_overrides"),
-    (merge_without_room, "checkpoint-2` cannot be merged beside itself: .*No space left on device. Make room there"),
+    (merge_without_room, "checkpoint-2` cannot be merged beside it: .*No space left on device. Make room there"),
     (weights_of_another_model, "model: `lm_head.weight` is missing. Resume from another checkpoint."),
 ]
 
