@@ -293,7 +293,7 @@ ERRORS = {
     "wide": ({"a": dense()}, Pattern(64, 128), (), "the model's is 64:128"),
     "not-pruned": ({"a": dense()}, Pattern(2, 4), (), "`a` of shape (64, 64) is not 2:4"),
     "damaged": ({"a": layer(2), "b": dense()}, Pattern(2, 4), ("a", "b"), "`b` of shape (64, 64) is not 2:4"),
-    "unknown": ({"a": dense()}, None, ("a",), "`a` is pruned, but to none of 1:2, 2:4"),
+    "unknown": ({"a": dense()}, None, ("a",), "`a` is pruned, but not to any of 1:2, 2:4"),
     "odd": ({"a": dense(8, 7)}, None, (), "in_features=7 is not a multiple of 2."),
     "nan": ({"a": Layer(torch.full((4, 64), torch.nan))}, None, (), "`a` holds values that are not finite"),
 }
