@@ -230,9 +230,7 @@ def test_sparser_patterns_fit_the_compressed_format(pattern: str, tmp_path: Path
 
 def test_other_patterns_are_exported_dense_only(tmp_path: Path) -> None:
     model = sparse_model(pattern="4:8")
-    with pytest.raises(
-        UserError, match=r"compressed format holds 2:4, but the model is 4:8: .* Use --format dense"
-    ):
+    with pytest.raises(UserError, match=r"compressed format holds 2:4, but the model is 4:8: .* Use --format dense"):
         export_model(model, tmp_path / "out")
     report = export_model(model, tmp_path / "out", "dense")
     assert report.pattern == "4:8" and same(loaded_state(tmp_path / "out"), masked_state(model, torch.bfloat16))

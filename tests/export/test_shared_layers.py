@@ -101,9 +101,7 @@ def test_an_old_export_with_dt_proj_compressed_is_refused_with_dequantize_false(
 ) -> None:
     old_export(tmp_path / "old", monkeypatch)
     own = AstSparse24Config(dequantize=False)
-    with pytest.raises(
-        UserError, match=r"dt_proj` compressed, but MambaMixer reads its weight without"
-    ):
+    with pytest.raises(UserError, match=r"dt_proj` compressed, but MambaMixer reads its weight without"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "old", quantization_config=own)
 
 
