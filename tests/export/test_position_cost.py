@@ -288,7 +288,7 @@ def test_text_shows_every_row_in_every_table() -> None:
 
 ERRORS = {
     "none": ({}, None, (), "no linear layer"),
-    "quarter": ({"a": dense()}, Pattern(1, 4), (), "n:2n up to 32:64, the model's is 1:4"),
+    "quarter": ({"a": dense()}, Pattern(1, 4), (), "n:2n up to 32:64, but the model's is 1:4"),
     "unstructured": ({"a": dense()}, Pattern(1, 2, structured=False), (), "the model's is unstructured"),
     "wide": ({"a": dense()}, Pattern(64, 128), (), "the model's is 64:128"),
     "not-pruned": ({"a": dense()}, Pattern(2, 4), (), "`a` of shape (64, 64) is not 2:4"),

@@ -221,7 +221,7 @@ def test_a_failed_variant_stops_the_study_and_leaves_nothing(finished: tuple[Pat
         (["--row", "gone=./gone"], "variant 'gone': model './gone' does not exist"),
         (["--row", "..=b"], "a variant cannot be called '..'"),
         (["--row", "provenance=b"], "a variant cannot be called 'provenance'"),
-        (["--only", "static"], "--only 'static' is no variant of"),
+        (["--only", "static"], "--only 'static' is not a variant of"),
         (["--only", "static"], "Known: annealed, Wanda, 2:4."),
         (["--bad"], "No such option"),
     ],
@@ -243,7 +243,7 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(study: Path, argumen
         ("config: base.yaml\nvariants: {a: {run: test}}", "variants.a.run='test' is unknown. Use train, prune, eval"),
         ("config: base.yaml\nvariants: {a: {model: b}}", "variants.a.model='b' names a model for `run: eval`"),
         ("config: base.yaml\nvariants: {a b: {}, a_b: {}}", "variants 'a b' and 'a_b' would share the folder 'a_b'"),
-        ("config: base.yaml\nvariants: {a: {}}\nfigures: [pie]", "figures=['pie'] is no list of perplexity, flips"),
+        ("config: base.yaml\nvariants: {a: {}}\nfigures: [pie]", "figures=['pie'] is not a list of perplexity, flips"),
         ("config: base.yaml\nset: 1\nvariants: {a: {}}", "`set` is an integer, not settings by name"),
         (
             "config: base.yaml\nvariants: {a: {}, b: {run: prune, evaluation.datasets: [heldout]}}",
@@ -277,7 +277,7 @@ def test_a_wrong_study_ends_in_one_line_before_anything_is_run(study: Path, text
 
 def test_missing_study_out_and_foreign_folders_are_refused(study: Path) -> None:
     out = study.parent / "out"
-    assert "is no file. Name a YAML file" in refused(study.parent / "gone.yaml", "--out", out)
+    assert "is not a file. Name a YAML file" in refused(study.parent / "gone.yaml", "--out", out)
     assert "--out is missing" in refused(study)
     assert "is a file. Name a folder" in refused(study, "--out", study)
     (out / "annealed").mkdir(parents=True)
