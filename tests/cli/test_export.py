@@ -80,7 +80,7 @@ def test_table_alone_prints_and_writes_figures_but_no_model(checkpoint: Path, tm
     rows = {row["pattern"]: row for row in record["rows"]}
     assert list(rows) == ["1:2", "2:4", "4:8", "8:16", "16:32"]
     assert rows["2:4"]["share_of_float32"]["combinatorial"] == 0.0859375 and rows["2:4"]["used"] == 6
-    assert rows["16:32"]["layers"] == 12 and rows["2:4"]["layers"] == 14  # in_features 48 is no multiple of 32
+    assert rows["16:32"]["layers"] == 12 and rows["2:4"]["layers"] == 14  # in_features 48 is not a multiple of 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

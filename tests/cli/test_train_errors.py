@@ -8,7 +8,7 @@ from tests.cli.refused_runs import base, name_of, refused
 
 BEST = ("training.eval_strategy=steps", "training.eval_steps=1")
 
-# what is set, as after --set, or several; and what the error says
+# one or several settings as after --set, and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
     # sparsity
     ("sparsity=2:4", r"Section 'sparsity' is '2:4', not a mapping"),
@@ -231,7 +231,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), SETTINGS, ids=name_of)
-def test_one_wrong_setting_is_named_with_its_mend(root: Path, change: str | list[str], message: str) -> None:
+def test_one_wrong_setting_is_named_with_its_fix(root: Path, change: str | list[str], message: str) -> None:
     changes = [change] if isinstance(change, str) else change
     settings = [part for setting in changes for part in ("--set", setting.format(root=root))]
     refused(root, message.replace("{{", "{").replace("}}", "}"), base(root), *settings, "--output-dir", root / "out")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.refused_runs import base, name_of, refused
 
-# a mixture that succeeds, and what doremi and bandit need as well
+# a mixture that succeeds, and what doremi and bandit also need
 DOMAINS = [
     "data.train=null", "data.domains.cc={{train: text.txt, share: 0.6}}",
     "data.domains.wiki={{train: other.txt, share: 0.4}}",
@@ -16,7 +16,7 @@ STREAMING = ["data.streaming=true", "data.eval=other.txt"]
 
 TARGETS = ["data.domains.cc.target=1.0", "data.domains.wiki.target=1.0"]
 
-# what is set, as after --set, or several; and what the error says
+# one or several settings as after --set, and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
     # model
     ("model=null", r"model\.name_or_path is missing"),
@@ -161,7 +161,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), SETTINGS, ids=name_of)
-def test_one_wrong_setting_is_named_with_its_mend(root: Path, change: str | list[str], message: str) -> None:
+def test_one_wrong_setting_is_named_with_its_fix(root: Path, change: str | list[str], message: str) -> None:
     changes = [change] if isinstance(change, str) else change
     settings = [part for setting in changes for part in ("--set", setting.format(root=root))]
     refused(root, message.replace("{{", "{").replace("}}", "}"), base(root), *settings, "--output-dir", root / "out")

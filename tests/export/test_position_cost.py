@@ -31,7 +31,7 @@ from ast_sparse.sparsity.masks import Pattern, nm_mask
 
 
 def every_pattern(n: int, m: int) -> Tensor:
-    """All of them, in the order of the ranks: by the last kept column, then the one before."""
+    """All patterns in the order of their ranks: by the last kept column, then the one before it."""
     kept = sorted(itertools.combinations(range(m), n), key=lambda columns: columns[::-1])
     return torch.tensor([[column in columns for column in range(m)] for columns in kept])
 
@@ -41,7 +41,7 @@ def random_groups(n: int, count: int, seed: int = 0) -> Tensor:
 
 
 def layer(n: int, rows: int = 64, columns: int = 64, seed: int = 0) -> Layer:
-    """A layer pruned to n:2n with a random mask, its zeros the only trace."""
+    """A layer pruned to n:2n with a random mask, which only its zeros show."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return Layer(torch.where(random_groups(n, rows * columns // (2 * n), seed + 1).view(rows, columns), weight, 0))
 
@@ -142,7 +142,7 @@ def test_fixed_code_starts_with_the_highest_bit() -> None:
 
 
 def shortest_mean(counts: list[int]) -> int:
-    """Least total bits over all prefix codes: every set of lengths that Kraft's inequality allows."""
+    """The fewest total bits of any prefix code: tries every set of lengths that Kraft's inequality allows."""
     longest = max(len(counts) - 1, 1)
     return min(
         sum(map(math.prod, zip(counts, lengths, strict=True)))

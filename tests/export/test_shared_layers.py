@@ -1,4 +1,4 @@
-"""Files of models whose layers share weights, and of layers that an earlier version should have left dense."""
+"""Files of models whose layers share weights, and layers that an earlier version should have left dense."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_statistics_of_a_shared_layer_hold_what_both_places_saw() -> None:
 
 
 def old_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """A compressed Mamba whose `dt_proj` is compressed too; the logits of its weights."""
+    """Write a compressed Mamba whose `dt_proj` is compressed too; return the logits of its weights."""
     with monkeypatch.context() as patch:
         patch.setattr(select, "read_past_forward", lambda model, layers: {})
         model = sparse("mamba")

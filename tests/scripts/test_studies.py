@@ -1,4 +1,4 @@
-"""scripts/studies/run.py: variants run once, resumed, refused; one table, its provenance, and figures."""
+"""scripts/studies/run.py: variants are run once, resumed or refused; one table, its provenance, and figures."""
 
 import csv
 import json
@@ -40,12 +40,12 @@ ROW = "another, dense"
 
 
 def run_study(*arguments: object) -> Result:
-    """The command in this process; its variants are processes of their own."""
+    """Run the command in this process; its variants are separate processes."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:
-    """The one line that a wrong input ends in."""
+    """The one line of a wrong input's error."""
     result = run_study(*arguments)
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
@@ -125,7 +125,7 @@ def test_every_figure_with_something_to_show_is_drawn(finished: tuple[Path, Path
     _, out = finished
     for name in ("perplexity", "flips", "losses"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
-    assert not (out / "alpha.png").exists()  # one α makes no line
+    assert not (out / "alpha.png").exists()  # one α does not make a line
 
 
 def test_checkpoints_go_and_the_model_stays(finished: tuple[Path, Path]) -> None:
@@ -176,7 +176,7 @@ def test_an_interrupted_variant_continues_from_its_checkpoint(tmp_path: Path) ->
     assert content["finished"] and content["starts"] == 2 and content["seconds"] > 10
     assert content["commit"].startswith("abc; ")
     row = table(tmp_path / "out")["only"]
-    assert row["steps"] == "3" and row["train_seconds"] == ""  # the trainer timed the last part alone
+    assert row["steps"] == "3" and row["train_seconds"] == ""  # the trainer timed only the last part
 
 
 @pytest.mark.parametrize(

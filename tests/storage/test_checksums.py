@@ -1,4 +1,4 @@
-"""The checksums of a folder: written with it, compared when it is read, and absent from folders of before."""
+"""The checksums of a folder: written with it, compared when it is read, and absent from older folders."""
 
 import json
 import zlib
@@ -110,7 +110,7 @@ def test_added_missing_and_unreadable_sums_are_named(tmp_path: Path) -> None:
 
 def test_sums_of_shards_stand_in_one_file(tmp_path: Path) -> None:
     export_model(sparse_model(), tmp_path / "out", "dense")
-    shard(tmp_path / "out")  # the sums go by tensor, whatever the file
+    shard(tmp_path / "out")  # the sums are by tensor, whatever the file
     load_causal_lm(tmp_path / "out")
     last = weight_files(tmp_path / "out")[-1]
     flip(last, -1)

@@ -1,4 +1,4 @@
-"""Loading from every kind of place, and what is said when it does not work."""
+"""Loading from every kind of place, and the errors when it fails."""
 
 import json
 import logging
