@@ -1,4 +1,4 @@
-"""What a measured figure depends on beside its settings."""
+"""What a measured result depends on, in addition to its settings."""
 
 import os
 import platform

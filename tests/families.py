@@ -1,4 +1,4 @@
-"""A tiny model of every family that AutoModelForCausalLM makes from a configuration and that runs on text."""
+"""A tiny model of every family that AutoModelForCausalLM builds from a configuration and that runs on text."""
 
 from typing import Any
 
@@ -24,9 +24,9 @@ _SIZES: dict[str, Any] = dict(
     decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, d_model=32, ffn_dim=48,
 )  # fmt: skip
 
-_LATENT = {"head_dim": None, "num_key_value_heads": 4}  # attention by latent keys and values
+_LATENT = {"head_dim": None, "num_key_value_heads": 4}  # attention with latent keys and values
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
-# What a family needs beside; None: its own default.
+# What else a family needs; None: its own default.
 _OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"head_dim": None, "n_ctx": 128},

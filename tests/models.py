@@ -1,4 +1,4 @@
-"""Tiny random models of the covered families, a tokenizer trained on generated text, and that text."""
+"""Tiny random models of the families, a tokenizer trained on generated text, and that text."""
 
 import random
 from functools import cache
@@ -70,7 +70,7 @@ def tiny_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
 
 
 def save_tiny_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
-    """A model folder as a user has it: weights, config and tokenizer."""
+    """Write a model folder as users have it: weights, config and tokenizer."""
     tiny_model(family, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -1,9 +1,9 @@
-"""Processes that begin with torch and transformers imported: one process imports them, and each of these is its fork.
+"""Processes that start with torch and transformers imported: one process imports them, and each of these is its fork.
 
-A fresh interpreter works for seconds before the first line of a command; these start in milliseconds and are otherwise
-what `python -m` starts: a pid, an environment, exit codes, signals. Where a test is about the interpreter itself, as
-about the order of imports, it starts a fresh one. Output goes into files: where a test limits the size of files, that
-limit is theirs too.
+A fresh interpreter takes seconds to reach the first line of a command. These start in milliseconds and otherwise behave
+like `python -m`: they have a pid, an environment, exit codes, signals. If a test is about the interpreter itself, such
+as the order of imports, it starts a fresh one. Output goes into files: if
+a test limits the size of files, that limit applies to them too.
 """
 
 import gc
@@ -33,7 +33,7 @@ _context.set_forkserver_preload(list(IMPORTED))
 
 
 class Started:
-    """A running command, with what a test needs of `subprocess.Popen`."""
+    """A running command, with the parts of `subprocess.Popen` that tests need."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Started:
             target=_run_module, args=(module, arguments, environment, os.getcwd(), self.output, is_apart)
         )
         main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")  # what is run as one here is none there
+        sys.modules["__main__"] = ModuleType("__main__")  # the main module of this process must not be run again there
         try:
             self._process.start()
         finally:
@@ -80,7 +80,7 @@ class Started:
             os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end; what the command and its own processes wrote."""
+        """Wait for the end; return what the command and its own processes wrote."""
         self.wait(timeout)
         out, err = (file.read_text() for file in self.output)
         return out, err
@@ -100,7 +100,7 @@ def run_command(
 
 @contextmanager
 def forked_commands() -> Iterator[None]:
-    """Within the block `subprocess.run` of a `python -m` command runs a fork, whoever calls it."""
+    """Inside the block, `subprocess.run` of a `python -m` command runs a fork, whoever calls it."""
     fresh = subprocess.run
 
     def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
@@ -133,7 +133,7 @@ def _run_module(
     for number, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (
-        open(number, "w", buffering=1, errors=errors, closefd=False)  # noqa: SIM115  # open as long as the process
+        open(number, "w", buffering=1, errors=errors, closefd=False)  # noqa: SIM115  # stays open as long as the process runs
         for number, errors in ((1, "strict"), (2, "backslashreplace"))
     )
     if module == "torch.distributed.run":
@@ -144,9 +144,9 @@ def _run_module(
 
 
 def _fork_ranks(output: tuple[Path, Path]) -> None:
-    """Let torchrun start its ranks here as it starts them with `subprocess`."""
+    """Let torchrun start its ranks as forks too."""
     server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    server.ensure_running = lambda: None  # the one this process is of
+    server.ensure_running = lambda: None  # the server that forked this process
 
     def start(args: Sequence[str], env: Mapping[str, str], stdout: Any, stderr: Any, **kwargs: Any) -> Started:
         assert stdout is stderr is None, "ranks write where torchrun writes"

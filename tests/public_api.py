@@ -1,11 +1,11 @@
-"""What users rely on, as lines of text: names, flags, YAML keys, and what the files of a run are called and hold.
+"""What users rely on, as lines of text: names, flags, YAML keys, and the names and contents of the files of a run.
 
-`public_api.txt` is the list, and `test_public_api.py` compares. After a change that is meant, write it anew and look at
-what git says has changed:
+`public_api.txt` is the list, and `test_public_api.py` compares. After an intended change, write it again and check the
+difference with git:
 
     python -m tests.public_api > tests/public_api.txt
 
-In a checkout of another commit, with this file copied into its `tests/`, the command gives the list of that commit.
+In a checkout of another commit, with this file copied into its `tests/`, the command prints the list of that commit.
 """
 
 import ast
@@ -48,7 +48,7 @@ evaluation: {{datasets: [{folder}/text.txt], seq_len: 32, windows: 2}}
 
 
 def api_lines() -> list[str]:
-    """The whole list, a fact a line."""
+    """The whole list, one fact per line."""
     with tempfile.TemporaryDirectory() as folder:
         sections = {
             "names": names(), "flags": flags(), "keys": keys(), "constants": constants(), "files": files(Path(folder)),
@@ -57,7 +57,7 @@ def api_lines() -> list[str]:
 
 
 def names() -> Iterator[str]:
-    """Public names with parameters and defaults, classes with what they add to their foreign bases."""
+    """Public names with parameters and defaults; classes with what they add to bases from other packages."""
     for name in ast_sparse.__all__:
         value = getattr(ast_sparse, name)
         yield f"{name}{_signature(value)}"
@@ -67,7 +67,7 @@ def names() -> Iterator[str]:
 
 def _signature(value: Any) -> str:
     if inspect.isclass(value) and issubclass(value, Exception) and "__init__" not in vars(value):
-        return "(*args)"  # as every exception
+        return "(*args)"  # like every exception
     signature = inspect.signature(value)
     parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
@@ -109,7 +109,7 @@ def _flags(name: str, command: click.Command) -> Iterator[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a default is one, not a mark of click for none."""
+    """Whether there is a default, rather than click's marker for none."""
     return isinstance(value, bool | int | float | str | tuple)
 
 
@@ -125,7 +125,7 @@ def keys() -> Iterator[str]:
 
 
 def constants() -> Iterator[str]:
-    """`CONSTANTS` by name, wherever they stand."""
+    """`CONSTANTS` by name, wherever they are defined."""
     for path in (ROOT / "ast_sparse").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -135,7 +135,7 @@ def constants() -> Iterator[str]:
 
 
 def files(folder: Path) -> Iterator[str]:
-    """What a run, a checkpoint, the exports and shards are made of: files, keys of JSON, tensors of a sparse layer."""
+    """The parts of a run, a checkpoint, the exports and shards: files, JSON keys, tensors of a sparse layer."""
     save_tiny_model(folder / "model")
     (folder / "text.txt").write_text(generated_text(300), encoding="utf-8")
     (folder / "run.yaml").write_text(_RUN.format(folder=folder), encoding="utf-8")
@@ -160,7 +160,7 @@ def _call(command: str, *arguments: object) -> None:
 
 
 def _contents(path: Path) -> Iterator[str]:
-    """What a file holds, after its name: nothing of the files that other libraries define."""
+    """What a file holds, after its name; nothing for files that other libraries define."""
     yield ""
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -183,7 +183,7 @@ def _contents(path: Path) -> Iterator[str]:
 
 
 def _keys(value: Any, above: str = "") -> Iterator[str]:
-    """The keys of a JSON value, of mappings inside it too; not the settings it repeats, which `keys` lists."""
+    """The keys of a JSON value and of mappings inside it, except settings that it repeats, which `keys` lists."""
     if isinstance(value, list):
         for each in value:
             yield from _keys(each, f"{above}[]")

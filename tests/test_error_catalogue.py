@@ -1,4 +1,4 @@
-"""Messages that no other test triggers: each fault is made, and ends in its line.
+"""Messages that no other test triggers: each fault is caused on purpose, and ends in its message.
 
 `scripts/checks/errors.py` runs the suite and lists the messages of the package that nothing triggered.
 """
@@ -57,7 +57,7 @@ def no_package(*args: Any, **kwargs: Any) -> Any:
 
 
 def changed_on_disk(change: Callable[[Any], None]) -> Callable[..., Any]:
-    """A `load_checkpoint` that gives an export back otherwise than it was written."""
+    """A `load_checkpoint` that returns an export changed."""
     load = checkpoint.load_checkpoint
 
     def changed(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +86,7 @@ def negative_zeros(root: Path, patch: Patch) -> None:
 
 
 def export_without_pattern(root: Path, patch: Patch) -> None:
-    def deny(loaded: Any) -> None:  # what is read back fits no pattern any more
+    def deny(loaded: Any) -> None:  # what is read back no longer fits any pattern
         patch.setattr(Pattern, "holds", lambda *args, **kwargs: False)
 
     patch.setattr(checkpoint, "load_checkpoint", changed_on_disk(deny))
@@ -237,7 +237,7 @@ def blocks_left_out_of_a_comparison(root: Path, patch: Patch) -> None:
 
 
 def launched(patch: Patch, root: Path, **environment: str) -> None:
-    """The settings of `accelerate launch`, which no TrainingArguments have checked."""
+    """The settings of `accelerate launch`, which TrainingArguments did not check."""
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **environment}.items():
         patch.setenv(name, value)
     sharding_plugin(TrainingArguments(str(root), use_cpu=True))
@@ -300,7 +300,7 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     ),
     (text_that_streams_into_a_trainer, "IterableDataset of raw text .* cannot be packed here. Tokenise it"),
     (blocks_left_out_of_a_comparison, "layerdrop=0.1 of the student leaves blocks out. Set model.config_overrides"),
-    (merge_without_room, "checkpoint-2` cannot be merged beside itself: .*No space left on device. Make room there"),
+    (merge_without_room, "checkpoint-2` cannot be merged beside it: .*No space left on device. Make room there"),
     (weights_of_another_model, "model: `lm_head.weight` is missing. Resume from another checkpoint."),
 ]
 

@@ -1,4 +1,4 @@
-"""Errors of the user and their fields; words for messages: an error on one line, the name that was meant."""
+"""User errors and their fields, and helpers for messages: an error in one line, the name that was probably meant."""
 
 import pickle
 from typing import Any

@@ -1,6 +1,6 @@
-"""What a new one-shot method and a new decay placement take: their functions, and an entry where the names stand.
+"""What a new one-shot method and a new decay placement need: their functions, and an entry in the table of names.
 
-A made-up one that is entered so goes through the commands and the training like those that come with the package.
+A made-up one that is added this way works in the commands and in training like those of the package.
 """
 
 import json
@@ -33,7 +33,7 @@ def choices(field: str) -> tuple[str, ...]:
 
 
 def allow(patch: pytest.MonkeyPatch, field: str, name: str) -> None:
-    """Add a name to those that a setting takes, as an edit of the Literal does."""
+    """Add a name to those that a setting takes, as an edit of its Literal would."""
     patch.setitem(SparsityConfig.__annotations__, field, Literal[(*choices(field), name)])
 
 
@@ -62,7 +62,7 @@ def test_every_method_keeps_what_the_pattern_says_and_reports_a_share_as_error(
 
 
 def lowest(weight: Tensor, pattern: Pattern, statistics: Any, settings: CalibrationConfig) -> tuple[Tensor, Tensor]:
-    """The contrary of magnitude, so that no other method gives its mask; twice the weight."""
+    """The opposite of magnitude, so that no other method has its mask; twice the weight."""
     scores = weight.abs() if statistics is None else weight.abs() * statistics.input_norm
     return 2 * weight, pattern.mask(-scores)
 

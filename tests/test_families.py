@@ -1,4 +1,4 @@
-"""Every family: what is trained is what is written and what is read, and a step of rate 0 changes nothing."""
+"""Every family: the trained model is what is written and read, and a step with learning rate 0 changes nothing."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 def test_what_is_trained_is_what_is_written_and_read(tmp_path: Path, family: str) -> None:
     model = family_model(family)
     sparsify_model(model, SparsityConfig())
-    for layer in sparse_layers(model).values():  # other masks than the magnitudes give again
+    for layer in sparse_layers(model).values():  # masks that the magnitudes would not give
         layer.mask.data.copy_(layer.mask.roll(2, dims=1 - layer.group_dim))
     expected = logits(model)
     dense, compressed = tmp_path / "dense", tmp_path / "compressed"

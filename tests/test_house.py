@@ -29,7 +29,7 @@ def test_no_function_is_too_long_without_a_reason(room: str) -> None:
 
 
 def long_functions(source: str) -> list[tuple[str, int]]:
-    """Functions with more lines than are allowed, docstrings left out, that have no reason above them."""
+    """Functions with more lines than allowed, not counting docstrings, and without a reason above them."""
     lines = source.splitlines()
     found = []
     for node in ast.walk(ast.parse(source)):

@@ -1,4 +1,4 @@
-"""Every import looks down: one rank a room, so no two rooms can import each other."""
+"""Every import points down: each room has its own rank, so no two rooms can import each other."""
 
 import ast
 from collections import defaultdict
@@ -34,7 +34,12 @@ ORDER = (
 RANK = {room: len(ORDER) - level for level, room in enumerate(ORDER)}
 STRANGERS = {("report", "training")}  # neither imports the other
 TORCH_ONLY = ("kernels", "sparsity", "optim", "schedules", "distillation", "export/codec")
-NAMED_BY_THEIR_ROOM = ("cli", "config", "checks", "callbacks")  # a file a command, section, subject: any name is free
+NAMED_BY_THEIR_ROOM = (
+    "cli",
+    "config",
+    "checks",
+    "callbacks",
+)  # one file per command, section or subject
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

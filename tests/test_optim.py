@@ -44,7 +44,7 @@ def test_masked_update_follows_the_equations(placement: str, weight_decay: float
     for t in range(1, 9):
         lam = 0.0 if t == 1 else 0.05 * t
         if t == 5:
-            mask.copy_(torch.rand(3, 8, generator=generator) < 0.5)  # a refresh: the bound tensor is read each step
+            mask.copy_(torch.rand(3, 8, generator=generator) < 0.5)  # a refresh: the bound tensor is read in each step
         grad = torch.randn(3, 8, generator=generator, dtype=torch.float64)
         optimizer.param_groups[0]["mask_decay"] = lam
         parameter.grad = grad.clone()

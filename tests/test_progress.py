@@ -1,4 +1,4 @@
-"""Progress in a log: lines now and then, without a carriage return; bars on a terminal."""
+"""Progress: occasional lines without carriage returns in a log, bars on a terminal."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The public surface is the one of the list, at run time and for type checkers."""
+"""The public API matches the list, at run time and for type checkers."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.public_api import api_lines
 
 LIST = Path(__file__).with_suffix(".txt").with_stem("public_api")
 PACKAGE = Path(ast_sparse.__file__).parent
-# Only this package is looked through: the libraries it stands on would take minutes.
+# Only this package is checked: the libraries it uses would take minutes.
 MYPY = """
 [mypy]
 follow_imports = skip

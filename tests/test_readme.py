@@ -35,7 +35,7 @@ each_readme = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(pa
 
 
 def code(readme: Path) -> str:
-    """All that stands in code blocks or between backticks, a piece a line; lines that are continued are joined."""
+    """Everything in code blocks or between backticks, one piece per line; continued lines are joined."""
     text = readme.read_text(encoding="utf-8").replace("\\\n", " ")
     return "\n".join([*(body for _, body in FENCE.findall(text)), *INLINE.findall(FENCE.sub("", text))])
 
@@ -53,7 +53,7 @@ def called(line: str) -> Iterator[tuple[str, str]]:
 
 
 def scripts_options() -> set[str]:
-    """The options of the scripts, as their sources spell them."""
+    """The options of the scripts, as spelled in their sources."""
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "scripts").rglob("*.py"))
     return {name for source in sources for name in re.findall(r"""["'](--[a-z-]+)["']""", source)}
 
@@ -86,7 +86,7 @@ def test_every_path_that_is_named_exists(readme: Path) -> None:
 
 @each_readme
 def test_every_program_file_that_is_named_exists(readme: Path) -> None:
-    """Beside the README, in the package or in the repository."""
+    """It may be beside the README, in the package or in the repository."""
     places = (readme.parent, ROOT / "ast_sparse", ROOT)
     names = set(FILE_OF_ROOM.findall(code(readme)))
     assert not [name for name in names if not any((place / name).is_file() for place in places)]

@@ -1,4 +1,4 @@
-"""What a compressed format has to know of its code: names, sizes, and the functions there and back."""
+"""What a compressed format has to know about its code: names, sizes, and how to encode and decode."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ from torch import Tensor
 
 from ast_sparse.sparsity.masks import Pattern
 
-META = "weight_meta"  # the positions of a layer, beside the values, which are its `weight`
+META = "weight_meta"  # name of the positions of a layer; the values are its `weight`
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to store weights of one pattern: the kept values in order, and bytes that say where they stand.
+    """One way to store weights of one pattern: the kept values in order, and bytes that say where they are.
 
     Attributes:
         method: `quant_method` in config.json; readers choose the codec by it.
-        format_version: written to config.json. A newer one than this is refused.
+        format_version: written to config.json. A newer one is an error.
         pattern: N:M of the weights.
-        multiple: in_features of a layer has to be a multiple of this, else the layer is left dense.
-        columns_per_byte: columns of the weight whose positions take one byte.
-        encode: weight `[out, in]` and mask (bool, exactly N of M; None: from the non-zeros) to values `[out, in·N/M]`
-            in the dtype of the weight and metadata `[out, in/columns_per_byte]`, uint8.
-        decode: values and metadata to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with respect
-            to the values.
-        check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong places.
+        multiple: in_features of a layer must be a multiple of this, otherwise the layer is left dense.
+        columns_per_byte: how many columns of the weight have their positions in one byte.
+        encode: from a weight `[out, in]` and a mask (bool, exactly N of M; None: the non-zeros) to the values
+            `[out, in·N/M]`, in the dtype of the weight, and the metadata `[out, in/columns_per_byte]`, uint8.
+        decode: from values and metadata to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with
+            respect to the values.
+        check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong positions.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Codec:
         return (out_features, kept), (out_features, in_features // self.columns_per_byte)
 
     def dense_shape(self, values: Tensor) -> tuple[int, int]:
-        """The shape `[out, in]` that values decode to."""
+        """The shape `[out, in]` of the decoded weight."""
         return values.shape[0], values.shape[1] * self.pattern.m // self.pattern.n
 
     def check(self, values: Tensor, meta: Tensor) -> None:
@@ -58,5 +58,5 @@ class Codec:
             raise ValueError(f"its metadata names positions that no {self.pattern} group has")
 
     def stored_bytes(self, numel: int, itemsize: int) -> int:
-        """Bytes of the code of a weight with `numel` entries of `itemsize` bytes."""
+        """Size in bytes of an encoded weight with `numel` entries of `itemsize` bytes."""
         return numel * self.pattern.n // self.pattern.m * itemsize + numel // self.columns_per_byte

@@ -1,7 +1,7 @@
 """The 2:4 code: kept values in order, and a nibble of positions for every group of four.
 
-A nibble is `idx0 | idx1 << 2` with `idx0 < idx1`; the even group of a pair lies in the low half of its byte. Two bytes,
-read as a little-endian int16, are CUTLASS's metadata before its reordering.
+A nibble is `idx0 | idx1 << 2` with `idx0 < idx1`; the even group of a pair is in the low half of its byte. Two bytes
+read as a little-endian int16 are CUTLASS's metadata before it is reordered.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ from ast_sparse.sparsity.masks import Pattern
 _GROUP = 4
 _KEPT = 2
 _BLOCK = 1 << 19  # entries of a block of `_pack_rows` and `_unpack_rows`, whose temporaries stay in the cache
-_CHECKED = 1 << 16  # times eight bytes of metadata, a block of `check_meta`
-# By occupancy (bit b: position b is kept) the nibble; only six of sixteen occupancies keep two.
+_CHECKED = 1 << 16  # groups of eight bytes of metadata in a block of `check_meta`
+# The nibble by occupancy (bit b: position b is kept); only six of the sixteen occupancies keep two.
 _NIBBLE_OF = {0b0011: 4, 0b0101: 8, 0b0110: 9, 0b1001: 12, 0b1010: 13, 0b1100: 14}
 _NOT_TWO = "The mask does not keep exactly two of each four columns."
 
 
 def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Code a 2:4 weight.
+    """Encode a 2:4 weight.
 
     Args:
         weight: `[out, in]`, any dtype, `in` a multiple of 8.
         mask: bool, shape of the weight, True = kept, exactly two of each four columns; a kept zero stays kept.
-            None: the non-zeros, and zeros behind them where a group has fewer than two.
+            None: the non-zeros are kept, and the last zeros of a group that has fewer than two.
 
     Returns:
         values `[out, in/2]`, dtype of the weight; meta `[out, in/8]`, uint8.
@@ -53,11 +53,11 @@ def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 def unpack24(values: Tensor, meta: Tensor) -> Tensor:
-    """The dense weight `[out, in]` of a code, pruned entries exactly 0.0; differentiable with respect to the values.
+    """Decode to the weight `[out, in]`, pruned entries exactly 0.0; differentiable with respect to the values.
 
     Args:
         values: `[out, in/2]`, any dtype, `in` a multiple of 8.
-        meta: `[out, in/8]`, uint8; whether its nibbles are valid is what `check_meta` tells.
+        meta: `[out, in/8]`, uint8; its nibbles are not checked, see `check_meta`.
 
     Raises:
         ValueError: the shapes do not fit together, or meta is not uint8.
@@ -77,7 +77,7 @@ def check_meta(meta: Tensor) -> bool:
     """Whether every nibble of the metadata (uint8) names two different positions in order."""
     flat = _whole(meta, 8).view(-1)
     ends = len(flat) - len(flat) % 8
-    # eight bytes at a time: 4 + idx1 - idx0 - 1 never borrows from its neighbours, and has the 4 where idx0 < idx1
+    # eight bytes at a time: 4 + idx1 - idx0 - 1 never borrows from a neighbour, and its bit 4 is set if idx0 < idx1
     for part, scale in ((flat[:ends].view(torch.int64), 0x0101010101010101), (flat[ends:].int(), 1)):
         for block in part.split(_CHECKED):
             order = ((block >> 2) & 0x33 * scale) + 0x44 * scale - (block & 0x33 * scale) - 0x11 * scale
@@ -92,7 +92,7 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
         return False
     bytes_ = [_whole(each, 8).reshape(-1).view(torch.uint8) for each in (first, second)]
     ends = first.nbytes - first.nbytes % 8
-    wide = [each[:ends].view(torch.int64) for each in bytes_]  # `torch.equal` takes as long for an entry of any size
+    wide = [each[:ends].view(torch.int64) for each in bytes_]  # `torch.equal` takes as long per entry for any dtype
     return torch.equal(*wide) and torch.equal(*(each[ends:] for each in bytes_))
 
 
@@ -107,7 +107,7 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _mask_of(weight: Tensor) -> Tensor:
-    """Two of each four: the non-zeros, then the last zeros (CUTLASS's choice for an empty group)."""
+    """Keep two of each four: the non-zeros, then the last zeros (CUTLASS's choice for an empty group)."""
     groups = (weight != 0).unflatten(1, (-1, _GROUP))
     if bool((groups.sum(-1) > _KEPT).any()):
         count = int((groups.sum(-1) > _KEPT).sum())
@@ -132,13 +132,13 @@ def _unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
     positions = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
     as_bits = values.element_size() == 2 and not (values.requires_grad and torch.is_grad_enabled())
-    pairs = (values.view(torch.int16) if as_bits else values).unflatten(1, (-1, _KEPT))  # which keeps what a NaN holds
+    pairs = (values.view(torch.int16) if as_bits else values).unflatten(1, (-1, _KEPT))  # keeps the bits of a NaN
     dense = pairs.new_zeros(*pairs.shape[:-1], _GROUP).scatter(-1, positions, pairs).flatten(1)
     return dense.view(values.dtype) if as_bits else dense
 
 
 def _whole(tensor: Tensor, entries: int = _GROUP) -> Tensor:
-    """The tensor, copied unless it can be viewed as words of so many entries."""
+    """The tensor, copied unless it can be viewed as words of that many entries."""
     starts_whole = tensor.is_contiguous() and tensor.storage_offset() % entries == 0
     return tensor.detach() if starts_whole else tensor.detach().clone(memory_format=torch.contiguous_format)
 

@@ -29,13 +29,12 @@ from ast_sparse.storage.origin import Origin, check_saving, read_generation_conf
 from ast_sparse.storage.save import (
     check_out_dir,
     finished_folder,
-    has_conv1d,
     save_sparse_model,
     save_weights,
     split_state_dict,
 )
 from ast_sparse.storage.sharded import is_sharded_checkpoint
-from ast_sparse.storage.slorb_adapter import write_adapter
+from ast_sparse.storage.slorb_adapter import group_dim_of, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
 __all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
@@ -48,7 +47,7 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtype
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported. Weights are masked; `folder` is None when a model object was given."""
+    """What is exported. Weights are masked; `folder` is None if a model object was given."""
 
     model: PreTrainedModel
     weights: dict[str, Tensor]
@@ -62,15 +61,15 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which layers are exported as pruned (True: transposed, a `Conv1D`), and why the others are left dense.
+    """Which layers are exported as pruned (with their `group_dim`), and why the others are left dense.
 
-    `codec` is that of the format, None where zeros are written out. `dtypes` has the dtype of every floating-point
-    tensor of the model that is written.
+    `codec` is that of the format, None if zeros are written out. `dtypes` has the dtype of every floating-point tensor
+    that is written.
     """
 
     format: str
     codec: Codec | None
-    pruned: dict[str, bool]
+    pruned: dict[str, int]
     dense: dict[str, str]
     dtypes: dict[str, torch.dtype]
 
@@ -88,7 +87,7 @@ def export_model(
     record: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> ExportReport:
-    """Write an N:M model in an export format; the files are read back and verified before they take their place.
+    """Write an N:M model in an export format; the files are read back and verified before the folder gets its name.
 
     Args:
         model_or_dir: a model with sparse layers, a plain model whose weights are N:M, or a folder: one of our training
@@ -98,14 +97,14 @@ def export_model(
         dtype: of the weights: bfloat16, float16 or float32.
         pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
         overwrite: replace a model that `out_dir` holds.
-        tokenizer: saved with the model. What lies beside the weights of the source (tokenizer files, templates, code,
-            generation_config.json) is copied as it is.
+        tokenizer: saved with the model. The files beside the source's weights (tokenizer files, templates, code,
+            generation_config.json) are copied as they are.
         progress: show a progress bar.
-        record: how a model object came about, for `sparsity_config.json`.
-        trust_remote_code: run code that a folder brings.
+        record: how a model object was made, for `sparsity_config.json`.
+        trust_remote_code: run code that comes with a folder.
 
     Raises:
-        UserError: the source is no model or not N:M, the output folder is taken, or the files read back differ.
+        UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ.
     """
     if format not in FORMAT_HELP:
         raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMAT_HELP)}.")
@@ -160,7 +159,7 @@ def _check_model(model: Any) -> None:
 
 
 def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
-    """In which dtype no weight of a folder is rounded: the one of config.json where all weights are stored in it."""
+    """A dtype that rounds no weight of a folder: the one in config.json if all weights are stored in it."""
     if is_sharded_checkpoint(folder):
         return "auto"
     config = files.read_json(folder / files.CONFIG_NAME)
@@ -180,8 +179,8 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     plan = _Plan(format, codec, {}, {}, {name: loaded.get(name, dtype) for name in source.weights})
     first_fault = None
     for name, layer in selected.items():
-        transposed = isinstance(layer, Conv1D)
-        weight = _oriented(source.weights[f"{name}.weight"], transposed)
+        group_dim = 0 if isinstance(layer, Conv1D) else 1
+        weight = _out_by_in(source.weights[f"{name}.weight"], group_dim)
         unfit = next((p.m for p in patterns if p.structured and weight.shape[1] % p.m), None)
         missed = next((pattern for pattern in patterns if not unfit and not pattern.holds(weight)), None)
         if unfit:
@@ -197,7 +196,7 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
                 "not compressed"
             )
         else:
-            plan.pruned[name] = transposed
+            plan.pruned[name] = group_dim
     if first_fault and not any(
         name in recorded or bool(source.weights[f"{name}.weight"].any()) for name in plan.pruned
     ):
@@ -219,8 +218,8 @@ def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format
         what = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights are not zero."
     if pattern != source.pattern:
         return (
-            f"The {format} format holds {pattern}, the model is {source.pattern}: in `{name}` {what} Use --format "
-            "dense."
+            f"The {format} format holds {pattern}, but the model is {source.pattern}: in `{name}` {what} Use "
+            "--format dense."
         )
     return (
         f"The model is not {pattern}: in `{name}` {what} Prune it first with ast-prune or ast-train, or name its "
@@ -228,9 +227,9 @@ def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format
     )
 
 
-def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
-    """`[out, in]`, whatever the layout of the layer."""
-    return tensor.t().contiguous() if transposed else tensor
+def _out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
+    """The weight or mask of a layer as `[out, in]`."""
+    return tensor if group_dim == 1 else tensor.t().contiguous()
 
 
 def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
@@ -240,17 +239,17 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
     for key, value in progress_bar(cast, "Encoding", len(source.weights), disable=not progress, unit="tensor"):
         layer = key.removesuffix(".weight")
         if codec and layer in plan.pruned and key != layer:
-            transposed = plan.pruned[layer]
-            mask = _code_mask(source.masks.get(layer), transposed, codec.pattern)
-            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(_oriented(value, transposed), mask)
+            group_dim = plan.pruned[layer]
+            mask = _code_mask(source.masks.get(layer), group_dim, codec.pattern)
+            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(_out_by_in(value, group_dim), mask)
         else:
             tensors[key] = value
-    # Compressed layers have the names and shapes of the model in memory: nothing may convert them on the way.
+    # Compressed layers have the names and shapes of the model in memory, so they must not be converted.
     save_weights(source.model, folder, tensors, original_format=codec is None)
     _edit_config(folder, plan, dtype)
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
-        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, has_conv1d(source.model, pairs))
+        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, group_dim_of(source.model, pairs))
     record = source.record
     if source.folder is None or not record.content:
         record = SparsityRecord.of_export(
@@ -260,7 +259,7 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
 
 
 def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """The masked weights in the dtypes of the export, on the CPU; no pruned layer holds a negative zero."""
+    """The masked weights in the dtypes of the export, on the CPU; pruned layers have no negative zeros."""
     parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
     for name, stored in source.weights.items():
         dtype = plan.dtypes[name]
@@ -274,11 +273,11 @@ def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _code_mask(mask: Tensor | None, transposed: bool, pattern: Pattern) -> Tensor | None:
-    """The mask to encode from; None where it does not keep exactly N of M, and the non-zeros have to tell."""
+def _code_mask(mask: Tensor | None, group_dim: int, pattern: Pattern) -> Tensor | None:
+    """The mask to encode with; None if it does not keep exactly N of M, and the non-zeros are used instead."""
     if mask is None:
         return None
-    mask = _oriented(mask.cpu(), transposed)
+    mask = _out_by_in(mask.cpu(), group_dim)
     return mask if bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()) else None
 
 
@@ -301,7 +300,7 @@ def _name_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
-    """Compare what the files give back with the masked weights; the number of non-zeros in the pruned layers."""
+    """Compare what is read back with the masked weights; return the number of non-zeros in the pruned layers."""
     fault = f"Reading the export back failed, so nothing was kept: `{folder.name}`"
     remote_code = bool(source.model.is_remote_code())
     written = load_checkpoint(folder, dtype=dtype, trust_remote_code=remote_code)
@@ -316,7 +315,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
         layer = name.removesuffix(".weight")
         if layer in plan.pruned and layer != name:
             nonzero += int(found[name].count_nonzero())
-            if not source.pattern.holds(found[name], dim=0 if plan.pruned[layer] else 1):
+            if not source.pattern.holds(found[name], dim=plan.pruned[layer]):
                 raise UserError(f"{fault}: `{name}` is not {source.pattern}.")
     return nonzero
 
@@ -341,7 +340,7 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
     dense = sum(entries[name] for name in plan.dense)
     dense_bytes = sum(entries[name] * item[name] for name in plan.dense)
     rest = sum(sizes.values()) - stored - dense_bytes
-    pairs = [pair for name, pair in source.slorb.items() if name in entries]  # shared ones once
+    pairs = [pair for name, pair in source.slorb.items() if name in entries]  # shared pairs once
     adapter = sum(s.numel() + x.numel() for s, x in pairs)
     rest_entries = sum(math.prod(shape) for _, shape in shapes.values()) - kept - dense
     itemsize = DTYPES[dtype].itemsize

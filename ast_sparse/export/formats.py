@@ -1,7 +1,7 @@
-"""The formats of an export by name.
+"""The export formats by name.
 
-A compressed format is a codec in a file of its own, as `codec24.py`, and an entry in each of the two tables here. The
-export, the plug-in that reads checkpoints, the command and the report follow from them.
+A compressed format is a codec in its own file, such as `codec24.py`, and an entry in each of the two tables here. The
+export, the plug-in that reads checkpoints, the command and the report use them.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ def codecs() -> dict[str, Codec]:
 
 
 def codec_of(method: object) -> Codec | None:
-    """The codec by the `quant_method` of a config.json; None where it is not one of ours."""
+    """The codec with the `quant_method` of a config.json; None if it is not one of ours."""
     return next((codec for codec in codecs().values() if codec.method == method), None)

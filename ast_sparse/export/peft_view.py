@@ -1,7 +1,7 @@
-"""The weight of a compressed layer as PEFT sees it: decoded for good when a method needs the values.
+"""The weight of a compressed layer as PEFT sees it: decoded permanently when a method needs the values.
 
-A LoRA adapter computes beside its layer and asks the weight for its device and dtype only, so the layer stays
-compressed. Merging, DoRA, PiSSA and others compute with the weight; they would take the packed values for it.
+A LoRA adapter computes beside its layer and asks the weight only for its device and dtype, so the layer stays
+compressed. Merging, DoRA, PiSSA and others compute with the weight, and would use the packed values as the weight.
 """
 
 import sys
@@ -23,7 +23,7 @@ _NEED_NO_VALUES = {*(getter.__get__ for getter in _GETTERS), *_METHODS}
 
 
 class UndecodedWeight(Tensor):
-    """Shape `[out, in]`, dtype and device of a compressed layer's weight. Whatever needs more decodes the layer."""
+    """Has the shape `[out, in]`, dtype and device of a compressed layer's weight. Any other use decodes the layer."""
 
     layer: nn.Linear
 
@@ -45,7 +45,7 @@ class UndecodedWeight(Tensor):
 
 
 def decode(layer: Any) -> nn.Parameter:
-    """Turn a compressed layer into a plain `nn.Linear`, in place; its weight `[out, in]`, not trained."""
+    """Turn a compressed layer into a plain `nn.Linear`, in place; return its weight `[out, in]`, which is frozen."""
     if META in layer._buffers:
         dense = layer.dense_weight().detach()
         del layer._buffers[META]
@@ -55,8 +55,8 @@ def decode(layer: Any) -> nn.Parameter:
 
 
 def asked_by_peft() -> bool:
-    """Whether the attribute that is looked up right now is looked up by PEFT's `get_base_layer`.
+    """Whether the current attribute lookup comes from PEFT's `get_base_layer`.
 
-    PEFT takes any other module with a `base_layer` for one of its adapters.
+    Elsewhere PEFT takes a module with a `base_layer` for one of its adapters.
     """
     return sys._getframe(2).f_code.co_name == "get_base_layer"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 LARGEST_HALF = 32  # the ranks of wider patterns do not fit int64
 
-_BLOCK = 256  # symbols of a Huffman stream that are decoded one after the other; blocks run side by side
+_BLOCK = 256  # symbols of a Huffman stream that are decoded one after another; blocks are decoded in parallel
 
 _Ints = npt.NDArray[np.int64]
 _Bytes = npt.NDArray[np.uint8]
@@ -23,11 +23,11 @@ def pattern_rank(groups: Tensor, n: int) -> Tensor:
         groups: bool `[..., m]`, True = kept, exactly `n` of them in each group.
 
     Returns:
-        int64 `[...]`, from 0 to `C(m, n) - 1`; order of the patterns: by their last kept column, then the one before.
+        int64 `[...]`, from 0 to `C(m, n) - 1`; patterns are ordered by their last kept column, then the one before it.
 
     Raises:
-        ValueError: not bool, a pattern that is not `0 < n < m` or too many for int64, or a group that keeps another
-            number.
+        ValueError: the groups are not bool, the pattern is not `0 < n < m`, its ranks do not fit int64, or a group
+            does not keep exactly `n`.
     """
     m = groups.shape[-1] if groups.dim() else 0
     binomials = _binomials(n, m).to(groups.device)
@@ -54,7 +54,7 @@ def pattern_unrank(rank: Tensor, n: int, m: int) -> Tensor:
         bool `[..., m]`, exactly `n` True in each group.
 
     Raises:
-        ValueError: not int64, out of range, or a pattern that is not `0 < n < m` or too many for int64.
+        ValueError: a rank is not int64 or out of range, the pattern is not `0 < n < m`, or its ranks do not fit int64.
     """
     binomials = _binomials(n, m).to(rank.device)
     if rank.dtype != torch.int64 or bool(((rank < 0) | (rank >= math.comb(m, n))).any()):
@@ -62,7 +62,7 @@ def pattern_unrank(rank: Tensor, n: int, m: int) -> Tensor:
     groups = torch.empty(*rank.shape, m, dtype=torch.bool, device=rank.device)
     left = torch.full_like(rank, n)
     for column in reversed(range(m)):
-        smallest = binomials[column][left]  # rank with this column as the last one kept
+        smallest = binomials[column][left]  # the lowest rank with this column as the last one kept
         kept = rank >= smallest
         groups[..., column] = kept
         rank = rank - smallest * kept
@@ -101,7 +101,7 @@ def huffman_lengths(counts: _Ints) -> _Ints:
         counts: `[symbols]`, how often each occurs.
 
     Returns:
-        `[symbols]`: bits of each word. 0 for a symbol that does not occur, and for the only one that does.
+        `[symbols]`: bits of each word. 0 for a symbol that does not occur, and for one that occurs alone.
     """
     heap = [(int(counts[symbol]), int(symbol)) for symbol in np.flatnonzero(counts)]
     heapq.heapify(heap)
@@ -117,7 +117,7 @@ def huffman_lengths(counts: _Ints) -> _Ints:
 
 
 class HuffmanCode:
-    """A canonical Huffman code: words of a length are consecutive numbers, shorter words come first.
+    """A canonical Huffman code: words of the same length are consecutive numbers, shorter words come first.
 
     Args:
         counts: int64 `[symbols]`, not all 0. Lengths stay below 60 bits up to 10^12 occurrences.
@@ -140,7 +140,7 @@ class HuffmanCode:
         self._starts = starts[self._first]
 
     def encode(self, symbols: _Ints) -> tuple[_Bytes, _Ints]:
-        """Bytes without gaps, and at which bit each block of 256 symbols starts; the last entry is the end."""
+        """Bytes without gaps, and the bit at which each block of 256 symbols starts; the last entry is the end."""
         lengths, words = self.lengths[symbols], self._words[symbols]
         ends = np.cumsum(lengths)
         bits = np.zeros(int(ends[-1]), dtype=np.uint8)
@@ -150,7 +150,7 @@ class HuffmanCode:
         return np.packbits(bits), np.append((ends - lengths)[::_BLOCK], ends[-1])
 
     def decode(self, stream: _Bytes, starts: _Ints, count: int) -> _Ints:
-        """Read `count` symbols that `encode` wrote, all blocks side by side."""
+        """Read `count` symbols that `encode` wrote, all blocks in parallel."""
         bits = np.append(np.unpackbits(stream), np.zeros(self._longest, dtype=np.uint8))
         places = np.arange(self._longest)
         weights = np.left_shift(1, places[::-1])
@@ -162,12 +162,12 @@ class HuffmanCode:
             lengths = self._lengths[kind]
             past = (window - self._starts[kind]) >> (self._longest - lengths)  # words of this length before it
             symbols[:, i] = self._order[self._first[kind] + past]
-            at = np.minimum(at + lengths, last)  # the last block reads on behind its end
+            at = np.minimum(at + lengths, last)  # the last block reads on past its end
         return symbols.reshape(-1)[:count]
 
 
 def fixed_bits(n: int) -> dict[str, int]:
-    """Position bits of a group of n:2n by the codes of fixed length (paper Sec. 6.1: combinatorial)."""
+    """Position bits of a group of n:2n by the fixed-length codes (paper Sec. 6.1: combinatorial)."""
     m = 2 * n
     return {"bitmask": m, "index": n * (m - 1).bit_length(), "combinatorial": (math.comb(m, n) - 1).bit_length()}
 

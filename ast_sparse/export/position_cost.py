@@ -30,8 +30,8 @@ HALVES = (1, 2, 4, 8, 16)  # n of the paper's patterns n:2n
 
 _DENSE_BITS = 32
 _CHECKED = 2**18  # groups of a pattern that are encoded and decoded
-_GROUPS_PER_PATTERN = 100  # fewer cannot show frequencies: the entropy is too low by 1/140 bit even so
-_RANKED = 2**16  # groups whose temporaries stay in the cache
+_GROUPS_PER_PATTERN = 100  # fewer cannot show frequencies: even with these the entropy is too low by 1/140 bit
+_RANKED = 2**16  # groups whose temporaries fit in the cache
 
 _COLUMNS = {
     "bitmask": "bitmask", "index": "index", "combinatorial": "combinatorial", "huffman": "Huffman",
@@ -44,13 +44,13 @@ _LEGEND = (
 
 
 def weight_bits(position_bits: float, n: int, value_bits: int = 4) -> float:
-    """Bits per weight of a group of n:2n: n values and the positions; over 32 it is the paper's `C_n` (Sec. 6.1)."""
+    """Bits per weight of a group of n:2n, values and positions; divided by 32, the paper's `C_n` (Sec. 6.1)."""
     return (value_bits * n + position_bits) / (2 * n)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: `weight` `[out, in]`, and its bool `mask` where the checkpoint has one, else its non-zeros."""
+    """A linear layer: `weight` `[out, in]`, and its bool `mask` if the checkpoint has one (default: the non-zeros)."""
 
     weight: Tensor
     mask: Tensor | None = None
@@ -67,14 +67,14 @@ class PatternCost:
 
     Attributes:
         n: of the pattern n:2n.
-        own: whether the masks are the model's own; else what magnitude keeps, ties keep the lower column.
+        own: whether the masks are the model's own; if not, magnitude chooses, and ties keep the lower column.
         layers, groups: how many the pattern was measured on.
-        checked: groups that were encoded by every code (Huffman: where `used` is known), decoded and found equal.
+        checked: groups that were encoded by every code (Huffman: if `used` is known), decoded and found equal.
         tied: groups whose smallest kept and largest pruned weight are equal; None for the model's own mask.
-        used: how many different patterns there are; None where the groups are too few to show frequencies.
-        bits: mean bits per group by code. Huffman: over all groups, without its table; without frequencies the closed
+        used: how many different patterns occur; None if there are too few groups to show frequencies.
+        bits: mean bits per group by code. Huffman: over all groups, without its table; without frequencies, the closed
             form for equal ones.
-        entropy: of the frequencies, bits per group.
+        entropy: of the frequencies, in bits per group.
     """
 
     n: int
@@ -89,12 +89,12 @@ class PatternCost:
 
     @property
     def pattern(self) -> str:
-        """As it is written: 2:4."""
+        """As text, such as 2:4."""
         return f"{self.n}:{2 * self.n}"
 
     @property
     def patterns(self) -> int:
-        """How many there could be."""
+        """How many different patterns are possible."""
         return math.comb(2 * self.n, self.n)
 
     @property
@@ -109,8 +109,8 @@ class CompressionTable:
     """What the positions of a model's masks cost.
 
     Attributes:
-        rows: one a pattern, narrowest first.
-        layers, weights: how many were looked at.
+        rows: one per pattern, narrowest first.
+        layers, weights: how many were counted.
         own: the model's own pattern n:2n; None for a dense model.
         value_bits: bits of a kept value.
         left_out: which layers are not counted, and why.
@@ -125,11 +125,11 @@ class CompressionTable:
 
     @property
     def limit(self) -> float:
-        """What C_n tends to: a bit per weight for the positions (paper Sec. 6.1: 3/32 with values of 4 bits)."""
+        """The limit of C_n: one bit per weight for the positions (paper Sec. 6.1: 3/32 with values of 4 bits)."""
         return (self.value_bits / 2 + 1) / _DENSE_BITS
 
-    def figures(self, row: PatternCost) -> dict[str, dict[str, float | None]]:
-        """By unit and code, the figures of a row."""
+    def results(self, row: PatternCost) -> dict[str, dict[str, float | None]]:
+        """The results of a row by unit and code."""
 
         def each(convert: Callable[[float], float]) -> dict[str, float | None]:
             return {code: None if bits is None else convert(bits) for code, bits in row.position_bits.items()}
@@ -142,9 +142,9 @@ class CompressionTable:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, for JSON."""
+        """All results, for JSON."""
         keys = ("pattern", "own", "layers", "groups", "checked", "tied", "patterns", "used")
-        rows = [{**{key: getattr(row, key) for key in keys}, **self.figures(row)} for row in self.rows]
+        rows = [{**{key: getattr(row, key) for key in keys}, **self.results(row)} for row in self.rows]
         totals = {key: getattr(self, key) for key in ("own", "layers", "weights", "value_bits", "limit", "left_out")}
         return {**totals, "rows": rows}
 
@@ -163,7 +163,7 @@ class CompressionTable:
         }
         lines = [*self._masks(), "", *_LEGEND]
         for key, (title, form) in sections.items():
-            rows = [(row.pattern, *_shown(self.figures(row)[key], form)) for row in self.rows]
+            rows = [(row.pattern, *_shown(self.results(row)[key], form)) for row in self.rows]
             lines += ["", f"{title}:", format_table(("pattern", *_COLUMNS.values()), rows)]
         return lines
 
@@ -201,8 +201,8 @@ class CompressionTable:
         )
 
 
-def _shown(figures: Mapping[str, float | None], form: str) -> list[str | None]:
-    return [None if figures[column] is None else format(figures[column], form) for column in _COLUMNS]
+def _shown(results: Mapping[str, float | None], form: str) -> list[str | None]:
+    return [None if results[column] is None else format(results[column], form) for column in _COLUMNS]
 
 
 @torch.no_grad()
@@ -216,18 +216,18 @@ def measure_positions(
 ) -> CompressionTable:
     """Count what the positions cost in 1:2, 2:4, 4:8, 8:16, 16:32 and the model's own pattern.
 
-    The model's own masks are measured in every pattern they fit, for the others magnitude chooses.
+    The model's own masks are measured in every pattern they fit; for the others, magnitude chooses.
 
     Args:
         layers: on the CPU, by name.
-        pattern: the model's own; None: the narrowest that its zeros fit, and a model without is dense.
+        pattern: the model's own; None: the narrowest one that its zeros fit; if there is none, the model is dense.
         pruned: names of layers that must fit the model's own pattern; others that do not are left out.
         value_bits: bits of a kept value.
         progress: show a bar over the layers.
 
     Raises:
-        UserError: no layer, weights that are not finite, a pattern that is not n:2n or that the layers do not fit, or
-            no layer with whole groups.
+        UserError: there is no layer, weights are not finite, the pattern is not n:2n or the layers do not fit it, or
+            no layer has whole groups.
     """
     if not layers:
         raise UserError("The model has no linear layer in its decoder blocks, so there is no mask to count.")
@@ -250,38 +250,38 @@ def half_of(pattern: Pattern) -> int:
     """n of a pattern n:2n; UserError for any other."""
     if not pattern.structured or pattern.m != 2 * pattern.n or pattern.n > LARGEST_HALF:
         raise UserError(
-            f"The table is of patterns n:2n up to {LARGEST_HALF}:{2 * LARGEST_HALF}, the model's is {pattern}. Choose "
-            "another model, or name its pattern with --pattern."
+            f"The table has patterns n:2n up to {LARGEST_HALF}:{2 * LARGEST_HALF}, but the model's is {pattern}. "
+            "Choose another model, or name its pattern with --pattern."
         )
     return pattern.n
 
 
 def _own_half(layers: Iterable[Layer]) -> int | None:
-    """n of the narrowest of the paper's patterns that the pruned layers fit; None when no layer is pruned."""
+    """n of the narrowest of the paper's patterns that the pruned layers fit; None if no layer is pruned."""
     masks = (layer.kept for layer in layers)
     pruned = (mask for mask in masks if 0 < int(mask.count_nonzero()) <= mask.numel() // 2)
     return max((next((n for n in HALVES if check_nm(mask, n, 2 * n)), 0) for mask in pruned), default=0) or None
 
 
 def _own_mask(layer: Layer, n: int) -> Tensor:
-    """What is kept, and the last zeros where a group has fewer than n, as in the compressed format."""
+    """What is kept, and the last zeros of groups that keep fewer than n, as in the compressed format."""
     return nm_mask(layer.kept.flip(-1).byte(), n, 2 * n).flip(-1)
 
 
 def _choose(
     layers: Mapping[str, Layer], own: int | None, pruned: Collection[str]
 ) -> tuple[dict[str, Layer], list[str]]:
-    """The layers that fit the model's own pattern, all of a dense model; and in words what is left out."""
+    """The layers that fit the model's own pattern (all of a dense model), and in words what is left out."""
     if own is None and pruned:
         raise UserError(
-            f"`{min(pruned)}` is pruned, but to none of {', '.join(f'{n}:{2 * n}' for n in HALVES)}. Name the model's "
-            "pattern with --pattern."
+            f"`{min(pruned)}` is pruned, but not to any of {', '.join(f'{n}:{2 * n}' for n in HALVES)}. Name the "
+            "model's pattern with --pattern."
         )
     if own is None:
         return dict(layers), []
     chosen = {name: layer for name, layer in layers.items() if check_nm(layer.kept, own, 2 * own)}
     others = [name for name in layers if name not in chosen]
-    shown = [name for name in chosen if name in pruned or bool(layers[name].kept.any())]  # not all zero by chance
+    shown = [name for name in chosen if name in pruned or bool(layers[name].kept.any())]  # zero layers prove nothing
     if faulty := [name for name in others if name in pruned or not shown]:
         raise UserError(
             f"`{faulty[0]}` of shape {tuple(layers[faulty[0]].weight.shape)} is not {own}:{2 * own}. Name the model's "
@@ -291,7 +291,7 @@ def _choose(
 
 
 def _tallies(layers: Mapping[str, Layer], own: int | None) -> tuple[list["_Tally"], list[str]]:
-    """One tally for each pattern of which some layer has whole groups, and in words which layers have none."""
+    """One tally for each pattern for which some layer has whole groups, and in words which layers have none."""
     widths = {name: layer.weight.shape[1] for name, layer in layers.items()}
     tallies, reasons = [], []
     for n in sorted({*HALVES, own or HALVES[0]}):
@@ -311,7 +311,7 @@ def _tallies(layers: Mapping[str, Layer], own: int | None) -> tuple[list["_Tally
 
 @dataclass
 class _Tally:
-    """What is collected of one pattern over the layers."""
+    """What is collected for one pattern over the layers."""
 
     n: int
     own: bool
@@ -356,7 +356,7 @@ class _Tally:
 
 
 def _check_fixed(groups: Tensor, n: int) -> dict[str, int]:
-    """Encode and decode groups `[count, 2n]` by each code of fixed length; its bits per group."""
+    """Encode and decode groups `[count, 2n]` with each fixed-length code; return its bits per group."""
     count, m = groups.shape
     bits = fixed_bits(n)
     values = {
@@ -377,7 +377,7 @@ def _check_fixed(groups: Tensor, n: int) -> dict[str, int]:
 
 
 def _check_huffman(groups: Tensor, n: int, counts: npt.NDArray[np.int64]) -> float:
-    """Encode and decode groups `[count, 2n]`; mean bits over all the groups that were counted."""
+    """Encode and decode groups `[count, 2n]`; return the mean bits over all groups that were counted."""
     code = HuffmanCode(counts)
     decoded = code.decode(*code.encode(pattern_rank(groups, n).numpy()), len(groups))
     _require_equal(pattern_unrank(torch.from_numpy(decoded), n, 2 * n), groups, "Huffman")
@@ -386,4 +386,4 @@ def _check_huffman(groups: Tensor, n: int, counts: npt.NDArray[np.int64]) -> flo
 
 def _require_equal(decoded: Tensor, groups: Tensor, code: str) -> None:
     if not torch.equal(decoded, groups):
-        raise RuntimeError(f"The {code} code of groups of {groups.shape[1]} does not give the masks back.")
+        raise RuntimeError(f"The {code} code of groups of {groups.shape[1]} does not return the masks.")

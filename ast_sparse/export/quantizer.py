@@ -1,6 +1,6 @@
-"""The transformers plug-in that reads and writes compressed checkpoints, of every codec in `formats`.
+"""The transformers plug-in that reads and writes compressed checkpoints of every codec in `formats`.
 
-A pruned layer X is stored as `X.weight`, the kept values, and `X.weight_meta`, their positions: of 2:4, `[out, in/2]`
+A pruned layer X is stored as `X.weight`, the kept values, and `X.weight_meta`, their positions: for 2:4, `[out, in/2]`
 and `[out, in/8]`. The values keep the name `weight`, so that a reader without the plug-in stops with a size mismatch
 instead of initialising the layer at random. By default the layers are decoded while loading.
 """
@@ -28,12 +28,12 @@ from ast_sparse.storage.checksums import check_checksums
 
 
 class AstSparse24Config(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed checkpoint, of any codec; the name is from the first one.
+    """The `quantization_config` of a compressed checkpoint of any codec; it is named after the first one.
 
     Args:
         modules: names of the compressed layers.
         dequantize: decode the layers while loading; False keeps them compressed in memory.
-        format_version: of the checkpoint; a newer one than this reader's is an error.
+        format_version: of the checkpoint; one newer than this reader's is an error.
         quant_method: the codec's `method`.
 
     To keep a checkpoint compressed, pass `quantization_config=AstSparse24Config(dequantize=False)` to
@@ -54,7 +54,7 @@ class AstSparse24Config(QuantizationConfigMixin):
             raise UserError(f"quant_method={shown(quant_method)} is not a code of ast_sparse. Use {known}.")
         if isinstance(format_version, bool) or not isinstance(format_version, int) or format_version < 1:
             raise UserError(
-                f"{quant_method}: format_version={shown(format_version)} is no version. Restore config.json."
+                f"{quant_method}: format_version={shown(format_version)} is not a version. Restore config.json."
             )
         if format_version > codec.format_version:
             raise UserError(
@@ -62,7 +62,7 @@ class AstSparse24Config(QuantizationConfigMixin):
                 f"{codec.format_version}, the latest this ast_sparse reads. Update ast_sparse."
             )
         if not isinstance(modules or [], list) or not all(isinstance(name, str) for name in modules or []):
-            raise UserError(f"{quant_method}: modules={shown(modules)} is no list of names. Restore config.json.")
+            raise UserError(f"{quant_method}: modules={shown(modules)} is not a list of names. Restore config.json.")
         if not isinstance(dequantize, bool):
             raise UserError(
                 f"{quant_method}: dequantize={shown(dequantize)} is not true or false. Restore config.json."
@@ -74,12 +74,12 @@ class AstSparse24Config(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, codec: Codec, modules: list[str]) -> "AstSparse24Config":
-        """That of a checkpoint written by a codec."""
+        """The config of a checkpoint written by a codec."""
         return cls(modules, format_version=codec.format_version, quant_method=codec.method)
 
     @property
     def codec(self) -> Codec:
-        """What the layers are stored by."""
+        """The codec that the layers are stored with."""
         codec = codec_of(self.quant_method)
         assert codec is not None, "checked when it was made"
         return codec
@@ -90,13 +90,13 @@ class AstSparse24Config(QuantizationConfigMixin):
 
 
 class CompressedLinear(nn.Linear):
-    """`y = x Wᵀ + b` with W kept as values and metadata; stands for `nn.Linear` and for GPT-2's `Conv1D`.
+    """`y = x Wᵀ + b` with W stored as values and metadata; replaces `nn.Linear` and GPT-2's `Conv1D`.
 
     Attributes:
-        codec: what W is stored by.
-        weight: the kept values, not trained; of 2:4 `[out, in/2]`.
-        weight_meta: their positions, uint8; of 2:4 `[out, in/8]`.
-        is_conv1d: whether it stands for a `Conv1D`.
+        codec: what W is stored with.
+        weight: the kept values, not trained; for 2:4 `[out, in/2]`.
+        weight_meta: their positions, uint8; for 2:4 `[out, in/8]`.
+        is_conv1d: whether it replaces a `Conv1D`.
     """
 
     weight_meta: Tensor
@@ -118,7 +118,7 @@ class CompressedLinear(nn.Linear):
 
     @property
     def base_layer(self) -> "CompressedLinear":
-        """What PEFT takes for the layer that an adapter lies over; to all others there is none."""
+        """For PEFT, the layer below an adapter; for any other caller there is none."""
         if not asked_by_peft():
             raise AttributeError("base_layer")
         return _SeenByPeft(self)
@@ -134,14 +134,14 @@ class CompressedLinear(nn.Linear):
 class _SeenByPeft(CompressedLinear):
     """A compressed layer whose weight looks like the decoded one, and decodes the layer when its values are needed.
 
-    It shares the parameters of the layer, and may take its place in the model, as after PEFT's `unload()`.
+    It shares the parameters of the layer, and may replace it in the model, as after PEFT's `unload()`.
     """
 
     base_layer = property()  # there is none below
 
     def __init__(self, layer: CompressedLinear) -> None:
         self.__dict__.update(layer.__dict__)
-        self.__dict__["_layer"] = layer  # past nn.Module, which would make it a part of this one
+        self.__dict__["_layer"] = layer  # not through nn.Module, which would register it as a submodule
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter of the layer
@@ -163,8 +163,8 @@ class _SeenByPeft(CompressedLinear):
 class DecodeWeight(ConversionOps):
     """Load operation: values and metadata of a compressed layer become its dense weight.
 
-    transformers calls it for every key that ends in `weight`, and would wrap an error of ours in a general one. So a
-    problem is noted, a placeholder returned, and the quantizer raises once all weights are loaded.
+    transformers calls it for every key that ends in `weight`, and would wrap our error in a general one. So a problem
+    is noted, a placeholder is returned, and the quantizer raises once all weights are loaded.
     """
 
     def __init__(self, codec: Codec, modules: frozenset[str], problems: list[str]) -> None:
@@ -173,7 +173,7 @@ class DecodeWeight(ConversionOps):
         self.problems = problems
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeWeight":
-        return self  # transformers copies the operation for each tensor, but the problems have to meet in one list
+        return self  # transformers copies the operation for each tensor, but all problems must go into one list
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **_: Any
@@ -208,7 +208,7 @@ class DecodeWeight(ConversionOps):
 
 
 class CompressedHfQuantizer(HfQuantizer):
-    """Reads compressed checkpoints: decodes the layers while loading, or replaces them by `CompressedLinear`."""
+    """Reads compressed checkpoints: decodes the layers while loading, or replaces them with `CompressedLinear`."""
 
     requires_calibration = True  # a checkpoint is compressed by ast-export, never while it is loaded
     quantization_config: AstSparse24Config
@@ -219,7 +219,7 @@ class CompressedHfQuantizer(HfQuantizer):
         self._names: frozenset[str] = frozenset()  # known once there is a model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Append the decoding to the model's own conversions; fused experts are never compressed, so theirs stay."""
+        """Append the decoding to the model's own conversions, which stay: fused experts are never compressed."""
         if not self.quantization_config.dequantize:
             return weight_conversions
         operation = DecodeWeight(self.quantization_config.codec, self._names, self._problems)
@@ -288,7 +288,7 @@ class CompressedHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Layers that were decoded since, to merge an adapter into them, are saved as the plain ones they are."""
+        """Layers that were decoded later, to merge an adapter into them, are saved as plain layers."""
         kept = {
             _short(name.removesuffix(".base_layer"), model)
             for name, layer in model.named_modules()
@@ -314,7 +314,7 @@ class CompressedHfQuantizer(HfQuantizer):
 
 
 def _plain(layer: nn.Module, weight: Tensor) -> nn.Linear | Conv1D:
-    """The layer that a compressed one stands for, with a decoded weight `[out, in]`."""
+    """The plain layer that a compressed one replaced, with its decoded weight, given as `[out, in]`."""
     rows, columns = weight.shape
     dense: nn.Linear | Conv1D
     with torch.device("meta"):
@@ -332,18 +332,18 @@ def _check_files(checkpoint_files: Iterable[str]) -> None:
 
 
 def _check_readers(model: Any, compressed: frozenset[str]) -> None:
-    """Refuse what an earlier version compressed although the model reads its weight itself."""
+    """Raise UserError for a layer that an earlier version compressed although the model reads its weight itself."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     chosen = {name: layer for name, layer in linears.items() if _short(name, model) in compressed}
     for name, owner in read_past_forward(model, chosen).items():
         raise UserError(
-            f"The checkpoint has `{name}` compressed, whose weight {owner} reads past its forward, so it cannot stay "
-            "compressed in memory. Load without dequantize=False, or export the model again."
+            f"The checkpoint has `{name}` compressed, but {owner} reads its weight without calling its forward, so it "
+            "cannot stay compressed in memory. Load without dequantize=False, or export the model again."
         )
 
 
 def _twins(model: Any, compressed: frozenset[str]) -> dict[str, str]:
-    """The layers that have their weight from a compressed one (shared blocks), with the name of that."""
+    """The layers that share the weight of a compressed one (shared blocks), with the name of that one."""
     ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}
     return {name: of for name, of in ties.items() if _short(of, model) in compressed}
 

@@ -1,4 +1,4 @@
-"""Whether a folder that was written gives back what was meant."""
+"""Check that a folder reads back as what was written."""
 
 import copy
 import warnings
@@ -23,15 +23,15 @@ from ast_sparse.storage.sparsity_record import has_adapter
 
 
 def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> None:
-    """Compare the folder a trained model was saved in with the model, bit for bit.
+    """Compare a trained model with the folder it was saved in, bit for bit.
 
-    The files are read a tensor at a time, unless loading converts them: then the model is loaded a second time.
+    The files are read one tensor at a time, unless loading converts them: then the model is loaded a second time.
 
     Args:
         model: with sparse layers, in one piece.
 
     Raises:
-        UserError: the folder cannot be read, or gives back another model.
+        UserError: the folder cannot be read, or the model read back differs.
     """
     weights, _, pairs = split_state_dict(model.state_dict())
     fault = f"`{folder}` was written, but does not give back the model that was trained"
@@ -56,7 +56,7 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
 def _is_read_by_name(
     model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path, trust_remote_code: bool
 ) -> bool:
-    """Whether loading takes every tensor of the files as it is, for the parameter of its name."""
+    """Whether loading takes every tensor of the files as it is, as the parameter of the same name."""
     config: Any = load_model_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None or type(config) is not type(model.config):
         return False
@@ -82,12 +82,12 @@ def _tied(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files.weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no dict)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield name, tensors.get_tensor(name)
 
 
 def differing(found: Iterable[tuple[str, Tensor]], wanted: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that is missing, was added, or differs in dtype or in a bit; None where none is."""
+    """The name of the first tensor that is missing, added, or different in dtype or in a bit; None if there is none."""
     seen = set()
     for name, value in found:
         seen.add(name)
@@ -97,7 +97,7 @@ def differing(found: Iterable[tuple[str, Tensor]], wanted: Mapping[str, Tensor])
 
 
 def same_pairs(found: files.SlorbPairs, wanted: files.SlorbPairs, dtype: torch.dtype | None) -> bool:
-    """Whether SLoRB pairs are equal, those that are wanted cast to `dtype`; None: as they are."""
+    """Whether SLoRB pairs are equal; the wanted ones are cast to `dtype`, or not if it is None."""
     return found.keys() == wanted.keys() and all(
         torch.equal(found[name][i], wanted[name][i].to("cpu", dtype or wanted[name][i].dtype))
         for name in found

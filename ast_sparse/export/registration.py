@@ -1,4 +1,4 @@
-"""Make transformers know the compressed checkpoints, without importing transformers before the user does."""
+"""Register the compressed formats with transformers, without importing transformers before the user does."""
 
 import importlib.abc
 import importlib.machinery
@@ -12,7 +12,7 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def register_when_imported() -> None:
-    """Register the codecs of `formats`: at once if transformers' quantizers are imported, else when they will be."""
+    """Register the codecs of `formats`: now if transformers' quantizers are imported, otherwise when they are."""
     if _TARGET in sys.modules:
         _register()
     elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
@@ -22,7 +22,7 @@ def register_when_imported() -> None:
 def _register() -> None:
     quantizer = sys.modules.get("ast_sparse.export.quantizer")
     if quantizer is not None and not hasattr(quantizer, "register"):
-        return  # it is being imported, which imported transformers: it registers itself at its end
+        return  # it is being imported, which imported transformers: it registers itself at the end
     try:
         from ast_sparse.export.quantizer import register
 
@@ -36,7 +36,7 @@ def _register() -> None:
 
 
 class _Hook(importlib.abc.MetaPathFinder):
-    """Finds exactly one module, registers the format after it has run, and removes itself."""
+    """Finds exactly one module, registers the formats after it has run, and removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None

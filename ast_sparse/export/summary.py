@@ -12,7 +12,7 @@ class SizeRow:
         section: what is counted.
         layers: number of layers or tensors.
         parameters: number of their entries.
-        dense_bytes: their size stored dense in the dtype of the export.
+        dense_bytes: their size if stored dense in the dtype of the export.
         stored_bytes: their size in the export.
     """
 
@@ -24,7 +24,7 @@ class SizeRow:
 
     @property
     def ratio(self) -> float:
-        """Stored over dense size."""
+        """Stored size divided by dense size."""
         return self.stored_bytes / self.dense_bytes if self.dense_bytes else 1.0
 
 
@@ -37,8 +37,9 @@ class ExportReport:
         format: `dense` or `compressed`.
         dtype: name of the dtype of the weights.
         pattern: N:M that every pruned layer was checked against.
-        pruned: the pruned layers, the other linear layers of the blocks, everything else, in that order; then SLoRB.
-        dense_layers: reason by name of the linear layers that were left dense.
+        pruned: the row of the pruned layers.
+        others: the rows of the linear layers that were left dense, of SLoRB, and of everything else.
+        dense_layers: reason, by name, for the linear layers that were left dense.
         nonzero_share: share of the entries of the pruned layers that are not zero.
         files: size by name of every file written.
     """
@@ -86,7 +87,7 @@ def _align(cells: tuple[str, ...], widths: list[int]) -> list[str]:
 
 
 def _size(count: int) -> str:
-    """A size as a person reads it, in decimal units."""
+    """A size as readable text, in decimal units."""
     if count < 1000:
         return f"{count} B"
     value = float(count)

@@ -1,4 +1,4 @@
-"""A checksum of every tensor, `checksums.json` beside the weights: what was written is what is read.
+"""A checksum of every tensor, in `checksums.json` beside the weights, so that damage is found on reading.
 
 `{"format_version": 1, "algorithm": "crc32", "tensors": {NAME: CRC}}`: eight hexadecimal digits of zlib's CRC-32 over
 the text `DTYPE SHAPE` (`F32 [32, 48]`) and the bytes of the tensor. A folder without the file is read unchecked.
@@ -34,7 +34,7 @@ def write_checksums(folder: Path, files: Iterable[Path] | None = None) -> None:
 
 
 def remove_checksums(folder: Path) -> None:
-    """Before other weights are written: those of the old ones would accuse them."""
+    """Remove the checksums before other weights are written, which would not match them."""
     (folder / CHECKSUMS_NAME).unlink(missing_ok=True)
 
 
@@ -48,17 +48,17 @@ def check_checksums(folder: Path, files: Iterable[Path]) -> None:
     if not path.is_file():
         return
     expected = _read(path)
-    mend = f"Copy or write the folder again; if the weights were changed on purpose, remove {CHECKSUMS_NAME}."
+    fix = f"Copy or write the folder again; if the weights were changed on purpose, remove {CHECKSUMS_NAME}."
     found: set[str] = set()
     for file in files:
         for name, crc in _tensor_sums(file).items():
             if name not in expected:
-                raise UserError(f"`{file}` holds `{name}`, of which {CHECKSUMS_NAME} knows nothing. {mend}")
+                raise UserError(f"`{file}` holds `{name}`, which {CHECKSUMS_NAME} does not list. {fix}")
             if crc != expected[name]:
-                raise UserError(f"`{file}` is damaged: `{name}` has not the checksum it was written with. {mend}")
+                raise UserError(f"`{file}` is damaged: `{name}` does not have the checksum it was written with. {fix}")
             found.add(name)
     if missing := sorted(expected.keys() - found):
-        raise UserError(f"`{folder}` lacks the tensor {shown(missing[0])} that {CHECKSUMS_NAME} lists. {mend}")
+        raise UserError(f"`{folder}` lacks the tensor {shown(missing[0])} that {CHECKSUMS_NAME} lists. {fix}")
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -83,7 +83,7 @@ def _tensor_sums(file: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _sums_of(file: Path, stamp: tuple[int, ...]) -> dict[str, str]:
-    """By tensor; a resume asks several times about gigabytes that did not change."""
+    """Checksums by tensor; cached, as a resume asks several times about gigabytes that did not change."""
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         header = json.loads(stream.read(length))

@@ -14,12 +14,12 @@ _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data*", "*.ot", "*.npz", "*.tflite", "*.nemo", "*.distcp", "*.index.json", "*.index.*.json",
 )  # fmt: skip
-# The second line says how weights are packed: beside plain ones it would make a reader unpack them again.
+# The files of the second line say how weights are packed: beside plain ones they would make a reader unpack them again.
 _CONFIGS = (
     files.CONFIG_NAME, GENERATION_NAME, files.SPARSITY_CONFIG_NAME, CHECKSUMS_NAME, "config.yaml",
     "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
 )  # fmt: skip
-# Of Trainer, its examples, trackers and DeepSpeed.
+# Written by Trainer, its examples, trackers and DeepSpeed.
 _TRAINING = (
     "trainer_state.json", "checkpoint-*", "runs", "wandb", "mlruns", "events.out.tfevents*", "all_results.json",
     "train_results.json", "eval_results.json", "trainer_log.jsonl", "global_step*", "latest", "zero_to_fp32.py",
@@ -29,7 +29,7 @@ _RUN_RECORDS = (
     "results.json", "samples.json", "report", "metrics.jsonl", "mask_history.jsonl", "replay", "run.json",
     "data_state.json", "shards.json",
 )  # fmt: skip
-# What a tokenizer is read from; an earlier model may have left it.
+# The files of a tokenizer, which an earlier model may have left.
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
@@ -37,13 +37,13 @@ _TOKENIZER = (
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """Paths, relative to a model folder, of what goes along with a copy of the model that has other weights.
+    """Paths, relative to a model folder, of the files to copy to a folder with other weights of the model.
 
-    Left out are weights of any format, whole subfolders that hold some (another format of the model, an adapter),
-    configurations, which are written anew, records of a run, and hidden files.
+    Weights of any format are left out, and so are whole subfolders that hold some (another format of the model, an
+    adapter), configurations, which are written separately, records of a run, and hidden files.
 
     Raises:
-        UserError: one of them is a link that leads out of the folder: no link may bring another file along.
+        UserError: one of them is a link out of the folder: a link must not bring another file along.
     """
     skipped = _CONFIGS + _TRAINING + _RUN_RECORDS
     return [
@@ -55,10 +55,10 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, target: Path, wanted: Callable[[Path], bool] = lambda path: True) -> None:
-    """Copy the companion files of one model folder into another, over those that an earlier run left there.
+    """Copy the companion files of one model folder into another, replacing those that an earlier run left there.
 
     Args:
-        wanted: says of a path relative to `source` whether it is copied.
+        wanted: whether to copy a path, given relative to `source`.
     """
     for path in filter(wanted, companion_files(source)):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def copy_companions(source: Path, target: Path, wanted: Callable[[Path], bool] =
 
 
 def remove_tokenizer(folder: Path) -> None:
-    """Remove the tokenizer and the chat templates that an earlier model left: they would be read as the next one's."""
+    """Remove the tokenizer and chat templates of an earlier model, which would be taken for those of the next one."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink() and is_chat_template(Path(path.name)):
             shutil.rmtree(path)
@@ -85,7 +85,7 @@ def is_tokenizer_file(path: Path) -> bool:
 
 
 def _walk(path: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """The files at or below a path; nothing where a folder holds weights."""
+    """The files at or below a path; none of a folder that holds weights."""
     if path.is_file():
         if not _matches(path.name, _WEIGHTS):
             files.check_inside(path)

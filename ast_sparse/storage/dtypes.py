@@ -1,4 +1,4 @@
-"""The dtype of each tensor of a model that is loaded in a dtype: transformers keeps some of them in float32."""
+"""The dtype of each tensor of a model loaded in a given dtype: transformers keeps some of them in float32."""
 
 import copy
 import warnings
@@ -9,10 +9,10 @@ from transformers.core_model_loading import build_glob_alternation
 
 
 def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What `from_pretrained(dtype=…)` gives every parameter and stored buffer of a model, by name.
+    """The dtype that `from_pretrained(dtype=…)` gives every parameter and stored buffer of a model, by name.
 
-    Routers' correction biases of DeepSeek-V3, say, are kept in float32 (`_keep_in_fp32_modules_strict`), and what a
-    class creates in a dtype of its own keeps that.
+    For example, the router correction biases of DeepSeek-V3 are kept in float32 (`_keep_in_fp32_modules_strict`), and
+    a tensor that its class creates in a fixed dtype stays in it.
     """
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         frame = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)

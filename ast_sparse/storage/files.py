@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: their weight files, the masks and the SLoRB pairs stored in them."""
+"""Checkpoint folders on disk: their weight files, and the masks and SLoRB pairs stored in them."""
 
 import json
 import math
@@ -27,7 +27,7 @@ _LARGEST_JSON = 2**28  # bytes: many times the index of the largest models
 
 SlorbPairs = dict[str, tuple[Tensor, Tensor]]  # S [out, in/k] and X [in/k, in] by layer name
 
-_SHARD = re.compile(r"[^/\\\s\0]+\.safetensors")
+_FILE_NAME = re.compile(r"[^/\\\s\0]+\.safetensors")
 _MASK, _START_MASK, _SLORB_S, _SLORB_X = ".mask", ".start_mask", ".slorb.S", ".slorb.X"
 
 
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read `{path}`: {error}. Restore the file.") from error
     if not isinstance(content, dict):
-        raise UserError(f"Cannot read `{path}`: it holds no JSON object. Restore the file.")
+        raise UserError(f"Cannot read `{path}`: it is not a JSON object. Restore the file.")
     return content
 
 
@@ -59,7 +59,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"{shown(name)} stands twice")
+            raise ValueError(f"{shown(name)} appears twice")
         content[name] = value
     return content
 
@@ -85,7 +85,7 @@ def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) ->
     """Write an object as indented JSON through a temporary file and a rename: a reader never sees half of it.
 
     Args:
-        durable: the file is on the disk before it is renamed, so that a power cut leaves it whole too.
+        durable: flush the file to disk before the rename, so that a power cut does not damage it either.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -100,14 +100,14 @@ def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) ->
 
 
 def require_model_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is a folder with a readable config.json, and the model alone in it."""
+    """Raise UserError unless `folder` is a folder with a readable config.json, and no adapter beside the model."""
     if not folder.is_dir():
-        raise UserError(f"`{folder}` is no folder. Give a folder that holds a model.")
+        raise UserError(f"`{folder}` is not a folder. Give a folder that holds a model.")
     if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"`{folder}` holds no {CONFIG_NAME}, so it is no model. Give a folder that holds a model.")
+        raise UserError(f"`{folder}` holds no {CONFIG_NAME}, so it is not a model. Give a folder that holds a model.")
     config = read_json(folder / CONFIG_NAME)
     if "transformers_weights" in config:
-        raise UserError(f"`{folder / CONFIG_NAME}` names other weights by `transformers_weights`. Remove the key.")
+        raise UserError(f"`{folder / CONFIG_NAME}` names other weights in `transformers_weights`. Remove the key.")
     if (folder / ADAPTER_CONFIG_NAME).is_file():  # from_pretrained would add it to the model, and rename the layers
         raise UserError(f"`{folder}` holds {ADAPTER_CONFIG_NAME} beside a model. Merge the adapter, or move it away.")
 
@@ -116,8 +116,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of the index, each with an intact header.
 
     Raises:
-        UserError: no safetensors weights; a shard of the index is missing or lies outside the folder; two hold the same
-            tensor; or a file is truncated or no safetensors.
+        UserError: there are no safetensors weights; a file of the index is missing or outside the folder; two files
+            hold the same tensor; or a file is truncated or not in the safetensors format.
     """
     if (folder / WEIGHTS_NAME).is_file():
         files = [folder / WEIGHTS_NAME]
@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"`{folder / INDEX_NAME}` lists no weights. Restore the file.")
-        files = _shards(folder, weight_map)
+        files = _indexed_files(folder, weight_map)
     else:
         pickled = " It has only pickled weights, which are not read." if any(folder.glob("pytorch_model*.bin")) else ""
         raise UserError(f"`{folder}` holds no {WEIGHTS_NAME}.{pickled} Save the model with `save_pretrained` first.")
@@ -143,12 +143,12 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _shards(folder: Path, weight_map: dict[str, Any]) -> list[Path]:
-    """The files an index names: safetensors of the folder itself, and nothing else."""
+def _indexed_files(folder: Path, weight_map: dict[str, Any]) -> list[Path]:
+    """The files an index names, which must be safetensors files of the folder itself."""
     for name in weight_map.values():
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise UserError(
-                f"`{folder / INDEX_NAME}` names {shown(name)}, which is no safetensors file beside it. Restore it."
+                f"`{folder / INDEX_NAME}` names {shown(name)}, which is not a safetensors file beside it. Restore it."
             )
     return [folder / name for name in dict.fromkeys(weight_map.values())]
 
@@ -157,9 +157,9 @@ def tensor_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
     """Dtype (in safetensors' spelling) and shape of every tensor of a file, read from its header alone."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
             if odd := next((name for name in slices if not name.isprintable() or len(name) > _LONGEST_NAME), None):
-                raise ValueError(f"no tensor is called {shown(odd)}")
+                raise ValueError(f"{shown(odd)} is not a tensor name")
             return {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
@@ -175,7 +175,7 @@ def stored_bytes(dtype: str, shape: list[int]) -> int:
 
 
 def read_tensors(files: Iterable[Path], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The tensors of some safetensors files whose name is wanted."""
+    """The tensors of some safetensors files whose names are wanted."""
     found: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -189,7 +189,7 @@ def read_tensors(files: Iterable[Path], wanted: Callable[[str], bool]) -> dict[s
 def sparse_keys(names: Iterable[str]) -> tuple[set[str], set[str]]:
     """Layers of a raw state dict that carry a mask, and those that carry SLoRB.
 
-    A buffer that another model calls `mask` is not taken for one of ours: `X.start_mask` has to stand beside it.
+    A buffer that another model calls `mask` is not taken for one of ours, which have `X.start_mask` beside them.
     """
     names = set(names)
     masked = {name.removesuffix(_MASK) for name in names if name.endswith(_MASK)}
@@ -214,14 +214,14 @@ def stored_sparsity(files: list[Path]) -> tuple[dict[str, Tensor], SlorbPairs]:
 
 
 def tokenizer_files(folder: Path) -> set[Path]:
-    """The tokenizer files of a folder and what belongs to them; empty when it has no tokenizer.
+    """The tokenizer files of a folder and the files that belong to them; empty if it has no tokenizer.
 
     Raises:
         UserError: one of them is a link out of the folder.
     """
     found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     companions = {path for pattern in COMPANION_FILES for path in folder.glob(pattern)}
-    for path in found | companions:  # an export copies them: no link may bring another file along
+    for path in found | companions:  # an export copies them: a link must not bring another file along
         for part in (path, *(path.rglob("*") if path.is_dir() else ())):
             check_inside(part)
     return found | companions if found else set()

@@ -1,4 +1,4 @@
-"""Weights that are not numbers: a mask could hide them."""
+"""Weights that are not finite, which a mask could hide."""
 
 import torch
 from torch import nn
@@ -7,10 +7,10 @@ from ast_sparse.errors import UserError
 
 
 def check_finite(model: nn.Module, name: str = "the model") -> None:
-    """Raise UserError for the first parameter that is not finite, or stored buffer with a NaN, by its name.
+    """Raise UserError that names the first parameter that is not finite, or the first stored buffer with a NaN.
 
     Args:
-        model: on the meta device nothing is checked.
+        model: its tensors on the meta device are not checked.
         name: of the model, for messages.
     """
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}

@@ -1,4 +1,4 @@
-"""Load a causal LM from wherever it lies: hub, local folder, training checkpoint, export or `.gguf` file."""
+"""Load a causal LM from wherever it is: hub, local folder, training checkpoint, export or `.gguf` file."""
 
 import logging
 import math
@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError
 from ast_sparse.storage import files
@@ -32,9 +31,9 @@ from ast_sparse.storage.sparsity_record import has_adapter
 
 logger = logging.getLogger(__name__)
 
-_SMALL = 10**6  # parameters of a model too small to exhaust anything
+_SMALL = 10**6  # parameters of a model too small to exhaust the memory
 _LARGEST_BUFFERS = 10**8  # entries that a model computes and no file holds: rotary tables, causal masks
-_NO_FLOATS = ("I", "U", "BOOL")  # safetensors' names of integers and bools
+_NOT_FLOATS = ("I", "U", "BOOL")  # safetensors' names of integers and bools
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM, ready to compute; sparse weights are applied, and SLoRB where there is any.
+    """Load a causal LM, ready to run, with masks applied and SLoRB attached if the checkpoint has them.
 
     Args:
         name_or_path: hub id, local folder (dense, one of our training checkpoints, or an export), or `.gguf` file.
         dtype: of the parameters; `auto` keeps the stored one.
         revision: branch, tag or commit on the hub.
         gguf_file: name of a .gguf file inside `name_or_path`; its weights are dequantized.
-        attn_implementation: attention of transformers.
-        trust_remote_code: run code that the repository brings.
+        attn_implementation: attention implementation of transformers.
+        trust_remote_code: run code that comes with the model.
         config_overrides: values that replace those of config.json.
 
     Returns:
@@ -89,9 +88,7 @@ def load_causal_lm(
         config_overrides=config_overrides,
     )
     if checkpoint.slorb:
-        layers = dict(checkpoint.model.named_modules())
-        transposed = any(isinstance(layers[name], Conv1D) for name in checkpoint.slorb)
-        attach_adapter(checkpoint.model, checkpoint.slorb, str(name_or_path), transposed)
+        attach_adapter(checkpoint.model, checkpoint.slorb, str(name_or_path))
     return checkpoint.model
 
 
@@ -108,9 +105,9 @@ def random_causal_lm(
     """A float32 model with the configuration of `name_or_path` and random weights; no weights are read.
 
     Args:
-        seed: of the weights; the random state outside stays as it is.
+        seed: of the weights; the global random state is not changed.
 
-    Other arguments and errors as of `load_model_config`.
+    Other arguments and errors as in `load_model_config`.
     """
     config = load_model_config(
         name_or_path,
@@ -142,7 +139,7 @@ def load_checkpoint(
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as of `load_causal_lm`."""
+    """Load the parts of a model: plain model, masks, SLoRB pairs. Arguments and errors as in `load_causal_lm`."""
     place = Place.find(name_or_path, gguf_file)
     folder = place.model_folder
     if folder and is_sharded_checkpoint(folder):
@@ -180,7 +177,7 @@ def load_checkpoint(
 
 
 def _stored_sparsity(folder: Path) -> tuple[dict[str, Tensor], files.SlorbPairs]:
-    """Masks and SLoRB pairs of a folder whose weights are what was written."""
+    """Masks and SLoRB pairs of a folder, whose checksums are checked first."""
     weights = files.weight_files(folder)
     check_checksums(folder, weights)
     return files.stored_sparsity(weights)
@@ -195,7 +192,7 @@ def _load_weights(
 ) -> PreTrainedModel:
     if place.model_folder is not None:
         _check_files(place.model_folder, place, config, arguments)
-    # transformers' report would list every mask as an unexpected key: the findings are judged here instead.
+    # transformers would report every mask as an unexpected key: the keys are checked here instead.
     with named_errors("model", place), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -204,7 +201,7 @@ def _load_weights(
     info: dict[str, Any] = loaded[1]
     if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
         if place.folder is None and getattr(config, "quantization_config", None) is None:
-            check_leftovers(unused, model, place.name)  # of a folder the files were checked
+            check_leftovers(unused, model, place.name)  # the files of a local folder are checked above
         logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), unused[0])
     for name, stored, expected in sorted(info["mismatched_keys"], key=str):
         raise UserError(
@@ -224,7 +221,7 @@ def _load_weights(
 
 
 def _take_generation_config(model: Any) -> None:
-    """Give a model the generation_config.json of its source, which transformers reads beside safetensors only."""
+    """Give a model the generation_config.json of its source, which transformers reads only beside safetensors."""
     folder = source_folder(model.config)
     generation = None if folder is None else read_generation_config(folder)
     if generation is not None and model.can_generate():
@@ -232,7 +229,7 @@ def _take_generation_config(model: Any) -> None:
 
 
 def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
-    """Raise UserError if the files cannot be config.json's: transformers would allocate or cast what mismatches."""
+    """Raise UserError if the files do not match config.json: transformers would allocate or cast what differs."""
     own = {"trust_remote_code": arguments["trust_remote_code"]}
     with named_errors("model", place), torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, **own)
@@ -245,11 +242,11 @@ def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments
     held = sum(files.stored_bytes(*value) * 16 if packed else math.prod(value[1]) for value in stored.values())
     if needed > 2 * held + _SMALL or buffers > held + _LARGEST_BUFFERS:
         raise UserError(
-            f"`{folder / files.CONFIG_NAME}` is of a model of {needed:,} parameters ({buffers:,} entries of buffers), "
-            f"the files hold {held:,}. The weights do not belong to this config.json."
+            f"`{folder / files.CONFIG_NAME}` describes a model of {needed:,} parameters ({buffers:,} buffer entries), "
+            f"but the files hold {held:,}. The weights do not belong to this config.json."
         )
     for name in [] if packed else parameters.keys() & stored.keys():
-        if parameters[name].is_floating_point() and stored[name][0].startswith(_NO_FLOATS):
+        if parameters[name].is_floating_point() and stored[name][0].startswith(_NOT_FLOATS):
             raise UserError(
                 f"`{place.name}`: the tensor `{name}` holds {stored[name][0]}, the model needs floating-point "
                 "numbers. Write the checkpoint again."
@@ -269,5 +266,5 @@ def _apply_stored_masks(model: PreTrainedModel, masks: dict[str, Tensor], name: 
                 f"{tuple(weight.shape)}. Write the checkpoint again."
             )
         if bool((mask.view(torch.uint8) > 1).any()):
-            raise UserError(f"`{name}`: the mask of `{layer}` holds more than 0 and 1. Write the checkpoint again.")
+            raise UserError(f"`{name}`: the mask of `{layer}` is not just 0 and 1. Write the checkpoint again.")
         weight.copy_(torch.where(mask, weight, 0))

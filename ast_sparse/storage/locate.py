@@ -1,6 +1,6 @@
-"""Where a model lies (hub, local folder, `.gguf` file), and what is read of it without weights.
+"""Where a model is (hub, local folder, `.gguf` file), and what can be read of it without its weights.
 
-Kept apart from `loading` because the classes of models take seconds to import.
+Separate from `load` because the model classes take seconds to import.
 """
 
 import re
@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ast_sparse.errors import UserError, did_you_mean, one_line, shown, shown_name
 from ast_sparse.storage import files
 
-_UNTRUSTED = "trust_remote_code=True"  # in the message of transformers about code that it was not allowed to run
+_UNTRUSTED = "trust_remote_code=True"  # part of transformers' message about code that it was not allowed to run
 _COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
 _LARGEST_COUNT = 2**16  # ... of the largest model
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model lies. `folder` is None for a model on the hub."""
+    """Where a model is. `folder` is None for a model on the hub."""
 
     name: str
     gguf_file: str | None
@@ -45,11 +45,11 @@ class Place:
                 raise UserError(f"`{path}` holds no file `{gguf_file}`. Check `gguf_file`.")
             return cls(str(path), gguf_file, path)
         if path.exists():
-            raise UserError(f"`{name_or_path}` is a file, but no .gguf file. Give a folder, a .gguf file or a hub id.")
+            raise UserError(f"`{name_or_path}` is a file, but not .gguf. Give a folder, a .gguf file or a hub id.")
         name = str(name_or_path)
-        beside = path.parent != Path() and path.parent.is_dir()  # `out/export` could be a hub id, were there no `out`
+        beside = path.parent != Path() and path.parent.is_dir()  # `out/export` could be a hub id if there were no `out`
         if beside or not _HUB_ID.fullmatch(name) or name.startswith("."):
-            raise UserError(f"There is no folder `{name}`, nor is it a hub id. Check the path.")
+            raise UserError(f"There is no folder `{name}`, and it is not a hub id. Check the path.")
         return cls(name, gguf_file, None)
 
     @property
@@ -77,7 +77,7 @@ def load_model_config(
     """Load the configuration of a model without its weights.
 
     Raises:
-        UserError: the configuration is missing or damaged, or an override names no value of it.
+        UserError: the configuration is missing or damaged, or an override names a value that it does not have.
     """
     place = Place.find(name_or_path, gguf_file)
     if place.model_folder is not None:
@@ -98,7 +98,7 @@ def load_model_config(
 
 
 def _check_counts(config: dict[str, Any], name: str) -> None:
-    """Raise UserError if a count in config.json would keep transformers busy for ever."""
+    """Raise UserError if a count in config.json would keep transformers busy forever."""
     for key, value in config.items():
         if isinstance(value, dict):
             _check_counts(value, name)
@@ -131,7 +131,7 @@ def load_tokenizer(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the messages of transformers, errors left out."""
+    """Silence the messages of transformers, except errors."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -148,9 +148,9 @@ def named_errors(what: str, place: Place) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        mend = "Install it: pip install 'ast-sparse[gguf]'." if place.gguf_file else "Install the package."
+        fix = "Install it: pip install 'ast-sparse[gguf]'." if place.gguf_file else "Install the package."
         reason = one_line(error, 300, cut="word", end="mark")
-        raise UserError(f"Cannot load the {what} of `{place.name}`: {reason} {mend}") from error
+        raise UserError(f"Cannot load the {what} of `{place.name}`: {reason} {fix}") from error
     except Exception as error:
         if _UNTRUSTED in str(error):
             raise UserError(
@@ -158,6 +158,6 @@ def named_errors(what: str, place: Place) -> Iterator[None]:
                 "--trust-remote-code, or model.trust_remote_code: true."
             ) from error
         where = f"{place.name}/{place.gguf_file}" if place.gguf_file else place.name
-        mend = "Check the files in the folder." if place.folder else "Check the hub id, or give a local folder."
+        fix = "Check the files in the folder." if place.folder else "Check the hub id, or give a local folder."
         reason = one_line(error, 300, cut="word", end="mark")
-        raise UserError(f"Cannot load the {what} of `{where}`: {reason} {mend}") from error
+        raise UserError(f"Cannot load the {what} of `{where}`: {reason} {fix}") from error

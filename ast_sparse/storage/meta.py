@@ -21,7 +21,7 @@ from ast_sparse.storage.packed import decode_on_load
 from ast_sparse.storage.quantized import forget_quantization
 from ast_sparse.storage.sparsity_record import has_adapter
 
-_LARGEST_TENSOR = 2**40  # entries; more is a slip in a config
+_LARGEST_TENSOR = 2**40  # entries; more is a mistake in a config
 _LONGEST_REASON = 200  # characters of another library's error that are shown
 
 
@@ -41,7 +41,7 @@ def student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrained
     path = Path(model.name_or_path).expanduser()
     if model.revision is not None and path.exists():
         raise UserError(
-            f"model.revision={model.revision!r} belongs to a model on the hub, and {model.name_or_path!r} is local. "
+            f"model.revision={model.revision!r} is for a model on the hub, but {model.name_or_path!r} is local. "
             "Remove it.",
             "model.revision",
         )
@@ -64,14 +64,14 @@ def student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrained
 
 
 def has_config_alone(model: ModelConfig) -> bool:
-    """Whether a folder holds no weights, which a plan can do without."""
+    """Whether a folder holds no weights, which a plan does not need."""
     folder = Path(model.name_or_path).expanduser()
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin")
     return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)
 
 
 def _check_dense(folder: Path) -> None:
-    """Whole files of a model without our masks or SLoRB, which training would start from twice."""
+    """Raise UserError if the files are damaged, or if they hold masks or SLoRB, which training would add again."""
     names = [name for file in weight_files(folder) for name in tensor_shapes(file)]
     if sparse_keys(names)[0] or has_adapter(folder):
         raise UserError(
@@ -98,7 +98,7 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
         if name := next((name for name, size in sizes.items() if not 0 < size < _LARGEST_TENSOR), None):
             raise ValueError(f"`{name}` would have shape {tuple(built.get_parameter(name).shape)}")
         return built
-    except Exception as error:  # whatever a config with impossible values makes the code of its model raise
+    except Exception as error:  # impossible values in a config can make the model's code raise anything
         reason = one_line(error, _LONGEST_REASON, cut="marked", end="open", named=True)
     if model.attn_implementation is not None:
         try:
@@ -117,7 +117,7 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def check_savable(model: ModelConfig, config: PreTrainedConfig) -> None:
-    """Whether what a run saves beside the weights can be read and written."""
+    """Check that what a run saves beside the weights can be read and written."""
     folder = source_folder(config)
     generation = None if folder is None else read_generation_config(folder)
     if folder is not None:

@@ -1,7 +1,7 @@
 """What a saved model takes over from the one it was loaded from: configuration, generation settings, companions.
 
-transformers writes a configuration anew in its own spelling, and Trainer changes it on the way (`use_cache`, special
-tokens). The result should have the source's configuration with nothing but the intended changes.
+transformers rewrites a configuration in its own spelling, and Trainer changes it along the way (`use_cache`, special
+tokens). The result should have the source's configuration with only the intended changes.
 """
 
 import copy
@@ -46,11 +46,11 @@ class Origin:
     """The folder a model came from, and what it said when the model was loaded.
 
     Attributes:
-        folder: the folder or the hub's cache, None where there is none (a model built from a configuration).
+        folder: the folder or the hub's cache, None if there is none (a model built from a configuration).
         raw: content of its config.json; empty without a folder.
-        raw_generation: its generation_config.json to the byte, if there is one.
-        generation: what that says.
-        config_class: of the model's configuration.
+        raw_generation: the bytes of its generation_config.json, if there is one.
+        generation: that file as transformers reads it.
+        config_class: class of the model's configuration.
     """
 
     folder: Path | None
@@ -79,7 +79,7 @@ class Origin:
         return cls(folder, raw, raw_generation, generation, type(model.config))
 
     def complete(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Give a saved model what the source has: the spelling of config.json, generation_config.json, companions.
+        """Give a saved model what its source has: the spelling of config.json, generation_config.json, companions.
 
         Args:
             folder: what `save_pretrained` wrote.
@@ -98,7 +98,7 @@ class Origin:
             (folder / GENERATION_NAME).write_bytes(self.raw_generation)
         if self.folder is None or is_source:
             return
-        if not self.folder.is_dir():  # after hours of training
+        if not self.folder.is_dir():  # no reason to fail after hours of training
             logger.warning(f"{self.folder} is gone: files beside its weights (templates, licence) are not copied.")
             return
         same_tokens, same_templates = (True, True) if tokenizer is None else _is_as_in(tokenizer, self.folder)
@@ -112,13 +112,13 @@ class Origin:
 
 @contextmanager
 def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iterator[Settings]:
-    """Give a model back the settings that Trainer changes: the cache, and special tokens of its tokenizer.
+    """Restore the settings of a model that Trainer changes: the cache, and the special tokens of its tokenizer.
 
     Args:
-        use_cache: of the configuration meanwhile; None: as it is.
+        use_cache: set in the configuration meanwhile; None: leave it as it is.
 
     Yields:
-        The settings before.
+        The settings from before.
     """
     holders = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(holder, name, getattr(holder, name, _ABSENT)) for holder in holders for name in _CHANGED_BY_TRAINER]
@@ -132,7 +132,7 @@ def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iter
 
 @contextmanager
 def saved_with(model: PreTrainedModel, settings: Settings) -> Iterator[None]:
-    """A model to be saved with other settings: what saving changes, it changes in copies of the configuration."""
+    """Let a model be saved with other settings, in copies of its configurations, which saving may change."""
     live = model.config, getattr(model, "generation_config", None)
     now = [(holder, name, getattr(holder, name, _ABSENT)) for holder, name, _ in settings]
     _put(settings)
@@ -161,14 +161,14 @@ def in_source_spelling(
 ) -> dict[str, Any]:
     """A configuration as transformers writes it, but with the source's keys where the meaning is the same.
 
-    transformers renames keys, drops some, and adds defaults. What differs by meaning is taken from `config`.
+    transformers renames keys, drops some, and adds defaults. What differs in meaning is taken from `config`.
 
     Args:
         config: what `save_pretrained` wrote.
         raw: the source's config.json.
 
     Returns:
-        A configuration that reads as `config` does; `config` itself where no mixture of both would.
+        A configuration that reads as `config` does; `config` itself if no mixture of the two would.
     """
     before = _as_read(raw, config_class)
     if before is None or raw.get("model_type") != config.get("model_type"):
@@ -181,7 +181,7 @@ def in_source_spelling(
 
 
 def _mixed(config: dict[str, Any], raw: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """`raw`, with what differs between `before` and `config`, also in the dictionaries inside (`text_config`)."""
+    """`raw`, with what differs between `before` and `config`, also in nested dictionaries (`text_config`)."""
     mixed = {key: value for key, value in raw.items() if key not in ("torch_dtype", "_name_or_path")}
     for key in before.keys() | config.keys():
         values = config.get(key), raw.get(key), before.get(key)
@@ -198,7 +198,7 @@ def _mixed(config: dict[str, Any], raw: dict[str, Any], before: dict[str, Any]) 
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation_config.json of a folder, None where there is none; values that make no sense together are kept.
+    """The generation_config.json of a folder, None if there is none; values that contradict each other are kept.
 
     Raises:
         UserError: it is not a JSON object, or transformers cannot read a value.
@@ -209,7 +209,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     files.read_json(path)  # what transformers would ignore is an error here
     try:
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever a value of the wrong kind makes it raise
+    except Exception as error:  # a value of the wrong kind can make it raise anything
         reason = one_line(error, 300, cut="marked", end="open")
         raise UserError(f"Cannot read `{path}`: {reason}. Correct the value, or remove the file.") from None
 
@@ -231,7 +231,7 @@ def check_saving(
     parts = {
         "configuration": (config, "Correct its config.json, or model.config"),
         "generation settings": (generation, "Correct model.generation_config"),
-        "tokenizer": (tokenizer, "Take another tokenizer, or put its files into the folder of the model"),
+        "tokenizer": (tokenizer, "Use another tokenizer, or put its files into the folder of the model"),
     }
     with tempfile.TemporaryDirectory() as folder:
         for what, (part, fix) in parts.items():
@@ -239,13 +239,13 @@ def check_saving(
                 if part is not None:
                     copy_of = part if what == "tokenizer" else copy.deepcopy(part)
                     copy_of.save_pretrained(folder)
-            except Exception as error:  # whatever the code of a model or a tokenizer raises
+            except Exception as error:  # the code of a model or a tokenizer can raise anything
                 reason = one_line(error, 300, cut="marked", end="open")
                 raise UserError(f"The {what} of {name!r} cannot be saved: {reason}. {fix}.") from error
 
 
 def source_folder(config: PreTrainedConfig) -> Path | None:
-    """The folder, or the folder in the hub's cache, that a configuration was loaded from; None where there is none."""
+    """The folder, or the folder in the hub's cache, that a configuration was loaded from; None if there is none."""
     name = str(getattr(config, "name_or_path", "") or "")
     if not name:
         return None
@@ -253,18 +253,18 @@ def source_folder(config: PreTrainedConfig) -> Path | None:
     if not folder.is_dir():
         try:
             cached = try_to_load_from_cache(name, files.CONFIG_NAME, revision=getattr(config, "_commit_hash", None))
-        except HFValidationError:  # a path that is gone
+        except HFValidationError:  # a path that no longer exists
             return None
         folder = Path(cached).parent if isinstance(cached, str) else folder
     return folder if (folder / files.CONFIG_NAME).is_file() else None
 
 
 def _as_read(content: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any] | None:
-    """A config.json as transformers would write it again; None where its class cannot read it."""
+    """A config.json as transformers would write it again; None if its class cannot read it."""
     try:
         read = config_class.from_dict(copy.deepcopy(content))
         return cast(dict[str, Any], json.loads(read.to_json_string(use_diff=True)))
-    except Exception:  # whatever the code of a model raises
+    except Exception:  # the code of a model can raise anything
         return None
 
 
@@ -288,7 +288,7 @@ def _values(generation: GenerationConfig | None) -> dict[str, Any]:
 
 
 def _is_as_in(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[bool, bool]:
-    """Whether a tokenizer has the tokens and the templates of a folder, so that other files there say the same."""
+    """Whether a tokenizer has the tokens, and the templates, of a folder, so that its other files still apply."""
     try:
         stored = type(tokenizer).from_pretrained(folder)
         vocabulary = stored.get_vocab() == tokenizer.get_vocab()

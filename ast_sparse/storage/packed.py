@@ -1,4 +1,4 @@
-"""Quantized sources: what can be decoded while loading, what the files must hold for that, and clear refusals."""
+"""Quantized sources: which can be decoded while loading, what their files must hold, and errors for the others."""
 
 import inspect
 import re
@@ -88,7 +88,7 @@ def _check_environment(settings: dict[str, Any], method: str, name: str) -> None
         raise UserError(
             f"`{name}` is quantized by {method}, and the package that decodes it is not installed. {fix}"
         ) from error
-    except Exception as error:  # whatever a damaged quantization_config makes a quantizer raise
+    except Exception as error:  # a damaged quantization_config can make a quantizer raise anything
         raise UserError(
             f"`{name}` is quantized by {method}, and cannot be decoded here: {one_line(error, end='open')}. "
             "Check `quantization_config` in its config.json, or give the model that is not quantized."
@@ -135,9 +135,9 @@ def _check_plain(stored: Mapping[str, tuple[str, list[int]]], model: nn.Module, 
 
 
 def check_leftovers(stored: Iterable[str], model: nn.Module, name: str) -> None:
-    """Raise UserError if a quantizer stored one of these tensors for a layer of the model, which is a plain one.
+    """Raise UserError if a quantizer stored one of these tensors for a layer that is plain in the model.
 
-    Parts of the checkpoint that the model lacks (an image encoder) are not looked at.
+    Parts of the checkpoint that the model lacks (an image encoder) are ignored.
     """
     is_read = _reader(model)
     modules = {key for key, _ in model.named_modules()}
@@ -159,7 +159,7 @@ def check_leftovers(stored: Iterable[str], model: nn.Module, name: str) -> None:
 
 
 def _reader(model: nn.Module) -> Callable[[str], bool]:
-    """Whether loading takes a stored tensor for one of the model, which may have another name there."""
+    """A function that says whether loading reads a stored tensor into the model, maybe under another name."""
     state: Any = model.state_dict()
     conversions = get_model_conversion_mapping(cast(PreTrainedModel, model))
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]

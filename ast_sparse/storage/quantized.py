@@ -1,8 +1,7 @@
 """Models whose weights were stored as codes: decode them, and forget how they were stored.
 
-transformers keeps what it did while loading (`_weight_conversions`) and undoes it while saving. A model that it decoded
-would so be written as codes again, of weights that training has changed, in a folder whose config.json calls them
-plain.
+transformers remembers what it did while loading (`_weight_conversions`) and undoes it while saving. So it would write a
+decoded model as codes again, although training has changed the weights and config.json calls them plain.
 """
 
 from typing import Any, cast
@@ -24,11 +23,11 @@ def make_plain(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
         dtype: of the decoded weights; default: that of the model.
 
     Raises:
-        UserError: transformers has no way to decode this kind of quantization.
+        UserError: transformers cannot decode this kind of quantization.
     """
     if not isinstance(model, PreTrainedModel):
         return
-    named = dtype or model.config.dtype or torch.float32  # a name, where the model has been saved
+    named = dtype or model.config.dtype or torch.float32  # a name if the model has been saved
     own = named if isinstance(named, torch.dtype) else getattr(torch, named)
     was_quantized = getattr(model, "hf_quantizer", None) is not None
     if was_quantized:
@@ -46,7 +45,7 @@ def make_plain(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
 
 def _decode(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     quantizer: Any = model.hf_quantizer
-    if getattr(quantizer.quantization_config, "dequantize", False):  # while loading
+    if getattr(quantizer.quantization_config, "dequantize", False):  # it was decoded while loading
         quantizer.remove_quantization_config(model)
         return
     method = method_name(quantizer.quantization_config.quant_method)
@@ -63,7 +62,7 @@ def _decode(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give every tensor the dtype of a plain model: what was not quantized is read in the dtype it is stored in."""
+    """Give every tensor the dtype of a plain model: what was not quantized was read in the dtype it is stored in."""
     dtypes = loaded_dtypes(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in dtypes and tensor.is_floating_point():
@@ -76,9 +75,9 @@ def method_name(method: Any) -> str:
 
 
 def plain_conversions(model: Any) -> list[Any] | None:
-    """What saving has to undo where the weights are plain: the conversions of loading without those that decode.
+    """What saving has to undo if the weights are plain: the conversions made while loading, except those that decode.
 
-    A conversion that decodes and joins experts is replaced by the one that only joins them.
+    A conversion that decodes and joins experts is replaced by one that only joins them.
     """
     used: list[Any] | None = getattr(model, "_weight_conversions", None)
     if not used or not any(_decodes(conversion) for conversion in used):
@@ -89,7 +88,7 @@ def plain_conversions(model: Any) -> list[Any] | None:
 
 
 def _decodes(conversion: Any) -> bool:
-    """Whether an operation belongs to a quantizer, which each of them keeps."""
+    """Whether one of its operations belongs to a quantizer; those have a reference to it."""
     return any(getattr(each, "hf_quantizer", None) is not None for each in getattr(conversion, "operations", ()))
 
 

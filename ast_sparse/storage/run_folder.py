@@ -38,7 +38,7 @@ class Run:
     samples: dict[str, dict[str, str]]
 
     def logged(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of each record of the log that has `key` and a finite value of it."""
+        """(step, value) of each record of the log with a finite value of `key`."""
         return [(row["step"], row[key]) for row in self.log if isinstance(row.get(key), int | float)]
 
     def logged_keys(self) -> list[str]:
@@ -46,7 +46,7 @@ class Run:
         return list(dict.fromkeys(key for row in self.log for key in row))
 
     def setting(self, *path: str) -> Any:
-        """A value of the configuration, None where it or a section on the way is missing."""
+        """A value of the configuration, None if it or a section on the way to it is missing."""
         value: Any = self.config
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that a kill cut is left out. Empty where there is no such file."""
+    """The rows of a JSONL file; a last line that a kill cut off is left out. Empty if there is no such file."""
     if not path.exists():
         return []
     rows = []
@@ -84,7 +84,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(text)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("it holds no step")
+                raise ValueError("it has no step")
         except ValueError as error:
             if number == len(lines):
                 break
@@ -94,16 +94,16 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a JSON line, which is on its way to the disk when this returns; what is not finite becomes null."""
+    """Append a JSON line, written out before this returns; what is not finite becomes null."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({key: finite_or_none(value) for key, value in row.items()}) + "\n")
 
 
 def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
-    """Drop the rows after `step`, and a line cut by a kill: the resumed run records them anew.
+    """Drop the rows after `step`, and a line that a kill cut off: the resumed run records them again.
 
     Args:
-        at_most: of the rows up to `step`, keep so many.
+        at_most: keep only this many of the rows up to `step`.
     """
     if not path.exists():
         return

@@ -8,28 +8,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import remove_checksums, write_checksums
 from ast_sparse.storage.quantized import plain_conversions
-from ast_sparse.storage.slorb_adapter import write_adapter
+from ast_sparse.storage.slorb_adapter import group_dim_of, write_adapter
 
 
 def split_state_dict(
     state_dict: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], files.SlorbPairs]:
-    """Take the raw state dict of a model with sparse layers apart.
+    """Split the raw state dict of a model with sparse layers.
 
     Args:
         state_dict: of the model itself, or gathered from the ranks of a sharded one; not changed.
 
     Returns:
         The state dict of the plain model with masked weights (pruned entries exactly 0.0), the masks and the SLoRB
-        pairs by layer name. Of a plain model: its state dict and nothing else.
+        pairs by layer name. For a plain model: its state dict and nothing else.
     """
     masked, adapted = files.sparse_keys(state_dict)
     weights = {name: value.detach() for name, value in state_dict.items() if not files.is_sparse_key(name, masked)}
@@ -53,17 +52,17 @@ def save_sparse_model(
 
     Args:
         model: with `SparseLinear` or `SparseConv1D` layers.
-        out_dir: gets the masked weights and the model's configuration, `slorb/` (a PEFT adapter) where the model has
+        out_dir: gets the masked weights and the model's configuration, `slorb/` (a PEFT adapter) if the model has
             SLoRB, and `sparsity_config.json`. Other files there are left alone.
         config: content of `sparsity_config.json`.
-        state_dict: the full raw state dict, where the model's own is sharded.
+        state_dict: the full raw state dict, if the model's own is sharded.
     """
     folder = Path(out_dir)
     weights, _, pairs = split_state_dict(model.state_dict() if state_dict is None else state_dict)
     save_weights(model, folder, weights)
     adapter = folder / files.ADAPTER_FOLDER
     if pairs:
-        write_adapter(adapter, str(out_dir), pairs, has_conv1d(model, pairs))
+        write_adapter(adapter, str(out_dir), pairs, group_dim_of(model, pairs))
     elif (adapter / "adapter_config.json").is_file():
         shutil.rmtree(adapter)  # of an earlier run: it would be taken for this model's
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, config)
@@ -72,7 +71,7 @@ def save_sparse_model(
 def save_weights(
     model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], original_format: bool = True
 ) -> None:
-    """`save_pretrained` with other weights than the model's and their checksums; its configuration stays as it was.
+    """`save_pretrained` with the given weights, and their checksums; the model's configuration stays as it was.
 
     Args:
         weights: state dict of the plain model; a tied tensor may appear under each of its names.
@@ -94,11 +93,6 @@ def save_weights(
     write_checksums(folder)
 
 
-def has_conv1d(model: nn.Module, layers: Mapping[str, Any]) -> bool:
-    """Whether the named layers are GPT-2's `Conv1D`, whose weights are transposed."""
-    return any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
-
-
 def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
     """Raise UserError unless the folder is free, or may be overwritten without losing anything but a model.
 
@@ -115,13 +109,13 @@ def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
         raise UserError(f"`{out_dir}` exists and is not empty. Choose another folder, or overwrite it (--overwrite).")
     if not (out_dir / files.CONFIG_NAME).is_file():
         raise UserError(
-            f"`{out_dir}` holds something else than a model, so it is not overwritten. Choose another folder."
+            f"`{out_dir}` holds something other than a model, so it is not overwritten. Choose another folder."
         )
 
 
 @contextmanager
 def finished_folder(out_dir: Path) -> Iterator[Path]:
-    """A temporary folder beside `out_dir` that takes its place when the block ends well, and vanishes when it does not.
+    """A temporary folder beside `out_dir` that takes its place if the block succeeds, and is removed if it does not.
 
     Raises:
         UserError: writing failed (no space, no permission).

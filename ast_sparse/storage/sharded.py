@@ -1,9 +1,9 @@
-"""Sharded training checkpoints: folders of `torch.distributed.checkpoint`, which any number of processes reads.
+"""Sharded training checkpoints: folders of `torch.distributed.checkpoint`, which any number of processes can read.
 
-Beside what every training checkpoint has, `pytorch_model_fsdp_0/` holds weights, masks and SLoRB under the names of the
-state dict, `optimizer_0/` the moments; each process writes one file, `.metadata` says what lies where. `.metadata` is
-pickled, and so are the values of the optimizer's groups: they are read here first, by readers that build nothing but
-numbers, text and descriptions of tensors. `shards.json` has a CRC-32 of every file.
+In addition to what every training checkpoint has, `pytorch_model_fsdp_0/` holds weights, masks and SLoRB under the
+names of the state dict, and `optimizer_0/` the moments. Each process writes one file; `.metadata` says what is where.
+`.metadata` is pickled, and so are the values of the optimizer's groups: they are read here first, by readers that build
+nothing but numbers, text and descriptions of tensors. `shards.json` has a CRC-32 of every file.
 """
 
 import io
@@ -38,7 +38,7 @@ SUMS_NAME = "shards.json"
 
 _COMPANIONS = (files.CONFIG_NAME, "generation_config.json", files.SPARSITY_CONFIG_NAME)
 _METADATA = ".metadata"
-_SHARD = re.compile(r"__\d+_\d+\.distcp")
+_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
 _LARGEST_METADATA = 2**30
 _CHUNK = 2**22
 _KNOWN = {
@@ -57,7 +57,7 @@ _KNOWN = {
 class _MetadataReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a description of tensors")
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a description of tensors")
         return super().find_class(module, name)
 
 
@@ -85,7 +85,7 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-    """The tensors of a folder in one piece each, on the CPU, by their names without the first part (`model.`).
+    """The tensors of a folder, each in one piece, on the CPU, by name without the first part (`model.`).
 
     Args:
         folder: `MODEL_FOLDER` or `OPTIMIZER_FOLDER` of a checkpoint without `shard_faults`.
@@ -96,25 +96,25 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         for name, each in known.items()
         if isinstance(each, TensorStorageMetadata)
     }
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it reads alone, as it is told to
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it warns that it reads alone
         dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
 
 @contextmanager
 def merged(checkpoint: Path) -> Iterator[Path]:
-    """A sharded checkpoint as an ordinary one, in a folder beside it that vanishes afterwards; optimizer left out.
+    """A sharded checkpoint as an ordinary one without the optimizer, in a temporary folder beside it.
 
     Raises:
-        UserError: the checkpoint is damaged, or there is no room.
+        UserError: the checkpoint is damaged, or there is no space.
     """
     if found := shard_faults(checkpoint):
-        raise UserError(f"`{checkpoint}` is no complete checkpoint: {', '.join(found)}. Take another one.")
+        raise UserError(f"`{checkpoint}` is not a complete checkpoint: {', '.join(found)}. Use another one.")
     try:
         with tempfile.TemporaryDirectory(prefix=f".{checkpoint.name}.merged-", dir=checkpoint.resolve().parent) as name:
             folder = Path(name)
             tensors = read_tensors(checkpoint / MODEL_FOLDER)
-            save_file(_without_copies(tensors), folder / files.WEIGHTS_NAME, metadata={"format": "pt"})
+            save_file(tensors, folder / files.WEIGHTS_NAME, metadata={"format": "pt"})
             del tensors
             companions = {checkpoint / name for name in _COMPANIONS if (checkpoint / name).is_file()}
             for path in companions | {path for path in files.tokenizer_files(checkpoint) if path.is_file()}:
@@ -123,7 +123,7 @@ def merged(checkpoint: Path) -> Iterator[Path]:
             yield folder
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"`{checkpoint}` cannot be merged beside itself: {one_line(error)}. Make room there, or copy it elsewhere."
+            f"`{checkpoint}` cannot be merged beside it: {one_line(error)}. Make room there, or copy it elsewhere."
         ) from error
 
 
@@ -131,7 +131,7 @@ def write_sums(checkpoint: Path, rank: int, ranks: int, gather: Callable[[Any], 
     """Write `shards.json`; every process reads its part of the files.
 
     Args:
-        gather: what each process gives, from all of them.
+        gather: collects what each process passes to it, from all of them.
     """
     paths = sorted(path for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) for path in (checkpoint / name).iterdir())
     sums = {str(path.relative_to(checkpoint)): _sum_of(path, _stamp(path)) for path in paths[rank::ranks]}
@@ -139,11 +139,6 @@ def write_sums(checkpoint: Path, rank: int, ranks: int, gather: Callable[[Any], 
     if rank == 0:
         merged_sums = {name: crc for part in everywhere for name, crc in sorted(part.items())}
         files.write_json(checkpoint / SUMS_NAME, {"format_version": 1, "algorithm": "crc32", "files": merged_sums})
-
-
-def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tied weights are stored under each of their names, and safetensors wants memory of its own for each."""
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _sum_faults(checkpoint: Path) -> list[str]:
@@ -158,7 +153,8 @@ def _sum_faults(checkpoint: Path) -> list[str]:
         }
         if found.keys() != expected.keys():
             return [f"{min(found.keys() ^ expected.keys(), key=str)} is missing, or was added"]
-        return [f"{name} has not the checksum it was written with" for name in found if found[name] != expected[name]]
+        damaged = [name for name in found if found[name] != expected[name]]
+        return [f"{name} does not have the checksum it was written with" for name in damaged]
     except (UserError, OSError, KeyError, TypeError, AttributeError):
         return [f"{SUMS_NAME} is damaged"]
 
@@ -186,13 +182,13 @@ def _metadata(folder: Path) -> Metadata:
         data = stream.read(_LARGEST_METADATA)
     metadata = _MetadataReader(io.BytesIO(data)).load()
     if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError("no description of tensors")
+        raise pickle.UnpicklingError("not a description of tensors")
     return metadata
 
 
 @lru_cache(maxsize=64)
 def _fault(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str | None:
-    """The first thing wrong in a folder, or None: the pickle, the files named, what lies where, the groups' values."""
+    """The first fault of a folder, or None: in the pickle, the files it names, what is where, the groups' values."""
     try:
         for path in folder.iterdir():
             files.check_inside(path)
@@ -201,18 +197,18 @@ def _fault(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str | None:
         _check_values(folder, metadata)
     except UserError as error:
         return str(error).rstrip(".")
-    except Exception as error:  # whatever a damaged pickle makes Python raise
+    except Exception as error:  # a damaged pickle can make Python raise anything
         return f"{_METADATA} is damaged ({one_line(error)})"
     return None
 
 
 def _check_places(folder: Path, metadata: Metadata) -> None:
-    """Every piece of every tensor lies inside a shard beside `.metadata`, and the pieces make up the tensor."""
+    """Check that every piece of a tensor is in a file beside `.metadata`, and that the pieces make up the tensor."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     pieces: dict[str, int] = {}
     for index, place in metadata.storage_data.items():
-        if not _SHARD.fullmatch(place.relative_path):
-            raise ValueError(f"{json.dumps(str(place.relative_path))} is no shard")
+        if not _FILE_NAME.fullmatch(place.relative_path):
+            raise ValueError(f"{json.dumps(str(place.relative_path))} is not a file of a checkpoint")
         if place.relative_path not in sizes:
             raise ValueError(f"{place.relative_path} is missing")
         if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[place.relative_path]:
@@ -229,7 +225,7 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
 
 
 def _check_values(folder: Path, metadata: Metadata) -> None:
-    """What is no tensor is plain values, as torch would not check when it loads them."""
+    """Check that what is not a tensor is plain values; torch would not check this when it loads them."""
     for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             continue

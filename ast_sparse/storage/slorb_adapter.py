@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,13 +21,18 @@ _CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = False) -> dict[str, Any]:
-    """The LoRA configuration of some SLoRB pairs: scale 1 everywhere, the rank of each layer its in_features / k.
+def group_dim_of(model: nn.Module, layers: Iterable[str]) -> int:
+    """`group_dim` of the named layers: 0 if any of them is GPT-2's `Conv1D`, else 1."""
+    return 0 if any(isinstance(model.get_submodule(name), Conv1D) for name in layers) else 1
+
+
+def adapter_config(pairs: SlorbPairs, base_model: str, group_dim: int = 1) -> dict[str, Any]:
+    """The LoRA configuration of some SLoRB pairs: scale 1, and for each layer the rank in_features / k.
 
     Args:
         pairs: S `[out, in/k]` and X `[in/k, in]` by layer name; the ranks may differ.
         base_model: path or hub id of the sparse model the adapter belongs to.
-        fan_in_fan_out: True where the layers are GPT-2's `Conv1D`.
+        group_dim: of the layers.
     """
     ranks = {name: x.shape[0] for name, (_, x) in pairs.items()}
     rank = max(ranks.values())
@@ -44,7 +50,7 @@ def adapter_config(pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool = Fa
         "target_modules": sorted(pairs),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": group_dim == 0,
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -60,31 +66,31 @@ def _adapter_tensors(pairs: SlorbPairs, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, fan_in_fan_out: bool = False) -> None:
+def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, group_dim: int = 1) -> None:
     """Write SLoRB pairs as a PEFT adapter: `lora_A = X`, `lora_B = S`.
 
     Args:
         out_dir: folder of the adapter, created. Not the folder of the model itself: there `from_pretrained` would
             take the adapter for the model.
-        base_model, pairs, fan_in_fan_out: as in `adapter_config`; the dtype of the pairs is kept.
+        base_model, pairs, group_dim: as in `adapter_config`; the dtype of the pairs is kept.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
     write_checksums(out_dir, [out_dir / _WEIGHTS_NAME])
-    write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, fan_in_fan_out))
+    write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, group_dim))
 
 
 def read_adapter(folder: Path) -> SlorbPairs:
     """The SLoRB pairs of an adapter folder, by layer name.
 
     Raises:
-        UserError: a file is missing or damaged, a scale is not 1, or the tensors are no pairs.
+        UserError: a file is missing or damaged, a scale is not 1, or the tensors are not pairs.
     """
     config = read_json(folder / _CONFIG_NAME)
     same_rank = config.get("r") == config.get("lora_alpha")
     if not same_rank or config.get("rank_pattern") != config.get("alpha_pattern") or config.get("use_rslora"):
         raise UserError(
-            f"`{folder}` is no SLoRB adapter: the scale alpha / r is not 1. Remove the folder to go without."
+            f"`{folder}` is not a SLoRB adapter: the scale alpha / r is not 1. Remove the folder to load without it."
         )
     weights = folder / _WEIGHTS_NAME
     check_inside(weights)
@@ -103,7 +109,7 @@ def read_adapter(folder: Path) -> SlorbPairs:
 
 
 def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:
-    """The pairs, and those of layers that have their weight from another one: a checkpoint holds them once."""
+    """The pairs, and those of layers that share the weight of another one, which a checkpoint holds once."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     same = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in ties.items()}
     return pairs | {name: pairs[of] for name, of in same.items() if of in pairs and name not in pairs}
@@ -125,15 +131,15 @@ def check_pairs(model: nn.Module, pairs: SlorbPairs, name: str) -> None:
         if not fits or not s.is_floating_point() or not x.is_floating_point():
             raise UserError(
                 f"`{name}`: the SLoRB pair of `{layer}` is {s.dtype} {tuple(s.shape)} and {x.dtype} {tuple(x.shape)}, "
-                f"which fits no layer {shape}. Write the adapter again."
+                f"which does not fit a layer of shape {shape}. Write the adapter again."
             )
 
 
-def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, fan_in_fan_out: bool) -> None:
+def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str) -> None:
     """Add SLoRB pairs to a model with sparse weights, in place and frozen, through PEFT.
 
     Raises:
-        UserError: PEFT is not installed, or a pair fits no layer, or PEFT does not load it.
+        UserError: PEFT is not installed or does not load a pair, or a pair does not fit its layer.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError(
@@ -142,15 +148,15 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str, f
     from peft import LoraConfig
 
     check_pairs(model, pairs, base_model)
-    config = LoraConfig(**adapter_config(pairs, base_model, fan_in_fan_out))
+    config = LoraConfig(**adapter_config(pairs, base_model, group_dim_of(model, pairs)))
     tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
-    try:  # the annotation says dict, but a config object is used
+    try:  # the annotation says dict, but PEFT uses a config object
         model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
-    except ValueError as error:  # PEFT knows layers that its adapters do not work on
+    except ValueError as error:  # PEFT refuses layers that its adapters do not support
         reason = one_line(error, end="open")
         raise UserError(f"The SLoRB adapter of `{base_model}` cannot be loaded: {reason}. Train without it.") from error
     loaded = model.state_dict()
-    for name, value in tensors.items():  # PEFT warns of what it does not place, and goes on
+    for name, value in tensors.items():  # PEFT only warns about what it does not place
         found = loaded.get(f"{name.removesuffix('.weight')}.default.weight")
         if found is None or not torch.equal(found.cpu(), value.cpu()):
             layer = name.rpartition(".lora_")[0]

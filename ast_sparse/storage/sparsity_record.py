@@ -17,8 +17,8 @@ class SparsityRecord:
     """How the weights of a folder became sparse.
 
     Attributes:
-        content: as the file has it. A file of another version, or one that was edited, may lack keys and hold others;
-            an export copies it as it is.
+        content: of the file. A file of another version, or one that was edited, may lack keys and have others; an
+            export copies it as it is.
     """
 
     content: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class SparsityRecord:
         kernels: str,
         layers: Iterable[str],
     ) -> "SparsityRecord":
-        """Of a training run; `layers` are the names of the pruned ones."""
+        """The record of a training run; `layers` are the names of the pruned ones."""
         return cls({
             "ast_sparse_version": version,
             "format_version": _FORMAT_VERSION,
@@ -52,17 +52,17 @@ class SparsityRecord:
     def of_export(
         cls, *, pattern: str, has_slorb: bool, layers: Iterable[str], more: Mapping[str, Any]
     ) -> "SparsityRecord":
-        """Of an export whose source has no record; `more` is what its caller adds, which may replace the rest."""
+        """The record of an export whose source has none; `more` is what the caller adds, and may replace the rest."""
         return cls({"pattern": pattern, "slorb": {"enabled": has_slorb}, "layers": sorted(layers), **more})
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "SparsityRecord":
-        """From the content of a file, which is checked where it is read out."""
+        """The record with the content of a file; values are checked when they are asked for."""
         return cls(content)
 
     @classmethod
     def read(cls, folder: Path) -> "SparsityRecord":
-        """Of a folder; empty where there is no such file.
+        """The record of a folder; empty if there is no such file.
 
         Raises:
             UserError: it is not a JSON object.
@@ -91,7 +91,7 @@ class SparsityRecord:
         layers = self.content.get("layers", [])
         if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
             raise UserError(
-                f"{files.SPARSITY_CONFIG_NAME}: `layers` is no list of names. Restore the file, or remove it."
+                f"{files.SPARSITY_CONFIG_NAME}: `layers` is not a list of names. Restore the file, or remove it."
             )
         return layers
 
@@ -103,11 +103,11 @@ class SparsityRecord:
 
     @property
     def kernels(self) -> Literal["eager", "compiled"]:
-        """What masks and updates were computed with; eager, where the record is older than the choice."""
+        """What masks and updates were computed with; eager if the record is older than the choice."""
         return "compiled" if self.content.get("kernels") == "compiled" else "eager"
 
     def settings(self, section: str) -> dict[str, Any]:
-        """A section that a checkpoint has; empty for null.
+        """A section, which a checkpoint must have; empty if it is null.
 
         Raises:
             KeyError, TypeError: it is missing, or not a mapping.
@@ -115,7 +115,7 @@ class SparsityRecord:
         return {**(self.content[section] or {})}
 
     def checkpoint_layers(self) -> set[str]:
-        """Names of the pruned layers, which a checkpoint has.
+        """Names of the pruned layers, which a checkpoint must have.
 
         Raises:
             KeyError, TypeError: they are missing, or not names.
@@ -124,7 +124,7 @@ class SparsityRecord:
 
 
 def has_adapter(folder: Path) -> bool:
-    """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not switch off.
+    """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not turn off.
 
     Raises:
         UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else;

@@ -1,4 +1,4 @@
-"""`results.json` of a run: what was measured of each stage, as it is written, read and shown."""
+"""`results.json` of a run: what was measured at each stage, as it is written, read and shown."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -7,7 +7,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.files import finite_or_none, read_json, write_json
 
 RESULTS = "results.json"
-PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a perplexity of a stage says of its text
+PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a stage's result says about its text
 
 
 class StageResult(TypedDict):
@@ -27,7 +27,7 @@ Stages = dict[str, dict[str, StageResult]]  # by stage (dense, one-shot N:M, ret
 
 
 def write_stages(folder: Path, stages: Stages) -> None:
-    """Write the results of all stages; JSON has no NaN and no infinity, so null stands in their place."""
+    """Write the results of all stages; JSON has no NaN and no infinity, so they become null."""
     content = {
         stage: {name: {key: finite_or_none(value) for key, value in result.items()} for name, result in results.items()}
         for stage, results in stages.items()
@@ -36,7 +36,7 @@ def write_stages(folder: Path, stages: Stages) -> None:
 
 
 def read_stages(folder: Path) -> Stages:
-    """What `write_stages` wrote; empty where there is no such file.
+    """What `write_stages` wrote; empty if there is no such file.
 
     Raises:
         UserError: the file is damaged.
@@ -50,11 +50,11 @@ def read_stages(folder: Path) -> Stages:
 
 
 def read_objects(path: Path) -> dict[str, dict[str, Any]]:
-    """An object of objects; empty where there is no such file."""
+    """An object of objects; empty if there is no such file."""
     if not path.exists():
         return {}
     content = read_json(path)
     for name, value in content.items():
         if not isinstance(value, dict):
-            raise UserError(f"Cannot read `{path}`: {name!r:.60} holds no figures. Restore the file.")
+            raise UserError(f"Cannot read `{path}`: {name!r:.60} holds no results. Restore the file.")
     return content

@@ -1,9 +1,9 @@
-"""What does a compressed checkpoint cost to write and to read, beside safetensors of the dense weights?
+"""What does it cost to write and read a compressed checkpoint, compared with safetensors of the dense weights?
 
 Ours: encode from the mask, `save_file`, read back, check the metadata, decode and compare with the masked weight; and
 `load_file`, check and decode. Alternative: `save_file` of the masked bfloat16 weights, and `load_file` with each tensor
-copied, since it maps the file without reading it. Layers in the shape of a 7B model, files in one temporary folder,
-whatever the system caches. Checksums, which an export also writes, are not in these figures. Interleaved pairs.
+copied, since it maps the file without reading it. Layers with the shapes of a 7B model, files in one temporary folder,
+cached or not by the system. Checksums, which an export also writes, are not included. Interleaved pairs.
 """
 
 import tempfile

@@ -1,7 +1,7 @@
-"""What do compiled kernels add to the start of a run on a machine that never compiled them?
+"""How much time do compiled kernels add to the start of a run on a machine that has never compiled them?
 
-Ours: in a fresh process with an empty cache of the inductor, everything a run with 2:4 masks compiles: the probe of
-the compiler, the mask of `nn.Linear` and of Conv1D, the update of one placement. Alternative: a minute, the limit.
+Ours: in a fresh process with an empty inductor cache, everything that a run with 2:4 masks compiles: the test of the
+compiler, the mask of `nn.Linear` and of Conv1D, the update of one placement. Alternative: a minute, the limit.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""What does the loss (4) cost from hidden states, forward and backward, beside KL + CE on materialised logits?
+"""What does the loss (4) cost from hidden states, forward and backward, compared with KL + CE on materialised logits?
 
 Ours: `chunked_distillation_loss` on 2048 tokens, float32, α = 0.67. Time: against the four products with a head that
-nothing can do without (logits of both models, gradients by hidden states and by the student's weight), plus 0.3 times
-what the plain version takes beyond them. Memory: the peak beyond inputs and returned gradients, against that of the
-plain version, `F.kl_div` and `F.cross_entropy` through autograd. Interleaved, memory in child processes.
+any version needs (logits of both models, gradients with respect to hidden states and to the student's weight), plus
+0.3 times what the plain version takes beyond them. Memory: the peak beyond inputs and returned gradients, against that
+of the plain version, `F.kl_div` and `F.cross_entropy` through autograd. Interleaved, memory in child processes.
 """
 
 from collections.abc import Callable, Iterator

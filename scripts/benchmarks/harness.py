@@ -1,7 +1,7 @@
-"""How every benchmark measures and judges.
+"""How every benchmark measures and compares with its goal.
 
-A benchmark is a file of this folder: its header says the question, the alternative and the method, its generator
-`measure(settings)` yields a `Result` for each case, and it ends in `if __name__ == "__main__": main(measure)`.
+A benchmark is a file of this folder: its header has the question, the alternative and the method, its generator
+`measure(settings)` yields a `Result` for each case, and it ends with `if __name__ == "__main__": main(measure)`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class Settings:
     """What one call measures.
 
     Attributes:
-        quick: tiny shapes and one pair, to see that everything runs; the figures mean nothing.
+        quick: tiny shapes and one pair, to see that everything runs; the results mean nothing.
         reference: checkout of the public AST code, for the benchmarks that compare with it.
     """
 
@@ -37,7 +37,7 @@ class Settings:
 
     @property
     def device(self) -> torch.device:
-        """The GPU where there is one."""
+        """The GPU if there is one, else the CPU."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pairs(self, full: int) -> int:
@@ -45,7 +45,7 @@ class Settings:
         return 1 if self.quick else full
 
     def in_child(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)` in a fresh process (in this one if quick); the function stands at the top of its file."""
+        """`function(*args)` in a fresh process (in this one if quick); it must be a module-level function."""
         if self.quick:
             return function(*args)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -68,11 +68,11 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row of the table: a ratio to an alternative of the same run, and the goal it must not exceed.
+    """One row of the table: a ratio to an alternative measured in the same run, and the goal it must not exceed.
 
     Attributes:
         unit: `s`, or `MB` of peak memory.
-        goal: the highest ratio; it holds when the 20th percentile meets it. None: only reported.
+        goal: the highest ratio allowed; it is met if the 20th percentile meets it. None: only reported.
         reason: why nothing was measured on this device.
         notes: what else a reader needs, for example measured bytes.
     """
@@ -90,7 +90,7 @@ class Result:
 
     @classmethod
     def of(cls, ours: Sequence[float], alternative: Sequence[float], **kwargs: Any) -> "Result":
-        """From the measurements of both sides, pair by pair."""
+        """The result of the measurements of both sides, pair by pair."""
         ratios = [a / b for a, b in zip(ours, alternative, strict=True)]
         return cls(ours=Spread.of(ours), alternative=Spread.of(alternative), ratio=Spread.of(ratios), **kwargs)
 
@@ -120,7 +120,7 @@ def interleave(
     warmup: int = 3,
     prepare: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each side. The sides take turns, and the one that begins changes from round to round.
+    """Seconds of each call of each side. The sides take turns, and each round begins with another one.
 
     Args:
         prepare: called before each measured call, not timed.
@@ -145,15 +145,15 @@ def _seconds(call: Callable[[], Any]) -> float:
     result = call()
     wait()
     elapsed = time.perf_counter() - start
-    del result  # freed outside of the timing, on both sides
+    del result  # freed outside the timing, on both sides
     return elapsed
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak:` gives `peak.total` and `peak.above`, what was held at the start taken off; bytes.
+    """`with PeakMemory() as peak:` sets `peak.total`, and `peak.above` without what was held at the start; in bytes.
 
-    On a GPU what torch allocated there; otherwise the resident high-water mark of this process, so measure each side
-    in a child, where nothing else has left freed memory behind.
+    On a GPU, what torch allocated there; otherwise the resident high-water mark of this process, so measure each side
+    in a child process, where nothing else has left freed memory behind.
     """
 
     above: int
@@ -165,7 +165,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
         else:
-            with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark is that of the whole process
+            with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark covers the whole process
                 Path("/proc/self/clear_refs").write_text("5")
             self._start = _resident("VmRSS")
         return self
@@ -186,7 +186,7 @@ def _resident(key: str) -> int:
 
 
 def table(results: Sequence[Result]) -> str:
-    """All results; the goals are thresholds in the last column."""
+    """All results; the last column has the goals as thresholds."""
     headers = ["question", "case", "against", "ours", "alternative", "ratio (p20-p80)", "goal of p20"]
     return format_table(headers, [[*result.row(), result.verdict] for result in results])
 
@@ -215,7 +215,7 @@ def main(measure: Callable[[Settings], Iterator[Result]]) -> None:
     """The command line of a benchmark file."""
 
     @click.command(cls=Command, help=sys.modules["__main__"].__doc__)
-    @click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does it run?")
+    @click.option("--quick", is_flag=True, help="Tiny shapes, one pair: only to see that it runs.")
     @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
     @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Append the results as JSON lines.")
     def command(quick: bool, reference: Path | None, out: Path | None) -> None:

@@ -1,7 +1,7 @@
 """What does a mask refresh cost, measured in copies of the matrix?
 
 Ours: the magnitude mask of a float32 weight, compiled and eager, for a Linear and for GPT-2's Conv1D, whose groups run
-down the columns; and with the two flip rates and the write into the mask, `refresh_masks` on a layer. Alternative:
+down the columns; and `refresh_masks` on a layer, which adds the two flip rates and writes the mask. Alternative:
 `weight.clone()` of the same tensor. Interleaved pairs.
 """
 

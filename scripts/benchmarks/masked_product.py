@@ -1,10 +1,9 @@
-"""What does the mask cost in forward and backward of a step of eight micro-batches?
+"""What does the mask cost in the forward and backward passes of a step of eight micro-batches?
 
-Ours: the sparse linear layers of SmolLM2-135M (attention and MLP of each of some blocks), eight micro-batches of 256
-tokens, gradients accumulated, with and without activation checkpointing of each block. Alternative: the same dense
-`nn.Linear` layers, as PyTorch multiplies them; and, because ours may multiply faster than that on some CPUs, the dense
-layers by the products of ours, which shows what the mask alone costs. Interleaved pairs; the optimizer's part is in
-optimizer_step.py.
+Ours: the sparse linear layers of SmolLM2-135M (attention and MLP of a few blocks), eight micro-batches of 256 tokens,
+gradients accumulated, with and without activation checkpointing of each block. Alternative: the same layers as dense
+`nn.Linear`, multiplied by PyTorch; and, because our products are faster than that on some CPUs, the dense layers with
+our products, which shows what the mask alone costs. Interleaved pairs; the optimizer's part is in optimizer_step.py.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""What does a dense layer cost, forward and backward, by the products the library chooses, beside `F.linear`?
+"""What does a dense layer cost, forward and backward, with the library's products, compared with `F.linear`?
 
-Ours: `kernels.products.linear`, which on CPUs of AMD with AVX-512 goes through oneDNN; elsewhere both sides are one.
-Float32, layers of GPT-2 124M and SmolLM2-135M, 1024 tokens, gradients by input and weight. Interleaved pairs.
+Ours: `kernels.products.linear`, which uses oneDNN on AMD CPUs with AVX-512; elsewhere both sides are the same. Float32,
+layers of GPT-2 124M and SmolLM2-135M, 1024 tokens, gradients with respect to input and weight. Interleaved pairs.
 """
 
 from collections.abc import Callable, Iterator

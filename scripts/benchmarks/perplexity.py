@@ -1,9 +1,9 @@
-"""What does a perplexity cost, in time and memory, beside a plain loop over full logits?
+"""What does a perplexity cost, in time and memory, compared with a plain loop over full logits?
 
-Ours: `evaluate_blocks` on two windows of 1024 tokens, float32, random weights in the shape of GPT-2 124M and of
+Ours: `evaluate_blocks` on two windows of 1024 tokens, float32, random weights with the shapes of GPT-2 124M and of
 SmolLM2-135M. Alternative: `model(input_ids, labels=input_ids).loss` of transformers on the same windows, without
-gradients. Interleaved; memory beyond the model in child processes, with the window given and with twice of it. The
-figures of both must agree to 1e-4.
+gradients. Interleaved; memory beyond the model in child processes, with windows of 512 and of 1024 tokens. The losses
+of both must agree to 1e-4.
 """
 
 from collections.abc import Iterator
@@ -52,9 +52,9 @@ def measure(settings: Settings) -> Iterator[Result]:
     window = 32 if settings.quick else 512
     for name in ("tiny",) if settings.quick else ("gpt2", "smollm2"):
         model, blocks = case(name, 2 * window, settings.device)
-        figures = [side(model, blocks) for side in SIDES.values()]
-        if abs(figures[0] / figures[1] - 1) > 1e-4:
-            raise ValueError(f"{name}: {figures[0]} and {figures[1]} are not the same loss.")
+        losses = [side(model, blocks) for side in SIDES.values()]
+        if abs(losses[0] / losses[1] - 1) > 1e-4:
+            raise ValueError(f"{name}: {losses[0]} and {losses[1]} are not the same loss.")
         calls = {key: partial(side, model, blocks) for key, side in SIDES.items()}
         times = interleave(calls, settings.pairs(20), warmup=1)
         about: dict[str, Any] = dict(question="perplexity", against="plain loop")

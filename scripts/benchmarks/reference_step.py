@@ -1,11 +1,11 @@
-"""Does a whole training step beat the public AST code, GPT-2 of 124M, on the same batch?
+"""Is a whole training step of GPT-2 124M faster than with the public AST code, on the same batch?
 
 `--reference CHECKOUT` names a checkout of the public code, which is imported from there: its models of that shape
-from random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
-in float32 as ours (`whole_step`). It keeps the hidden states too, because it runs in no other way; their loss is left
-out. It has no dropout, so ours has none here. It refreshes masks every 10 steps: a tenth of a refresh, measured by
-itself, is added to its step, and the notes have both; ours refreshes once in 2 steps here. Each side runs in a process
-of its own, in turns; memory as in `whole_step`.
+with random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
+in float32 like ours (`whole_step`). It keeps the hidden states too, because it does not run without them; their loss is
+left out. It has no dropout, so ours has none here. It refreshes masks every 10 steps: a tenth of a refresh, measured
+separately, is added to its step, and the notes have both; ours refreshes once in 2 steps here. Each side runs in its
+own process, in turns; memory as in `whole_step`.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from ast_sparse.errors import UserError
 from scripts.benchmarks.harness import PeakMemory, Result, Settings, main
 from scripts.benchmarks.whole_step import ALPHA, DECAY, OPTIONS, run
 
-TIME_GOALS = {"cpu": 1.0, "cuda": 0.5}  # on a CPU both sides spend most of it on the same products
+TIME_GOALS = {"cpu": 1.0, "cuda": 0.5}  # on a CPU both sides spend most of their time on the same products
 MEMORY_GOAL = 0.50
-STEPS, INTERVAL = 2, 10  # measured, after one more; steps from refresh to refresh
+STEPS, INTERVAL = 2, 10  # measured, after one that is not; steps between refreshes
 FILES = ("adamw", "sparse_modeling", "model", "utils")
-MEND = "Give a checkout of the public AST code."
-UNUSED = ("wandb", "tiktoken", "datasets")  # imported there, without part in a step
+FIX = "Give a checkout of the public AST code."
+UNUSED = ("wandb", "tiktoken", "datasets")  # imported there, but not used in a step
 
 
 @contextlib.contextmanager
 def public_code(checkout: Path) -> Iterator[dict[str, ModuleType]]:
-    """The files that a step is made of, by name; what they print is dropped.
+    """The modules that a step needs, by name; what they print is dropped.
 
     Raises:
         UserError: they cannot be imported.
@@ -48,8 +48,8 @@ def public_code(checkout: Path) -> Iterator[dict[str, ModuleType]]:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 modules = {file: importlib.import_module(file) for file in FILES}
-            except Exception as error:  # whatever the code of a folder raises
-                raise UserError(f"--reference {checkout} cannot be imported: {error}. {MEND}") from error
+            except Exception as error:  # the code of a folder can raise anything
+                raise UserError(f"--reference {checkout} cannot be imported: {error}. {FIX}") from error
             yield modules
     finally:
         sys.path.remove(str(checkout))
@@ -58,7 +58,7 @@ def public_code(checkout: Path) -> Iterator[dict[str, ModuleType]]:
 
 
 class _Absent(ModuleType):
-    """A package that is not installed, and that no step calls."""
+    """A package that is not installed, and that a step does not call."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -111,7 +111,7 @@ def measure(settings: Settings) -> Iterator[Result]:
         return
     for file in FILES:
         if not (settings.reference / f"{file}.py").is_file():
-            raise UserError(f"--reference {settings.reference} has no file {file}.py. {MEND}")
+            raise UserError(f"--reference {settings.reference} has no file {file}.py. {FIX}")
     ours, theirs, refreshes = [], [], []
     for _ in range(settings.pairs(2)):
         ours.append(settings.in_child(run, "ours", name, shape, settings.device))

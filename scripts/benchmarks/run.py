@@ -1,6 +1,6 @@
-"""Run the benchmarks of this folder, all or those named, each in a process of its own, and print one table.
+"""Run the benchmarks of this folder, all or those named, each in its own process, and print one table.
 
-The last column holds the goals as thresholds: a goal holds when the 20th percentile of the ratio meets it.
+The last column has the goals as thresholds: a goal is met if the 20th percentile of the ratio meets it.
 """
 
 import re
@@ -19,7 +19,7 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
 
 @click.command(cls=Command, help=__doc__)
 @click.argument("names", nargs=-1, type=click.Choice(BENCHMARKS))
-@click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does everything run? Writes no results by itself.")
+@click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does everything run? No results without --out.")
 @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
 @click.option(
     "--out",

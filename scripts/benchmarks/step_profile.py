@@ -1,7 +1,7 @@
-"""Where the time of a step of `whole_step` goes: the operations that take most of it, by torch.profiler, for each side.
+"""Where a step of `whole_step` spends its time: the most expensive operations of each side, by torch.profiler.
 
-`python scripts/benchmarks/step_profile.py [gpt2|smollm2|tiny] [--rows 12]`. It is no benchmark, because profiling takes
-time itself; `run.py` leaves it out.
+`python scripts/benchmarks/step_profile.py [gpt2|smollm2|tiny] [--rows 12]`. It is not a benchmark, because profiling
+itself takes time; `run.py` leaves it out.
 """
 
 import sys
@@ -29,7 +29,7 @@ SIDES: dict[str, Callable[..., list[float]]] = {
 
 @click.command(cls=Command, help=__doc__)
 @click.argument("name", default="gpt2", type=click.Choice(["gpt2", "smollm2", "tiny"]))
-@click.option("--rows", default=12, type=click.IntRange(min=1), help="Operations to show of each side.")
+@click.option("--rows", default=12, type=click.IntRange(min=1), help="Operations to show for each side.")
 def main(name: str, rows: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = (2, 16) if name == "tiny" else (8, 256)

@@ -2,7 +2,8 @@
 
 Ours: the command, with as many processes as cores, from JSONL to shards. Alternative: `load_dataset("json")` and
 `map(tokenise, batched=True, num_proc=cores)` of `datasets` into its Arrow cache, started in the same way. The text is
-that of Python's standard library, repeated with variations; the tokenizer a byte-level BPE of 32,000 tokens of it.
+that of Python's standard library, repeated with variations; the tokenizer is a byte-level BPE trained on it, with
+32,000 tokens.
 """
 
 import json
@@ -72,7 +73,7 @@ def library() -> list[str]:
 
 
 def write_text(file: Path, size: int) -> Path:
-    """Documents of a few thousand characters until there are `size`, each with numbers of its own."""
+    """Write documents of a few thousand characters, each with its own number, until there are `size` characters."""
     rng, parts, written = random.Random(0), library(), 0
     with file.open("w", encoding="utf-8") as stream:
         while written < size:

@@ -1,8 +1,8 @@
 """Does the memory of `ast-data prepare` stay flat?
 
 The peak of all processes of the command (private pages, sampled five times a second) on 1 GB of text, against that on a
-quarter of it: less is one shard, which one process makes. Text and tokenizer are those of `tokenising`.
-The rate is by CPU time, so that other work does not count.
+quarter of it: less text is a single shard, which one process makes. Text and tokenizer are those of `tokenising`.
+The rate is per CPU second, so that other work on the machine does not count.
 """
 
 import resource
@@ -32,7 +32,7 @@ def measure(settings: Settings) -> Iterator[Result]:
             tokens = read_manifest(folder / f"shards-{run}").tokens
             peaks.append(peak / 1e6)
             rates[f"{size} MB"] = (
-                f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens and {size / seconds:.2f} MB a CPU second"
+                f"{tokens:,} tokens, {tokens / seconds:,.0f} tokens and {size / seconds:.2f} MB per CPU second"
             )
         yield Result.of(
             [peaks[1]], [peaks[0]], question="memory of tokenising", unit="MB", goal=1.1,
@@ -54,7 +54,7 @@ def measured(arguments: list[str]) -> tuple[int, float]:
 
 
 def cpu_seconds() -> float:
-    """Of the processes that were started and have ended."""
+    """CPU seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

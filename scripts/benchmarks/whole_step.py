@@ -1,13 +1,13 @@
-"""What do a whole sparse retraining step and its memory cost, beside dense distillation in a plain loop?
+"""What do a whole sparse retraining step and its memory cost, compared with dense distillation in a plain loop?
 
-Ours: `SparseTrainer` in float32, 2:4, α = 0.67, batch 8 x 256, random weights in the shape of GPT-2 124M and of
-SmolLM2-135M; one of the measured steps refreshes the masks. Once more with activation checkpointing, which the
-alternative has not: it buys memory with time. Alternative: a loop with the dense model of transformers as the student,
-the same teacher, `F.kl_div` on the logits of both beside the model's own loss, clipping, fused AdamW.
-Each side runs in a process of its own, the sides in turns: the mean time of the steps after the first, and the peak of
-resident memory, of which what Python and its modules held before the models were made is taken off on both sides.
-The floor is what no step can do without: student forward and backward, teacher forward, one optimizer pass, without
-loss and clipping. Products of the floor and of the alternative are PyTorch's own.
+Ours: `SparseTrainer` in float32, 2:4, α = 0.67, batch 8 x 256, random weights with the shapes of GPT-2 124M and of
+SmolLM2-135M; one of the measured steps refreshes the masks. Also with activation checkpointing, which the alternative
+does not have: it saves memory and costs time. Alternative: a loop with the dense model of transformers as the student,
+the same teacher, `F.kl_div` on the logits of both and the model's own loss, clipping, fused AdamW.
+Each side runs in its own process, in turns: the mean time of the steps after the first, and the peak of resident
+memory, less what Python and its modules held before the models were made, on both sides.
+The floor is what every step needs: student forward and backward, teacher forward, one optimizer pass, without loss and
+clipping. The floor and the alternative use PyTorch's own products.
 """
 
 import tempfile
@@ -34,8 +34,8 @@ from scripts.benchmarks.harness import PeakMemory, Result, Settings, main
 
 ALPHA, DECAY = 0.67, 6e-5
 OURS = {"ours": "", "checkpointed": ", ours with checkpointing"}
-GOALS = {"plain": (0.80, 0.50), "floor": (None, None)}  # of time and of memory, by the loop they are against
-STEPS = 2  # measured, after one more
+GOALS = {"plain": (0.80, 0.50), "floor": (None, None)}  # of time and of memory, by the loop that is compared with
+STEPS = 2  # measured, after one that is not
 OPTIONS: dict[str, Any] = dict(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
@@ -62,7 +62,7 @@ def new_model(name: str) -> PreTrainedModel:
 
 
 def move(model: nn.Module, device: torch.device) -> None:
-    """In place; the type of `PreTrainedModel.to` is not one that a checker can read."""
+    """Move in place; type checkers cannot read the type of `PreTrainedModel.to`."""
     model.to(device)
 
 
@@ -119,7 +119,7 @@ def ours(
     checkpointing: bool = False,
     around: AbstractContextManager[Any] | None = None,
 ) -> list[float]:
-    """Seconds of each step of SparseTrainer, with or without activation checkpointing; `around` is open meanwhile."""
+    """Seconds of each step of SparseTrainer, with or without activation checkpointing, inside the context `around`."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

@@ -1,10 +1,10 @@
-"""Do Wanda and SparseGPT give the masks and weights of the published codes on the same layers and inputs?
+"""Do Wanda and SparseGPT compute the masks and weights of the published code for the same layers and inputs?
 
     python scripts/checks/compare_oneshot.py --sparsegpt CHECKOUT --wanda CHECKOUT    # minutes on two cores
 
 CHECKOUT: of github.com/IST-DASLab/sparsegpt and github.com/locuslab/wanda. Layers: random `nn.Linear` and `Conv1D` of
 192 x 256 with correlated inputs, with and without dead input columns; eight sequences of 128 tokens. The published loop
-over a layer's groups stands inside Wanda's loading code, so its two lines are repeated here.
+over a layer's groups is inside Wanda's loading code, so its two lines are repeated here.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def compare_sparsegpt(checkout: Path) -> list[tuple[object, ...]]:
     """Positions that differ, and the largest relative difference of the weights, by kind and pattern."""
     sys.path.insert(0, str(checkout))
     sys.modules["quant"] = types.ModuleType("quant")  # CUDA code of theirs that pruning does not touch
-    torch.cuda.synchronize = lambda *args: None  # a CPU has nothing to wait for
+    torch.cuda.synchronize = lambda *args: None  # there is nothing to wait for on a CPU
     from sparsegpt import SparseGPT
 
     worst: dict[tuple[str, str], list[float]] = {}
@@ -68,9 +68,9 @@ def compare_sparsegpt(checkout: Path) -> list[tuple[object, ...]]:
                 assert ours.hessian is not None
                 weight, _ = sparsegpt_prune(out_by_in(layer), ours.hessian, n, m, structured=pattern is not None)
                 expected = out_by_in(theirs)
-                figures = worst.setdefault((kind, f"{n}:{m}" if pattern else "unstructured"), [0.0, 0.0])
-                figures[0] += int(((weight == 0) != (expected == 0)).sum())
-                figures[1] = max(figures[1], float((weight - expected).norm() / expected.norm()))
+                found = worst.setdefault((kind, f"{n}:{m}" if pattern else "unstructured"), [0.0, 0.0])
+                found[0] += int(((weight == 0) != (expected == 0)).sum())
+                found[1] = max(found[1], float((weight - expected).norm() / expected.norm()))
     return [("SparseGPT", *key, int(wrong), f"{error:.1e}") for key, (wrong, error) in worst.items()]
 
 
@@ -82,7 +82,7 @@ def compare_wanda(checkout: Path) -> list[tuple[object, ...]]:
     wrong: dict[tuple[str, str], int] = {}
     for seed in range(SEEDS):
         for kind, layer, inputs in cases(seed):
-            if not isinstance(layer, nn.Linear):  # theirs knows no Conv1D
+            if not isinstance(layer, nn.Linear):  # theirs does not support Conv1D
                 continue
             published, ours = WrappedGPT(layer), InputStatistics(COLUMNS, False, torch.device("cpu"))
             for part in inputs:
@@ -103,7 +103,7 @@ def compare_wanda(checkout: Path) -> list[tuple[object, ...]]:
 
 
 def main() -> None:
-    """See the module's first lines."""
+    """See the docstring of the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsegpt", type=Path, required=True, help="checkout of IST-DASLab/sparsegpt")
     parser.add_argument("--wanda", type=Path, required=True, help="checkout of locuslab/wanda")

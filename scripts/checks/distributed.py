@@ -1,8 +1,8 @@
-"""Does training by several processes do what one process does? Tiny models between gloo processes on a CPU.
+"""Does training on several processes do what one process does? Tiny models on gloo processes on a CPU.
 
 1. Frozen masks, 30 steps in float64: DDP and FSDP2 on 2 and 4 processes, with and without accumulation and SLoRB,
-   beside one process: the largest difference of a loss.
-2. `ast-train` on 2 processes, 60 steps, all killed (SIGKILL) at random moments, also inside saves, and resumed until
+   compared with one process: the largest difference of a loss.
+2. `ast-train` on 2 processes, 60 steps, all killed (SIGKILL) at random moments, also during saves, and resumed until
    done: the largest difference of a weight from the undisturbed run, and the share of zeros in the pruned layers.
 
     python scripts/checks/distributed.py [--kills 4] [--seed 0]    # minutes on two cores
@@ -55,7 +55,7 @@ def launcher(processes: int) -> list[str]:
 
 
 def worker(engine: str, out: Path) -> None:
-    """The cases on the processes that torchrun has started, or on this one."""
+    """Run the cases on the processes that torchrun has started, or on this one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     losses = []
     for accumulation, slorb in CASES:
@@ -71,7 +71,7 @@ def worker(engine: str, out: Path) -> None:
 
 
 def compare(out: Path) -> bool:
-    """The first part; whether all losses are within 1e-5."""
+    """The first part; return whether all losses agree to 1e-5."""
     subprocess.run([sys.executable, __file__, "--worker", "one", "--out", str(out)], check=True, capture_output=True)
     expected = json.loads((out / "one-1.json").read_text())
     good = True
@@ -98,14 +98,14 @@ def command(out: Path, name: str, engine: str, *options: str) -> list[str]:
 
 
 def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Until a run begins a checkpoint, or ends."""
+    """Wait until a run begins a checkpoint, or ends."""
     known = {path.name for path in folder.glob("checkpoint-*")}
     while run.poll() is None and {path.name for path in folder.glob("checkpoint-*")} <= known:
         time.sleep(0.002)
 
 
 def kill_until_done(out: Path, engine: str, kills: int, rng: random.Random) -> bool:
-    """The second part for one engine."""
+    """The second part for one engine; return whether the killed run gave the same model."""
     subprocess.run(command(out, f"{engine}-undisturbed", engine), check=True, capture_output=True)
     name, moments = f"{engine}-killed", []
     for kill in range(kills):
@@ -115,7 +115,7 @@ def kill_until_done(out: Path, engine: str, kills: int, rng: random.Random) -> b
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         wait_for_save(run, out / name)
-        time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))  # inside it, or some steps later
+        time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))  # during the save, or some steps later
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
         if run.wait() == 0:

@@ -1,7 +1,7 @@
-"""Which of the package's messages does no test trigger? Runs the tests and lists the places whose message never came.
+"""Which of the package's messages does no test trigger? Runs the tests and lists the messages that never came.
 
-Each `UserError`, in the processes of pytest and in those that they start, writes down the line that made it. Folders of
-tests run one after another. It takes somewhat longer than the tests do with one worker.
+Each `UserError`, in the processes of pytest and in those that they start, records the line that made it. Test folders
+run one after another. It takes somewhat longer than the tests with one worker.
 
     python scripts/checks/errors.py [--notes FOLDER] [TESTS ...]    # exit code 1 if a message was never triggered
 """
@@ -20,7 +20,7 @@ HOOK = """
 import os, sys
 try:
     from ast_sparse import errors
-except ImportError:  # another program than ours
+except ImportError:  # not a program of ours
     errors = None
 if errors is not None:
     made = errors.UserError.__init__
@@ -28,7 +28,7 @@ if errors is not None:
         frame = sys._getframe(1)
         while frame is not None and "ast_sparse" not in frame.f_code.co_filename:
             frame = frame.f_back
-        if frame is not None:  # an empty file, which is there for the process that must not write any more too
+        if frame is not None:  # an empty file: even a process that may not write any more can create it
             place = f"{os.path.realpath(frame.f_code.co_filename)}:{frame.f_lineno}".replace("/", "+")
             os.close(os.open(os.path.join(os.environ["RAISED"], place), os.O_CREAT))
         made(self, *args, **kwargs)
@@ -37,7 +37,7 @@ if errors is not None:
 
 
 def sites() -> dict[tuple[str, int, int], str]:
-    """First and last line of every `UserError(...)` of the package, and how its message begins."""
+    """First and last line of every `UserError(...)` in the package, and how its message begins."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def sites() -> dict[tuple[str, int, int], str]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", type=Path, help="files and folders of tests; default: all")
-    parser.add_argument("--notes", type=Path, help="folder for what was raised; run again with it, the rest is done")
+    parser.add_argument("--notes", type=Path, help="folder for what was raised; a second run does only the rest")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         notes = args.notes or Path(folder) / "notes"
@@ -71,13 +71,13 @@ def main(arguments: list[str]) -> int:
 
 
 def parts() -> list[Path]:
-    """Folders of the tests, and the files beside them."""
+    """Test folders, and the test files beside them."""
     tests = ROOT / "tests"
     return sorted(path for path in tests.iterdir() if path.name.startswith("test_") or (path / "__init__.py").exists())
 
 
 def run(tests: Path, folder: Path, notes: Path) -> bool:
-    """Run some tests, unless the notes say that it was done; whether they passed."""
+    """Run some tests, unless the notes say that they were run; return whether they passed."""
     done = notes / str(tests.resolve()).replace("/", "+")
     if done.exists():
         return True

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does ast-eval measure what others measure? WikiText-2 beside a plain loop over transformers (published protocol,
-# windows of 1024), and one text beside a perplexity task of the LM Evaluation Harness. Prints the relative differences
-# and fails above 1e-4. Six windows take some five minutes on two cores; "all" takes all of WikiText-2.
+# Does ast-eval measure what others measure? WikiText-2 against a plain loop over transformers (published protocol,
+# windows of 1024), and one text against a perplexity task of the LM Evaluation Harness. Prints the relative differences
+# and fails above 1e-4. Six windows take about five minutes on two cores; "all" takes all of WikiText-2.
 # usage: scripts/checks/eval.sh MODEL DATA [WINDOWS|all]    DATA holds wikitext2/wiki.test.raw
 set -euo pipefail
 [ $# -ge 2 ] && [ $# -le 3 ] || { sed -n 2,5p "$0" >&2; exit 2; }
@@ -13,8 +13,8 @@ limit=(--limit "$windows")
 [ "$windows" != all ] || { limit=() windows=1000000; }
 ast-eval "$model" --dataset wikitext2 --data-dir "$text" --seq-len 1024 "${limit[@]}" --device cpu --json "$out/ours.json"
 
-# The harness puts the end-of-text token (or the begin token) before a text and predicts all of it: here it is part of
-# the text, of which the first token is context. Text of 3 * 1024 tokens, so that the windows are the same.
+# The harness puts the end-of-text token (or the begin token) before a text and predicts all of the text: here that
+# token is part of the text, whose first token is context. 3 * 1024 tokens of text, so that the windows are the same.
 python - "$model" "$text" "$out" <<'PY'
 import json
 import sys
@@ -26,7 +26,7 @@ from ast_sparse.storage.locate import load_tokenizer
 model, text, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 tokenizer = load_tokenizer(model)
 words = "\n\n".join(wikitext2_rows(data_dir=text)).split(" ")
-while True:  # the shortest beginning whose tokens, with those of its end cut, are themselves
+while True:  # until a piece of 3 * 1024 tokens has the same tokens when it is tokenised again
     piece = tokenizer.decode(tokenizer(" ".join(words[:4000]), add_special_tokens=False)["input_ids"][: 3 * 1024])
     if len(tokenizer(piece, add_special_tokens=False)["input_ids"]) == 3 * 1024:
         break
@@ -70,11 +70,11 @@ for begin in range(0, len(tokens) - 1023, 1024)[:count]:
         log_p = network(window[None]).logits[0].double().log_softmax(-1)
     losses.append(-log_p[:-1].gather(-1, window[1:, None]).mean())
 plain = math.exp(torch.stack(losses).mean())
-figures = {key: json.loads((out / f"{key}.json").read_text()) for key in ("ours", "covered", "harness")}
+results = {key: json.loads((out / f"{key}.json").read_text()) for key in ("ours", "covered", "harness")}
 pairs = {
-    "WikiText-2, ast-eval and a plain loop": (figures["ours"]["results"][0]["perplexity"], plain),
+    "WikiText-2, ast-eval and a plain loop": (results["ours"]["results"][0]["perplexity"], plain),
     "bits per byte, ast-eval and the harness": (
-        figures["covered"]["results"][0]["bits_per_byte"], figures["harness"]["tasks"][0]["value"],
+        results["covered"]["results"][0]["bits_per_byte"], results["harness"]["tasks"][0]["value"],
     ),
 }
 for what, (ours, other) in pairs.items():

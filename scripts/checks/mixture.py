@@ -1,11 +1,11 @@
-"""Does a mixture of seven domains keep to its rule, and does a killed run go on with the same blocks?
+"""Does a mixture of seven domains follow its rule, and does a killed run continue with the same blocks?
 
     python scripts/checks/mixture.py MODEL DATA OUT    # minutes on two cores
 
-MODEL is a LLaMA-like model (a folder or .gguf file) whose tokenizer and configuration are taken; the weights are random
+MODEL is a LLaMA-like model (a folder or .gguf file) whose tokenizer and configuration are used; the weights are random
 and few, so that it takes minutes. DATA is the folder of the sample's JSONL files. Makes shards of them, runs 12 steps
-with an evaluation each 3, runs the same again, kills it by SIGKILL after a save and resumes it. Computes the shares
-anew from the logged losses, and compares the two runs.
+with an evaluation every 3, runs the same again, kills it with SIGKILL after a save and resumes it. Computes the shares
+again from the logged losses, and compares the two runs.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def kill_after(out: Path, step: int) -> None:
     arguments = command("train", "--config", out / "run.yaml", "--output-dir", out / "killed")
     process = subprocess.Popen(arguments)
     while newest(out / "killed") < step:
-        assert process.poll() is None, "the run ended by itself"
+        assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -112,7 +112,7 @@ def logged(folder: Path, key: str) -> dict[int, float]:
 
 
 def check_shares(folder: Path) -> dict[int, dict[str, float]]:
-    """The shares by the rule w·e^(loss − target), normed, then (1 − c)·w + c/n; compared with the log."""
+    """The shares by the rule w·e^(loss − target), normalised, then (1 − c)·w + c/n; compared with the log."""
     shares = {0: {name: share for name, (share, _) in DOMAINS.items()}}
     for step in range(EVERY, STEPS + 1, EVERY):
         weights = {

@@ -19,7 +19,7 @@ from torch import Tensor
 import ast_sparse
 
 FAMILIES = ("llama", "gpt2")
-STEPS = 4  # saved after half of them too
+STEPS = 4  # also saved after half of them
 FORMATS = ("dense", "compressed")
 CONFIG = """
 model: {{name_or_path: {folder}/model}}
@@ -36,7 +36,7 @@ State = dict[str, Tensor]
 
 
 def call(command: str, *arguments: object) -> None:
-    """One of the commands, in this process."""
+    """Run one of the commands in this process."""
     result = CliRunner().invoke(
         import_module(f"ast_sparse.cli.{command}").main, [str(argument) for argument in arguments]
     )
@@ -62,17 +62,17 @@ def measure(folder: Path, out: Path) -> None:
 
 
 def loaded(folder: Path) -> Iterator[tuple[str, State]]:
-    """The weights of every folder, in each way to load it."""
+    """The weights of every folder, loaded in each way."""
     from transformers import AutoModelForCausalLM
 
     for name in ("run", f"run/checkpoint-{STEPS // 2}", *FORMATS):
         yield f"{name} by load_causal_lm", ast_sparse.load_causal_lm(folder / name).state_dict()
-        if "checkpoint" not in name:  # of a run they have masks, which only the package applies
+        if "checkpoint" not in name:  # those of a run have masks, which only the package applies
             yield f"{name} by transformers", AutoModelForCausalLM.from_pretrained(folder / name).state_dict()
 
 
 def make(folder: Path) -> None:
-    """Everything that a version writes, and what it reads from it."""
+    """Write everything that a version writes, and record what it reads from that."""
     from tests.models import generated_text, save_tiny_model
 
     family = folder.name
@@ -88,7 +88,7 @@ def make(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Read, measure, export, resume and train on it with this version."""
+    """Read, measure, export, resume and train on all of it with this version."""
     new = folder / "new"
     new.mkdir()
     for number, (how, state) in enumerate(loaded(folder)):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What do one-shot methods cost and keep? Prunes SmolLM2-135M by magnitude, Wanda and SparseGPT, calibrated on 32 x 512
-# tokens of c4-rp, and prints the time of each and the WikiText-2 perplexity (6 windows of 1024). About ten minutes on
-# two cores.
+# What do one-shot methods cost, and how good are they? Prunes SmolLM2-135M by magnitude, Wanda and SparseGPT,
+# calibrated on 32 x 512 tokens of c4-rp, and prints the time of each and the WikiText-2 perplexity (6 windows of 1024).
+# About ten minutes on two cores.
 # usage: scripts/checks/oneshot.sh MODEL DATA OUT    DATA holds redpajama_sample/c4-rp.jsonl and wikitext2/wiki.test.raw
 set -euo pipefail
 [ $# -eq 3 ] || { sed -n 2,5p "$0" >&2; exit 2; }

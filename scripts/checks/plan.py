@@ -1,8 +1,8 @@
-"""How far is the memory that `ast-train --dry-run` plans from what runs take? Short runs on this machine's CPU.
+"""How close is the memory that `ast-train --dry-run` plans to what runs take? Short runs on this machine's CPU.
 
-Each run is `ast-train` in a process of its own, or two. Measured is the most memory that was resident (VmHWM) less what
-was resident once Python and the libraries were loaded; planned is the total of the dry run. glibc's malloc is told to
-give freed blocks back (MALLOC_MMAP_THRESHOLD_): else what it keeps of them is measured too.
+Each run is `ast-train` in its own process, or in two. Measured: the most memory that was resident (VmHWM), less what
+was resident once Python and the libraries were loaded. Planned: the total of the dry run. MALLOC_MMAP_THRESHOLD_ makes
+glibc's malloc return freed blocks, which would otherwise be measured too.
 
     python scripts/checks/plan.py MODEL TEXT [RUN ...]    # SmolLM2-135M as .gguf; JSONL with a `text` key; minutes
 """
@@ -60,7 +60,7 @@ print("MEASURED", status("VmHWM") - before)
 
 
 def run(config: Path, out: Path, settings: list[str]) -> int:
-    """Bytes that a real run took, or the largest of its processes."""
+    """Bytes that a real run took, or its largest process."""
     child = config.with_name("child.py")
     child.write_text(CHILD)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
@@ -71,7 +71,7 @@ def run(config: Path, out: Path, settings: list[str]) -> int:
 
 
 def plan(config: Path, out: Path, settings: list[str]) -> tuple[float, str]:
-    """GiB of the dry run, and its moment."""
+    """GiB of the dry run, and the moment of the peak."""
     options = [option for setting in settings for option in ("--set", setting)]
     options += ["--world-size", str(PROCESSES)] if SHARDED in settings else []
     command = [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(config), "--output-dir", str(out),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What does a short run on a real model gain? Retrains SmolLM2-135M for 60 steps on four RedPajama domains and prints
-# WikiText-2 perplexity (6 windows of 1024) of the dense, the one-shot and the retrained model; then exports both
+# the WikiText-2 perplexity (6 windows of 1024) of the dense, the one-shot and the retrained model; then exports both
 # formats and compares them. About half an hour on two cores.
 # usage: scripts/checks/smollm2.sh MODEL DATA OUT    DATA holds redpajama_sample/*.jsonl and wikitext2/wiki.test.raw
 set -euo pipefail

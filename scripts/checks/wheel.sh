@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does the wheel work without the checkout? Builds it, installs it into a folder of its own, and runs its commands there.
+# Does the wheel work without the checkout? Builds it, installs it into a separate folder, and runs its commands there.
 # Needs .venv; a minute or two on two cores.
 # usage: scripts/checks/wheel.sh
 set -euo pipefail

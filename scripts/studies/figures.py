@@ -14,7 +14,7 @@ from scripts.studies.results import Outcome, Results, dataset_names, dense_resul
 
 
 def draw(name: str, outcomes: Sequence[Outcome], path: Path) -> bool:
-    """Draw a figure of that name; False if nothing was recorded for it, and no file is left."""
+    """Draw the figure of that name; if nothing was recorded for it, leave no file and return False."""
     with plots.styled():
         figure = _FIGURES[name](outcomes)
         if figure is None:
@@ -93,7 +93,7 @@ def _losses(outcomes: Sequence[Outcome]) -> Figure | None:
 
 
 def _alpha(outcomes: Sequence[Outcome]) -> Figure | None:
-    """Perplexity over α of (4), of the training runs that differ in it."""
+    """Perplexity over α of (4), for training runs that differ in it."""
     trained = [outcome for outcome in outcomes if outcome.variant.kind == "train"]
     datasets = dataset_names(trained)
     if len({_alpha_of(outcome) for outcome in trained}) < 2 or not datasets:
@@ -119,7 +119,7 @@ def _alpha_of(outcome: Outcome) -> float:
 
 
 def _tested_dataset(outcomes: Sequence[Outcome]) -> str | None:
-    """The key of the perplexity that was logged during training: WikiText-2 before others."""
+    """The key of a perplexity that was logged during training, preferably on WikiText-2."""
     keys = {
         key for outcome in outcomes for entry in outcome.state.get("log_history", ())
         for key in entry if key.endswith("_perplexity")

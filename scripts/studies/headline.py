@@ -16,7 +16,7 @@ from ast_sparse.report import plots
 RESULTS = Path(__file__).parent / "results"
 GREY, ONE_SHOT, RETRAINED = "#555555", "#E69F00", "#0072B2"
 TEXT = {GREY: GREY, ONE_SHOT: "#8A5F00", RETRAINED: RETRAINED}  # orange letters are too pale
-PLACES = (0.0, 1.5, 2.5, 3.5, 5.0, 6.0, 7.0)  # of the dense model, three that are pruned, three that are retrained
+PLACES = (0.0, 1.5, 2.5, 3.5, 5.0, 6.0, 7.0)  # of the dense model, three pruned ones and three retrained ones
 TRAINED = {
     "naive": "Fixed mask, no teacher",
     "no distillation": "AST without its teacher",
@@ -25,7 +25,7 @@ TRAINED = {
 
 
 def read_rows() -> tuple[float, list[tuple[str, float, str]], int, float]:
-    """The dense perplexity; name, perplexity and colour of each sparse model; tokens and minutes of AST's training."""
+    """The dense perplexity; name, perplexity and colour of each sparse model; tokens and minutes of AST training."""
     printed = json.loads((RESULTS / "smollm2.json").read_text(encoding="utf-8"))
     with (RESULTS / "table4" / "results.csv").open(encoding="utf-8", newline="") as file:
         study = {row["variant"]: row for row in csv.DictReader(file)}

@@ -1,4 +1,4 @@
-"""What the runs of a study left, as rows of one table: results.csv, provenance.json and the console."""
+"""The results of a study's runs, as rows of one table: results.csv, provenance.json and the console."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from scripts.studies.variants import Study, Variant, eval_file
 
 Results = dict[str, StageResult]  # by data set
 
-_SAME = 1e-3  # relative difference of perplexities that another number of threads makes
+_SAME = 1e-3  # relative difference of perplexities that another number of threads can make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def name(self) -> str:
-        """Of the variant."""
+        """The name of the variant."""
         return self.variant.name
 
     def logged(self, key: str) -> list[tuple[int, float]]:
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def read_outcomes(finished: Iterable[tuple[Variant, dict[str, Any], Path]]) -> list[Outcome]:
-    """What finished variants left in their folders.
+    """Read what finished variants left in their folders.
 
     Raises:
         UserError: a file of a finished variant is missing or damaged.
@@ -95,7 +95,7 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, made: di
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """One row a variant, under those of the dense and the one-shot model; results that do not exist are None."""
+    """One row per variant, below those of the dense and the one-shot model; results that do not exist are None."""
     datasets = dataset_names(outcomes)
     rows = []
     for outcome in outcomes:
@@ -108,7 +108,7 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def results_table(outcomes: Sequence[Outcome]) -> str:
-    """The table for the console; one-shot results are columns where the variants start from different ones."""
+    """The table for the console; one-shot results are columns if the variants start from different ones."""
     datasets = dataset_names(outcomes)
     rows = table_rows(outcomes)
     own_start = bool(_started_dense(outcomes)) and not _shares_one_shot(outcomes)
@@ -130,7 +130,7 @@ def dataset_names(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def dense_results(outcomes: Sequence[Outcome]) -> Results:
-    """Of the dense model, which every training run that begins from it measures first."""
+    """The results of the dense model, which every training run that starts from it measures first."""
     return next((outcome.dense for outcome in outcomes if outcome.dense), {})
 
 
@@ -150,7 +150,7 @@ def _read_outcome(variant: Variant, record: dict[str, Any], folder: Path) -> Out
 
 
 def _reference_rows(outcomes: Sequence[Outcome], datasets: Sequence[str]) -> list[dict[str, Any]]:
-    """The dense model, and the one-shot model where all runs started from the same and none has a row of its own."""
+    """The dense model, and the one-shot model if all runs started from the same one; not if they have rows already."""
     rows = []
     if all(outcome.name != "dense" for outcome in outcomes):
         first = next((outcome for outcome in outcomes if outcome.dense), None)
@@ -169,12 +169,12 @@ def _reference_row(
 
 
 def _started_dense(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Training runs that began from the dense model, pruned at once."""
+    """Training runs that started from the dense model and pruned it at once."""
     return [outcome for outcome in outcomes if outcome.dense and outcome.one_shot]
 
 
 def _shares_one_shot(outcomes: Sequence[Outcome]) -> bool:
-    """Whether they all started from the same one-shot model, as far as its perplexity tells."""
+    """Whether they all started from the same one-shot model, judging by its perplexity."""
     starts = [outcome.one_shot for outcome in _started_dense(outcomes)]
     return bool(starts) and all(_is_same(start, starts[0]) for start in starts)
 
@@ -198,7 +198,7 @@ def _training_values(outcome: Outcome) -> dict[str, Any]:
     steps = state.get("global_step")
     per_step = state.get("train_batch_size", 0) * config.training.get("gradient_accumulation_steps", 1)
     tokens = steps * per_step * config.data.block_size if steps else None
-    # of a run that was resumed, the trainer knows only the time of the last part
+    # for a resumed run, the trainer knows only the time of the last part
     seconds = outcome.last("train_runtime") if outcome.record.get("starts", 1) == 1 else None
     refresh = outcome.history[-1] if outcome.history else {}
     return {
@@ -236,7 +236,7 @@ def _number(results: Results, name: str) -> float:
 
 
 def _label(dataset: str) -> str:
-    """A column name: of a text file its name, not where it lies."""
+    """A column name: for a text file its name, without its folder."""
     return Path(dataset).name
 
 
@@ -246,7 +246,7 @@ def _with_window(dataset: str, outcomes: Sequence[Outcome]) -> str:
 
 
 class _Placeholders:
-    """Replaces paths of this machine by MODEL, DATA, WIKITEXT2, TEACHER, ROOT and OUT; of others the name is left."""
+    """Replaces paths of this machine with MODEL, DATA, WIKITEXT2, TEACHER and OUT; of other paths, keeps the name."""
 
     _PATH = re.compile(r"(?<![\w./~…:-])~?(?:/[^\s\"',\[\]{}]+)+/?")
 

@@ -1,4 +1,4 @@
-"""Run a list of variants of one configuration, and make one table and the figures out of them."""
+"""Run a list of variants of one configuration, and make one table and figures of them."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class VariantError(UserError):
-    """A command of a variant failed, and has said why; `code` is its exit code."""
+    """A command of a variant failed and printed why; `code` is its exit code."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -40,8 +40,8 @@ class VariantError(UserError):
 @click.command(cls=Command)
 @click.argument("study_file", metavar="STUDY.yaml", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs, the table and the figures.")
-@click.option("--smoke", is_flag=True, help="The study's small setting: minutes on two CPU cores.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Of all variants; repeatable.")
+@click.option("--smoke", is_flag=True, help="Use the study's small settings: minutes on two CPU cores.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="For all variants; repeatable.")
 @click.option("--only", multiple=True, metavar="NAME", help="Run only this variant; repeatable.")
 @click.option(
     "--row",
@@ -60,15 +60,15 @@ def main(
     rows: tuple[str, ...],
     list_only: bool,
 ) -> None:
-    """Run the variants of STUDY.yaml and make one table and figures out of them.
+    """Run the variants of STUDY.yaml and make one table and figures of them.
 
     A study has `title`, `config` (the base configuration, relative to the study), `set` (settings of all variants),
-    `smoke` (on top of it with --smoke), `figures` (perplexity, flips, losses, alpha), and `variants`: by name, the
-    settings that differ. `run: prune` makes a variant one-shot (ast-prune with sparsity.init, sparsity.pattern and
-    calibration), `run: eval` with `model:` a row that is only measured.
+    `smoke` (further settings with --smoke), `figures` (perplexity, flips, losses, alpha), and `variants`: by name, the
+    settings that differ. With `run: prune` a variant is pruned one-shot (ast-prune with sparsity.init, sparsity.pattern
+    and calibration); with `run: eval` and `model:` a model is only measured.
 
-    Variants that are finished are not run again, and one that was interrupted continues from its last checkpoint. OUT
-    gets a folder and a record for each, results.csv, provenance.json and the figures as PNG.
+    Finished variants are not run again, and an interrupted one continues from its last checkpoint. OUT gets a folder
+    and a record for each, results.csv, provenance.json and the figures as PNG.
     """
     study = read_study(study_file, dict(_override(text) for text in overrides), smoke, _rows(rows))
     chosen = _chosen(study, only)
@@ -79,7 +79,7 @@ def main(
         raise UserError("--out is missing. Name a folder for the runs, the table and the figures.")
     if study.figures and find_spec("matplotlib") is None:
         raise UserError("The figures need matplotlib. Install it: pip install 'ast-sparse[plots]'.")
-    for variant in study.variants:  # before hours are spent on the first
+    for variant in study.variants:  # before the first one takes hours
         find_record(study, variant, out)
     failure = None
     try:
@@ -97,7 +97,7 @@ def main(
 
 
 def listing(study: Study) -> str:
-    """The variants and what each is made with."""
+    """The variants and their settings, as text."""
     common = dict(study.variants[0].settings)
     for variant in study.variants:
         common = {key: value for key, value in common.items() if key in variant.settings}
@@ -118,10 +118,10 @@ def listing(study: Study) -> str:
 
 
 def run_variant(study: Study, variant: Variant, out: Path) -> None:
-    """Run one variant, or take it as it is if it is finished.
+    """Run one variant, unless it is finished.
 
     Raises:
-        UserError: the folder holds the variant made with other settings, or files of something else.
+        UserError: the folder holds the variant made with other settings, or other files.
         VariantError: its command failed.
     """
     folder, file = out / variant.folder, record_file(variant, out)
@@ -133,7 +133,7 @@ def run_variant(study: Study, variant: Variant, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, record)
-        if variant.kind != "train":  # made anew
+        if variant.kind != "train":  # made from scratch
             shutil.rmtree(folder, ignore_errors=True)
         if variant.kind == "eval":
             folder.mkdir()
@@ -160,23 +160,23 @@ def report(study: Study, out: Path, arguments: list[str]) -> None:
         return
     write_results(study, outcomes, out, {"root": ROOT, "arguments": arguments, **provenance()})
     if study.figures:
-        from scripts.studies.figures import draw  # matplotlib takes its time
+        from scripts.studies.figures import draw  # matplotlib is slow to import
 
         for name in study.figures:
             if not draw(name, outcomes, out / f"{name}.png"):
-                click.echo(f"{name}.png is left out: no finished variant has figures for it.")
+                click.echo(f"{name}.png is left out: no finished variant has results for it.")
     click.echo(f"\n{study.title}: {len(outcomes)} of {len(study.variants)} variants, perplexity (windows x tokens)")
     click.echo(results_table(outcomes))
     click.echo(f"Wrote results.csv, provenance.json and the figures to {out}")
 
 
 def record_file(variant: Variant, out: Path) -> Path:
-    """Where it stands what made a variant, beside its folder."""
+    """The file that records what a variant was made with, beside its folder."""
     return out / f"{variant.folder}.json"
 
 
 def find_record(study: Study, variant: Variant, out: Path) -> dict[str, Any] | None:
-    """The record of a variant that was begun; None if it was not.
+    """The record of a variant that was started; None if it was not.
 
     Raises:
         UserError: it was made with other settings, or its folder holds something else.
@@ -190,10 +190,10 @@ def find_record(study: Study, variant: Variant, out: Path) -> dict[str, Any] | N
         return None
     record = read_json(file)
     if not {"made_of", "finished", "seconds"} <= record.keys():
-        raise UserError(f"{file} is no record of a variant. Remove it, or give another --out.")
+        raise UserError(f"{file} is not a record of a variant. Remove it, or give another --out.")
     now, before = _flat(_made_of(study, variant)), _flat(record["made_of"])
     resolved, stored = _flat(_resolved(variant)), _flat(record.get("resolved", {}))
-    # of the resolved settings only those both know: one that came with a later version is no difference
+    # of the resolved settings only those that both have: one that a later version added is not a difference
     for key in [*sorted(now.keys() | before.keys()), *sorted(resolved.keys() & stored.keys())]:
         was, value = {**stored, **before}.get(key), {**resolved, **now}.get(key)
         if was != value or (key in now) != (key in before):
@@ -234,7 +234,7 @@ def _new_record(study: Study, variant: Variant) -> dict[str, Any]:
 
 
 def _continued(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a variant that is started once more; it names every commit and device it ran on."""
+    """The record of a variant that is started again; it names every commit and device it ran on."""
     now = provenance()
     joined = {
         key: record[key] if now[key] in record[key].split("; ") else f"{record[key]}; {now[key]}"
@@ -245,7 +245,7 @@ def _continued(record: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _timed(record: dict[str, Any], file: Path, folder: Path) -> Iterator[None]:
-    """Add the time to the record, also after a failure; where that left nothing, no record stays either."""
+    """Add the time to the record, also after a failure; if that left no files, the record is removed too."""
     started = time.monotonic()
     try:
         yield
@@ -264,7 +264,7 @@ def _timed(record: dict[str, Any], file: Path, folder: Path) -> Iterator[None]:
 
 
 def _run(variant: Variant, command: list[str]) -> None:
-    """One command as a process of its own, which gives back its memory, with the code of this checkout."""
+    """Run one command with the code of this checkout, in a separate process, whose memory is freed at its end."""
     click.echo(shlex.join(["python", "-m", *command]))
     sys.stdout.flush()
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -274,7 +274,7 @@ def _run(variant: Variant, command: list[str]) -> None:
         name = command[0].replace("ast_sparse.cli.", "ast-")
         how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
         raise VariantError(
-            f"{variant.name}: {name} {how}, see above. The study stops here, and continues when it is started again.",
+            f"{variant.name}: {name} {how}, see above. The study stops here. Start it again to continue.",
             code if code > 0 else 128 - code,
         )
 
@@ -302,7 +302,7 @@ def _chosen(study: Study, only: tuple[str, ...]) -> list[Variant]:
     known = [variant.name for variant in study.variants]
     for name in only:
         if name not in known:
-            raise UserError(f"--only {name!r} is no variant of {study.path}. Known: {', '.join(known)}.")
+            raise UserError(f"--only {name!r} is not a variant of {study.path}. Known: {', '.join(known)}.")
     return [variant for variant in study.variants if not only or variant.name in only]
 
 

@@ -1,4 +1,4 @@
-"""What a study is: its file, its variants with their resolved settings, and the commands that make them."""
+"""A study: its file, its variants with their resolved settings, and the commands that make them."""
 
 import json
 import re
@@ -16,16 +16,16 @@ from ast_sparse.sparsity.oneshot import METHODS
 KEYS = ("title", "config", "set", "smoke", "variants", "figures")
 KINDS = ("train", "prune", "eval")
 FIGURES = ("perplexity", "flips", "losses", "alpha")
-_RESERVED = ("provenance",)  # its record would have the name of a file of the study
+_RESERVED = ("provenance",)  # its record would have the same name as a file of the study
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: a run of `kind` train, prune or eval, and what it is made with."""
+    """One row of the table: a run of `kind` train, prune or eval, and its settings."""
 
     name: str
     kind: str
-    model: str | None  # that a `run: eval` measures, if it is not the base model
+    model: str | None  # what `run: eval` measures, if it is not the base model
     settings: dict[str, Any]
     config: RunConfig
 
@@ -36,7 +36,7 @@ class Variant:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Texts that its perplexity is measured on; held-out text is known to a training run alone."""
+        """Texts that its perplexity is measured on; only a training run has held-out text."""
         names = self.config.evaluation.datasets
         return names if self.kind == "train" else tuple(name for name in names if name != HELDOUT)
 
@@ -56,18 +56,18 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
     """Read a study and check every variant's settings.
 
     Args:
-        overrides: settings of all variants, which beat what the file says.
-        smoke: whether the file's small setting is put on top of `set`.
+        overrides: settings of all variants, which take precedence over the file.
+        smoke: whether the file's `smoke` settings are added to `set`.
         rows: further models to measure, by name.
 
     Raises:
-        UserError: naming the study, the variant and the field.
+        UserError: names the study, the variant and the field.
     """
     tree = _read_tree(path)
     config = (path.parent / tree["config"]).resolve()
     common = {**_settings(tree, "set", path), **(_settings(tree, "smoke", path) if smoke else {})}
     if smoke and not tree.get("smoke"):
-        raise UserError(f"{path}: `smoke` is missing. Give the settings of a small run below it, or leave --smoke out.")
+        raise UserError(f"{path}: `smoke` is missing. Give the settings of a small run below it, or remove --smoke.")
     given = [(name, *_parts(path, name, entry)) for name, entry in tree["variants"].items()]
     given += [(name, "eval", model, {}) for name, model in rows.items()]
     _check_names(path, [name for name, *_ in given])
@@ -101,7 +101,7 @@ def commands(study: Study, variant: Variant, folder: Path) -> list[list[str]]:
 
 
 def eval_file(folder: Path, dataset: str) -> Path:
-    """Where ast-eval writes the figures of a data set."""
+    """Where ast-eval writes the results of a data set."""
     return folder / f"eval_{Path(dataset).stem}.json"
 
 
@@ -130,7 +130,7 @@ def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
     options = {
         "dataset": text, "seq-len": settings.seq_len, "limit": settings.windows,
         "data-dir": settings.data_dir if dataset == WIKITEXT2 else None,
-        "text-field": config.data.text_field, "dtype": "float32",  # as a training run measures its own
+        "text-field": config.data.text_field, "dtype": "float32",  # as in a training run
         "json": eval_file(folder, dataset),
     }  # fmt: skip
     given = [argument for key, value in options.items() if value is not None for argument in (f"--{key}", str(value))]
@@ -155,7 +155,7 @@ def _calibration_files(config: RunConfig) -> list[str]:
         raise UserError("`run: prune` calibrates on files, and data.train is not set. Set calibration.data.")
     for entry in entries:
         if not isinstance(entry, str):
-            raise UserError(f"`run: prune` calibrates on files, and {entry!r} is none. Set calibration.data.")
+            raise UserError(f"`run: prune` calibrates on files, and {entry!r} is not a file. Set calibration.data.")
         files.append(_below_root(config, entry))
     return files
 
@@ -167,7 +167,7 @@ def _below_root(config: RunConfig, name: str) -> str:
 def _read_tree(path: Path) -> dict[str, Any]:
     """The mapping of a study file, its keys and their types checked."""
     if not path.is_file():
-        raise UserError(f"Study {str(path)!r} is no file. Name a YAML file, for example one of scripts/studies.")
+        raise UserError(f"Study {str(path)!r} is not a file. Name a YAML file, for example one of scripts/studies.")
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -184,7 +184,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     figures = tree.get("figures") or []
     for name in figures if isinstance(figures, list) else [figures]:
         if name not in FIGURES:
-            raise UserError(f"{path}: figures={figures!r} is no list of {', '.join(FIGURES)}. Correct it.")
+            raise UserError(f"{path}: figures={figures!r} is not a list of {', '.join(FIGURES)}. Correct it.")
     return tree
 
 
@@ -226,7 +226,7 @@ def _check_names(path: Path, names: list[str]) -> None:
 
 
 def _check_commands(variant: Variant) -> None:
-    """What `load_config` does not know: texts that prune and eval need, a model that is not there."""
+    """Check what `load_config` cannot: the texts that prune and eval need, and that the model exists."""
     if variant.kind == "train":
         return
     if not variant.datasets:
@@ -238,7 +238,7 @@ def _check_commands(variant: Variant) -> None:
     if variant.model is None and variant.config.model.config_overrides:
         raise UserError(
             f"model.config_overrides={variant.config.model.config_overrides!r} does not reach `run: {variant.kind}`, "
-            "whose figures would be those of another model. Write them into config.json of the model."
+            "whose results would be those of another model. Write them into config.json of the model."
         )
     if variant.kind == "prune":
         _prune_command(variant.config, Path())

@@ -1,4 +1,4 @@
-"""A run of ast-train that succeeds, what it reads, and how one wrong thing in it is refused."""
+"""A run of ast-train that succeeds, what it reads, and a check that one wrong thing in it is refused."""
 
 import json
 import re
@@ -92,7 +92,7 @@ def write_texts(root: Path) -> None:
 
 
 def make_inputs(root: Path) -> Path:
-    """Everything the runs read: texts, models whole and broken, a finished run and damaged copies of its checkpoint."""
+    """Make everything the runs read: texts, intact and broken models, a finished run, damaged checkpoints."""
     write_texts(root)
     save_tiny_model(root / "llama")
     other = tiny_config("llama")

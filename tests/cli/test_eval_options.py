@@ -37,7 +37,7 @@ def domains(tmp_path: Path) -> Path:
 
 
 def twin(tokens: list[int], seq_len: int, stride: int | None = None) -> tuple[float, int]:
-    """Mean loss in float64 and how many tokens it is over: non-overlapping windows, or overlapping ones."""
+    """Mean loss in float64 and its number of tokens, with non-overlapping or overlapping windows."""
     model = tiny_model().double().eval()
     losses: list[float] = []
     done = 1

@@ -59,7 +59,7 @@ def test_options_reach_the_export(tmp_path: Path) -> None:
 def test_errors_of_the_user_are_one_line_and_exit_with_two(checkpoint: Path, tmp_path: Path) -> None:
     dense = save_tiny_model(tmp_path / "dense")
     out = tmp_path / "out"
-    assert "is no folder" in error_line(run(tmp_path / "nowhere", out))
+    assert "is not a folder" in error_line(run(tmp_path / "nowhere", out))
     assert "not 2:4" in error_line(run(dense, out))
     assert "--pattern='2' is not of the form N:M" in error_line(run(checkpoint, out, "--pattern", "2"))
     assert "'zip' is not one of 'dense', 'compressed'" in error_line(run(checkpoint, out, "--format", "zip"))
@@ -80,7 +80,7 @@ def test_table_alone_prints_and_writes_figures_but_no_model(checkpoint: Path, tm
     rows = {row["pattern"]: row for row in record["rows"]}
     assert list(rows) == ["1:2", "2:4", "4:8", "8:16", "16:32"]
     assert rows["2:4"]["share_of_float32"]["combinatorial"] == 0.0859375 and rows["2:4"]["used"] == 6
-    assert rows["16:32"]["layers"] == 12 and rows["2:4"]["layers"] == 14  # in_features 48 is no multiple of 32
+    assert rows["16:32"]["layers"] == 12 and rows["2:4"]["layers"] == 14  # in_features 48 is not a multiple of 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -118,7 +118,7 @@ TABLE_ERRORS = {
     "json-alone": (("OUT", "--json", "table.json"), "--json (table.json) has no effect without --table"),
     "format": (("--table", "--format", "dense"), "--format (dense) has no effect without OUT"),
     "json-folder": (("--table", "--json", "NONE/table.json"), "does not exist. Create it first."),
-    "pattern": (("--table", "--pattern", "1:4"), "up to 32:64, the model's is 1:4"),
+    "pattern": (("--table", "--pattern", "1:4"), "up to 32:64, but the model's is 1:4"),
     "pattern-form": (("--table", "--pattern", "2"), "--pattern='2' is not of the form N:M"),
     "fit": (("--table", "--pattern", "1:2"), "is not 1:2. Name the model's pattern with --pattern"),
     "taken": (("MODEL", "--table", "--json", "FILE"), "holds the checkpoint that is exported"),

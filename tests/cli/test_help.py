@@ -1,4 +1,4 @@
-"""`--help` answers at once: it loads none of the packages that take seconds."""
+"""`--help` answers at once: it does not import the packages that take seconds."""
 
 import subprocess
 import sys

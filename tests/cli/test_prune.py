@@ -51,7 +51,7 @@ def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
         before = dense.get_parameter(f"{name}.weight")
         kept = layer.weight != 0
         assert Pattern(2, 4).holds(layer.weight, dim) and int(kept.sum()) * 2 == kept.numel()
-        if method != "sparsegpt":  # which moves what is kept
+        if method != "sparsegpt":  # which changes the kept weights
             assert torch.equal(layer.weight[kept], before[kept])
         if method == "magnitude":
             assert torch.equal(kept, Pattern(2, 4).mask(before.abs().movedim(dim, 1)).movedim(1, dim))

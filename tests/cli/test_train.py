@@ -1,4 +1,4 @@
-"""ast-train --dry-run: the plan, before anything is paid."""
+"""ast-train --dry-run: the plan, before anything expensive runs."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(folde
 def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) -> None:
     result = dry_run(folder, "--world-size", "4", "--peak-tflops", "1e-6", "--mfu", "0.5")
     assert "tokens: 10 steps x 768 tokens per step = 7,680" in result.stdout
-    # 8 for each token and each of the 15,520 parameters outside the embedding, which is the head's too
+    # 8 for each token and each of the 15,520 parameters outside the embedding, which the head shares
     assert f"FLOPs: {8 * 15_520 * 768:.3g} per step, {8 * 15_520 * 7_680:.3g} in all" in result.stdout
     assert (
         f"time: {8 * 15_520 * 7_680 / (4 * 1e6 * 0.5) / 3600:,.1f} hours, if 50% of 4 x 1e-06 TFLOP/s" in result.stdout
@@ -66,7 +66,7 @@ def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path)
 def test_a_run_that_does_not_fit_ends_with_the_settings_that_fit(folder: Path) -> None:
     result = dry_run(folder, "--device-memory", "0.001", "--set", "training.per_device_train_batch_size=8")
     assert result.exit_code == 2
-    assert "  total  " in result.stdout  # the plan is there all the same
+    assert "  total  " in result.stdout  # the plan is printed all the same
     assert result.stderr.count("\n") == 1 and "0.94 MiB can be used. It fits with training." in result.stderr
     settings = re.findall(r"training\.\w+=\w+", result.stderr)
     fitted = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])

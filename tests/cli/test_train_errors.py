@@ -8,7 +8,7 @@ from tests.cli.refused_runs import base, name_of, refused
 
 BEST = ("training.eval_strategy=steps", "training.eval_steps=1")
 
-# what is set, as after --set, or several; and what the error says
+# one or several settings as after --set, and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
     # sparsity
     ("sparsity=2:4", r"Section 'sparsity' is '2:4', not a mapping"),

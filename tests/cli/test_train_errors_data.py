@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.refused_runs import base, name_of, refused
 
-# a mixture that succeeds, and what doremi and bandit need as well
+# a mixture that succeeds, and what doremi and bandit also need
 DOMAINS = [
     "data.train=null", "data.domains.cc={{train: text.txt, share: 0.6}}",
     "data.domains.wiki={{train: other.txt, share: 0.4}}",
@@ -16,7 +16,7 @@ STREAMING = ["data.streaming=true", "data.eval=other.txt"]
 
 TARGETS = ["data.domains.cc.target=1.0", "data.domains.wiki.target=1.0"]
 
-# what is set, as after --set, or several; and what the error says
+# one or several settings as after --set, and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
     # model
     ("model=null", r"model\.name_or_path is missing"),
@@ -38,7 +38,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("model.name_or_path={root}/nan-weights", r"`model\.embed_tokens\.weight` of .*nan-weights' holds values"),
     ("model.name_or_path={root}/cut-config", r"Cannot read .*cut-config/config\.json.*Restore"),
     ("model.name_or_path={root}/no-config", r"holds no config\.json"),
-    ("model.name_or_path={root}/list-config", r"list-config/config\.json`: it holds no JSON object"),
+    ("model.name_or_path={root}/list-config", r"list-config/config\.json`: it is not a JSON object"),
     ("model.name_or_path={root}/no-size", r"no-size' cannot be built.*\(128, 0\).*Check its config\.json"),
     ("model.name_or_path={root}/negative-size", r"cannot be built: .*negative dimension -32"),
     ("model.name_or_path={root}/absurd-size", r"cannot be built: .*1000000000000000"),
@@ -47,7 +47,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("model.name_or_path={root}/no-tokenizer", r"no-tokenizer` holds no tokenizer"),
     ("model.name_or_path={root}/cut-tokenizer", r"tokenizer of .*cut-tokenizer`"),
     ("model.revision=5", r"model\.revision=5 is an integer"),
-    ("model.revision=main", r"model\.revision='main' belongs to a model on the hub.*Remove it"),
+    ("model.revision=main", r"model\.revision='main' is for a model on the hub.*Remove it"),
     ("model.gguf_file=none.gguf", r"holds no file `none\.gguf`"),
     ("model.gguf_file=config.json", r"config\.json.*not a GGUF file"),
     ("model.attn_implementation=sdpaa", r"model\.attn_implementation='sdpaa' cannot be used.*Use sdpa or eager"),

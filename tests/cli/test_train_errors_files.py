@@ -1,4 +1,4 @@
-"""What ast-train refuses beside its settings: files, folders, rights and room on the disk."""
+"""What ast-train refuses apart from its settings: files, folders, permissions and disk space."""
 
 import errno
 import io
@@ -96,7 +96,7 @@ def test_missing_rights_are_named(root: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "locked").mkdir()
     allowed_open, allowed_access = io.open, os.access
 
-    def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:  # root may do everything, so rights alone would not tell
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:  # as root, permissions would not refuse it
         if Path(str(file)).parent == tmp_path and Path(str(file)).stem == "a":
             raise PermissionError(errno.EACCES, "Permission denied", str(file))
         return allowed_open(file, *args, **kwargs)

@@ -146,8 +146,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half written": (lambda folder: (folder / "pytorch_model_fsdp_0" / ".metadata").unlink(), r"\.metadata is missing"),
     "no shard": (lambda folder: (folder / "optimizer_0" / "__2_0.distcp").unlink(), r"__2_0\.distcp is missing"),
     "cut": (lambda folder: os.truncate(folder / "optimizer_0" / "__0_0.distcp", 999), r"__0_0\.distcp is cut"),
-    "flipped": (_flip, r"optimizer_0/__1_0\.distcp has not the checksum"),
-    "evil metadata": (_write_evil_metadata, r"posix\.mkdir is no part of a description of tensors"),
+    "flipped": (_flip, r"optimizer_0/__1_0\.distcp does not have the checksum"),
+    "evil metadata": (_write_evil_metadata, r"posix\.mkdir is not part of a description of tensors"),
     "evil value": (_write_evil_value, r"\.metadata is damaged .*Weights only load failed"),
 }
 
@@ -163,7 +163,7 @@ def test_a_damaged_sharded_checkpoint_runs_no_code_and_the_one_before_is_used(
     damage(tmp_path / "checkpoint-6")
     assert any(re.search(message, fault) for fault in faults(tmp_path / "checkpoint-6"))
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    with pytest.raises(UserError, match="is no complete checkpoint"):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
         load_causal_lm(tmp_path / "checkpoint-6")
     assert not (tmp_path / "evil").exists()
 

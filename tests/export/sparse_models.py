@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def sparse_model(
     family: str = "llama", slorb_k: int | None = None, pattern: str = "2:4", seed: int = 0
 ) -> PreTrainedModel:
-    """A model with sparse layers, whose masks are not those of the magnitude, so that a wrong mask shows."""
+    """A model with sparse layers, whose masks are not the magnitude masks, so that a wrong mask is noticed."""
     model = tiny_model(family, seed).eval()
     slorb = None if slorb_k is None else SLoRBConfig(enabled=True, k=slorb_k)
     sparsify_model(model, SparsityConfig(pattern=pattern), slorb)
@@ -58,7 +58,7 @@ def token_ids(rows: int = 2, length: int = 12) -> Tensor:
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Rewrite the weight file of a folder after `change` edited its tensors; the checksums go, as they would tell."""
+    """Rewrite the weight file of a folder after `change` edited its tensors, and remove its checksums."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)

@@ -46,7 +46,7 @@ def slow_unpack(values: Tensor, meta: Tensor) -> list[list[float]]:
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("block", [1 << 18, 34])  # groups; 780 are no multiple of 34
+@pytest.mark.parametrize("block", [1 << 18, 34])  # groups; 780 is not a multiple of 34
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pack_and_unpack_equal_their_slow_twins(
     dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +68,7 @@ def test_pack_and_unpack_equal_their_slow_twins(
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("shift", (0, 1), ids=("aligned", "shifted"))
 def test_every_bit_of_the_kept_values_survives(dtype: torch.dtype, shift: int) -> None:
-    """Negative zeros and the payloads of NaN too, from tensors that do not begin at a whole word, too."""
+    """Also of negative zeros and NaN payloads, and of tensors that do not begin at a whole word."""
     torch.manual_seed(0)
     integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     limit = torch.iinfo(integer)
@@ -135,7 +135,7 @@ def test_metadata_check_knows_the_valid_bytes() -> None:
     for byte in range(256):
         expected = byte % 16 in valid and byte // 16 in valid
         assert check_meta(torch.tensor([[0x44, byte]], dtype=torch.uint8)) is expected
-        for place in range(11):  # in each byte of a word, and behind the last whole one; neighbours of either end
+        for place in range(11):  # in each byte of a word, and after the last whole one; neighbours at both ends
             for around in (0x44, 0xEE):
                 meta = torch.full((1, 12), around, dtype=torch.uint8)
                 meta[0, place] = byte

@@ -1,6 +1,6 @@
-"""What a new export codec takes: its file, and an entry in the tables of `formats`.
+"""What a new export codec needs: its file, and an entry in the tables of `formats`.
 
-A made-up one for 1:4 that is entered so is written, verified, read and named like the one that comes with the package.
+A made-up one for 1:4 that is added this way is written, verified, read and named like the one of the package.
 """
 
 import json
@@ -30,7 +30,7 @@ from ast_sparse.storage.files import tensor_shapes
 from ast_sparse.storage.load import load_causal_lm
 from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
 
-PLACES = 2 * torch.arange(4)  # two bits a position, four positions a byte
+PLACES = 2 * torch.arange(4)  # two bits per position, four positions per byte
 
 
 def encode14(weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def test_every_codec_gives_back_its_weights_in_the_shapes_and_bytes_it_says(code
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(6, 4 * codec.multiple, generator=generator).to(dtype)
     mask = codec.pattern.mask(torch.rand(weight.shape, generator=generator))
-    weight[0] = 0  # kept zeros are kept where the mask says so
+    weight[0] = 0  # zeros that the mask keeps are kept
     masked = torch.where(mask, weight, 0)
     for given in (mask, None):
         values, meta = codec.encode(masked, given)
@@ -143,7 +143,7 @@ def test_a_new_codec_is_chosen_by_command_and_refuses_another_pattern(format14: 
     export_model(sparse_model(pattern="1:4"), tmp_path / "dense", "dense")
     done = CliRunner().invoke(export.main, [str(tmp_path / "dense"), str(tmp_path / "out"), "--format", "small"])
     assert done.exit_code == 0, done.output
-    with pytest.raises(UserError, match=r"The small format holds 1:4, the model is 2:4: .* Use --format dense"):
+    with pytest.raises(UserError, match=r"The small format holds 1:4, but the model is 2:4: .* Use --format dense"):
         export_model(sparse_model(), tmp_path / "other", format14)
     with pytest.raises(UserError, match="Use dense or compressed or small"):
         export_model(sparse_model(), tmp_path / "other", "tiny")

@@ -1,4 +1,4 @@
-"""PEFT over layers that stay compressed, method by method against the same model decoded."""
+"""PEFT over layers that stay compressed: each method compared with the same model decoded."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def lora(family: str, **settings: Any) -> LoraConfig:
 
 
 def adapted(model: PreTrainedModel, config: Any) -> Any:
-    """The model with an adapter that does something, the same for each call."""
+    """The model with an adapter that is not zero, the same in each call."""
     torch.manual_seed(0)
     model = get_peft_model(model, config).eval()
     generator = torch.Generator().manual_seed(1)

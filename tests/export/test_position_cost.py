@@ -31,7 +31,7 @@ from ast_sparse.sparsity.masks import Pattern, nm_mask
 
 
 def every_pattern(n: int, m: int) -> Tensor:
-    """All of them, in the order of the ranks: by the last kept column, then the one before."""
+    """All patterns in the order of their ranks: by the last kept column, then the one before it."""
     kept = sorted(itertools.combinations(range(m), n), key=lambda columns: columns[::-1])
     return torch.tensor([[column in columns for column in range(m)] for columns in kept])
 
@@ -41,7 +41,7 @@ def random_groups(n: int, count: int, seed: int = 0) -> Tensor:
 
 
 def layer(n: int, rows: int = 64, columns: int = 64, seed: int = 0) -> Layer:
-    """A layer pruned to n:2n with a random mask, its zeros the only trace."""
+    """A layer pruned to n:2n with a random mask, which only its zeros show."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return Layer(torch.where(random_groups(n, rows * columns // (2 * n), seed + 1).view(rows, columns), weight, 0))
 
@@ -142,7 +142,7 @@ def test_fixed_code_starts_with_the_highest_bit() -> None:
 
 
 def shortest_mean(counts: list[int]) -> int:
-    """Least total bits over all prefix codes: every set of lengths that Kraft's inequality allows."""
+    """The fewest total bits of any prefix code: tries every set of lengths that Kraft's inequality allows."""
     longest = max(len(counts) - 1, 1)
     return min(
         sum(map(math.prod, zip(counts, lengths, strict=True)))
@@ -288,12 +288,12 @@ def test_text_shows_every_row_in_every_table() -> None:
 
 ERRORS = {
     "none": ({}, None, (), "no linear layer"),
-    "quarter": ({"a": dense()}, Pattern(1, 4), (), "n:2n up to 32:64, the model's is 1:4"),
+    "quarter": ({"a": dense()}, Pattern(1, 4), (), "n:2n up to 32:64, but the model's is 1:4"),
     "unstructured": ({"a": dense()}, Pattern(1, 2, structured=False), (), "the model's is unstructured"),
     "wide": ({"a": dense()}, Pattern(64, 128), (), "the model's is 64:128"),
     "not-pruned": ({"a": dense()}, Pattern(2, 4), (), "`a` of shape (64, 64) is not 2:4"),
     "damaged": ({"a": layer(2), "b": dense()}, Pattern(2, 4), ("a", "b"), "`b` of shape (64, 64) is not 2:4"),
-    "unknown": ({"a": dense()}, None, ("a",), "`a` is pruned, but to none of 1:2, 2:4"),
+    "unknown": ({"a": dense()}, None, ("a",), "`a` is pruned, but not to any of 1:2, 2:4"),
     "odd": ({"a": dense(8, 7)}, None, (), "in_features=7 is not a multiple of 2."),
     "nan": ({"a": Layer(torch.full((4, 64), torch.nan))}, None, (), "`a` holds values that are not finite"),
 }

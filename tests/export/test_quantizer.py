@@ -119,7 +119,7 @@ def test_damaged_layer_that_stays_compressed_is_refused(damage, family: str, com
         load_compressed(compressed)
 
 
-def test_newer_format_is_refused_with_the_mend(compressed: Path) -> None:
+def test_newer_format_is_refused_with_the_fix(compressed: Path) -> None:
     config = read_json(compressed / "config.json")
     assert config["quantization_config"]["format_version"] == 1
     config["quantization_config"]["format_version"] = 2

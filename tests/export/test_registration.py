@@ -1,4 +1,4 @@
-"""The format is known to transformers whichever is imported first, and costs no import of transformers."""
+"""The format is registered whichever package is imported first, and ours does not import transformers for it."""
 
 import pytest
 

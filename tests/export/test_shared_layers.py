@@ -1,4 +1,4 @@
-"""Files of models whose layers share weights, and of layers that an earlier version should have left dense."""
+"""Files of models whose layers share weights, and layers that an earlier version should have left dense."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_statistics_of_a_shared_layer_hold_what_both_places_saw() -> None:
 
 
 def old_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """A compressed Mamba whose `dt_proj` is compressed too; the logits of its weights."""
+    """Write a compressed Mamba whose `dt_proj` is compressed too; return the logits of its weights."""
     with monkeypatch.context() as patch:
         patch.setattr(select, "read_past_forward", lambda model, layers: {})
         model = sparse("mamba")
@@ -101,7 +101,7 @@ def test_an_old_export_with_dt_proj_compressed_is_refused_with_dequantize_false(
 ) -> None:
     old_export(tmp_path / "old", monkeypatch)
     own = AstSparse24Config(dequantize=False)
-    with pytest.raises(UserError, match=r"dt_proj` compressed, whose weight MambaMixer reads past its forward"):
+    with pytest.raises(UserError, match=r"dt_proj` compressed, but MambaMixer reads its weight without"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "old", quantization_config=own)
 
 

@@ -251,11 +251,11 @@ def test_a_cut_record_is_read_and_a_damaged_one_named(folder: Path, tmp_path: Pa
     (tmp_path / "metrics.jsonl").write_text(rows[:-9])
     assert read_run(tmp_path).log == read_run(folder / "run").log[:-1]
     (tmp_path / "metrics.jsonl").write_text("[]\n" + rows)
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: it holds no step"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: it has no step"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(rows)
     (tmp_path / "results.json").write_text('{"dense": 5}')
-    with pytest.raises(UserError, match=r"results\.json`: 'dense' holds no figures"):
+    with pytest.raises(UserError, match=r"results\.json`: 'dense' holds no results"):
         read_run(tmp_path)
     (tmp_path / "results.json").write_text('{"dense": {"heldout": {"perplexity": 5, "seq_len": "x"}}}')
     with pytest.raises(UserError, match=r"results\.json`: dense, 'heldout'\. Restore"):

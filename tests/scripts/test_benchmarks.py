@@ -1,4 +1,4 @@
-"""scripts/benchmarks: every file still runs, and a goal holds when the 20th percentile meets it."""
+"""scripts/benchmarks: every file runs, and a goal is met if the 20th percentile meets it."""
 
 import json
 import subprocess

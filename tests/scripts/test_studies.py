@@ -1,4 +1,4 @@
-"""scripts/studies/run.py: variants run once, resumed, refused; one table, its provenance, and figures."""
+"""scripts/studies/run.py: variants are run once, resumed or refused; one table, its provenance, and figures."""
 
 import csv
 import json
@@ -49,12 +49,12 @@ def fast_processes() -> Iterator[None]:
 
 
 def run_study(*arguments: object) -> Result:
-    """The command in this process; its variants are processes of their own."""
+    """Run the command in this process; its variants are separate processes."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object) -> str:
-    """The one line that a wrong input ends in."""
+    """The one line of a wrong input's error."""
     result = run_study(*arguments)
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
@@ -134,7 +134,7 @@ def test_every_figure_with_something_to_show_is_drawn(finished: tuple[Path, Path
     _, out = finished
     for name in ("perplexity", "flips", "losses"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
-    assert not (out / "alpha.png").exists()  # one α makes no line
+    assert not (out / "alpha.png").exists()  # one α does not make a line
 
 
 def test_checkpoints_go_and_the_model_stays(finished: tuple[Path, Path]) -> None:
@@ -185,7 +185,7 @@ def test_an_interrupted_variant_continues_from_its_checkpoint(tmp_path: Path) ->
     assert content["finished"] and content["starts"] == 2 and content["seconds"] > 10
     assert content["commit"].startswith("abc; ")
     row = table(tmp_path / "out")["only"]
-    assert row["steps"] == "3" and row["train_seconds"] == ""  # the trainer timed the last part alone
+    assert row["steps"] == "3" and row["train_seconds"] == ""  # the trainer timed only the last part
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_failed_variant_stops_the_study_and_leaves_nothing(finished: tuple[Pat
         (["--row", "gone=./gone"], "variant 'gone': model './gone' does not exist"),
         (["--row", "..=b"], "a variant cannot be called '..'"),
         (["--row", "provenance=b"], "a variant cannot be called 'provenance'"),
-        (["--only", "static"], "--only 'static' is no variant of"),
+        (["--only", "static"], "--only 'static' is not a variant of"),
         (["--only", "static"], "Known: annealed, Wanda, 2:4."),
         (["--bad"], "No such option"),
     ],
@@ -252,7 +252,7 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(study: Path, argumen
         ("config: base.yaml\nvariants: {a: {run: test}}", "variants.a.run='test' is unknown. Use train, prune, eval"),
         ("config: base.yaml\nvariants: {a: {model: b}}", "variants.a.model='b' names a model for `run: eval`"),
         ("config: base.yaml\nvariants: {a b: {}, a_b: {}}", "variants 'a b' and 'a_b' would share the folder 'a_b'"),
-        ("config: base.yaml\nvariants: {a: {}}\nfigures: [pie]", "figures=['pie'] is no list of perplexity, flips"),
+        ("config: base.yaml\nvariants: {a: {}}\nfigures: [pie]", "figures=['pie'] is not a list of perplexity, flips"),
         ("config: base.yaml\nset: 1\nvariants: {a: {}}", "`set` is an integer, not settings by name"),
         (
             "config: base.yaml\nvariants: {a: {}, b: {run: prune, evaluation.datasets: [heldout]}}",
@@ -286,7 +286,7 @@ def test_a_wrong_study_ends_in_one_line_before_anything_is_run(study: Path, text
 
 def test_missing_study_out_and_foreign_folders_are_refused(study: Path) -> None:
     out = study.parent / "out"
-    assert "is no file. Name a YAML file" in refused(study.parent / "gone.yaml", "--out", out)
+    assert "is not a file. Name a YAML file" in refused(study.parent / "gone.yaml", "--out", out)
     assert "--out is missing" in refused(study)
     assert "is a file. Name a folder" in refused(study, "--out", study)
     (out / "annealed").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Tiny model folders with FP8 weights as they are published, and the weights that they stand for."""
+"""Tiny model folders with quantized weights as they are published, and the weights that these encode."""
 
 import json
 from collections.abc import Callable
@@ -36,11 +36,11 @@ def save_fp8_model(
     change: Callable[[Tensor], Tensor] = lambda weight: weight,
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """Write a model whose `*_proj.weight` are FP8; what its files stand for by stored name, in float32.
+    """Write a model whose `*_proj.weight` are FP8; return the weights of its files in float32, by stored name.
 
     Args:
-        block: rows and columns of a scale; None for one scale a tensor.
-        change: of the weights before they become codes.
+        block: rows and columns of a scale; None for one scale per tensor.
+        change: applied to the weights before they are encoded.
         settings: further keys of `quantization_config`.
     """
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def edit_config(folder: Path, **values: Any) -> None:
 
 
 def plain_twin(folder: Path, family: str, meant: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a model that was saved with those weights, by transformers alone."""
+    """State dict of a model saved with those weights, by transformers alone."""
     AutoModelForCausalLM.from_config(fp8_config(family), dtype=torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     save_file(
@@ -92,7 +92,7 @@ def plain_twin(folder: Path, family: str, meant: dict[str, Tensor]) -> dict[str,
 
 
 def save_mxfp4_model(folder: Path) -> dict[str, Tensor]:
-    """Write a gpt-oss model whose experts are MXFP4, two codes a byte; what its weights stand for, by name."""
+    """Write a gpt-oss model whose experts are MXFP4, two codes per byte; return its decoded weights by name."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gpt_oss", vocab_size=VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""The checksums of a folder: written with it, compared when it is read, and absent from folders of before."""
+"""The checksums of a folder: written with it, compared when it is read, and absent from older folders."""
 
 import json
 import zlib
@@ -56,13 +56,13 @@ def test_sum_is_the_crc_of_dtype_shape_and_bytes(tmp_path: Path) -> None:
 def test_flipped_bit_is_named_with_its_tensor(folder: Path) -> None:
     load_causal_lm(folder)
     flip(folder / "model.safetensors", -1)
-    with pytest.raises(UserError, match=r"model\.safetensors` is damaged: `model\..*` has not the checksum"):
+    with pytest.raises(UserError, match=r"model\.safetensors` is damaged: `model\..*` does not have the checksum"):
         load_causal_lm(folder)
 
 
 def test_tensors_of_equal_shape_that_changed_places_are_noticed(folder: Path) -> None:
     swap(folder / "model.safetensors")
-    with pytest.raises(UserError, match=f"`({Q}|{V})` has not the checksum"):
+    with pytest.raises(UserError, match=f"`({Q}|{V})` does not have the checksum"):
         load_causal_lm(folder)
 
 
@@ -76,7 +76,7 @@ def test_flipped_bit_of_the_adapter_is_noticed(folder: Path) -> None:
 def test_transformers_alone_notices_it_in_a_compressed_export(tmp_path: Path, dequantize: bool) -> None:
     export_model(sparse_model(), tmp_path / "out")
     flip(tmp_path / "out/model.safetensors", -1)
-    with pytest.raises(UserError, match="has not the checksum"):
+    with pytest.raises(UserError, match="does not have the checksum"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", quantization_config=AstSparse24Config(dequantize=dequantize)
         )
@@ -98,7 +98,7 @@ def test_added_missing_and_unreadable_sums_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks the tensor 'b'"):
         check_checksums(tmp_path, [file])
     save_file({"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, file)
-    with pytest.raises(UserError, match=r"holds `c`, of which checksums\.json knows nothing"):
+    with pytest.raises(UserError, match=r"holds `c`, which checksums\.json does not list"):
         check_checksums(tmp_path, [file])
     sums.write_text('{"format_version": 2}')
     with pytest.raises(UserError, match="format_version 2, newer than 1"):
@@ -110,7 +110,7 @@ def test_added_missing_and_unreadable_sums_are_named(tmp_path: Path) -> None:
 
 def test_sums_of_shards_stand_in_one_file(tmp_path: Path) -> None:
     export_model(sparse_model(), tmp_path / "out", "dense")
-    shard(tmp_path / "out")  # the sums go by tensor, whatever the file
+    shard(tmp_path / "out")  # the sums are by tensor, whatever the file
     load_causal_lm(tmp_path / "out")
     last = weight_files(tmp_path / "out")[-1]
     flip(last, -1)

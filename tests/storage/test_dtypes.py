@@ -1,4 +1,4 @@
-"""Exports and pruned models have the dtypes and values of the source loaded in that dtype by transformers."""
+"""Exports and pruned models have the dtypes and values of the source as transformers loads it in that dtype."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ PRUNED = ("q_proj.weight", "o_proj.weight", "x_proj.weight", "down_proj.weight",
 
 
 def save(folder: Path, family: str, dtype: torch.dtype = torch.float32, is_sparse: bool = False) -> Path:
-    """A model whose small tensors are not numbers of bfloat16, as trained ones."""
+    """A model whose small tensors bfloat16 cannot represent exactly, like those of trained models."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -22,7 +22,7 @@ NAMES = {
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The order of rotary rows that llama.cpp stores."""
+    """Rows of a rotary weight in the order of llama.cpp."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""Loading from every kind of place, and what is said when it does not work."""
+"""Loading from every kind of place, and the errors when it fails."""
 
 import json
 import logging
@@ -163,7 +163,7 @@ def _link(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), r"Cannot read `.*config\.json`"),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "Unrecognized model"),
     "config of no causal LM": (_edit_config(model_type="t5"), "Cannot load the model"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no model\.safetensors"),
@@ -175,26 +175,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for weights": (lambda folder: (folder / "model.safetensors").write_text("weights"), "is damaged"),
     "other widths": (_edit_config(intermediate_size=40), r"has shape \(32, 48\), the model needs \(32, 40\)"),
     "more layers": (_edit_config(num_hidden_layers=3), "lacks 9 tensors of LlamaForCausalLM"),
-    "index that climbs out": (_index("../outside.safetensors"), r"names '\.\./outside.* no safetensors file beside it"),
-    "index that names a root": (_index("{outside}"), "which is no safetensors file beside it"),
-    "index of pickles": (_index("pytorch_model.bin"), "which is no safetensors file beside it"),
+    "index that climbs out": (_index("../outside.safetensors"), r"names '\.\./outside.* not a safetensors file"),
+    "index that names a root": (_index("{outside}"), "which is not a safetensors file beside it"),
+    "index of pickles": (_index("pytorch_model.bin"), "which is not a safetensors file beside it"),
     "index of objects": (
         lambda folder: (
             (folder / "model.safetensors").unlink(),
             (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": {}}}'),
         ),
-        "names {}, which is no safetensors file",
+        "names {}, which is not a safetensors file",
     ),
     "weights linked from outside": (_link("model.safetensors"), "is a link to .*outside`, outside its folder"),
     "config linked from outside": (_link("config.json"), "is a link to .*outside`, outside its folder"),
-    "key that stands twice": (
+    "key that appears twice": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "model_type": "gpt2"}'),
-        "'model_type' stands twice",
+        "'model_type' appears twice",
     ),
     "endless nesting": (lambda folder: (folder / "config.json").write_text('{"a":' * 100_000), "nested too deeply"),
     "a billion layers": (_edit_config(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is too large"),
     "a billion labels": (_edit_config(num_labels=10**9), "num_labels=1000000000 is too large"),
-    "a billion tokens": (_edit_config(vocab_size=10**9), r"of a model of 32,.* parameters .* the files hold"),
+    "a billion tokens": (_edit_config(vocab_size=10**9), r"describes a model of 32,.* parameters .* the files hold"),
     "other weights by name": (_edit_config(transformers_weights="x.safetensors"), "names other weights"),
     "an adapter in it": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
@@ -206,7 +206,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a name on two lines": (
         _edit_tensors(lambda tensors: tensors.update({"a\nb": torch.ones(1)})),
-        "is damaged: no tensor",
+        r"is damaged: 'a\\nb' is not a tensor name",
     ),
     "a tensor gone": (_edit_tensors(lambda tensors: tensors.pop("model.norm.weight")), "`model.norm.weight`"),
 }
@@ -287,7 +287,7 @@ def test_slorb_pair_of_another_shape_is_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.slorb.S"
     change_tensors(source, lambda tensors: tensors.update({name: tensors[name][:, :-1]}))
     for read in (load_checkpoint, lambda folder: export_model(folder, tmp_path / "out", "dense")):
-        with pytest.raises(UserError, match=r"the SLoRB pair of `model.layers.0.mlp.up_proj` is .* fits no layer"):
+        with pytest.raises(UserError, match=r"SLoRB pair of `model.layers.0.mlp.up_proj` is .* does not fit a layer"):
             read(source)
 
 
@@ -296,7 +296,7 @@ def test_mask_of_other_bytes_than_0_and_1_is_refused(tmp_path: Path) -> None:
     header, data = read_safetensors(source / "model.safetensors")
     at = header["model.layers.0.mlp.up_proj.mask"]["data_offsets"][0]
     write_safetensors(source / "model.safetensors", header, data[:at] + b"\x06" + data[at + 1 :])
-    with pytest.raises(UserError, match=r"the mask of `model.layers.0.mlp.up_proj` holds more than 0 and 1"):
+    with pytest.raises(UserError, match=r"the mask of `model.layers.0.mlp.up_proj` is not just 0 and 1"):
         load_causal_lm(source)
 
 
@@ -336,7 +336,7 @@ def test_unknown_hub_model_is_one_line() -> None:
 
 
 def test_file_that_is_no_gguf_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"is a file, but no \.gguf file"):
+    with pytest.raises(UserError, match=r"is a file, but not \.gguf"):
         load_causal_lm(folder / "model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Companion files and the spelling of a configuration, apart from commands."""
+"""Companion files and the spelling of a configuration, without the commands."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Quantized sources become plain models, or are refused with the cause."""
+"""Quantized sources become plain models, or are refused with the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def test_scales_without_a_quantization_config_are_refused_by_name(name: str, tmp
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text", "inkling_text", "zaya"])
 def test_scales_that_are_parameters_of_the_model_are_read(family: str, tmp_path: Path) -> None:
-    family_model(family).save_pretrained(tmp_path)  # deepseek_v4's are called otherwise in the files
+    family_model(family).save_pretrained(tmp_path)  # deepseek_v4's have other names in the files
     assert any("scale" in name for name in load_file(tmp_path / "model.safetensors"))
     found = load_causal_lm(tmp_path).state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
@@ -148,7 +148,7 @@ def test_scales_that_are_parameters_of_the_model_are_read(family: str, tmp_path:
     layer = next(
         name for name, value in stored.items() if ".0." in name and name.endswith(".weight") and value.dim() == 2
     )
-    stale = f"{layer.removesuffix('weight')}scale"  # whose last part alone is a name that such a model knows
+    stale = f"{layer.removesuffix('weight')}scale"  # only its last part is a name of such a model
     change_tensors(tmp_path, lambda tensors: tensors.update({stale: torch.ones(1)}))
     with pytest.raises(UserError, match=f"holds `{stale}` as a quantized model does"):
         load_causal_lm(tmp_path)

@@ -110,7 +110,7 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
     check_out_dir(model, None, overwrite=True)
     with pytest.raises(UserError, match="is not empty"):
         check_out_dir(model, None, overwrite=False)
-    with pytest.raises(UserError, match="something else than a model"):
+    with pytest.raises(UserError, match="something other than a model"):
         check_out_dir(full, None, overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         check_out_dir(file, None, overwrite=True)

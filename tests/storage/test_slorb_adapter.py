@@ -59,7 +59,7 @@ def test_export_loads_its_sparse_weights_alone_with_peft_installed(model: PreTra
 
 def test_adapter_works_over_layers_that_stay_compressed(model: PreTrainedModel, exported: Path) -> None:
     packed = AutoModelForCausalLM.from_pretrained(exported, quantization_config=AstSparse24Config(dequantize=False))
-    # PEFT turns fan_in_fan_out off for them: they are nn.Linear in memory, whatever they were.
+    # PEFT turns fan_in_fan_out off for them: in memory they are nn.Linear, whatever they were in the file.
     with_adapter = PeftModel.from_pretrained(packed, exported / "slorb").eval()
     torch.testing.assert_close(with_adapter(token_ids()).logits, model(token_ids()).logits)
 

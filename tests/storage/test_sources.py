@@ -1,4 +1,4 @@
-"""Folders that our tools read like any model: compressed ones saved again, remote code; and those they refuse."""
+"""Folders that our tools read like any model (compressed ones saved again, remote code), and those they refuse."""
 
 import math
 from pathlib import Path

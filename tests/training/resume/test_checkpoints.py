@@ -131,10 +131,10 @@ def test_changed_weights_are_noticed_if_there_are_checksums(tmp_path: Path) -> N
     write_checksums(folder)
     assert last_checkpoint(tmp_path) == folder
     save_file({"a.weight": torch.ones(4, 8)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"`a\.weight` has not the checksum it was written with"):
+    with pytest.raises(UserError, match=r"`a\.weight` does not have the checksum it was written with"):
         resolve_checkpoint(tmp_path, str(folder))
     save_file({"b.weight": torch.zeros(4, 8)}, folder / "model.safetensors")  # Trainer would start it at random
-    with pytest.raises(UserError, match=r"holds `b\.weight`, of which checksums\.json knows nothing"):
+    with pytest.raises(UserError, match=r"holds `b\.weight`, which checksums\.json does not list"):
         resolve_checkpoint(tmp_path, str(folder))
 
 
