@@ -79,8 +79,8 @@ _OPTIONS = {  # what a setting is called on the command line
 )  # fmt: skip
 @click.option(
     "--keep-zeros", is_flag=True,
-    help="sparsegpt: weights that are zero already stay zero, in a MODEL that is sparse; magnitude and wanda never "
-    "move one.",
+    help="sparsegpt: weights that are zero already stay zero, in a MODEL that is sparse; the other methods "
+    "never move one.",
 )  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only layers that match; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Layers that stay dense; * is a wildcard.")
