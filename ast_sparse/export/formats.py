@@ -1,7 +1,7 @@
 """The formats of an export by name.
 
-A compressed format is a codec in a file of its own, as `codec24.py`, and an entry in each of the two tables here. The
-export, the plug-in that reads checkpoints, the command and the report follow from them.
+A compressed format is a codec in a file of its own, as `codec24.py`, and an entry at the end of the two tables here.
+The export, the plug-in that reads checkpoints, the command and the report follow from them.
 """
 
 from __future__ import annotations
