@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 from ast_sparse.config import CalibrationConfig
-from ast_sparse.config.sparsity import Method
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern, check_nm
-from ast_sparse.sparsity.oneshot import METHODS, prune_layer, settle, sparsegpt_prune, wanda_mask
+from ast_sparse.sparsity.oneshot import prune_layer, settle, sparsegpt_prune, wanda_mask
 from ast_sparse.sparsity.statistics import InputStatistics
 
 
@@ -215,17 +214,17 @@ def test_without_zeros_the_option_changes_nothing() -> None:
         assert torch.equal(found, kept)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 2, structured=False)], ids=str)
 @pytest.mark.parametrize("share", [0.3, 0.7])
-def test_given_zeros_stay_zero_in_every_method_and_pattern(method: Method, pattern: Pattern, share: float) -> None:
+def test_given_zeros_stay_zero_in_every_method_and_pattern(method: str, pattern: Pattern, share: float) -> None:
     weight, inputs = random_layer(16, 32, 100, seed=6)
     zeros = torch.rand(16, 32, generator=torch.Generator().manual_seed(1)) < share
     weight[zeros] = 0
     statistics = InputStatistics(32, True, torch.device("cpu"))
     statistics.add(inputs.float())
     settings = CalibrationConfig(keep_zeros=True, block_size=8)
-    result = prune_layer("x", weight.float(), method, pattern, statistics, settings)
+    result = prune_layer("x", weight.float(), method, pattern, statistics, settings)  # type: ignore[arg-type]
     pruned = torch.where(result.mask, result.weight, 0)
     assert bool((pruned[zeros] == 0).all()) and pattern.holds(pruned)
     if pattern.structured:
