@@ -1,4 +1,4 @@
-"""SparseAdamW: AdamW with a decay on pruned weights, in three placements (paper Sec. 3.2 and 6.6).
+"""SparseAdamW: AdamW with a decay on pruned weights, by placement (paper Sec. 3.2 and 6.6).
 
 Each placement is one pure update function in `kernels/updates.py`.
 """

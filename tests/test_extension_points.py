@@ -42,6 +42,12 @@ def test_every_one_shot_method_has_a_name_a_line_of_help_and_an_entry() -> None:
     assert choices("init") == choices("criterion") == get_args(Method)
 
 
+def test_no_option_of_prune_but_the_method_lists_methods() -> None:
+    options = [each for each in prune.main.params if isinstance(each, click.Option) and each.name != "method"]
+    named = [(each.name, [name for name in METHOD_HELP if name in str(each.help)]) for each in options]
+    assert not [(option, names) for option, names in named if len(names) > 1]  # a new method would not be among them
+
+
 def test_one_method_alone_is_what_a_refresh_by_magnitude_does() -> None:
     assert [name for name, method in METHODS.items() if method.by_magnitude] == ["magnitude"]
 

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from ast_sparse.kernels.updates import PLACEMENTS
 from ast_sparse.optim import SparseAdamW
 
 LR, BETAS, EPS, DECAY = 1e-2, (0.9, 0.95), 1e-8, 0.1
@@ -29,7 +30,7 @@ def slow_step(state: dict, w: float, g: float, kept: bool, t: int, lam: float, p
     return new
 
 
-@pytest.mark.parametrize("placement", ["momentum", "gradient", "weight"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("group", [{"is_masked": True}, {}])
 def test_masked_update_follows_the_equations(placement: str, weight_decay: float, group: dict) -> None:
@@ -79,7 +80,7 @@ def masked_pair(placement: str) -> tuple[torch.nn.Parameter, SparseAdamW]:
     return parameter, optimizer
 
 
-@pytest.mark.parametrize("placement", ["momentum", "gradient", "weight"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_pruned_weight_with_zero_gradient_shrinks_and_kept_one_stays(placement: str) -> None:
     parameter, optimizer = masked_pair(placement)
     for _ in range(20):
@@ -128,7 +129,7 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         optimizer.bind_masks({parameter: torch.ones(2, 4, dtype=torch.int32)})  # ~1 is -2: the decay would grow weights
 
 
-@pytest.mark.parametrize("placement", ["momentum", "gradient", "weight"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_saved_state_continues_bit_for_bit(placement: str) -> None:
     def run(optimizer: SparseAdamW, parameter: torch.nn.Parameter, steps: range) -> None:
         for t in steps:

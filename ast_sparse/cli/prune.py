@@ -79,8 +79,7 @@ _OPTIONS = {  # the option of each setting
 )  # fmt: skip
 @click.option(
     "--keep-zeros", is_flag=True,
-    help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; with magnitude and wanda they always "
-    "do.",
+    help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; the other methods never move one.",
 )  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")

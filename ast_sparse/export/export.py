@@ -93,7 +93,7 @@ def export_model(
         model_or_dir: a model with sparse layers, a plain model whose weights are N:M, or a folder: one of our training
             checkpoints, an export, or any checkpoint of an N:M model. A model object is not changed.
         out_dir: folder to write. An interrupted or failed export leaves it as it was.
-        format: `dense`, an ordinary checkpoint of any N:M; or `compressed`, 2:4 only (see `formats`).
+        format: `dense`, an ordinary checkpoint of any N:M; or a compressed one of `formats`, for the N:M of its codec.
         dtype: of the weights: bfloat16, float16 or float32.
         pattern: N:M to check against; default: what `sparsity_config.json` or the sparse layers say, else 2:4.
         overwrite: replace a model that `out_dir` holds.

@@ -14,7 +14,7 @@ import torch
 
 from ast_sparse.kernels.choice import compiler_fault
 from ast_sparse.kernels.nm_masks import magnitude_mask
-from ast_sparse.kernels.updates import StepValues, update_weights
+from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 from scripts.benchmarks.harness import Result, Settings, main
 
 LIMIT = 60.0
@@ -37,7 +37,7 @@ def measure(settings: Settings) -> Iterator[Result]:
     if (fault := compiler_fault(settings.device.type)) is not None:
         yield Result(question="compile time", case="2:4", against="a minute", reason=fault, goal=1.0)
         return
-    for placement in ("momentum", "gradient", "weight"):
+    for placement in PLACEMENTS:
         times = [settings.in_child(seconds, placement, settings.device) for _ in range(settings.pairs(3))]
         about = dict(question="compile time", case=f"2:4, {placement}", against="a minute", goal=1.0)
         yield Result.of(times, [LIMIT] * len(times), **about)

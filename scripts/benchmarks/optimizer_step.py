@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ast_sparse.kernels.choice import Kernels, compiler_fault
+from ast_sparse.kernels.updates import PLACEMENTS
 from ast_sparse.optim import SparseAdamW
 from scripts.benchmarks.harness import PeakMemory, Result, Settings, interleave, main
 
@@ -51,7 +52,7 @@ def measure(settings: Settings) -> Iterator[Result]:
     fault = compiler_fault(settings.device.type)
     goals: dict[Kernels, float | None] = {"compiled": GOAL, "eager": None}
     for kernels, goal in goals.items():
-        for placement in ("momentum", "gradient", "weight"):
+        for placement in PLACEMENTS:
             case = f"{placement} {count}x{size}², {kernels}"
             if kernels == "compiled" and fault:
                 yield Result(case=case, reason=fault, goal=goal, **about)

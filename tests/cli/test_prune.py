@@ -11,9 +11,11 @@ from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main
 from ast_sparse.config import CalibrationConfig, SparsityConfig
+from ast_sparse.config.sparsity import Method
 from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers, sparsify_model
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm
 from tests.data.bos_models import BOS, bos_tokenizer, save_bos_model
@@ -36,11 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", METHODS)
 def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
-    family: str, method: str, folder: Path, tmp_path: Path
+    family: str, method: Method, folder: Path, tmp_path: Path
 ) -> None:
-    calibration = () if method == "magnitude" else ("--calibration", folder / "text.txt", *CALIBRATION)
+    calibration = ("--calibration", folder / "text.txt", *CALIBRATION) if METHODS[method].needs_text else ()
     result = run(folder / family, tmp_path / "out", "--method", method, "--dtype", "float32", *calibration)
     assert result.exit_code == 0, result.output
     assert f"Wrote {tmp_path / 'out'}" in result.stdout and "relative squared error" in result.stdout
@@ -60,8 +62,8 @@ def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "4:8", "unstructured"])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_other_patterns_hold(pattern: str, method: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_other_patterns_hold(pattern: str, method: Method, folder: Path, tmp_path: Path) -> None:
     arguments = ("--method", method, "--pattern", pattern, "--calibration", folder / "text.txt", *CALIBRATION)
     result = run(folder / "llama", tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
@@ -142,8 +144,8 @@ def test_an_output_folder_in_use_is_refused_unless_overwritten(folder: Path, tmp
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: str, pattern: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: Method, pattern: str, folder: Path, tmp_path: Path) -> None:
     first = ("--method", "magnitude", "--pattern", "unstructured", "--dtype", "float32")
     assert run(folder / "llama", tmp_path / "sparse", *first).exit_code == 0
     calibration = ("--calibration", folder / "text.txt", *CALIBRATION, "--block-size", "8")
@@ -162,7 +164,7 @@ def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: str, pattern: str, f
         revived += int(free.get_parameter(f"{name}.weight")[zeros].count_nonzero())
     assert (revived > 0) == (method == "sparsegpt")
     recorded = read_json(tmp_path / "kept" / "sparsity_config.json")["one_shot"]
-    assert method == "magnitude" or recorded["calibration"]["keep_zeros"] is True
+    assert not METHODS[method].needs_text or recorded["calibration"]["keep_zeros"] is True
 
 
 @pytest.mark.parametrize("bos", ["auto", "none", "document", "window", "block"])

@@ -145,7 +145,7 @@ def test_a_new_codec_is_chosen_by_command_and_refuses_another_pattern(format14: 
     assert done.exit_code == 0, done.output
     with pytest.raises(UserError, match=r"The small format holds 1:4, but the model is 2:4: .* Use --format dense"):
         export_model(sparse_model(), tmp_path / "other", format14)
-    with pytest.raises(UserError, match="Use dense or compressed or small"):
+    with pytest.raises(UserError, match=f"Use {' or '.join(FORMAT_HELP)}"):
         export_model(sparse_model(), tmp_path / "other", "tiny")
 
 
