@@ -148,9 +148,9 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ),
     (
         ["training.fsdp=true", "training.fsdp_config.cpu_ram_efficient_loading=true"],
-        r"cpu_ram_efficient_loading le",
+        r"with cpu_ram_efficient_loading only",
     ),
-    (["training.fsdp=true", "training.fsdp_config.cpu_offload=true"], r"fsdp_config: cpu_offload has not been made"),
+    (["training.fsdp=true", "training.fsdp_config.cpu_offload=true"], r"fsdp_config: cpu_offload does not work"),
     (
         ["training.fsdp=true", "training.save_only_model=true"],
         r"training\.save_only_model=True does not work in a",
