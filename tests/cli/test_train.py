@@ -69,8 +69,8 @@ def test_a_run_that_does_not_fit_ends_with_the_settings_that_make_it_fit(folder:
     assert "  total  " in result.stdout  # the plan is printed all the same
     assert result.stderr.count("\n") == 1 and "0.94 MiB can be used. It fits with training." in result.stderr
     settings = re.findall(r"training\.\w+=\w+", result.stderr)
-    mended = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])
-    assert mended.exit_code == 0, mended.output
+    fitting = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])
+    assert fitting.exit_code == 0, fitting.output
     fits = dry_run(folder, "--device-memory", "1", "--set", "training.per_device_train_batch_size=8")
     assert fits.exit_code == 0
     hopeless = dry_run(folder, "--device-memory", "1e-6")
