@@ -45,7 +45,9 @@ class Place:
                 raise UserError(f"`{path}` holds no file `{gguf_file}`. Check `gguf_file`.")
             return cls(str(path), gguf_file, path)
         if path.exists():
-            raise UserError(f"`{name_or_path}` is a file, but not .gguf. Give a folder, a .gguf file or a hub id.")
+            raise UserError(
+                f"`{name_or_path}` is a file, but not a .gguf file. Give a folder, a .gguf file or a hub id."
+            )
         name = str(name_or_path)
         beside = path.parent != Path() and path.parent.is_dir()  # `out/export` could be a hub id if there were no `out`
         if beside or not _HUB_ID.fullmatch(name) or name.startswith("."):

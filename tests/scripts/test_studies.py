@@ -100,7 +100,7 @@ def changed(study: Path, text: str) -> Path:
     return study
 
 
-def test_table_has_the_figures_of_the_runs_under_the_dense_model(finished: tuple[Path, Path]) -> None:
+def test_table_has_the_results_of_the_runs_under_the_dense_model(finished: tuple[Path, Path]) -> None:
     _, out = finished
     rows = table(out)
     assert list(rows) == ["dense", "annealed", "Wanda, 2:4", ROW]

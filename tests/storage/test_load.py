@@ -336,7 +336,7 @@ def test_unknown_hub_model_is_one_line() -> None:
 
 
 def test_file_that_is_no_gguf_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"is a file, but not \.gguf"):
+    with pytest.raises(UserError, match=r"is a file, but not a \.gguf file"):
         load_causal_lm(folder / "model.safetensors")
 
 
