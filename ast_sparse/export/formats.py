@@ -1,7 +1,7 @@
 """The export formats by name.
 
-A compressed format is a codec in its own file, such as `codec24.py`, and an entry at the end of each of the two tables here. The
-export, the plug-in that reads checkpoints, the command and the report use them.
+A compressed format is a codec in its own file, such as `codec24.py`, and an entry at the end of each of the
+two tables here. The export, the plug-in that reads checkpoints, the command and the report use them.
 """
 
 from __future__ import annotations
