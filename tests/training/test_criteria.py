@@ -95,7 +95,7 @@ def test_compilation_and_masks_by_activations_are_refused_together(tmp_path: Pat
 def test_rows_of_different_length_and_streams_cannot_be_calibrated_on(tmp_path: Path) -> None:
     ragged = Dataset.from_dict({"input_ids": [[1] * 16, [2] * 9, [3] * 16, [4] * 16]})
     stream = blocks().to_iterable_dataset()
-    for data, message in ((ragged, "different lengths"), (stream, "no text to calibrate on")):
+    for data, message in ((ragged, "differ in length"), (stream, "no text to calibrate on")):
         with pytest.raises(UserError, match=message):
             trainer(
                 tmp_path, None, SparsityConfig(init="wanda"), calibration_config=CALIBRATION, calibration_dataset=data
