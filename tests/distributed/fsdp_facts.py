@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.errors import SharedError
@@ -173,6 +173,7 @@ def refused_for_space(out: Path) -> list[Any]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     run.add_callback(Full())
+    run.remove_callback(PrinterCallback)  # the limit is on the file of this process's output too
     try:
         run.train()
     except SharedError as error:

@@ -260,7 +260,7 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(study: Path, argumen
         ),
         (
             "config: base.yaml\nvariants: {a: {run: prune, sparsity.init: wanda, calibration.data: [{path: x}]}}",
-            "calibrates on files, and {'path': 'x'} is none",
+            "calibrates on files, and {'path': 'x'} is not a file",
         ),
         (
             "config: base.yaml\nvariants: {a: {run: prune, sparsity.init: wanda, data.train: null, "
