@@ -147,7 +147,7 @@ CATALOGUE: list[tuple[Callable[[Path, Patch], None], str]] = [
     (worker_that_is_killed, "A tokenising process was killed, perhaps because memory ran out. Use fewer --workers"),
     (chat_and_slow_tokenizer, "a.jsonl is chat data, and the tokenizer of .* is a slow one"),
     (config_without_rights, "Config .*run.yaml' cannot be read \\(Permission denied\\). Give a readable file."),
-    (domain_without_share, "data.domains.wiki.share is missing. Give every domain a share"),
+    (domain_without_share, "data.domains.wiki.share is missing. Give a share to every domain"),
     (shards_beside_text, "`data.domains.cc.train` is a folder of shards and `data.domains.wiki.train` is text."),
 ]
 
