@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ _LIKE = (
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "view_as", "reshape_as"),
 )
 _FUSED = ("mamba_ssm",)  # packages with kernels that take weights of linear layers as arguments
+_MOST_KNOWN = 64  # structures that are remembered
+_KNOWN: dict[Hashable, set[str]] = {}
 _SOURCE = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|is_meta|requires_grad)\b)")
 
 
@@ -32,7 +34,8 @@ def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict
     """Find the layers whose `weight` is an operand outside their own forward, as in Mamba's `dt_proj`.
 
     Runs a copy of the model on a few fake tokens without data, so that a plan on the meta device and a run find the
-    same. If the model cannot run like that, and for fused kernels, its source code decides.
+    same. If the model cannot run like that, and for fused kernels, its source code decides. The result is
+    remembered for models of the same structure.
 
     Args:
         layers: the layers to check, by name.
@@ -40,10 +43,43 @@ def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict
     Returns:
         By name of the layer, the class of the module that contains it.
     """
+    key = _structure(model, layers)
+    found = _KNOWN.get(key) if key is not None else None
+    if found is None:
+        found = _find(model, layers)
+        if key is not None:
+            if len(_KNOWN) >= _MOST_KNOWN:
+                _KNOWN.pop(next(iter(_KNOWN)))
+            _KNOWN[key] = found
+    return {name: type(_owner(model, name)).__name__ for name in layers if name in found}
+
+
+def _find(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     found = _operands(model, layers)
     if found is None or any(importlib.util.find_spec(package) for package in _FUSED):
         found = (found or set()) | {name for name in layers if _in_source(model, name)}
-    return {name: type(_owner(model, name)).__name__ for name in layers if name in found}
+    return found
+
+
+def _structure(model: nn.Module, layers: Mapping[str, nn.Module]) -> Hashable | None:
+    """What the result depends on, so that a model of the same structure need not run again; None if that is unclear.
+
+    It names every module with its class, the code of its forward, its plain attributes and the shapes of its
+    parameters, and which of them are shared. A module with hooks, or with a forward of its own, is unclear.
+    """
+    seen: dict[int, int] = {}
+    parts: list[Hashable] = [tuple(layers), repr(getattr(model, "config", None))]
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        plain.pop("training", None)  # the copy that runs is in evaluation mode
+        shapes = tuple(
+            (key, None if value is None else (seen.setdefault(id(value), len(seen)), value.shape))
+            for key, value in (*module._parameters.items(), *module._buffers.items())
+        )
+        parts.append((name, type(module), type(module).forward, tuple(sorted(plain.items())), shapes))
+    return tuple(parts)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
