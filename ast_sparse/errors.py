@@ -78,7 +78,7 @@ def one_line(
             at the last word that fits, with "…" after it (word).
         end: how the text ends: unchanged (kept), without full stops, for a sentence that continues (open), always with
             a full stop (stop), or with a full stop unless it ends with another mark (mark).
-        named: put the class before a text of one word, such as `'relux'` of a KeyError.
+        named: put the class before a one-word text, such as `'relux'` from a KeyError.
     """
     text = " ".join(str(error).split())
     if end == "open":

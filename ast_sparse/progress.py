@@ -29,7 +29,7 @@ def progress_bar(*args: Any, **kwargs: Any) -> Any:
 
 
 class LineBar(plain_bar):
-    """A tqdm that prints lines: every half minute, later every twentieth of the time so far, at most ten minutes.
+    """A tqdm that prints a line every half minute, later every 5% of the elapsed time, but at least every ten minutes.
 
     The last line is printed at the end. A job of less than a second prints nothing. In a distributed run only the
     first process prints.

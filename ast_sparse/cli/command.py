@@ -19,7 +19,7 @@ os.environ.setdefault("TQDM_DELAY", "1")  # no progress bar for anything shorter
 
 
 class _OneLine(click.Command):
-    """Prints a user's error, also a wrong option, as one line and exits with 2; Ctrl-C exits with 130."""
+    """Prints a user's error, including a wrong option, as one line and exits with 2; Ctrl-C exits with 130."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group)
 def main() -> None:
-    """Tokenise text once into memory-mapped shards, to name in `data.train` of ast-train."""
+    """Tokenise text once into memory-mapped shards for `data.train` of ast-train."""
 
 
 @main.command(cls=Command)

@@ -79,7 +79,7 @@ class _Settings(TaskSettings):
 @click.option(
     "--data-dir", metavar="DIR", help="Folder with wiki.test.raw (wiki.valid.raw), or that file, instead of the hub."
 )
-@click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
+@click.option("--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file.")
 @click.option(
     "--by", metavar="FIELD",
     help="Group the documents of a file by this field (meta.domain: a field inside another): a row for each value, "
@@ -124,7 +124,9 @@ class _Settings(TaskSettings):
     "ast-sparse[plots]). If a MODEL is the output of ast-train, it also shows the run: losses, perplexities, flip "
     "rates, domains.",
 )
-@click.option("--prompt", multiple=True, metavar="TEXT", help="--report: each MODEL continues this text; repeatable.")
+@click.option(
+    "--prompt", multiple=True, metavar="TEXT", help="With --report: each MODEL continues this text; repeatable."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
@@ -135,7 +137,7 @@ class _Settings(TaskSettings):
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the results, settings and versions to this file too.")
-@click.option("--tokenizer", metavar="MODEL", help="Use the tokenizer of this model. Default: that of each MODEL.")
+@click.option("--tokenizer", metavar="MODEL", help="Use the tokenizer of this model. Default: each MODEL's own.")
 @click.option("--revision", help="Branch, tag or commit of a MODEL on the hub.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option(

@@ -34,8 +34,8 @@ _ONLY_TABLE = ("value_bits", "json_file")
 @click.option(
     "--pattern",
     metavar="N:M",
-    help="Pattern to check; default: that of the checkpoint's sparsity_config.json, or 2:4 (--table: or the one found "
-    "from the zeros).",
+    help="Pattern to check; default: the one in the checkpoint's sparsity_config.json, otherwise 2:4 (with "
+    "--table, the one found from the zeros).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUT.")
 @click.option(
@@ -45,15 +45,15 @@ _ONLY_TABLE = ("value_bits", "json_file")
 )  # fmt: skip
 @click.option(
     "--value-bits", type=click.IntRange(1, 32), default=4, show_default=True,
-    help="--table: bits of a kept value.",
+    help="With --table: bits per kept value.",
 )  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
-@click.option("--json", "json_file", metavar="FILE", help="--table: write all results to this file too.")
+@click.option("--json", "json_file", metavar="FILE", help="With --table: write all results to this file too.")
 @click.pass_context
 def main(context: click.Context, checkpoint: str, out: str | None, table: bool, **options: Any) -> None:
     """Write the N:M model in the folder MODEL to the folder OUT.
 
-    MODEL is a checkpoint or the result of ast-train, an export, or any checkpoint whose weights are N:M. The files are
+    MODEL is a checkpoint or the output of ast-train, an export, or any checkpoint whose weights are N:M. The files are
     read back and verified, then a table of sizes is printed. A failed or interrupted export leaves OUT as it was.
 
     With --table, OUT is optional, and MODEL may be a hub id, a .gguf file or a dense model, whose masks are then made

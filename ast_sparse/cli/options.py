@@ -1,4 +1,4 @@
-"""Values of options that several commands have: a device, a JSON file for results."""
+"""Values of options that several commands share: a device, a JSON file for results."""
 
 from __future__ import annotations
 

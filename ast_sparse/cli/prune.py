@@ -27,7 +27,7 @@ _LONGEST = 2048  # tokens of a calibration sequence, even if the model takes mor
 _C4: dict[str, Any] = {
     "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
 }  # fmt: skip
-_OPTIONS = {  # the option of each setting
+_OPTIONS = {  # the option for each setting
     "sparsity.init": "--method",
     "sparsity.pattern": "--pattern",
     "sparsity.include": "--include",
@@ -60,7 +60,7 @@ _OPTIONS = {  # the option of each setting
     "--calibration", "data", multiple=True, metavar="FILE",
     help="Calibration text: a text, JSONL or parquet file; repeatable. Default: allenai/c4 from the hub.",
 )  # fmt: skip
-@click.option("--text-field", default="text", show_default=True, help="Field of a JSONL or parquet file with the text.")
+@click.option("--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file.")
 @click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
 @click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences.")
@@ -79,7 +79,7 @@ _OPTIONS = {  # the option of each setting
 )  # fmt: skip
 @click.option(
     "--keep-zeros", is_flag=True,
-    help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; the other methods never move one.",
+    help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; the other methods always keep them.",
 )  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")
@@ -100,7 +100,7 @@ def main(model: str, out: str, **options: Any) -> None:
 
     MODEL is a hub id, a local folder or a .gguf file. Blocks are pruned one after the other, each calibrated on the
     outputs of the pruned blocks before it. OUT is an ordinary checkpoint with zeros, verified to be N:M. Measure it
-    with ast-eval, compress it with ast-export. An error or an interruption leaves OUT as it was.
+    with ast-eval; compress it with ast-export. An error or an interruption leaves OUT as it was.
     """
     with settings_as_options(_OPTIONS):
         sparsity = SparsityConfig(
@@ -156,7 +156,7 @@ def _prune(
         progress=True,
         record={"base_model": source.name_or_path, "one_shot": method},
     )
-    click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval, compress it with ast-export.")
+    click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
 
 
 def _samples(

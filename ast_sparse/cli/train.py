@@ -59,7 +59,7 @@ def _plain(value: object) -> str:
     "--peak-tflops",
     type=float,
     metavar="X",
-    help="Dry run: peak of a device; default: that of this machine's GPU, otherwise an H100's 989.",
+    help="Dry run: peak TFLOP/s of a device; default: that of this machine's GPU, otherwise an H100's 989.",
 )
 @click.option("--mfu", type=float, metavar="SHARE", help="Dry run: share of the peak that is used; default 0.35.")
 @click.option("--output-dir", metavar="FOLDER", help="Output folder of the run; overrides training.output_dir.")
@@ -72,7 +72,7 @@ def main(
     output_dir: str | None,
     **hardware: float | None,
 ) -> None:
-    """Retrain a dense causal LM to N:M sparsity (AST): masks change in training, distilled from the dense model.
+    """Retrain a dense causal LM to N:M sparsity (AST): masks change during training; the teacher is the dense model.
 
     Prints the perplexity of the dense, the one-shot and the retrained model, and saves an ordinary checkpoint whose
     pruned weights are zero. For several GPUs: torchrun --nproc_per_node N $(which ast-train) --config FILE.

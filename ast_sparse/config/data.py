@@ -56,7 +56,7 @@ class MixtureConfig(Section):
                 raise UserError(f"data.domains.{name}.share={share} must be 0 or more.")
         total = math.fsum((self.shares or {"all": 1.0}).values())
         if abs(total - 1) > _ROUNDING:
-            raise UserError(f"data.domains: the shares add up to {total:.6g}, not to 1. Correct them.")
+            raise UserError(f"data.domains: the shares add up to {total:.6g}, not 1. Correct them.")
         if self.shares is not None:
             self.check_names(self.shares)
 
@@ -88,7 +88,7 @@ class DataConfig(Section):
     eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Held-out sources; default: a share of `train`.")
     )
-    eval_share: float = field(default=0.02, metadata=about("Share of the documents that is held out, 0 to 0.5."))
+    eval_share: float = field(default=0.02, metadata=about("Share of the documents to hold out, 0 to 0.5."))
     text_field: str = field(default="text", metadata=about("Name of the text column or key."))
     block_size: int = field(default=1024, metadata=about("Tokens in a training sequence."))
     packing: Literal["joined", "documents"] = field(
@@ -101,9 +101,9 @@ class DataConfig(Section):
     bos: Literal["auto", "none", "document", "block", "window"] = field(
         default="auto",
         metadata=about(
-            "BOS in the text, also that of calibration and evaluation.datasets. none: no BOS; document: before each "
-            "document; block or window: before each block; auto: as the tokenizer does with a document, and shards as "
-            "they are. Chat templates add their own."
+            "BOS in the text, including that of calibration and evaluation.datasets. none: no BOS; document: before "
+            "each document; block or window: before each block; auto: as the tokenizer does with a document; shards "
+            "are used as they are. Chat templates add their own."
         ),
     )
     streaming: bool = field(
@@ -129,7 +129,8 @@ class DataConfig(Section):
         self._require(0 <= self.eval_share <= 0.5, "eval_share", "must lie between 0 and 0.5.")
         self._require(self.block_size >= 2, "block_size", "must be at least 2 tokens.")
         if self.streaming:
-            self._require(self.domains is None, "streaming", "supports no domains. Make shards with ast-data prepare.")
+            problem = "does not support domains. Make shards with ast-data prepare."
+            self._require(self.domains is None, "streaming", problem)
             problem = "cannot hold out documents of the stream. Name data.eval, or set data.eval_share: 0."
             self._require(bool(self.eval) or self.eval_share == 0, "streaming", problem)
         if self.domains is None:
@@ -164,7 +165,7 @@ class DataConfig(Section):
         known = [item.name for item in dataclasses.fields(DomainConfig)]
         for name, values in (self.domains or {}).items():
             if not isinstance(name, str) or not _DOMAIN_NAME.fullmatch(name):
-                raise UserError(f"data.domains: the name {shown(name)} is not made of letters, digits, _ and -.")
+                raise UserError(f"data.domains: the name {shown(name)} must consist of letters, digits, _ and -.")
             if not isinstance(values, dict):
                 raise UserError(f"data.domains.{name}={shown(values)} is not a mapping. Write `train: FILE` below it.")
             for key in values:

@@ -31,7 +31,7 @@ class DistillationConfig(Section):
     )
     match_flops: bool = field(
         default=False,
-        metadata=about("Without a teacher, train for more steps: those that the teacher's FLOPs pay for (Table 11)."),
+        metadata=about("Without a teacher, train for as many more steps as the teacher's FLOPs pay for (Table 11)."),
     )
 
     def _validate(self) -> None:
@@ -49,7 +49,7 @@ class DistillationConfig(Section):
         for key in ("ce_weight", "kl_weight"):
             self._require(getattr(self, key) is None or getattr(self, key) >= 0, key, "must be 0 or more.")
         self._require(
-            self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0: nothing to train on."
+            self.weights != (0.0, 0.0), "kl_weight", "and distillation.ce_weight are both 0. Raise one of them."
         )
         self._require(self.temperature > 0, "temperature", "must be above 0.")
         for key in ("hidden_weight", "attention_weight"):

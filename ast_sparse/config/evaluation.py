@@ -19,7 +19,7 @@ class EvaluationConfig(Section):
     data_dir: str | None = field(default=None, metadata=about("Folder with wiki.test.raw, instead of the hub."))
     steps: int | None = field(
         default=None,
-        metadata=about("Steps between measurements during training, which are logged; default: none during training."),
+        metadata=about("Steps between logged measurements during training; default: no measurements during training."),
     )
     report: bool = field(
         default=False,
@@ -27,7 +27,7 @@ class EvaluationConfig(Section):
     )
     prompts: tuple[str, ...] = field(
         default=("The capital of France is", "A function in Python is defined with the keyword", "Water boils when"),
-        metadata=about("Texts that the model of each stage continues greedily for the report; an empty list: none."),
+        metadata=about("Texts that each stage's model continues greedily for the report; an empty list: none."),
     )
 
     def _validate(self) -> None:
@@ -47,14 +47,17 @@ class WatchConfig(Section):
     _name = "watch"
     nan: Literal["stop", "skip"] = field(
         default="stop",
-        metadata=about("If a loss or gradient is not finite: stop the run, or skip the update."),
+        metadata=about("A loss or gradient that is not finite. stop: end the run; skip: leave out the update."),
     )
     spike: Literal["off", "warn", "skip", "stop"] = field(
         default="off",
-        metadata=about("What to do if a loss is above `spike_factor` times the median of `spike_window` steps."),
+        metadata=about(
+            "A loss above `spike_factor` times the median of `spike_window` steps. off: ignore it; warn: log it; skip: "
+            "leave out the update; stop: end the run."
+        ),
     )
     spike_factor: float = field(default=3.0, metadata=about("How many times the median a loss may be, above 1."))
-    spike_window: int = field(default=50, metadata=about("Steps for the median; checks begin after them."))
+    spike_window: int = field(default=50, metadata=about("Number of steps for the median; checks begin after them."))
     max_skips: int = field(default=10, metadata=about("Steps in a row that may be skipped before the run stops."))
 
     def _validate(self) -> None:

@@ -27,7 +27,7 @@ class SparsityConfig(Section):
     )
     criterion: Method = field(
         default="magnitude",
-        metadata=about("Score for mask refreshes; wanda and sparsegpt use the activations of the step before."),
+        metadata=about("Score for mask refreshes; wanda and sparsegpt use the activations of the previous step."),
     )
     init: Method = field(
         default="magnitude", metadata=about("One-shot method for the masks at the start; settings in `calibration`.")
@@ -94,7 +94,7 @@ class SparsityConfig(Section):
 
     @property
     def n(self) -> int:
-        """Weights kept of each group; 1 (of 2) without groups."""
+        """Weights kept in each group; 1 (of 2) without groups."""
         return int(self.pattern.split(":")[0]) if self.structured else 1
 
     @property
@@ -134,7 +134,9 @@ class SLoRBConfig(Section):
     train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
     start: float = field(
         default=0.0,
-        metadata=about("Share of the steps after which only SLoRB is trained (Table 12); 0: trained from the start."),
+        metadata=about(
+            "Share of the steps before SLoRB is trained, then alone (Table 12); 0: from the start, with the weights."
+        ),
     )
 
     def _validate(self) -> None:
@@ -160,7 +162,7 @@ class CalibrationConfig(Section):
         default=False,
         metadata=about(
             "SparseGPT: weights of the model that are already 0 stay 0; with the other methods they always do. This "
-            "is about pruning only: training may change them like any other weight."
+            "applies to pruning only: training may change them like any other weight."
         ),
     )
     seed: int = field(default=0, metadata=about("Random seed for choosing the sequences."))

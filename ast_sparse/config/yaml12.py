@@ -13,7 +13,7 @@ import yaml
 
 from ast_sparse.errors import UserError, kind_of, one_line, shown, shown_name
 
-_LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths has less
+_LARGEST_FILE = 2**20  # bytes; a list of 10,000 paths is smaller
 _MOST_VALUES = 100_000  # entries; an alias counts as many as what it refers to ...
 _LONG_TEXT = 64  # ... and a text one more for each of this many characters
 _DEEPEST = 32  # levels of nested mappings and lists

@@ -112,7 +112,7 @@ def _left_out(empty: int) -> str:
 def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Blocks | None, DataReport]:
     """Read, tokenise, hold out and pack; the result is cached by text, tokenizer, block size, share and seed.
 
-    Token shards are tokenised already and are read in place. With `data.eval` nothing is held out of training. Without
+    Token shards are already tokenised and are read in place. With `data.eval` nothing is held out of training. Without
     it, and with `data.eval_share: 0`, there is no held-out text. `training_tokens` says how documents are held out.
     With several processes call it under `main_process_first()`.
 
@@ -191,7 +191,7 @@ def _read(
 
 
 class _Text:
-    """Sources of text, tokenised, and how many tokens of each document train."""
+    """Sources of text, tokenised, and how many tokens of each document are for training."""
 
     def __init__(
         self,
@@ -232,7 +232,7 @@ class _Text:
 
 
 class _Shards:
-    """Folders of shards, and which stretches of them train."""
+    """Folders of shards, and which stretches of them are for training."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class _Shards:
 def _pack(
     split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, borders: Borders | None
 ) -> tuple[Blocks, SplitReport]:
-    """Pack one split, each domain separately if there are any."""
+    """Pack one split, each domain separately if there are domains."""
     size = config.block_size
     of_text = size - len(split.bos.of_block)
     every = range(len(split.fields))
@@ -320,7 +320,7 @@ def _names(sources: Sequence[SourceReport]) -> str:
 
 
 def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, bos: Bos) -> list[Dataset]:
-    """Tokenise every source; beside chat data every token of raw text is a label."""
+    """Tokenise every source; if any is chat data, raw text gets labels too: all its tokens."""
     tokenised = [
         tokenise_conversations(source.documents, tokenizer, source.name, bos.of_document)
         if source.is_chat

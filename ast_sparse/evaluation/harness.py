@@ -79,7 +79,7 @@ class TaskResult:
 
 
 class Harness:
-    """Tasks, found and with their data read before any model is loaded.
+    """Tasks, which are found, and their data read, before any model is loaded.
 
     Every model gets the same requests, those of `lm_eval.simple_evaluate` for the name alone: each name begins with the
     same seeds, whatever was measured before.
@@ -108,7 +108,7 @@ class Harness:
         published = [task for name in names for task in GROUPS.get(name, ())]
         wanted = [each for name in names for each in ([task.name for task in GROUPS.get(name, ())] or [name])]
         self._loaded: dict[str, Any] = {}
-        self._random: dict[str, _RandomState] = {}  # after its data were read
+        self._random: dict[str, _RandomState] = {}  # after its data was read
         self._asked: dict[tuple[Any, ...], str] = {}  # fingerprints of requests
         with _quiet(), _random_state_kept():
             self._manager = _manager(wanted, include_path)
@@ -187,7 +187,7 @@ class Harness:
         if max_length is not None:
             check_window(model.config, max_length)
         else:
-            max_length = named_positions(model.config)  # the harness does not know the name every family gives them
+            max_length = named_positions(model.config)  # the harness does not know every family's name for them
         template = self.prompts.template(tokenizer)
         results: list[TaskResult] = []
         with _quiet(), _random_state_kept():
@@ -226,7 +226,7 @@ class Harness:
         if template is not None:
             self._warn_of_dropped(name, tokenizer, template)
         rows = _results(name, loaded, record, self._metrics.get(name), self.prompts.described(tokenizer))
-        if seen():  # else the first choice, or what greedy decoding makes of NaN, would be scored
+        if seen():  # otherwise the first choice, or what greedy decoding makes of NaN, would be scored
             rows = [replace(row, value=math.nan, stderr=None) for row in rows]
         return rows
 
@@ -279,7 +279,7 @@ def _import() -> Any:
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> Any:
-    """A task manager that knows all names; the harness's own tasks take seconds to index, so only if needed."""
+    """A task manager that knows all names; the harness's own tasks are indexed only if needed: that takes seconds."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).expanduser().is_dir():

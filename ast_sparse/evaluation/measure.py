@@ -23,7 +23,7 @@ from ast_sparse.evaluation.scoring import Sums, score
 from ast_sparse.evaluation.texts import Text
 from ast_sparse.evaluation.windows import Stream, Window, cut, tokenise, tokenise_chat
 
-_SAMPLE = 10_000  # characters of which two tokenizers must make the same tokens
+_SAMPLE = 10_000  # characters that both tokenizers must turn into the same tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class TextResult(PerplexityResult):
     scored_bytes: int | None  # None: the tokenizer has no offsets
     bits_per_byte: float | None
     teacher_kl: float | None  # KL(teacher‖student), nats per token; None without a teacher
-    teacher_agreement: float | None  # share of tokens where the likeliest one is the teacher's too
+    teacher_agreement: float | None  # share of tokens where both find the same one likeliest
     bad_kl_window: int | None = None  # as `bad_window`, for the divergence from the teacher
 
     def fault(self) -> str | None:
@@ -83,7 +83,7 @@ def measure_text(
         seq_len: tokens of a window.
         windows: how many to measure, from the first on; None: all.
         stride: tokens between the starts of windows, as in `windows.cut`; None: they do not overlap, and the rest of
-            the text is dropped (the published protocol); of separate documents the rest is a shorter window.
+            the text is dropped (the published protocol); for separate documents the rest is a shorter window.
         join: as in `windows.tokenise`. With `separate`, windows are cut inside a document, and none crosses documents.
         bos: as in `perplexity`; with `document` or `auto` each document that is tokenised separately gets it.
         teacher: a model with the same tokenizer; its vocabulary may be padded to another size.
@@ -153,7 +153,7 @@ def measure_texts(
     renamed: Renamed | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[str, TextResult]]:
-    """Name and result of every text, and after the groups of a file that of the whole file. As `measure_text`."""
+    """Name and result of every text; after the groups of a file, those of the whole file. As `measure_text`."""
     group: list[TextResult] = []
     for index, text in enumerate(texts):
         limits = [limit for limit in (text.windows, windows) if limit is not None]

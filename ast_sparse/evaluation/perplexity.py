@@ -1,9 +1,9 @@
 """Perplexity by the published protocol, and the WikiText-2 text it is reported on.
 
-The text is tokenised as one stream, by default as the tokenizer does when it is called with it (BOS at its start, or
-none), and cut into windows that do not overlap; the remainder is dropped. Each window of `seq_len` tokens predicts
-`seq_len - 1`; the perplexity is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower
-perplexity, so a perplexity means nothing without its window length.
+The text is tokenised as one stream, by default as the tokenizer itself does it (BOS at its start, or none), and cut
+into windows that do not overlap; the remainder is dropped. Each window of `seq_len` tokens predicts `seq_len - 1`; the
+perplexity is exp of the mean loss over all of them (paper Sec. 7). A longer window gives a lower perplexity, so a
+perplexity means nothing without its window length.
 """
 
 import time
@@ -74,7 +74,7 @@ def perplexity(
 ) -> float:
     """Perplexity of a causal language model on a text; `evaluate_text` returns the details as well.
 
-    A loss that is not finite gives nan or inf, and a warning that names the window.
+    A loss that is not finite results in nan or inf, and a warning that names the window.
 
     Args:
         text_or_rows: the text, or rows to be joined by a blank line.
@@ -126,7 +126,7 @@ def evaluate_text(
 def check_streams(
     model: nn.Module, streams: Sequence[Stream], seq_len: int, *, is_cut: bool, front: tuple[int, ...] = ()
 ) -> None:
-    """Check that the text gave windows (`is_cut`) and that the model knows its tokens and those before each window.
+    """Check that the text fills a window (`is_cut`) and that the model knows its tokens and those before each window.
 
     Raises:
         UserError: a text shorter than a window, or a token without an embedding.
@@ -210,7 +210,7 @@ def check_window(model_config: Any, seq_len: int, windows: int | None = None) ->
 def max_positions(model_config: Any) -> int | None:
     """Longest sequence a model takes, by its config; None if it sets no limit (Mamba, BLOOM, Falcon with ALiBi).
 
-    Scaling of rotary positions beyond what the config names counts (`linear`, `dynamic`, `yarn`, by their factor).
+    Scaled rotary positions count if they exceed what the config names (`linear`, `dynamic`, `yarn`, by their factor).
     """
     config = text_config(model_config)
     named = _named_positions(config)
@@ -262,7 +262,7 @@ def text_config(model_config: Any) -> Any:
         return model_config
     try:
         return model_config.get_text_config()
-    except ValueError:  # MusicGen has a text encoder beside its decoder
+    except ValueError:  # MusicGen has a text encoder besides its decoder
         return model_config.get_text_config(decoder=True)
 
 
@@ -334,6 +334,6 @@ def _hub_rows(split: str, field: str) -> list[str]:
         return list(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
-            f"WikiText-2 cannot be loaded from the hub ({one_line(error, 200)}). Without a network, name a folder with "
-            f"wiki.test.raw by `{field}`."
+            f"WikiText-2 cannot be loaded from the hub ({one_line(error, 200)}). Without a network, set `{field}` to a "
+            "folder with wiki.test.raw."
         ) from error

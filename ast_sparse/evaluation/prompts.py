@@ -97,7 +97,7 @@ class PromptFormat:
         return None if _PROBE in str(text) else "leaves system messages out"
 
     def described(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """The format in words, for tables; other prompts get other words. None for plain text."""
+        """The format in words, for tables; different prompts get different words. None for plain text."""
         parts = []
         if (template := self.template(tokenizer)) is not None:
             parts.append(f"chat template {self.name} ({hashlib.sha256(template.encode()).hexdigest()[:8]})")

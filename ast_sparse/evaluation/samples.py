@@ -1,4 +1,4 @@
-"""Greedy continuations of a few prompts, to read beside the results."""
+"""Greedy continuations of a few prompts, to read alongside the results."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -59,7 +59,7 @@ def score(
         windows: token ids (int64 tensor or list) and how many of them, from the end, are scored: at least one and fewer
             than there are tokens; or which of those after the first are scored (bool `[tokens − 1]`).
         count: how many windows there are, for the progress bar.
-        teacher: has the tokens of the model; extra ones at the end of either vocabulary are not compared.
+        teacher: has the model's tokens; extra ones at the end of either vocabulary are not compared.
     """
     sums = Sums()
     scored_by = _Scored(model), None if teacher is None else _Scored(teacher)
@@ -99,7 +99,7 @@ class _Scored:
             self.head = find_output_head(model)
 
     def parts(self, tokens: Tensor, chosen: slice | Tensor) -> Iterator[Tensor]:
-        """Logits `[positions, vocab]` that predict the chosen ones of the tokens after the first, by chunks."""
+        """Logits `[positions, vocab]` that predict the chosen ones of the tokens after the first, in chunks."""
         inputs: dict[str, Any] = dict(input_ids=tokens[None].to(self.device), use_cache=False)
         if self.head is None:
             states = self.model(**inputs).logits

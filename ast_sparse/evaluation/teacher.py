@@ -24,8 +24,8 @@ def check_teacher(
     """Check a teacher against a model and its tokenizer, before weights are loaded.
 
     Args:
-        name: of the teacher.
-        config, tokenizer: of the model.
+        name: the teacher's name.
+        config, tokenizer: the model's.
 
     Returns:
         A line to print if the teacher has no tokenizer to compare.

@@ -55,7 +55,7 @@ def read_datasets(
     first 256 windows.
 
     Args:
-        names: `wikitext2`, `c4` or files of text, chat data among them, JSONL or parquet.
+        names: `wikitext2`, `c4`, or files: text, JSONL or parquet, including chat data.
         split, data_dir: as in `wikitext2_rows`.
         by: group the documents of every file by this field; a text for every value.
         join: as in `windows.tokenise`; None: a space for C4, otherwise a blank line.

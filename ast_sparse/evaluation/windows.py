@@ -189,9 +189,9 @@ def cut(
 
     Args:
         stride: None: windows do not overlap, the first token of each is context only, and the rest of a stream that
-            fills no window is dropped. Otherwise windows begin `stride` tokens apart, each scores the tokens after the
-            end of the one before it, so every token of a stream but the first is scored once. The last window ends
-            with the stream and may be shorter.
+            does not fill a window is dropped. Otherwise windows begin `stride` tokens apart, each scores the tokens
+            after the end of the one before it, so every token of a stream but the first is scored once. The last window
+            ends with the stream and may be shorter.
         keep_rest: with no stride, keep the rest as a shorter window.
         bos: if it goes before every window, it is context only: the rest of `seq_len` is text, and all of that is
             predicted. A window that already begins with it, from a chat template, does not get a second one.

@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_before_any_model_is_measured(model: str, text: st
         "window": ((model, "--dataset", text, "--seq-len", "129"), "longer than the model's 128 positions"),
         "model": ((model, tmp_path / "nowhere", "--dataset", text), "nowhere"),
         "folder": ((model, "--data-dir", tmp_path), "No wiki.test.raw in `--data-dir`"),
-        "hub": ((model,), "name a folder with wiki.test.raw by `--data-dir`"),
+        "hub": ((model,), "set `--data-dir` to a folder with wiki.test.raw"),
         "json": ((model, "--dataset", text, "--json", tmp_path / "no" / "a.json"), "does not exist. Create it first."),
         "json folder": ((model, "--dataset", text, "--json", tmp_path), "is a folder. Name a file."),
         "split": ((model, "--dataset", text, "--split", "test"), "--split belongs to --dataset wikitext2"),

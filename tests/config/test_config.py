@@ -115,7 +115,7 @@ def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         ("sparsity: !!python/object:os.system {}", r"line 6: the tag .*os\.system is not supported"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_mend(tmp_path: Path, addition: str, message: str) -> None:
+def test_a_wrong_value_is_named_with_its_fix(tmp_path: Path, addition: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_config(write(tmp_path, BASE + addition + "\n"))
     assert "\n" not in str(caught.value)

@@ -34,7 +34,7 @@ class CausalLMCollator:
     Args:
         pad_token_id: fills rows on the right if lengths differ; with None such a batch is refused.
         document_end: the token that ends documents, which are then kept apart: positions begin at 0 in every document,
-            which transformers' attention masks take as its border, and its first token is not a label. `position_ids`
+            which transformers' attention masks treat as its border, and its first token is not a label. `position_ids`
             of a row take precedence over the token. With None documents are not kept apart.
         document_begin: BOS, if documents or blocks begin with it. It may be the token that ends documents (OPT).
     """
@@ -50,7 +50,7 @@ class CausalLMCollator:
         """Make a batch.
 
         Args:
-            features: rows with `input_ids` and perhaps `labels` and `attention_mask`: lists or tensors of equal length.
+            features: rows with `input_ids` and maybe `labels` and `attention_mask`: lists or tensors of equal length.
 
         Returns:
             int64 `[batch, longest]`: `input_ids`, `labels` (-100 on padding), and `attention_mask` only if lengths
@@ -58,7 +58,7 @@ class CausalLMCollator:
             have it.
 
         Raises:
-            UserError: lengths differ and there is no pad token or documents are to be kept apart; or a row differs in
+            UserError: lengths differ and there is no pad token or documents are kept apart; or a row differs in
                 length from its labels or mask.
         """
         rows = [_long(feature["input_ids"]) for feature in features]

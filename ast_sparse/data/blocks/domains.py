@@ -87,7 +87,7 @@ class Mixture:
         return next(change.shares for change in reversed(self.history) if change.step <= step)
 
     def change_shares(self, step: int, shares: Sequence[float], losses: Sequence[float]) -> None:
-        """Draw the samples of `step` and later by other shares; this replaces changes at `step` or later."""
+        """Use other shares from `step` on; this replaces changes at `step` or later."""
         self.history = [change for change in self.history if change.step < step]
         self.history.append(ShareChange(step, tuple(shares), tuple(losses)))
         if self._counted[0] > step:
@@ -169,7 +169,7 @@ def updated_shares(
     constant: unchanged.
 
     Args:
-        losses, targets: of the domains, held out, in nats a token.
+        losses, targets: of the domains, held out, in nats per token.
     """
     if config.type == "constant":
         return tuple(shares)

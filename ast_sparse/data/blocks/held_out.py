@@ -16,7 +16,7 @@ FEW_DOCUMENTS = 20  # with fewer, whole documents are too coarse a unit to hold 
 def training_tokens(
     keys: Sequence[np.ndarray], lengths: Sequence[np.ndarray], names: Sequence[str], share: float, seed: int
 ) -> list[np.ndarray]:
-    """How many tokens of each document train; the rest of it is held out.
+    """How many tokens of each document are for training; the rest of it is held out.
 
     Whole documents are held out: from each source the `ceil(share · n)` with the smallest hash of (seed, text), so that
     neither the order of files nor copies of a document matter. A copy in another source is treated the same. If a
@@ -24,13 +24,13 @@ def training_tokens(
 
     Args:
         keys, lengths: per source `[documents]`, hash of the text, and number of tokens (0 if empty).
-        names: of the sources, for messages.
+        names: names of the sources, for messages.
 
     Returns:
-        Per source `[documents]` int64, between 0 (held out) and the document's length (trains).
+        Per source `[documents]` int64, between 0 (held out) and the document's length (all for training).
 
     Raises:
-        UserError: a document of a source with fewer than 20 has a copy somewhere, so that the cut would let it leak.
+        UserError: a document of a source with fewer than 20 has a copy somewhere, so the cut would let it leak.
     """
     if share == 0:
         return [length.copy() for length in lengths]

@@ -18,7 +18,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def seed_key(*parts: object) -> int:
-    """A 64-bit key out of a seed and names, the same on every machine."""
+    """A 64-bit key made from a seed and names, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
@@ -30,7 +30,7 @@ class BlockOrder:
 
     Args:
         blocks: their number, at least 1.
-        key: from `seed_key`; another key gives another order.
+        key: from `seed_key`; each key has its own order.
     """
 
     def __init__(self, blocks: int, key: int) -> None:

@@ -107,16 +107,16 @@ class TokenBlocks(Sequence[dict[str, Any]]):
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a memory map would be pickled as all its tokens
+        return {**self.__dict__, "_open": {}}  # a memory map would be pickled with all its tokens
 
 
 def split_folders(folders: Sequence[ShardFolder], share: float, seed: int) -> list[tuple[Stretches, Stretches]]:
-    """Which part of each folder trains and which is held out: the documents that `training_tokens` would hold out.
+    """Which part of each folder is for training and which is held out, by the rule of `training_tokens`.
 
     Hashes are read shard by shard, so memory grows only with what is held out.
 
     Raises:
-        UserError: a document of a folder with fewer than 20 has a copy somewhere, so that the cut would let it leak.
+        UserError: a document of a folder with fewer than 20 has a copy somewhere, so the cut would let it leak.
     """
     first = np.cumsum([0, *(len(folder.manifest.shards) for folder in folders)]).tolist()
     if share == 0:
@@ -168,7 +168,7 @@ def _smallest(folder: ShardFolder, share: float, seed: int) -> np.ndarray:
 
 
 def _without(folder: ShardFolder, held_out: np.ndarray, first: int) -> tuple[Stretches, Stretches]:
-    """The stretches that train, and those of the held-out documents."""
+    """The stretches for training, and those of the held-out documents."""
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     counts = [0, 0]
     for number, (_, borders, keys) in enumerate(_documents(folder), start=first):

@@ -23,7 +23,7 @@ _DOCUMENTS = 16  # tokenised at once
 class StreamedBlocks(IterableDataset[dict[str, Any]]):
     """The documents of sources in their order, joined and cut into blocks: rows `{"input_ids": int64 [block_size]}`.
 
-    The blocks are those that `pack_tokens` makes of the text, repeated without end. A resumed run reads and tokenises
+    The blocks are those that `pack_tokens` makes from the text, repeated endlessly. A resumed run reads and tokenises
     the used text again and continues with the next block. Data sets of the hub are read over the network.
 
     Args:
@@ -60,7 +60,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             carried = stream[end:]
 
     def _stream(self) -> Iterator[np.ndarray]:
-        """The tokens of all sources, a few documents at a time, repeated without end."""
+        """The tokens of all sources, a few documents at a time, repeated endlessly."""
         while True:
             total = 0
             documents = iterate_documents(self.entries, self.root, self.text_field, "data.train", streaming=True)

@@ -30,7 +30,7 @@ def chat_columns_of_file(file: Path, kind: str) -> list[str]:
     """The same for a file, from the first row of JSONL or the schema of parquet; none if it cannot be read.
 
     Args:
-        kind: of the file: json, parquet or text.
+        kind: json, parquet or text.
     """
     try:
         if kind == "parquet":
@@ -58,7 +58,7 @@ def json_conversations(files: tuple[Path, ...], columns: tuple[str, ...]) -> Ite
                 # optional columns may begin after the first line
                 more = [column for column in _OPTIONAL if column not in columns and row.get(column) is not None]
                 yield {ROW: json.dumps({column: row.get(column) for column in (*columns, *more)})}
-        except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
+        except (OSError, EOFError, zlib.error) as error:  # including a damaged .gz or .zst
             reason = one_line(error, 300, end="stop")
             raise UserError(f"{file} cannot be read: {reason} Copy it again, or fix its permissions.") from error
 

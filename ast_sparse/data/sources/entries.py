@@ -32,7 +32,7 @@ def check_sources(config: DataConfig) -> None:
 
     Raises:
         UserError: a missing or empty file, a glob that matches nothing, an unknown kind of file, a malformed entry,
-            shards that are unfinished or cut, or a source that is in both lists.
+            shards that are unfinished or cut short, or a source that is in both lists.
     """
     places: dict[str, str] = {}
     trained = config.entries("train")
@@ -60,13 +60,13 @@ def _check_kinds(entries: Mapping[str, Sequence[Entry]], root: str | None) -> No
             next(field for field, is_shards in kinds.items() if is_shards == which) for which in (True, False)
         )
         raise UserError(
-            f"`{shards}` is a folder of shards and `{text}` is text. Make shards of all with ast-data prepare, or of "
-            "none."
+            f"`{shards}` is a folder of shards and `{text}` is text. Make shards of all text with ast-data prepare, "
+            "or of none."
         )
 
 
 def check_entries(entries: Sequence[Entry], root: str | None, field: str) -> None:
-    """Check single sources of text as `check_sources` does those of `data`."""
+    """Check sources of text as `check_sources` checks those of `data`."""
     for entry in entries:
         text_files(entry, root, field)
 
@@ -82,8 +82,8 @@ def shard_folders(entries: Sequence[Entry], root: str | None, field: str) -> lis
     if found and len(found) < len(checked):
         other = next(entry for entry, kind, _ in checked if kind != "shards")
         raise UserError(
-            f"`{field}`: {found[0][0]} is a folder of shards and {other} is text. Make shards of all with ast-data "
-            "prepare, or of none."
+            f"`{field}`: {found[0][0]} is a folder of shards and {other} is text. Make shards of all text with "
+            "ast-data prepare, or of none."
         )
     return [ShardFolder(name, path, read_manifest(path)) for name, path in found]
 

@@ -36,7 +36,7 @@ def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterato
             for text, where in _json_texts(file, text_field) if kind == "json" else [(_text(file), str(file))]:
                 is_empty = is_empty and not text.strip()
                 yield text, where
-        except (OSError, EOFError, zlib.error) as error:  # a damaged .gz or .zst among them
+        except (OSError, EOFError, zlib.error) as error:  # including a damaged .gz or .zst
             reason = one_line(error, 300, end="stop")
             raise UserError(f"{file} cannot be read: {reason} Copy it again, or fix its permissions.") from error
         if is_empty:
@@ -44,7 +44,7 @@ def file_documents(files: Iterable[Path], kind: str, text_field: str) -> Iterato
 
 
 def uncompressed_name(path: Path) -> str:
-    """Name of the file in lower case, without the suffix of a compression."""
+    """Name of the file in lower case, without a compression suffix."""
     name = path.name.lower()
     return next((name.removesuffix(suffix) for suffix in COMPRESSED if name.endswith(suffix)), name)
 

@@ -59,7 +59,7 @@ class Bos:
         return self.of_block if self.is_end else missing(self.of_block, ids)
 
     def line(self, tokenizer: PreTrainedTokenizerBase, unit: str = "block") -> str | None:
-        """What reports say about it; None if the tokenizer puts nothing before text and nothing is asked for."""
+        """What reports say about it; None if neither the tokenizer nor the setting puts anything before text."""
         if not (self.tokens or self.own):
             return None
         name = "".join(tokenizer.convert_ids_to_tokens(list(self.tokens or self.own)))

@@ -1,4 +1,4 @@
-"""Conversations and pairs of prompt and completion as tokens, with labels only on what the assistant says.
+"""Conversations and prompt-completion pairs as tokens, with labels only on what the assistant says.
 
 Recognised by their columns, as TRL does: `prompt` and `completion` (both text, or both lists of messages), or
 `messages`. `chat_template` decides what counts in messages. In a completion everything after the prompt counts, and in
@@ -34,7 +34,7 @@ _ROWS_PER_BATCH = 256
 def tokenise_conversations(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str, bos: tuple[int, ...] = ()
 ) -> Dataset:
-    """Tokenise chat data; rows with nothing to count give no token.
+    """Tokenise chat data; rows with nothing to count have no tokens.
 
     Args:
         rows: with the columns of `chat_columns`.
@@ -101,7 +101,7 @@ def uncounted_rows(lengths: np.ndarray, name: str) -> str | None:
     if len(rows) == len(lengths):
         raise UserError(
             f"{name}: nothing is counted in any of {len(rows):,} rows. Each needs a message of role `assistant` that "
-            "the chat template writes (and marks, where it has {% generation %})."
+            "the chat template writes (and marks, if it has {% generation %})."
         )
     return f"{name}: rows left out because nothing in them is counted: {len(rows):,}, the first is row {rows[0]}"
 
@@ -118,7 +118,7 @@ def conversation_tokens(
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
-    """Raise UserError unless the tokenizer can write and take apart the first row."""
+    """Raise UserError unless the tokenizer can write and tokenise the first row."""
     if not getattr(tokenizer, "chat_template", None) and not isinstance(row.get("prompt"), str):
         raise UserError(
             f"{name} is chat data ({', '.join(row)}), and the tokenizer of `{tokenizer.name_or_path}` has no chat "
@@ -145,7 +145,7 @@ def _tokens(
     where: str,
     bos: tuple[int, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and labels of a row, int32; both empty if nothing is counted. Only plain text is ended by `eos`."""
+    """Token ids and labels of a row, int32; both empty if nothing is counted. Only plain text ends with `eos`."""
     prompt, completion = row.get("prompt"), row.get("completion")
     try:
         if isinstance(prompt, str) and isinstance(completion, str):

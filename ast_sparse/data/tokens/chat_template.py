@@ -49,15 +49,15 @@ def template_text(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
     text = tokenizer.get_chat_template(tools=tools)
     if _RANDOM.search(text):
         raise UserError(
-            f"The chat template of `{tokenizer.name_or_path}` draws at random (`random` or `lipsum`), so tokens would "
-            "differ from run to run. Remove that from its chat_template.jinja."
+            f"The chat template of `{tokenizer.name_or_path}` uses random numbers (`random` or `lipsum`), so tokens "
+            "would differ from run to run. Remove that from its chat_template.jinja."
         )
     return _fixed_date() + text if "strftime_now" in text else text
 
 
 @cache
 def _fixed_date() -> str:
-    """A macro which hides `strftime_now`: functions cannot be passed to a template."""
+    """A macro that hides `strftime_now`: functions cannot be passed to a template."""
     pairs = [("%" + flag + key, DATE.strftime("%" + key)) for key in _DIRECTIVES for flag in ("-", "#", "")]
     pairs = [(key, value.lstrip("0") or "0" if key[1] in "-#" else value) for key, value in pairs]
     replaced = "".join(f" | replace({key!r}, {value!r})" for key, value in [*pairs, ("%%", "%")])

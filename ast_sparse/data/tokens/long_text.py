@@ -1,4 +1,4 @@
-"""Tokenise texts of any length within bounded memory: a tokenizer needs about 130 bytes a character."""
+"""Tokenise texts of any length within bounded memory: a tokenizer needs about 130 bytes per character."""
 
 from __future__ import annotations
 

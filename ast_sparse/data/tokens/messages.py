@@ -24,7 +24,7 @@ def read_messages(value: Any, column: str, where: str) -> tuple[list[Message], l
     """Check messages and remove the weights from them.
 
     Args:
-        value: of the column.
+        value: what the column has.
         where: the row, for messages.
 
     Returns:

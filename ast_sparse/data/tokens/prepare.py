@@ -1,4 +1,4 @@
-"""Text to token shards: read once, tokenised by several processes, continued after a kill.
+"""Text to token shards: read once, tokenised by several processes, resumed if killed.
 
 One process reads the documents in order and writes the shards. The others tokenise batches, which come back in order,
 so the shards do not depend on how many processes there are. At most `_AHEAD` batches for each are in memory.
@@ -60,7 +60,7 @@ _AHEAD = 4  # batches for each process that are read but not yet written
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """What is to be tokenised, and how.
+    """What to tokenise, and how.
 
     Attributes:
         entries, root, text_field: as in `data.train`.
@@ -273,7 +273,7 @@ def _too_long(text: str, where: str, settings: PrepareSettings) -> str:
 def _tokenised(
     tasks: Iterator[tuple[str, list[str]]], settings: TokeniserSettings, workers: int
 ) -> Generator[tuple[str, Batch]]:
-    """The batches in order; how many are read ahead and wait to be written is bounded."""
+    """The batches in order; only a limited number are read ahead and wait to be written."""
     if workers == 1:
         tokeniser = Tokeniser(settings)
         yield from ((name, tokeniser(texts)) for name, texts in tasks)

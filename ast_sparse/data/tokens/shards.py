@@ -26,7 +26,7 @@ from ast_sparse.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-PROGRESS = "prepare.json"  # what is done while shards are being written
+PROGRESS = "prepare.json"  # the finished shards, until all are written
 TOKENS, DOCUMENTS = ".tokens", ".documents"
 _TYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _OFFSETS = np.dtype("<u8")
@@ -53,7 +53,7 @@ class Manifest:
     Attributes:
         tokenizer: name of the tokenizer, for messages.
         tokenizer_key: hash of what decides the tokens of a text, from `tokenise.tokenizer_key`.
-        vocab_size: tokens of the tokenizer, which decided the token type.
+        vocab_size: number of tokens of the tokenizer, which decided the token type.
         token_type: uint16 or uint32.
         bos: tokens that every document begins with, except empty ones; none in folders older than this field.
         text_field, sources: what was read.
@@ -122,11 +122,11 @@ def is_shard_folder(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder, whose files all exist with the sizes it says.
+    """The manifest of a finished folder, whose files all have the sizes it lists.
 
     Raises:
-        UserError: the folder is unfinished, the manifest is damaged or of a later version, or a shard is missing, cut
-            or too long.
+        UserError: the folder is unfinished, the manifest is damaged or of a later version, or a shard is missing,
+            too short or too long.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -247,7 +247,7 @@ def verify_shards(folder: Path, progress: Callable[[int], object] = lambda size:
             or any((tokens[first + i] != bos).any() for i, bos in enumerate(manifest.bos))
         )
         if not is_whole or has_other_begins or (last != manifest.eos_token_id).any():
-            raise UserError(f"{folder / shard.name} does not have the documents its manifest says. Make it again.")
+            raise UserError(f"{folder / shard.name} does not have the documents its manifest lists. Make it again.")
     return manifest
 
 

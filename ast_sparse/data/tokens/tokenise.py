@@ -1,4 +1,4 @@
-"""Text to token ids, a document a row, cached by text, tokenizer and BOS."""
+"""Text to token ids, one document per row, cached by text, tokenizer and BOS."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ LABELLED = Features({"input_ids": List(Value("int32")), "labels": List(Value("in
 def tokenise_documents(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_field: str, name: str, bos: Bos = NO_BOS
 ) -> Dataset:
-    """Tokenise every document and end it with one EOS; empty documents give no token.
+    """Tokenise every document and end it with one EOS; empty documents have no tokens.
 
     Args:
         documents: one document a row in the string column `text_field`.
@@ -34,7 +34,7 @@ def tokenise_documents(
         bos: what goes before each document.
 
     Returns:
-        One row a document, cached: `input_ids` (int32) and `key`, a 64-bit hash of the text.
+        One row per document, cached: `input_ids` (int32) and `key`, a 64-bit hash of the text.
 
     Raises:
         UserError: the tokenizer has no EOS token, or a row has no text.
@@ -102,7 +102,7 @@ def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides the tokens of a text, stable over runs and over calls of the tokenizer."""
+    """Hash of what decides the tokens of a text, stable across runs and calls of the tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash(tokenizer)

@@ -100,7 +100,7 @@ def check_teacher_tokens(
 
     Args:
         student, teacher: their tokenizers; None if there is none; then the sizes must agree.
-        rows, teacher_rows: of the embeddings.
+        rows, teacher_rows: sizes of their embeddings.
         named: what messages call the teacher.
 
     Returns:

@@ -186,7 +186,7 @@ def test_shards_are_not_finished_with_another_bos(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "shards made with another setting of --bos" in result.output
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": [BOS]}))
-    with pytest.raises(UserError, match="does not have the documents its manifest says"):
+    with pytest.raises(UserError, match="does not have the documents its manifest lists"):
         verify_shards(folder)
     (folder / MANIFEST).write_text(json.dumps({**manifest, "bos": ["x"]}))
     with pytest.raises(UserError, match="damaged"):

@@ -227,7 +227,7 @@ def test_the_cache_knows_what_changes_tokens() -> None:
 
 
 def test_a_template_that_draws_at_random_is_refused() -> None:
-    with pytest.raises(UserError, match=r"draws at random"):
+    with pytest.raises(UserError, match=r"uses random numbers"):
         tokenise_conversations(
             Dataset.from_dict({"messages": ROWS}), tokenizer("{{ [1, 2] | random }}" + PLAIN), "chat"
         )

@@ -293,7 +293,7 @@ def test_verify_finds_borders_that_are_none(tmp_path: Path, whole: Path) -> None
     shards = json.loads((folder / MANIFEST).read_text())["shards"]
     shards[0]["documents_crc32"] = file_crc32(folder / "shard-00000.documents")
     edited(shards=shards)(folder)
-    with pytest.raises(UserError, match="shard-00000 does not have the documents its manifest says"):
+    with pytest.raises(UserError, match="shard-00000 does not have the documents its manifest lists"):
         verify_shards(folder)
 
 
