@@ -188,7 +188,7 @@ def test_another_configuration_of_the_teacher_is_refused(root: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("file", "values", "expected"),
     [
-        ("config.json", {"attention_dropout": 0.1}, "attention_dropout=0.1, in"),
+        ("config.json", {"attention_dropout": 0.1}, "attention_dropout=0.1, but 0.0 in"),
         ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "the tokenizer, chat_template differ"),
     ],
 )
