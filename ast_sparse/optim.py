@@ -18,11 +18,11 @@ from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW that decays the pruned weights of masked parameters.
 
-    Parameters with a bound mask are updated according to `decay_placement`; all others as by `torch.optim.AdamW`. λ is
+    Parameters with a bound mask are updated according to `decay_placement`; all others as in `torch.optim.AdamW`. λ is
     the value `mask_decay` of a group and may change between steps. State: `step`, `exp_avg`, `exp_avg_sq`.
 
     Args:
-        params: parameters or groups; a group may set every value below, and `is_masked: True` if each of its
+        params: parameters or groups; a group may set any value below, and `is_masked: True` if each of its
             parameters must have a mask.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         mask_decay: λ of (3).

@@ -33,14 +33,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def piece_for(tensor: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor at the local piece of `like`, which has the same shape; without communication."""
+    """The part of a whole tensor that is local in `like`, which has the same shape; without communication."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
-    """The sum over the processes with a piece of `like`, the same on each; the values themselves if it is plain."""
+    """The sum over the processes that have a piece of `like`, equal on each; the values themselves if it is plain."""
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
         torch.distributed.all_reduce(values, group=like.device_mesh.get_group())

@@ -1,4 +1,4 @@
-"""Masks, optimizer updates and products: a compiled or faster way each, and a plain one that does the same.
+"""Masks, optimizer updates and products: each in a compiled or faster version, and in a plain one that does the same.
 
 `choice.py` decides between compiled and eager kernels, `cpu/setting.py` whether the functions for one CPU are used.
 """

@@ -44,7 +44,7 @@ def choose_kernels(
 
     Args:
         setting: `sparsity.kernels`. `auto` is what the checkpoint was trained with; in a new run it is compiled if a
-            compiler works and there are enough masked weights to be worth its time.
+            compiler works and there are enough masked weights to make compiling worthwhile.
         weights: number of masked weights.
         stored: the choice in the checkpoint that is resumed.
 
@@ -73,7 +73,7 @@ def compiler_fault(device_type: str) -> str | None:
         probe = torch.arange(64.0, device=device_type)
         doubled = compile_kernel(_probe)(probe)
         if not torch.equal(doubled, probe * 2 + 1):
-            return "a compiled function gives wrong results"
+            return "a compiled function returns wrong results"
     except Exception as error:  # no compiler, an unsupported Python, a full disk: anything that the inductor raises
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}".rstrip(".")

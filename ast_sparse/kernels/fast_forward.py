@@ -1,8 +1,8 @@
-"""Parts of transformers models by faster operations of PyTorch, while a step or an evaluation runs.
+"""Runs parts of transformers models with faster PyTorch operations during a step or an evaluation.
 
 GPT-2's GELU keeps six tensors of the width of the feed-forward layer for the backward pass; the fused one keeps only
 its input. Outputs of norms, activation functions and gated MLPs are recomputed (`kernels/recompute.py`). Dense products
-are those of `kernels/products.py`. All are the same formulas, equal to rounding.
+are those of `kernels/products.py`. All are the same formulas, equal within rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence

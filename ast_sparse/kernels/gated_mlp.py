@@ -51,7 +51,7 @@ def find_gated_mlp(module: nn.Module) -> GatedMLP | None:
 
     Its forward runs with other parts in place of its own: projections that return known tensors, and a copy of the
     activation function. So weights are not read and may be sharded or on the meta device, no hook runs, and gradients,
-    random state and modes do not change. A module is tried only once while it has the same parts.
+    random state and modes do not change. A module is tried only once as long as it has the same parts.
     """
     activation = _activation(module)
     if activation is None:
@@ -79,7 +79,7 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module, activation: str) -> GatedMLP | None:
-    """The result if all tries agree: half precision would show a cast, training mode anything random."""
+    """The result if all tries agree: half precision would reveal a cast, and training mode anything random."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         found = {
             _try_once(module, activation, dtype, training)
@@ -111,7 +111,7 @@ def _try_once(module: nn.Module, activation: str, dtype: torch.dtype, training: 
     try:
         result = tried.forward(x.clone())
         return _understood(calls, activation, act, x, result, set(module._modules))
-    except Exception:  # anything that a module with other inputs or other kinds of parts raises
+    except Exception:  # whatever a module with other inputs or other kinds of parts raises
         return None
 
 

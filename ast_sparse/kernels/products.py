@@ -1,7 +1,7 @@
 """The masked weight `m ⊙ W`, masked gradients, and matrix products with a weight.
 
 `linear` and `product` call the same functions of PyTorch. On one kind of CPU, if `kernels/cpu/setting.py` allows it,
-they use oneDNN, with results equal to rounding.
+they use oneDNN, with results equal within rounding.
 """
 
 import torch
@@ -31,7 +31,7 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group_dim: int = 1) -> Tensor:
-    """`input Wᵀ + b` as in `F.linear`, or with `group_dim=0` `input W + b` as in GPT-2's Conv1D; equal to rounding.
+    """`input Wᵀ + b` as in `F.linear`, or with `group_dim=0` `input W + b` as in GPT-2's Conv1D; equal within rounding.
 
     Args:
         input: `[..., in]`; weight: `[out, in]`, with `group_dim=0` `[in, out]`; bias: `[out]`.
@@ -47,7 +47,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group_d
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """`left @ right` of two matrices, equal to rounding; for code without gradients.
+    """`left @ right` of two matrices, equal within rounding; for code without gradients.
 
     Args:
         out: memory that may be used for the result.
@@ -58,7 +58,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """`target += left @ right`, equal to rounding."""
+    """`target += left @ right`, equal within rounding."""
     if left.dtype != target.dtype:
         target.add_(product(left, right))
     elif onednn.takes(left, right, left.numel() * right.shape[1]):

@@ -26,7 +26,7 @@ def group_dim_of(layer: nn.Module) -> int:
 
 
 def out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
-    """A weight or mask as a view of shape `[out, in]`; applied to such a view, its own layout again."""
+    """A weight or mask as a view of shape `[out, in]`; applied to such a view, it restores the original layout."""
     return tensor.t() if group_dim == 0 else tensor
 
 

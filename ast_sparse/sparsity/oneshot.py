@@ -16,7 +16,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.sparsity.statistics import InputStatistics
 
-_SETTLED = 0.25  # largest start of a pruned weight, as a share of the smallest kept one in its group
+_SETTLED = 0.25  # largest initial value of a pruned weight, as a share of the smallest kept one in its group
 
 
 @dataclass(frozen=True)

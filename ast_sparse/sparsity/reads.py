@@ -109,7 +109,7 @@ def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | N
         watch = _Watch({name: shadow.get_submodule(name) for name in layers})
         with torch.random.fork_rng(devices=[]), _quiet(), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
             shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
-    except Exception:  # anything that a model that needs data, or other inputs, raises
+    except Exception:  # whatever a model raises if it needs data or other inputs
         return None
     return watch.found
 

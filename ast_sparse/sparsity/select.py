@@ -21,11 +21,11 @@ Prunable = nn.Linear | Conv1D
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech|video|tower|qformer|mtp|nextn", re.IGNORECASE)
 _ROUTER_CLASS = re.compile(r"[Rr]outer|(Mo_?E(V\d+)?|[Tt]op_?[kK]?\d*)_?Gat(e|ing)(?![a-z])")
 _ROUTER_NAME = re.compile(r"(^|_)router(_|$)|experts?_gat(e|ing)$")
-_EXPERTS = re.compile(r"(^|_)n(um)?_(?!shared)(\w+_)?experts$|(^|_)experts?_(num|count)$")  # settings with their number
+_EXPERTS = re.compile(r"(^|_)n(um)?_(?!shared)(\w+_)?experts$|(^|_)experts?_(num|count)$")  # number of experts
 _NO_ADAPTERS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT refuses their out_proj
 # PEFT mistakes adapters of layers with these names for those of joined experts, which transformers converts.
 _JOINED_BY_PEFT = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
-_GATE_NAME = ("gate", "gating", "wg")  # routers if beside experts, full-size projections elsewhere
+_GATE_NAME = ("gate", "gating", "wg")  # routers if next to experts, full-size projections elsewhere
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,7 +40,7 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     chosen = chosen or lists
     if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
         raise UserError(
-            f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none of {depth} entries "
+            f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none with {depth} entries "
             "(num_hidden_layers), so it is not clear which is the decoder. Use a decoder-only model."
         )
     if not chosen:
@@ -186,7 +186,7 @@ def _computes_linear(layer: nn.Module) -> bool:
             trial.__dict__.update({**vars(layer), **own, "_parameters": {"weight": weight, "bias": bias}})
             try:
                 close = all(torch.allclose(kind.forward(trial, s * x), F.linear(s * x, weight, bias)) for s in (1, 100))
-            except Exception:  # anything that a layer with other shapes or more arguments raises
+            except Exception:  # whatever a layer with other shapes or more arguments raises
                 return False
             if not close:
                 return False
@@ -218,7 +218,7 @@ def router_part(model: nn.Module, name: str, experts: Collection[int] = ()) -> s
 
 
 def _is_narrow(module: nn.Module, parent: nn.Module, path: list[str], experts: Collection[int]) -> bool:
-    """Whether a gate outside attention has one output, or one per expert, and no layer beside it has as many."""
+    """Whether a gate outside attention has one output, or one per expert, and no layer next to it has as many."""
     if not isinstance(module, nn.Linear) or any("attn" in part or "attention" in part for part in path):
         return False
     others = [child for child in parent.children() if isinstance(child, nn.Linear) and child is not module]

@@ -30,7 +30,7 @@ class InputStatistics:
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
         """Add the inputs `[sequences, tokens, in]` (or `[tokens, in]`) of a forward pass, any float dtype."""
-        with torch.autocast(inputs.device.type, enabled=False):  # bf16 sums: no positive definite Hessian
+        with torch.autocast(inputs.device.type, enabled=False):  # sums in bf16 give no positive definite Hessian
             self._add(inputs)
 
     def _add(self, inputs: Tensor) -> None:
@@ -72,7 +72,7 @@ class InputStatistics:
 class InputRecorder:
     """Collects `InputStatistics` of layers by forward hooks; layers with the same input tensor share them.
 
-    A forward pass that activation checkpointing repeats counts twice, which scales all sums alike.
+    A forward pass that activation checkpointing repeats counts twice, which scales all sums equally.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ def _block_inputs(
         pairs = zip(tree_leaves(calls[name]), tree_leaves(call), strict=True)
         if any(isinstance(first, Tensor) and not torch.equal(first, second) for first, second in pairs):
             raise UserError(
-                f"`{name}` of {type(model).__name__} gets more than hidden states from the text, so it cannot be "
-                "calibrated on its own. Use the method magnitude."
+                f"`{name}` of {type(model).__name__} takes inputs other than hidden states from the text, so it cannot "
+                "be calibrated on its own. Use the method magnitude."
             )
     return hidden, calls
 

@@ -119,7 +119,7 @@ class CheckpointTrainer(Trainer):
 
     @contextmanager
     def _settings_of_trainer(self) -> Iterator[None]:
-        """Inside, the student has no cache, as Trainer trains; afterwards it has its own settings again."""
+        """Inside, the student has no cache, as in Trainer's training; afterwards its own settings are back."""
         with settings_kept(self.student, self.args.use_cache) as given:
             outer, self._given_settings = self._given_settings, self._given_settings or given
             try:

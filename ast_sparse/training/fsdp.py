@@ -158,7 +158,7 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_
     outside = [p for p in teacher.parameters() if p not in inside]
     for tensor in (*outside, *teacher.buffers()):
         tensor.data = tensor.data.to(device)
-    # the root, so that the blocks overlap; not the decoder, which transformers does not recognise with another class
+    # the root, so that the blocks overlap; not the decoder, which transformers recognises only by its class
     fully_shard(teacher, ignored_params=set(outside))
 
 

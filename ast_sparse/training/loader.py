@@ -1,6 +1,6 @@
 """Batches of blocks whose order does not depend on processes, micro-batches or workers, and its state in a checkpoint.
 
-accelerate's loader fetches batches ahead of time, and fills up the last one with blocks that were used. This one
+accelerate's loader fetches batches ahead of time, and fills up the last one with blocks already used. This one
 fetches a batch when it is trained on, so shares that change at an evaluation take effect at the next step.
 """
 
@@ -144,7 +144,7 @@ def load_data_state(folder: Path, mixture: Mixture, config: MixtureConfig, parts
         )
     saved = read_json(path)
     ours = _state(mixture, config, parts)
-    is_recorded = (folder / RUN_RECORD).is_file()  # it has a fingerprint of the text, wherever that is
+    is_recorded = (folder / RUN_RECORD).is_file()  # it has a fingerprint of the text, wherever it is stored
     for key, what in _SAME.items():
         if key == "fingerprints" and is_recorded:
             continue

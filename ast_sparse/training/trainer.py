@@ -367,7 +367,7 @@ class SparseTrainer(CheckpointTrainer):
         return "eager" if any_rank(choice == "eager", device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity beside each evaluation loss, speed and memory beside each training loss."""
+        """As in Trainer, with a perplexity for each evaluation loss, and speed and memory for each training loss."""
         if "loss" in logs:
             logs.update(self._speed.log_values(self.args))
             logs.update(self._watch.log_values(), **self._domain_losses.log_values())

@@ -80,7 +80,7 @@ def test_a_broken_file_is_named(root: Path, text: str, message: str) -> None:
                 ("sparsity.exclude=down_proj", r"sparsity\.exclude=\['down_proj'\] differs from \[\]"),
                 ("slorb=null", r"slorb\.enabled=False differs from True"),
                 ("model.config_overrides.num_hidden_layers=1", r"is pruned in only one of this run"),
-                ("model.config_overrides.intermediate_size=64", r"of the model has shape .*checkpoint-2' \(48, 32\)"),
+                ("model.config_overrides.intermediate_size=64", r"in the model and \(48, 32\) in .*checkpoint-2'"),
             )
         ),
     ],

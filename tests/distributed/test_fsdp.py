@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.train()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command = [sys.executable, *launch, "-m", "tests.distributed.fsdp_facts", str(out)]
-    # not `run_command`: one run limits the size of files, and its output would be one
+    # not `run_command`: one run limits the size of files, and would limit its output file too
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr[-5000:]
     assert "UserWarning: FSDP2" not in finished.stderr

@@ -101,7 +101,7 @@ def test_a_block_that_gets_more_from_the_text_than_hidden_states_is_refused() ->
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "extra": args[0].detach().clone()}), with_kwargs=True
     )
-    with pytest.raises(UserError, match=r"`model\.layers\.0` of LlamaForCausalLM gets more than hidden states"):
+    with pytest.raises(UserError, match=r"`model\.layers\.0` of LlamaForCausalLM takes inputs other than hidden"):
         sparsify_model(model, SparsityConfig(init="wanda"), samples=samples())
 
 

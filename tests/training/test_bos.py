@@ -1,4 +1,4 @@
-"""Runs of ast-train with a tokenizer that has BOS, and with a teacher of another vocabulary."""
+"""Runs of ast-train with a tokenizer that has BOS, and with a teacher that has a different vocabulary."""
 
 import copy
 import json
@@ -173,7 +173,7 @@ def test_a_chat_teacher_that_renames_reserved_tokens_teaches_text_without_them(t
     assert "The text has the token 82, which is '<reserved>' to the student and '<call>' to model.teac" in result.stderr
 
 
-def test_two_teachers_of_one_tokenizer_train_alike_with_and_without_padding(tmp_path: Path) -> None:
+def test_two_teachers_with_one_tokenizer_train_the_same_with_and_without_padding(tmp_path: Path) -> None:
     """Rows that never win change nothing: the logits of the padding are far below all others."""
     losses = []
     for rows in (128, 160):

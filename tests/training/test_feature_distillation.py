@@ -220,7 +220,7 @@ def test_attention_becomes_eager_if_maps_are_compared_with_one_warning(
     assert "eager" not in (tmp_path / "config.json").read_text()
 
 
-def test_attention_that_is_already_eager_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_that_is_already_eager_causes_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     with caplog.at_level(logging.WARNING):
@@ -333,7 +333,7 @@ def test_mobilebert_with_nothing_to_compare_is_refused(tmp_path: Path) -> None:
 
 
 def test_right_padding_counts_in_no_loss(tmp_path: Path) -> None:
-    """The loss of a row is the same alone and beside a longer one."""
+    """A row has the same loss alone and next to a longer one."""
     rows = [torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(length)) for length in (6, 12)]
     results = []
     for chosen in (rows[:1], rows):

@@ -14,7 +14,7 @@ from ast_sparse.training.trainer import SparseTrainer
 
 PACKAGE = Path(inspect.getfile(ast_sparse)).parent
 CLASSES = SparseTrainer.__mro__[: SparseTrainer.__mro__.index(Trainer)]
-VERSIONS = f"transformers is {transformers.__version__}, the table was read against {TRANSFORMERS_VERSION}"
+VERSIONS = f"transformers is {transformers.__version__}, the table was checked against {TRANSFORMERS_VERSION}"
 ELSEWHERE = {"_exit", "_replace"}  # of `os` and of a named tuple: documented despite their names
 
 

@@ -1,4 +1,4 @@
-"""The loss from hidden states inside the trainer, beside the same run on full logits."""
+"""The loss from hidden states inside the trainer, compared with the same run on full logits."""
 
 from pathlib import Path
 from typing import Any

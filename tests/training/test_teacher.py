@@ -85,7 +85,7 @@ def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(tmp_path: 
             trainer(tmp_path, teacher_model=given, processing_class=tiny_tokenizer())
     tiny_model("llama").save_pretrained(tmp_path / "student")
     tiny_tokenizer().save_pretrained(tmp_path / "student")
-    with pytest.raises(UserError, match="has another tokenizer"):  # the one beside the student's weights
+    with pytest.raises(UserError, match="has another tokenizer"):  # the one stored with the student's weights
         trainer(tmp_path, load_causal_lm(str(tmp_path / "student")), teacher_model=name)
 
 

@@ -76,7 +76,7 @@ def test_mask_decay_ramps_from_zero_over_a_quarter_of_the_steps(tmp_path: Path) 
     assert decays == pytest.approx([0.0, 2e-3, 4e-3, 6e-3] + [8e-3] * 12)
 
 
-def test_flip_rates_are_logged_at_every_refresh_beside_the_loss(tmp_path: Path) -> None:
+def test_flip_rates_are_logged_at_every_refresh_with_the_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.train()
     steps = [log["step"] for log in run.state.log_history if "flip_rate" in log]
@@ -155,7 +155,7 @@ def test_bf16_autocast_keeps_float32_masters_and_a_bf16_teacher(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_slorb_is_trained_and_saved_beside_the_model(tmp_path: Path, trained: bool) -> None:
+def test_slorb_is_trained_and_saved_with_the_model(tmp_path: Path, trained: bool) -> None:
     run = trainer(tmp_path, slorb_config=SLoRBConfig(k=16, train_projection=trained), args=dict(weight_decay=0.1))
     before = weights(run.model)
     run.train()
@@ -202,7 +202,7 @@ def test_raw_text_is_tokenised_and_packed(tmp_path: Path) -> None:
     run.train()
 
 
-def test_schedule_that_reaches_its_floor_before_the_end_is_expressible(tmp_path: Path) -> None:
+def test_schedule_that_reaches_its_floor_before_the_end_can_be_set(tmp_path: Path) -> None:
     scheduler = dict(num_stable_steps=0, num_decay_steps=6, decay_type="cosine", min_lr_ratio=0.1)
     run = trainer(
         tmp_path,

@@ -17,7 +17,7 @@ from ast_sparse.kernels.cpu import setting
 logger = logging.getLogger(__name__)
 
 _WORTHWHILE = 1 << 22  # multiplications of a product, 40 µs; the Python overhead is less
-_BLOCK = 1 << 22  # elements of a product that is computed to be added
+_BLOCK = 1 << 22  # elements of a product that is then added
 
 
 def takes(left: Tensor, right: Tensor, multiplications: int) -> bool:

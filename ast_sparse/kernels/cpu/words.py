@@ -14,7 +14,7 @@ from torch import Tensor
 from ast_sparse.kernels.cpu import setting
 
 _BLOCK = 1 << 18  # groups: few calls, and not much larger than the cache
-_HUGE = 1 << 22  # bytes from which on a tensor asks for huge pages
+_HUGE = 1 << 22  # a tensor of this many bytes or more asks for huge pages
 _KEPT = [[place for place in range(4) if occupancy >> place & 1] for occupancy in range(16)]
 # Two bits of an int32 for each occupancy: idx0, and idx1 - 1; unless two are kept, an invalid pair: idx0 = 3, idx1 = 1
 _FIRST = sum((kept[0] if len(kept) == 2 else 3) << 2 * occupancy for occupancy, kept in enumerate(_KEPT)) - (1 << 32)

@@ -30,7 +30,7 @@ def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: 
     """Parameters of a dense model outside its embeddings, with those that SLoRB will add; pruned ones count.
 
     Args:
-        model: on any device, also meta.
+        model: on any device, including meta.
     """
     count = model.num_parameters(exclude_embeddings=True)
     if slorb is not None and slorb.enabled:

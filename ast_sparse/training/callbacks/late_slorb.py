@@ -12,7 +12,7 @@ from ast_sparse.sparsity.slorb import SLoRB
 
 
 class LateSLoRB(TrainerCallback):
-    """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps without it, then it alone.
+    """SLoRB on the converged model (Table 12): a share `slorb.start` of the steps trains without it, the rest only it.
 
     At first S is zero. When SLoRB begins, S is set by (6) from the pruned weights, which the mask decay has brought
     close to zero by then; masks and all other weights stay as they are. Everything follows from `state.global_step`, so

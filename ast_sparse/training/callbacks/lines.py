@@ -9,7 +9,7 @@ from ast_sparse.progress import progress_bar, shows_bars
 
 
 class ProgressLines(ProgressCallback):
-    """As its parent, which also prints the log records, with the bars of `ast_sparse.progress`."""
+    """Like its parent, which also prints the log records, but with the bars of `ast_sparse.progress`."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

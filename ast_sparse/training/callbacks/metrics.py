@@ -1,4 +1,4 @@
-"""What a run measures as it trains: every log record in a file, and speed and memory beside each loss."""
+"""What a run measures as it trains: every log record in a file, and speed and memory with each loss."""
 
 import re
 import time

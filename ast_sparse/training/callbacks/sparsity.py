@@ -24,8 +24,8 @@ class SparsityCallback(TrainerCallback):
     """Sets λ before each update, refreshes masks after it, and records the flip rates.
 
     λ(s), the sparsity of IMP and GMP and the refreshes follow from `state.global_step` alone. A refresh that is due
-    after a step without a counted token waits for the next step that has some; that it waits is all that is saved for
-    a resumed run. A `criterion` that needs text uses the activations of the step before the refresh.
+    after a step without a counted token waits for the next step that has some; only whether one waits is saved for a
+    resumed run. A `criterion` that needs text uses the activations of the step before the refresh.
 
     Args:
         config: the sparsity settings.

@@ -91,7 +91,7 @@ class WatchCallback(TrainerCallback):
         return {**found, "empty_steps": self.empty} if self.empty else found
 
     def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
-        """Replace the mean over all steps, which Trainer logs, by that over the steps with a loss; drop it without any.
+        """Replace the mean over all steps, which Trainer logs, by that over the steps with a loss; drop it if none has.
 
         Args:
             key: `loss`, since the last log record, or `train_loss`, since this call of train() began.

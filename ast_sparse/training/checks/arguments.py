@@ -62,11 +62,11 @@ _ENGINES = {
     "PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-_ANY_STEPS = 1000  # in place of a number of steps that only the data decides
+_ANY_STEPS = 1000  # used if only the data decides the number of steps
 
 
 def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArguments:
-    """`TrainingArguments(**values)`, with its errors in one line each.
+    """`TrainingArguments(**values)`, with each error in one line.
 
     Raises:
         UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting.
@@ -83,7 +83,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
             args = TrainingArguments(**arguments)
-        except Exception as error:  # anything that its many checks, and those of accelerate, raise
+        except Exception as error:  # whatever its many checks, and those of accelerate, raise
             raise UserError(_named(error, values, arguments)) from None
     check_arguments(args)
     return args

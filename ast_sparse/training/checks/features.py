@@ -122,7 +122,7 @@ def _missing_maps(model: PreTrainedModel) -> str | None:
     model.eval()
     try:
         maps = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    except Exception as error:  # anything that a model without attention maps raises
+    except Exception as error:  # whatever a model without attention maps raises
         return one_line(error, end="open")
     finally:
         model.train(was_training)

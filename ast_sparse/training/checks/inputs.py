@@ -13,7 +13,7 @@ from ast_sparse.storage.locate import load_tokenizer
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise UserError for half-precision weights, or a loss of the model itself that is not part of (4)."""
+    """Raise UserError for half-precision weights, or if the model adds a loss that is not part of (4)."""
     if getattr(model.config, "output_router_logits", False):
         raise UserError(
             "config.output_router_logits=True asks for the router's auxiliary loss, which is not part of (4). "
@@ -58,10 +58,10 @@ def check_vocabularies(
     name: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str | None, Renamed]:
-    """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer is beside it.
+    """Check that the KL compares the same tokens in both output distributions; the teacher's tokenizer comes with it.
 
     Args:
-        tokenizer: of the student; None: the one beside its weights.
+        tokenizer: of the student; None: the one stored with its weights.
         name: of the teacher, if it is not the one in its configuration.
         trust_remote_code: run code that comes with a tokenizer.
 

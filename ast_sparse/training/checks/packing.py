@@ -1,4 +1,4 @@
-"""Documents of a block kept apart (`data.packing: documents`): whether the models do so is tried before training."""
+"""Checks before training that the models keep the documents of a block apart (`data.packing: documents`)."""
 
 from typing import Any
 

@@ -66,7 +66,7 @@ def faults(checkpoint: Path) -> list[str]:
         except UserError as error:
             found.append(str(error).rstrip("."))
     for name in _PICKLED:
-        if (checkpoint / name).exists():  # beside shards, Trainer would load it as the weights
+        if (checkpoint / name).exists():  # next to shards, Trainer would load it as the weights
             found.append(f"{name} is pickled, which is not read")
     states = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
     for path in (*(checkpoint / name for name in _STATE[sharded:]), *states):
@@ -137,7 +137,7 @@ def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
         return "is damaged"
     known = _NAME.fullmatch(name)
     if known and "global_step" in content and state.global_step != int(known[1]):
-        return f"is of step {state.global_step}"
+        return f"is from step {state.global_step}"
     endless = state.num_train_epochs == sys.maxsize  # Trainer sets this for a stream
     epochs = (state.epoch or 0.0, 0 if endless else state.num_train_epochs)
     if not all(isinstance(epoch, int | float) and abs(epoch) < _MOST_EPOCHS for epoch in epochs):  # false for NaN
@@ -151,7 +151,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         found = faults(folder)
         if not found:
             return folder
-        logger.warning(f"{folder} is incomplete ({', '.join(found)}): the one before it is used.")
+        logger.warning(f"{folder} is incomplete ({', '.join(found)}): using the one before it.")
     return None
 
 
@@ -261,7 +261,7 @@ def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) ->
         found = stored.get(f"{layer}.weight", ())
         if found != tuple(shape):
             raise UserError(
-                f"`{layer}` of the model has shape {tuple(shape)}, in {str(checkpoint)!r} {found}. "
+                f"`{layer}` has shape {tuple(shape)} in the model and {found} in {str(checkpoint)!r}. "
                 "Resume with the model.name_or_path of the run."
             )
 

@@ -1,4 +1,4 @@
-"""Whether a resumed run is the run of its checkpoint: settings by class, and the inputs they name by content."""
+"""Checks that a resumed run is the same run as its checkpoint: settings by class, and inputs by content."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ from ast_sparse.training.resume.setting_classes import (
 _FORMAT_VERSION = 1
 _ROUNDING = 1e-6  # of steps
 _NEW_RUN = "or start a new run with another output folder."
-# what is compared by content: the settings that name it, the argument of SparseTrainer, and what may differ
+# inputs compared by content: the settings that name them, the argument of SparseTrainer, and what may differ
 _CONTENT = {
     "model": (("model.name_or_path", "model.revision", "model.gguf_file"), "model", "weights"),
     "teacher": (("model.teacher",), "teacher_model", "weights"),
@@ -103,7 +103,7 @@ class RunRecord:
         """Compare with a checkpoint, and print the differences that are allowed; every process must call this.
 
         Raises:
-            UserError: a setting, the model, the teacher, the tokenizer or the text is not that of the checkpoint.
+            UserError: a setting, the model, the teacher, the tokenizer or the text differs from the checkpoint's.
         """
         with errors_shared():
             if self._is_first:
@@ -153,7 +153,7 @@ def check_settings(
         processes: number of processes of the resumed run.
 
     Raises:
-        UserError: a setting must be that of the checkpoint, but is not.
+        UserError: a setting that must match the checkpoint differs.
     """
     saved, distillation = _read(checkpoint), config.distillation
     settings = {
@@ -303,7 +303,7 @@ def _length_differences(
         return []
     if past is not None:
         raise UserError(
-            f"{name}={value} differs from {said}, and {past} follows from the number of steps. Resume with "
+            f"{name}={value} differs from {said}, and {past} depends on the number of steps. Resume with "
             f"{name}={before}, {_NEW_RUN}"
         )
     limit, end = "max_steps", float(args.max_steps)
@@ -315,7 +315,7 @@ def _length_differences(
             f"training.{limit}={_text(getattr(args, limit))} ends before step {state.global_step} of "
             f"{str(checkpoint)!r}. Resume from an earlier checkpoint, or raise {limit}."
         )
-    note = f" ({' and '.join(rest)} from here on by the new number of steps)" if rest else ""
+    note = f" ({' and '.join(rest)} with the new number of steps from here on)" if rest else ""
     return [f"resume: {name} {_text(before)} -> {_text(value)}{note}"]
 
 
@@ -359,7 +359,7 @@ def _content_differences(checkpoint: Path, saved: Mapping[str, Any], now: Mappin
         else:
             subject = _subject(key, names, argument, now["settings"])
             start = f"{subject} is not what {str(checkpoint)!r} was trained with"
-        raise UserError(f"{start}: {_said(what, old, new)}. Resume with that of the run, {_NEW_RUN}")
+        raise UserError(f"{start}: {_said(what, old, new)}. Resume with the original, {_NEW_RUN}")
     _check_config(checkpoint, "teacher", was.get("teacher_config"), has.get("teacher_config"))
     return [f"resume: {name} {shown(a)} -> {shown(b)} (the same content)" for name, (a, b) in moved.items()]
 
@@ -390,6 +390,6 @@ def _check_config(checkpoint: Path, which: str, was: Any, now: Any) -> None:
     for key in [*now, *was]:
         if was.get(key) != now.get(key):
             raise UserError(
-                f"The {which}'s configuration has {key}={shown(now.get(key))}, in {str(checkpoint)!r} "
-                f"{shown(was.get(key))}. Correct its {fix}, {_NEW_RUN}"
+                f"The {which}'s configuration has {key}={shown(now.get(key))}, but {shown(was.get(key))} in "
+                f"{str(checkpoint)!r}. Correct its {fix}, {_NEW_RUN}"
             )

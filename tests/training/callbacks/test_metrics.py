@@ -124,7 +124,7 @@ class Clock(TrainerCallback):
         self.now = 100.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.now += 1000  # a callback after the step, as the perplexities of `evaluation.steps`
+        self.now += 1000  # a callback after the step, like the perplexities of `evaluation.steps`
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.now += 1

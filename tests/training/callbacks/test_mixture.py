@@ -115,7 +115,7 @@ def check_domain_losses(out: Path, state: dict[str, Any]) -> None:
         assert by_step(out, "loss")[step + 1] == pytest.approx(float(losses @ counts) / 4, rel=1e-5)
 
 
-def test_text_and_shards_of_a_mixture_train_alike(root: Path, tmp_path: Path) -> None:
+def test_text_and_shards_of_a_mixture_train_the_same(root: Path, tmp_path: Path) -> None:
     for suffix, out in (("", "shards"), (".jsonl", "text")):
         configure(root, suffix, type="bandit")
         train(root, tmp_path / out, "--set", "training.max_steps=3")

@@ -1,4 +1,4 @@
-"""Documents of a block kept apart: in student and teacher each is as if it were alone, or the model is refused."""
+"""Documents of a block are kept apart: student and teacher see each as if it were alone, or the model is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_positions_and_labels_restart_with_each_document() -> None:
     assert "attention_mask" not in made
 
 
-def test_a_row_with_positions_keeps_them_beside_one_without() -> None:
+def test_a_row_with_positions_keeps_them_next_to_one_without() -> None:
     given = {"input_ids": ROWS_OF_TOKENS[1], "position_ids": [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2]}
     made = CausalLMCollator(document_end=EOS)([{"input_ids": ROWS_OF_TOKENS[0]}, given])
     assert made["position_ids"].tolist() == [batch()["position_ids"][0].tolist(), given["position_ids"]]

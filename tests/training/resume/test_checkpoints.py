@@ -103,7 +103,7 @@ def test_trainer_does_not_run_a_pickle_of_its_checkpoint(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
-def test_pickled_weights_beside_safetensors_are_refused(tmp_path: Path, name: str) -> None:
+def test_pickled_weights_next_to_safetensors_are_refused(tmp_path: Path, name: str) -> None:
     folder = checkpoint(tmp_path, 10)
     (folder / name).write_text("{}")
     with pytest.raises(UserError, match=f"{name} is pickled, which is not read"):
@@ -119,7 +119,7 @@ def test_flipped_bit_of_a_state_is_noticed(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path, str(folder))
 
 
-def test_state_file_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+def test_state_file_in_place_of_another_is_noticed(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 10)
     shutil.copyfile(folder / "optimizer.pt", folder / "scheduler.pt")
     with pytest.raises(UserError, match=r"scheduler\.pt is damaged"):
@@ -144,7 +144,7 @@ def test_changed_weights_are_noticed_if_there_are_checksums(tmp_path: Path) -> N
         ('{"unknown": 1}', "is damaged"),
         ('{"global_step": "10"}', "is damaged"),
         ('{"global_step": -1}', "is damaged"),
-        ('{"global_step": 20}', "is of step 20"),
+        ('{"global_step": 20}', "is from step 20"),
         ('{"epoch": "x"}', "is damaged"),
         ('{"max_steps": 1e999}', "is damaged"),
         ('{"epoch": NaN}', "is damaged"),
@@ -163,7 +163,7 @@ def test_trainer_state_that_cannot_be_resumed_is_noticed(tmp_path: Path, state: 
 def test_another_model_is_named_by_a_layer(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 10)
     check_same_model(folder, {"a": (4, 8)})
-    with pytest.raises(UserError, match=r"`a` of the model has shape \(4, 16\), in .*checkpoint-10' \(4, 8\)"):
+    with pytest.raises(UserError, match=r"`a` has shape \(4, 16\) in the model and \(4, 8\) in .*checkpoint-10'"):
         check_same_model(folder, {"a": (4, 16)})
 
 

@@ -1,4 +1,4 @@
-"""A resume with another number of steps."""
+"""Resuming with a different number of steps."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_a_run_whose_steps_do_not_depend_on_its_length_may_become_longer(tmp_pat
     assert all(torch.equal(tensor, longer[name]) for name, tensor in whole.items())
 
 
-def test_another_length_is_printed_with_what_follows_from_it(root: Path, out: Path) -> None:
+def test_another_length_is_printed_with_what_depends_on_it(root: Path, out: Path) -> None:
     for settings, line in (
         (["training.max_steps=3"], "training.max_steps 2 -> 3 ("),
         (["training.max_steps=-1", "training.num_train_epochs=0.02"], "training.max_steps 2 -> -1 ("),
@@ -65,7 +65,7 @@ def test_a_run_cannot_end_before_the_steps_it_has_done(
         ),
     ],
 )  # fmt: skip
-def test_what_follows_from_the_number_of_steps(
+def test_what_depends_on_the_number_of_steps(
     tmp_path: Path, args: dict[str, Any], sparsity: dict[str, Any], expected: list[str]
 ) -> None:
     config = SparsityConfig(**sparsity)

@@ -34,12 +34,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         ({"model": tiny_model(seed=3)}, r"model is not what .*: the weights differ"),
     ],
 )
-def test_a_notebook_is_compared_as_well(tmp_path: Path, checkpoint: str, change: Any, message: str) -> None:
+def test_a_run_in_a_notebook_is_compared_too(tmp_path: Path, checkpoint: str, change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **change).train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_notebook_prints_what_may_change(tmp_path: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_a_notebook_prints_what_may_change(
+    tmp_path: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer(tmp_path, logging_steps=2).train(resume_from_checkpoint=checkpoint)
     assert "resume: training.logging_steps 1 -> 2\n" in capsys.readouterr().out
 
