@@ -37,7 +37,9 @@ def pack24(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ValueError: wrong shape, or a group that does not keep exactly two (without mask: more than two).
     """
     if weight.dim() != 2 or weight.shape[1] % (2 * _GROUP):
-        raise ValueError(f"A weight of shape {tuple(weight.shape)} has no 2:4 code: [out, in], in a multiple of 8.")
+        raise ValueError(
+            f"The 2:4 code needs a weight [out, in], in a multiple of 8, not one of shape {tuple(weight.shape)}."
+        )
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
         raise ValueError(f"The mask is {mask.dtype} {tuple(mask.shape)}, the weight {tuple(weight.shape)}.")
     if mask is None:

@@ -155,7 +155,7 @@ def _check_model(model: Any) -> None:
     if any(isinstance(module, CompressedLinear) for module in model.modules()):
         raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
     if getattr(model, "hf_quantizer", None) is not None:
-        raise UserError("Cannot export a quantized model. Give its folder, or load it by `load_causal_lm`.")
+        raise UserError("Cannot export a quantized model. Give its folder, or load it with `load_causal_lm`.")
 
 
 def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:

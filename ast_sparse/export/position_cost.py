@@ -38,8 +38,8 @@ _COLUMNS = {
     "entropy": "entropy", "bound": "log2 C(2n,n)", "closed_bound": "2n-log2√(πn)",
 }  # fmt: skip
 _LEGEND = (
-    "Huffman (without its table) and entropy are measured over all groups, the other columns are formulas: the paper",
-    "counts combinatorial; the last two columns are the bound of equally frequent patterns and its closed form.",
+    "Huffman (without its table) and entropy are measured over all groups, the other columns are formulas. The paper",
+    "uses the combinatorial code. The last two columns: the bound for equally frequent patterns, and its closed form.",
 )
 
 
@@ -177,7 +177,7 @@ class CompressionTable:
             rows.append((row.pattern, masks, row.layers, row.groups, tied, row.patterns, row.used, kind, row.checked))
         where = f"of {self.weights:,} weights in {self.layers} layers of the decoder blocks"
         if self.own is None:
-            lines = [f"The model is dense: masks that magnitude would give, {where}"]
+            lines = [f"The model is dense: masks that magnitude would choose, {where}"]
         else:
             lines = [f"The model is {self.own}: its own masks where they fit the pattern, {where}"]
         lines.append(format_table(headers, rows))

@@ -34,7 +34,7 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
         UserError: the folder cannot be read, or the model read back differs.
     """
     weights, _, pairs = split_state_dict(model.state_dict())
-    fault = f"`{folder}` was written, but does not give back the model that was trained"
+    fault = f"`{folder}` was written, but does not read back as the model that was trained"
     fix = "Export a checkpoint of the run with ast-export, and report this."
     try:
         if _is_read_by_name(model, weights, folder, trust_remote_code):

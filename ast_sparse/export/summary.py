@@ -34,7 +34,7 @@ class ExportReport:
 
     Attributes:
         out_dir: folder of the export.
-        format: as of `export_model`.
+        format: as in `export_model`.
         dtype: name of the dtype of the weights.
         pattern: N:M that every pruned layer was checked against.
         pruned: the row of the pruned layers.

@@ -1,6 +1,6 @@
 """What a planned run costs on given hardware: memory needed and available, FLOPs, hours, and settings that fit."""
 
-import psutil  # of accelerate
+import psutil  # comes with accelerate
 import torch
 from transformers.pytorch_utils import Conv1D
 

@@ -34,11 +34,11 @@ class Hardware:
     """The hardware that a plan is for.
 
     Attributes:
-        world_size: number of devices; None for that of the launcher.
-        device_memory: GiB of a device; None for that of this machine's GPU, of the machine itself if the run uses its
-            CPU, and 80 otherwise.
-        peak_tflops: of a device, dense, in the precision of the run; None for that of this machine's GPU, and of an
-            H100 SXM otherwise.
+        world_size: number of devices; None: as many as the launcher starts.
+        device_memory: GiB of a device; None: that of this machine's GPU, or of the machine itself if the run uses its
+            CPU; 80 if there is no GPU.
+        peak_tflops: of a device, dense, in the precision of the run; None: that of this machine's GPU, or of an H100
+            SXM if there is none.
         mfu: share of the peak that a run uses.
     """
 
@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
             SLoRB, no layer is left, the teacher's vocabulary or shape does not fit the kind of distillation, or a
             block or an evaluation window has more tokens than the model has positions.
     """
-    notes = [f"weights: random, of training.seed={args.seed}"] if config.model.random_weights else []
+    notes = [f"weights: random, from training.seed={args.seed}"] if config.model.random_weights else []
     distills = config.distillation is not None and config.distillation.needs_teacher
     reads_weights = not config.model.random_weights or (distills and config.model.teacher is None)
     if world_size is not None and has_config_alone(config.model):

@@ -73,7 +73,7 @@ def checked_run(
         UserError: a setting, the text, the output folder or the checkpoint does not fit.
     """
     output = output_folder(config, output_dir)
-    # a plan needs no accelerator, and bf16 is refused if there is none
+    # a plan needs no accelerator, but bf16 would be refused without one
     values = {**config.training, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
     if not dry_run:

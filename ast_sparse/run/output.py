@@ -121,7 +121,7 @@ def read_rows(output: Path, config: RunConfig) -> Stages:
 
 
 def read_samples(output: Path, stages: Stages) -> dict[str, dict[str, str]]:
-    """The continuations by the stages whose results were read."""
+    """The saved continuations of the stages whose results were read, by stage and prompt."""
     try:
         samples = read_json(output / SAMPLES)
         return {stage: dict(samples[stage]) for stage in stages if stage in samples}

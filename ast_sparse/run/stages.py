@@ -58,8 +58,8 @@ class Measured:
     """Measures perplexities on `evaluation.datasets`; the texts are read here, before any model is loaded.
 
     Args:
-        args: for the device, progress bars, and whether a measured model must go back to the CPU, from where it is
-            sharded.
+        args: decide the device, whether there are progress bars, and whether a measured model goes back to the CPU, to
+            be sharded from there.
 
     Raises:
         UserError: a text is missing or cannot be read.
@@ -85,7 +85,7 @@ class Measured:
 
     @property
     def is_asked(self) -> bool:
-        """Whether anything is to be measured."""
+        """Whether there is anything to measure."""
         return bool(self.config.evaluation.datasets or self.config.evaluation.report)
 
     def _read(self, name: str) -> list[str]:
@@ -125,7 +125,7 @@ class Measured:
     ) -> dict[str, StageResult]:
         """The results of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model also continues the prompts. It is moved to the device only if anything is to be measured.
+        For a report the model also continues the prompts. It is moved to the device only if something is measured.
         """
         settings = self.config.evaluation
         if not self.is_asked:

@@ -197,7 +197,7 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
 
 
 def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
-    """All training blocks, and those for training and for evaluation, which have tokens that the loss counts."""
+    """All training blocks; those of them to train on, and the held-out blocks, with tokens that the loss counts."""
     data, args = run.config.data, run.args
     with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
         try:

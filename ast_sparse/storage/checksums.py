@@ -23,10 +23,10 @@ _CHUNK = 2**20
 
 
 def write_checksums(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Write the checksums of the weights of a folder.
+    """Write the checksums of a folder's weights.
 
     Args:
-        files: its safetensors files; default: those of a model.
+        files: the safetensors files; default: the weight files of a model.
     """
     sums = {name: crc for file in files or weight_files(folder) for name, crc in _tensor_sums(file).items()}
     content = {"format_version": _FORMAT_VERSION, "algorithm": _ALGORITHM, "tensors": sums}
@@ -83,7 +83,7 @@ def _tensor_sums(file: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _sums_of(file: Path, stamp: tuple[int, ...]) -> dict[str, str]:
-    """Checksums by tensor; cached, as a resume asks several times about gigabytes that did not change."""
+    """Checksums by tensor; cached, because a resume asks several times about gigabytes that have not changed."""
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         header = json.loads(stream.read(length))

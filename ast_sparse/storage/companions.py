@@ -14,7 +14,7 @@ _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data*", "*.ot", "*.npz", "*.tflite", "*.nemo", "*.distcp", "*.index.json", "*.index.*.json",
 )  # fmt: skip
-# The files of the second line say how weights are packed: beside plain ones they would make a reader unpack them again.
+# The files on the second line describe packed weights: next to plain ones they would make a reader unpack those again.
 _CONFIGS = (
     files.CONFIG_NAME, GENERATION_NAME, files.SPARSITY_CONFIG_NAME, CHECKSUMS_NAME, "config.yaml",
     "quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json",
@@ -39,11 +39,11 @@ _TOKENIZER = (
 def companion_files(folder: Path) -> list[Path]:
     """Paths, relative to a model folder, of the files to copy to a folder with other weights of the model.
 
-    Weights of any format are left out, and so are whole subfolders that hold some (another format of the model, an
-    adapter), configurations, which are written separately, records of a run, and hidden files.
+    Left out are weights of any format and whole subfolders with weights (another format of the model, an adapter),
+    configurations, which are written separately, records of a run, and hidden files.
 
     Raises:
-        UserError: one of them is a link out of the folder: a link must not bring another file along.
+        UserError: one of them is a link to a file outside the folder, which must not be copied.
     """
     skipped = _CONFIGS + _TRAINING + _RUN_RECORDS
     return [

@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object a JSON file holds.
 
     Raises:
-        UserError: names the file: it is missing, a link out of its folder, too large, or holds something else.
+        UserError: names the file, which is missing, a link out of its folder, too large, or not a JSON object.
     """
     check_inside(path)
     try:
@@ -77,7 +77,7 @@ def check_inside(path: Path) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinity."""
+    """The value for JSON, which has no NaN and no infinity: they become None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -217,11 +217,11 @@ def tokenizer_files(folder: Path) -> set[Path]:
     """The tokenizer files of a folder and the files that belong to them; empty if it has no tokenizer.
 
     Raises:
-        UserError: one of them is a link out of the folder.
+        UserError: one of them is a link to a file outside the folder.
     """
     found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     companions = {path for pattern in COMPANION_FILES for path in folder.glob(pattern)}
-    for path in found | companions:  # an export copies them: a link must not bring another file along
+    for path in found | companions:  # an export copies them, but no file from outside the folder
         for part in (path, *(path.rglob("*") if path.is_dir() else ())):
             check_inside(part)
     return found | companions if found else set()

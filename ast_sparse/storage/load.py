@@ -42,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         model: plain model; its weights are masked if the checkpoint holds masks.
-        masks: bool, True = kept, by layer name, in the layout of the weight; empty unless a training checkpoint.
+        masks: bool, True = kept, by layer name, in the layout of the weight; empty unless it is a training checkpoint.
         slorb: SLoRB pairs S `[out, in/k]`, X `[in/k, in]` by layer name, in their stored dtype; not in the model.
     """
 
@@ -266,5 +266,7 @@ def _apply_stored_masks(model: PreTrainedModel, masks: dict[str, Tensor], name: 
                 f"{tuple(weight.shape)}. Write the checkpoint again."
             )
         if bool((mask.view(torch.uint8) > 1).any()):
-            raise UserError(f"`{name}`: the mask of `{layer}` is not just 0 and 1. Write the checkpoint again.")
+            raise UserError(
+                f"`{name}`: the mask of `{layer}` has values other than 0 and 1. Write the checkpoint again."
+            )
         weight.copy_(torch.where(mask, weight, 0))

@@ -1,4 +1,4 @@
-"""Where a model is (hub, local folder, `.gguf` file), and what can be read of it without its weights.
+"""Where a model is (hub, local folder, `.gguf` file), and what can be read from it without its weights.
 
 Separate from `load` because the model classes take seconds to import.
 """
@@ -79,7 +79,7 @@ def load_model_config(
     """Load the configuration of a model without its weights.
 
     Raises:
-        UserError: the configuration is missing or damaged, or an override names a value that it does not have.
+        UserError: the configuration is missing or damaged, or an override names a key that it does not have.
     """
     place = Place.find(name_or_path, gguf_file)
     if place.model_folder is not None:
@@ -89,7 +89,7 @@ def load_model_config(
     for key, value in (config_overrides or {}).items():
         if not hasattr(config, key):
             near = did_you_mean(key, config.to_dict(), quoted="`{}`".format)
-            hint = near or f"See {files.CONFIG_NAME} of the model for its names."
+            hint = near or f"See the model's {files.CONFIG_NAME} for the names."
             raise UserError(f"model.config_overrides: {type(config).__name__} has no `{key}`. {hint}")
         try:
             setattr(config, key, value)

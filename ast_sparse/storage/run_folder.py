@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line that a kill cut off is left out. Empty if there is no such file."""
+    """The rows of a JSONL file; a last line cut off by a kill is left out. Empty if there is no such file."""
     if not path.exists():
         return []
     rows = []
@@ -100,7 +100,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_rows_until(path: Path, step: int, at_most: int | None = None) -> None:
-    """Drop the rows after `step`, and a line that a kill cut off: the resumed run records them again.
+    """Drop the rows after `step`, and a line cut off by a kill: the resumed run records them again.
 
     Args:
         at_most: keep only this many of the rows up to `step`.

@@ -96,7 +96,7 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         for name, each in known.items()
         if isinstance(each, TensorStorageMetadata)
     }
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it warns that it reads alone
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it warns that no other process reads
         dcp.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
     return {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
 
@@ -188,7 +188,7 @@ def _metadata(folder: Path) -> Metadata:
 
 @lru_cache(maxsize=64)
 def _fault(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str | None:
-    """The first fault of a folder, or None: in the pickle, the files it names, what is where, the groups' values."""
+    """The first fault of a folder, or None: in the pickle, its files, the places of tensors, the groups' values."""
     try:
         for path in folder.iterdir():
             files.check_inside(path)
@@ -212,7 +212,7 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
         if place.relative_path not in sizes:
             raise ValueError(f"{place.relative_path} is missing")
         if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[place.relative_path]:
-            raise ValueError(f"{place.relative_path} is cut")
+            raise ValueError(f"{place.relative_path} is truncated")
         if getattr(place, "transform_descriptors", None):
             raise ValueError(f"{place.relative_path} is transformed")
         pieces[index.fqn] = pieces.get(index.fqn, 0) + place.length
@@ -225,7 +225,7 @@ def _check_places(folder: Path, metadata: Metadata) -> None:
 
 
 def _check_values(folder: Path, metadata: Metadata) -> None:
-    """Check that what is not a tensor is plain values; torch would not check this when it loads them."""
+    """Check that all values except tensors are plain; torch would not check this when it loads them."""
     for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             continue

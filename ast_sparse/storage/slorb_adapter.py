@@ -109,7 +109,7 @@ def read_adapter(folder: Path) -> SlorbPairs:
 
 
 def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:
-    """The pairs, and those of layers that share the weight of another one, which a checkpoint holds once."""
+    """The pairs, and those of layers that share another layer's weight: a checkpoint holds such a pair once."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     same = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in ties.items()}
     return pairs | {name: pairs[of] for name, of in same.items() if of in pairs and name not in pairs}
@@ -161,6 +161,6 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str) -
         if found is None or not torch.equal(found.cpu(), value.cpu()):
             layer = name.rpartition(".lora_")[0]
             raise UserError(
-                f"The SLoRB adapter of `{base_model}` cannot be loaded: PEFT does not give `{layer}` its pair. "
+                f"The SLoRB adapter of `{base_model}` cannot be loaded: PEFT does not load the pair of `{layer}`. "
                 "Exclude the layer with `sparsity.exclude`, or train without SLoRB."
             )

@@ -17,7 +17,7 @@ class SparsityRecord:
     """How the weights of a folder became sparse.
 
     Attributes:
-        content: of the file. A file of another version, or one that was edited, may lack keys and have others; an
+        content: what the file holds. A file of another version, or an edited one, may lack keys and have others; an
             export copies it as it is.
     """
 
@@ -103,7 +103,7 @@ class SparsityRecord:
 
     @property
     def kernels(self) -> Literal["eager", "compiled"]:
-        """What masks and updates were computed with; eager if the record is older than the choice."""
+        """What masks and updates were computed with; eager if the record is older than this setting."""
         return "compiled" if self.content.get("kernels") == "compiled" else "eager"
 
     def settings(self, section: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What does an optimizer step with masks and decay cost, beside dense AdamW?
+"""What does an optimizer step with masks and decay cost, compared with dense AdamW?
 
 Ours: `SparseAdamW` on 12 masked float32 matrices of 2048², λ > 0, each placement, compiled and eager. Alternative:
 `torch.optim.AdamW(fused=True)` on copies of the same tensors and gradients. Interleaved pairs. Memory: what the first
@@ -35,7 +35,7 @@ def build(side: str, kernels: Kernels, count: int, size: int, device: torch.devi
 
 
 def peak(side: str, kernels: Kernels, count: int, size: int, device: torch.device) -> float:
-    build(side, kernels, 1, 8, device)()  # what compiling and the first threads take stays out of it
+    build(side, kernels, 1, 8, device)()  # so that the memory of compiling and of the first threads is not measured
     step = build(side, kernels, count, size, device)
     with PeakMemory() as memory:
         step()

@@ -2,7 +2,7 @@
 
     python scripts/checks/compare_oneshot.py --sparsegpt CHECKOUT --wanda CHECKOUT    # minutes on two cores
 
-CHECKOUT: of github.com/IST-DASLab/sparsegpt and github.com/locuslab/wanda. Layers: random `nn.Linear` and `Conv1D` of
+CHECKOUT: from github.com/IST-DASLab/sparsegpt and github.com/locuslab/wanda. Layers: random `nn.Linear` and `Conv1D` of
 192 x 256 with correlated inputs, with and without dead input columns; eight sequences of 128 tokens. The published loop
 over a layer's groups is inside Wanda's loading code, so its two lines are repeated here.
 """

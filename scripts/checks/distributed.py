@@ -3,7 +3,7 @@
 1. Frozen masks, 30 steps in float64: DDP and FSDP2 on 2 and 4 processes, with and without accumulation and SLoRB,
    compared with one process: the largest difference of a loss.
 2. `ast-train` on 2 processes, 60 steps, all killed (SIGKILL) at random moments, also during saves, and resumed until
-   done: the largest difference of a weight from the undisturbed run, and the share of zeros in the pruned layers.
+   done: the largest difference of a weight from the uninterrupted run, and the share of zeros in the pruned layers.
 
     python scripts/checks/distributed.py [--kills 4] [--seed 0]    # minutes on two cores
 """
@@ -132,7 +132,7 @@ def kill_until_done(out: Path, engine: str, kills: int, rng: random.Random) -> b
     layers = json.loads((out / name / "sparsity_config.json").read_text())["layers"]
     zeros = [float((second[f"{layer}.weight"] == 0).double().mean()) for layer in layers]
     print(
-        f"{engine:5}  2 processes  60 steps  {len(moments)} kills, with as newest checkpoint {', '.join(moments)} "
+        f"{engine:5}  2 processes  60 steps  {len(moments)} kills, newest checkpoint at each: {', '.join(moments)} "
         f"(?: half written)  largest difference of a weight {worst:.1e}  zeros {min(zeros):.3%} to {max(zeros):.3%}",
         flush=True,
     )
@@ -159,7 +159,7 @@ def main() -> None:
         (out / "run.yaml").write_text(CONFIG.format(root=out))
         for engine in ("ddp", "fsdp2"):
             good &= kill_until_done(out, engine, args.kills, random.Random(args.seed))
-    print("all as one process" if good else "DIFFERENT")
+    print("all the same as one process" if good else "DIFFERENT")
     sys.exit(not good)
 
 

@@ -2,10 +2,10 @@
 
     python scripts/checks/mixture.py MODEL DATA OUT    # minutes on two cores
 
-MODEL is a LLaMA-like model (a folder or .gguf file) whose tokenizer and configuration are used; the weights are random
-and few, so that it takes minutes. DATA is the folder of the sample's JSONL files. Makes shards of them, runs 12 steps
-with an evaluation every 3, runs the same again, kills it with SIGKILL after a save and resumes it. Computes the shares
-again from the logged losses, and compares the two runs.
+MODEL is a LLaMA-like model (a folder or .gguf file) whose tokenizer and configuration are used; the trained model is
+small and has random weights. DATA is the folder of the sample's JSONL files. The check makes shards from them, runs 12
+steps with an evaluation every 3, runs the same again, kills it with SIGKILL after a save and resumes it. It computes
+the shares again from the logged losses, and compares the two runs.
 """
 
 import argparse

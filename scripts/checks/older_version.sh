@@ -15,4 +15,4 @@ for code in "$work/code" "$PWD"; do # each with its own caches
   task=$([ "$code" = "$PWD" ] && echo check || echo make)
   HF_HOME="$work/home-$task" PYTHONPATH="$code" python -P scripts/checks/older_version.py "$task" "$work"
 done
-echo "what $commit wrote is read as it was"
+echo "what $commit wrote is read unchanged"

@@ -186,14 +186,16 @@ def find_record(study: Study, variant: Variant, out: Path) -> dict[str, Any] | N
     folder, file = out / variant.folder, record_file(variant, out)
     if not file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not of this study: {file.name} is missing. Remove it, or give another --out.")
+            raise UserError(
+                f"{folder} is not part of this study: {file.name} is missing. Remove it, or give another --out."
+            )
         return None
     record = read_json(file)
     if not {"made_of", "finished", "seconds"} <= record.keys():
         raise UserError(f"{file} is not a record of a variant. Remove it, or give another --out.")
     now, before = _flat(_made_of(study, variant)), _flat(record["made_of"])
     resolved, stored = _flat(_resolved(variant)), _flat(record.get("resolved", {}))
-    # of the resolved settings only those that both have: one that a later version added is not a difference
+    # only the resolved settings that both have: one that a later version added is not a difference
     for key in [*sorted(now.keys() | before.keys()), *sorted(resolved.keys() & stored.keys())]:
         was, value = {**stored, **before}.get(key), {**resolved, **now}.get(key)
         if was != value or (key in now) != (key in before):

@@ -99,7 +99,7 @@ def test_table_of_checkpoint_and_exports_counts_the_same_masks(family: str, tmp_
 def test_table_of_a_dense_model_says_so(tmp_path: Path) -> None:
     result = run(save_tiny_model(tmp_path / "dense"), "--table", "--value-bits", "16")
     assert result.exit_code == 0, result.output
-    assert "The model is dense: masks that magnitude would give" in result.stdout
+    assert "The model is dense: masks that magnitude would choose" in result.stdout
     assert "values counted at 16 bits" in result.stdout and " own " not in result.stdout
 
 
@@ -121,7 +121,7 @@ TABLE_ERRORS = {
     "pattern": (("--table", "--pattern", "1:4"), "up to 32:64, but the model's is 1:4"),
     "pattern-form": (("--table", "--pattern", "2"), "--pattern='2' is not of the form N:M"),
     "fit": (("--table", "--pattern", "1:2"), "is not 1:2. Name the model's pattern with --pattern"),
-    "taken": (("MODEL", "--table", "--json", "FILE"), "holds the checkpoint that is exported"),
+    "taken": (("MODEL", "--table", "--json", "FILE"), "holds the checkpoint that is being exported"),
 }
 
 

@@ -145,7 +145,7 @@ def _flip(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half written": (lambda folder: (folder / "pytorch_model_fsdp_0" / ".metadata").unlink(), r"\.metadata is missing"),
     "no shard": (lambda folder: (folder / "optimizer_0" / "__2_0.distcp").unlink(), r"__2_0\.distcp is missing"),
-    "cut": (lambda folder: os.truncate(folder / "optimizer_0" / "__0_0.distcp", 999), r"__0_0\.distcp is cut"),
+    "cut": (lambda folder: os.truncate(folder / "optimizer_0" / "__0_0.distcp", 999), r"__0_0\.distcp is truncated"),
     "flipped": (_flip, r"optimizer_0/__1_0\.distcp does not have the checksum"),
     "evil metadata": (_write_evil_metadata, r"posix\.mkdir is not part of a description of tensors"),
     "evil value": (_write_evil_value, r"\.metadata is damaged .*Weights only load failed"),

@@ -75,7 +75,7 @@ def test_the_run_starts_from_random_weights_and_its_teacher_is_the_pretrained_mo
 
     monkeypatch.setattr(run, "SparseTrainer", Spy)
     result = train(folder, "spied")
-    assert "weights: random, of training.seed=7" in result.output
+    assert "weights: random, from training.seed=7" in result.output
     pretrained = load_file(folder / "model/model.safetensors")
     start = random_causal_lm(folder / "model", 7).state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in made[0]["student"].items())

@@ -291,7 +291,7 @@ def test_missing_study_out_and_foreign_folders_are_refused(study: Path) -> None:
     assert "is a file. Name a folder" in refused(study, "--out", study)
     (out / "annealed").mkdir(parents=True)
     (out / "annealed" / "mine.txt").write_text("kept")
-    assert "is not of this study" in refused(study, "--out", out)
+    assert "is not part of this study" in refused(study, "--out", out)
     assert "`smoke` is missing" in refused(changed(study, "config: base.yaml\nvariants: {a: {}}"), "--smoke", "--list")
 
 

@@ -239,7 +239,7 @@ def test_nothing_is_called_saved_that_does_not_give_back_what_was_trained(
     for name in ("llama", "gpt2", "deepseek"):
         options = ["--set", f"model.name_or_path={tmp_path / name}", "--output-dir", str(tmp_path / f"{name}-out")]
         result = CliRunner().invoke(train, ["--config", str(_run_file(tmp_path)), *options])
-        assert result.exit_code == 2 and "does not give back the model that was trained: `" in result.output
+        assert result.exit_code == 2 and "does not read back as the model that was trained: `" in result.output
         assert "norm.weight` differs" in result.output or "ln_f.weight` differs" in result.output
         assert "Saved" not in result.output
 

@@ -115,5 +115,5 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         check_out_dir(file, None, overwrite=True)
     for inside in (model, model / "checkpoint-3"):
-        with pytest.raises(UserError, match="holds the checkpoint that is exported"):
+        with pytest.raises(UserError, match="holds the checkpoint that is being exported"):
             check_out_dir(model, inside, overwrite=True)

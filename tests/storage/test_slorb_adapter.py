@@ -120,5 +120,5 @@ def test_an_adapter_that_peft_does_not_place_is_refused(tmp_path: Path, monkeypa
     model = family_model("deepseek_v3")
     sparsify_model(model, SparsityConfig(), SLoRBConfig(enabled=True, k=8))
     export_model(model, tmp_path / "out")
-    with pytest.raises(UserError, match=r"PEFT does not give `model\.layers\.0\.mlp\.\w+` its pair"):
+    with pytest.raises(UserError, match=r"PEFT does not load the pair of `model\.layers\.0\.mlp\.\w+`"):
         load_causal_lm(tmp_path / "out")

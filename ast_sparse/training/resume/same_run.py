@@ -156,13 +156,15 @@ def check_settings(
         UserError: a setting that must match the checkpoint differs.
     """
     saved, distillation = _read(checkpoint), config.distillation
+    use_cpu = config.training.get("use_cpu", False)
+    pinned = not use_cpu and config.training.get("dataloader_pin_memory", True)
     settings = {
         "distillation": None if distillation is None else distillation.to_dict(),
         "calibration": config.calibration.to_dict(),
         "watch": config.watch.to_dict(),
         **run_settings(config),
-        # a dry run sets `use_cpu`
-        "training": {**training_values(args), "use_cpu": config.training.get("use_cpu", False)},
+        # a dry run sets `use_cpu`, which turns off `dataloader_pin_memory`
+        "training": {**training_values(args), "use_cpu": use_cpu, "dataloader_pin_memory": pinned},
     }
     now = {"processes": processes, "settings": plain(settings)}
     strict = depending(args, config.sparsity, config.data.mixture.type)

@@ -59,6 +59,18 @@ def test_a_dry_run_compares_what_needs_no_weights(root: Path, out: Path) -> None
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_dry_run_with_the_settings_of_the_run_reports_no_difference(root: Path, tmp_path: Path) -> None:
+    tree = base(root)
+    del tree["training"]["use_cpu"]  # a dry run sets it, with or without an accelerator
+    assert train(root, tmp_path / "out", tree=tree).exit_code == 0
+    options = ["--resume", str(tmp_path / "out/checkpoint-1"), "--dry-run"]
+    unchanged = train(root, tmp_path / "out", *options, tree=tree)
+    assert unchanged.exit_code == 0 and "resume: " not in unchanged.stdout, unchanged.output
+    changed = train(root, tmp_path / "out", *options, "--set", "training.dataloader_pin_memory=false", tree=tree)
+    assert changed.stdout.count("resume: ") == 1
+    assert "resume: training.dataloader_pin_memory True -> False\n" in changed.stdout
+
+
 def test_what_a_signal_changes_is_not_a_setting_of_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, save_strategy="no")
     run.args.save_strategy = "steps"  # as PreemptionCallback does
