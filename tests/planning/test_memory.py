@@ -174,13 +174,13 @@ MEASURES = ("evaluation.datasets=[]", "evaluation.report=false")
         (replace(SETUP, batch_size=1), 20, None),
     ],
 )  # fmt: skip
-def test_a_mend_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
+def test_the_fix_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
     fit = find_fit(counted, setup, limit, can_shard=True, can_halve=False)
     assert (None if fit is None else fit.settings(setup)) == settings
     assert fit is None or fit.memory.total <= limit
 
 
-def test_bf16_is_a_mend_where_the_device_has_it_and_sharding_where_the_model_allows() -> None:
+def test_bf16_is_a_fix_where_the_device_has_it_and_sharding_where_the_model_allows() -> None:
     def memory(setup: Setup) -> Memory:
         return Memory({"all": 10 if setup.is_half else 20}, "step")
 
