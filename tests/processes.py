@@ -2,8 +2,8 @@
 
 A fresh interpreter takes seconds to reach the first line of a command. These start in milliseconds and otherwise behave
 like `python -m`: they have a pid, an environment, exit codes, signals. If a test is about the interpreter itself, such
-as the order of imports, it starts a fresh one. Output goes into files: if
-a test limits the size of files, that limit applies to them too.
+as the order of imports, it starts a fresh one. Output goes into files: if a test limits the size of files, that limit
+applies to them too.
 """
 
 import gc
