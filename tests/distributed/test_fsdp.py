@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from ast_sparse.export.export import export_model
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.resume.checkpoints import faults, last_checkpoint
 from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
+from tests.processes import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one.train()
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command = [sys.executable, *launch, "-m", "tests.distributed.fsdp_facts", str(out)]
-    # not `run_command`: one run limits the size of files, and would limit its output file too
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    finished = run_command(command)
     assert finished.returncode == 0, finished.stderr[-5000:]
     assert "UserWarning: FSDP2" not in finished.stderr
     return out

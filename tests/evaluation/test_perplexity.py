@@ -214,7 +214,7 @@ def test_missing_wikitext_is_named(tmp_path: Path) -> None:
         (tmp_path, "validation", "No wiki.valid.raw in "),
         (tmp_path / "absent", "test", "No wiki.test.raw in "),
         (tmp_path, "train", "test or validation split, not `train`"),
-        (None, "test", "cannot be loaded from the hub .* by `--data-dir`"),
+        (None, "test", "cannot be loaded from the hub .* set `--data-dir` to a folder"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             wikitext2_rows(split, path)
