@@ -32,3 +32,11 @@ def pytest_collection_finish() -> None:
     """Exclude what is imported from garbage collection, which otherwise takes a third of the test time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_out_what_a_module_imported() -> Iterator[None]:
+    """Tests import more as they run, and Trainer collects garbage at every run."""
+    yield
+    gc.collect()
+    gc.freeze()
