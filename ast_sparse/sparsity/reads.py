@@ -64,22 +64,30 @@ def _find(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
 def _structure(model: nn.Module, layers: Mapping[str, nn.Module]) -> Hashable | None:
     """What the result depends on, so that a model of the same structure need not run again; None if that is unclear.
 
-    It names every module with its class, the code of its forward, its plain attributes and the shapes of its
-    parameters, and which of them are shared. A module with hooks, or with a forward of its own, is unclear.
+    It names every module with its class and that class's functions, its plain attributes, and the shapes of its
+    parameters and buffers and which of them are shared. A module with hooks, or with a method of its own, is unclear.
     """
     seen: dict[int, int] = {}
     parts: list[Hashable] = [tuple(layers), repr(getattr(model, "config", None))]
     for name, module in model.named_modules(remove_duplicate=False):
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        own = vars(module)
+        has_method = "forward" in own or any(inspect.ismethod(value) for value in own.values())
+        if has_method or module._forward_hooks or module._forward_pre_hooks:
             return None
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        plain = {key: value for key, value in own.items() if isinstance(value, bool | int | float | str)}
         plain.pop("training", None)  # the copy that runs is in evaluation mode
         shapes = tuple(
             (key, None if value is None else (seen.setdefault(id(value), len(seen)), value.shape))
             for key, value in (*module._parameters.items(), *module._buffers.items())
         )
-        parts.append((name, type(module), type(module).forward, tuple(sorted(plain.items())), shapes))
+        parts.append((name, type(module), _functions(type(module)), tuple(sorted(plain.items())), shapes))
     return tuple(parts)
+
+
+def _functions(kind: type) -> tuple[Callable[..., Any], ...]:
+    """The functions of a class and its bases outside torch: a patched one makes another structure."""
+    bases = (base for base in kind.__mro__ if not base.__module__.startswith("torch."))
+    return tuple(value for base in bases for value in vars(base).values() if inspect.isfunction(value))
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

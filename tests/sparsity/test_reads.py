@@ -41,6 +41,9 @@ def test_another_family_is_run(runs: list[nn.Module]) -> None:
     assert len(runs) == 3
 
 
+FORWARD = LlamaMLP.forward
+
+
 def direct(self: Any, x: Tensor) -> Tensor:
     return torch.matmul(self.act_fn(self.gate_proj(x)) * (x @ self.up_proj.weight.t()), self.down_proj.weight.t())
 
@@ -49,13 +52,20 @@ def of_the_class(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LlamaMLP, "forward", direct)
 
 
+def of_what_the_forward_calls(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LlamaMLP, "forward", lambda self, x: self.product(x))
+    patch.setattr(LlamaMLP, "product", FORWARD, raising=False)
+    select_layers(model)
+    patch.setattr(LlamaMLP, "product", direct)
+
+
 def of_the_modules(model: PreTrainedModel, patch: pytest.MonkeyPatch) -> None:
     for module in model.modules():
         if isinstance(module, LlamaMLP):
             patch.setattr(module, "forward", direct.__get__(module), raising=False)
 
 
-@pytest.mark.parametrize("change", [of_the_class, of_the_modules])
+@pytest.mark.parametrize("change", [of_the_class, of_what_the_forward_calls, of_the_modules])
 def test_another_forward_is_run_and_what_it_reads_is_found(
     runs: list[nn.Module], monkeypatch: pytest.MonkeyPatch, change: Callable[..., None]
 ) -> None:
@@ -64,7 +74,7 @@ def test_another_forward_is_run_and_what_it_reads_is_found(
     change(model, monkeypatch)
     after, skipped = select_layers(model)
     gone = set(before) - set(after)
-    assert len(runs) == 2
+    assert len(runs) == 3 if change is of_what_the_forward_calls else len(runs) == 2
     assert {name.rpartition(".")[2] for name in gone} == {"up_proj", "down_proj"} and gone <= set(skipped)
 
 
