@@ -20,6 +20,7 @@ from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.readback import same_pairs
 from ast_sparse.export.summary import ExportReport, SizeRow
 from ast_sparse.progress import progress_bar
+from ast_sparse.sparsity.layers import out_by_in
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers
 from ast_sparse.storage import files
@@ -34,7 +35,7 @@ from ast_sparse.storage.save import (
     split_state_dict,
 )
 from ast_sparse.storage.sharded import is_sharded_checkpoint
-from ast_sparse.storage.slorb_adapter import group_dim_of, write_adapter
+from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
 __all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
@@ -180,7 +181,7 @@ def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
     first_fault = None
     for name, layer in selected.items():
         group_dim = 0 if isinstance(layer, Conv1D) else 1
-        weight = _out_by_in(source.weights[f"{name}.weight"], group_dim)
+        weight = out_by_in(source.weights[f"{name}.weight"], group_dim).contiguous()
         unfit = next((p.m for p in patterns if p.structured and weight.shape[1] % p.m), None)
         missed = next((pattern for pattern in patterns if not unfit and not pattern.holds(weight)), None)
         if unfit:
@@ -227,11 +228,6 @@ def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format
     )
 
 
-def _out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
-    """The weight or mask of a layer as `[out, in]`."""
-    return tensor if group_dim == 1 else tensor.t().contiguous()
-
-
 def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
     codec = plan.codec
     tensors: dict[str, Tensor] = {}
@@ -241,7 +237,7 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         if codec and layer in plan.pruned and key != layer:
             group_dim = plan.pruned[layer]
             mask = _code_mask(source.masks.get(layer), group_dim, codec.pattern)
-            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(_out_by_in(value, group_dim), mask)
+            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(out_by_in(value, group_dim).contiguous(), mask)
         else:
             tensors[key] = value
     # Compressed layers have the names and shapes of the model in memory, so they must not be converted.
@@ -249,7 +245,7 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
     _edit_config(folder, plan, dtype)
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
-        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, group_dim_of(source.model, pairs))
+        write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, common_group_dim(source.model, pairs))
     record = source.record
     if source.folder is None or not record.content:
         record = SparsityRecord.of_export(
@@ -277,7 +273,7 @@ def _code_mask(mask: Tensor | None, group_dim: int, pattern: Pattern) -> Tensor 
     """The mask to encode with; None if it does not keep exactly N of M, and the non-zeros are used instead."""
     if mask is None:
         return None
-    mask = _out_by_in(mask.cpu(), group_dim)
+    mask = out_by_in(mask.cpu(), group_dim).contiguous()
     return mask if bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()) else None
 
 

@@ -15,7 +15,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import remove_checksums, write_checksums
 from ast_sparse.storage.quantized import plain_conversions
-from ast_sparse.storage.slorb_adapter import group_dim_of, write_adapter
+from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 
 
 def split_state_dict(
@@ -62,7 +62,7 @@ def save_sparse_model(
     save_weights(model, folder, weights)
     adapter = folder / files.ADAPTER_FOLDER
     if pairs:
-        write_adapter(adapter, str(out_dir), pairs, group_dim_of(model, pairs))
+        write_adapter(adapter, str(out_dir), pairs, common_group_dim(model, pairs))
     elif (adapter / "adapter_config.json").is_file():
         shutil.rmtree(adapter)  # of an earlier run: it would be taken for this model's
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, config)

@@ -21,7 +21,7 @@ _CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def group_dim_of(model: nn.Module, layers: Iterable[str]) -> int:
+def common_group_dim(model: nn.Module, layers: Iterable[str]) -> int:
     """`group_dim` of the named layers: 0 if any of them is GPT-2's `Conv1D`, else 1."""
     return 0 if any(isinstance(model.get_submodule(name), Conv1D) for name in layers) else 1
 
@@ -148,7 +148,7 @@ def attach_adapter(model: PreTrainedModel, pairs: SlorbPairs, base_model: str) -
     from peft import LoraConfig
 
     check_pairs(model, pairs, base_model)
-    config = LoraConfig(**adapter_config(pairs, base_model, group_dim_of(model, pairs)))
+    config = LoraConfig(**adapter_config(pairs, base_model, common_group_dim(model, pairs)))
     tensors = {name: value.to(model.dtype) for name, value in _adapter_tensors(pairs, "").items()}
     try:  # the annotation says dict, but PEFT uses a config object
         model.load_adapter(peft_config=cast(Any, config), adapter_state_dict=tensors)
