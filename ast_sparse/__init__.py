@@ -46,8 +46,8 @@ _PUBLIC = {
     "perplexity": "evaluation.perplexity",
     "AstSparse24Config": "export.quantizer",
     "export_model": "export.export",
-    "pack24": "export.codec24",
-    "unpack24": "export.codec24",
+    "pack24": "kernels.code24",
+    "unpack24": "kernels.code24",
     "load_causal_lm": "storage.load",
     "load_tokenizer": "storage.locate",
 }
@@ -72,10 +72,10 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from ast_sparse.distillation.logits import distillation_loss as distillation_loss
     from ast_sparse.errors import UserError as UserError
     from ast_sparse.evaluation.perplexity import perplexity as perplexity
-    from ast_sparse.export.codec24 import pack24 as pack24
-    from ast_sparse.export.codec24 import unpack24 as unpack24
     from ast_sparse.export.export import export_model as export_model
     from ast_sparse.export.quantizer import AstSparse24Config as AstSparse24Config
+    from ast_sparse.kernels.code24 import pack24 as pack24
+    from ast_sparse.kernels.code24 import unpack24 as unpack24
     from ast_sparse.optim import SparseAdamW as SparseAdamW
     from ast_sparse.schedules import mask_decay_at as mask_decay_at
     from ast_sparse.sparsity.layers import SparseConv1D as SparseConv1D

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.sparsity.masks import Pattern
@@ -25,6 +26,7 @@ class Codec:
             `[out, in·N/M]`, in the dtype of the weight, and the metadata `[out, in/columns_per_byte]`, uint8.
         decode: from values and metadata to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with
             respect to the values.
+        product: a way to compute `linear` that need not decode the whole weight; None: decode, then `F.linear`.
         check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong positions.
     """
 
@@ -36,6 +38,7 @@ class Codec:
     encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor, Tensor], Tensor]
     check_meta: Callable[[Tensor], bool]
+    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the values and of the metadata."""
@@ -56,6 +59,12 @@ class Codec:
             raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
         if not self.check_meta(meta):
             raise ValueError(f"its metadata names positions that no {self.pattern} group has")
+
+    def linear(self, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x Wᵀ + b` `[..., out]` from x `[..., in]`, W as values and metadata, and b `[out]`; differentiable."""
+        if self.product is None:
+            return F.linear(x, self.decode(values, meta), bias)
+        return self.product(x, values, meta, bias)
 
     def stored_bytes(self, numel: int, itemsize: int) -> int:
         """Size in bytes of an encoded weight with `numel` entries of `itemsize` bytes."""

@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.codec import META, Codec
-from ast_sparse.export.codec24 import same_bits
 from ast_sparse.export.formats import FORMAT_HELP, codecs
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.readback import same_pairs
 from ast_sparse.export.summary import ExportReport, SizeRow
+from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.layers import out_by_in
 from ast_sparse.sparsity.masks import Pattern

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -128,7 +127,7 @@ class CompressedLinear(nn.Linear):
         return self.codec.decode(cast(Tensor, self._parameters["weight"]), self.weight_meta)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.dense_weight(), self.bias)
+        return self.codec.linear(input, cast(Tensor, self._parameters["weight"]), self.weight_meta, self.bias)
 
 
 class _SeenByPeft(CompressedLinear):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ast_sparse.errors import UserError
-from ast_sparse.export.codec24 import same_bits
+from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.locate import load_model_config

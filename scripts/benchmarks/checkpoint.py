@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ast_sparse.export.codec24 import check_meta, pack24, same_bits, unpack24
+from ast_sparse.kernels.code24 import check_meta, pack24, same_bits, unpack24
 from ast_sparse.sparsity.masks import nm_mask
 from scripts.benchmarks.harness import Result, Settings, interleave, main
 

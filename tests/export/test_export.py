@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Pre
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export import export as checkpoint
-from ast_sparse.export.codec24 import unpack24
 from ast_sparse.export.export import export_model
+from ast_sparse.kernels.code24 import unpack24
 from ast_sparse.sparsity.masks import check_nm, nm_mask
 from ast_sparse.sparsity.model import densify_model, sparse_layers, sparsify_model
 from ast_sparse.storage import save as saving

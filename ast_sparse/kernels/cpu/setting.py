@@ -5,7 +5,7 @@
 - `plain`: the plain way everywhere.
 
 The plain way calls only PyTorch, and is next to each call of these functions: `kernels/products.py`,
-`kernels/fast_forward.py`, `export/codec24.py`. Memory (`heap.py`) and codes (`words.py`) do not change results.
+`kernels/fast_forward.py`, `kernels/code24.py`. Memory (`heap.py`) and codes (`words.py`) do not change results.
 Products (`onednn.py`) are equal to the plain ones within rounding. Checkpoints do not store the choice: a run that
 continues with the other one is equal to the uninterrupted run within rounding, not to the bit.
 """

@@ -1,4 +1,4 @@
-"""The 2:4 code of 16-bit weights (`export/codec24.py`) by operations on words: a group of four is one 64-bit word.
+"""The 2:4 code of 16-bit weights (`kernels/code24.py`) by operations on words: a group of four is one 64-bit word.
 
 Results are written to huge pages if Linux grants them: touching new memory costs more than an operation.
 """

@@ -1,11 +1,11 @@
-"""The code by words; `tests/export/test_codec24.py` compares it with its slow twin."""
+"""The code by words; `tests/kernels/test_code24.py` compares it with its slow twin."""
 
 import mmap
 
 import pytest
 import torch
 
-from ast_sparse.export.codec24 import pack24, unpack24
+from ast_sparse.kernels.code24 import pack24, unpack24
 from ast_sparse.kernels.cpu import setting, words
 from ast_sparse.sparsity.masks import nm_mask
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ast_sparse.export.codec24 import CODE24, check_meta, pack24, same_bits, unpack24
+from ast_sparse.export.codec24 import CODE24
+from ast_sparse.kernels.code24 import check_meta, pack24, same_bits, unpack24
 from ast_sparse.kernels.cpu import setting, words
 from ast_sparse.sparsity.masks import nm_mask
 

@@ -1,0 +1,43 @@
+"""`x Wᵀ + b` with W in the 2:4 code: one function for every device, and one opaque operation for compilers and graphs.
+
+The plain way decodes W and calls `F.linear`. Faster ways, with results equal within rounding, keep W compressed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ast_sparse.kernels.code24 import unpack24
+
+_LIBRARY = torch.library.Library("ast_sparse", "DEF")
+
+
+def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + b`; gradients reach x, the values and b.
+
+    Args:
+        x: `[..., in]`; values `[out, in/2]` and meta `[out, in/8]`, uint8: W as `pack24` encodes it; bias: `[out]`.
+            x, values and bias have one floating-point dtype.
+
+    Returns:
+        `[..., out]` in that dtype.
+    """
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
+        return F.linear(x, unpack24(values, meta), bias)
+    if torch.compiler.is_compiling():
+        return torch.ops.ast_sparse.linear24(x, values, meta, bias)
+    return _linear24(x, values, meta, bias)
+
+
+def _linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, unpack24(values, meta), bias)
+
+
+def _fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+_LIBRARY.define("linear24(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor")
+_LIBRARY.impl("linear24", _linear24, "CPU")
+_LIBRARY.impl("linear24", _linear24, "CUDA")
+_LIBRARY.impl("linear24", _fake, "Meta")
