@@ -18,6 +18,7 @@ ORDER = (
     "training",
     "evaluation",
     "data",
+    "serving",
     "export",
     "distillation",
     "sparsity",
