@@ -11,7 +11,9 @@ from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import weight_files
 
 # Families of `Conv1D`, whose weights are [in, out]: vLLM transposes every tensor called `.weight` of some layers.
-CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+CONV1D_MODELS = (
+    "clvp", "clvp_decoder", "clvp_encoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt",
+)  # fmt: skip
 
 
 def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
