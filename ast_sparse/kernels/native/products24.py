@@ -32,7 +32,8 @@ def takes(x: Tensor, values: Tensor, meta: Tensor) -> bool:
 def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced: Kernels | None = None) -> Tensor:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
-    Pruned entries of W are not multiplied: 0 · inf and 0 · NaN do not occur.
+    Pruned entries of W are left out, or multiplied as 0: whether an infinite x makes NaN there depends on the level and
+    the number of tokens.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.

@@ -15,6 +15,12 @@ static const ast24_level *const levels[] = {
     &ast24_avx512_bf16,
     &ast24_avx512,
 #endif
+#ifdef __x86_64__
+    &ast24_avx2,
+#endif
+#ifdef AST24_HAS_NEON
+    &ast24_neon,
+#endif
     NULL,
 };
 

@@ -14,6 +14,9 @@
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define AST24_HAS_AVX512
 #endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define AST24_HAS_NEON
+#endif
 
 enum { AST24_BFLOAT16, AST24_FLOAT16, AST24_FLOAT32, AST24_DTYPES };
 
@@ -57,7 +60,7 @@ typedef struct {
 } ast24_level;
 
 /* Defined in the file of the level; the frame has them in a table, best first. */
-extern const ast24_level ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon, ast24_portable;
+extern const ast24_level ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
 
 static inline int64_t ast24_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
