@@ -8,11 +8,14 @@
 
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,fma")))
 
-BF16 static void prepare(const ast24_product *p) {
+static int64_t operand(const ast24_product *p) { return p->tokens * p->padded * 2; }
+
+static void prepare(const ast24_product *p, int64_t first, int64_t last) {
+  const int64_t end = ast24_least(last, p->columns);
   for (int64_t t = 0; t < p->tokens; t++) {
     uint16_t *to = (uint16_t *)p->operand + t * p->padded;
-    memcpy(to, (const uint16_t *)p->x + t * p->x_stride, (size_t)p->columns * 2);
-    memset(to + p->columns, 0, (size_t)(p->padded - p->columns) * 2);
+    memcpy(to + first, (const uint16_t *)p->x + t * p->x_stride + first, (size_t)(end - first) * 2);
+    memset(to + end, 0, (size_t)(last - end) * 2);
   }
 }
 
@@ -95,15 +98,8 @@ static int usable(void) {
          __builtin_cpu_supports("avx512bf16");
 }
 
+static const ast24_way bfloat16 = {operand, prepare, rows};
+
 const ast24_level ast24_avx512_bf16 = {
-    "avx512_bf16",
-    usable,
-    1,
-    {
-        [AST24_BFLOAT16] = {2, prepare, rows},
-        [AST24_FLOAT16] = {4, ast24_avx512_prepare_float16, ast24_avx512_rows_float16},
-        [AST24_FLOAT32] = {4, ast24_avx512_prepare_float32, ast24_avx512_rows_float32},
-    },
-    ast24_avx512_decode,
-};
+    "avx512_bf16", usable, 1, {&bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
 #endif
