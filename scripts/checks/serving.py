@@ -57,7 +57,11 @@ def server(model: Path, *options: str, **environment: str) -> Iterator[Any]:
     log = Path(f"{model}.log")
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [*command, *options], stdout=stream, stderr=stream, start_new_session=True, env={**os.environ, **environment}
+            [*command, *options],
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
         try:
             wait_until_ready(process, port, log)

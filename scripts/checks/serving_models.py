@@ -1,6 +1,6 @@
 """Tiny random models for `scripts/checks/vllm.sh`, exported, and the tokens that transformers chooses for them.
 
-    python scripts/checks/serving_models.py WORK [EXPORTS]    # writes WORK/*/ and WORK/expected.json
+python scripts/checks/serving_models.py WORK [EXPORTS]    # writes WORK/*/ and WORK/expected.json
 """
 
 import json
