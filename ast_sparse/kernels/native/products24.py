@@ -6,7 +6,7 @@ from torch.nn import Parameter
 
 from ast_sparse.kernels.native.library import DTYPES, Kernels, kernels
 
-_MOST_TOKENS = 16
+_MOST_TOKENS = 100000
 _SERIAL = 1 << 17  # multiplications of a product that one thread does as fast as a team
 
 

@@ -60,9 +60,9 @@ OPERATION lanes expand(int dtype, const void *values, int byte) {
 #include "eight.h"
 
 /* x of one token, for `tile_of_one`: of each 16 columns the groups 0, 2, 1, 3 */
-INLINE void prepare_one(int dtype, const ast24_product *p) {
+INLINE void prepare_one(int dtype, const ast24_product *p, int64_t first, int64_t last) {
   float *to = p->operand;
-  for (int64_t c = 0; c < p->padded; c += 8) {
+  for (int64_t c = first; c < last; c += 8) {
     const lanes eight = c < p->columns ? widen(dtype, (const char *)p->x + c * size_of(dtype)) : zero();
     float *const group = to + c / 16 * 16 + c % 16 / 2;
     _mm_store_ps(group, _mm256_castps256_ps128(eight));
@@ -114,12 +114,13 @@ INLINE void multiply_one(int dtype, const ast24_product *p, int64_t first, int64
 }
 
 #define WAY(name, dtype) \
-  LEVEL static void prepare_##name(const ast24_product *p) { \
-    if (p->tokens == 1) prepare_one(dtype, p); else prepare(dtype, p); \
+  LEVEL static void prepare_##name(const ast24_product *p, int64_t first, int64_t last) { \
+    if (p->tokens == 1) prepare_one(dtype, p, first, last); else prepare(dtype, p, first, last); \
   } \
   LEVEL static void multiply_##name(const ast24_product *p, int64_t first, int64_t last) { \
     if (p->tokens == 1) multiply_one(dtype, p, first, last); else multiply(dtype, p, first, last); \
-  }
+  } \
+  static const ast24_way name = {operand, prepare_##name, multiply_##name};
 WAY(bfloat16, AST24_BFLOAT16)
 WAY(float16, AST24_FLOAT16)
 WAY(float32, AST24_FLOAT32)
@@ -130,15 +131,5 @@ static int usable(void) {
          features & bit_F16C;
 }
 
-const ast24_level ast24_avx2 = {
-    "avx2",
-    usable,
-    1,
-    {
-        [AST24_BFLOAT16] = {4, prepare_bfloat16, multiply_bfloat16},
-        [AST24_FLOAT16] = {4, prepare_float16, multiply_float16},
-        [AST24_FLOAT32] = {4, prepare_float32, multiply_float32},
-    },
-    decode,
-};
+const ast24_level ast24_avx2 = {"avx2", usable, 1, {&bfloat16, &float16, &float32}, decode};
 #endif

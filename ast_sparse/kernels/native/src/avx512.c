@@ -37,12 +37,15 @@ WIDE static inline void store(int dtype, void *to, const void *bias, int64_t tok
   }
 }
 
-WIDE static inline __attribute__((always_inline)) void prepare(int dtype, const ast24_product *p) {
+static int64_t operand(const ast24_product *p) { return p->tokens * p->padded * 4; }
+
+WIDE static inline __attribute__((always_inline)) void prepare(
+    int dtype, const ast24_product *p, int64_t first, int64_t last) {
   const int64_t size = dtype == AST24_FLOAT32 ? 4 : 2;
   for (int64_t t = 0; t < p->tokens; t++) {
     const char *from = (const char *)p->x + t * p->x_stride * size;
     float *to = (float *)p->operand + t * p->padded;
-    for (int64_t c = 0; c < p->padded; c += 16) {
+    for (int64_t c = first; c < last; c += 16) {
       const int64_t left = ast24_least(p->columns - c, 16);
       const __mmask16 mask = left <= 0 ? 0 : (__mmask16)(0xffff >> (16 - left));
       _mm512_store_ps(to + c, load(dtype, from + ast24_least(c, p->columns) * size, mask));
@@ -105,17 +108,23 @@ WIDE static inline __attribute__((always_inline)) void rows_of(
   }
 }
 
-WIDE static void prepare_bfloat16(const ast24_product *p) { prepare(AST24_BFLOAT16, p); }
-WIDE void ast24_avx512_prepare_float16(const ast24_product *p) { prepare(AST24_FLOAT16, p); }
-WIDE void ast24_avx512_prepare_float32(const ast24_product *p) { prepare(AST24_FLOAT32, p); }
+WIDE static void prepare_bfloat16(const ast24_product *p, int64_t first, int64_t last) {
+  prepare(AST24_BFLOAT16, p, first, last);
+}
+WIDE static void prepare_float16(const ast24_product *p, int64_t first, int64_t last) {
+  prepare(AST24_FLOAT16, p, first, last);
+}
+WIDE static void prepare_float32(const ast24_product *p, int64_t first, int64_t last) {
+  prepare(AST24_FLOAT32, p, first, last);
+}
 
 WIDE static void rows_bfloat16(const ast24_product *p, int64_t first, int64_t last) {
   rows_of(AST24_BFLOAT16, p, first, last);
 }
-WIDE void ast24_avx512_rows_float16(const ast24_product *p, int64_t first, int64_t last) {
+WIDE static void rows_float16(const ast24_product *p, int64_t first, int64_t last) {
   rows_of(AST24_FLOAT16, p, first, last);
 }
-WIDE void ast24_avx512_rows_float32(const ast24_product *p, int64_t first, int64_t last) {
+WIDE static void rows_float32(const ast24_product *p, int64_t first, int64_t last) {
   rows_of(AST24_FLOAT32, p, first, last);
 }
 
@@ -149,15 +158,10 @@ static int usable(void) {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 
+static const ast24_way bfloat16 = {operand, prepare_bfloat16, rows_bfloat16};
+const ast24_way ast24_avx512_float16 = {operand, prepare_float16, rows_float16};
+const ast24_way ast24_avx512_float32 = {operand, prepare_float32, rows_float32};
+
 const ast24_level ast24_avx512 = {
-    "avx512",
-    usable,
-    1,
-    {
-        [AST24_BFLOAT16] = {4, prepare_bfloat16, rows_bfloat16},
-        [AST24_FLOAT16] = {4, ast24_avx512_prepare_float16, ast24_avx512_rows_float16},
-        [AST24_FLOAT32] = {4, ast24_avx512_prepare_float32, ast24_avx512_rows_float32},
-    },
-    ast24_avx512_decode,
-};
+    "avx512", usable, 1, {&bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
 #endif

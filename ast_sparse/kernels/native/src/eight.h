@@ -109,12 +109,14 @@ INLINE lanes widen(int dtype, const void *x) {
   return dtype == AST24_FLOAT32 ? load(x) : dtype == AST24_FLOAT16 ? widen_float16s(x) : widen_bfloat16s(x);
 }
 
+static int64_t operand(const ast24_product *p) { return p->tokens * p->padded * 4; }
+
 /* x as float32, 0 behind the columns */
-INLINE void prepare(int dtype, const ast24_product *p) {
+INLINE void prepare(int dtype, const ast24_product *p, int64_t first, int64_t last) {
   for (int64_t t = 0; t < p->tokens; t++) {
     const char *from = (const char *)p->x + t * p->x_stride * size_of(dtype);
     float *to = (float *)p->operand + t * p->padded;
-    for (int64_t c = 0; c < p->padded; c += 8)
+    for (int64_t c = first; c < last; c += 8)
       store(to + c, c < p->columns ? widen(dtype, from + c * size_of(dtype)) : zero());
   }
 }

@@ -9,6 +9,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define ON_STACK (64 << 10)
+#define PREPARED_ALONE (64 << 10) /* entries of x */
 
 static const ast24_level *const levels[] = {
 #ifdef AST24_HAS_AVX512
@@ -46,57 +47,74 @@ EXPORT void ast24_openmp(void *parallel, void *number, void *size) {
 typedef struct {
   void (*part)(const void *, int64_t, int64_t);
   const void *what;
-  int64_t rows;
+  int64_t size, block;
 } shared;
 
 static void part_of_team(void *argument) {
   const shared *work = argument;
-  /* asked here, because a team may be smaller than wanted; whole blocks of 16 rows, so that y is shared by cache lines */
-  const int64_t each = size_of_team(), me = number_in_team(), blocks = (work->rows + 15) / 16;
-  const int64_t first = blocks * me / each * 16, last = ast24_least(blocks * (me + 1) / each * 16, work->rows);
+  /* asked here, because a team may be smaller than wanted */
+  const int64_t each = size_of_team(), me = number_in_team(), blocks = (work->size + work->block - 1) / work->block;
+  const int64_t first = blocks * me / each * work->block;
+  const int64_t last = ast24_least(blocks * (me + 1) / each * work->block, work->size);
   if (first < last) work->part(work->what, first, last);
 }
 
-static void share(void (*part)(const void *, int64_t, int64_t), const void *what, int64_t rows, int threads) {
-  shared work = {part, what, rows};
+/* part(what, 0, size) in whole blocks, one range of them for each thread */
+static void share(
+    void (*part)(const void *, int64_t, int64_t), const void *what, int64_t size, int64_t block, int threads) {
+  shared work = {part, what, size, block};
   if (threads > 1 && run_team)
     run_team(part_of_team, &work, (unsigned)threads, 0);
   else
-    part(what, 0, rows);
+    part(what, 0, size);
 }
 
 typedef struct {
   ast24_product product;
-  void (*rows)(const ast24_product *, int64_t, int64_t);
+  const ast24_way *way;
 } product_call;
 
-typedef struct {
-  ast24_matrix matrix;
-  void (*decode)(const ast24_matrix *, int64_t, int64_t);
-} matrix_call;
-
-static void product_part(const void *what, int64_t first, int64_t last) {
+static void prepare_part(const void *what, int64_t first, int64_t last) {
   const product_call *call = what;
-  call->rows(&call->product, first, last);
+  call->way->prepare(&call->product, first, last);
+}
+
+static void rows_part(const void *what, int64_t first, int64_t last) {
+  const product_call *call = what;
+  call->way->rows(&call->product, first, last);
 }
 
 /* y = x Wᵀ + b. 0: done; 1: out of memory; 2: the level does not serve the dtype. */
 EXPORT int ast24_linear(
     int level, int dtype, const void *x, int64_t x_stride, const void *values, const void *meta, const void *bias,
     void *y, int64_t tokens, int64_t rows, int64_t columns, int threads) {
-  const ast24_way *way = &levels[level]->ways[dtype];
-  if (!way->rows) return 2;
-  const int64_t padded = (columns + 63) / 64 * 64, bytes = tokens * padded * way->itemsize;
-  _Alignas(64) char on_stack[ON_STACK];
-  void *operand = bytes <= ON_STACK ? on_stack : aligned_alloc(64, (size_t)bytes);
-  if (!operand) return 1;
+  const ast24_way *way = levels[level]->ways[dtype];
+  if (!way) return 2;
+  const int64_t itemsize = dtype == AST24_FLOAT32 ? 4 : 2, padded = (columns + 63) / 64 * 64;
   product_call call = {
-      {dtype, tokens, rows, columns, x, x_stride, values, meta, bias, y, padded, operand}, way->rows};
-  way->prepare(&call.product);
-  share(product_part, &call, rows, threads);
+      {dtype, ast24_least(tokens, AST24_MOST_TOKENS), rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
+      way};
+  ast24_product *p = &call.product;
+  const int64_t bytes = way->operand(p);
+  _Alignas(64) char on_stack[ON_STACK];
+  void *operand = bytes <= ON_STACK ? on_stack : aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+  if (!operand) return 1;
+  p->operand = operand;
+  for (int64_t token = 0; token < tokens; token += p->tokens) {
+    p->tokens = ast24_least(tokens - token, AST24_MOST_TOKENS);
+    p->x = (const char *)x + token * x_stride * itemsize;
+    p->y = (char *)y + token * rows * itemsize;
+    share(prepare_part, &call, padded, 64, p->tokens * padded > PREPARED_ALONE ? threads : 1);
+    share(rows_part, &call, rows, 16, threads);
+  }
   if (operand != on_stack) free(operand);
   return 0;
 }
+
+typedef struct {
+  ast24_matrix matrix;
+  void (*decode)(const ast24_matrix *, int64_t, int64_t);
+} matrix_call;
 
 static void matrix_part(const void *what, int64_t first, int64_t last) {
   const matrix_call *call = what;
@@ -109,6 +127,6 @@ EXPORT int ast24_decode(
     int threads) {
   matrix_call call = {{itemsize, rows, columns, values, meta, dense}, levels[level]->decode};
   if (!call.decode) return 2;
-  share(matrix_part, &call, rows, threads);
+  share(matrix_part, &call, rows, 16, threads);
   return 0;
 }

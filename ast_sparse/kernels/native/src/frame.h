@@ -23,16 +23,19 @@ enum { AST24_BFLOAT16, AST24_FLOAT16, AST24_FLOAT32, AST24_DTYPES };
 /* y = x Wᵀ + b, all tensors of one dtype. */
 typedef struct {
   int dtype;
-  int64_t tokens, rows, columns;
-  const void *x;       /* tokens rows of `columns` entries, x_stride entries apart */
+  int64_t tokens; /* 1 to AST24_MOST_TOKENS: the frame cuts longer products */
+  int64_t rows, columns;
+  const void *x;   /* tokens rows of `columns` entries, x_stride entries apart */
   int64_t x_stride;
   const void *values;  /* [rows, columns / 2] */
   const uint8_t *meta; /* [rows, columns / 8] */
   const void *bias;    /* [rows], or NULL */
   void *y;             /* [tokens, rows] */
   int64_t padded;      /* columns, rounded up to a multiple of 64 */
-  void *operand;       /* x as `prepare` wrote it, aligned to 64 bytes; read by all threads */
+  void *operand;       /* x as `prepare` arranged it, aligned to 64 bytes; read by all threads */
 } ast24_product;
+
+enum { AST24_MOST_TOKENS = 128 };
 
 /* The dense matrix [rows, columns], exactly 0.0 where pruned; the bits of kept values do not change. */
 typedef struct {
@@ -43,19 +46,20 @@ typedef struct {
   void *dense;
 } ast24_matrix;
 
-/* How one dtype is multiplied. The result of a row and a token must depend neither on first and last nor on the other
-   tokens' values: threads share a product by rows. Sums are in float32 and rounded once, after the bias was added. */
+/* How one dtype is multiplied. Threads share `prepare` by columns, then `rows` by rows; the result of a row and a token
+   must depend neither on first and last nor on other tokens' values. Sums are in float32 and rounded once, after the
+   bias was added. */
 typedef struct {
-  int itemsize;                                                /* bytes of an entry of the operand */
-  void (*prepare)(const ast24_product *);                      /* writes operand [tokens, padded], 0 behind the columns */
-  void (*rows)(const ast24_product *, int64_t first, int64_t last); /* y[:, first:last] */
+  int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
+  void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
+  void (*rows)(const ast24_product *, int64_t first, int64_t last);    /* y[:, first:last]; first is a multiple of 16 */
 } ast24_way;
 
 typedef struct {
   const char *name;
   int (*usable)(void); /* whether this CPU has the features */
   int automatic;       /* whether it may be chosen without being named */
-  ast24_way ways[AST24_DTYPES]; /* rows is NULL: not served */
+  const ast24_way *ways[AST24_DTYPES]; /* NULL: not served */
   void (*decode)(const ast24_matrix *, int64_t first, int64_t last); /* dense[first:last]; NULL: not served */
 } ast24_level;
 

@@ -69,23 +69,14 @@ OPERATION lanes expand(int dtype, const void *values, int byte) {
 #include "eight.h"
 
 #define WAY(name, dtype) \
-  static void prepare_##name(const ast24_product *p) { prepare(dtype, p); } \
-  static void multiply_##name(const ast24_product *p, int64_t first, int64_t last) { multiply(dtype, p, first, last); }
+  static void prepare_##name(const ast24_product *p, int64_t first, int64_t last) { prepare(dtype, p, first, last); } \
+  static void multiply_##name(const ast24_product *p, int64_t first, int64_t last) { multiply(dtype, p, first, last); } \
+  static const ast24_way name = {operand, prepare_##name, multiply_##name};
 WAY(bfloat16, AST24_BFLOAT16)
 WAY(float16, AST24_FLOAT16)
 WAY(float32, AST24_FLOAT32)
 
 static int usable(void) { return 1; }
 
-const ast24_level ast24_neon = {
-    "neon",
-    usable,
-    1,
-    {
-        [AST24_BFLOAT16] = {4, prepare_bfloat16, multiply_bfloat16},
-        [AST24_FLOAT16] = {4, prepare_float16, multiply_float16},
-        [AST24_FLOAT32] = {4, prepare_float32, multiply_float32},
-    },
-    decode,
-};
+const ast24_level ast24_neon = {"neon", usable, 1, {&bfloat16, &float16, &float32}, decode};
 #endif
