@@ -77,59 +77,61 @@ BF16 static void prepare(const ast24_product *p, int64_t first, int64_t last) {
   }
 }
 
-/* `r` rows (at most 4) from `row` on and `n` tokens (at most FEW); r and n are known when this is compiled */
-BF16 INLINE void few(int r, int n, const ast24_product *p, int64_t row, __m512 sums[FEW][16], int at) {
+/* The sums of one row and `n` tokens, in 16 lanes. Rows are read one after the other, as one long stream: reading several
+   at once halves the speed of memory. Four sums for each token, because a dot product takes longer than its turn. */
+BF16 INLINE void few(int n, const ast24_product *p, int64_t row, __m512i spread, __m512i base, __m512 *totals_of) {
+  const int64_t columns = p->columns;
+  const uint16_t *x = p->operand, *values = (const uint16_t *)p->values + row * (columns / 2);
+  const uint8_t *meta = p->meta + row * (columns / 8);
+  const __m512i three = _mm512_set1_epi16(3);
+  __m512 sums[FEW][4];
+  for (int t = 0; t < n; t++)
+    for (int j = 0; j < 4; j++) sums[t][j] = _mm512_setzero_ps();
+/* 64 columns: (spread nibbles & 3) | base are the places of 32 entries in two registers of x */
+#define COLUMNS(j, nibbles, weights) { \
+    const __m512i all = _mm512_multishift_epi64_epi8(spread, _mm512_set1_epi64((int64_t)(nibbles))); \
+    const __m512i places = _mm512_ternarylogic_epi64(all, three, base, 0xEA); \
+    const __m512bh w = (__m512bh)(weights); \
+    for (int t = 0; t < n; t++) { \
+      const __m512i low = _mm512_load_si512(x + t * p->padded + 64 * (j)); \
+      const __m512i high = _mm512_load_si512(x + t * p->padded + 64 * (j) + 32); \
+      sums[t][j] = _mm512_dpbf16_ps(sums[t][j], w, (__m512bh)_mm512_permutex2var_epi16(low, places, high)); \
+    } \
+  }
+  int64_t left = columns;
+  for (; left >= 256; left -= 256, x += 256, values += 128, meta += 32)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      uint64_t nibbles;
+      memcpy(&nibbles, meta + 8 * j, 8);
+      COLUMNS(j, nibbles, _mm512_loadu_si512(values + 32 * j))
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const int64_t here = ast24_least(left - 64 * j, 64);
+    if (here <= 0) break;
+    uint64_t nibbles = 0;
+    memcpy(&nibbles, meta + 8 * j, (size_t)here / 8);
+    COLUMNS(j, nibbles, _mm512_maskz_loadu_epi16(0xffffffffu >> (32 - here / 2), values + 32 * j))
+  }
+  for (int t = 0; t < n; t++)
+    totals_of[16 * t] = _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3]));
+}
+
+BF16 INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_t last) {
   uint8_t shifts[64];
   uint16_t bases[32];
   for (int lane = 0; lane < 32; lane++) {
     shifts[2 * lane] = (uint8_t)(2 * lane), shifts[2 * lane + 1] = 0;
     bases[lane] = (uint16_t)(lane / 2 * 4);
   }
-  const __m512i spread = _mm512_loadu_si512(shifts), base = _mm512_loadu_si512(bases), three = _mm512_set1_epi16(3);
-  const int64_t columns = p->columns;
-  const uint16_t *x = (const uint16_t *)p->operand;
-  __m512 sum[4][FEW];
-  for (int i = 0; i < r; i++)
-    for (int t = 0; t < n; t++) sum[i][t] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < columns; c += 64) {
-    const int64_t left = ast24_least(columns - c, 64);
-    const __mmask32 mask = 0xffffffffu >> (32 - left / 2);
-    __m512i places[4];
-    __m512bh weights[4];
-    for (int i = 0; i < r; i++) {
-      uint64_t nibbles = 0;
-      const uint8_t *meta = p->meta + (row + i) * (columns / 8) + c / 8;
-      const uint16_t *values = (const uint16_t *)p->values + (row + i) * (columns / 2) + c / 2;
-      if (left == 64) {
-        memcpy(&nibbles, meta, 8);
-        weights[i] = (__m512bh)_mm512_loadu_si512(values);
-      } else {
-        memcpy(&nibbles, meta, (size_t)left / 8);
-        weights[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, values);
-      }
-      const __m512i shifted = _mm512_multishift_epi64_epi8(spread, _mm512_set1_epi64((int64_t)nibbles));
-      places[i] = _mm512_ternarylogic_epi64(shifted, three, base, 0xEA); /* (shifted & 3) | base */
-    }
-    for (int t = 0; t < n; t++) {
-      const __m512i low = _mm512_load_si512(x + t * p->padded + c), high = _mm512_load_si512(x + t * p->padded + c + 32);
-      for (int i = 0; i < r; i++)
-        sum[i][t] = _mm512_dpbf16_ps(sum[i][t], weights[i], (__m512bh)_mm512_permutex2var_epi16(low, places[i], high));
-    }
-  }
-  for (int i = 0; i < r; i++)
-    for (int t = 0; t < n; t++) sums[t][at + i] = sum[i][t];
-}
-
-BF16 INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_t last) {
+  const __m512i spread = _mm512_loadu_si512(shifts), base = _mm512_loadu_si512(bases);
+  __m512 sums[FEW * 16];
+  for (int i = 0; i < n * 16; i++) sums[i] = _mm512_setzero_ps();
   for (int64_t row = first; row < last; row += 16) {
-    __m512 sums[FEW][16];
-    const int count = (int)ast24_least(last - row, 16);
-    int i = 0;
-    for (; i + 4 <= count; i += 4) few(4, n, p, row + i, sums, i);
-    for (; i < count; i++) few(1, n, p, row + i, sums, i);
-    for (; i < 16; i++)
-      for (int t = 0; t < n; t++) sums[t][i] = _mm512_setzero_ps();
-    for (int t = 0; t < n; t++) finish(p, t, row, lanes_below(count), totals(sums[t]));
+    const int64_t count = ast24_least(last - row, 16);
+    for (int64_t i = 0; i < count; i++) few(n, p, row + i, spread, base, sums + i);
+    for (int t = 0; t < n; t++) finish(p, t, row, lanes_below(count), totals(sums + 16 * t));
   }
 }
 
