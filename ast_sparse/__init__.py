@@ -48,6 +48,7 @@ _PUBLIC = {
     "perplexity": "evaluation.perplexity",
     "AstSparse24Config": "export.quantizer",
     "export_model": "export.export",
+    "merge_adapter_sparse": "export.adapter_merge",
     "pack24": "kernels.code24",
     "unpack24": "kernels.code24",
     "load_causal_lm": "storage.load",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from ast_sparse.distillation.logits import distillation_loss as distillation_loss
     from ast_sparse.errors import UserError as UserError
     from ast_sparse.evaluation.perplexity import perplexity as perplexity
+    from ast_sparse.export.adapter_merge import merge_adapter_sparse as merge_adapter_sparse
     from ast_sparse.export.export import export_model as export_model
     from ast_sparse.export.quantizer import AstSparse24Config as AstSparse24Config
     from ast_sparse.kernels.code24 import pack24 as pack24

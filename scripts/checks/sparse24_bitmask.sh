@@ -6,13 +6,13 @@ set -euo pipefail
 [ $# -eq 1 ] || { sed -n 2,4p "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/../.." && pwd) out=$1
 python=${PYTHON:-$root/.venv/bin/python}
-export PYTHONPATH="$root"
 mkdir -p "$out"
 writer=${CT_PYTHON:-$out/venv/bin/python}
 if [ ! -x "$writer" ]; then
   "$python" -m venv "$out/venv"
-  "$writer" -m pip install --quiet "compressed-tensors==0.14.0" accelerate torch
+  "$writer" -m pip install --quiet "compressed-tensors==0.14.0" torch
 fi
+export PYTHONPATH="$root"
 
 "$python" - "$out" <<'PY'
 import sys
@@ -29,7 +29,7 @@ export_model(sparse_model(), out / "dense", "dense", overwrite=True, tokenizer=t
 PY
 for format in sparse-24-bitmask sparse-bitmask; do
   rm -rf "$out/$format" "$out/$format-export" "$out/$format-run"
-  "$writer" - "$out" "$format" <<'PY'
+  env -u PYTHONPATH "$writer" - "$out" "$format" <<'PY'
 import shutil
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.errors import UserError
@@ -44,7 +44,8 @@ class KeepSparsityCallback(TrainerCallback):
             raise UserError(
                 "DeepSpeed and FSDP1 flatten weights, so their masks would be lost. Train with DDP (torchrun) or FSDP2."
             )
-        folder = source_folder(model.config) if hasattr(model, "config") else None
+        config = getattr(model, "config", None)
+        folder = source_folder(config) if isinstance(config, PreTrainedConfig) else None
         record = SparsityRecord() if folder is None else SparsityRecord.read(folder)
         self.kept = keep_sparsity(model, self.pattern or record.pattern, record.layers)
         logger.info("%d layers stay %s", len(self.kept.layers), self.kept.pattern)
