@@ -3,10 +3,12 @@
 A layer X is stored as `X.compressed`, its kept values row by row, `X.bitmask`, uint8 `[..., ceil(columns / 8)]` with
 one bit for each weight (the lowest bit is the first column), and `X.shape`, int64. In the format `sparse-24-bitmask`,
 `compressed` is `[rows, columns / 2]`. In `sparse-bitmask` it is flat, and `X.row_offsets` says where each row begins,
-which follows from the bits.
+which follows from the bits. Version 0.5 stored every parameter that way, biases too, under its whole name:
+`X.weight.compressed`.
 """
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ METHOD = "ast_sparse_bitmask"  # replaces `compressed-tensors` in memory, and is
 
 _FORMATS = ("sparse-24-bitmask", "sparse-bitmask")
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+_PART = re.compile("|".join(_PARTS))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,7 +41,7 @@ def decode_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor
     """
     sizes = [int(size) for size in shape.flatten()]
     if compressed.dtype not in _FLOATS:
-        raise ValueError(f"its values are {compressed.dtype}, which is not read. Give the model that is not quantized")
+        raise ValueError(f"its values are {compressed.dtype}, and only bfloat16, float16 and float32 are read")
     if not sizes or min(sizes) < 1 or bitmask.dtype != torch.uint8:
         raise ValueError(f"shape {sizes} and a bitmask of {bitmask.dtype} make no weight")
     if list(bitmask.shape) != [*sizes[:-1], math.ceil(sizes[-1] / 8)]:
@@ -112,7 +115,7 @@ class _Decode(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any
     ) -> dict[str, Tensor]:
-        found = {key.strip("\\.$"): value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        found = {_PART.findall(key)[0]: each[0] if isinstance(each, list) else each for key, each in input_dict.items()}
         expected = model.get_parameter(full_layer_name)
         try:
             if missing := [part for part in _PARTS[:3] if part not in found]:
@@ -122,7 +125,7 @@ class _Decode(ConversionOps):
                 raise ValueError(f"it decodes to {tuple(dense.shape)}, the model needs {tuple(expected.shape)}")
             return {full_layer_name: dense.to(expected.dtype)}
         except ValueError as error:
-            self.hf_quantizer.problems.append(f"`{full_layer_name.removesuffix('.weight')}`: {error}")
+            self.hf_quantizer.problems.append(f"`{full_layer_name}`: {error}")
             return {full_layer_name: torch.zeros(expected.shape, dtype=expected.dtype)}
 
 
@@ -136,7 +139,14 @@ class BitmaskQuantizer(HfQuantizer):
         self.problems: list[str] = []
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        return [*weight_conversions, WeightConverter([rf"\.{part}$" for part in _PARTS], ".weight", [_Decode(self)])]
+        """Append the decoding to the model's own conversions."""
+        sources = {".weight": (r"(?<!\.weight)(?<!\.bias)", r"\.weight"), ".bias": (r"\.bias",)}
+        added = [
+            WeightConverter([rf"{before}\.{part}$" for part in _PARTS], target, [_Decode(self)])
+            for target, befores in sources.items()
+            for before in befores
+        ]
+        return [*weight_conversions, *added]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.problems:

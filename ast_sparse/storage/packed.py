@@ -68,7 +68,11 @@ def decode_on_load(config: PreTrainedConfig, name: str) -> None:
 
 
 def _settings(config: Any, name: str) -> dict[str, Any] | None:
-    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config, "compression_config", None)  # of older models of compressed-tensors
+        if isinstance(found, dict):
+            return {"quant_method": "compressed-tensors", **found}
     if found is None:
         return None
     found = found if isinstance(found, dict) else found.to_dict() if hasattr(found, "to_dict") else found

@@ -36,7 +36,7 @@ def settings(format: str = "sparse-24-bitmask", **more: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", **section, **more}
 
 
-def packed(weight: Tensor, mask: Tensor) -> Tensor:
+def packed(mask: Tensor) -> Tensor:
     """The bits of a mask, one loop for each of its rows, columns and bits."""
     rows, columns = mask.shape
     result = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8)
@@ -54,13 +54,25 @@ def store(tensors: dict[str, Tensor], format: str) -> None:
         mask = weight != 0
         rows = torch.tensor([int(row.sum()) for row in mask])
         values = torch.cat([row[kept] for row, kept in zip(weight, mask, strict=True)])
-        tensors[f"{layer}.bitmask"] = packed(weight, mask)
+        tensors[f"{layer}.bitmask"] = packed(mask)
         if format == "sparse-bitmask":
             tensors[f"{layer}.compressed"], tensors[f"{layer}.shape"] = values, torch.tensor(weight.shape)
             tensors[f"{layer}.row_offsets"] = rows.cumsum(0) - rows
         else:
             tensors[f"{layer}.compressed"] = values.view(weight.shape[0], -1)
             tensors[f"{layer}.shape"] = torch.tensor(weight.shape).view(2, 1)
+
+
+def store_as_0_5_does(tensors: dict[str, Tensor]) -> None:
+    """Store every tensor in the bits of its non-zeros, under its whole name."""
+    for name, value in list(tensors.items()):
+        mask = value != 0
+        counts = mask.sum(-1)
+        offsets = torch.cumsum(counts, 0) - counts
+        bits = packed(mask[None])[0] if value.dim() == 1 else packed(mask)
+        parts = {"compressed": value[mask], "bitmask": bits, "row_offsets": offsets, "shape": torch.tensor(value.shape)}
+        tensors.update({f"{name}.{part}": each for part, each in parts.items()})
+        del tensors[name]
 
 
 def save(folder: Path, format: str = "sparse-24-bitmask", dtype: str = "bfloat16") -> dict[str, Tensor]:
@@ -102,9 +114,11 @@ def test_a_published_folder_is_loaded_and_exported(format: str, dtype: str, tmp_
     assert all(torch.equal(again[name], value) for name, value in meant.items())
 
 
-def test_older_models_call_the_section_compression_config(tmp_path: Path) -> None:
-    meant = save(tmp_path / "theirs")
-    edit_config(tmp_path / "theirs", quantization_config=None, compression_config=settings())
+@pytest.mark.parametrize("format", ["dense", "sparse-bitmask"])
+def test_older_models_call_the_section_compression_config(format: str, tmp_path: Path) -> None:
+    meant = save(tmp_path / "theirs", format)
+    section = {"sparsity_config": {**sparse_section(format), "sparsity_structure": "unstructured"}}
+    edit_config(tmp_path / "theirs", quantization_config=None, compression_config=section)
     found = load_causal_lm(tmp_path / "theirs", dtype="auto").state_dict()
     assert all(torch.equal(found[name], value) for name, value in meant.items())
     export_model(tmp_path / "theirs", tmp_path / "out", "dense")
@@ -112,10 +126,21 @@ def test_older_models_call_the_section_compression_config(tmp_path: Path) -> Non
     assert "compression_config" not in config and "quantization_config" not in config
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])  # the second has biases
+def test_files_of_version_0_5(family: str, tmp_path: Path) -> None:
+    export_model(sparse_model(family), tmp_path / "theirs", "dense", dtype="bfloat16")
+    meant = load_file(tmp_path / "theirs" / "model.safetensors")
+    change_tensors(tmp_path / "theirs", store_as_0_5_does)
+    section = {"sparsity_config": {**sparse_section("sparse-bitmask"), "sparsity_structure": "unstructured"}}
+    edit_config(tmp_path / "theirs", compression_config=section)
+    found = load_causal_lm(tmp_path / "theirs", dtype="auto").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in meant.items())
+
+
 def test_ast_eval_and_ast_prune_read_it(tmp_path: Path) -> None:
     save(tmp_path / "theirs")
-    (tmp_path / "text.txt").write_text(generated_text(40))
-    options = ["--dataset", str(tmp_path / "text.txt"), "--seq-len", "32", "--device", "cpu"]
+    (tmp_path / "text.txt").write_text(generated_text(10))
+    options = ["--dataset", str(tmp_path / "text.txt"), "--seq-len", "32", "--limit", "1", "--device", "cpu"]
     result = CliRunner().invoke(evaluate, [str(tmp_path / "theirs"), *options])
     assert result.exit_code == 0, result.output
     arguments = [str(tmp_path / "theirs"), str(tmp_path / "out"), "--method", "magnitude", "--pattern", "1:4"]
@@ -142,7 +167,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "rows": (_change("bitmask", lambda bits: bits[1:]), r"a bitmask of \[47, 4\] does not fit shape \[48, 32\]"),
     "shape": (_change("shape", lambda shape: shape.flip(0)), r"does not fit shape \[32, 48\]"),
     "negative": (_change("shape", lambda shape: -shape), r"shape \[-48, -32\] .* make no weight"),
-    "fp8": (_change("compressed", lambda values: values.to(torch.float8_e4m3fn)), "Give the model that is not quant"),
+    "fp8": (
+        _change("compressed", lambda values: values.to(torch.float8_e4m3fn)),
+        r"its values are torch\.float8_e4m3fn, and only bfloat16",
+    ),
 }
 
 
@@ -153,7 +181,7 @@ def test_damage_is_one_line_that_names_the_layer(case: str, tmp_path: Path) -> N
     change_tensors(tmp_path / "theirs", change)
     with pytest.raises(UserError, match=message) as caught:
         load_causal_lm(tmp_path / "theirs")
-    assert "\n" not in str(caught.value) and f"`{LAYER}`" in str(caught.value)
+    assert "\n" not in str(caught.value) and f"`{LAYER}.weight`" in str(caught.value)
 
 
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}
