@@ -41,11 +41,14 @@ _PUBLIC = {
     "mask_decay_at": "schedules",
     "chunked_distillation_loss": "distillation.chunked",
     "distillation_loss": "distillation.logits",
+    "keep_sparsity": "sparsity.kept",
+    "KeepSparsityCallback": "training.callbacks.keep_sparsity",
     "SparseTrainer": "training.trainer",
     "replay_batch": "training.callbacks.watch",
     "perplexity": "evaluation.perplexity",
     "AstSparse24Config": "export.quantizer",
     "export_model": "export.export",
+    "merge_adapter_sparse": "export.adapter_merge",
     "pack24": "kernels.code24",
     "unpack24": "kernels.code24",
     "load_causal_lm": "storage.load",
@@ -72,12 +75,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from ast_sparse.distillation.logits import distillation_loss as distillation_loss
     from ast_sparse.errors import UserError as UserError
     from ast_sparse.evaluation.perplexity import perplexity as perplexity
+    from ast_sparse.export.adapter_merge import merge_adapter_sparse as merge_adapter_sparse
     from ast_sparse.export.export import export_model as export_model
     from ast_sparse.export.quantizer import AstSparse24Config as AstSparse24Config
     from ast_sparse.kernels.code24 import pack24 as pack24
     from ast_sparse.kernels.code24 import unpack24 as unpack24
     from ast_sparse.optim import SparseAdamW as SparseAdamW
     from ast_sparse.schedules import mask_decay_at as mask_decay_at
+    from ast_sparse.sparsity.kept import keep_sparsity as keep_sparsity
     from ast_sparse.sparsity.layers import SparseConv1D as SparseConv1D
     from ast_sparse.sparsity.layers import SparseLinear as SparseLinear
     from ast_sparse.sparsity.masks import check_nm as check_nm
@@ -94,6 +99,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from ast_sparse.sparsity.slorb import slorb_init as slorb_init
     from ast_sparse.storage.load import load_causal_lm as load_causal_lm
     from ast_sparse.storage.locate import load_tokenizer as load_tokenizer
+    from ast_sparse.training.callbacks.keep_sparsity import KeepSparsityCallback as KeepSparsityCallback
     from ast_sparse.training.callbacks.watch import replay_batch as replay_batch
     from ast_sparse.training.trainer import SparseTrainer as SparseTrainer
 else:

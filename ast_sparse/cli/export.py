@@ -14,10 +14,13 @@ from ast_sparse.config import SparsityConfig
 from ast_sparse.export.formats import FORMAT_HELP
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ast_sparse.export.position_cost import CompressionTable
 
-_ONLY_EXPORT = ("format_", "dtype", "overwrite")
+_ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "merge_text")
 _ONLY_TABLE = ("value_bits", "json_file")
+_SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their tokens
 
 
 @click.command(cls=Command)
@@ -38,6 +41,14 @@ _ONLY_TABLE = ("value_bits", "json_file")
     "--table, the one found from the zeros).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUT.")
+@click.option(
+    "--merge-adapter", metavar="FOLDER",
+    help="Merge a LoRA adapter of MODEL under its masks: pruned weights stay zero. Prints what that costs.",
+)  # fmt: skip
+@click.option(
+    "--merge-text", multiple=True, metavar="FILE",
+    help="With --merge-adapter: a text (txt, JSONL, parquet) to print the loss of before and after. May be repeated.",
+)  # fmt: skip
 @click.option(
     "--table", is_flag=True,
     help="Print the cost of the positions of kept weights in 1:2, 2:4, 4:8, 8:16 and 16:32 with bitmask, index, "
@@ -77,9 +88,11 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     if found is not None:
         click.echo("\n".join([f"{checkpoint}", *found.lines()]))
     if out is not None:
+        samples = _samples(checkpoint, options["merge_text"], options["trust_remote_code"])
         report = export_model(
             checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
             overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
+            adapter=options["merge_adapter"], adapter_samples=samples,
         )  # fmt: skip
         hint = serving_hint(Path(out), report.format != "dense")
         click.echo("\n".join([*report.lines(), *([hint] if hint else []), f"Wrote {report.out_dir}"]))
@@ -94,11 +107,30 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
     if out is None and not table:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
     ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
+    if context.params["merge_text"] and not context.params["merge_adapter"]:
+        raise click.UsageError("--merge-text does nothing without --merge-adapter. Add it, or drop --merge-text.")
     for option in context.command.params:
         if option.name in ignored and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
             need = "OUT" if option.name in _ONLY_EXPORT else "--table"
             value = context.params[option.name]
             raise click.UsageError(f"{option.opts[0]} ({value}) has no effect without {need}. Add {need} or drop it.")
+
+
+def _samples(checkpoint: str, texts: tuple[str, ...], trust_remote_code: bool) -> Tensor | None:
+    """The first sequences of the texts, `[sequences, tokens]`; None without texts."""
+    if not texts:
+        return None
+    import torch
+
+    from ast_sparse.data.calibration import calibration_blocks
+    from ast_sparse.evaluation.perplexity import max_positions
+    from ast_sparse.storage.locate import load_model_config, load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    limit = max_positions(load_model_config(checkpoint, trust_remote_code=trust_remote_code))
+    length = min(_SEQUENCE, limit or _SEQUENCE)
+    blocks = calibration_blocks(texts, None, "text", tokenizer, length, "--merge-text")
+    return torch.tensor(blocks[:_SEQUENCES]["input_ids"])
 
 
 def _check_pattern(pattern: str | None) -> None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.export.adapter_merge import MergeReport, load_adapter_to_merge, merge_adapter_sparse
 from ast_sparse.export.codec import META, Codec
 from ast_sparse.export.formats import FORMAT_HELP, codecs
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
@@ -48,7 +49,10 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtype
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported. Weights are masked; `folder` is None if a model object was given."""
+    """What is exported. Weights are masked; `folder` is None if a model object was given.
+
+    `merge` says what merging an adapter cost, if one was merged.
+    """
 
     model: PreTrainedModel
     weights: dict[str, Tensor]
@@ -58,6 +62,7 @@ class _Source:
     origin: Origin
     record: SparsityRecord
     pattern: Pattern
+    merge: MergeReport | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def export_model(
     progress: bool = False,
     record: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+    adapter_samples: Tensor | None = None,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before the folder gets its name.
 
@@ -103,6 +110,8 @@ def export_model(
         progress: show a progress bar.
         record: how a model object was made, for `sparsity_config.json`.
         trust_remote_code: run code that comes with a folder.
+        adapter: folder of a LoRA adapter, merged under the masks into the model of a folder.
+        adapter_samples: token ids `[sequences, tokens]`, int64, to report the loss before and after merging.
 
     Raises:
         UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ.
@@ -114,7 +123,9 @@ def export_model(
     out = Path(out_dir).expanduser().resolve()
     folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
-    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code)
+    if folder is None and adapter is not None:
+        raise UserError("adapter: merge it into the model object with `merge_adapter_sparse`, or give a folder.")
+    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples)
     plan = _plan_layers(source, format, DTYPES[dtype])
     model = source.model
     generation = getattr(model, "generation_config", None)
@@ -128,8 +139,15 @@ def export_model(
 
 
 def _open_source(
-    model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any], trust_remote_code: bool
+    model_or_dir: Any,
+    folder: Path | None,
+    pattern: str | None,
+    record: dict[str, Any],
+    trust_remote_code: bool,
+    adapter: str | Path | None,
+    samples: Tensor | None,
 ) -> _Source:
+    merge = None
     if folder is None:
         model, recorded = model_or_dir, SparsityRecord.from_dict(record)
         _check_model(model)
@@ -139,13 +157,17 @@ def _open_source(
     else:
         files.require_model_folder(folder)
         read_generation_config(folder)  # before the weights
-        checkpoint = load_checkpoint(folder, dtype=_reading_dtype(folder), trust_remote_code=trust_remote_code)
+        dtype = _reading_dtype(folder) if adapter is None else torch.float32
+        checkpoint = load_checkpoint(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
-        weights = split_state_dict(model.state_dict())[0]
         recorded = SparsityRecord.read(folder)
         found = recorded.pattern
+        if adapter is not None:
+            adapted = load_adapter_to_merge(model, adapter)
+            model, merge = merge_adapter_sparse(adapted, pattern, None if samples is None else [samples])
+        weights = split_state_dict(model.state_dict())[0]
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
-    return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked))
+    return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked), merge)
 
 
 def _check_model(model: Any) -> None:
@@ -355,4 +377,5 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,
         files={str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()},
+        merge=source.merge,
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ast_sparse.export.adapter_merge import MergeReport
+
 
 @dataclass(frozen=True)
 class SizeRow:
@@ -42,6 +44,7 @@ class ExportReport:
         dense_layers: reason, by name, for the linear layers that were left dense.
         nonzero_share: share of the entries of the pruned layers that are not zero.
         files: size by name of every file written.
+        merge: what merging an adapter cost, None if none was merged.
     """
 
     out_dir: Path
@@ -53,6 +56,7 @@ class ExportReport:
     dense_layers: dict[str, str]
     nonzero_share: float
     files: dict[str, int]
+    merge: MergeReport | None = None
 
     @property
     def rows(self) -> tuple[SizeRow, ...]:
@@ -78,6 +82,7 @@ class ExportReport:
             reasons.setdefault(reason, []).append(name)
         lines += [f"left dense: {len(names)} layers, e.g. {names[0]}: {reason}" for reason, names in reasons.items()]
         lines += [f"{_size(size):>10}  {name}" for name, size in sorted(self.files.items())]
+        lines += [] if self.merge is None else self.merge.lines()
         return lines
 
 

@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ast_sparse.errors import UserError, one_line, shown
-from ast_sparse.storage import fp8
+from ast_sparse.storage import bitmask, fp8
 from ast_sparse.storage.quantized import forget_quantization, method_name, nested_configs
 
 _FP8_METHODS = ("fp8", "mxfp8")
@@ -39,6 +39,10 @@ def decode_on_load(config: PreTrainedConfig, name: str) -> None:
         return
     forget_quantization(config)
     method = method_name(settings.get("quant_method"))
+    if method == "compressed-tensors" and (sparse := bitmask.sparse_settings(settings, name)) is not None:
+        if sparse:
+            config.quantization_config = sparse
+        return
     if method in _FP8_METHODS:
         settings["quant_method"] = fp8.METHOD
     key = settings["quant_method"]
@@ -65,6 +69,10 @@ def decode_on_load(config: PreTrainedConfig, name: str) -> None:
 
 def _settings(config: Any, name: str) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config, "compression_config", None)  # of older models of compressed-tensors
+        if isinstance(found, dict):
+            return {"quant_method": "compressed-tensors", **found}
     if found is None:
         return None
     found = found if isinstance(found, dict) else found.to_dict() if hasattr(found, "to_dict") else found

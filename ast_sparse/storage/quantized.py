@@ -97,10 +97,14 @@ def _target(conversion: Any) -> tuple[Any, ...]:
 
 
 def forget_quantization(config: Any) -> None:
-    """Remove `quantization_config` from a configuration and from the configurations inside it."""
+    """Remove `quantization_config` from a configuration and from the configurations inside it.
+
+    Older models of compressed-tensors call it `compression_config`, which some engines still read.
+    """
     for each in nested_configs(config):
-        if hasattr(each, "quantization_config"):
-            del each.quantization_config
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(each, key):
+                delattr(each, key)
         if getattr(each, "_is_quantized", False):
             each._is_quantized = False
 

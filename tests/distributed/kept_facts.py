@@ -1,0 +1,83 @@
+"""Fine-tuning of a sparse model on two gloo ranks, started by `test_kept.py` under torchrun: DDP and FSDP2."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from ast_sparse import KeepSparsityCallback, UserError, densify_model, keep_sparsity
+from ast_sparse.distributed.pieces import whole
+from tests.distributed.fsdp_facts import data
+from tests.export.sparse_models import sparse_model
+
+STEPS, BATCH = 3, 4
+
+
+def plain(family: str = "llama") -> PreTrainedModel:
+    """A plain model in float64 whose pruned weights are zero."""
+    model = sparse_model(family)
+    densify_model(model)
+    return model.double()
+
+
+def by_trainer(out: Path, world: int) -> PreTrainedModel:
+    model = plain()
+    args = TrainingArguments(
+        str(out), max_steps=STEPS, per_device_train_batch_size=BATCH // world, learning_rate=3e-3, use_cpu=True,
+        weight_decay=0.1, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=data(), callbacks=[KeepSparsityCallback()]).train()
+    return model
+
+
+def by_hand(model: nn.Module, rank: int, world: int) -> None:
+    """A loop without Trainer; `model` may be sharded."""
+    kept = keep_sparsity(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    ids = torch.tensor(data()["input_ids"][:BATCH])[rank::world]
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        kept.apply()
+        optimizer.zero_grad()
+    kept.check()
+    kept.settle()
+    kept.remove()
+
+
+def sharded(model: Any) -> Any:
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def main(out: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ddp = by_trainer(out / "ddp", world).state_dict()
+    model = sharded(plain())
+    by_hand(model, rank, world)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    fsdp = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    conv1d = plain("gpt2")
+    for block in conv1d.transformer.h:
+        fully_shard(block)
+    try:
+        keep_sparsity(conv1d)
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    if rank == 0:
+        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal}, out / "facts.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
