@@ -9,7 +9,7 @@
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")))
 #define INLINE static inline __attribute__((always_inline))
 
-extern const ast24_way ast24_avx512_float16, ast24_avx512_float32;
+extern const ast24_way ast24_avx512_bfloat16, ast24_avx512_float16, ast24_avx512_float32;
 void ast24_avx512_decode(const ast24_matrix *, int64_t first, int64_t last);
 
 /* the lowest `count` bits */
