@@ -67,9 +67,7 @@ def kernels() -> Kernels | None:
         return None
     if names[0] not in found:
         here = ", ".join(found) or "none"
-        raise UserError(
-            f"{setting.VARIABLE} is {requested}, but this CPU has {here}. Set one of them, auto or plain."
-        )
+        raise UserError(f"{setting.VARIABLE} is {requested}, but this CPU has {here}. Set one of them, auto or plain.")
     chosen = of_level(names[0])
     logger.info(f"Compressed products use the C kernels {chosen.level}.")
     return chosen
