@@ -44,28 +44,29 @@ def takes(x: Tensor, values: Tensor, meta: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced: Kernels | None = None) -> Tensor:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
     Pruned entries of W are not multiplied, so 0 · inf and 0 · NaN do not occur. The level `avx512_bf16` takes subnormal
     bfloat16 numbers as 0. The bits of a result do not depend on the threads, nor on the other tokens; but a product of
-    up to 4 tokens (`src/`) adds in another order than a larger one. Where dense products of this machine are faster from
-    some number of tokens on, W is decoded in blocks for them.
+    up to 4 tokens (`src/`) adds in another order than a larger one. Where dense products of this machine are faster
+    from some number of tokens on, W is decoded in blocks for them.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.
+        forced: the kernels of a level, for any number of tokens; None: those of this process.
     """
-    used = kernels()
+    used = forced or kernels()
     assert used is not None
     rows, kept = values.shape
     tokens = x.numel() // (2 * kept)
     threads = torch.get_num_threads() if tokens * rows * kept > _SERIAL else 1
-    if tokens > _FEW and tokens > _most_tokens(used, x, values, meta, threads):
-        return linear_by_blocks(used, x, values, meta, bias)
-    return linear_by(used, x, values, meta, bias, threads)
+    if forced is None and tokens > _FEW and tokens > _most_tokens(used, x, values, meta, threads):
+        return _by_blocks(used, x, values, meta, bias)
+    return _by_kernels(used, x, values, meta, bias, threads)
 
 
-def linear_by(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, threads: int = 1) -> Tensor:
+def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, threads: int) -> Tensor:
     """`linear` by the kernels of a level."""
     rows, columns = values.shape[0], x.shape[-1]
     stride = columns
@@ -96,7 +97,7 @@ def linear_by(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tens
     return y
 
 
-def linear_by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+def _by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by decoding a block of rows at a time, and PyTorch's product with it."""
     y = x.new_empty(*x.shape[:-1], values.shape[0])
     step = max(_BLOCK // x.shape[-1], 1)
@@ -124,7 +125,7 @@ def _most_tokens(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads
         dense = decode(used, values, meta)
         decoding = _seconds(lambda: decode(used, values, meta))
         by_dense = _seconds(lambda: F.linear(sample, dense)) / _MEASURED
-        by_kernels = _seconds(lambda: linear_by(used, sample, values, meta, None, threads)) / _MEASURED
+        by_kernels = _seconds(lambda: _by_kernels(used, sample, values, meta, None, threads)) / _MEASURED
         most = decoding / (by_kernels - by_dense) if by_kernels > by_dense else math.inf
         _break_even[key] = most
     return most
