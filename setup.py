@@ -1,8 +1,8 @@
 """Compiles the C kernels of ast_sparse/kernels/native/ into a wheel, if there is a compiler. Everything else is said in
 pyproject.toml.
 
-With them the wheel is for one platform, and for every version of Python, because ctypes loads them. Without, it is pure.
-An editable install compiles nothing: the kernels are compiled when they are first used.
+With them the wheel is for one platform, and for every version of Python, because ctypes loads them. Without, it is
+pure. An editable install compiles nothing: the kernels are compiled when they are first used.
 """
 
 import importlib.util

@@ -4,8 +4,8 @@
 2. Compiled with AddressSanitizer and UndefinedBehaviorSanitizer, by gcc.
 3. A product that is told of one row too many: the sanitizer must stop it, or the second way would prove nothing.
 
-Each level is forced by AST_SPARSE_CPU in a process of its own. `tests/kernels/native/random24.py` makes the cases (shape,
-dtype, tokens, strides, bias, not finite, subnormal, large) and says which results are right. NEON: `neon.sh`.
+Each level is forced by AST_SPARSE_CPU in a process of its own. `tests/kernels/native/random24.py` makes the cases
+(shape, dtype, tokens, strides, bias, not finite, subnormal, large) and says which results are right. NEON: `neon.sh`.
 
     python scripts/checks/native_kernels.py [--cases 10000] [--seed 0]    # minutes; exit code 1: wrong, 2: no gcc
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -66,8 +67,8 @@ def run_all(cases: int, seed: int) -> int:
         }
         print("With AddressSanitizer and UndefinedBehaviorSanitizer:", flush=True)
         for level in levels:
-            failed |= run(level, "plain", cases, seed, **sanitized).returncode != 0
-            stopped = run(level, "too-long", cases, seed, quiet=True, **sanitized)
+            failed |= run(level, "plain", cases, seed, sanitized).returncode != 0
+            stopped = run(level, "too-long", cases, seed, sanitized, quiet=True)
             if stopped.returncode == 0 or "AddressSanitizer: heap-buffer-overflow" not in stopped.stderr:
                 print(f"{level}: the sanitizer did not stop a product that reads one row too many.")
                 failed = True
@@ -75,11 +76,11 @@ def run_all(cases: int, seed: int) -> int:
 
 
 def run(
-    level: str, way: str, cases: int, seed: int, quiet: bool = False, **variables: str
+    level: str, way: str, cases: int, seed: int, variables: Mapping[str, str] | None = None, quiet: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """This file again, with AST_SPARSE_CPU set to the level."""
     command = [sys.executable, __file__, "--cases", str(cases), "--seed", str(seed), "--this-level", way]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AST_SPARSE_CPU": level, **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "AST_SPARSE_CPU": level, **(variables or {})}
     return subprocess.run(command, env=environment, text=True, capture_output=quiet)
 
 
@@ -109,7 +110,8 @@ def read_one_row_too_many() -> None:
     """A product with values and metadata of 4 rows that says they are 5."""
     used = kernels()
     assert used is not None
-    x, values, meta, y = torch.ones(1, 64), torch.ones(4, 32), torch.full((4, 8), 0x44, dtype=torch.uint8), torch.ones(5)
+    x, values, y = torch.ones(1, 64), torch.ones(4, 32), torch.ones(5)
+    meta = torch.full((4, 8), 0x44, dtype=torch.uint8)
     pointers = (values.data_ptr(), meta.data_ptr(), None, y.data_ptr())
     used.linear(used.index, 2, x.data_ptr(), 64, *pointers, 1, 5, 64, 1)
 
