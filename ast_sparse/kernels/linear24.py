@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ast_sparse.kernels.code24 import unpack24
 from ast_sparse.kernels.native import products24
+from ast_sparse.kernels.gpu import dispatch as gpu
 
 _LIBRARY = torch.library.Library("ast_sparse", "DEF")
 
@@ -36,6 +37,8 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
 def _linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     if products24.takes(x, values, meta):
         return products24.linear(x, values, meta, bias)
+    if gpu.takes(x, values, meta, bias):
+        return gpu.linear(x, values, meta, bias)
     return F.linear(x, unpack24(values, meta), bias)
 
 

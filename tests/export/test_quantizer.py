@@ -1,10 +1,12 @@
 """Compressed checkpoints through transformers' own loading."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +62,24 @@ def test_compressed_layers_in_memory_compute_the_same(family: str, compressed: P
         assert layer.weight.nbytes + layer.weight_meta.nbytes == 0.5625 * weight.nbytes
         assert not layer.weight.requires_grad
     torch.testing.assert_close(packed(token_ids()).logits, dense(token_ids()).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_torch_compile_sees_one_node_for_each_compressed_layer(compressed: Path) -> None:
+    model = load_compressed(compressed).eval()
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    ids = token_ids()
+    with torch.no_grad():
+        found, expected = compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=0.02)
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    assert seen.count("ast_sparse.linear24.default") == len(layers) > 0
 
 
 def test_compressed_model_in_memory_saves_and_dequantizes(compressed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""`linear24` on an NVIDIA GPU. Not measured on a GPU yet: written for H100, tested in Triton's interpreter.
+
+The environment variable AST_SPARSE_GPU chooses:
+
+- `auto`, the default: for each shape and number of tokens the candidates are measured once, in milliseconds, and the
+  fastest is used. One line of the log (INFO) says which.
+- `fixed`: the first candidate, unmeasured, so that every run and every rank computes the same bits.
+- `plain`: decode with PyTorch's operations, then `F.linear`.
+
+Candidates: up to 4 tokens `vectors`, up to 256 `tiles` (`triton24.py`); from 17 tokens also W decoded into a workspace,
+and from 64 PyTorch's semi-structured products (`prefill.py`). Shapes are grouped by the next power of two of tokens.
+
+CUDA graphs: kernels are launched on the current stream, nothing waits for the GPU, only outputs and workspaces are
+allocated (by PyTorch's allocator, which gives graphs their own pool), and all launch sizes follow from shapes. While a
+graph is captured nothing is measured: what was measured before for that shape is used, or the first candidate, and
+never a semi-structured product. So call the model once with the shapes of the graph before capturing, as engines do.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ast_sparse.errors import UserError, one_line, shown
+from ast_sparse.kernels.code24 import unpack24
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "AST_SPARSE_GPU"
+_CHOICES = ("auto", "fixed", "plain")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TILES = 256  # tokens; above, W is spread again by too many programs
+_DECODED = 17  # tokens from which decoding W first may pay
+_SEMI_STRUCTURED = 64  # tokens from which the semi-structured products are tried; published: they lose below 256
+_WIDEST = 8192  # tokens; more of them are measured together
+_Way = Callable[[], Tensor]
+
+
+def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `linear` computes this product.
+
+    Raises:
+        UserError: the environment variable has an unknown value.
+    """
+    if not (values.is_cuda or (is_interpreted() and values.device.type == "cpu")):
+        return False
+    if values.dim() != 2 or torch.is_autocast_enabled(values.device.type):
+        return False
+    given = [x, values] if bias is None else [x, values, bias]
+    if values.dtype not in _DTYPES or any(each.dtype != values.dtype for each in given) or meta.dtype != torch.uint8:
+        return False
+    if any(type(each) not in (Tensor, torch.nn.Parameter) or each.device != x.device for each in (*given, meta)):
+        return False
+    rows, kept = values.shape
+    fits = meta.shape == (rows, kept // 4) and x.shape[-1] == 2 * kept and kept % 4 == 0
+    small = 0 < values.numel() < 1 << 32 and 0 < x.numel() < 1 << 31  # indices of 32 bits
+    words = values.data_ptr() % 8 == 0 and values.is_contiguous() and meta.is_contiguous()
+    return fits and small and words and setting() != "plain" and fault(x.device) is None
+
+
+def linear(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, slorb: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """`x Wᵀ + b`, and with SLoRB `+ (x Xᵀ) Sᵀ`, for what `takes` accepts; no gradients.
+
+    Args:
+        x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`, bias `[out]`.
+        slorb: S `[out, rank]` and X `[rank, in]`, of the dtype of x. With few tokens the product with S is part of the
+            kernel that adds the parts of `x Wᵀ`.
+    """
+    from ast_sparse.kernels.gpu import plans
+
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.data_ptr() % 8:  # x is read by words of 64 bits
+        flat = flat.clone()
+    bias = None if bias is None else bias.contiguous()
+    tokens, (rows, columns) = len(flat), (len(values), x.shape[-1])
+    found = plans.plans(tokens, rows, columns, x.dtype, _processors(x.device))
+    if slorb is not None and tokens <= found[0].tokens:
+        s, projection = slorb
+        thin = (s.contiguous(), F.linear(flat, projection))
+        return plans.product(flat, values, meta, bias, found[0], thin).view(*x.shape[:-1], rows)
+    ways: dict[str, _Way] = {}
+    if tokens <= _TILES:
+        ways |= {str(plan): partial(plans.product, flat, values, meta, bias, plan) for plan in found}
+    if tokens >= _DECODED:
+        ways |= _prefill(flat, values, meta, bias)
+    out = ways[_chosen(flat, rows, ways)]()
+    if slorb is not None:
+        out = torch.addmm(out, F.linear(flat, slorb[1]), slorb[0].t())
+    return out.view(*x.shape[:-1], rows)
+
+
+def _prefill(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> dict[str, _Way]:
+    from ast_sparse.kernels.gpu import prefill
+
+    names = ["decoded"]
+    if len(x) >= _SEMI_STRUCTURED and x.is_cuda:
+        names += prefill.semi_structured(len(values), x.shape[1], x.dtype)
+    return {name: partial(getattr(prefill, name), x, values, meta, bias) for name in names}
+
+
+def _chosen(x: Tensor, rows: int, ways: dict[str, _Way]) -> str:
+    """The name of the way to go."""
+    first = next(iter(ways))
+    if setting() == "fixed" or not x.is_cuda or len(ways) == 1:
+        return first
+    from ast_sparse.kernels.gpu.fastest import fastest, remembered
+
+    most = min(1 << (len(x) - 1).bit_length(), _WIDEST)
+    if 4 < most <= 16:
+        most = 16  # the kernel has 16 in any case
+    key = (x.device, x.dtype, rows, x.shape[1], most)
+    if torch.cuda.is_current_stream_capturing():
+        known = remembered(key)
+        return known if known in ways and known not in ("cutlass", "cusparselt") else first
+    name = fastest(key, f"2:4 product {rows}x{x.shape[1]}, {str(x.dtype)[6:]}, up to {most} tokens", ways)
+    return name if name in ways else first
+
+
+def setting() -> str:
+    """The value of the environment variable.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in _CHOICES:
+        raise UserError(f"The environment variable {VARIABLE} is {shown(value)}. Set it to auto, fixed or plain.")
+    return value
+
+
+@cache
+def fault(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device, in one line that is also logged; None if they can.
+
+    Tried once a process and device, on a small weight.
+    """
+    reason = _missing(device)
+    if reason is None:
+        try:
+            from ast_sparse.kernels.gpu import prefill
+
+            values = torch.arange(1, 65, device=device, dtype=torch.float16).view(8, 8)
+            meta = torch.full((8, 2), 0xE4, device=device, dtype=torch.uint8)
+            if not torch.equal(prefill.decode(values, meta), unpack24(values, meta)):
+                reason = "a kernel returns wrong results"
+        except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
+            reason = f"{type(error).__name__}: {one_line(error)}"
+    if reason is not None:
+        logger.warning(f"2:4 products decode the weights in every call on {device}: {reason}")
+    return reason
+
+
+def _missing(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed."
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs."
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need compute capability 8.0."
+    return None
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,115 @@
+"""When the kernels of the GPU are used, and how the fastest way is chosen."""
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ast_sparse.errors import UserError
+from ast_sparse.kernels.code24 import pack24
+from ast_sparse.kernels.gpu import dispatch, fastest, plans
+from ast_sparse.kernels.linear24 import linear24
+from ast_sparse.sparsity.masks import nm_mask
+
+
+def test_a_product_on_the_cpu_neither_uses_nor_imports_triton() -> None:
+    code = (
+        "import sys, torch; from ast_sparse.kernels.linear24 import linear24;"
+        "linear24(torch.ones(1, 8), torch.ones(2, 4), torch.full((2, 1), 68, dtype=torch.uint8));"
+        "print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_an_unknown_setting_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AST_SPARSE_GPU", "fast")
+    with pytest.raises(UserError, match=r"AST_SPARSE_GPU is 'fast'\. Set it to auto, fixed or plain\.$"):
+        dispatch.setting()
+
+
+def test_the_setting_plain_leaves_every_product_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton is imported already, so its kernels must not run here
+    monkeypatch.setattr(dispatch, "fault", lambda device: None)
+    torch.manual_seed(0)
+    values, meta = pack24(torch.randn(8, 16), nm_mask(torch.rand(8, 16)))
+    x = torch.randn(2, 16)
+    assert dispatch.takes(x, values, meta)
+    monkeypatch.setenv("AST_SPARSE_GPU", "plain")
+    assert not dispatch.takes(x, values, meta)
+    assert linear24(x, values, meta).shape == (2, 8)
+
+
+def test_kernels_that_fail_are_named_in_one_line_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # but compiled kernels refuse CPU tensors
+    device = torch.device("cpu")
+    dispatch.fault.cache_clear()
+    try:
+        values, meta = pack24(torch.randn(8, 16), nm_mask(torch.rand(8, 16)))
+        assert not dispatch.takes(torch.randn(2, 16), values, meta)
+        assert linear24(torch.randn(2, 16), values, meta).shape == (2, 8)
+        assert dispatch.fault(device)
+    finally:
+        dispatch.fault.cache_clear()
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and "\n" not in record.message
+    assert record.message.startswith("2:4 products decode the weights in every call on cpu: ")
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    dispatch.fault.cache_clear()
+    try:
+        assert dispatch.fault(torch.device("cpu")) == "triton is not installed."
+    finally:
+        dispatch.fault.cache_clear()
+
+
+def test_the_fastest_way_is_measured_once_and_a_failing_one_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(fastest, "_chosen", {})
+    calls: list[str] = []
+
+    def way(name: str) -> Any:
+        def call() -> Tensor:
+            calls.append(name)
+            if name == "broken":
+                raise RuntimeError("no such kernel here")
+            return torch.zeros(1)
+
+        return call
+
+    def bench(call: Any, **_: Any) -> float:
+        call()
+        return {"slow": 3.0, "quick": 1.0}[calls[-1]]
+
+    monkeypatch.setattr(fastest, "do_bench", bench)
+    ways = {name: way(name) for name in ("slow", "broken", "quick")}
+    assert [fastest.fastest("key", "a product", ways) for _ in range(3)] == ["quick"] * 3
+    assert calls == ["slow", "broken", "quick"] and fastest.remembered("key") == "quick"
+    [record] = caplog.records
+    assert record.message == "a product: quick (1.0000 ms, slow 3.0000, broken inf)."
+    assert fastest.fastest("other", "a product", {"broken": ways["broken"]}) == "broken"
+    assert fastest.remembered("third") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows, columns", [(8, 8), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)])
+def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 2, 3, 4, 5, 16, 17, 100, 256):
+        for plan in plans.plans(tokens, rows, columns, dtype, 132):
+            programs = -(-rows // plan.rows) * plan.parts * -(-tokens // plan.tokens)
+            steps = -(-columns // (8 * plan.units))
+            assert plan.parts <= steps
+            assert programs >= 3 * 132 or 2 * plan.parts > steps
+            assert plan.kernel == ("vectors" if tokens <= 4 else "tiles")
+            if plan.kernel == "vectors":
+                assert plan.tokens >= tokens and plan.units < 32 * plan.warps

@@ -1,0 +1,88 @@
+"""The Triton kernels: their results in Triton's interpreter, and what the compiler makes of them, without a GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ast_sparse.kernels.gpu import triton24
+
+NUMBERS = {"rows": "i32", "units": "i32", "tokens": "i32", "rank": "i32", "columns": "i32"}
+
+
+def test_all_kernels_are_right_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides when it is imported whether it compiles or interprets."""
+    tests = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+def compiled(kernel: Any, dtype: str, capability: int, warps: int, out: str = "", **constants: Any) -> Any:
+    """A kernel compiled for a GPU that need not be here; pointers and sizes are multiples of 16."""
+    types = {"meta": "*i16" if kernel is triton24.reorder else "*u8", "reordered": "*i16", "parts": "*fp32"}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else NUMBERS.get(name) or types.get(name, f"*{dtype}") for name in names
+    }
+    if out:
+        signature["out"] = f"*{out}"
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in (*constants, "tokens")}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def registers_and_stack(binary: bytes, folder: Path) -> tuple[int, int]:
+    file = folder / "kernel.cubin"
+    file.write_bytes(binary)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+PRODUCT = dict(HAS_BIAS=True, PARTS=1, STEPS=8)
+TILE = dict(**PRODUCT, AS_FLOAT=False, TOKENS=16)
+FINISH = dict(HAS_BIAS=True, HAS_THIN=True, TOKENS=16, ROWS=64, RANK=32, PARTS=2, STEPS=8, AS_FLOAT=False)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, capability, warps, constants, registers",
+    [
+        ("vectors", "bf16", 90, 4, dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64), 64),
+        ("vectors", "fp16", 80, 8, dict(**PRODUCT, TOKENS=1, ROWS=16, UNITS=128), 96),
+        ("vectors", "fp32", 90, 4, dict(**PRODUCT, TOKENS=2, ROWS=8, UNITS=64), 128),
+        ("vectors", "bf16", 90, 4, dict(**PRODUCT, TOKENS=4, ROWS=8, UNITS=64), 128),
+        ("tiles", "bf16", 90, 4, dict(**TILE, ROWS=64, UNITS=16), 128),
+        ("tiles", "fp16", 80, 4, dict(**TILE, ROWS=64, UNITS=8), 128),
+        ("tiles", "fp32", 90, 4, dict(**TILE, ROWS=32, UNITS=16), 255),
+        ("finish", "bf16", 90, 4, FINISH, 255),
+        ("decode", "bf16", 90, 4, dict(ROWS=16, UNITS=16), 64),
+        ("reorder", "i16", 90, 4, dict(ROWS=32, COLUMNS=32), 64),
+    ],
+)  # fmt: skip
+def test_kernels_compile_without_spilling_registers(
+    name: str, dtype: str, capability: int, warps: int, constants: dict[str, Any], registers: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compiled(getattr(triton24, name), dtype, capability, warps, **constants)
+    used, stack = registers_and_stack(kernel.asm["cubin"], tmp_path)
+    assert used <= registers and stack == 0
+    if name in ("vectors", "tiles") and dtype != "fp32":
+        # a thread reads 16 bytes of values at a time, and the two bytes of metadata that belong to them
+        loads = re.findall(r"ld\.global\.L1::evict_first\S*?((?:\.v\d)?\.b\d+)\s", kernel.asm["ptx"])
+        assert set(loads) == {".v2.b64", ".b16"}
+    if name == "vectors" and dtype != "fp32":
+        loop = kernel.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
+        assert "convert_layout" not in loop  # x goes straight into registers
