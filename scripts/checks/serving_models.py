@@ -22,7 +22,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 64}, "mistral": {"sliding_window": None, "head_dim": 64},
     "gemma": {"head_dim": 64}, "gemma2": {"head_dim": 64}, "gemma3_text": {"head_dim": 64},
     "opt": {"ffn_dim": 768, "word_embed_proj_dim": 256, "init_std": 0.1}, "phi3": {"pad_token_id": None},
-    "granite": {}, "stablelm": {}, "cohere": {}, "olmo2": {}, "gpt_neox": {}, "starcoder2": {}, "falcon": {}, "bloom": {},
+    "granite": {}, "stablelm": {}, "cohere": {}, "olmo2": {}, "gpt_neox": {}, "starcoder2": {}, "falcon": {},
+    "bloom": {},
     "mixtral": {"num_local_experts": 4}, "qwen3_moe": {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "head_dim": 64,
     },
