@@ -51,7 +51,7 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtype
 class _Source:
     """What is exported. Weights are masked; `folder` is None if a model object was given.
 
-    `merge` says what merging an adapter cost, if one was merged.
+    If the adapter of a folder was merged, `adapter` is that folder, and `merge` says what it cost.
     """
 
     model: PreTrainedModel
@@ -62,6 +62,7 @@ class _Source:
     origin: Origin
     record: SparsityRecord
     pattern: Pattern
+    adapter: str | None
     merge: MergeReport | None
 
 
@@ -167,7 +168,10 @@ def _open_source(
             model, merge = merge_adapter_sparse(adapted, pattern, None if samples is None else [samples])
         weights = split_state_dict(model.state_dict())[0]
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
-    return _Source(model, weights, masks, slorb, folder, Origin.of(model, folder), recorded, Pattern.of(checked), merge)
+    return _Source(
+        model=model, weights=weights, masks=masks, slorb=slorb, folder=folder, origin=Origin.of(model, folder),
+        record=recorded, pattern=Pattern.of(checked), adapter=None if adapter is None else str(adapter), merge=merge,
+    )  # fmt: skip
 
 
 def _check_model(model: Any) -> None:
@@ -273,6 +277,8 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         record = SparsityRecord.of_export(
             pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record.content
         )
+    if source.adapter is not None:
+        record = record.with_adapter(source.adapter)
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, record.to_dict())
 
 

@@ -55,6 +55,13 @@ class SparsityRecord:
         """The record of an export whose source has none; `more` is what the caller adds, and may replace the rest."""
         return cls({"pattern": pattern, "slorb": {"enabled": has_slorb}, "layers": sorted(layers), **more})
 
+    def with_adapter(self, name: str) -> "SparsityRecord":
+        """The record of a model into which an adapter was merged under its masks."""
+        merged = self.content.get("merged_adapters", [])
+        return SparsityRecord(
+            {**self.content, "merged_adapters": [*(merged if isinstance(merged, list) else []), name]}
+        )
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "SparsityRecord":
         """The record with the content of a file; values are checked when they are asked for."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ast_sparse import AstSparse24Config, densify_model, export_model, load_causal_lm, merge_adapter_sparse
 from ast_sparse.cli.export import main as export
 from ast_sparse.errors import UserError
+from ast_sparse.storage.files import read_json
 from tests.export.sparse_models import masked_state, sparse_model, token_ids
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
@@ -98,6 +99,8 @@ def test_ast_export_merges_and_prints_the_cost(folder: Path, tmp_path: Path) -> 
     assert "model.layers.*.mlp.down_proj  0." in result.stdout and "pruned (2:4)" in result.stdout
     assert "tokens: base " in result.stdout and ", adapter " in result.stdout and ", merged " in result.stdout
     expected, _ = merge_adapter_sparse(adapted(base()))
+    record = read_json(tmp_path / "out" / "sparsity_config.json")
+    assert record["merged_adapters"] == [str(folder / "lora")] and record["pattern"] == "2:4"
     found = load_causal_lm(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(found[name], value.bfloat16()) for name, value in expected.state_dict().items())
 

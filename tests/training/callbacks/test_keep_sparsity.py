@@ -131,6 +131,16 @@ def test_optimizers_and_dtypes_that_move_pruned_weights(tmp_path: Path) -> None:
     assert all(torch.equal(mask, before[name]) for name, mask in zeros(model).items())
 
 
+def test_mixed_precision_keeps_moments_of_pruned_weights_at_zero(tmp_path: Path) -> None:
+    model = plain()
+    before = zeros(model)
+    run = trainer(model, tmp_path, bf16=True)
+    run.train()
+    for name, mask in zeros(model).items():
+        state = run.optimizer.optimizer.state[model.get_parameter(name)]  # type: ignore[union-attr]
+        assert torch.equal(mask, before[name]) and not state["exp_avg"][mask].any() and state["exp_avg"].any()
+
+
 @pytest.mark.parametrize("pattern", ["1:4", "4:8"])
 def test_the_pattern_of_the_folder_is_kept_and_its_export_is_exported_again(pattern: str, tmp_path: Path) -> None:
     model = sparse_model("llama", pattern=pattern)
