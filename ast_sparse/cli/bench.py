@@ -94,9 +94,7 @@ def _check_options(context: click.Context, options: dict[str, Any]) -> None:
     if options["enforce_eager"] and options["engine"] != "vllm":
         raise click.UsageError("--enforce-eager has no effect without --engine vllm. Add it, or drop the option.")
     if options["engine"] == "vllm" and context.get_parameter_source("device") is ParameterSource.COMMANDLINE:
-        raise click.UsageError(
-            "--device has no effect with --engine vllm, which knows its device. Drop it."
-        )
+        raise click.UsageError("--device has no effect with --engine vllm, which knows its device. Drop it.")
     if options["overwrite"] and options["json_file"] is None:
         raise click.UsageError("--overwrite has no effect without --json. Add --json, or drop it.")
     if options["json_file"] is not None:

@@ -46,9 +46,7 @@ def parse_lengths(text: str) -> list[tuple[int, int]]:
     for part in text.split(","):
         numbers = [number.strip() for number in part.split("/")]
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
-            raise UserError(
-                f"--lengths={shown(text)} is not of the form PROMPT/NEW,..., such as 128/128,1024/128."
-            )
+            raise UserError(f"--lengths={shown(text)} is not of the form PROMPT/NEW,..., such as 128/128,1024/128.")
         prompt, new = map(int, numbers)
         if prompt < 1 or new < _FEWEST_NEW:
             raise UserError(

@@ -26,7 +26,7 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
             fontsize=8,
         )
         prefill.set_xlabel("prompt / new tokens")
-        figure.suptitle(title, fontsize=9)
+        decode.set_title(title)
         plots.legend(figure, decode)
         plots.save(figure, path)
 
@@ -48,12 +48,7 @@ def _bars(axes: Axes, measured: Sequence[Outcome], index: int, what: str) -> Non
     for place, (outcome, top) in enumerate(zip(measured, tops, strict=True)):
         if (speedup := outcome.speedup(what)) is not None:
             axes.annotate(
-                f"{speedup.median:.2f}×",
-                (place, top),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
+                f"{speedup.median:.2f}×", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8
             )
     axes.margins(y=0.15)
     axes.grid(axis="x", visible=False)

@@ -34,8 +34,8 @@ class TransformersEngine:
     def __init__(self, folder: Path, dtype: str, device: str, compressed: bool, vocabulary: int) -> None:
         self.device = torch.device(device)
         self.vocabulary = vocabulary
-        load = _load_compressed if compressed else load_causal_lm
-        self.model: Any = load(folder, dtype=getattr(torch, dtype)).to(self.device).eval()
+        load: Any = _load_compressed if compressed else load_causal_lm
+        self.model = load(folder, dtype=getattr(torch, dtype)).to(self.device).eval()
         parameters = inspect.signature(self.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._cache: Any = None

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,7 +44,8 @@ def measure(
         start: starts a model.
 
     Returns:
-        The outcomes in the order of the cases. A case that fails is one too; the others go on.
+        The outcomes, those of earlier runs and of cases that do not fit last. A failed case is one
+        too; the others go on.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -56,21 +58,25 @@ def measure(
     watch = _Watch(None if minutes is None else time.perf_counter() + 60 * minutes, comparison.repeats)
     for outcome in found.values():
         watch.learn(outcome.case, outcome.timings)
-    with with_dense_folder(comparison) as ready:
-        sides = _Sides(ready, start, about)
-        total = sum(_size(case, comparison) for case in comparison.cases)
-        bar = progress_bar(total=total, desc="Measuring", unit="token", disable=not progress)
-        try:
-            for number, case in enumerate(comparison.cases):
-                bar.set_postfix_str(str(case))
-                if case not in found:
+    if missing := [case for case in comparison.cases if case not in found]:
+        with with_dense_folder(comparison) as ready, closing(_Sides(ready, start, about)) as sides:
+            sides.ready()
+            total = sum(_size(case, comparison) for case in missing)
+            with progress_bar(total=total, desc="Measuring", unit="token", disable=not progress) as bar:
+                before = 0
+                for case in missing:
+                    bar.set_postfix_str(str(case))
                     found[case] = _measure_case(case, sides, watch, bar.update)
-                    keep(list(found.values()))
-                bar.update(sum(_size(each, comparison) for each in comparison.cases[: number + 1]) - bar.n)
-        finally:
-            bar.close()
-            sides.close()
-    return list(found.values())
+                    keep(_ordered(found, comparison))
+                    before += _size(case, comparison)
+                    bar.update(before - bar.n)  # what was left out
+    return _ordered(found, comparison)
+
+
+def _ordered(found: Mapping[Case, Outcome], comparison: Comparison) -> list[Outcome]:
+    """The outcomes in the order of the cases, then those of an earlier run that are not asked for now."""
+    asked = [case for case in comparison.cases if case in found]
+    return [found[case] for case in (*asked, *(case for case in found if case not in asked))]
 
 
 def _size(case: Case, comparison: Comparison) -> int:
@@ -153,9 +159,8 @@ class _Watch:
         left = self.left()
         if left > max(least, 0.0):
             return ""
-        return (
-            f"left out: needs {least / 60:,.1f} minutes or more, and {max(left, 0) / 60:,.1f} of --max-minutes are left"
-        )
+        spare = f"{max(left, 0) / 60:,.1f} of --max-minutes are left"
+        return f"left out: needs {least / 60:,.1f} minutes or more, and {spare}"
 
 
 def _measure_case(case: Case, sides: _Sides, watch: _Watch, update: Callable[[int], Any]) -> Outcome:
