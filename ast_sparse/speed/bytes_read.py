@@ -16,6 +16,8 @@ from ast_sparse.export.formats import codec_of
 from ast_sparse.storage import files
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.quantized import forget_quantization
+from ast_sparse.storage.slorb_adapter import read_adapter
+from ast_sparse.storage.sparsity_record import has_adapter
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of which a token uses only some
 
@@ -34,21 +36,24 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(settings, dict) and codec_of(settings.get("quant_method")) is not None
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False) -> WeightBytes:
-    """Bytes of the weights of a model folder loaded in a dtype; no weights are read.
+def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, adapter: bool = True) -> WeightBytes:
+    """Bytes of the weights of a model folder loaded in a dtype; no weights are read, except those of an adapter.
 
     The table of input embeddings is not counted as read, unless it is the output head too.
 
     Args:
         decoded: count the layers of a compressed export as dense.
+        adapter: count the SLoRB adapter too, if there is one.
     """
     config: Any = load_model_config(folder)
     has_experts = any(getattr(text_config(config), name, None) for name in _EXPERTS)
     forget_quantization(config)
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    adapter = folder / files.ADAPTER_FOLDER / "adapter_model.safetensors"
-    added = _stored(adapter, dtype) if adapter.is_file() else 0
+    added = 0
+    if adapter and has_adapter(folder):
+        pairs = read_adapter(folder / files.ADAPTER_FOLDER).values()
+        added = sum(part.numel() for pair in pairs for part in pair) * dtype.itemsize
     if decoded or not is_compressed(folder):
         total = added + sum(each.numel() * each.element_size() for each in model.parameters())  # shared ones once
     else:

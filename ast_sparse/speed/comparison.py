@@ -98,12 +98,13 @@ def find_comparison(
         threads=threads, vocabulary=text_config(config).vocab_size, cache_bytes=_cache_bytes(config, cases, name),
         eager=eager,
     )  # fmt: skip
+    adapter = engine == "transformers"
     first = "compressed" if spec.compressed else "model"
-    specs, weights = {first: spec}, {first: weight_bytes(folder, DTYPES[name])}
+    specs, weights = {first: spec}, {first: weight_bytes(folder, DTYPES[name], adapter=adapter)}
     is_decoded = other is None and spec.compressed
     if other is not None or is_decoded:
         specs["dense"] = replace(spec, folder=str(other or folder), compressed=False)
-        weights["dense"] = weight_bytes(other or folder, DTYPES[name], decoded=True)
+        weights["dense"] = weight_bytes(other or folder, DTYPES[name], decoded=True, adapter=adapter)
     settings = {
         "model": str(folder.resolve()), "against": other and str(other.resolve()), "engine": engine, "dtype": name,
         "device": device, "threads": threads, "repeats": repeats, "enforce_eager": eager,
@@ -136,7 +137,8 @@ def _check_other(config: Any, folder: Path, other: Path) -> None:
 
 def _dtype_name(config: Any) -> str:
     found = getattr(config, "dtype", None) or torch.float32
-    return str(found).removeprefix("torch.")
+    name = str(found).removeprefix("torch.")
+    return name if name in DTYPES else "float32"
 
 
 def _fitting(
@@ -178,7 +180,7 @@ def _notes(folder: Path, other: Path | None, spec: SideSpec, is_decoded: bool) -
     elif other is None:
         yield "MODEL is not a compressed export and there is no --against: it is measured alone."
     if spec.engine == "vllm" and any(each and has_adapter(each) for each in (folder, other)):
-        yield f"The SLoRB adapter in `{ADAPTER_FOLDER}/` is measured only if the engine applies it by itself."
+        yield f"Without the SLoRB adapter in `{ADAPTER_FOLDER}/`, which vLLM does not load by itself."
 
 
 @contextmanager
