@@ -121,6 +121,7 @@ def _run(
 ) -> None:
     """Measure, and show what there is, even after Ctrl-C."""
     from ast_sparse.speed import kept as results
+    from ast_sparse.speed.outcomes import left_out
     from ast_sparse.speed.turns import measure
 
     outcomes, machine = list(kept[0]), dict(kept[1])
@@ -138,22 +139,24 @@ def _run(
     finally:
         if any(outcome.is_measured for outcome in outcomes):
             _show(comparison, outcomes, machine, None if plot is None else Path(plot))
-        unmeasured = [case for case in comparison.cases if case not in {outcome.case for outcome in outcomes}]
-        for case in unmeasured:
-            click.echo(f"Not measured: {case}")
+        for line in left_out(outcomes):
+            click.echo(line)
+        for case in comparison.cases:
+            if case not in {outcome.case for outcome in outcomes}:
+                click.echo(f"{case}: not measured")
     if failed := [outcome for outcome in outcomes if outcome.is_failure]:
         raise UserError(f"{len(failed)} of {len(outcomes)} cases failed; {failed[0].case}: {failed[0].reason}")
 
 
 def _show(comparison: Comparison, outcomes: list[Outcome], machine: dict[str, Any], plot: Path | None) -> None:
     from ast_sparse.speed.machine import machine_line
-    from ast_sparse.speed.outcomes import left_out, memory_table, speed_table
+    from ast_sparse.speed.outcomes import memory_table, speed_table
     from ast_sparse.speed.turns import TURN
 
     settings = comparison.settings
     click.echo(machine_line(machine))
     click.echo(
-        f"{settings['engine']}, {settings['dtype']}, {comparison.repeats} repeats, greedy, random prompts"
+        f"{settings['engine']}, {settings['dtype']}, {comparison.repeats} repeat{'s' if comparison.repeats > 1 else ''}, greedy, random prompts"
         + (f", in turns of {TURN} tokens" if len(comparison.specs) > 1 else "")
     )
     for side, spec in comparison.specs.items():
@@ -163,8 +166,6 @@ def _show(comparison: Comparison, outcomes: list[Outcome], machine: dict[str, An
         click.echo(note)
     measured = [outcome for outcome in outcomes if outcome.is_measured]
     click.echo(f"\n{speed_table(measured, comparison.weights)}\n\n{memory_table(measured, comparison.weights)}")
-    for line in left_out(outcomes):
-        click.echo(line)
     if plot is not None:
         from ast_sparse.speed.chart import draw
 

@@ -16,7 +16,6 @@ from ast_sparse.speed.peak import peak_bytes, reset_peak
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.locate import Place, named_errors, quiet_transformers
-from ast_sparse.storage.slorb_adapter import attach_adapter, read_adapter, with_twins
 from ast_sparse.storage.sparsity_record import has_adapter
 
 
@@ -87,6 +86,6 @@ def _load_compressed(folder: Path, *, dtype: torch.dtype) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, quantization_config=AstSparse24Config(dequantize=False)
         )
-    if has_adapter(folder):
-        attach_adapter(model, with_twins(model, read_adapter(folder / files.ADAPTER_FOLDER)), str(folder))
+        if has_adapter(folder):
+            model.load_adapter(str(folder / files.ADAPTER_FOLDER))
     return model

@@ -28,7 +28,7 @@ def measure(
     keep: Callable[[list[Outcome]], None] = lambda outcomes: None,
     about: Callable[[dict[str, Any]], None] = lambda machine: None,
     progress: bool = True,
-    start: Start = Process,
+    start: Start | None = None,
 ) -> list[Outcome]:
     """Measure all cases; each model is loaded once, in a process of its own.
 
@@ -41,7 +41,7 @@ def measure(
         keep: called after each case with all outcomes so far.
         about: called with the machine, as the first model's process sees it.
         progress: show a progress bar.
-        start: starts a model.
+        start: starts a model; None: a process for each, `Process`.
 
     Returns:
         The outcomes, those of earlier runs and of cases that do not fit last. A failed case is one
@@ -59,7 +59,7 @@ def measure(
     for outcome in found.values():
         watch.learn(outcome.case, outcome.timings)
     if missing := [case for case in comparison.cases if case not in found]:
-        with with_dense_folder(comparison) as ready, closing(_Sides(ready, start, about)) as sides:
+        with with_dense_folder(comparison) as ready, closing(_Sides(ready, start or Process, about)) as sides:
             sides.ready()
             total = sum(_size(case, comparison) for case in missing)
             with progress_bar(total=total, desc="Measuring", unit="token", disable=not progress) as bar:
