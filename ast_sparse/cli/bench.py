@@ -64,18 +64,18 @@ def main(context: click.Context, model: str, **options: Any) -> None:
     turns of 16 tokens, so that other load on the machine slows both. Ratios above 1 mean that MODEL is faster.
     """
     _check_options(context, options)
+    from ast_sparse.speed.cases import all_cases, parse_batches, parse_lengths
     from ast_sparse.speed.comparison import find_comparison
     from ast_sparse.speed.kept import read_kept
 
     device = str(find_device(options["device"])) if options["engine"] == "transformers" else "chosen by vLLM"
-    from ast_sparse.speed.cases import parse_batches, parse_lengths
-
+    lengths, batches = options["lengths"], parse_batches(options["batch"])
     comparison = find_comparison(
         model,
         options["against"],
         engine=options["engine"],
-        lengths=None if options["lengths"] is None else parse_lengths(options["lengths"]),
-        batches=parse_batches(options["batch"]),
+        cases=None if lengths is None else all_cases(parse_lengths(lengths), batches),
+        batches=batches,
         repeats=options["repeats"],
         dtype=options["dtype"],
         device=device,
@@ -154,9 +154,10 @@ def _show(comparison: Comparison, outcomes: list[Outcome], machine: dict[str, An
     from ast_sparse.speed.turns import TURN
 
     settings = comparison.settings
+    repeats = f"{comparison.repeats} repeat{'s' if comparison.repeats > 1 else ''}"
     click.echo(machine_line(machine))
     click.echo(
-        f"{settings['engine']}, {settings['dtype']}, {comparison.repeats} repeat{'s' if comparison.repeats > 1 else ''}, greedy, random prompts"
+        f"{settings['engine']}, {settings['dtype']}, {repeats}, greedy, random prompts"
         + (f", in turns of {TURN} tokens" if len(comparison.specs) > 1 else "")
     )
     for side, spec in comparison.specs.items():

@@ -55,7 +55,7 @@ def find_comparison(
     against: str | Path | None = None,
     *,
     engine: str = "transformers",
-    lengths: Sequence[tuple[int, int]] | None = None,
+    cases: Sequence[Case] | None = None,
     batches: Sequence[int] = BATCHES,
     repeats: int = 3,
     dtype: str = "auto",
@@ -69,8 +69,8 @@ def find_comparison(
         model: folder of a model; a compressed export is kept compressed.
         against: folder of a dense model; None: a compressed `model` is compared with itself, decoded.
         engine: `transformers` or `vllm`.
-        lengths: prompt and new tokens; None: those of the paper that fit.
-        batches: numbers of prompts at once.
+        cases: None: those of the paper's lengths that fit, at each of `batches`.
+        batches: numbers of prompts at once, without `cases`.
         repeats: of each case.
         dtype: bfloat16, float16, float32, or auto: that of `model`. Both models get the same.
         device: for transformers; vLLM uses what it was built for.
@@ -92,10 +92,10 @@ def find_comparison(
     if other is not None:
         _check_other(config, folder, other)
     name = _dtype_name(config) if dtype == "auto" else dtype
-    cases, too_long = _fitting(lengths, batches, [(each, _config(each)) for each in (folder, other) if each])
+    fitting, too_long = _fitting(cases, batches, [(each, _config(each)) for each in (folder, other) if each])
     spec = SideSpec(
         engine=engine, folder=str(folder), compressed=is_compressed(folder), dtype=name, device=device,
-        threads=threads, vocabulary=text_config(config).vocab_size, cache_bytes=_cache_bytes(config, cases, name),
+        threads=threads, vocabulary=text_config(config).vocab_size, cache_bytes=_cache_bytes(config, fitting, name),
         eager=eager,
     )  # fmt: skip
     adapter = engine == "transformers"
@@ -111,7 +111,7 @@ def find_comparison(
         "files": fingerprint(folder), "against_files": other and fingerprint(other),
     }  # fmt: skip
     return Comparison(
-        specs=specs, weights=weights, cases=tuple(cases), too_long=tuple(too_long), repeats=repeats,
+        specs=specs, weights=weights, cases=tuple(fitting), too_long=tuple(too_long), repeats=repeats,
         is_decoded=is_decoded, notes=tuple(_notes(folder, other, spec, is_decoded)), settings=settings,
     )  # fmt: skip
 
@@ -142,17 +142,18 @@ def _dtype_name(config: Any) -> str:
 
 
 def _fitting(
-    lengths: Sequence[tuple[int, int]] | None, batches: Sequence[int], models: Sequence[tuple[Path, Any]]
+    asked: Sequence[Case] | None, batches: Sequence[int], models: Sequence[tuple[Path, Any]]
 ) -> tuple[list[Case], list[Outcome]]:
     """The cases that fit; those that do not are an error if their lengths were asked for."""
     limits = [(positions, folder) for folder, config in models if (positions := max_positions(config)) is not None]
     limit, folder = min(limits, default=(None, None))
-    cases, too_long = [], []
-    for case in all_cases(LENGTHS if lengths is None else lengths, batches):
+    cases: list[Case] = []
+    too_long: list[Outcome] = []
+    for case in all_cases(LENGTHS, batches) if asked is None else asked:
         tokens = case.prompt + case.new
         if limit is None or tokens <= limit:
             cases.append(case)
-        elif lengths is None:
+        elif asked is None:
             too_long.append(Outcome(case, reason=f"left out: {tokens:,} tokens, but {limit:,} positions"))
         else:
             raise UserError(

@@ -110,6 +110,25 @@ class Process:
                     file.close()
 
 
+class InProcess:
+    """A model in this process, for tiny models: it starts at once, but its peak memory is that of everything here."""
+
+    def __init__(self, spec: SideSpec, cases: Sequence[Case]) -> None:
+        from ast_sparse.speed.worker import Worker
+
+        self._worker = Worker()
+        self.ask("load", **vars(spec), cases=[as_list(case) for case in cases])
+
+    def ask(self, do: str, **arguments: Any) -> None:
+        self._answer = self._worker.answer({"do": do, **arguments})
+
+    def answer(self) -> Any:
+        return content(self._answer)
+
+    def close(self) -> None:
+        self._worker = self._answer = None  # type: ignore[assignment]
+
+
 def content(answer: dict[str, Any]) -> Any:
     """What an answer of the worker holds; its errors are raised, as in `Side.answer`."""
     if "ok" in answer:

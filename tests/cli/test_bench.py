@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 from ast_sparse.cli import bench
 from ast_sparse.cli.bench import main
 from ast_sparse.speed import turns
+from ast_sparse.speed.side import InProcess
 from tests.models import save_tiny_model
-from tests.speed.sides import InProcess, Scripted, write_exports
+from tests.speed.sides import Scripted, write_exports
 
 SHORT = ("--lengths", "6/4,5/3", "--batch", "1,2", "--repeats", 1)
 

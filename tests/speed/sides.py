@@ -1,6 +1,5 @@
 """Models to compare, and sides without a process of their own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from ast_sparse.export.export import export_model
 from ast_sparse.speed.cases import Case
 from ast_sparse.speed.machine import machine
-from ast_sparse.speed.side import SideFailed, SideSpec, as_list, content
-from ast_sparse.speed.worker import Worker
+from ast_sparse.speed.side import SideFailed, SideSpec
 from tests.export.sparse_models import sparse_model
 
 
@@ -18,23 +16,6 @@ def write_exports(folder: Path, family: str = "llama", dtype: str = "float32", s
     for name in ("compressed", "dense"):
         export_model(sparse_model(family, slorb_k), folder / name, name, dtype=dtype)
     return folder
-
-
-class InProcess:
-    """A side that runs here; requests and answers go through JSON, as they do between processes."""
-
-    def __init__(self, spec: SideSpec, cases: Sequence[Case]) -> None:
-        self._worker = Worker()
-        self.ask("load", **vars(spec), cases=[as_list(case) for case in cases])
-
-    def ask(self, do: str, **arguments: Any) -> None:
-        self._answer = self._worker.answer(json.loads(json.dumps({"do": do, **arguments})))
-
-    def answer(self) -> Any:
-        return content(json.loads(json.dumps(self._answer)))
-
-    def close(self) -> None:
-        pass
 
 
 class Scripted:

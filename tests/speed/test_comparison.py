@@ -17,7 +17,7 @@ from ast_sparse.storage.files import read_json
 from tests.models import save_tiny_model
 from tests.speed.sides import write_exports
 
-SHORT: dict[str, Any] = dict(lengths=[(8, 8)], batches=[1])
+SHORT: dict[str, Any] = dict(cases=[Case(8, 8, 1)])
 
 
 def test_an_export_is_compared_with_itself_decoded(exports: Path) -> None:
@@ -54,8 +54,8 @@ def test_usual_lengths_that_do_not_fit_are_named_and_asked_ones_refused(tmp_path
     assert [outcome.case for outcome in found.too_long] == [Case(128, 1024, 1), Case(1024, 128, 1), Case(1024, 1024, 1)]
     assert "1,152 tokens, but 300 positions" in found.too_long[0].reason
     with pytest.raises(UserError, match=r"--lengths 200/101 makes 301 tokens, but .* has 300 positions"):
-        find_comparison(tmp_path, lengths=[(200, 101)], batches=[1])
-    assert find_comparison(tmp_path, lengths=[(200, 100)], batches=[1]).cases == (Case(200, 100, 1),)
+        find_comparison(tmp_path, cases=[Case(200, 101, 1)])
+    assert find_comparison(tmp_path, cases=[Case(200, 100, 1)]).cases == (Case(200, 100, 1),)
 
 
 def test_too_few_positions_for_any_usual_length(exports: Path) -> None:

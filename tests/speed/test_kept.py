@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ast_sparse.errors import UserError
+from ast_sparse.speed.cases import Case
 from ast_sparse.speed.comparison import Comparison, find_comparison
 from ast_sparse.speed.kept import read_kept, record
 from ast_sparse.speed.outcomes import Outcome
@@ -16,8 +17,11 @@ from tests.speed.sides import Scripted, write_exports
 MACHINE = {"threads": 1, "cores": 2, "commit": None}
 
 
+CASES = [Case(8, 20, 1), Case(8, 20, 4)]
+
+
 def comparison(folder: Path, **settings: Any) -> Comparison:
-    return find_comparison(folder / "compressed", **{"lengths": [(8, 20)], "batches": [1, 4], "repeats": 1, **settings})
+    return find_comparison(folder / "compressed", **{"cases": CASES, "repeats": 1, **settings})
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def test_a_file_holds_everything(written: tuple[Path, list[Outcome]], exports: P
 def test_more_cases_continue_it_and_no_file_is_a_fresh_start(
     written: tuple[Path, list[Outcome]], exports: Path, tmp_path: Path
 ) -> None:
-    assert read_kept(written[0], comparison(exports, lengths=[(4, 4)], batches=[2]))[0] == written[1]
+    assert read_kept(written[0], comparison(exports, cases=[Case(4, 4, 2)]))[0] == written[1]
     assert read_kept(tmp_path / "none.json", comparison(exports)) == ([], {})
 
 
@@ -64,7 +68,7 @@ def test_another_model_and_another_machine_are_refused(
     written: tuple[Path, list[Outcome]], exports: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"holds results with --against=null, now '.*dense'"):
-        read_kept(written[0], find_comparison(exports / "compressed", exports / "dense", lengths=[(8, 20)], repeats=1))
+        read_kept(written[0], find_comparison(exports / "compressed", exports / "dense", cases=CASES, repeats=1))
     with pytest.raises(UserError, match="holds results with MODEL='"):
         read_kept(written[0], comparison(write_exports(tmp_path)))
     content = json.loads(written[0].read_text())

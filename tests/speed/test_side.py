@@ -7,9 +7,8 @@ import pytest
 
 from ast_sparse.errors import UserError
 from ast_sparse.speed.cases import Case
-from ast_sparse.speed.side import Process, SideFailed, SideSpec
+from ast_sparse.speed.side import InProcess, Process, SideFailed, SideSpec
 from tests.models import VOCAB
-from tests.speed.sides import InProcess
 
 CASE = Case(4, 3, 2)
 

@@ -1,5 +1,6 @@
 """The order of the turns, the tokens that agree, limits of time, failures."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 
 from ast_sparse.errors import UserError
 from ast_sparse.speed import turns
-from ast_sparse.speed.cases import Case
+from ast_sparse.speed.cases import Case, all_cases
 from ast_sparse.speed.comparison import Comparison, find_comparison
 from ast_sparse.speed.outcomes import Outcome
+from ast_sparse.speed.side import InProcess
 from ast_sparse.speed.turns import agreement, measure
-from tests.speed.sides import InProcess, Scripted
+from tests.speed.sides import Scripted
 
 OURS, OTHER = "compressed", "compressed-decoded"
 
@@ -22,8 +24,10 @@ def scripted() -> type[Scripted]:
     return Scripted.reset()
 
 
-def comparison(exports: Path, **settings: Any) -> Comparison:
-    return find_comparison(exports / "compressed", **{"lengths": [(8, 40)], "batches": [1], "repeats": 2, **settings})
+def comparison(
+    exports: Path, lengths: Sequence[tuple[int, int]] = ((8, 40),), batches: Sequence[int] = (1,), repeats: int = 2
+) -> Comparison:
+    return find_comparison(exports / "compressed", cases=all_cases(lengths, batches), repeats=repeats)
 
 
 def test_both_models_give_the_same_tokens(exports: Path) -> None:
