@@ -78,10 +78,15 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """For JSON: what was measured, and what follows from it."""
         record: dict[str, Any] = asdict(self)
-        for side in self.timings:
+        for side, timing in self.timings.items():
             prefill, decode = self.tokens_per_second(side)
-            record["timings"][side]["prefill_tokens_per_second"] = asdict(prefill)
-            record["timings"][side]["decode_tokens_per_second"] = asdict(decode)
+            record["timings"][side] = {
+                "prefill_seconds": timing.prefill,
+                "step_seconds": timing.step,
+                "peak_bytes": timing.peak,
+                "prefill_tokens_per_second": asdict(prefill),
+                "decode_tokens_per_second": asdict(decode),
+            }
         for what in ("prefill", "step"):
             if (speedup := self.speedup(what)) is not None:
                 record[f"{what}_speedup"] = asdict(speedup)
@@ -91,7 +96,7 @@ class Outcome:
     def of(cls, record: Mapping[str, Any]) -> "Outcome":
         """What `record` wrote."""
         timings = {
-            side: Timing(values["prefill"], values["step"], values["peak"])
+            side: Timing(values["prefill_seconds"], values["step_seconds"], values["peak_bytes"])
             for side, values in record["timings"].items()
         }
         same = None if record["same"] is None else (record["same"][0], record["same"][1])
