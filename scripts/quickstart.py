@@ -51,7 +51,7 @@ def generate(folder: Path) -> None:
 
 
 def summary(folder: Path) -> None:
-    """Perplexity, masked share and size of every stage."""
+    """Perplexity, masked share and size of every stage, and how fast the exports generate."""
     import torch
     from safetensors import safe_open
 
@@ -68,15 +68,25 @@ def summary(folder: Path) -> None:
     masked = f"{zeros / total:.3%}"
     exports = {row["model"]: row["perplexity"] for row in json.loads((folder / "eval.json").read_text())["results"]}
     results = {name: next(iter(stage.values())) for name, stage in stages.items()}
+    speeds = tokens_per_second(folder / "speed.json")
     rows = []
     for name, result in results.items():
         weights = size(folder / "run") if name.startswith("retrained") else "-"
-        rows.append((name, result["perplexity"], "0%" if name == "dense" else masked, weights))
+        rows.append((name, result["perplexity"], "0%" if name == "dense" else masked, weights, "-"))
     for name in ("dense", "compressed"):
-        rows.append((f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name)))
+        row = (f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name))
+        rows.append((*row, speeds.get(name, "-")))
     dense = results["dense"]
     print(f"Held-out text, {dense['windows']} windows of {dense['seq_len']} tokens:")
-    print(format_table(("model", "perplexity", "masked share of the pruned layers", "weights"), rows))
+    headers = ("model", "perplexity", "masked share of the pruned layers", "weights", "new tokens per second")
+    print(format_table(headers, rows))
+
+
+def tokens_per_second(file: Path) -> dict[str, str]:
+    """How fast each export continues one prompt, as ast-bench wrote it; empty if it measured nothing."""
+    case = json.loads(file.read_text(encoding="utf-8"))["cases"][0]
+    speeds = {side: timing["decode_tokens_per_second"]["median"] for side, timing in case["timings"].items()}
+    return {side: f"{speed:.1f}" for side, speed in speeds.items()}
 
 
 def size(folder: Path) -> str:

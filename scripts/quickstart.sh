@@ -28,5 +28,9 @@ say "Load and generate"
 python scripts/quickstart.py generate quickstart/dense
 python scripts/quickstart.py generate quickstart/compressed
 
+say "Speed: the compressed export beside the dense one, in turns"
+ast-bench quickstart/compressed --against quickstart/dense --lengths 64/65 --batch 1 --repeats 2 --max-minutes 2 \
+  --json quickstart/speed.json --overwrite
+
 say "Result"
 python scripts/quickstart.py summary quickstart

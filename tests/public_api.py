@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 from click.testing import CliRunner
@@ -28,6 +29,7 @@ from safetensors import safe_open
 import ast_sparse
 from ast_sparse.config import SECTIONS, MixtureConfig
 from ast_sparse.config.data import DomainConfig
+from ast_sparse.speed.side import InProcess
 from tests.models import generated_text, save_tiny_model
 
 ROOT = Path(ast_sparse.__file__).parents[1]
@@ -146,7 +148,11 @@ def files(folder: Path) -> Iterator[str]:
     (folder / "eval").mkdir()
     text = ("--dataset", folder / "text.txt", "--seq-len", 32, "--limit", 2)
     _call("eval", folder / "run", *text, "--json", folder / "eval" / "results.json")
-    for made in ("run", "dense", "compressed", "shards", "eval"):
+    (folder / "bench").mkdir()
+    short = ("--lengths", "8/4", "--batch", 1, "--repeats", 1)
+    with patch("ast_sparse.speed.turns.Process", InProcess):
+        _call("bench", folder / "compressed", *short, "--json", folder / "bench" / "speed.json")
+    for made in ("run", "dense", "compressed", "shards", "eval", "bench"):
         for path in (folder / made).rglob("*"):
             if path.is_file() and not path.is_relative_to(folder / "run" / "checkpoint-1"):
                 place = re.sub(r"\d+", "N", str(path.relative_to(folder)))

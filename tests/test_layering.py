@@ -14,6 +14,7 @@ ORDER = (
     "cli",
     "run",
     "planning",
+    "speed",
     "report",
     "training",
     "evaluation",

@@ -10,7 +10,7 @@ import click
 import pytest
 from transformers import TrainingArguments
 
-from ast_sparse.cli import data, eval, export, prune, train
+from ast_sparse.cli import bench, data, eval, export, prune, train
 from ast_sparse.config import load_config
 from ast_sparse.config.run import SECTIONS
 
@@ -19,6 +19,7 @@ READMES = sorted(path for folder in ("ast_sparse", "configs", "scripts") for pat
 READMES.append(ROOT / "README.md")
 COMMANDS: dict[str, click.Command] = {
     "ast-train": train.main, "ast-prune": prune.main, "ast-eval": eval.main, "ast-export": export.main,
+    "ast-bench": bench.main,
     **{f"ast-data {name}": command for name, command in data.main.commands.items()},
 }  # fmt: skip
 

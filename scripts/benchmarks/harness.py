@@ -4,10 +4,8 @@ A benchmark is a file of this folder: its header has the question, the alternati
 `measure(settings)` yields a `Result` for each case, and it ends with `if __name__ == "__main__": main(measure)`.
 """
 
-import contextlib
 import json
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +17,8 @@ import click
 import torch
 
 from ast_sparse.cli.command import Command
+from ast_sparse.speed.outcomes import Spread
+from ast_sparse.speed.peak import peak_bytes, reset_peak, resident_bytes
 from ast_sparse.tables import format_table
 from scripts.provenance import provenance
 
@@ -50,20 +50,6 @@ class Settings:
             return function(*args)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             return pool.apply(function, args)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """20th, 50th and 80th percentile of one quantity."""
-
-    p20: float
-    median: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-        return cls(*torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,29 +146,13 @@ class PeakMemory:
     total: int
 
     def __enter__(self) -> "PeakMemory":
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        else:
-            with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark covers the whole process
-                Path("/proc/self/clear_refs").write_text("5")
-            self._start = _resident("VmRSS")
+        reset_peak()
+        self._start = torch.cuda.memory_allocated() if torch.cuda.is_available() else resident_bytes()
         return self
 
     def __exit__(self, *args: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.total = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
+        self.total = peak_bytes()
         self.above = max(self.total - self._start, 1)  # never 0, so that ratios exist
-
-
-def _resident(key: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def table(results: Sequence[Result]) -> str:

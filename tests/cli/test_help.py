@@ -6,10 +6,11 @@ import sys
 import click
 import pytest
 
-from ast_sparse.cli import data, eval, export, prune, train
+from ast_sparse.cli import bench, data, eval, export, prune, train
 
 COMMANDS = {
     "train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main, "data prepare": data.prepare,
+    "bench": bench.main,
 }  # fmt: skip
 PROGRAM = """
 import sys

@@ -1,0 +1,79 @@
+"""Bytes of a model's weights, and how many of them the computation of one token reads.
+
+At one token every weight is read once and used once, so the bytes are a bound: nothing can be faster than reading them.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ast_sparse.evaluation.perplexity import text_config
+from ast_sparse.export.formats import codec_of
+from ast_sparse.storage import files
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.quantized import forget_quantization
+from ast_sparse.storage.slorb_adapter import read_adapter
+from ast_sparse.storage.sparsity_record import has_adapter
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of which a token uses only some
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of all weights in memory, and of those that one token reads; None if that depends on the token."""
+
+    total: int
+    read: int | None
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a model folder is an export in one of the compressed formats."""
+    settings = files.read_json(folder / files.CONFIG_NAME).get("quantization_config")
+    return isinstance(settings, dict) and codec_of(settings.get("quant_method")) is not None
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, adapter: bool = True) -> WeightBytes:
+    """Bytes of the weights of a model folder loaded in a dtype; no weights are read, except those of an adapter.
+
+    The table of input embeddings is not counted as read, unless it is the output head too.
+
+    Args:
+        decoded: count the layers of a compressed export as dense.
+        adapter: count the SLoRB adapter too, if there is one.
+    """
+    config: Any = load_model_config(folder)
+    has_experts = any(getattr(text_config(config), name, None) for name in _EXPERTS)
+    forget_quantization(config)
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    added = 0
+    if adapter and has_adapter(folder):
+        pairs = read_adapter(folder / files.ADAPTER_FOLDER).values()
+        added = sum(part.numel() for pair in pairs for part in pair) * dtype.itemsize
+    if decoded or not is_compressed(folder):
+        total = added + sum(each.numel() * each.element_size() for each in model.parameters())  # shared ones once
+    else:
+        total = added + sum(_stored(file, dtype) for file in files.weight_files(folder))
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    is_head = head is not None and head.weight is table
+    read = total if is_head else total - table.numel() * table.element_size()
+    return WeightBytes(total, None if has_experts else read)
+
+
+def _stored(file: Path, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of a file if floating-point ones are loaded in `dtype`."""
+    return sum(
+        files.stored_bytes(f"F{8 * dtype.itemsize}" if kind in ("F64", "F32", "F16", "BF16") else kind, shape)
+        for kind, shape in files.tensor_shapes(file).values()
+    )
+
+
+def fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the last change (ns) of a model's files, which tell whether they are still the same."""
+    stats = {path.name: path.stat() for path in [folder / files.CONFIG_NAME, *files.weight_files(folder)]}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

@@ -1,0 +1,54 @@
+"""The JSON file of results: written after each case, and continued by a run with the same settings."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ast_sparse.errors import UserError, shown
+from ast_sparse.speed.comparison import Comparison
+from ast_sparse.speed.machine import cpu_name, versions
+from ast_sparse.speed.outcomes import Outcome, bound
+from ast_sparse.storage.files import read_json
+
+_NAMES = {
+    "model": "MODEL", "files": "MODEL (its files have changed)", "against_files": "--against (its files have changed)",
+}  # fmt: skip
+
+
+def record(comparison: Comparison, outcomes: Sequence[Outcome], machine: dict[str, Any]) -> dict[str, Any]:
+    """All results, for JSON."""
+    return {
+        "settings": comparison.settings,
+        "machine": {**machine, "cpu": cpu_name(), "versions": versions()},
+        "notes": list(comparison.notes),
+        "weights": {side: asdict(held) for side, held in comparison.weights.items()},
+        "bound": bound(comparison.weights),
+        "cases": [outcome.record() for outcome in outcomes],
+    }
+
+
+def read_kept(path: Path, comparison: Comparison) -> tuple[list[Outcome], dict[str, Any]]:
+    """The outcomes that an earlier run left in a file, and its machine; both empty if there is no file.
+
+    Raises:
+        UserError: the file holds something else, or results of other settings.
+    """
+    if not path.exists():
+        return [], {}
+    content = read_json(path)
+    try:
+        settings, machine = dict(content["settings"]), dict(content["machine"])
+        outcomes = [Outcome.of(each) for each in content["cases"]]
+        before = {**settings, "cpu": machine["cpu"], "versions": machine["versions"]}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"--json {path} is not a file of ast-bench. Name another file.") from error
+    now = {**comparison.settings, "cpu": cpu_name(), "versions": versions()}
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        name = changed[0]
+        option = _NAMES.get(name, name if name in ("cpu", "versions") else f"--{name.replace('_', '-')}")
+        values = "" if name.endswith("files") else f"={shown(before.get(name))}, now {shown(now[name])}"
+        raise UserError(
+            f"--json {path} holds results with {option}{values}. Name another file, or start anew with --overwrite."
+        )
+    return outcomes, machine
