@@ -16,7 +16,7 @@ from ast_sparse.export.formats import FORMAT_HELP
 if TYPE_CHECKING:
     from ast_sparse.export.position_cost import CompressionTable
 
-_ONLY_EXPORT = ("format_", "dtype", "overwrite")
+_ONLY_EXPORT = ("format_", "dtype", "overwrite", "push_to_hub")
 _ONLY_TABLE = ("value_bits", "json_file")
 
 
@@ -38,6 +38,11 @@ _ONLY_TABLE = ("value_bits", "json_file")
     "--table, the one found from the zeros).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model in OUT.")
+@click.option(
+    "--push-to-hub", metavar="REPO_ID",
+    help="Upload OUT to this repository of the Hugging Face hub (USER/NAME), which is created if there is none.",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option(
     "--table", is_flag=True,
     help="Print the cost of the positions of kept weights in 1:2, 2:4, 4:8, 8:16 and 16:32 with bitmask, index, "
@@ -76,13 +81,17 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     if found is not None:
         click.echo("\n".join([f"{checkpoint}", *found.lines()]))
     if out is not None:
-        report = export_model(
-            checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
-            overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
-        )  # fmt: skip
+        with settings_as_options({"push_to_hub": "--push-to-hub"}):
+            report = export_model(
+                checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
+                overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
+                push_to_hub=options["push_to_hub"], private=options["private"],
+            )  # fmt: skip
         click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
+        if options["push_to_hub"] is not None:
+            click.echo(f"Uploaded to https://huggingface.co/{options['push_to_hub']}")
     if found is not None and json_file is not None:
-        from ast_sparse.report.page import versions
+        from ast_sparse.storage.versions import versions
 
         write_json_file(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": versions()})
 
@@ -91,6 +100,8 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
     """Refuse options that would have no effect."""
     if out is None and not table:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
+    if context.params["private"] and context.params["push_to_hub"] is None:
+        raise click.UsageError("--private does nothing without --push-to-hub. Add --push-to-hub, or drop it.")
     ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
     for option in context.command.params:
         if option.name in ignored and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:

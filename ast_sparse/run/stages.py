@@ -121,11 +121,17 @@ class Measured:
                 )
 
     def __call__(
-        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any, prompts: bool = True
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Any,
+        prompts: bool = True,
     ) -> dict[str, StageResult]:
         """The results of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model also continues the prompts, unless `prompts` is False. It is moved to the device only if something is measured.
+        For a report the model also continues the prompts, unless `prompts` is False. It is moved to the device only if
+        something is measured.
         """
         settings = self.config.evaluation
         if not self.is_asked:
