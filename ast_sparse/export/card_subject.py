@@ -30,7 +30,7 @@ class Subject:
         record: of the export, with the run's configuration and results if there was a run.
         folder: what was exported, as the user named it; None for a model object.
         origin: the folder whose companions the export has; None if there is none.
-        name: `name_or_path` of the model's configuration.
+        name: `name_or_path` of the model's configuration, or what kind of model it is.
         commit: on the hub, of a model object.
         has_conv1d: some pruned layers are GPT-2's.
         ranks: of SLoRB by layer.
@@ -62,7 +62,7 @@ class Subject:
             record=record,
             folder=folder,
             origin=origin,
-            name=str(model.config.name_or_path),
+            name=str(model.config.name_or_path or f"{model.config.model_type} model"),
             commit=hub_commit(model.config),
             has_conv1d=0 in pruned.values(),
             ranks={name: int(x.shape[0]) for name, (_, x) in slorb.items()},
@@ -77,8 +77,15 @@ class Subject:
         return shareable(str(name)) if name else None
 
     @property
+    def is_random(self) -> bool:
+        """Whether training began with random weights, so that only the architecture is that of the base model."""
+        return self.record.get("run", "config", "model", "random_weights") is True
+
+    @property
     def base_id(self) -> str | None:
         """Hub id of the base model; None for a local one, whose name may look like an id."""
+        if self.is_random:
+            return None
         base, commit = self.record.get("base_model"), self.record.get("base_commit")
         if base is None and self.folder is None:
             base, commit = self.name, self.commit
@@ -87,7 +94,7 @@ class Subject:
     @property
     def title(self) -> str:
         """The shortest name for the model."""
-        name = self.base or (self.folder.name if self.folder else Path(self.name).name) or "A model"
+        name = self.base or (self.folder.name if self.folder else self.name)
         return Path(name).name.removesuffix(".gguf")
 
 

@@ -3,8 +3,8 @@
 import shlex
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ast_sparse.errors import UserError, one_line, shown
@@ -18,7 +18,7 @@ def check_push(repo_id: str) -> None:
     """Check what can be checked without the network, before an export that takes long.
 
     Raises:
-        UserError: the id is malformed, or there is no token.
+        UserError: the id is malformed, the hub may not be asked, or there is no token.
     """
     try:
         validate_repo_id(repo_id)
@@ -26,6 +26,10 @@ def check_push(repo_id: str) -> None:
         raise UserError(
             f"push_to_hub: {shown(repo_id)} is not a repository id. Use USER/NAME.", "push_to_hub"
         ) from None
+    if is_offline_mode():
+        raise UserError(
+            f"push_to_hub: {repo_id} cannot be uploaded while HF_HUB_OFFLINE is set. Unset it.", "push_to_hub"
+        )
     if get_token() is None:
         raise UserError(
             f"push_to_hub: {repo_id} needs a token of the Hugging Face hub, and there is none. Run `hf auth login`, or "
@@ -76,8 +80,6 @@ def _reason(error: Exception) -> str:
         return "the hub does not accept the token. Run `hf auth login`."
     if status == 403:
         return "the token may not write there. Use one with write access, or a repository of your own."
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set."
     if status is None and (isinstance(error, OSError) or type(error).__module__.startswith("httpx")):
         return f"the hub cannot be reached ({one_line(error, 120, cut='word', end='open')})."
     return one_line(error, 300, cut="word", end="stop")

@@ -86,6 +86,8 @@ def _datasets(record: SparsityRecord) -> list[str]:
 def _parts(folder: Path, subject: Subject, report: ExportReport, known: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {_plain(subject.title)} with {report.pattern} sparsity"
     yield _summary(subject, report)
+    if (folder / SOURCE_README).is_file():
+        yield f"[{SOURCE_README}]({SOURCE_README}) is the card of the model that it was made from."
     yield _table(("", ""), [(what, text) for what, text in _facts(folder, subject, report, known) if text])
     yield "## Load it"
     yield from _loading(subject, report)
@@ -109,7 +111,7 @@ def _summary(subject: Subject, report: ExportReport) -> str:
             f"{name}, pruned to {report.pattern} sparsity in one shot ({method}) with ast_sparse. It was not retrained."
         )
     else:
-        how = f"{name} has {report.pattern} sparsity. How it was made sparse is not recorded. Exported with ast_sparse."
+        how = f"{name} has {report.pattern} sparsity. How it was made sparse is not recorded."
     if ":" in report.pattern:
         n, m = report.pattern.split(":")
         how += f" Each output of a pruned layer uses at most {n} of every {m} neighbouring inputs."
@@ -125,11 +127,13 @@ def _facts(
     folder: Path, subject: Subject, report: ExportReport, known: Mapping[str, Any]
 ) -> Iterator[tuple[str, str | None]]:
     record = subject.record
-    if record.get("run", "config", "model", "random_weights") is True:
+    if subject.is_random:
         yield "architecture", f"that of `{_code(subject.base or '')}`; trained from random weights"
     else:
-        yield "base model", f"`{_code(subject.base_id or subject.base or 'unknown')}`"
-    yield "licence", _licence(folder, known)
+        base = subject.base_id or subject.base or known.get("base_model")
+        yield "base model", "not recorded" if base is None else _names(base)
+    says = "as the card of the source says" if record.get("base_model") is None else "that of the base model"
+    yield "licence", _licence(folder, known, says)
     share = f"{report.nonzero_share:.1%} of {report.pruned.parameters:,} weights are not zero"
     yield "pruned", f"{report.pattern}, {report.pruned.layers:,} linear layers; {share}"
     if report.dense_layers:
@@ -150,15 +154,20 @@ def _facts(
         yield "trained", f"{steps:,} steps" + ("" if tokens is None else f", {tokens:,} tokens")
 
 
-def _licence(folder: Path, known: Mapping[str, Any]) -> str:
+def _licence(folder: Path, known: Mapping[str, Any], says: str) -> str:
     file = _licence_file(folder)
     named = known.get("license_name") or known.get("license")
     if named in (None, "unknown"):
         if file is not None:
             return f"see [{file}]({file})"
-        return "unknown: none was found with the base model. Find it before you share this model."
+        return "unknown: none was found. Look for it before you share this model."
     also = f"; see [{file}]({file})" if file is not None else ""
-    return f"`{_code(named if isinstance(named, str) else ', '.join(map(str, named)))}`, that of the base model{also}"
+    return f"{_names(named)}, {says}{also}"
+
+
+def _names(value: Any) -> str:
+    """One name or several, as metadata may have them."""
+    return ", ".join(_code_span(str(each)) for each in (value if isinstance(value, list) else [value]))
 
 
 def _loading(subject: Subject, report: ExportReport) -> Iterator[str]:
@@ -178,7 +187,8 @@ def _loading(subject: Subject, report: ExportReport) -> Iterator[str]:
         lines += [f"model.load_adapter({place}, adapter_kwargs={where})  # SLoRB; needs peft"]
     yield _block("python", lines)
     if subject.ranks:
-        yield "The last line adds the SLoRB adapter. Without it the model works too, with the perplexity without SLoRB."
+        both = " The table below has both perplexities." if _has_both(subject) else ""
+        yield f"The last line adds the SLoRB adapter. The model also works without it.{both}"
     if compressed:
         yield "The layers are decoded while they load. To keep them compressed in memory:"
         config = "ast_sparse.AstSparse24Config(dequantize=False)"
@@ -189,11 +199,14 @@ def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
     place = subject.repo_id or "FOLDER"
     compressed = report.format in codecs()
     if compressed and subject.has_conv1d:
-        yield "vLLM serves layers of GPT-2's kind only from a dense export: `ast-export MODEL OUT --format dense`."
+        yield "vLLM cannot serve compressed layers of GPT-2's kind (`Conv1D`). Export with `--format dense` for it."
         return
     lines = ["pip install ast-sparse  # beside vLLM, which then reads the format"] if compressed else []
     yield _block("bash", [*lines, f"vllm serve {shlex.quote(place)}"])
     if not subject.ranks:
+        return
+    if subject.has_conv1d:
+        yield "This serves the model without SLoRB."
         return
     rank = max(subject.ranks.values())
     allowed = next((each for each in VLLM_RANKS if each >= rank), None)
@@ -226,8 +239,13 @@ def _perplexity(subject: Subject, report: ExportReport) -> Iterator[str]:
     )
     rounded = "" if report.dtype == "float32" else f", before they were rounded to {report.dtype}"
     yield f"Lower is better. The training run measured this on float32 weights{rounded}."
-    if subject.ranks and not any(stage.endswith(WITHOUT_SLORB) for stage in results):
+    if subject.ranks and not _has_both(subject):
         yield "The model without SLoRB was not measured."
+
+
+def _has_both(subject: Subject) -> bool:
+    """Whether the run measured its result also without SLoRB."""
+    return any(stage.endswith(WITHOUT_SLORB) for stage in subject.record.get("run", "results") or {})
 
 
 def _stage(stage: str, subject: Subject) -> str:
