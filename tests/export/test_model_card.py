@@ -25,6 +25,7 @@ from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from tests.export.sparse_models import sparse_model, token_ids
 from tests.models import generated_text, save_tiny_model
+from tests.training.small_runs import blocks, trainer
 
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model: org/grandparent\ntags: [chat]\n---\n# Tiny\n"
 
@@ -92,6 +93,20 @@ def test_steps_and_tokens_are_those_of_the_exported_weights(folder: Path) -> Non
     text = card(folder / "earlier")
     assert row(text, "trained") == f"2 steps, {2 * 2 * 2 * 32:,} tokens"
     assert "None is recorded." in text and "retrained 2:4 with" not in text
+
+
+def test_a_trainer_writes_what_it_knows(tmp_path: Path) -> None:
+    args = dict(max_steps=3, save_steps=1, save_strategy="steps", eval_strategy="steps", eval_steps=1)
+    best = dict(load_best_model_at_end=True, learning_rate=10.0, greater_is_better=True)  # it is step 2 of 3
+    for name, more in (("last", {}), ("best", best)):
+        run = trainer(tmp_path / f"{name}-run", args=args | more, eval_dataset=blocks(4, seed=1))
+        run.train()
+        run.export(tmp_path / name, "dense")
+    text = card(tmp_path / "last")
+    assert row(text, "trained") == f"3 steps, {3 * 4 * 16:,} tokens"
+    assert 'trainer.export("OUT", format="dense", dtype="bfloat16")' in text and "mask_interval: 2" in text
+    assert row(card(tmp_path / "best"), "trained") == f"{run.state.best_global_step} steps"
+    assert run.state.best_global_step < 3
 
 
 def test_base_and_sizes_are_in_the_facts(folder: Path) -> None:
