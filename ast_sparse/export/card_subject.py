@@ -94,8 +94,8 @@ class Subject:
     @property
     def title(self) -> str:
         """The shortest name for the model."""
-        name = self.base or (self.folder.name if self.folder else self.name)
-        return Path(name).name.removesuffix(".gguf")
+        name = self.base or (self.folder.resolve().name if self.folder else self.name)
+        return Path(name).name.removesuffix(".gguf") or "A model"
 
 
 def with_run(record: SparsityRecord, folder: Path) -> SparsityRecord:
@@ -107,13 +107,16 @@ def with_run(record: SparsityRecord, folder: Path) -> SparsityRecord:
     except UserError as error:
         logger.warning(f"{error} The model card will not have the results of the run.")
         return record
+    names: dict[str, str] = {}  # of data sets, as they are shown
+    for name in dict.fromkeys(name for of in stages.values() for name in of):
+        same = [other for other in names if shareable(other) == shareable(name)]
+        names[name] = f"{shareable(name)} ({len(same) + 1})" if same else shareable(name)
     results = {
-        stage: {
-            shareable(name): {key: result.get(key) for key in ("perplexity", *PROTOCOL)} for name, result in of.items()
-        }
+        stage: {names[name]: {key: result.get(key) for key in ("perplexity", *PROTOCOL)} for name, result in of.items()}
         for stage, of in stages.items()
     }
-    config.get("evaluation", {}).pop("prompts", None)
+    if isinstance(config.get("evaluation"), dict):
+        config["evaluation"].pop("prompts", None)
     return record.with_run(shareable_values(config), results)
 
 

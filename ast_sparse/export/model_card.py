@@ -55,18 +55,25 @@ def _metadata(folder: Path, subject: Subject, report: ExportReport, known: Mappi
         license, link = "other", file
     base: Any = subject.base_id
     if base is None and subject.record.get("base_model") is None:
-        base = known.get("base_model")  # the card of the same model
+        base = _hub_ids(known.get("base_model"))  # the card of the same model
     return ModelCardData(
         license=license or "unknown",
         license_name=known.get("license_name"),
         license_link=link,
-        base_model=base,
+        base_model=base or None,
         language=known.get("language"),
         datasets=_datasets(subject.record) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["ast_sparse", "sparse", report.pattern],
     )
+
+
+def _hub_ids(named: Any) -> Any:
+    """A base model, or several, as a card names them; nothing that is not a hub id."""
+    if isinstance(named, list):
+        return [each for each in named if isinstance(each, str) and is_hub_id(each)]
+    return named if isinstance(named, str) and is_hub_id(named) else None
 
 
 def _licence_file(folder: Path) -> str | None:
@@ -104,12 +111,12 @@ def _summary(subject: Subject, report: ExportReport) -> str:
     if subject.base_id is not None:
         name = f"[{subject.base_id}](https://huggingface.co/{subject.base_id})"
     method = subject.record.get("one_shot", "method")
-    if isinstance(subject.record.get("sparsity"), dict):
+    if subject.record.get("trained", "steps") == 0:
+        method = subject.record.get("sparsity", "init")
+    if method is not None:
+        how = f"{name}, pruned to {report.pattern} sparsity in one shot ({method}) with ast_sparse. It was not trained."
+    elif isinstance(subject.record.get("sparsity"), dict):
         how = f"{name}, retrained to {report.pattern} sparsity with ast_sparse, which implements {_PAPER}."
-    elif method is not None:
-        how = (
-            f"{name}, pruned to {report.pattern} sparsity in one shot ({method}) with ast_sparse. It was not retrained."
-        )
     else:
         how = f"{name} has {report.pattern} sparsity. How it was made sparse is not recorded."
     if ":" in report.pattern:
@@ -130,8 +137,8 @@ def _facts(
     if subject.is_random:
         yield "architecture", f"that of `{_code(subject.base or '')}`; trained from random weights"
     else:
-        base = subject.base_id or subject.base or known.get("base_model")
-        yield "base model", "not recorded" if base is None else _names(base)
+        base = subject.base_id or subject.base or _hub_ids(known.get("base_model"))
+        yield "base model", _names(base) if base else "not recorded"
     says = "as the card of the source says" if record.get("base_model") is None else "that of the base model"
     yield "licence", _licence(folder, known, says)
     share = f"{report.nonzero_share:.1%} of {report.pruned.parameters:,} weights are not zero"
@@ -249,8 +256,10 @@ def _has_both(subject: Subject) -> bool:
 
 
 def _stage(stage: str, subject: Subject) -> str:
-    name = f"{stage} with SLoRB" if is_result(stage) and subject.ranks else stage
-    return f"**{name}**" if is_result(stage) else name
+    had_slorb = _has_both(subject) or bool(subject.record.get("run", "config", "slorb", "enabled"))
+    name = f"{stage} with SLoRB" if is_result(stage) and had_slorb else stage
+    is_this = is_result(stage) if subject.ranks or not had_slorb else stage.endswith(WITHOUT_SLORB)
+    return f"**{name}**" if is_this else name
 
 
 def _number(result: Mapping[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import ast_sparse
 from ast_sparse.cli import export, prune, train
-from ast_sparse.export.card_subject import Subject, shareable
+from ast_sparse.export.card_subject import Subject, shareable, with_run
 from ast_sparse.export.export import export_model
 from ast_sparse.export.model_card import VLLM_RANKS, write_card
 from ast_sparse.sparsity.model import densify_model
@@ -217,13 +218,15 @@ def test_only_a_model_that_came_from_the_hub_is_linked_there(tmp_path: Path, mon
     (repository / "snapshots" / "abc" / "README.md").write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for commit in ("abc", None):
-        record = {"base_model": "org/tiny", "base_commit": commit, "sparsity": {"pattern": "2:4"}}
+        record = {"base_model": "org/tiny", "base_commit": commit, "sparsity": {"pattern": "2:4", "init": "wanda"}}
+        record |= {"trained": {"steps": 3 if commit else 0, "tokens": 0}}
         export_model(sparse_model(), tmp_path / f"out-{commit}", record=record)
     found = metadata_load(tmp_path / "out-abc" / "README.md")
     assert found is not None and found["base_model"] == "org/tiny" and found["license"] == "mit"
     assert "[org/tiny](https://huggingface.co/org/tiny), retrained" in card(tmp_path / "out-abc")
     found = metadata_load(tmp_path / "out-None" / "README.md")
     assert found is not None and "base_model" not in found and "huggingface.co" not in card(tmp_path / "out-None")
+    assert "pruned to 2:4 sparsity in one shot (wanda)" in card(tmp_path / "out-None")
 
 
 def test_random_weights_have_no_base_model() -> None:
@@ -265,6 +268,28 @@ def test_vllm_is_given_the_smallest_rank_that_it_takes(rank: int, folder: Path, 
     assert (f"rank {rank}, and vLLM's LoRA takes at most 512" in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
     write_card(tmp_path / "out", replace(subject, has_conv1d=True), report)
     assert "vllm serve" not in card(tmp_path / "out")  # compressed layers of GPT-2
+
+
+def test_an_export_whose_adapter_was_removed_is_the_model_without_it(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "slorb")
+    record = read_json(tmp_path / "run" / "sparsity_config.json")
+    write_json(tmp_path / "run" / "sparsity_config.json", {**record, "slorb": False})
+    export_model(tmp_path / "run", tmp_path / "out")
+    text = card(tmp_path / "out")
+    assert row(text, "**retrained 2:4 without SLoRB**") and row(text, "retrained 2:4 with SLoRB")
+    assert "load_adapter" not in text and "--enable-lora" not in text
+
+
+def test_data_sets_of_one_name_stay_apart(tmp_path: Path) -> None:
+    result = {"perplexity": 2.0, "seq_len": 4, "windows": 1, "predicted_tokens": 3, "total_tokens": 4}
+    write_json(tmp_path / "results.json", {"dense": {"/a/x.txt": result, "/b/x.txt": {**result, "perplexity": 3.0}}})
+    (tmp_path / "config.yaml").write_text("evaluation: {prompts: [a]}\ndata: {train: [{path: x, token: secret}]}\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    record = with_run(SparsityRecord(), tmp_path)
+    found = {name: each["perplexity"] for name, each in record.get("run", "results", "dense").items()}
+    assert found == {"x.txt": 2.0, "x.txt (2)": 3.0}
+    assert record.get("run", "config") == {"evaluation": {}, "data": {"train": [{"path": "x"}]}}
 
 
 def test_a_damaged_record_of_a_run_is_left_out(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
