@@ -363,7 +363,7 @@ def _write_report(report: Report, results: Results, record: dict[str, Any]) -> N
 def _record(results: Results, device: torch.device, settings: _Settings) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from ast_sparse.report.page import versions
+    from ast_sparse.storage.versions import versions
 
     made_with = versions()
     record: dict[str, Any] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ast_sparse.export.position_cost import CompressionTable
 
-_ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "merge_text")
+_ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "merge_text", "push_to_hub")
 _ONLY_TABLE = ("value_bits", "json_file")
 _SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their tokens
 
@@ -49,6 +49,11 @@ _SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their 
     "--merge-text", multiple=True, metavar="FILE",
     help="With --merge-adapter: a text (txt, JSONL, parquet) to print the loss of before and after. May be repeated.",
 )  # fmt: skip
+@click.option(
+    "--push-to-hub", metavar="REPO_ID",
+    help="Upload OUT to this repository of the Hugging Face hub (USER/NAME), which is created if there is none.",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option(
     "--table", is_flag=True,
     help="Print the cost of the positions of kept weights in 1:2, 2:4, 4:8, 8:16 and 16:32 with bitmask, index, "
@@ -89,15 +94,19 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
         click.echo("\n".join([f"{checkpoint}", *found.lines()]))
     if out is not None:
         samples = _samples(checkpoint, options["merge_text"], options["trust_remote_code"])
-        report = export_model(
-            checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
-            overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
-            adapter=options["merge_adapter"], adapter_samples=samples,
-        )  # fmt: skip
+        with settings_as_options({"push_to_hub": "--push-to-hub"}):
+            report = export_model(
+                checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
+                overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
+                adapter=options["merge_adapter"], adapter_samples=samples,
+                push_to_hub=options["push_to_hub"], private=options["private"],
+            )  # fmt: skip
         hint = serving_hint(Path(out), report.format != "dense")
         click.echo("\n".join([*report.lines(), *([hint] if hint else []), f"Wrote {report.out_dir}"]))
+        if options["push_to_hub"] is not None:
+            click.echo(f"Uploaded to https://huggingface.co/{options['push_to_hub']}")
     if found is not None and json_file is not None:
-        from ast_sparse.report.page import versions
+        from ast_sparse.storage.versions import versions
 
         write_json_file(Path(json_file), {"model": checkpoint, **found.to_dict(), "versions": versions()})
 
@@ -106,6 +115,8 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
     """Refuse options that would have no effect."""
     if out is None and not table:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
+    if context.params["private"] and context.params["push_to_hub"] is None:
+        raise click.UsageError("--private does nothing without --push-to-hub. Add --push-to-hub, or drop it.")
     ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
     if context.params["merge_text"] and not context.params["merge_adapter"]:
         raise click.UsageError("--merge-text does nothing without --merge-adapter. Add it, or drop --merge-text.")

@@ -125,6 +125,7 @@ def _prune(
     from ast_sparse.storage.load import load_causal_lm
     from ast_sparse.storage.locate import load_tokenizer
     from ast_sparse.storage.meta import meta_student
+    from ast_sparse.storage.origin import hub_commit
     from ast_sparse.storage.save import check_out_dir
 
     device = find_device(options["device"])
@@ -154,7 +155,7 @@ def _prune(
         overwrite=options["overwrite"],
         tokenizer=tokenizer,
         progress=True,
-        record={"base_model": source.name_or_path, "one_shot": method},
+        record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.export.adapter_merge import MergeReport, load_adapter_to_merge, merge_adapter_sparse
+from ast_sparse.export.card_subject import Subject, shareable, with_run
 from ast_sparse.export.codec import META, Codec
 from ast_sparse.export.formats import FORMAT_HELP, codecs
+from ast_sparse.export.hub import check_push, push_folder
+from ast_sparse.export.model_card import write_card
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.readback import same_pairs
-from ast_sparse.export.summary import ExportReport, SizeRow
+from ast_sparse.export.summary import ExportReport, SizeRow, file_sizes
 from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.layers import out_by_in
@@ -95,6 +98,8 @@ def export_model(
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
     adapter_samples: Tensor | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before the folder gets its name.
 
@@ -113,14 +118,19 @@ def export_model(
         trust_remote_code: run code that comes with a folder.
         adapter: folder of a LoRA adapter, merged under the masks into the model of a folder.
         adapter_samples: token ids `[sequences, tokens]`, int64, to report the loss before and after merging.
+        push_to_hub: id of a repository on the hub to upload the export to, created if there is none.
+        private: make that repository private.
 
     Raises:
-        UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ.
+        UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ;
+            or the finished export cannot be uploaded.
     """
     if format not in FORMAT_HELP:
         raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMAT_HELP)}.")
     if dtype not in DTYPES:
         raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     out = Path(out_dir).expanduser().resolve()
     folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
@@ -132,10 +142,15 @@ def export_model(
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
     with finished_folder(out) as partial:
-        _write(source, plan, partial, DTYPES[dtype], str(out_dir), progress)
+        _write(source, plan, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
         report = _report(source, plan, partial, out, dtype, nonzero)
+        subject = Subject.of(model, source.record, folder, source.origin.folder, plan.pruned, source.slorb, push_to_hub)
+        write_card(partial, subject, report)
+        report = replace(report, files=file_sizes(partial))
+    if push_to_hub is not None:
+        push_folder(out, push_to_hub, private)
     return report
 
 
@@ -161,7 +176,7 @@ def _open_source(
         dtype = _reading_dtype(folder) if adapter is None else torch.float32
         checkpoint = load_checkpoint(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
-        recorded = SparsityRecord.read(folder)
+        recorded = with_run(SparsityRecord.read(folder), folder)
         found = recorded.pattern
         if adapter is not None:
             adapted = load_adapter_to_merge(model, adapter)
@@ -272,14 +287,16 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, common_group_dim(source.model, pairs))
-    record = source.record
-    if source.folder is None or not record.content:
+    record = source.record.to_dict()
+    if source.folder is None or not record:
         record = SparsityRecord.of_export(
-            pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record.content
-        )
+            pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record
+        ).to_dict()
     if source.adapter is not None:
-        record = record.with_adapter(source.adapter)
-    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record.to_dict())
+        record = SparsityRecord.from_dict(record).with_adapter(source.adapter).to_dict()
+    if isinstance(record.get("base_model"), str):
+        record["base_model"] = shareable(record["base_model"])
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record)
 
 
 def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
@@ -382,6 +399,6 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
         others=others,
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,
-        files={str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()},
+        files=file_sizes(folder),
         merge=source.merge,
     )

@@ -72,7 +72,7 @@ class ExportReport:
         title = ("", "tensors", "parameters", f"dense {self.dtype}", "stored", "ratio")
         table = [title]
         for row in self.rows:
-            sizes = (_size(row.dense_bytes), _size(row.stored_bytes))
+            sizes = (size_text(row.dense_bytes), size_text(row.stored_bytes))
             table.append((row.section, f"{row.layers:,}", f"{row.parameters:,}", *sizes, f"{row.ratio:.4f}"))
         widths = [max(len(cells[column]) for cells in table) for column in range(len(title))]
         lines = ["  ".join(_align(cells, widths)) for cells in table]
@@ -81,9 +81,14 @@ class ExportReport:
         for name, reason in self.dense_layers.items():
             reasons.setdefault(reason, []).append(name)
         lines += [f"left dense: {len(names)} layers, e.g. {names[0]}: {reason}" for reason, names in reasons.items()]
-        lines += [f"{_size(size):>10}  {name}" for name, size in sorted(self.files.items())]
+        lines += [f"{size_text(size):>10}  {name}" for name, size in sorted(self.files.items())]
         lines += [] if self.merge is None else self.merge.lines()
         return lines
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file of a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def _align(cells: tuple[str, ...], widths: list[int]) -> list[str]:
@@ -91,7 +96,7 @@ def _align(cells: tuple[str, ...], widths: list[int]) -> list[str]:
     return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """A size as readable text, in decimal units."""
     if count < 1000:
         return f"{count} B"

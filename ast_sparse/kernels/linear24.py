@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.kernels.code24 import unpack24
-from ast_sparse.kernels.native import products24
 from ast_sparse.kernels.gpu import dispatch as gpu
+from ast_sparse.kernels.native import products24
 
 _LIBRARY = torch.library.Library("ast_sparse", "DEF")
 

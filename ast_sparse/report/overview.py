@@ -14,7 +14,7 @@ from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage import files
 from ast_sparse.storage.run_folder import Run, is_run
 from ast_sparse.storage.sparsity_record import SparsityRecord
-from ast_sparse.storage.stage_results import PROTOCOL
+from ast_sparse.storage.stage_results import PROTOCOL, is_result
 
 Counts = dict[str, tuple[int, int]]  # weights that are not zero and all weights, by layer name
 
@@ -90,7 +90,7 @@ def model_rows(
 def _stage_key(run: Run, stage: str) -> Any:
     if stage == "dense":
         return _key(str(run.setting("model", "name_or_path")))
-    return _key(str(run.folder)) if stage.startswith("retrained") else (run.folder, stage)
+    return _key(str(run.folder)) if is_result(stage) else (run.folder, stage)
 
 
 def _key(model: str) -> Path | str:
@@ -100,7 +100,7 @@ def _key(model: str) -> Path | str:
 
 def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
     start = str(run.setting("model", "name_or_path"))
-    place = {"dense": start, "retrained": str(run.folder)}.get(stage.split()[0])
+    place = start if stage == "dense" else str(run.folder) if is_result(stage) else None
     name = Path(place or start).name
     return ModelRow(
         name=name if place is not None or not label else f"{name}, {label}",

@@ -100,26 +100,14 @@ class Report:
 
 def run_report(folder: Path) -> Report:
     """The report on a finished run, from its records and the weights it saved."""
+    from ast_sparse.storage.versions import versions
+
     return Report(
         runs={folder.name: read_run(folder)},
         names={str(folder): folder.name},
         counts={str(folder): stored_counts(folder)},
         made_with=versions(),
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, torch and transformers."""
-    import torch
-    import transformers
-
-    import ast_sparse
-
-    return {
-        "ast_sparse": ast_sparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def check_report(out: Path, field: str) -> None:

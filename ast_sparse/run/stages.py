@@ -121,19 +121,25 @@ class Measured:
                 )
 
     def __call__(
-        self, stage: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
+        self,
+        stage: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: Any,
+        prompts: bool = True,
     ) -> dict[str, StageResult]:
         """The results of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model also continues the prompts. It is moved to the device only if something is measured.
+        For a report the model also continues the prompts, unless `prompts` is False. It is moved to the device only if
+        something is measured.
         """
         settings = self.config.evaluation
         if not self.is_asked:
             return {}
         model.to(self.device)  # type: ignore[arg-type]
-        if settings.report:
-            prompts, bos = settings.prompts, self.config.data.bos
-            self.samples[stage] = continue_prompts(model, tokenizer, prompts, "evaluation.prompts", bos)
+        if settings.report and prompts:
+            texts, bos = settings.prompts, self.config.data.bos
+            self.samples[stage] = continue_prompts(model, tokenizer, texts, "evaluation.prompts", bos)
         results = self._measure(stage, model, tokenizer, held_out, self.show)
         if self.leaves_device:
             model.to("cpu")  # type: ignore[arg-type]

@@ -27,13 +27,14 @@ from ast_sparse.run.output import clear_for_run, read_rows, read_samples, write_
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
+from ast_sparse.sparsity.model import slorb_set_aside
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
-from ast_sparse.storage.stage_results import Stages
+from ast_sparse.storage.stage_results import WITHOUT_SLORB, Stages
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
@@ -115,6 +116,10 @@ def _measure_result(
         check_saved(student, output, config.model.trust_remote_code)
     if student is not None and measured.is_asked:  # in a sharded run, one process measures while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
+        with slorb_set_aside(student) as has_slorb:
+            if has_slorb and config.evaluation.datasets:  # what a reader gets who loads the model alone
+                without = f"{stage}{WITHOUT_SLORB}"
+                rows[without] = measured(without, student, tokenizer, trainer.eval_dataset, prompts=False)
     wait_for_all()
     if run.args.should_save:
         write_results(output, rows, measured)

@@ -1,6 +1,7 @@
 """Operations on all pruned layers of a model: sparsify, refresh, apply, densify."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -285,6 +286,19 @@ def densify_model(model: nn.Module) -> None:
     """Turn every sparse layer back into a plain `nn.Linear` or `Conv1D` with the masked weight; SLoRB is dropped."""
     for layer in _all_sparse_layers(model).values():
         make_dense(layer)
+
+
+@contextmanager
+def slorb_set_aside(model: nn.Module) -> Iterator[bool]:
+    """Inside, the sparse layers compute without their SLoRB; yields whether any layer has one."""
+    pairs = {layer: layer.slorb for layer in _all_sparse_layers(model).values() if layer.slorb is not None}
+    for layer in pairs:
+        layer.slorb = None
+    try:
+        yield bool(pairs)
+    finally:
+        for layer, slorb in pairs.items():
+            layer.slorb = slorb
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:

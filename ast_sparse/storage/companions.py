@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ast_sparse.storage import files
+from ast_sparse.storage.base_card import README, is_export_card
 from ast_sparse.storage.checksums import CHECKSUMS_NAME
 
 GENERATION_NAME = "generation_config.json"
@@ -40,7 +41,8 @@ def companion_files(folder: Path) -> list[Path]:
     """Paths, relative to a model folder, of the files to copy to a folder with other weights of the model.
 
     Left out are weights of any format and whole subfolders with weights (another format of the model, an adapter),
-    configurations, which are written separately, records of a run, and hidden files.
+    configurations, which are written separately, records of a run, the card of an export, which has its numbers, and
+    hidden files.
 
     Raises:
         UserError: one of them is a link to a file outside the folder, which must not be copied.
@@ -49,7 +51,7 @@ def companion_files(folder: Path) -> list[Path]:
     return [
         path.relative_to(folder)
         for top in sorted(folder.iterdir())
-        if not _is_hidden(top) and not _matches(top.name, skipped)
+        if not _is_hidden(top) and not _matches(top.name, skipped) and not (top.name == README and is_export_card(top))
         for path in _walk(top, ())
     ]
 

@@ -252,11 +252,17 @@ def source_folder(config: PreTrainedConfig) -> Path | None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         try:
-            cached = try_to_load_from_cache(name, files.CONFIG_NAME, revision=getattr(config, "_commit_hash", None))
+            cached = try_to_load_from_cache(name, files.CONFIG_NAME, revision=hub_commit(config))
         except HFValidationError:  # a path that no longer exists
             return None
         folder = Path(cached).parent if isinstance(cached, str) else folder
     return folder if (folder / files.CONFIG_NAME).is_file() else None
+
+
+def hub_commit(config: PreTrainedConfig) -> str | None:
+    """The commit that a configuration was loaded from, on the hub or in its cache; None for a local folder."""
+    commit = getattr(config, "_commit_hash", None)
+    return commit if isinstance(commit, str) else None
 
 
 def _as_read(content: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any] | None:

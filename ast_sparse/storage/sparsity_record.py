@@ -29,17 +29,27 @@ class SparsityRecord:
         *,
         version: str,
         base_model: str | None,
+        base_commit: str | None,
+        trained: Mapping[str, int],
         sparsity: SparsityConfig,
         slorb: SLoRBConfig | None,
         distillation: DistillationConfig | None,
         kernels: str,
         layers: Iterable[str],
     ) -> "SparsityRecord":
-        """The record of a training run; `layers` are the names of the pruned ones."""
+        """The record of a training run.
+
+        Args:
+            base_commit: of `base_model` on the hub; None for a local model.
+            trained: `steps` and `tokens` so far.
+            layers: names of the pruned ones.
+        """
         return cls({
             "ast_sparse_version": version,
             "format_version": _FORMAT_VERSION,
             "base_model": base_model,
+            "base_commit": base_commit,
+            "trained": dict(trained),
             "pattern": sparsity.pattern,
             "sparsity": sparsity.to_dict(),
             "slorb": None if slorb is None else slorb.to_dict(),
@@ -80,6 +90,17 @@ class SparsityRecord:
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""
         return dict(self.content)
+
+    def with_run(self, config: Mapping[str, Any], results: Mapping[str, Any]) -> "SparsityRecord":
+        """The record of an export of a finished run, with the run's configuration and its results by stage."""
+        return SparsityRecord({**self.content, "run": {"config": dict(config), "results": dict(results)}})
+
+    def get(self, *path: str) -> Any:
+        """A value by its keys; None if it or a section on the way to it is missing."""
+        value: Any = self.content
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
     @property
     def pattern(self) -> str | None:

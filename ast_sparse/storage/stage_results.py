@@ -7,6 +7,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.files import finite_or_none, read_json, write_json
 
 RESULTS = "results.json"
+WITHOUT_SLORB = " without SLoRB"  # after the name of a stage
 PROTOCOL = ("seq_len", "windows", "predicted_tokens", "total_tokens")  # what a stage's result says about its text
 
 
@@ -23,7 +24,13 @@ class StageResult(TypedDict):
     bad_window: NotRequired[int | None]
 
 
-Stages = dict[str, dict[str, StageResult]]  # by stage (dense, one-shot N:M, retrained N:M) and data set
+# By stage (dense, one-shot N:M, retrained N:M, and with SLoRB the last also without it) and data set.
+Stages = dict[str, dict[str, StageResult]]
+
+
+def is_result(stage: str) -> bool:
+    """Whether a stage is the model that the run saved."""
+    return stage.startswith("retrained") and not stage.endswith(WITHOUT_SLORB)
 
 
 def write_stages(folder: Path, stages: Stages) -> None:

@@ -76,6 +76,8 @@ class CheckpointTrainer(Trainer):
     """
 
     base_model_name: str
+    _base_commit: str | None
+    _trained_parameters: int
     sparsity_config: SparsityConfig
     distillation_config: DistillationConfig | None
     slorb_config: SLoRBConfig | None
@@ -88,6 +90,7 @@ class CheckpointTrainer(Trainer):
     _compared: Path | None = None  # the checkpoint that this run was compared with
     _frame: PreTrainedModel | None  # the student without weights, if it will be sharded
     _origin: Origin  # of the student
+    _best_is_loaded = False
     _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
 
     @property
@@ -109,6 +112,8 @@ class CheckpointTrainer(Trainer):
         record = SparsityRecord.of_run(
             version=ast_sparse.__version__,
             base_model=self.base_model_name,
+            base_commit=self._base_commit,
+            trained=self._trained(),
             sparsity=self.sparsity_config,
             slorb=self.slorb_config,
             distillation=self.distillation_config,
@@ -116,6 +121,13 @@ class CheckpointTrainer(Trainer):
             layers=self.sparsity_report.pruned,
         )
         return record.to_dict()
+
+    def _trained(self) -> dict[str, int]:
+        """Steps and tokens that made the present weights; those of the best checkpoint have steps alone."""
+        if self._best_is_loaded and self.state.best_global_step is not None:
+            return {"steps": self.state.best_global_step}
+        tokens = self.state.total_flos / (6 * self._trained_parameters)  # as `floating_point_ops` counts
+        return {"steps": self.state.global_step, "tokens": round(tokens)}
 
     @contextmanager
     def _settings_of_trainer(self) -> Iterator[None]:
@@ -170,7 +182,8 @@ class CheckpointTrainer(Trainer):
         report, student = None, self.whole_student()
         if self.args.should_save and student is not None:
             with saved_with(student, self._given_settings):
-                report = export_model(student, out_dir, format, tokenizer=self._tokenizer, **kwargs)
+                kwargs = {"tokenizer": self._tokenizer, "record": self.sparsity_config_dict(), **kwargs}
+                report = export_model(student, out_dir, format, **kwargs)
         self.accelerator.wait_for_everyone()
         return report
 
@@ -304,6 +317,7 @@ class CheckpointTrainer(Trainer):
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
+        self._best_is_loaded = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or is_sharded_checkpoint(Path(checkpoint)) == is_sharded(self.student):

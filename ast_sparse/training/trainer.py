@@ -25,7 +25,7 @@ from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.fast_forward import fast_step
 from ast_sparse.sparsity.select import decoder_blocks
-from ast_sparse.storage.origin import settings_kept
+from ast_sparse.storage.origin import hub_commit, settings_kept
 from ast_sparse.training.callbacks.flops import FlopsCallback, teacher_parameters
 from ast_sparse.training.callbacks.late_slorb import LateSLoRB
 from ast_sparse.training.callbacks.lines import use_lines
@@ -166,6 +166,7 @@ class SparseTrainer(CheckpointTrainer):
         sparsity, slorb, distillation = self.sparsity_config, self.slorb_config, self.distillation_config
         models = dense_models(model, teacher, args, sparsity, slorb, distillation, tokenizer, trust_remote_code)
         self.base_model_name = str(models.student.config.name_or_path)
+        self._base_commit = hub_commit(models.student.config)
         self.teacher, self._renamed = models.teacher, models.renamed
         self._origin, self._trained_parameters, self._matched = models.origin, models.trained_parameters, models.matched
         return models
@@ -328,7 +329,7 @@ class SparseTrainer(CheckpointTrainer):
             DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
             UserError: the checkpoint is incomplete, or belongs to another run (`check_resume`).
         """
-        checkpoint = None
+        checkpoint, self._best_is_loaded = None, False
         if resume_from_checkpoint:
             checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
             self.check_resume(checkpoint)

@@ -9,8 +9,9 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from ast_sparse import load_causal_lm, perplexity
 from ast_sparse.cli.train import main
 from ast_sparse.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from ast_sparse.run.stages import Measured, PerplexityCallback
@@ -114,6 +115,26 @@ def test_the_figure_of_the_last_step_is_that_of_the_retrained_model(folder: Path
     stages = json.loads((tmp_path / "results.json").read_text())
     retrained = [stages["retrained 2:4"][name]["perplexity"] for name in ("heldout", "texts/other.txt")]
     assert rows == [(5, *retrained)]
+
+
+def test_a_model_with_slorb_is_measured_with_and_without_it(folder: Path) -> None:
+    train(folder, "slorb", "--set", "slorb.k=8", "--set", "evaluation.report=true")
+    stages = json.loads((folder / "slorb/results.json").read_text())
+    assert list(stages) == ["dense", "one-shot 2:4", "retrained 2:4", "retrained 2:4 without SLoRB"]
+    loaded = {
+        "retrained 2:4": load_causal_lm(folder / "slorb"),
+        "retrained 2:4 without SLoRB": AutoModelForCausalLM.from_pretrained(folder / "slorb"),
+    }
+    text = (folder / "texts/other.txt").read_text()
+    for stage, model in loaded.items():
+        found = perplexity(model, tiny_tokenizer(), text, seq_len=16, windows=3)
+        assert stages[stage]["texts/other.txt"]["perplexity"] == pytest.approx(found, rel=1e-6)
+    with_it, without = (stages[stage]["texts/other.txt"]["perplexity"] for stage in loaded)
+    assert abs(with_it - without) > 1e-3
+    page = (folder / "slorb/report/report.html").read_text()
+    assert page.count("<td>retrained 2:4</td>") == 1 and page.count("<td>retrained 2:4 without SLoRB</td>") == 1
+    train(folder, "slorb", "--set", "slorb.k=8", "--resume")  # a stage of the retrained model is measured again
+    assert list(json.loads((folder / "slorb/results.json").read_text())) == list(stages)
 
 
 def test_random_numbers_drawn_by_a_measurement_are_not_missed_in_training(tmp_path: Path) -> None:
