@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.codec import META, Codec
+from ast_sparse.export.awq.rounding import Rounded, round_copy
+from ast_sparse.export.codec import Codec
 from ast_sparse.export.formats import FORMAT_HELP, codecs
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.export.readback import same_pairs
@@ -24,7 +25,7 @@ from ast_sparse.sparsity.layers import out_by_in
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import select_layers, sparse_layers
 from ast_sparse.storage import files
-from ast_sparse.storage.dtypes import loaded_dtypes
+from ast_sparse.storage.dtypes import loaded_dtypes, reading_dtype
 from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.origin import Origin, check_saving, read_generation_config
 from ast_sparse.storage.save import (
@@ -34,7 +35,6 @@ from ast_sparse.storage.save import (
     save_weights,
     split_state_dict,
 )
-from ast_sparse.storage.sharded import is_sharded_checkpoint
 from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
@@ -43,7 +43,6 @@ __all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _DEFAULT_PATTERN = "2:4"
-_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtypes of config.json as the files spell them
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class _Plan:
     """Which layers are exported as pruned (with their `group_dim`), and why the others are left dense.
 
     `codec` is that of the format, None if zeros are written out. `dtypes` has the dtype of every floating-point tensor
-    that is written.
+    that is written. `rounded` is what the codec's rounding did, None if it holds every weight.
     """
 
     format: str
@@ -73,6 +72,7 @@ class _Plan:
     pruned: dict[str, int]
     dense: dict[str, str]
     dtypes: dict[str, torch.dtype]
+    rounded: Rounded | None = None
 
 
 def export_model(
@@ -87,6 +87,8 @@ def export_model(
     progress: bool = False,
     record: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    samples: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before the folder gets its name.
 
@@ -103,6 +105,9 @@ def export_model(
         progress: show a progress bar.
         record: how a model object was made, for `sparsity_config.json`.
         trust_remote_code: run code that comes with a folder.
+        samples: `[sequences, tokens]` int64, text that a format with few bits is calibrated on by AWQ; without it
+            weights are rounded to the nearest step. Other formats need none.
+        device: where calibration runs, block by block; default: where the model is.
 
     Raises:
         UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ.
@@ -114,11 +119,15 @@ def export_model(
     out = Path(out_dir).expanduser().resolve()
     folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
-    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code)
+    codec = codecs().get(format)
+    rounds = codec is not None and codec.round is not None
+    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code, in_float32=rounds)
     plan = _plan_layers(source, format, DTYPES[dtype])
     model = source.model
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
+    if rounds:
+        source, plan = _round(source, plan, DTYPES[dtype], samples, device, progress)
     with finished_folder(out) as partial:
         _write(source, plan, partial, DTYPES[dtype], str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
@@ -128,7 +137,12 @@ def export_model(
 
 
 def _open_source(
-    model_or_dir: Any, folder: Path | None, pattern: str | None, record: dict[str, Any], trust_remote_code: bool
+    model_or_dir: Any,
+    folder: Path | None,
+    pattern: str | None,
+    record: dict[str, Any],
+    trust_remote_code: bool,
+    in_float32: bool,
 ) -> _Source:
     if folder is None:
         model, recorded = model_or_dir, SparsityRecord.from_dict(record)
@@ -139,7 +153,8 @@ def _open_source(
     else:
         files.require_model_folder(folder)
         read_generation_config(folder)  # before the weights
-        checkpoint = load_checkpoint(folder, dtype=_reading_dtype(folder), trust_remote_code=trust_remote_code)
+        dtype = torch.float32 if in_float32 else reading_dtype(folder)
+        checkpoint = load_checkpoint(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
         weights = split_state_dict(model.state_dict())[0]
         recorded = SparsityRecord.read(folder)
@@ -157,17 +172,6 @@ def _check_model(model: Any) -> None:
         raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UserError("Cannot export a quantized model. Give its folder, or load it with `load_causal_lm`.")
-
-
-def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
-    """A dtype that rounds no weight of a folder: the one in config.json if all weights are stored in it."""
-    if is_sharded_checkpoint(folder):
-        return "auto"
-    config = files.read_json(folder / files.CONFIG_NAME)
-    named = config.get("dtype", config.get("torch_dtype"))
-    stored = {dtype for file in files.weight_files(folder) for dtype, _ in files.tensor_shapes(file).values()}
-    floats = {dtype for dtype in stored if dtype.startswith(("F", "BF"))}
-    return "auto" if floats == {_SAFETENSORS.get(str(named))} else torch.float32
 
 
 def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
@@ -228,6 +232,21 @@ def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format
     )
 
 
+def _round(
+    source: _Source,
+    plan: _Plan,
+    dtype: torch.dtype,
+    samples: Tensor | None,
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[_Source, _Plan]:
+    """The source with the weights and SLoRB pairs that the codec can hold, and the plan with their scales."""
+    weights, rounded = round_copy(
+        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress
+    )
+    return replace(source, weights=weights, slorb=rounded.slorb), replace(plan, rounded=rounded)
+
+
 def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
     codec = plan.codec
     tensors: dict[str, Tensor] = {}
@@ -237,7 +256,9 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         if codec and layer in plan.pruned and key != layer:
             group_dim = plan.pruned[layer]
             mask = _code_mask(source.masks.get(layer), group_dim, codec.pattern)
-            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(out_by_in(value, group_dim).contiguous(), mask)
+            scales = [] if plan.rounded is None else [plan.rounded.scales[layer]]
+            stored = codec.encode(out_by_in(value, group_dim).contiguous(), mask, *scales)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in zip(codec.names, stored, strict=True)}
         else:
             tensors[key] = value
     # Compressed layers have the names and shapes of the model in memory, so they must not be converted.
@@ -325,11 +346,14 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
     pruned_bytes = stored = sum(entries[name] * item[name] for name in plan.pruned)
     kept, codes = pruned, 0
     if plan.codec:
-        parts = [f"{name}.{part}" for name in plan.pruned for part in ("weight", META)]
+        parts = [f"{name}.{part}" for name in plan.pruned for part in plan.codec.names]
         stored = sum(sizes[part] for part in parts)
         kept = sum(math.prod(shapes[part][1]) for part in parts)
-        codes = len(plan.pruned)
-        if stored != sum(plan.codec.stored_bytes(entries[name], item[name]) for name in plan.pruned):
+        codes = len(parts) - len(plan.pruned)
+        rows = {name: source.weights[f"{name}.weight"].shape[1 - dim] for name, dim in plan.pruned.items()}
+        if stored != sum(
+            plan.codec.stored_bytes(rows[name], entries[name] // rows[name], item[name]) for name in plan.pruned
+        ):
             raise UserError(
                 f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
             )
@@ -354,5 +378,17 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
         others=others,
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,
+        notes=_notes(plan, 8 * stored / pruned),
         files={str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()},
     )
+
+
+def _notes(plan: _Plan, bits: float) -> tuple[str, ...]:
+    """Bits of a pruned weight beside the paper's formula, and what rounding did."""
+    if plan.codec is None:
+        return ()
+    itemsize = next(plan.dtypes[f"{name}.weight"].itemsize for name in plan.pruned)
+    coded, formula = plan.codec.bits(itemsize)
+    scales = f", {bits - coded:.3f} of them for scales" if plan.codec.scale_columns else ""
+    line = f"bits for each pruned weight: {bits:.3f}{scales}; the paper's formula, without scales: {formula:.3f}"
+    return (line, *(plan.rounded.lines() if plan.rounded is not None else ()))

@@ -42,6 +42,7 @@ class ExportReport:
         dense_layers: reason, by name, for the linear layers that were left dense.
         nonzero_share: share of the entries of the pruned layers that are not zero.
         files: size by name of every file written.
+        notes: more lines: the bits of a weight, and what was rounded.
     """
 
     out_dir: Path
@@ -53,6 +54,7 @@ class ExportReport:
     dense_layers: dict[str, str]
     nonzero_share: float
     files: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[SizeRow, ...]:
@@ -73,6 +75,7 @@ class ExportReport:
         widths = [max(len(cells[column]) for cells in table) for column in range(len(title))]
         lines = ["  ".join(_align(cells, widths)) for cells in table]
         lines.append(f"non-zero share of the pruned layers: {self.nonzero_share:.4f}")
+        lines += self.notes
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dense_layers.items():
             reasons.setdefault(reason, []).append(name)
