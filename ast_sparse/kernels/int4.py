@@ -18,7 +18,7 @@ from ast_sparse.kernels.linear24 import linear24
 GROUP = 128  # columns that share a scale
 _LOWEST, _HIGHEST = -8, 7
 # A smaller scale clips the largest weights of a group and is finer for the others.
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_SHRINKS = (1.0, 0.9, 0.8)
 
 
 def round_to_grid(

@@ -22,7 +22,7 @@ from ast_sparse.sparsity.select import Prunable, decoder_blocks
 from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
 from ast_sparse.storage.files import SlorbPairs
 
-_ALPHAS = tuple(step / 20 for step in range(21))
+_ALPHAS = tuple(step / 10 for step in range(11))
 _FLOOR = 1e-4  # smallest root mean square of a column, as a share of the largest
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
