@@ -241,8 +241,9 @@ def _round(
     progress: bool,
 ) -> tuple[_Source, _Plan]:
     """The source with the weights and SLoRB pairs that the codec can hold, and the plan with their scales."""
+    in_place = source.folder is not None
     weights, rounded = round_copy(
-        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress
+        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place
     )
     return replace(source, weights=weights, slorb=rounded.slorb), replace(plan, rounded=rounded)
 
@@ -272,7 +273,8 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         record = SparsityRecord.of_export(
             pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record.content
         )
-    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record.to_dict())
+    rounding = {} if plan.rounded is None else {"rounding": plan.rounded.record()}
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record.to_dict() | rounding)
 
 
 def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ast_sparse.errors import UserError
 from ast_sparse.export.awq import rounding
 from ast_sparse.export.awq.folds import RowsFold
 from ast_sparse.export.awq.rounding import Rounded, round_model
@@ -120,6 +121,16 @@ def test_the_best_scale_has_the_least_error_of_the_outputs_and_is_never_worse_th
     assert error(found) <= 1.001 * min(error(scale) for scale in tried)
     assert error(found) <= error(torch.ones(136)) * (1 + 1e-6)
     assert spread == 0 or error(found) < 0.97 * error(torch.ones(136))
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] = torch.inf
+    with pytest.raises(UserError, match=r"`model\.layers\.0\..*` gets inputs that are not finite"):
+        round_model(
+            model, select_layers(model)[0], {}, dict.fromkeys(model.state_dict(), torch.float32), torch.float32, IDS
+        )
 
 
 def test_layers_of_grouped_queries_have_one_scale_for_the_columns_of_a_value() -> None:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ast_sparse.errors import UserError
 from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.report.overview import _kind
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm, load_checkpoint
 from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
 
@@ -208,6 +210,8 @@ def test_config_names_the_code_and_a_reader_without_the_plugin_stops(tmp_path: P
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (settings["quant_method"], settings["format_version"]) == ("ast_sparse_24_int4", 1)
     assert FIRST["llama"] in settings["modules"]
+    assert _kind(str(tmp_path / "out")) == "compressed 2:4, 4-bit values"
+    assert read_json(tmp_path / "out" / "sparsity_config.json")["rounding"] == {"method": "nearest", "sequences": 0}
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = run_python(code, tmp_path / "out", check=False)
     assert done.returncode != 0 and "ast_sparse_24_int4" in done.stderr

@@ -46,6 +46,10 @@ class Rounded:
     unscaled: list[str] = field(default_factory=list)
     sequences: int = 0
 
+    def record(self) -> dict[str, Any]:
+        """What was done, for `sparsity_config.json`."""
+        return {"method": "awq" if self.sequences else "nearest", "sequences": self.sequences}
+
     def lines(self) -> list[str]:
         """What was done, for the user."""
         if not self.sequences:
@@ -74,9 +78,10 @@ def round_copy(
     samples: Tensor | None,
     device: torch.device | None,
     progress: bool,
+    in_place: bool,
 ) -> tuple[dict[str, Tensor], Rounded]:
-    """`round_model` on a float32 copy of a model, plain or with sparse layers; returns the copy's weights too."""
-    plain = copy.deepcopy(model).float().eval()
+    """`round_model` on a plain float32 copy of a model, or on the model itself; returns the new weights too."""
+    plain = (model if in_place else copy.deepcopy(model)).float().eval()
     densify_model(plain)
     chosen: dict[str, Any] = {name: plain.get_submodule(name) for name in layers}
     rounded = round_model(plain, chosen, slorb, dtypes, dtype, samples, device, progress)
