@@ -92,6 +92,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     _check_usage(context, out, table)
     calibration = _check_settings(options)
     from ast_sparse.export.export import export_model  # takes seconds, so --help does without it
+    from ast_sparse.serving.slorb_serving import serving_hint
     from ast_sparse.storage.files import require_model_folder
     from ast_sparse.storage.save import check_out_dir
 
@@ -115,7 +116,8 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
             overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
             samples=samples, device=device,
         )  # fmt: skip
-        click.echo("\n".join([*report.lines(), f"Wrote {report.out_dir}"]))
+        hint = serving_hint(Path(out), report.format != "dense")
+        click.echo("\n".join([*report.lines(), *([hint] if hint else []), f"Wrote {report.out_dir}"]))
     if found is not None and json_file is not None:
         from ast_sparse.report.page import versions
 

@@ -7,7 +7,9 @@ two tables here. The export, the plug-in that reads checkpoints, the command and
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ast_sparse.errors import UserError, shown
 
 if TYPE_CHECKING:
     from ast_sparse.export.codec import Codec
@@ -31,3 +33,25 @@ def codecs() -> dict[str, Codec]:
 def codec_of(method: object) -> Codec | None:
     """The codec with the `quant_method` of a config.json; None if it is not one of ours."""
     return next((codec for codec in codecs().values() if codec.method == method), None)
+
+
+def check_format(method: Any, version: Any, modules: Any) -> Codec:
+    """The codec of a checkpoint's `quantization_config`, from its keys quant_method, format_version and modules.
+
+    Raises:
+        UserError: the method is not one of ours, the version is newer than its codec's, or the modules are not names.
+    """
+    codec = codec_of(method)
+    if codec is None:
+        known = " or ".join(repr(each.method) for each in codecs().values())
+        raise UserError(f"quant_method={shown(method)} is not a code of ast_sparse. Use {known}.")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise UserError(f"{method}: format_version={shown(version)} is not a version. Restore config.json.")
+    if version > codec.format_version:
+        raise UserError(
+            f"The checkpoint has {method} format_version {version}, newer than {codec.format_version}, the latest "
+            "this ast_sparse reads. Update ast_sparse."
+        )
+    if not isinstance(modules or [], list) or not all(isinstance(name, str) for name in modules or []):
+        raise UserError(f"{method}: modules={shown(modules)} is not a list of names. Restore config.json.")
+    return codec

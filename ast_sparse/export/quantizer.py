@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
-from ast_sparse.export.formats import codec_of, codecs
+from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.sparsity.reads import read_past_forward
 from ast_sparse.storage.checksums import check_checksums
@@ -48,21 +48,7 @@ class AstSparse24Config(QuantizationConfigMixin):
         quant_method: str = CODE24.method,
         **_: Any,  # every key of the JSON object arrives here
     ) -> None:
-        codec = codec_of(quant_method)
-        if codec is None:
-            known = " or ".join(repr(each.method) for each in codecs().values())
-            raise UserError(f"quant_method={shown(quant_method)} is not a code of ast_sparse. Use {known}.")
-        if isinstance(format_version, bool) or not isinstance(format_version, int) or format_version < 1:
-            raise UserError(
-                f"{quant_method}: format_version={shown(format_version)} is not a version. Restore config.json."
-            )
-        if format_version > codec.format_version:
-            raise UserError(
-                f"The checkpoint has {quant_method} format_version {format_version}, newer than "
-                f"{codec.format_version}, the latest this ast_sparse reads. Update ast_sparse."
-            )
-        if not isinstance(modules or [], list) or not all(isinstance(name, str) for name in modules or []):
-            raise UserError(f"{quant_method}: modules={shown(modules)} is not a list of names. Restore config.json.")
+        check_format(quant_method, format_version, modules)
         if not isinstance(dequantize, bool):
             raise UserError(
                 f"{quant_method}: dequantize={shown(dequantize)} is not true or false. Restore config.json."
@@ -379,11 +365,10 @@ def _short(name: str, model: Any) -> str:
 
 
 def register() -> None:
-    """Tell transformers about the codecs; a second call adds only those it does not know yet."""
+    """Enter the codecs in transformers' tables, in place of what `registration.py` put there."""
     for codec in codecs().values():
-        if codec.method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-            auto.register_quantization_config(codec.method)(AstSparse24Config)
-            auto.register_quantizer(codec.method)(CompressedHfQuantizer)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[codec.method] = AstSparse24Config
+        auto.AUTO_QUANTIZER_MAPPING[codec.method] = CompressedHfQuantizer
     # Without this, transformers ignores the `dequantize` that `from_pretrained` is given.
     types: tuple[type, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     if AstSparse24Config not in types:

@@ -1,4 +1,7 @@
-"""Register the compressed formats with transformers, without importing transformers before the user does."""
+"""Register the compressed formats with transformers; what reads them is imported when a checkpoint asks for it.
+
+So neither `import ast_sparse` nor an engine that imports transformers waits for the plug-in.
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -7,8 +10,12 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
+from typing import Any
+
+from ast_sparse.export.formats import codecs
 
 _TARGET = "transformers.quantizers.auto"
+_FIX = "Compressed checkpoints will not load; see the range of transformers versions in pyproject.toml."
 
 
 def register_when_imported() -> None:
@@ -20,19 +27,33 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    quantizer = sys.modules.get("ast_sparse.export.quantizer")
-    if quantizer is not None and not hasattr(quantizer, "register"):
-        return  # it is being imported, which imported transformers: it registers itself at the end
     try:
-        from ast_sparse.export.quantizer import register
-
-        register()
+        auto = sys.modules[_TARGET]
+        for codec in codecs().values():
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(codec.method, _Later("AstSparse24Config"))
+            auto.AUTO_QUANTIZER_MAPPING.setdefault(codec.method, _Later("CompressedHfQuantizer"))
     except Exception as error:  # importing transformers must not fail because of a plug-in
-        warnings.warn(
-            f"ast_sparse could not register its checkpoint format: {error!r}. Compressed checkpoints will not load; "
-            "see the range of transformers versions in pyproject.toml.",
-            stacklevel=2,
-        )
+        warnings.warn(f"ast_sparse could not register its checkpoint format: {error!r}. {_FIX}", stacklevel=2)
+
+
+class _Later:
+    """Stands for a class of `quantizer.py` in transformers' tables until it is called or asked for an attribute."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._imported()(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._imported(), attribute)
+
+    def _imported(self) -> Any:
+        try:
+            from ast_sparse.export import quantizer  # replaces both entries of the tables
+        except Exception as error:
+            raise ImportError(f"ast_sparse could not import its reader: {error!r}. {_FIX}") from error
+        return getattr(quantizer, self._name)
 
 
 class _Hook(importlib.abc.MetaPathFinder):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.kernels.code24 import unpack24
+from ast_sparse.kernels.native import products24
 
 _LIBRARY = torch.library.Library("ast_sparse", "DEF")
 
@@ -30,6 +31,8 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
 
 
 def _linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    if products24.takes(x, values, meta):
+        return products24.linear(x, values, meta, bias)
     return F.linear(x, unpack24(values, meta), bias)
 
 

@@ -14,10 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.storage.checksums import check_checksums, write_checksums
-from ast_sparse.storage.files import SlorbPairs, check_inside, read_json, read_tensors, tensor_shapes, write_json
+from ast_sparse.storage.files import (
+    ADAPTER_CONFIG_NAME,
+    SlorbPairs,
+    check_inside,
+    read_json,
+    read_tensors,
+    tensor_shapes,
+    write_json,
+)
 
 _PREFIX = "base_model.model."
-_CONFIG_NAME = "adapter_config.json"
 _WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -77,7 +84,7 @@ def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, group_dim: 
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
     write_checksums(out_dir, [out_dir / _WEIGHTS_NAME])
-    write_json(out_dir / _CONFIG_NAME, adapter_config(pairs, base_model, group_dim))
+    write_json(out_dir / ADAPTER_CONFIG_NAME, adapter_config(pairs, base_model, group_dim))
 
 
 def read_adapter(folder: Path) -> SlorbPairs:
@@ -86,7 +93,7 @@ def read_adapter(folder: Path) -> SlorbPairs:
     Raises:
         UserError: a file is missing or damaged, a scale is not 1, or the tensors are not pairs.
     """
-    config = read_json(folder / _CONFIG_NAME)
+    config = read_json(folder / ADAPTER_CONFIG_NAME)
     same_rank = config.get("r") == config.get("lora_alpha")
     if not same_rank or config.get("rank_pattern") != config.get("alpha_pattern") or config.get("use_rslora"):
         raise UserError(
@@ -106,6 +113,13 @@ def read_adapter(folder: Path) -> SlorbPairs:
     if not pairs or len(tensors) != 2 * len(pairs):
         raise UserError(f"`{folder / _WEIGHTS_NAME}` holds no SLoRB pairs. Write the adapter again.")
     return pairs
+
+
+def read_pair(folder: Path, layer: str) -> tuple[Tensor, Tensor]:
+    """S and X of one layer of an adapter that `read_adapter` has read."""
+    wanted = [f"{_PREFIX}{layer}.lora_{part}.weight" for part in "BA"]
+    tensors = read_tensors([folder / _WEIGHTS_NAME], lambda name: name in wanted)
+    return tensors[wanted[0]], tensors[wanted[1]]
 
 
 def with_twins(model: nn.Module, pairs: SlorbPairs) -> SlorbPairs:

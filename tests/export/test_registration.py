@@ -30,15 +30,61 @@ def test_import_of_the_package_imports_neither_torch_nor_transformers() -> None:
     run_python("import sys, ast_sparse\nassert not {'torch', 'transformers'} & set(sys.modules)")
 
 
-def test_a_failing_plugin_warns_and_leaves_transformers_alone() -> None:
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers.quantizers.auto; import ast_sparse",
+        "import ast_sparse; import transformers.quantizers.auto",
+    ],
+)
+def test_the_plugin_is_imported_when_a_checkpoint_asks_for_it(imports: str) -> None:
+    code = f"""
+import sys
+{imports}
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer, AutoQuantizationConfig
+assert "ast_sparse.export.quantizer" not in sys.modules
+config = AutoQuantizationConfig.from_dict({{"quant_method": "ast_sparse_24", "modules": ["a"], "dequantize": False}})
+from ast_sparse.export.quantizer import AstSparse24Config, CompressedHfQuantizer
+assert type(config) is AstSparse24Config and config.modules == ["a"] and not config.dequantize
+assert type(AutoHfQuantizer.from_config(config)) is CompressedHfQuantizer
+assert AUTO_QUANTIZER_MAPPING["ast_sparse_24"] is CompressedHfQuantizer
+"""
+    run_python(code)
+
+
+def test_a_quantizer_may_be_asked_for_first() -> None:
     code = """
-import sys, warnings
+import ast_sparse
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+quantizer = AUTO_QUANTIZER_MAPPING["ast_sparse_24"](ast_sparse.AstSparse24Config(["a"]))
+assert type(quantizer).__name__ == "CompressedHfQuantizer"
+"""
+    run_python(code)
+
+
+def test_a_failing_plugin_leaves_transformers_alone_until_a_checkpoint_needs_it() -> None:
+    code = """
+import sys
 import ast_sparse
 sys.modules["ast_sparse.export.quantizer"] = None
+from transformers.quantizers.auto import AutoQuantizationConfig
+try:
+    AutoQuantizationConfig.from_dict({"quant_method": "ast_sparse_24"})
+except ImportError as error:
+    assert "ast_sparse could not import its reader" in str(error) and "pyproject.toml" in str(error)
+else:
+    raise AssertionError
+"""
+    run_python(code)
+
+
+def test_tables_that_transformers_no_longer_has_are_a_warning() -> None:
+    code = """
+import sys, types, warnings
+sys.modules["transformers.quantizers.auto"] = types.ModuleType("auto")
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import transformers.quantizers.auto as auto
-assert auto.AUTO_QUANTIZER_MAPPING and "ast_sparse_24" not in auto.AUTO_QUANTIZER_MAPPING
-assert any("could not register" in str(warning.message) for warning in caught)
+    import ast_sparse
+assert any("could not register its checkpoint format" in str(warning.message) for warning in caught)
 """
     run_python(code)

@@ -1,8 +1,10 @@
-"""Whether the functions of this folder are used: the environment variable AST_SPARSE_CPU decides.
+"""Which functions are used on a CPU: the environment variable AST_SPARSE_CPU decides.
 
 - `auto`, the default: they are used on Linux with glibc, on an x86-64 CPU with AVX-512, for which they were written
   and measured. Every other machine uses the plain way.
 - `plain`: the plain way everywhere.
+- the name of a level of `kernels/native/`: its C kernels multiply compressed weights, and no better ones; an error if
+  this CPU cannot run them. The rest is as with `auto`.
 
 The plain way calls only PyTorch, and is next to each call of these functions: `kernels/products.py`,
 `kernels/fast_forward.py`, `kernels/code24.py`. Memory (`heap.py`) and codes (`words.py`) do not change results.
@@ -19,6 +21,7 @@ from typing import Any
 from ast_sparse.errors import UserError, shown
 
 VARIABLE = "AST_SPARSE_CPU"
+LEVELS = ("avx512_bf16", "avx512", "avx2", "neon")  # of `kernels/native/`
 
 
 @cache
@@ -26,20 +29,21 @@ def is_enabled() -> bool:
     """Whether the functions of this folder are used; decided once per process.
 
     Raises:
-        UserError: the variable is neither `auto` nor `plain`.
+        UserError: the variable has a value that is not known.
     """
-    return requested() == "auto" and _is_their_machine()
+    return requested() != "plain" and _is_their_machine()
 
 
 def requested() -> str:
     """The value of the environment variable.
 
     Raises:
-        UserError: it is neither `auto` nor `plain`.
+        UserError: it is not known.
     """
     value = os.environ.get(VARIABLE, "auto")
-    if value not in ("auto", "plain"):
-        raise UserError(f"The environment variable {VARIABLE} is {shown(value)}. Set it to auto or plain.")
+    if value not in ("auto", "plain", *LEVELS):
+        known = f"auto, plain, {', '.join(LEVELS[:-1])} or {LEVELS[-1]}"
+        raise UserError(f"The environment variable {VARIABLE} is {shown(value)}. Set it to {known}.")
     return value
 
 

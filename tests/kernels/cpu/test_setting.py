@@ -12,6 +12,7 @@ from ast_sparse.cli.export import main
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.cpu import setting
 
+FIX = "Set it to auto, plain, avx512_bf16, avx512, avx2 or neon."
 THEIRS: dict[str, Any] = dict(system="linux", library="glibc", processor="x86_64", avx512_f=True)
 
 
@@ -28,7 +29,7 @@ def is_enabled(monkeypatch: pytest.MonkeyPatch, value: str | None, **machine: An
     return setting.is_enabled.__wrapped__()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("value", "enabled"), [(None, True), ("auto", True), ("plain", False)])
+@pytest.mark.parametrize(("value", "enabled"), [(None, True), ("auto", True), ("plain", False), ("avx2", True)])
 def test_the_variable_decides_on_a_supported_machine(
     monkeypatch: pytest.MonkeyPatch, value: str | None, enabled: bool
 ) -> None:
@@ -45,7 +46,7 @@ def test_every_other_machine_uses_the_plain_way(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("value", ["", "fast", "Auto"])
 def test_another_value_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    message = f"The environment variable AST_SPARSE_CPU is '{value}'. Set it to auto or plain."
+    message = f"The environment variable AST_SPARSE_CPU is '{value}'. {FIX}"
     with pytest.raises(UserError) as raised:
         is_enabled(monkeypatch, value)
     assert str(raised.value) == message
@@ -55,4 +56,4 @@ def test_a_command_refuses_it_before_it_begins(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AST_SPARSE_CPU", "fast")
     result = CliRunner().invoke(main, ["nowhere", "out"])
     assert result.exit_code == 2
-    assert result.stderr == "Error: The environment variable AST_SPARSE_CPU is 'fast'. Set it to auto or plain.\n"
+    assert result.stderr == f"Error: The environment variable AST_SPARSE_CPU is 'fast'. {FIX}\n"

@@ -1,0 +1,71 @@
+/* What the levels (one file each) and the frame agree on. A level is one way to compute, for CPUs with some features.
+
+   W has `rows` rows of `columns` entries, columns a multiple of 8. It is stored in the 2:4 code: the kept values of a
+   row in order, columns / 2 of them, and columns / 8 bytes of positions. A byte has two groups of four columns, the
+   first in its low half; a nibble is idx0 | idx1 << 2. Rows follow each other without a gap, so nothing but the first
+   entry of a tensor is aligned, and nothing may be read behind the last. */
+#ifndef AST24_FRAME_H
+#define AST24_FRAME_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* GCC 10 and Clang 9 are the first that know bfloat16 */
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
+#define AST24_HAS_AVX512
+#endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define AST24_HAS_NEON
+#endif
+
+enum { AST24_BFLOAT16, AST24_FLOAT16, AST24_FLOAT32, AST24_DTYPES };
+
+/* y = x Wᵀ + b, all tensors of one dtype. */
+typedef struct {
+  int dtype;
+  int64_t tokens; /* 1 to AST24_MOST_TOKENS: the frame cuts longer products */
+  int64_t rows, columns;
+  const void *x;   /* tokens rows of `columns` entries, x_stride entries apart */
+  int64_t x_stride;
+  const void *values;  /* [rows, columns / 2] */
+  const uint8_t *meta; /* [rows, columns / 8] */
+  const void *bias;    /* [rows], or NULL */
+  void *y;             /* [tokens, rows] */
+  int64_t padded;      /* columns, rounded up to a multiple of 64 */
+  void *operand;       /* x as `prepare` arranged it, aligned to 64 bytes; read by all threads */
+} ast24_product;
+
+enum { AST24_MOST_TOKENS = 128 };
+
+/* The dense matrix [rows, columns], exactly 0.0 where pruned; the bits of kept values do not change. */
+typedef struct {
+  int itemsize; /* 2 or 4 */
+  int64_t rows, columns;
+  const void *values;
+  const uint8_t *meta;
+  void *dense;
+} ast24_matrix;
+
+/* How one dtype is multiplied. Threads share `prepare` by columns, then `rows` by rows; the result of a row and a token
+   must depend neither on first and last nor on other tokens' values. Sums are in float32 and rounded once, after the
+   bias was added. */
+typedef struct {
+  int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
+  void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
+  void (*rows)(const ast24_product *, int64_t first, int64_t last);    /* y[:, first:last]; first is a multiple of 16 */
+} ast24_way;
+
+typedef struct {
+  const char *name;
+  int (*usable)(void); /* whether this CPU has the features */
+  int automatic;       /* whether it may be chosen without being named */
+  const ast24_way *ways[AST24_DTYPES]; /* NULL: not served */
+  void (*decode)(const ast24_matrix *, int64_t first, int64_t last); /* dense[first:last]; NULL: not served */
+} ast24_level;
+
+/* Defined in the file of the level; the frame has them in a table, best first. */
+extern const ast24_level ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
+
+static inline int64_t ast24_least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif

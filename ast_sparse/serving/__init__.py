@@ -1,0 +1,1 @@
+"""Plug-ins that let serving engines read compressed exports."""

@@ -1,0 +1,114 @@
+"""A linear layer of vLLM whose weight stays compressed: loading, tensor parallelism, the product, SLoRB."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+
+from ast_sparse.errors import UserError
+from ast_sparse.export.codec24 import CODE24
+from ast_sparse.kernels.linear24 import linear24
+from ast_sparse.serving.slorb_serving import input_slice
+
+if TYPE_CHECKING:
+    from ast_sparse.serving.vllm_config import Vllm24Config
+
+_DAMAGED = "Copy or export the checkpoint again."
+
+
+@register_weight_loader_v2_supported_method
+class Vllm24LinearMethod(LinearMethodBase):
+    """Runs one layer of vLLM: `y = x Wᵀ + b`, and `+ S(Xx)` if SLoRB is served in the layers.
+
+    Args:
+        config: of the checkpoint.
+        parts: the checkpoint's names of the layers that were merged into this one; usually one.
+    """
+
+    def __init__(self, config: "Vllm24Config", parts: list[str]) -> None:
+        self.config = config
+        self.parts = parts
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Add `weight` `[out, in/2]` and `weight_meta` `[out, in/8]`, both of this rank.
+
+        Groups run along the inputs, so vLLM splits both tensors as it splits a dense weight. They begin with content
+        that no checkpoint holds: vLLM does not report tensors that are missing from a quantized checkpoint.
+        """
+        if input_size_per_partition % CODE24.multiple:
+            raise UserError(
+                f"`{self.parts[0]}`: {input_size} inputs on {input_size // input_size_per_partition} tensor-parallel "
+                f"ranks are not multiples of {CODE24.multiple}. Use fewer ranks, or a dense export."
+            )
+        self.output_sizes, self.input_size = output_partition_sizes, input_size_per_partition
+        self.load = extra_weight_attrs["weight_loader"]
+        values, meta = CODE24.shapes(sum(output_partition_sizes), input_size_per_partition)
+        for name, data in (
+            ("weight", torch.full(values, torch.nan, dtype=params_dtype)),
+            ("weight_meta", torch.zeros(meta, dtype=torch.uint8)),
+        ):
+            parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.load)
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded, make plain parameters of it, and read the SLoRB pairs.
+
+        Raises:
+            UserError: a tensor is missing or damaged, or the checkpoint has a layer that vLLM has not.
+        """
+        self.config.check_all_built()
+        if not bool(layer.weight.data.isfinite().all()):
+            raise UserError(f"`{self.parts[0]}`: values are missing or not finite. {_DAMAGED}")
+        if not CODE24.check_meta(layer.weight_meta.data):
+            raise UserError(f"`{self.parts[0]}`: its metadata names positions that no 2:4 group has. {_DAMAGED}")
+        for name in ("weight", "weight_meta"):
+            setattr(layer, name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
+        if self.config.slorb is not None:
+            self._add_slorb(layer)
+
+    def _add_slorb(self, layer: Any) -> None:
+        """Add `slorb_s` `[out, r]`, split as the outputs, and `slorb_x` `[parts · r, in]`, split as the inputs.
+
+        vLLM's own loader places the rows of S, because it knows which heads a rank holds.
+        """
+        slorb = self.config.slorb
+        assert slorb is not None
+        rank = max(slorb.ranks.get(part, 0) for part in self.parts)
+        if not rank:
+            return
+        weight = layer.weight
+        s_rows = weight.new_zeros(weight.shape[0], rank)
+        s_all = ChannelQuantScaleParameter(data=s_rows, output_dim=0, weight_loader=self.load)
+        x_all = weight.new_zeros(len(self.parts), rank, self.input_size)
+        shards = ("q", "k", "v") if hasattr(layer, "num_kv_head_replicas") else range(len(self.parts))
+        for index, part in enumerate(self.parts):
+            if part in slorb.ranks:
+                s, x = slorb.pair(part)
+                padded = F.pad(s, (0, rank - s.shape[1])).to(weight)
+                self.load(s_all, padded, *([shards[index]] if len(self.parts) > 1 else []))
+                x_all[index, : x.shape[0]] = input_slice(x, self.input_size, layer.tp_rank)
+        layer.slorb_s = nn.Parameter(s_all.data, requires_grad=False)
+        layer.slorb_x = nn.Parameter(x_all.flatten(0, 1), requires_grad=False)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., out]` of this rank from its inputs `[..., in]`."""
+        y = linear24(x, layer.weight, layer.weight_meta, bias)
+        if not hasattr(layer, "slorb_s"):
+            return y
+        inner = F.linear(x, layer.slorb_x)
+        if len(self.parts) == 1:
+            return y + F.linear(inner, layer.slorb_s)
+        inputs, rows = inner.chunk(len(self.parts), -1), layer.slorb_s.split(self.output_sizes)
+        return y + torch.cat([F.linear(z, s) for z, s in zip(inputs, rows, strict=True)], -1)

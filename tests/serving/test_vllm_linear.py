@@ -1,0 +1,125 @@
+"""A layer of vLLM on every tensor-parallel rank, against the dense product in float64."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ast_sparse import nm_mask, pack24
+from ast_sparse.errors import UserError
+from ast_sparse.serving.slorb_serving import SlorbFiles
+from ast_sparse.storage.slorb_adapter import write_adapter
+from tests.serving.vllm_stand_in import Layer
+
+INPUTS = 48
+PARTS = {"q": 32, "k": 16, "v": 16}
+
+
+def weight(rows: int, seed: int) -> Tensor:
+    found = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(seed))
+    return found * nm_mask(found.abs())
+
+
+def pair(rows: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, rank, generator=generator), torch.randn(rank, INPUTS, generator=generator)
+
+
+def method(parts: list[str], slorb: SlorbFiles | None = None) -> Any:
+    from ast_sparse.serving.vllm_linear import Vllm24LinearMethod
+
+    return Vllm24LinearMethod(SimpleNamespace(slorb=slorb, check_all_built=lambda: None), parts)  # type: ignore[arg-type]
+
+
+def filled(layer: Layer, weights: dict[Any, Tensor]) -> Layer:
+    for part, dense in weights.items():
+        for parameter, tensor in zip((layer.weight, layer.weight_meta), pack24(dense), strict=True):
+            parameter.weight_loader(parameter, tensor, part)
+    layer.method.process_weights_after_loading(layer)
+    return layer
+
+
+@pytest.mark.parametrize("with_slorb", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_merged_rows_of_all_ranks_are_the_dense_product(
+    vllm: None, ranks: int, with_slorb: bool, tmp_path: Path
+) -> None:
+    """Two groups of heads: with four ranks, two of them hold the same keys and values."""
+    weights = {part: weight(rows, seed) for seed, (part, rows) in enumerate(PARTS.items())}
+    pairs = {"q": pair(32, 6, 1), "v": pair(16, 3, 2)} if with_slorb else {}
+    slorb = adapter(tmp_path, pairs)
+    x = torch.randn(5, INPUTS)
+    outputs: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    for rank in range(ranks):
+        layer = filled(Layer(method(list("qkv"), slorb), [*PARTS.values()], INPUTS, rank, ranks, groups=2), weights)
+        for part, y in zip(PARTS, layer.method.apply(layer, x).split(layer.sizes, -1), strict=True):
+            if part == "q" or rank % layer.num_kv_head_replicas == 0:
+                outputs[part].append(y)
+    for part, found in outputs.items():
+        torch.testing.assert_close(torch.cat(found, -1), expected(x, weights[part], pairs.get(part)).float())
+
+
+@pytest.mark.parametrize("with_slorb", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_split_inputs_of_all_ranks_sum_to_the_dense_product(
+    vllm: None, ranks: int, with_slorb: bool, tmp_path: Path
+) -> None:
+    dense, bias, x = weight(32, 0), torch.randn(32), torch.randn(2, 3, INPUTS)
+    pairs = {"down": pair(32, 6, 1)} if with_slorb else {}
+    slorb = adapter(tmp_path, pairs)
+    total = torch.zeros(2, 3, 32)
+    for rank in range(ranks):
+        layer = filled(Layer(method(["down"], slorb), [32], INPUTS, rank, ranks, by_input=True), {None: dense})
+        total += layer.method.apply(layer, x.chunk(ranks, -1)[rank], bias if rank == 0 else None)
+    torch.testing.assert_close(total, (expected(x, dense, pairs.get("down")) + bias).float())
+
+
+def test_it_stays_compressed_in_memory(vllm: None) -> None:
+    layer = filled(Layer(method(["up"]), [32], INPUTS), {None: weight(32, 0)})
+    layer.bfloat16()
+    stored = sum(parameter.nbytes for parameter in layer.parameters())
+    assert stored == 0.5625 * 32 * INPUTS * 2
+    assert {type(parameter) for parameter in layer.parameters()} == {torch.nn.Parameter}
+
+
+def test_a_rank_that_would_cut_a_byte_of_positions_is_refused(vllm: None) -> None:
+    with pytest.raises(UserError, match=r"`down`: 48 inputs on 4 tensor-parallel ranks are not multiples of 8"):
+        Layer(method(["down"]), [32], INPUTS, 0, 4, by_input=True)
+
+
+def test_values_that_no_file_held_are_found(vllm: None) -> None:
+    layer = Layer(method(["up"]), [32], INPUTS)
+    layer.load(layer.weight_meta, pack24(weight(32, 0))[1])
+    with pytest.raises(UserError, match="`up`: values are missing or not finite"):
+        layer.method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_metadata_that_is_missing_or_damaged_is_found(vllm: None, damaged: bool) -> None:
+    layer = Layer(method(["up"]), [32], INPUTS)
+    values, meta = pack24(weight(32, 0))
+    layer.load(layer.weight, values)
+    if damaged:
+        meta[3, 2] = 0x4F  # its first group keeps position 3 twice
+        layer.load(layer.weight_meta, meta)
+    with pytest.raises(UserError, match="`up`: its metadata names positions that no 2:4 group has"):
+        layer.method.process_weights_after_loading(layer)
+
+
+def adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> SlorbFiles | None:
+    if not pairs:
+        return None
+    write_adapter(folder / "slorb", "base", pairs)
+    return SlorbFiles(folder / "slorb", pairs)
+
+
+def expected(x: Tensor, dense: Tensor, slorb: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`x Wᵀ + S(Xx)`, written out in float64."""
+    y = x.double() @ dense.double().T
+    if slorb is not None:
+        s, inner = (each.double() for each in slorb)
+        y = y + x.double() @ inner.T @ s.T
+    return y
