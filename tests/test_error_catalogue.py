@@ -93,7 +93,7 @@ def export_without_pattern(root: Path, patch: Patch) -> None:
 
 
 def sizes_that_differ(root: Path, patch: Patch) -> None:
-    patch.setattr(Codec, "stored_bytes", lambda self, entries, itemsize: entries)
+    patch.setattr(Codec, "stored_bytes", lambda self, rows, columns, itemsize: rows * columns)
     export_model(sparse_model(), root / "out", "compressed")
 
 

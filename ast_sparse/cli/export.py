@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ast_sparse.cli.calibration import calibration_text
 from ast_sparse.cli.command import Command, settings_as_options
-from ast_sparse.cli.options import check_json_file, write_json_file
-from ast_sparse.config import SparsityConfig
+from ast_sparse.cli.options import check_json_file, find_device, write_json_file
+from ast_sparse.config import CalibrationConfig, SparsityConfig
+from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.export.formats import FORMAT_HELP
 
 if TYPE_CHECKING:
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
 
     from ast_sparse.export.position_cost import CompressionTable
 
-_ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "merge_text", "push_to_hub")
+_ROUNDED = "compressed-int4"  # the format that is calibrated
+_TEXT_OPTIONS = ("text_field", "samples", "seq_len", "seed", "bos", "device")
+_ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "push_to_hub")
+_SETTINGS = {  # the option for each setting
+    "sparsity.pattern": "--pattern",
+    "calibration.data": "--calibration",
+    "calibration.samples": "--samples",
+    "calibration.seq_len": "--seq-len",
+    "calibration.seed": "--seed",
+    "push_to_hub": "--push-to-hub",
+}
 _ONLY_TABLE = ("value_bits", "json_file")
 _SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their tokens
 
@@ -55,6 +67,23 @@ _SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their 
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option(
+    "--calibration", multiple=True, metavar="FILE",
+    help="compressed-int4: text to choose the scales by, a text, JSONL or parquet file; repeatable. none: round "
+    "without text.",
+)  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file.")
+@click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
+@click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences.")
+@click.option(
+    "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
+    help="BOS in the calibration text, as in ast-prune.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True,
+    help="Where blocks are calibrated, one at a time: cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.",
+)  # fmt: skip
+@click.option(
     "--table", is_flag=True,
     help="Print the cost of the positions of kept weights in 1:2, 2:4, 4:8, 8:16 and 16:32 with bitmask, index, "
     "combinatorial and Huffman codes, measured on the masks of MODEL, next to the bounds.",
@@ -76,7 +105,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     by magnitude.
     """
     _check_usage(context, out, table)
-    _check_pattern(options["pattern"])
+    calibration = _check_settings(options)
     from ast_sparse.export.export import export_model  # takes seconds, so --help does without it
     from ast_sparse.serving.slorb_serving import serving_hint
     from ast_sparse.storage.files import require_model_folder
@@ -85,20 +114,24 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     json_file, pattern = options["json_file"], options["pattern"]
     if json_file is not None:
         check_json_file(Path(json_file))
-    if table and out is not None:  # counting takes minutes
+    if out is not None and (table or calibration is not None):  # counting and calibrating take minutes
         folder = Path(checkpoint).expanduser()
         require_model_folder(folder)
         check_out_dir(Path(out).expanduser().resolve(), folder.resolve(), options["overwrite"])
+    samples = device = None
+    if out is not None and calibration is not None:
+        device = find_device(options["device"])
+        samples = _samples(checkpoint, calibration, options)
     found = _count(checkpoint, pattern, options["value_bits"], options["trust_remote_code"]) if table else None
     if found is not None:
         click.echo("\n".join([f"{checkpoint}", *found.lines()]))
     if out is not None:
-        samples = _samples(checkpoint, options["merge_text"], options["trust_remote_code"])
-        with settings_as_options({"push_to_hub": "--push-to-hub"}):
+        with settings_as_options(_SETTINGS):
             report = export_model(
                 checkpoint, out, options["format_"], dtype=options["dtype"], pattern=pattern,
                 overwrite=options["overwrite"], progress=True, trust_remote_code=options["trust_remote_code"],
-                adapter=options["merge_adapter"], adapter_samples=samples,
+                adapter=options["merge_adapter"], adapter_samples=_merge_samples(checkpoint, options),
+                samples=samples, device=device,
                 push_to_hub=options["push_to_hub"], private=options["private"],
             )  # fmt: skip
         hint = serving_hint(Path(out), report.format != "dense")
@@ -115,21 +148,57 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
     """Refuse options that would have no effect."""
     if out is None and not table:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
-    if context.params["private"] and context.params["push_to_hub"] is None:
-        raise click.UsageError("--private does nothing without --push-to-hub. Add --push-to-hub, or drop it.")
-    ignored = (() if table else _ONLY_TABLE) + (() if out is not None else _ONLY_EXPORT)
-    if context.params["merge_text"] and not context.params["merge_adapter"]:
-        raise click.UsageError("--merge-text does nothing without --merge-adapter. Add it, or drop --merge-text.")
+    files = [name for name in context.params["calibration"] if name != "none"]
+    rounded = out is not None and context.params["format_"] == _ROUNDED
+    given: dict[str, tuple[bool, tuple[str, ...]]] = {  # by what they need, whether it is there
+        "--table": (table, _ONLY_TABLE),
+        "OUT": (out is not None, _ONLY_EXPORT),
+        f"--format {_ROUNDED}": (rounded, ("calibration",)),
+        "--merge-adapter": (context.params["merge_adapter"] is not None, ("merge_text",)),
+        "--push-to-hub": (context.params["push_to_hub"] is not None, ("private",)),
+        "--calibration FILE": (rounded and bool(files), _TEXT_OPTIONS),
+    }
     for option in context.command.params:
-        if option.name in ignored and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
-            need = "OUT" if option.name in _ONLY_EXPORT else "--table"
-            value = context.params[option.name]
-            raise click.UsageError(f"{option.opts[0]} ({value}) has no effect without {need}. Add {need} or drop it.")
+        for need, (is_there, names) in given.items():
+            on_command_line = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+            if option.name in names and not is_there and on_command_line:
+                value = context.params[option.name]
+                shown = ", ".join(value) if isinstance(value, tuple) else value
+                raise click.UsageError(
+                    f"{option.opts[0]} ({shown}) has no effect without {need}. Add {need} or drop it."
+                )
+    if rounded and not context.params["calibration"]:
+        raise click.UsageError(
+            f"--format {_ROUNDED} needs text to calibrate on. Give --calibration FILE, or --calibration none to round "
+            "to the nearest step."
+        )
+    if files and len(files) < len(context.params["calibration"]):
+        raise click.UsageError(f"--calibration names none and {files[0]}. Drop one of them.")
 
 
-def _samples(checkpoint: str, texts: tuple[str, ...], trust_remote_code: bool) -> Tensor | None:
-    """The first sequences of the texts, `[sequences, tokens]`; None without texts."""
-    if not texts:
+def _check_settings(options: dict[str, Any]) -> CalibrationConfig | None:
+    """Check the values of settings; those of the calibration, or None without text."""
+    data = [name for name in options["calibration"] if name != "none"]
+    with settings_as_options(_SETTINGS):
+        SparsityConfig(pattern=options["pattern"] or "2:4")
+        if not data:
+            return None
+        return CalibrationConfig(data=tuple(data), **{key: options[key] for key in ("samples", "seq_len", "seed")})
+
+
+def _samples(checkpoint: str, config: CalibrationConfig, options: dict[str, Any]) -> Tensor:
+    from ast_sparse.storage.locate import load_model_config, load_tokenizer
+
+    trusted = options["trust_remote_code"]
+    with settings_as_options(_SETTINGS):
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
+        model_config = load_model_config(checkpoint, trust_remote_code=trusted)
+        return calibration_text(config, tokenizer, model_config, options["text_field"], options["bos"])
+
+
+def _merge_samples(checkpoint: str, options: dict[str, Any]) -> Tensor | None:
+    """The first sequences of --merge-text, `[sequences, tokens]`; None without texts."""
+    if not options["merge_text"]:
         return None
     import torch
 
@@ -137,16 +206,12 @@ def _samples(checkpoint: str, texts: tuple[str, ...], trust_remote_code: bool) -
     from ast_sparse.evaluation.perplexity import max_positions
     from ast_sparse.storage.locate import load_model_config, load_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    limit = max_positions(load_model_config(checkpoint, trust_remote_code=trust_remote_code))
+    trusted = options["trust_remote_code"]
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trusted)
+    limit = max_positions(load_model_config(checkpoint, trust_remote_code=trusted))
     length = min(_SEQUENCE, limit or _SEQUENCE)
-    blocks = calibration_blocks(texts, None, "text", tokenizer, length, "--merge-text")
+    blocks = calibration_blocks(options["merge_text"], None, "text", tokenizer, length, "--merge-text")
     return torch.tensor(blocks[:_SEQUENCES]["input_ids"])
-
-
-def _check_pattern(pattern: str | None) -> None:
-    with settings_as_options({"sparsity.pattern": "--pattern"}):
-        SparsityConfig(pattern=pattern or "2:4")
 
 
 def _count(name: str, pattern: str | None, value_bits: int, trust_remote_code: bool) -> CompressionTable:

@@ -8,25 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ast_sparse.cli.calibration import calibration_text
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.config.sparsity import METHOD_HELP
-from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-    from ast_sparse.data.sources.entries import Entry
     from ast_sparse.sparsity.model import SparsityReport
 
-_LONGEST = 2048  # tokens of a calibration sequence, even if the model takes more
-# The first documents of one file of C4 are enough.
-_C4: dict[str, Any] = {
-    "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
-}  # fmt: skip
 _OPTIONS = {  # the option for each setting
     "sparsity.init": "--method",
     "sparsity.pattern": "--pattern",
@@ -138,7 +129,7 @@ def _prune(
     samples = None
     chosen = METHODS[sparsity.init]
     if chosen.needs_text:
-        samples = _samples(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
+        samples = calibration_text(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
     model = load_causal_lm(source.name_or_path, **place)
     report = sparsify_model(
         model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
@@ -158,29 +149,6 @@ def _prune(
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
-
-
-def _samples(
-    config: CalibrationConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model_config: PreTrainedConfig,
-    text_field: str,
-    bos: str,
-) -> Tensor:
-    from ast_sparse.data.calibration import calibration_blocks, calibration_samples
-    from ast_sparse.data.tokens.bos import find_bos
-    from ast_sparse.evaluation.perplexity import max_positions
-
-    limit = max_positions(model_config)
-    length = config.seq_len or min(_LONGEST, limit or _LONGEST)
-    if limit is not None and length > limit:
-        raise UserError(f"--seq-len={length} is longer than the model's {limit:,} positions. Set {limit} or less.")
-    entries: tuple[Entry, ...] = config.data or (_C4,)
-    found = find_bos(bos, tokenizer, "--bos")
-    if (line := found.line(tokenizer, "sequence")) is not None:
-        click.echo(line)
-    blocks = calibration_blocks(entries, None, text_field, tokenizer, length, "--calibration", bos)
-    return calibration_samples(blocks, config, found.of_block)
 
 
 def _errors(report: SparsityReport, needs_text: bool) -> list[str]:

@@ -1,5 +1,6 @@
 """What a compressed format has to know about its code: names, sizes, and how to encode and decode."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,11 +11,15 @@ from torch import Tensor
 from ast_sparse.sparsity.masks import Pattern
 
 META = "weight_meta"  # name of the positions of a layer; the values are its `weight`
+SCALE = "weight_scale"  # name of the scales, if the values have fewer bits than the weight
 
 
 @dataclass(frozen=True)
 class Codec:
     """One way to store weights of one pattern: the kept values in order, and bytes that say where they are.
+
+    A codec of values with few bits (`value_bits`, `scale_columns` and `round` are set) has a third tensor: the scales
+    `[out, ceil(in/scale_columns)]`, in the dtype of the weight.
 
     Attributes:
         method: `quant_method` in config.json; readers choose the codec by it.
@@ -23,11 +28,16 @@ class Codec:
         multiple: in_features of a layer must be a multiple of this, otherwise the layer is left dense.
         columns_per_byte: how many columns of the weight have their positions in one byte.
         encode: from a weight `[out, in]` and a mask (bool, exactly N of M; None: the non-zeros) to the values
-            `[out, in·N/M]`, in the dtype of the weight, and the metadata `[out, in/columns_per_byte]`, uint8.
-        decode: from values and metadata to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with
-            respect to the values.
-        product: a way to compute `linear` that need not decode the whole weight; None: decode, then `F.linear`.
+            `[out, in·N/M]`, in the dtype of the weight, and the metadata `[out, in/columns_per_byte]`, uint8. With
+            scales: from weight, mask and scales to the values `[out, in·N/M·value_bits/8]`, uint8, metadata and scales.
+        decode: from these tensors to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with respect to
+            values that have the dtype of the weight.
+        product: a way to compute `linear` that need not decode the whole weight, from `x, values, meta, bias` and the
+            scales, if any; None: decode, then `F.linear`.
         check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong positions.
+        value_bits: bits of a kept value; None: those of the dtype of the weight.
+        scale_columns: how many columns of the weight share a scale; None: there are none.
+        round: from a weight `[out, in]` to the nearest one that the codec can hold, and its scales; None: it holds any.
     """
 
     method: str
@@ -35,37 +45,75 @@ class Codec:
     pattern: Pattern
     multiple: int
     columns_per_byte: int
-    encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    decode: Callable[[Tensor, Tensor], Tensor]
+    encode: Callable[..., tuple[Tensor, ...]]
+    decode: Callable[..., Tensor]
     check_meta: Callable[[Tensor], bool]
-    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+    product: Callable[..., Tensor] | None = None
+    value_bits: int | None = None
+    scale_columns: int | None = None
+    round: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
-    def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of the values and of the metadata."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the stored tensors of a layer are called, in the order of `encode` and `shapes`."""
+        return ("weight", META) if self.scale_columns is None else ("weight", META, SCALE)
+
+    @property
+    def cut(self) -> int:
+        """A layer may be cut along in_features, as tensor parallelism does, at multiples of this."""
+        return math.lcm(self.multiple, self.scale_columns or 1)
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Dtypes of the stored tensors of a weight."""
+        return (dtype if self.value_bits is None else torch.uint8, torch.uint8, dtype)[: len(self.names)]
+
+    def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], ...]:
+        """Shapes of the stored tensors: values, metadata and, if there are any, scales."""
         kept = in_features * self.pattern.n // self.pattern.m
-        return (out_features, kept), (out_features, in_features // self.columns_per_byte)
+        width = kept if self.value_bits is None else kept * self.value_bits // 8
+        shapes = (out_features, width), (out_features, in_features // self.columns_per_byte)
+        return (
+            shapes if self.scale_columns is None else (*shapes, (out_features, -(-in_features // self.scale_columns)))
+        )
 
     def dense_shape(self, values: Tensor) -> tuple[int, int]:
         """The shape `[out, in]` of the decoded weight."""
-        return values.shape[0], values.shape[1] * self.pattern.m // self.pattern.n
+        kept = values.shape[1] if self.value_bits is None else values.shape[1] * 8 // self.value_bits
+        return values.shape[0], kept * self.pattern.m // self.pattern.n
 
-    def check(self, values: Tensor, meta: Tensor) -> None:
-        """Raise ValueError unless values and metadata belong together and name positions that the pattern has."""
-        fits = values.dim() == 2 and meta.dtype == torch.uint8
+    def check(self, values: Tensor, meta: Tensor, scale: Tensor | None = None) -> None:
+        """Raise ValueError unless the stored tensors belong together and name positions that the pattern has."""
+        fits = values.dim() == 2 and meta.dtype == torch.uint8 and (scale is None) == (self.scale_columns is None)
+        fits = fits and (self.value_bits is None or values.dtype == torch.uint8)
         if fits:
             shape = self.dense_shape(values)
-            fits = shape[1] % self.multiple == 0 and (values.shape, meta.shape) == self.shapes(*shape)
+            found = tuple(each.shape for each in (values, meta, scale) if each is not None)
+            fits = shape[1] % self.multiple == 0 and found == self.shapes(*shape)
         if not fits:
-            raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}")
+            scales = "" if scale is None else f", or scales {tuple(scale.shape)} do not"
+            raise ValueError(f"metadata {tuple(meta.shape)} does not fit values {tuple(values.shape)}{scales}")
         if not self.check_meta(meta):
             raise ValueError(f"its metadata names positions that no {self.pattern} group has")
+        if scale is not None and not bool(scale.isfinite().all()):
+            raise ValueError("its scales are not finite")
 
-    def linear(self, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x Wᵀ + b` `[..., out]` from x `[..., in]`, W as values and metadata, and b `[out]`; differentiable."""
+    def linear(
+        self, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """`x Wᵀ + b` `[..., out]` from x `[..., in]`, W as it is stored, and b `[out]`; differentiable."""
+        scales = () if scale is None else (scale,)
         if self.product is None:
-            return F.linear(x, self.decode(values, meta), bias)
-        return self.product(x, values, meta, bias)
+            return F.linear(x, self.decode(values, meta, *scales), bias)
+        return self.product(x, values, meta, bias, *scales)
 
-    def stored_bytes(self, numel: int, itemsize: int) -> int:
-        """Size in bytes of an encoded weight with `numel` entries of `itemsize` bytes."""
-        return numel * self.pattern.n // self.pattern.m * itemsize + numel // self.columns_per_byte
+    def stored_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
+        """Size in bytes of an encoded weight whose dtype has `itemsize` bytes."""
+        values, meta, *scale = (math.prod(shape) for shape in self.shapes(out_features, in_features))
+        return values * (itemsize if self.value_bits is None else 1) + meta + sum(scale) * itemsize
+
+    def bits(self, itemsize: int) -> tuple[float, float]:
+        """Bits for each weight: as stored without scales, and by the paper's formula (Sec. 6.1), also without them."""
+        value = self.value_bits or 8 * itemsize
+        n, m = self.pattern.n, self.pattern.m
+        bound = math.ceil(math.log2(math.comb(m, n)))
+        return value * n / m + 8 / self.columns_per_byte, (value * n + bound) / m

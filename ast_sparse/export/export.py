@@ -2,35 +2,32 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.adapter_merge import MergeReport, load_adapter_to_merge, merge_adapter_sparse
-from ast_sparse.export.card_subject import Subject, shareable, with_run
-from ast_sparse.export.codec import META, Codec
+from ast_sparse.export.awq.rounding import round_copy
+from ast_sparse.export.card_subject import Subject, shareable
 from ast_sparse.export.formats import FORMAT_HELP, codecs
 from ast_sparse.export.hub import check_push, push_folder
+from ast_sparse.export.layer_plan import LayerPlan, plan_layers
 from ast_sparse.export.model_card import write_card
-from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.export.quantizer import AstSparse24Config
 from ast_sparse.export.readback import same_pairs
+from ast_sparse.export.source import Source, open_source
 from ast_sparse.export.summary import ExportReport, SizeRow, file_sizes
 from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.layers import out_by_in
 from ast_sparse.sparsity.masks import Pattern
-from ast_sparse.sparsity.model import select_layers, sparse_layers
 from ast_sparse.storage import files
-from ast_sparse.storage.dtypes import loaded_dtypes
 from ast_sparse.storage.load import load_checkpoint
-from ast_sparse.storage.origin import Origin, check_saving, read_generation_config
+from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.save import (
     check_out_dir,
     finished_folder,
@@ -38,50 +35,12 @@ from ast_sparse.storage.save import (
     save_weights,
     split_state_dict,
 )
-from ast_sparse.storage.sharded import is_sharded_checkpoint
 from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
 __all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_DEFAULT_PATTERN = "2:4"
-_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtypes of config.json as the files spell them
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is exported. Weights are masked; `folder` is None if a model object was given.
-
-    If the adapter of a folder was merged, `adapter` is that folder, and `merge` says what it cost.
-    """
-
-    model: PreTrainedModel
-    weights: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    slorb: files.SlorbPairs
-    folder: Path | None
-    origin: Origin
-    record: SparsityRecord
-    pattern: Pattern
-    adapter: str | None
-    merge: MergeReport | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which layers are exported as pruned (with their `group_dim`), and why the others are left dense.
-
-    `codec` is that of the format, None if zeros are written out. `dtypes` has the dtype of every floating-point tensor
-    that is written.
-    """
-
-    format: str
-    codec: Codec | None
-    pruned: dict[str, int]
-    dense: dict[str, str]
-    dtypes: dict[str, torch.dtype]
 
 
 def export_model(
@@ -100,6 +59,8 @@ def export_model(
     adapter_samples: Tensor | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
+    samples: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> ExportReport:
     """Write an N:M model in an export format; the files are read back and verified before the folder gets its name.
 
@@ -120,6 +81,9 @@ def export_model(
         adapter_samples: token ids `[sequences, tokens]`, int64, to report the loss before and after merging.
         push_to_hub: id of a repository on the hub to upload the export to, created if there is none.
         private: make that repository private.
+        samples: `[sequences, tokens]` int64, text that a format with few bits is calibrated on by AWQ; without it
+            weights are rounded to the nearest step. Other formats need none.
+        device: where calibration runs, block by block; default: where the model is.
 
     Raises:
         UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ;
@@ -136,11 +100,17 @@ def export_model(
     check_out_dir(out, folder.resolve() if folder else None, overwrite)
     if folder is None and adapter is not None:
         raise UserError("adapter: merge it into the model object with `merge_adapter_sparse`, or give a folder.")
-    source = _open_source(model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples)
-    plan = _plan_layers(source, format, DTYPES[dtype])
+    codec = codecs().get(format)
+    rounds = codec is not None and codec.round is not None
+    source = open_source(
+        model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples, in_float32=rounds
+    )
+    plan = plan_layers(source, format, DTYPES[dtype])
     model = source.model
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
+    if rounds:
+        source, plan = _round(source, plan, DTYPES[dtype], samples, device, progress)
     with finished_folder(out) as partial:
         _write(source, plan, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
@@ -154,122 +124,23 @@ def export_model(
     return report
 
 
-def _open_source(
-    model_or_dir: Any,
-    folder: Path | None,
-    pattern: str | None,
-    record: dict[str, Any],
-    trust_remote_code: bool,
-    adapter: str | Path | None,
+def _round(
+    source: Source,
+    plan: LayerPlan,
+    dtype: torch.dtype,
     samples: Tensor | None,
-) -> _Source:
-    merge = None
-    if folder is None:
-        model, recorded = model_or_dir, SparsityRecord.from_dict(record)
-        _check_model(model)
-        weights, masks, slorb = split_state_dict(model.state_dict())
-        layer = next(iter(sparse_layers(model).values()), None)
-        found = None if layer is None else str(layer.pattern)
-    else:
-        files.require_model_folder(folder)
-        read_generation_config(folder)  # before the weights
-        dtype = _reading_dtype(folder) if adapter is None else torch.float32
-        checkpoint = load_checkpoint(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
-        recorded = with_run(SparsityRecord.read(folder), folder)
-        found = recorded.pattern
-        if adapter is not None:
-            adapted = load_adapter_to_merge(model, adapter)
-            model, merge = merge_adapter_sparse(adapted, pattern, None if samples is None else [samples])
-        weights = split_state_dict(model.state_dict())[0]
-    checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
-    return _Source(
-        model=model, weights=weights, masks=masks, slorb=slorb, folder=folder, origin=Origin.of(model, folder),
-        record=recorded, pattern=Pattern.of(checked), adapter=None if adapter is None else str(adapter), merge=merge,
-    )  # fmt: skip
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"Cannot export a {type(model).__name__}. Give a causal LM of transformers, or a folder.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
-    if any(isinstance(module, CompressedLinear) for module in model.modules()):
-        raise UserError("Cannot export compressed layers. Load the model with `dequantize: true`, or give its folder.")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UserError("Cannot export a quantized model. Give its folder, or load it with `load_causal_lm`.")
-
-
-def _reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
-    """A dtype that rounds no weight of a folder: the one in config.json if all weights are stored in it."""
-    if is_sharded_checkpoint(folder):
-        return "auto"
-    config = files.read_json(folder / files.CONFIG_NAME)
-    named = config.get("dtype", config.get("torch_dtype"))
-    stored = {dtype for file in files.weight_files(folder) for dtype, _ in files.tensor_shapes(file).values()}
-    floats = {dtype for dtype in stored if dtype.startswith(("F", "BF"))}
-    return "auto" if floats == {_SAFETENSORS.get(str(named))} else torch.float32
-
-
-def _plan_layers(source: _Source, format: str, dtype: torch.dtype) -> _Plan:
-    """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""
-    codec = codecs().get(format)
-    patterns = [source.pattern] + ([codec.pattern] if codec else [])
-    recorded = {*source.masks, *source.record.layers}
-    selected, _ = select_layers(source.model, recorded=recorded)
-    loaded = loaded_dtypes(source.model, dtype)
-    plan = _Plan(format, codec, {}, {}, {name: loaded.get(name, dtype) for name in source.weights})
-    first_fault = None
-    for name, layer in selected.items():
-        group_dim = 0 if isinstance(layer, Conv1D) else 1
-        weight = out_by_in(source.weights[f"{name}.weight"], group_dim).contiguous()
-        unfit = next((p.m for p in patterns if p.structured and weight.shape[1] % p.m), None)
-        missed = next((pattern for pattern in patterns if not unfit and not pattern.holds(weight)), None)
-        if unfit:
-            plan.dense[name] = f"in_features={weight.shape[1]} is not a multiple of {unfit}"
-        elif missed:
-            plan.dense[name] = f"not {missed}"
-            first_fault = first_fault or _not_nm(source, name, weight, missed, format)
-            if name in recorded:
-                raise UserError(_not_nm(source, name, weight, missed, format))
-        elif codec and weight.shape[1] % codec.multiple:
-            plan.dense[name] = (
-                f"{codec.pattern}, but in_features={weight.shape[1]} is not a multiple of {codec.multiple}, so it is "
-                "not compressed"
-            )
-        else:
-            plan.pruned[name] = group_dim
-    if first_fault and not any(
-        name in recorded or bool(source.weights[f"{name}.weight"].any()) for name in plan.pruned
-    ):
-        raise UserError(first_fault)  # layers that are zero throughout do not make a dense model sparse
-    if not plan.pruned:
-        name, reason = next(iter(plan.dense.items()))
-        raise UserError(
-            first_fault or f"No layer can be exported: `{name}`: {reason}. Use another --format or --pattern."
-        )
-    return plan
-
-
-def _not_nm(source: _Source, name: str, weight: Tensor, pattern: Pattern, format: str) -> str:
-    if pattern.structured:
-        groups = (weight != 0).unflatten(1, (-1, pattern.m)).sum(-1)
-        faulty = int((groups > pattern.n).sum())
-        what = f"{faulty:,} of {groups.numel():,} groups of {pattern.m} hold more than {pattern.n} non-zeros."
-    else:
-        what = f"{int(weight.count_nonzero()):,} of {weight.numel():,} weights are not zero."
-    if pattern != source.pattern:
-        return (
-            f"The {format} format holds {pattern}, but the model is {source.pattern}: in `{name}` {what} Use "
-            "--format dense."
-        )
-    return (
-        f"The model is not {pattern}: in `{name}` {what} Prune it first with ast-prune or ast-train, or name its "
-        "pattern with --pattern."
+    device: torch.device | None,
+    progress: bool,
+) -> tuple[Source, LayerPlan]:
+    """The source with the weights and SLoRB pairs that the codec can hold, and the plan with their scales."""
+    in_place = source.folder is not None
+    weights, rounded = round_copy(
+        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place
     )
+    return replace(source, weights=weights, slorb=rounded.slorb), replace(plan, rounded=rounded)
 
 
-def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
+def _write(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
     codec = plan.codec
     tensors: dict[str, Tensor] = {}
     cast = _cast_weights(source, plan)
@@ -278,7 +149,9 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         if codec and layer in plan.pruned and key != layer:
             group_dim = plan.pruned[layer]
             mask = _code_mask(source.masks.get(layer), group_dim, codec.pattern)
-            tensors[key], tensors[f"{layer}.{META}"] = codec.encode(out_by_in(value, group_dim).contiguous(), mask)
+            scales = [] if plan.rounded is None else [plan.rounded.scales[layer]]
+            stored = codec.encode(out_by_in(value, group_dim).contiguous(), mask, *scales)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in zip(codec.names, stored, strict=True)}
         else:
             tensors[key] = value
     # Compressed layers have the names and shapes of the model in memory, so they must not be converted.
@@ -296,10 +169,12 @@ def _write(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, name:
         record = SparsityRecord.from_dict(record).with_adapter(source.adapter).to_dict()
     if isinstance(record.get("base_model"), str):
         record["base_model"] = shareable(record["base_model"])
+    if plan.rounded is not None:
+        record["rounding"] = plan.rounded.record()
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, record)
 
 
-def _cast_weights(source: _Source, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+def _cast_weights(source: Source, plan: LayerPlan) -> Iterator[tuple[str, Tensor]]:
     """The masked weights in the dtypes of the export, on the CPU; pruned layers have no negative zeros."""
     parameters = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
     for name, stored in source.weights.items():
@@ -322,7 +197,7 @@ def _code_mask(mask: Tensor | None, group_dim: int, pattern: Pattern) -> Tensor 
     return mask if bool((mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()) else None
 
 
-def _edit_config(folder: Path, plan: _Plan, dtype: torch.dtype) -> None:
+def _edit_config(folder: Path, plan: LayerPlan, dtype: torch.dtype) -> None:
     config = files.read_json(folder / files.CONFIG_NAME)
     _name_dtype(config, str(dtype).removeprefix("torch."))
     config.pop("quantization_config", None)
@@ -340,7 +215,7 @@ def _name_dtype(config: dict[str, Any], dtype: str) -> None:
             _name_dtype(value, dtype)
 
 
-def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
+def _verify(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, progress: bool) -> int:
     """Compare what is read back with the masked weights; return the number of non-zeros in the pruned layers."""
     fault = f"Reading the export back failed, so nothing was kept: `{folder.name}`"
     remote_code = bool(source.model.is_remote_code())
@@ -361,7 +236,7 @@ def _verify(source: _Source, plan: _Plan, folder: Path, dtype: torch.dtype, prog
     return nonzero
 
 
-def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: str, nonzero: int) -> ExportReport:
+def _report(source: Source, plan: LayerPlan, folder: Path, out_dir: Path, dtype: str, nonzero: int) -> ExportReport:
     item = {name: plan.dtypes[f"{name}.weight"].itemsize for name in (*plan.pruned, *plan.dense)}
     entries = {name: source.weights[f"{name}.weight"].numel() for name in (*plan.pruned, *plan.dense)}
     shapes = {key: value for file in files.weight_files(folder) for key, value in files.tensor_shapes(file).items()}
@@ -370,11 +245,14 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
     pruned_bytes = stored = sum(entries[name] * item[name] for name in plan.pruned)
     kept, codes = pruned, 0
     if plan.codec:
-        parts = [f"{name}.{part}" for name in plan.pruned for part in ("weight", META)]
+        parts = [f"{name}.{part}" for name in plan.pruned for part in plan.codec.names]
         stored = sum(sizes[part] for part in parts)
         kept = sum(math.prod(shapes[part][1]) for part in parts)
-        codes = len(plan.pruned)
-        if stored != sum(plan.codec.stored_bytes(entries[name], item[name]) for name in plan.pruned):
+        codes = len(parts) - len(plan.pruned)
+        rows = {name: source.weights[f"{name}.weight"].shape[1 - dim] for name, dim in plan.pruned.items()}
+        if stored != sum(
+            plan.codec.stored_bytes(rows[name], entries[name] // rows[name], item[name]) for name in plan.pruned
+        ):
             raise UserError(
                 f"Reading the export back failed, so nothing was kept: the pruned layers take {stored} bytes."
             )
@@ -399,6 +277,18 @@ def _report(source: _Source, plan: _Plan, folder: Path, out_dir: Path, dtype: st
         others=others,
         dense_layers=plan.dense,
         nonzero_share=nonzero / pruned,
+        notes=_notes(plan, 8 * stored / pruned),
         files=file_sizes(folder),
         merge=source.merge,
     )
+
+
+def _notes(plan: LayerPlan, bits: float) -> tuple[str, ...]:
+    """Bits of a pruned weight beside the paper's formula, and what rounding did."""
+    if plan.codec is None:
+        return ()
+    itemsize = next(plan.dtypes[f"{name}.weight"].itemsize for name in plan.pruned)
+    coded, formula = plan.codec.bits(itemsize)
+    scales = f", {bits - coded:.3f} of them for scales" if plan.codec.scale_columns else ""
+    line = f"bits for each pruned weight: {bits:.3f}{scales}; the paper's formula, without scales: {formula:.3f}"
+    return (line, *(plan.rounded.lines() if plan.rounded is not None else ()))

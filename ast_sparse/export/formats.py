@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FORMAT_HELP = {
     "dense": "zeros written out, any N:M, read by everything",
     "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`",
+    "compressed-int4": "the same with 4-bit values, scaled by AWQ on --calibration text",
 }
 
 
@@ -24,8 +25,9 @@ FORMAT_HELP = {
 def codecs() -> dict[str, Codec]:
     """The codec of each format that has one; `dense` has none."""
     from ast_sparse.export.codec24 import CODE24  # imports torch: not for --help
+    from ast_sparse.export.codec24_int4 import CODE24_INT4
 
-    return {"compressed": CODE24}
+    return {"compressed": CODE24, "compressed-int4": CODE24_INT4}
 
 
 def codec_of(method: object) -> Codec | None:

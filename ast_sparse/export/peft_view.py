@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ast_sparse.export.codec import META
+from ast_sparse.export.codec import META, SCALE
 
 _GETTERS: tuple[Any, ...] = (
     Tensor.device, Tensor.dtype, Tensor.shape, Tensor.ndim, Tensor.layout, Tensor.requires_grad, Tensor.is_meta,
@@ -28,9 +28,9 @@ class UndecodedWeight(Tensor):
     layer: nn.Linear
 
     @staticmethod
-    def of(layer: nn.Linear, stored: Tensor) -> "UndecodedWeight":
-        """The weight of `layer`, whose values are `stored`."""
-        shaped = stored.new_empty(1).expand(layer.out_features, layer.in_features)
+    def of(layer: nn.Linear, stored: Tensor, dtype: torch.dtype) -> "UndecodedWeight":
+        """The weight of `layer`, whose values are `stored`; its dtype when it is decoded."""
+        shaped = stored.new_empty(1, dtype=dtype).expand(layer.out_features, layer.in_features)
         weight = cast(UndecodedWeight, Tensor._make_subclass(UndecodedWeight, shaped))
         weight.layer = layer
         return weight
@@ -48,7 +48,7 @@ def decode(layer: Any) -> nn.Parameter:
     """Turn a compressed layer into a plain `nn.Linear`, in place; return its weight `[out, in]`, which is frozen."""
     if META in layer._buffers:
         dense = layer.dense_weight().detach()
-        del layer._buffers[META]
+        del layer._buffers[META], layer._buffers[SCALE]
         layer.weight = nn.Parameter(dense, requires_grad=False)
         layer.__class__ = nn.Linear
     return cast(nn.Parameter, layer.weight)

@@ -1,8 +1,9 @@
 """The transformers plug-in that reads and writes compressed checkpoints of every codec in `formats`.
 
 A pruned layer X is stored as `X.weight`, the kept values, and `X.weight_meta`, their positions: for 2:4, `[out, in/2]`
-and `[out, in/8]`. The values keep the name `weight`, so that a reader without the plug-in stops with a size mismatch
-instead of initialising the layer at random. By default the layers are decoded while loading.
+and `[out, in/8]`. Values of few bits have scales in `X.weight_scale`. The values keep the name `weight`, so that a
+reader without the plug-in stops with a size mismatch instead of initialising the layer at random. By default the layers
+are decoded while loading.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ast_sparse.errors import UserError, shown
-from ast_sparse.export.codec import META, Codec
+from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
@@ -81,10 +82,12 @@ class CompressedLinear(nn.Linear):
         codec: what W is stored with.
         weight: the kept values, not trained; for 2:4 `[out, in/2]`.
         weight_meta: their positions, uint8; for 2:4 `[out, in/8]`.
+        weight_scale: the scales of values of few bits, in the dtype of the layer; None for other codecs.
         is_conv1d: whether it replaces a `Conv1D`.
     """
 
     weight_meta: Tensor
+    weight_scale: Tensor | None
     is_conv1d = False
 
     def __init__(
@@ -93,9 +96,13 @@ class CompressedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.codec = codec
         self.in_features, self.out_features = in_features, out_features
-        values, meta = codec.shapes(out_features, in_features)
-        self.weight = nn.Parameter(torch.empty(values, device=device, dtype=dtype), requires_grad=False)
-        self.register_buffer(META, torch.empty(meta, device=device, dtype=torch.uint8))
+        shapes, dtypes = codec.shapes(out_features, in_features), codec.dtypes(dtype)
+        values, meta, *scale = (
+            torch.empty(shape, device=device, dtype=each) for shape, each in zip(shapes, dtypes, strict=True)
+        )
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.register_buffer(META, meta)
+        self.register_buffer(SCALE, scale[0] if scale else None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -108,12 +115,25 @@ class CompressedLinear(nn.Linear):
             raise AttributeError("base_layer")
         return _SeenByPeft(self)
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The stored tensors, as `codec.decode` takes them."""
+        values = cast(Tensor, self._parameters["weight"])
+        scale = self.weight_scale
+        return (values, self.weight_meta) if scale is None else (values, self.weight_meta, scale)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoded weight."""
+        return self.stored[0].dtype if self.weight_scale is None else self.weight_scale.dtype
+
     def dense_weight(self) -> Tensor:
         """The decoded weight `[out, in]`."""
-        return self.codec.decode(cast(Tensor, self._parameters["weight"]), self.weight_meta)
+        return self.codec.decode(*self.stored)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.codec.linear(input, cast(Tensor, self._parameters["weight"]), self.weight_meta, self.bias)
+        values = cast(Tensor, self._parameters["weight"])
+        return self.codec.linear(input, values, self.weight_meta, self.bias, self.weight_scale)
 
 
 class _SeenByPeft(CompressedLinear):
@@ -131,7 +151,8 @@ class _SeenByPeft(CompressedLinear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter of the layer
         stored = cast(Tensor, self._parameters["weight"])
-        return UndecodedWeight.of(self.__dict__["_layer"], stored) if META in self._buffers else stored
+        layer = self.__dict__["_layer"]
+        return UndecodedWeight.of(layer, stored, self.dtype) if META in self._buffers else stored
 
     def forward(self, input: Tensor) -> Tensor:
         return cast(Tensor, self.__dict__["_layer"](input))
@@ -166,18 +187,21 @@ class DecodeWeight(ConversionOps):
         collected = {
             key.rstrip("$"): value[0] if isinstance(value, list) else value for key, value in input_dict.items()
         }
-        weight, meta = collected.get("weight"), collected.get(META)
+        weight, meta, scale = (collected.get(key) for key in ("weight", META, SCALE))
         name = full_layer_name.rpartition(".")[0]
         expected = model.get_parameter(full_layer_name)
         try:
             if weight is None:
                 raise ValueError("the checkpoint has its metadata, but not its values")
+            if (scale is None) != (meta is None or SCALE not in self.codec.names):
+                raise ValueError("the checkpoint has not all of its metadata and scales")
             if meta is None:
                 if _short(name, model) in self.modules:
                     raise ValueError("the checkpoint has its values, but not its metadata")
                 return {full_layer_name: weight}
-            self.codec.check(weight, meta)
-            dense = self.codec.decode(weight, meta)
+            stored = (weight, meta) if scale is None else (weight, meta, scale)
+            self.codec.check(*stored)
+            dense = self.codec.decode(*stored)
             if isinstance(model.get_submodule(name), Conv1D):
                 dense = dense.t().contiguous()
             if dense.shape != expected.shape:
@@ -207,8 +231,9 @@ class CompressedHfQuantizer(HfQuantizer):
         """Append the decoding to the model's own conversions, which stay: fused experts are never compressed."""
         if not self.quantization_config.dequantize:
             return weight_conversions
-        operation = DecodeWeight(self.quantization_config.codec, self._names, self._problems)
-        return [*weight_conversions, WeightConverter(["weight$", META], "weight", [operation])]
+        codec = self.quantization_config.codec
+        operation = DecodeWeight(codec, self._names, self._problems)
+        return [*weight_conversions, WeightConverter(["weight$", *codec.names[1:]], "weight", [operation])]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._names = frozenset(_short(name, model) for name in self.quantization_config.modules)
@@ -230,7 +255,8 @@ class CompressedHfQuantizer(HfQuantizer):
             compressed = CompressedLinear(codec, in_features, out_features, bias, "meta", layer.weight.dtype)
             compressed.is_conv1d = isinstance(layer, Conv1D)
             if name in twins:  # no file holds its metadata
-                compressed.register_buffer(META, compressed.weight_meta, persistent=False)
+                for key in codec.names[1:]:
+                    compressed.register_buffer(key, compressed._buffers[key], persistent=False)
             model.set_submodule(name, compressed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -243,7 +269,7 @@ class CompressedHfQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, CompressedLinear):
                 if name in twins:
-                    layer.weight_meta = model.get_submodule(twins[name]).weight_meta
+                    layer._buffers.update(model.get_submodule(twins[name])._buffers)
                 layer.weight.requires_grad_(False)
                 self._check_compressed(name, layer)
         if self._problems:
@@ -257,7 +283,7 @@ class CompressedHfQuantizer(HfQuantizer):
         if layer.weight.is_meta:
             return  # offloaded
         try:
-            layer.codec.check(layer.weight, layer.weight_meta)
+            layer.codec.check(*layer.stored)
             shape = layer.codec.dense_shape(layer.weight)
             if shape != (layer.out_features, layer.in_features):
                 raise ValueError(f"it decodes to {shape}, the model needs {(layer.out_features, layer.in_features)}")
@@ -269,7 +295,7 @@ class CompressedHfQuantizer(HfQuantizer):
             dtype = cast(torch.dtype, getattr(torch, dtype))
         for name, layer in list(model.named_modules()):
             if isinstance(layer, CompressedLinear):
-                model.set_submodule(name, _plain(layer, layer.dense_weight().detach().to(dtype or layer.weight.dtype)))
+                model.set_submodule(name, _plain(layer, layer.dense_weight().detach().to(dtype or layer.dtype)))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

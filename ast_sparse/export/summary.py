@@ -45,6 +45,7 @@ class ExportReport:
         nonzero_share: share of the entries of the pruned layers that are not zero.
         files: size by name of every file written.
         merge: what merging an adapter cost, None if none was merged.
+        notes: more lines: the bits of a weight, and what was rounded.
     """
 
     out_dir: Path
@@ -57,6 +58,7 @@ class ExportReport:
     nonzero_share: float
     files: dict[str, int]
     merge: MergeReport | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[SizeRow, ...]:
@@ -77,6 +79,7 @@ class ExportReport:
         widths = [max(len(cells[column]) for cells in table) for column in range(len(title))]
         lines = ["  ".join(_align(cells, widths)) for cells in table]
         lines.append(f"non-zero share of the pruned layers: {self.nonzero_share:.4f}")
+        lines += self.notes
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dense_layers.items():
             reasons.setdefault(reason, []).append(name)

@@ -127,7 +127,8 @@ def _kind(model: str) -> str:
     quantization = files.read_json(folder / files.CONFIG_NAME).get("quantization_config")
     codec = codec_of(quantization.get("quant_method")) if isinstance(quantization, dict) else None
     if codec is not None:
-        return f"compressed {pattern or codec.pattern}"
+        bits = "" if codec.value_bits is None else f", {codec.value_bits}-bit values"
+        return f"compressed {pattern or codec.pattern}{bits}"
     if pattern is None:
         return "model"
     return f"trained {pattern}" if is_run(folder) else f"checkpoint {pattern}"

@@ -2,10 +2,17 @@
 
 import copy
 import warnings
+from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+
+from ast_sparse.storage import files
+from ast_sparse.storage.sharded import is_sharded_checkpoint
+
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # dtypes of config.json as the files spell them
 
 
 def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -22,3 +29,14 @@ def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch
         name: torch.float32 if search is not None and search(name) else tensor.dtype
         for name, tensor in frame.state_dict().items()
     }
+
+
+def reading_dtype(folder: Path) -> torch.dtype | Literal["auto"]:
+    """A dtype that rounds no weight of a folder: the one in config.json if all weights are stored in it."""
+    if is_sharded_checkpoint(folder):
+        return "auto"
+    config = files.read_json(folder / files.CONFIG_NAME)
+    named = config.get("dtype", config.get("torch_dtype"))
+    stored = {dtype for file in files.weight_files(folder) for dtype, _ in files.tensor_shapes(file).values()}
+    floats = {dtype for dtype in stored if dtype.startswith(("F", "BF"))}
+    return "auto" if floats == {_SAFETENSORS.get(str(named))} else torch.float32

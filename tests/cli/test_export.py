@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from ast_sparse.cli.command import Command
@@ -13,7 +14,7 @@ from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from tests.export.sparse_models import save_training_checkpoint, sparse_model
-from tests.models import save_tiny_model
+from tests.models import generated_text, save_tiny_model
 
 
 def run(*arguments: object) -> Result:
@@ -43,6 +44,48 @@ def test_export_prints_the_table_and_loads(format: str, checkpoint: Path, tmp_pa
     assert f"Wrote {tmp_path / 'out'}" in result.stdout
     load_causal_lm(tmp_path / "out")
     load_tokenizer(tmp_path / "out")
+
+
+def test_4_bit_export_is_calibrated_or_rounded_as_asked(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(generated_text())
+    common = ("--format", "compressed-int4", "--dtype", "float32")
+    options = ("--calibration", text, "--samples", 4, "--seq-len", 16, "--device", "cpu", "--seed", 3, "--bos", "none")
+    result = run(checkpoint, tmp_path / "awq", *common, *options)
+    assert result.exit_code == 0, result.output
+    assert "AWQ on 4 sequences" in result.stdout and "14 of 14 layers scaled" in result.stdout
+    assert "the paper's formula, without scales: 2.750" in result.stdout
+    result = run(checkpoint, tmp_path / "near", *common, "--calibration", "none")
+    assert result.exit_code == 0, result.output
+    assert "rounded to the nearest step, without calibration text" in result.stdout
+    first, second = (load_causal_lm(tmp_path / name).state_dict() for name in ("awq", "near"))
+    norm = "model.layers.0.input_layernorm.weight"  # the scales changed it
+    assert first.keys() == second.keys() and not torch.equal(first[norm], second[norm])
+
+
+# arguments after MODEL OUT -> what the one line says
+ROUNDING_ERRORS = {
+    "no-text": ((), "needs text to calibrate on. Give --calibration FILE, or --calibration none"),
+    "both": (("--calibration", "none", "--calibration", "TEXT"), "--calibration names none and"),
+    "missing": (("--calibration", "no.txt"), "no.txt"),
+    "samples": (("--calibration", "TEXT", "--samples", "0"), "--samples=0 must be at least 1"),
+    "too-many": (("--calibration", "TEXT", "--samples", "99999", "--seq-len", "8"), "--samples=99999"),
+    "length": (("--calibration", "TEXT", "--seq-len", "4096"), "--seq-len=4096 is longer than the model's 128"),
+    "alone": (("--calibration", "none", "--seed", "1"), "--seed (1) has no effect without --calibration FILE"),
+    "format": (("--format", "dense", "--calibration", "TEXT"), "has no effect without --format compressed-int4"),
+    "device": (("--calibration", "TEXT", "--device", "tpu0"), "--device tpu0 cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDING_ERRORS)
+def test_wrong_calibration_is_one_line_and_leaves_nothing_behind(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    given, expected = ROUNDING_ERRORS[case]
+    text = tmp_path / "text.txt"
+    text.write_text(generated_text(40))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [str(text) if part == "TEXT" else part for part in given]
+    assert expected in error_line(run(checkpoint, tmp_path / "out", "--format", "compressed-int4", *arguments))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_export_says_how_vllm_serves_slorb(checkpoint: Path, tmp_path: Path) -> None:

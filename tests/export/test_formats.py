@@ -86,20 +86,42 @@ def test_every_codec_gives_back_its_weights_in_the_shapes_and_bytes_it_says(code
     weight = torch.randn(6, 4 * codec.multiple, generator=generator).to(dtype)
     mask = codec.pattern.mask(torch.rand(weight.shape, generator=generator))
     weight[0] = 0  # zeros that the mask keeps are kept
-    masked = torch.where(mask, weight, 0)
+    masked, scales = torch.where(mask, weight, 0), ()
+    if codec.round is not None:  # the codec holds only some weights
+        masked, *scales = codec.round(masked)
+        assert masked.dtype == dtype and not masked[~mask].any()
     for given in (mask, None):
-        values, meta = codec.encode(masked, given)
-        assert (values.shape, meta.shape) == codec.shapes(*weight.shape)
-        assert values.dtype == dtype and meta.dtype == torch.uint8
-        assert values.nbytes + meta.nbytes == codec.stored_bytes(weight.numel(), dtype.itemsize)
-        codec.check(values, meta)
-        assert codec.dense_shape(values) == weight.shape
-        assert torch.equal(codec.decode(values, meta), masked)
-    values, meta = codec.encode(masked, mask)
-    assert torch.equal(codec.decode(torch.ones_like(values), meta) != 0, mask)
+        stored = codec.encode(masked, given, *scales)
+        assert len(stored) == len(codec.names) and codec.names[:2] == ("weight", "weight_meta")
+        assert tuple(each.shape for each in stored) == codec.shapes(*weight.shape)
+        assert tuple(each.dtype for each in stored) == codec.dtypes(dtype) and stored[1].dtype == torch.uint8
+        assert sum(each.nbytes for each in stored) == codec.stored_bytes(*weight.shape, dtype.itemsize)
+        codec.check(*stored)
+        assert codec.dense_shape(stored[0]) == weight.shape
+        assert torch.equal(codec.decode(*stored), masked)
+    values, meta, *scales = codec.encode(masked, mask, *scales)
+    ones = torch.full_like(values, 1 if codec.value_bits is None else 0x11)
+    assert torch.equal(codec.decode(ones, meta, *(torch.ones_like(each) for each in scales)) != 0, mask)
     for wrong in (meta[:, :-1], meta[:-1], meta.int()):
         with pytest.raises(ValueError, match="does not fit values"):
-            codec.check(values, wrong)
+            codec.check(values, wrong, *scales)
+
+
+@pytest.mark.parametrize("codec", [*codecs().values(), CODE14], ids=lambda codec: codec.method)
+def test_a_layer_cut_at_the_multiple_that_a_codec_names_is_two_codes_side_by_side(codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5 * codec.cut, generator=generator)
+    masked, scales = torch.where(codec.pattern.mask(weight.abs()), weight, 0), ()
+    if codec.round is not None:
+        masked, *scales = codec.round(masked)
+    stored = codec.encode(masked, None, *scales)
+    parts = [
+        [each[:, : 2 * each.shape[1] // 5] for each in stored],
+        [each[:, 2 * each.shape[1] // 5 :] for each in stored],
+    ]
+    for part, columns in zip(parts, masked.split([2 * codec.cut, 3 * codec.cut], dim=1), strict=True):
+        assert tuple(each.shape for each in part) == codec.shapes(*columns.shape)
+        assert torch.equal(codec.decode(*part), columns)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

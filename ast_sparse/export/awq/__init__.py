@@ -1,0 +1,1 @@
+"""Rounding to few bits: AWQ (Lin et al. 2024), one decoder block at a time."""
