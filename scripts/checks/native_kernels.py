@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ast_sparse.kernels.linear24 import linear24
 from ast_sparse.kernels.native import library, products24
 from ast_sparse.kernels.native.compiling import FLAGS, SOURCES
 from ast_sparse.kernels.native.library import kernels, usable_levels
@@ -95,10 +94,7 @@ def check(cases: int, seed: int, guarded: bool) -> int:
     began, wrong, entries = time.monotonic(), 0, 0
     for number in range(seed, seed + cases):
         case = random_case(number, at_page_end if guarded else torch.clone)
-        if products24.takes(case.x, case.values, case.meta):
-            y = linear24(case.x, case.values, case.meta, case.bias)
-        else:  # more tokens than the kernels are used for
-            y = products24.linear(case.x, case.values, case.meta, case.bias, used)
+        y = products24.linear(case.x, case.values, case.meta, case.bias, used)
         flushes = used.level == "avx512_bf16" and y.dtype == torch.bfloat16
         entries += y.numel()
         if count := wrong_entries(y, case, flushes):
