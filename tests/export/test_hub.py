@@ -95,7 +95,7 @@ def test_private_is_never_public(source: Path, tmp_path: Path, sent: dict[str, A
     assert run(source, tmp_path / "other", "--push-to-hub", "me/model", "--private").exit_code == 0
     assert sent["uploaded"]["repo_id"] == "me/model"
     line = error_line(run(source, tmp_path / "third", "--private"))
-    assert "--private does nothing without --push-to-hub" in line and not (tmp_path / "third").exists()
+    assert "--private (True) has no effect without --push-to-hub" in line and not (tmp_path / "third").exists()
 
 
 def test_what_can_be_known_before_is_refused_before(
