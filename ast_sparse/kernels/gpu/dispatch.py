@@ -7,8 +7,9 @@ The environment variable AST_SPARSE_GPU chooses:
 - `fixed`: the first candidate, unmeasured, so that every run and every rank computes the same bits.
 - `plain`: decode with PyTorch's operations, then `F.linear`.
 
-Candidates: up to 4 tokens `vectors`, up to 256 `tiles` (`triton24.py`); from 17 tokens also W decoded into a workspace,
-and from 64 PyTorch's semi-structured products (`prefill.py`). Shapes are grouped by the next power of two of tokens.
+Candidates: up to 4 tokens `vectors`, from 2 to 256 `tiles` (`triton24.py`); from 17 tokens also W decoded into a
+workspace, and from 64 PyTorch's semi-structured products (`prefill.py`). Numbers of tokens are grouped by powers of
+two.
 
 CUDA graphs: kernels are launched on the current stream, nothing waits for the GPU, only outputs and workspaces are
 allocated (by PyTorch's allocator, which gives graphs their own pool), and all launch sizes follow from shapes. While a

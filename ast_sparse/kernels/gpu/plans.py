@@ -9,7 +9,6 @@ from torch import Tensor
 from ast_sparse.kernels.gpu import triton24
 from ast_sparse.kernels.gpu.dispatch import is_interpreted
 
-VECTORS = 4  # up to this many tokens the plain cores keep up with memory; above, the tensor cores are needed
 _WAVES = 3  # programs wanted for each multiprocessor, so that enough loads are under way
 _FINISHED = (16, 64, 32)  # tokens, rows and columns of S of a step of `finish`
 
@@ -20,7 +19,7 @@ class Plan:
 
     Attributes:
         kernel: `vectors`, for up to 4 tokens, or `tiles`.
-        tokens: of a program; `vectors` has 1, 2 or 4, `tiles` a power of two from 16.
+        tokens: of a program; `vectors` has 1, 2 or 4, `tiles` 16, 32 or 64.
         rows: of a program.
         units: of a step, each of eight columns. In `vectors` below the number of threads, see `triton24.py`.
         warps: of a program.
@@ -45,14 +44,18 @@ def plans(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, 
     Args:
         processors: multiprocessors of the GPU.
     """
-    if tokens <= VECTORS:
-        width = 1 if tokens == 1 else 2 if tokens == 2 else 4
-        sizes = [("vectors", width, 8, 64, 4), ("vectors", width, 16, 64, 4), ("vectors", width, 16, 128, 8)]
-    else:
-        width = min(max(16, triton.next_power_of_2(tokens)), 64)
-        sizes = [("tiles", width, 64, 8, 4), ("tiles", width, 32, 16, 4)]
-        if dtype.itemsize == 2:  # 32-bit tiles of this size do not fit into registers
-            sizes.insert(0, ("tiles", width, 64, 16, 4))
+    width = min(max(16, triton.next_power_of_2(tokens)), 64)
+    sizes = [("tiles", width, 64, 8, 4), ("tiles", width, 32, 16, 4)]
+    if dtype.itemsize == 2:  # 32-bit tiles of this size do not fit into registers
+        sizes.insert(0, ("tiles", width, 64, 16, 4))
+    # By the instructions in the compiled loops, `vectors` keeps up with memory at one token and just about at two;
+    # `tiles` takes the same for any number up to its width.
+    if tokens == 1:
+        sizes = [("vectors", 1, 8, 64, 4), ("vectors", 1, 16, 64, 4), ("vectors", 1, 16, 128, 8)]
+    elif tokens == 2:
+        sizes = [("vectors", 2, 8, 64, 4), ("vectors", 2, 16, 64, 4), sizes[0]]
+    elif tokens <= 4:
+        sizes = [*sizes[:2], ("vectors", 4, 8, 64, 4)]
     return [Plan(*size, parts=_parts(*size[1:4], tokens, out_features, in_features, processors)) for size in sizes]
 
 

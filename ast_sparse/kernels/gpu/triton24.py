@@ -60,12 +60,6 @@ def _fetch(values, meta, at, inside):
 
 
 @triton.jit
-def _spread(pair, codes):
-    """Four columns of 16 bits as one word of 64, from the two values of groups (bits 0 to 31) and their nibbles."""
-    return ((pair & 0xFFFF) << ((codes & 3) << 4)) | (((pair >> 16) & 0xFFFF) << ((codes & 12) << 2))
-
-
-@triton.jit
 def _placed(first, second, codes):
     """Four columns of 32 bits from the two values of groups and their nibbles."""
     zero = tl.zeros_like(first)
@@ -80,9 +74,14 @@ def _placed(first, second, codes):
 def _columns(first, second, codes, dtype: tl.constexpr):
     """The eight columns of units of W."""
     if dtype.primitive_bitwidth == 16:
-        codes = codes.to(tl.int64)
-        left = _spread(first, codes)
-        right = _spread(first >> 32, codes >> 4)
+        # each value moves 16 bits for each place; two groups of four columns are two words
+        shifts = codes.to(tl.int32)
+        left = ((first & 0xFFFF) << ((shifts << 4) & 48).to(tl.int64)) | (
+            ((first >> 16) & 0xFFFF) << ((shifts << 2) & 48).to(tl.int64)
+        )
+        right = (((first >> 32) & 0xFFFF) << (shifts & 48).to(tl.int64)) | (
+            ((first >> 48) & 0xFFFF) << ((shifts >> 2) & 48).to(tl.int64)
+        )
         a, b, c, d = _entries(left, left, dtype)
         e, f, g, h = _entries(right, right, dtype)
     else:

@@ -110,6 +110,7 @@ def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int,
             steps = -(-columns // (8 * plan.units))
             assert plan.parts <= steps
             assert programs >= 3 * 132 or 2 * plan.parts > steps
-            assert plan.kernel == ("vectors" if tokens <= 4 else "tiles")
             if plan.kernel == "vectors":
                 assert plan.tokens >= tokens and plan.units < 32 * plan.warps
+            else:
+                assert plan.kernel == "tiles" and tokens > 1 and plan.tokens >= min(tokens, 64)

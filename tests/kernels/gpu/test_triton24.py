@@ -27,16 +27,16 @@ def test_all_kernels_are_right_in_the_interpreter() -> None:
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
-def compiled(kernel: Any, dtype: str, capability: int, warps: int, out: str = "", **constants: Any) -> Any:
-    """A kernel compiled for a GPU that need not be here; pointers and sizes are multiples of 16."""
+def compiled(
+    kernel: Any, dtype: str, capability: int, warps: int, odd: tuple[str, ...] = ("tokens",), **constants: Any
+) -> Any:
+    """A kernel compiled for a GPU that need not be here; what is not `odd` is a multiple of 16."""
     types = {"meta": "*i16" if kernel is triton24.reorder else "*u8", "reordered": "*i16", "parts": "*fp32"}
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else NUMBERS.get(name) or types.get(name, f"*{dtype}") for name in names
     }
-    if out:
-        signature["out"] = f"*{out}"
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in (*constants, "tokens")}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in (*constants, *odd)}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
@@ -86,3 +86,25 @@ def test_kernels_compile_without_spilling_registers(
     if name == "vectors" and dtype != "fp32":
         loop = kernel.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
         assert "convert_layout" not in loop  # x goes straight into registers
+
+
+@pytest.mark.parametrize("name, constants", [("vectors", dict(**PRODUCT, TOKENS=1)), ("tiles", TILE)])
+def test_rows_that_do_not_start_at_sixteen_bytes_are_read_by_smaller_words(
+    name: str, constants: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with 1032 columns, or any number that is not a multiple of 128."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compiled(getattr(triton24, name), "bf16", 90, 4, ("tokens", "units"), **constants, ROWS=16, UNITS=64)
+    loads = re.findall(r"(?:ld\.global|cp\.async)\S*", kernel.asm["ptx"])
+    values = [load for load in loads if "evict_first" in load]
+    assert {load.rpartition(".")[2] for load in values} == {"b64", "b8"} and not any(".v" in load for load in values)
+
+
+@pytest.mark.parametrize("capability", [89, 100, 120])
+def test_kernels_compile_for_other_generations(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for name, constants in (("vectors", dict(**PRODUCT, TOKENS=1)), ("tiles", TILE)):
+        kernel = compiled(getattr(triton24, name), "bf16", capability, 4, **constants, ROWS=64, UNITS=16)
+        assert registers_and_stack(kernel.asm["cubin"], tmp_path)[1] == 0
