@@ -59,6 +59,7 @@ def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -
         return False
     rows, kept = values.shape
     fits = meta.shape == (rows, kept // 4) and x.shape[-1] == 2 * kept and kept % 4 == 0
+    fits = fits and (bias is None or bias.shape == (rows,))
     small = 0 < values.numel() < 1 << 32 and 0 < x.numel() < 1 << 31  # indices of 32 bits
     words = values.data_ptr() % 8 == 0 and values.is_contiguous() and meta.is_contiguous()
     return fits and small and words and setting() != "plain" and fault(x.device) is None
@@ -74,27 +75,33 @@ def linear(
         slorb: S `[out, rank]` and X `[rank, in]`, of the dtype of x. With few tokens the product with S is part of the
             kernel that adds the parts of `x Wᵀ`.
     """
-    from ast_sparse.kernels.gpu import plans
-
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 8:  # x is read by words of 64 bits
         flat = flat.clone()
-    bias = None if bias is None else bias.contiguous()
-    tokens, (rows, columns) = len(flat), (len(values), x.shape[-1])
+    with torch.cuda.device_of(flat):  # Triton launches on the current GPU
+        out = _linear(flat, values, meta, None if bias is None else bias.contiguous(), slorb)
+    return out.view(*x.shape[:-1], len(values))
+
+
+def _linear(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, slorb: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    from ast_sparse.kernels.gpu import plans
+
+    tokens, (rows, columns) = len(x), (len(values), x.shape[1])
     found = plans.plans(tokens, rows, columns, x.dtype, _processors(x.device))
     if slorb is not None and tokens <= found[0].tokens:
         s, projection = slorb
-        thin = (s.contiguous(), F.linear(flat, projection))
-        return plans.product(flat, values, meta, bias, found[0], thin).view(*x.shape[:-1], rows)
+        return plans.product(x, values, meta, bias, found[0], (s.contiguous(), F.linear(x, projection)))
     ways: dict[str, _Way] = {}
     if tokens <= _TILES:
-        ways |= {str(plan): partial(plans.product, flat, values, meta, bias, plan) for plan in found}
+        ways |= {str(plan): partial(plans.product, x, values, meta, bias, plan) for plan in found}
     if tokens >= _DECODED:
-        ways |= _prefill(flat, values, meta, bias)
-    out = ways[_chosen(flat, rows, ways)]()
+        ways |= _prefill(x, values, meta, bias)
+    out = ways[_chosen(x, rows, ways)]()
     if slorb is not None:
-        out = torch.addmm(out, F.linear(flat, slorb[1]), slorb[0].t())
-    return out.view(*x.shape[:-1], rows)
+        out = torch.addmm(out, F.linear(x, slorb[1]), slorb[0].t())
+    return out
 
 
 def _prefill(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> dict[str, _Way]:
@@ -149,7 +156,9 @@ def fault(device: torch.device) -> str | None:
 
             values = torch.arange(1, 65, device=device, dtype=torch.float16).view(8, 8)
             meta = torch.full((8, 2), 0xE4, device=device, dtype=torch.uint8)
-            if not torch.equal(prefill.decode(values, meta), unpack24(values, meta)):
+            with torch.cuda.device_of(values):
+                decoded = prefill.decode(values, meta)
+            if not torch.equal(decoded, unpack24(values, meta)):
                 reason = "a kernel returns wrong results"
         except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
             reason = f"{type(error).__name__}: {one_line(error)}"

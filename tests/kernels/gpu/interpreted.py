@@ -193,6 +193,7 @@ def test_what_the_kernels_cannot_do_is_left_to_the_plain_way() -> None:
     assert not dispatch.takes(x.double(), values.double(), meta)
     assert not dispatch.takes(x.half(), values, meta)
     assert not dispatch.takes(x, values, meta, torch.randn(8).half())
+    assert not dispatch.takes(x, values, meta, torch.randn(7))
     assert not dispatch.takes(x[:, :8], values, meta)
     assert not dispatch.takes(x[:0], values, meta)
     assert not dispatch.takes(x, values.t().contiguous().t(), meta)

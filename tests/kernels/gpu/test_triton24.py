@@ -108,3 +108,23 @@ def test_kernels_compile_for_other_generations(
     for name, constants in (("vectors", dict(**PRODUCT, TOKENS=1)), ("tiles", TILE)):
         kernel = compiled(getattr(triton24, name), "bf16", capability, 4, **constants, ROWS=64, UNITS=16)
         assert registers_and_stack(kernel.asm["cubin"], tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "name, constants",
+    [
+        ("vectors", dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64, tokens=1)),
+        ("vectors", dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64, tokens=1, rows=1, units=1)),
+        ("tiles", dict(**TILE, ROWS=64, UNITS=16, tokens=1, rows=1, units=1)),
+        ("finish", dict(**FINISH, tokens=1)),
+        ("finish", dict(**FINISH, tokens=1, rows=1, rank=1)),
+        ("finish", dict(**FINISH | dict(HAS_THIN=False, STEPS=0), tokens=1)),
+        ("decode", dict(ROWS=16, UNITS=16, rows=1, units=1)),
+    ],
+)
+def test_kernels_compile_for_sizes_of_one_which_triton_makes_constants(
+    name: str, constants: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = compiled(getattr(triton24, name), "bf16", 90, 4, **constants)
+    assert registers_and_stack(kernel.asm["cubin"], tmp_path)[1] == 0
