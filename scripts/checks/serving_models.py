@@ -62,12 +62,10 @@ def chosen_tokens(folder: Path, adapter: Path | None = None) -> list[list[int]]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
+    model.generation_config.eos_token_id = None  # it is a token as any other
     found = []
     for prompt in PROMPTS:
-        ids = model.generate(
-            input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS,
-            repetition_penalty=1.0, pad_token_id=0,
-        )  # fmt: skip
+        ids = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)
         found.append(ids[0, len(prompt) :].tolist())
     return found
 
