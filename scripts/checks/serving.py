@@ -27,6 +27,7 @@ BOTH_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in sorted
 SLORB = ("--hf-overrides", '{"ast_sparse_slorb": true}')
 REFUSED = {
     "gpt2": "is a gpt2 model, whose compressed Conv1D layers vLLM would transpose",
+    "mixtral": "is a mixtral model, whose experts a compressed export stores under names that vLLM does not read",
     "damaged": "does not have the checksum it was written with",
     "newer": "format_version 2, newer than 1",
     "partly": "self_attn.q_proj` is compressed and `model.layers.0.self_attn.k_proj` is not",
