@@ -15,6 +15,9 @@ CONV1D_MODELS = (
     "clvp", "clvp_decoder", "clvp_encoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt",
 )  # fmt: skip
 
+# A compressed export has the names of transformers' model in memory; in these families vLLM knows only the older ones.
+RENAMED_MODELS = ("mixtral",)
+
 
 def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
     """The names of the compressed layers in the `quantization_config` of a config.json; unknown keys are ignored.
@@ -29,12 +32,16 @@ def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
 
 
 def check_family(model_type: str | None, name: str) -> None:
-    """Raise UserError for a family whose layers are `Conv1D`."""
+    """Raise UserError for a family whose compressed exports vLLM would not read as they are."""
     if model_type in CONV1D_MODELS:
-        raise UserError(
-            f"`{name}` is a {model_type} model, whose compressed Conv1D layers vLLM would transpose. Serve a dense "
-            f"export: ast-export {name} OUT --format dense."
-        )
+        reason = "compressed Conv1D layers vLLM would transpose"
+    elif model_type in RENAMED_MODELS:
+        reason = "experts a compressed export stores under names that vLLM does not read"
+    else:
+        return
+    raise UserError(
+        f"`{name}` is a {model_type} model, whose {reason}. Serve a dense export: ast-export {name} OUT --format dense."
+    )
 
 
 def check_weights(name: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ast_sparse.errors import UserError
 
 DENSE_FIX = "Export the model with --format dense."
+# What engines merge, for models that do not list it; a wrong entry is noticed, because every name must be built.
+_USUAL_MERGES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class LayerNames:
@@ -35,7 +37,7 @@ class LayerNames:
         if name in self._stored:
             return self._take([name])
         parent, dot, last = name.rpartition(".")
-        parts = [f"{parent}{dot}{part}" for part in merged.get(last, ())]
+        parts = [f"{parent}{dot}{part}" for part in merged.get(last, _USUAL_MERGES.get(last, ()))]
         dense = [part for part in parts if part not in self._stored]
         if parts and dense and len(dense) < len(parts):
             compressed = next(part for part in parts if part not in dense)

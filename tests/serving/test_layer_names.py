@@ -16,6 +16,13 @@ def test_a_merged_layer_has_the_parts_of_the_checkpoint_in_order() -> None:
     names.check_all_built()
 
 
+def test_the_usual_merges_are_known_if_a_model_does_not_list_them() -> None:
+    names = LayerNames([*ATTENTION, "mlp.gate_proj", "mlp.up_proj"])
+    assert names.parts("model.layers.0.self_attn.qkv_proj", {}) == ATTENTION
+    assert names.parts("mlp.gate_up_proj", {"other": ["a"]}) == ["mlp.gate_proj", "mlp.up_proj"]
+    names.check_all_built()
+
+
 def test_a_layer_that_the_checkpoint_has_dense_has_no_parts() -> None:
     names = LayerNames(ATTENTION)
     assert names.parts("model.layers.0.mlp.gate_up_proj", MERGED) == []
