@@ -2,10 +2,10 @@
 
 
 def register() -> None:
-    """Tell vLLM about the 2:4 format; the `quant_method` of a checkpoint then selects it."""
+    """Tell vLLM about the 2:4 formats; the `quant_method` of a checkpoint then selects it."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from ast_sparse.export.codec24 import CODE24
-    from ast_sparse.serving.vllm_config import Vllm24Config
+    from ast_sparse.serving.vllm_config import Vllm24Config, Vllm24Int4Config
 
-    register_quantization_config(CODE24.method)(Vllm24Config)
+    for config in (Vllm24Config, Vllm24Int4Config):
+        register_quantization_config(config.get_name())(config)

@@ -6,6 +6,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ast_sparse.export.codec24 import CODE24
+from ast_sparse.export.codec24_int4 import CODE24_INT4
 from ast_sparse.serving.checkpoint_checks import check_family, check_weights, compressed_layers
 from ast_sparse.serving.layer_names import LayerNames
 from ast_sparse.serving.slorb_serving import SLORB_KEY, SlorbFiles, adapter_folder
@@ -16,7 +17,12 @@ class Vllm24Config(QuantizationConfig):
 
     Args:
         modules: names of the compressed layers.
+
+    Attributes:
+        codec: what they are stored with.
     """
+
+    codec = CODE24
 
     def __init__(self, modules: list[str]) -> None:
         super().__init__()
@@ -30,7 +36,7 @@ class Vllm24Config(QuantizationConfig):
 
     @classmethod
     def get_name(cls) -> str:
-        return CODE24.method
+        return cls.codec.method
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -76,3 +82,9 @@ class Vllm24Config(QuantizationConfig):
 
         if get_pp_group().world_size == 1:  # otherwise each process has a part of the layers
             self.names.check_all_built()
+
+
+class Vllm24Int4Config(Vllm24Config):
+    """The same for values of 4 bits."""
+
+    codec = CODE24_INT4

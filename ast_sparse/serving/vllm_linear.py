@@ -9,8 +9,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from ast_sparse.errors import UserError
-from ast_sparse.export.codec24 import CODE24
-from ast_sparse.kernels.linear24 import linear24
+from ast_sparse.export.codec import SCALE
 from ast_sparse.serving.slorb_serving import input_slice
 
 if TYPE_CHECKING:
@@ -42,23 +41,24 @@ class Vllm24LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Add `weight` `[out, in/2]` and `weight_meta` `[out, in/8]`, both of this rank.
+        """Add the stored tensors of the codec, of this rank: for 16-bit values `weight` `[out, in/2]` and `weight_meta`
+        `[out, in/8]`, for 4-bit values `weight_scale` too.
 
-        Groups run along the inputs, so vLLM splits both tensors as it splits a dense weight. They begin with content
+        Groups run along the inputs, so vLLM splits the tensors as it splits a dense weight. They begin with content
         that no checkpoint holds: vLLM does not report tensors that are missing from a quantized checkpoint.
         """
-        if input_size_per_partition % CODE24.multiple:
+        codec = self.config.codec
+        step = codec.multiple if input_size_per_partition == input_size else codec.cut
+        if input_size_per_partition % step:
             raise UserError(
                 f"`{self.parts[0]}`: {input_size} inputs on {input_size // input_size_per_partition} tensor-parallel "
-                f"ranks are not multiples of {CODE24.multiple}. Use fewer ranks, or a dense export."
+                f"ranks are not multiples of {step}. Use fewer ranks, or a dense export."
             )
         self.output_sizes, self.input_size = output_partition_sizes, input_size_per_partition
         self.load = extra_weight_attrs["weight_loader"]
-        values, meta = CODE24.shapes(sum(output_partition_sizes), input_size_per_partition)
-        for name, data in (
-            ("weight", torch.full(values, torch.nan, dtype=params_dtype)),
-            ("weight_meta", torch.zeros(meta, dtype=torch.uint8)),
-        ):
+        shapes = codec.shapes(sum(output_partition_sizes), input_size_per_partition)
+        for name, shape, dtype in zip(codec.names, shapes, codec.dtypes(params_dtype), strict=True):
+            data = torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype)
             parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.load)
             layer.register_parameter(name, parameter)
 
@@ -69,11 +69,12 @@ class Vllm24LinearMethod(LinearMethodBase):
             UserError: a tensor is missing or damaged, or the checkpoint has a layer that vLLM has not.
         """
         self.config.check_all_built()
-        if not bool(layer.weight.data.isfinite().all()):
+        codec = self.config.codec
+        if not all(bool(getattr(layer, name).data.isfinite().all()) for name in codec.names):
             raise UserError(f"`{self.parts[0]}`: values are missing or not finite. {_DAMAGED}")
-        if not CODE24.check_meta(layer.weight_meta.data):
+        if not codec.check_meta(layer.weight_meta.data):
             raise UserError(f"`{self.parts[0]}`: its metadata names positions that no 2:4 group has. {_DAMAGED}")
-        for name in ("weight", "weight_meta"):
+        for name in codec.names:
             setattr(layer, name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
         if self.config.slorb is not None:
             self._add_slorb(layer)
@@ -88,7 +89,7 @@ class Vllm24LinearMethod(LinearMethodBase):
         rank = max(slorb.ranks.get(part, 0) for part in self.parts)
         if not rank:
             return
-        weight = layer.weight
+        weight = layer.weight if self.config.codec.scale_columns is None else layer.weight_scale  # has the dtype of x
         s_rows = weight.new_zeros(weight.shape[0], rank)
         s_all = ChannelQuantScaleParameter(data=s_rows, output_dim=0, weight_loader=self.load)
         x_all = weight.new_zeros(len(self.parts), rank, self.input_size)
@@ -104,7 +105,7 @@ class Vllm24LinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., out]` of this rank from its inputs `[..., in]`."""
-        y = linear24(x, layer.weight, layer.weight_meta, bias)
+        y = self.config.codec.linear(x, layer.weight, layer.weight_meta, bias, getattr(layer, SCALE, None))
         if not hasattr(layer, "slorb_s"):
             return y
         inner = F.linear(x, layer.slorb_x)

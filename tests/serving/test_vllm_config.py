@@ -55,8 +55,8 @@ before = set(sys.modules)
 from ast_sparse.serving.plugin import register
 register()
 register()
-assert [cls.__name__ for cls in vllm_stand_in.REGISTERED.values()] == ["Vllm24Config"]
-assert list(vllm_stand_in.REGISTERED) == ["ast_sparse_24"]
+assert [cls.__name__ for cls in vllm_stand_in.REGISTERED.values()] == ["Vllm24Config", "Vllm24Int4Config"]
+assert list(vllm_stand_in.REGISTERED) == ["ast_sparse_24", "ast_sparse_24_int4"]
 new = {name for name in set(sys.modules) - before if not name.startswith("ast_sparse")}
 assert not {name.split(".")[0] for name in new} & {"transformers", "datasets", "accelerate", "peft"}, new
 assert not {"ast_sparse.export.quantizer", "ast_sparse.serving.vllm_linear"} & set(sys.modules)

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from ast_sparse import nm_mask, pack24
 from ast_sparse.errors import UserError
+from ast_sparse.export.codec import Codec
+from ast_sparse.export.codec24 import CODE24
+from ast_sparse.export.codec24_int4 import CODE24_INT4
+from ast_sparse.kernels.int4 import round_to_grid
 from ast_sparse.serving.slorb_serving import SlorbFiles
 from ast_sparse.storage.slorb_adapter import write_adapter
 from tests.serving.vllm_stand_in import Layer
@@ -18,8 +22,8 @@ INPUTS = 48
 PARTS = {"q": 32, "k": 16, "v": 16}
 
 
-def weight(rows: int, seed: int) -> Tensor:
-    found = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(seed))
+def weight(rows: int, seed: int, inputs: int = INPUTS) -> Tensor:
+    found = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
     return found * nm_mask(found.abs())
 
 
@@ -28,15 +32,19 @@ def pair(rows: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, rank, generator=generator), torch.randn(rank, INPUTS, generator=generator)
 
 
-def method(parts: list[str], slorb: SlorbFiles | None = None) -> Any:
+def method(parts: list[str], slorb: SlorbFiles | None = None, codec: Codec = CODE24) -> Any:
     from ast_sparse.serving.vllm_linear import Vllm24LinearMethod
 
-    return Vllm24LinearMethod(SimpleNamespace(slorb=slorb, check_all_built=lambda: None), parts)  # type: ignore[arg-type]
+    config = SimpleNamespace(slorb=slorb, check_all_built=lambda: None, codec=codec)
+    return Vllm24LinearMethod(config, parts)  # type: ignore[arg-type]
 
 
 def filled(layer: Layer, weights: dict[Any, Tensor]) -> Layer:
+    codec = layer.method.config.codec
     for part, dense in weights.items():
-        for parameter, tensor in zip((layer.weight, layer.weight_meta), pack24(dense), strict=True):
+        rounded = (dense,) if codec.round is None else codec.round(dense)
+        for name, tensor in zip(codec.names, codec.encode(rounded[0], None, *rounded[1:]), strict=True):
+            parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor, part)
     layer.method.process_weights_after_loading(layer)
     return layer
@@ -75,6 +83,43 @@ def test_split_inputs_of_all_ranks_sum_to_the_dense_product(
         layer = filled(Layer(method(["down"], slorb), [32], INPUTS, rank, ranks, by_input=True), {None: dense})
         total += layer.method.apply(layer, x.chunk(ranks, -1)[rank], bias if rank == 0 else None)
     torch.testing.assert_close(total, (expected(x, dense, pairs.get("down")) + bias).float())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_values_of_4_bits_on_all_ranks_are_the_product_with_the_rounded_weight(
+    vllm: None, ranks: int, tmp_path: Path
+) -> None:
+    x = torch.randn(5, 256)
+    parts = {part: weight(rows, seed, 256) for seed, (part, rows) in enumerate(PARTS.items())}
+    found = []
+    for rank in range(ranks):
+        layer = filled(
+            Layer(method(list("qkv"), codec=CODE24_INT4), [*PARTS.values()], 256, rank, ranks, groups=2), parts
+        )
+        assert sum(each.nbytes for each in layer.parameters()) == 64 // ranks * (256 // 4 + 256 // 8 + 2 * 4)
+        found.append(layer.method.apply(layer, x).split(layer.sizes, -1))
+    for index, dense in enumerate(parts.values()):
+        wanted = expected(x, round_to_grid(dense)[0], None).float()
+        torch.testing.assert_close(torch.cat([each[index] for each in found], -1), wanted)
+    s, x_pair = torch.randn(32, 6), torch.randn(6, 256)
+    slorb, total = adapter(tmp_path, {"down": (s, x_pair)}), torch.zeros(5, 32)
+    for rank in range(ranks):
+        layer = Layer(method(["down"], slorb, CODE24_INT4), [32], 256, rank, ranks, by_input=True)
+        layer = filled(layer, {None: parts["q"]})
+        total += layer.method.apply(layer, x.chunk(ranks, -1)[rank])
+    torch.testing.assert_close(total, expected(x, round_to_grid(parts["q"])[0], (s, x_pair)).float())
+
+
+def test_a_rank_that_would_cut_a_group_with_one_scale_is_refused_and_missing_scales_are_found(vllm: None) -> None:
+    with pytest.raises(UserError, match=r"`down`: 384 inputs on 2 tensor-parallel ranks are not multiples of 128"):
+        Layer(method(["down"], codec=CODE24_INT4), [32], 384, 0, 2, by_input=True)
+    layer = Layer(method(["up"], codec=CODE24_INT4), [32], INPUTS)  # uncut, any multiple of 8
+    rounded, scale = round_to_grid(weight(32, 0))
+    values, meta, _ = CODE24_INT4.encode(rounded, None, scale)
+    layer.load(layer.weight, values)
+    layer.load(layer.weight_meta, meta)
+    with pytest.raises(UserError, match="`up`: values are missing or not finite"):
+        layer.method.process_weights_after_loading(layer)
 
 
 def test_it_stays_compressed_in_memory(vllm: None) -> None:
