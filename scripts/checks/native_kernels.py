@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ast_sparse.kernels.linear24 import linear24
-from ast_sparse.kernels.native import products24
+from ast_sparse.kernels.native import library, products24
+from ast_sparse.kernels.native.compiling import FLAGS, SOURCES
 from ast_sparse.kernels.native.library import kernels, usable_levels
 from tests.kernels.native.random24 import random_case, wrong_entries
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
 
 
 def main() -> None:
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next ones follow")
     parser.add_argument("--this-level", choices=["guarded", "plain", "too-long"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if compiled := os.environ.get("NATIVE_LIBRARY"):
+        library.library_file = lambda: Path(compiled)
     if asked.this_level == "too-long":
         read_one_row_too_many()
     elif asked.this_level:
@@ -57,12 +59,13 @@ def run_all(cases: int, seed: int) -> int:
     failed, levels = False, list(usable_levels())
     for level in levels:
         failed |= run(level, "guarded", cases, seed).returncode != 0
-    with tempfile.TemporaryDirectory() as cache:
-        library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled, sources = f"{folder}/native.so", map(str, sorted(SOURCES.glob("*.c")))
+        subprocess.run(["gcc", *FLAGS, *SANITIZERS, *sources, "-o", compiled], check=True)
+        found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
         sanitized = {
-            "CC": f"gcc {SANITIZERS}",
-            "AST_SPARSE_CACHE": cache,
-            "LD_PRELOAD": library.stdout.strip(),
+            "NATIVE_LIBRARY": compiled,
+            "LD_PRELOAD": found.stdout.strip(),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves much to the end of the process
         }
         print("With AddressSanitizer and UndefinedBehaviorSanitizer:", flush=True)
@@ -91,10 +94,7 @@ def check(cases: int, seed: int, guarded: bool) -> int:
     began, wrong, entries = time.monotonic(), 0, 0
     for number in range(seed, seed + cases):
         case = random_case(number, at_page_end if guarded else torch.clone)
-        if products24.takes(case.x, case.values, case.meta):
-            y = linear24(case.x, case.values, case.meta, case.bias)
-        else:  # more tokens than the kernels are used for
-            y = products24.linear(case.x, case.values, case.meta, case.bias, used)
+        y = products24.linear(case.x, case.values, case.meta, case.bias, used)
         flushes = used.level == "avx512_bf16" and y.dtype == torch.bfloat16
         entries += y.numel()
         if count := wrong_entries(y, case, flushes):
