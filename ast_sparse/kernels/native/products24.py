@@ -48,10 +48,10 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
     Pruned entries of W are left out, or multiplied as 0: whether an x that is not finite makes NaN of them depends on
-    the level and the number of tokens. The level `avx512_bf16` takes subnormal
-    bfloat16 numbers as 0. The bits of a result do not depend on the threads, nor on the other tokens; but a product of
-    up to 4 tokens (`src/`) adds in another order than a larger one. Where dense products of this machine are faster
-    from some number of tokens on, W is decoded in blocks for them.
+    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0. The bits of a
+    result do not depend on the threads, nor on the other tokens; but a product of up to 4 tokens (`src/`) adds in
+    another order than a larger one. Where dense products of this machine are faster from some number of tokens on, W is
+    decoded in blocks for them.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.
