@@ -120,7 +120,7 @@ def _run(
     minutes: float | None,
 ) -> None:
     """Measure, and show what there is, even after Ctrl-C."""
-    from ast_sparse.speed import kept as results
+    from ast_sparse.speed import kept_results as results
     from ast_sparse.speed.outcomes import left_out
     from ast_sparse.speed.turns import measure
 

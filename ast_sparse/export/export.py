@@ -89,17 +89,7 @@ def export_model(
         UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ;
             or the finished export cannot be uploaded.
     """
-    if format not in FORMAT_HELP:
-        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMAT_HELP)}.")
-    if dtype not in DTYPES:
-        raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
-    if push_to_hub is not None:
-        check_push(push_to_hub)
-    out = Path(out_dir).expanduser().resolve()
-    folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
-    check_out_dir(out, folder.resolve() if folder else None, overwrite)
-    if folder is None and adapter is not None:
-        raise UserError("adapter: merge it into the model object with `merge_adapter_sparse`, or give a folder.")
+    out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
     codec = codecs().get(format)
     rounds = codec is not None and codec.round is not None
     source = open_source(
@@ -122,6 +112,30 @@ def export_model(
     if push_to_hub is not None:
         push_folder(out, push_to_hub, private)
     return report
+
+
+def _check_arguments(
+    model_or_dir: Any,
+    out_dir: str | Path,
+    format: str,
+    dtype: str,
+    overwrite: bool,
+    adapter: str | Path | None,
+    push_to_hub: str | None,
+) -> tuple[Path, Path | None]:
+    """What can be refused before anything is read; the folder to write, and that of the model."""
+    if format not in FORMAT_HELP:
+        raise UserError(f"Unknown export format {format!r}. Use {' or '.join(FORMAT_HELP)}.")
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown export dtype {dtype!r}. Use one of {', '.join(DTYPES)}.")
+    if push_to_hub is not None:
+        check_push(push_to_hub)
+    out = Path(out_dir).expanduser().resolve()
+    folder = None if isinstance(model_or_dir, nn.Module) else Path(model_or_dir).expanduser()
+    check_out_dir(out, folder.resolve() if folder else None, overwrite)
+    if folder is None and adapter is not None:
+        raise UserError("adapter: merge it into the model object with `merge_adapter_sparse`, or give a folder.")
+    return out, folder
 
 
 def _round(

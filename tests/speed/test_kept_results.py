@@ -9,7 +9,7 @@ import pytest
 from ast_sparse.errors import UserError
 from ast_sparse.speed.cases import Case
 from ast_sparse.speed.comparison import Comparison, find_comparison
-from ast_sparse.speed.kept import read_kept, record
+from ast_sparse.speed.kept_results import read_kept, record
 from ast_sparse.speed.outcomes import Outcome
 from ast_sparse.speed.turns import measure
 from tests.speed.sides import Scripted, write_exports
