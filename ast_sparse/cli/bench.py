@@ -66,7 +66,7 @@ def main(context: click.Context, model: str, **options: Any) -> None:
     _check_options(context, options)
     from ast_sparse.speed.cases import all_cases, parse_batches, parse_lengths
     from ast_sparse.speed.comparison import find_comparison
-    from ast_sparse.speed.kept import read_kept
+    from ast_sparse.speed.kept_results import read_kept
 
     device = str(find_device(options["device"])) if options["engine"] == "transformers" else "chosen by vLLM"
     lengths, batches = options["lengths"], parse_batches(options["batch"])
