@@ -22,6 +22,7 @@ from ast_sparse.export.codec import META, Codec
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
+from ast_sparse.kernels.cpu.pages import in_huge_pages
 from ast_sparse.sparsity.reads import read_past_forward
 from ast_sparse.storage.checksums import check_checksums
 
@@ -246,6 +247,8 @@ class CompressedHfQuantizer(HfQuantizer):
                     layer.weight_meta = model.get_submodule(twins[name]).weight_meta
                 layer.weight.requires_grad_(False)
                 self._check_compressed(name, layer)
+                if name not in twins:
+                    layer.weight.data = in_huge_pages(layer.weight.data)
         if self._problems:
             more = f" (and {len(self._problems) - 1} more layers)" if len(self._problems) > 1 else ""
             raise ValueError(

@@ -1,6 +1,7 @@
 """`x Wᵀ + b` with W in the 2:4 code: one function for every device, and one opaque operation for compilers and graphs.
 
-The plain way decodes W and calls `F.linear`. Faster ways, with results equal within rounding, keep W compressed.
+The plain way decodes W and calls `F.linear`. Faster ways, with results equal within rounding, keep W compressed: on a
+CPU those of `kernels/native/`.
 """
 
 import torch
@@ -23,7 +24,9 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
     Returns:
         `[..., out]` in that dtype.
     """
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, values, bias)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return F.linear(x, unpack24(values, meta), bias)
     if torch.compiler.is_compiling():
         return torch.ops.ast_sparse.linear24(x, values, meta, bias)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ast_sparse.errors import UserError
 from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.kernels.native import products24
 from tests.export.sparse_models import sparse_model, token_ids
 
 TARGETS = {"llama": ["q_proj", "o_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -56,6 +57,12 @@ def adapted(model: PreTrainedModel, config: Any) -> Any:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(token_ids()).logits
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides call `F.linear`, so that what they compute is equal to the bit."""
+    monkeypatch.setattr(products24, "kernels", lambda: None)
 
 
 AFTER: dict[str, Callable[[Any], Any]] = {

@@ -3,18 +3,15 @@
 Results are written to huge pages if Linux grants them: touching new memory costs more than an operation.
 """
 
-import ctypes
-import mmap
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ast_sparse.kernels.cpu import setting
+from ast_sparse.kernels.cpu.pages import ask_for_huge_pages
 
 _BLOCK = 1 << 18  # groups: few calls, and not much larger than the cache
-_HUGE = 1 << 22  # a tensor of this many bytes or more asks for huge pages
 _KEPT = [[place for place in range(4) if occupancy >> place & 1] for occupancy in range(16)]
 # Two bits of an int32 for each occupancy: idx0, and idx1 - 1; unless two are kept, an invalid pair: idx0 = 3, idx1 = 1
 _FIRST = sum((kept[0] if len(kept) == 2 else 3) << 2 * occupancy for occupancy, kept in enumerate(_KEPT)) - (1 << 32)
@@ -38,7 +35,7 @@ def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             whole word of their storage.
     """
     out_features, in_features = weight.shape
-    values = _in_huge_pages(weight.new_empty(out_features, in_features // 2))
+    values = ask_for_huge_pages(weight.new_empty(out_features, in_features // 2))
     meta = weight.new_empty(out_features, in_features // 8, dtype=torch.uint8)
     groups, kept = weight.view(torch.int64).view(-1), mask.view(torch.int32).view(-1)
     pairs, codes = values.view(torch.int32).view(-1), meta.view(-1)
@@ -65,7 +62,7 @@ def unpack(values: Tensor, meta: Tensor) -> Tensor:
     Args:
         values: `[out, in/2]`, as the weight in `pack`; meta: `[out, in/8]`, uint8, in any layout.
     """
-    dense = _in_huge_pages(values.new_empty(values.shape[0], 2 * values.shape[1]))
+    dense = ask_for_huge_pages(values.new_empty(values.shape[0], 2 * values.shape[1]))
     groups, pairs, codes = dense.view(torch.int64).view(-1), values.view(torch.uint32).view(-1), meta.flatten()
     for at, (first, second, move, nibbles) in _blocks(len(groups), torch.int64, torch.int64, torch.int64, torch.uint8):
         torch.bitwise_and(second.copy_(pairs[at]), 0xFFFF, out=first)
@@ -87,19 +84,3 @@ def _blocks(groups: int, *dtypes: torch.dtype) -> Iterator[tuple[slice, list[Ten
     for start in range(0, groups, size):
         block = slice(start, min(start + size, groups))
         yield block, [buffer[: block.stop - start] for buffer in buffers]
-
-
-def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """The new tensor, in huge pages if it is large and Linux grants them: the first access is most of a copy's time."""
-    if tensor.nbytes >= _HUGE:
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        whole_pages = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(start, whole_pages, mmap.MADV_HUGEPAGE)  # only a hint: it may have no effect
-    return tensor
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int]:
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise

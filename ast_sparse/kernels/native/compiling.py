@@ -35,10 +35,19 @@ def library_file() -> Path:
         return packaged
     compiler = _compiler()
     version = _run([*compiler, "--version"])
-    file = cache_folder() / f"native-{_hash(version)}.so"
+    file = cache_folder() / f"native-{_hash(*compiler, version)}.so"
     if not file.exists():
         _compile(compiler, file)
     return file
+
+
+def compile_library(file: Path) -> None:
+    """Compile the kernels for this machine to this file.
+
+    Raises:
+        BuildError: as for `library_file`.
+    """
+    _compile(_compiler(), file)
 
 
 def packaged_name() -> str:

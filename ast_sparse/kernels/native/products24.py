@@ -1,56 +1,84 @@
-"""`x Wᵀ + b` and the decoding of a 2:4 weight W on a CPU, by the C kernels."""
+"""`x Wᵀ + b` and the decoding of a 2:4 weight W on a CPU, by the C kernels (`src/`)."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
 from ast_sparse.kernels.native.library import DTYPES, Kernels, kernels
 
-_MOST_TOKENS = 100000
 _SERIAL = 1 << 17  # multiplications of a product that one thread does as fast as a team
+_MEASURED = 64  # tokens; the break-even is measured with them, and asked for only above `_FEW`
+_FEW = 16  # tokens that the kernels always take
+_BLOCK = 1 << 21  # entries of W that are decoded at a time, so that they stay in the cache
+
+# most tokens that the kernels take, by level, dtype, shape and threads: measured once in a process
+_break_even: dict[tuple[Any, ...], float] = {}
 
 
 def takes(x: Tensor, values: Tensor, meta: Tensor) -> bool:
-    """Whether `linear` computes this product; it passes no gradients."""
-    if not (x.is_cpu and x.dtype is values.dtype and x.dtype in DTYPES) or torch.is_autocast_enabled("cpu"):
+    """Whether `linear` computes this product, which passes no gradients."""
+    if not (x.is_cpu and x.dtype is values.dtype and values.dim() == 2):
         return False
     out_features, kept = values.shape
     return (
-        (type(values) is Parameter or type(values) is Tensor)
+        kernels() is not None
+        and x.dtype in DTYPES
         and (type(x) is Tensor or type(x) is Parameter)
+        and (type(values) is Parameter or type(values) is Tensor)
         and 2 * kept == x.shape[-1]
-        and meta.shape == (out_features, kept // 4)
         and meta.dtype is torch.uint8
+        and meta.shape == (out_features, kept // 4)
+        and kept % 4 == 0
         and values.is_contiguous()
         and meta.is_contiguous()
-        and 0 < x.numel() <= _MOST_TOKENS * 2 * kept
+        and x.numel() > 0
+        and out_features > 0
+        and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
-        and kernels() is not None
     )
 
 
 def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced: Kernels | None = None) -> Tensor:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
-    Pruned entries of W are left out, or multiplied as 0: whether an infinite x makes NaN there depends on the level and
-    the number of tokens.
+    Pruned entries of W are left out, or multiplied as 0: whether an x that is not finite makes NaN of them depends on
+    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0. The bits of a
+    result do not depend on the threads, nor on the other tokens; but a product of up to 4 tokens (`src/`) adds in
+    another order than a larger one. Where dense products of this machine are faster from some number of tokens on, W is
+    decoded in blocks for them.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.
-        forced: the kernels of a level, instead of those of this process.
+        forced: the kernels of a level, for any number of tokens; None: those of this process.
     """
     used = forced or kernels()
     assert used is not None
-    columns, rows = x.shape[-1], values.shape[0]
-    tokens = x.numel() // columns
+    rows, kept = values.shape
+    tokens = x.numel() // (2 * kept)
+    threads = torch.get_num_threads() if tokens * rows * kept > _SERIAL else 1
+    if forced is None and tokens > _FEW and tokens > _most_tokens(used, x, values, meta, threads):
+        return _by_blocks(used, x, values, meta, bias)
+    return _by_kernels(used, x, values, meta, bias, threads)
+
+
+def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, threads: int) -> Tensor:
+    """`linear` by the kernels of a level."""
+    rows, columns = values.shape[0], x.shape[-1]
     stride = columns
     if not x.is_contiguous():
         if x.dim() == 2 and x.stride(1) == 1:
             stride = x.stride(0)
         else:
             x = x.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    threads = torch.get_num_threads() if tokens * rows * columns > _SERIAL else 1
     status = used.linear(
         used.index,
         DTYPES[x.dtype],
@@ -60,11 +88,54 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
         meta.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        tokens,
+        x.numel() // columns,
         rows,
         columns,
         threads,
     )
     if status:
-        raise MemoryError(f"No memory for a product of {tokens} tokens with {columns} columns.")
+        raise MemoryError(f"No memory for a product of {x.numel() // columns} tokens with {columns} columns.")
     return y
+
+
+def _by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` by decoding a block of rows at a time, and PyTorch's product with it."""
+    y = x.new_empty(*x.shape[:-1], values.shape[0])
+    step = max(_BLOCK // x.shape[-1], 1)
+    for start in range(0, values.shape[0], step):
+        at = slice(start, start + step)
+        y[..., at] = F.linear(x, decode(used, values[at], meta[at]), None if bias is None else bias[at])
+    return y
+
+
+def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
+    """W `[out, in]`, exactly 0.0 where pruned, from contiguous values and metadata of 2 or 4 bytes an entry."""
+    rows, columns = values.shape[0], 2 * values.shape[1]
+    dense = values.new_empty(rows, columns)
+    pointers = (values.data_ptr(), meta.data_ptr(), dense.data_ptr())
+    used.decode(used.index, values.element_size(), *pointers, rows, columns, torch.get_num_threads())
+    return dense
+
+
+def _most_tokens(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads: int) -> float:
+    """Tokens up to which the kernels are faster than decoding W for PyTorch's product; measured at the first call."""
+    key = (used.level, x.dtype, values.shape, threads)
+    most = _break_even.get(key)
+    if most is None:
+        sample = torch.ones(_MEASURED, x.shape[-1], dtype=x.dtype, device="cpu")
+        dense = decode(used, values, meta)
+        decoding = _seconds(lambda: decode(used, values, meta))
+        by_dense = _seconds(lambda: F.linear(sample, dense)) / _MEASURED
+        by_kernels = _seconds(lambda: _by_kernels(used, sample, values, meta, None, threads)) / _MEASURED
+        most = decoding / (by_kernels - by_dense) if by_kernels > by_dense else math.inf
+        _break_even[key] = most
+    return most
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ast_sparse.kernels.code24 import pack24, unpack24
-from ast_sparse.kernels.cpu import setting, words
+from ast_sparse.kernels.cpu import pages, setting, words
 from ast_sparse.sparsity.masks import nm_mask
 
 
@@ -32,7 +32,7 @@ def test_other_dtypes_and_gradients_use_the_plain_way(monkeypatch: pytest.Monkey
 
 def test_huge_pages_are_asked_for_whole_pages_of_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(words, "_madvise", lambda: lambda *args: calls.append(args))
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: calls.append(args))
     monkeypatch.setattr(setting, "is_enabled", lambda: True)
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)  # only Linux has it
     weight, mask = torch.randn(2048, 2048).bfloat16(), nm_mask(torch.rand(2048, 2048))

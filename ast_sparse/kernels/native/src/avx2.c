@@ -59,7 +59,7 @@ OPERATION lanes expand(int dtype, const void *values, int byte) {
 
 #include "eight.h"
 
-/* x of one token, for `tile_of_one`: of each 16 columns the groups 0, 2, 1, 3 */
+/* x of one token, for `multiply_one`: of each 16 columns the groups 0, 2, 1, 3 */
 INLINE void prepare_one(int dtype, const ast24_product *p, int64_t first, int64_t last) {
   float *to = p->operand;
   for (int64_t c = first; c < last; c += 8) {
@@ -70,47 +70,52 @@ INLINE void prepare_one(int dtype, const ast24_product *p, int64_t first, int64_
   }
 }
 
-/* `r` rows (1, 2 or 4) from `row` on, one token; r is known when this is compiled */
-INLINE void tile_of_one(int dtype, int r, const ast24_product *p, int64_t row) {
-  const int64_t bytes = p->columns / 8, size = size_of(dtype), row_size = bytes * 4 * size;
-  const uint8_t *meta = p->meta + row * bytes;
-  const char *values = (const char *)p->values + row * row_size;
-  const float *x = p->operand;
-  const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14); /* a permutation reads the last two bits */
-  lanes sums[4];
-  sums[0] = sums[1] = sums[2] = sums[3] = zero();
-  int64_t b = 0;
-/* of the pairs of the four groups, 0 and 2 come from the first eight of x, 1 and 3 from the others */
-#define PICK_AND_ADD(i, positions, weights) { \
-    const __m256i where = _mm256_srlv_epi32(_mm256_set1_epi32(positions), shifts); \
-    const lanes even = _mm256_permutevar_ps(groups02, where), odd = _mm256_permutevar_ps(groups13, where); \
-    sums[i] = add_product(sums[i], weights, _mm256_blend_ps(even, odd, 0xCC)); \
-  }
-  for (; b + 2 <= bytes; b += 2) {
-    const lanes groups02 = load(x + b * 8), groups13 = load(x + b * 8 + 8);
-#define SIXTEEN(i) { \
-    uint16_t positions; \
-    memcpy(&positions, meta + i * bytes + b, 2); \
-    PICK_AND_ADD(i, positions, widen(dtype, values + i * row_size + b * 4 * size)) \
-  }
-    EACH_ROW(SIXTEEN)
-  }
-  if (b < bytes) {
-    const lanes groups02 = load(x + b * 8), groups13 = load(x + b * 8 + 8);
-    char four[32] = {0};
-#define EIGHT(i) \
-    memcpy(four, values + i * row_size + b * 4 * size, 4 * (size_t)size); \
-    PICK_AND_ADD(i, meta[i * bytes + b], widen(dtype, four))
-    EACH_ROW(EIGHT)
-  }
-#define FINISH_ONE(i) finish(dtype, p, 0, row + i, total(sums[i]));
-  EACH_ROW(FINISH_ONE)
+/* `count` bytes of positions in each lane */
+INLINE __m256i positions(const uint8_t *meta, size_t count) {
+  uint32_t bits = 0;
+  memcpy(&bits, meta, count);
+  return _mm256_set1_epi32((int)bits);
 }
 
+/* One token. Rows are read one after the other, as one long stream: several at once are slower when they come from
+   memory. Four sums, because a sum takes longer than its turn. */
 INLINE void multiply_one(int dtype, const ast24_product *p, int64_t first, int64_t last) {
-  int64_t row = first;
-  for (; row + 4 <= last; row += 4) tile_of_one(dtype, 4, p, row);
-  for (; row < last; row++) tile_of_one(dtype, 1, p, row);
+  const int64_t bytes = p->columns / 8, size = size_of(dtype);
+  /* a permutation reads the last two bits; the second half of 32 bits of positions is for the next 16 columns */
+  const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i further = _mm256_add_epi32(shifts, _mm256_set1_epi32(16));
+  for (int64_t row = first; row < last; row++) {
+    const uint8_t *meta = p->meta + row * bytes;
+    const char *values = (const char *)p->values + row * bytes * 4 * size;
+    const float *x = p->operand;
+    lanes sums[4];
+    sums[0] = sums[1] = sums[2] = sums[3] = zero();
+/* of the pairs of the four groups, 0 and 2 come from the first eight of x, 1 and 3 from the others */
+#define SIXTEEN(j, positions, weights) { \
+    const __m256i where = positions; \
+    const lanes even = _mm256_permutevar_ps(load(x + 16 * (j)), where); \
+    const lanes odd = _mm256_permutevar_ps(load(x + 16 * (j) + 8), where); \
+    sums[j] = add_product(sums[j], weights, _mm256_blend_ps(even, odd, 0xCC)); \
+  }
+#define THIRTY_TWO(j) { \
+    const __m256i bits = positions(meta + 2 * (j), 4); \
+    SIXTEEN(j, _mm256_srlv_epi32(bits, shifts), widen(dtype, values + 8 * size * (j))) \
+    SIXTEEN(j + 1, _mm256_srlv_epi32(bits, further), widen(dtype, values + 8 * size * (j + 1))) \
+  }
+    int64_t left = bytes;
+    for (; left >= 8; left -= 8, meta += 8, values += 32 * size, x += 64) {
+      THIRTY_TWO(0) THIRTY_TWO(2)
+    }
+    for (; left >= 2; left -= 2, meta += 2, values += 8 * size, x += 16)
+      SIXTEEN(0, _mm256_srlv_epi32(positions(meta, 2), shifts), widen(dtype, values))
+    if (left) {
+      char four[32] = {0};
+      memcpy(four, values, 4 * (size_t)size);
+      SIXTEEN(0, _mm256_srlv_epi32(positions(meta, 1), shifts), widen(dtype, four))
+    }
+    const lanes sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    finish(dtype, p, 0, row, total(sum));
+  }
 }
 
 #define WAY(name, dtype) \

@@ -9,10 +9,7 @@
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,fma")))
 #define INLINE static inline __attribute__((always_inline))
 
-/* rows whose sums for a block of tokens are kept in the cache, and whose values are read from memory once */
-enum { STRIP = 128 };
-
-extern const ast24_way ast24_avx512_float16, ast24_avx512_float32;
+extern const ast24_way ast24_avx512_bfloat16, ast24_avx512_float16, ast24_avx512_float32;
 void ast24_avx512_decode(const ast24_matrix *, int64_t first, int64_t last);
 
 /* the lowest `count` bits */
@@ -63,6 +60,18 @@ WIDE INLINE __m512 totals(const __m512 *sums) {
     eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
                              _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
   return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88), _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
+}
+
+/* the sums of up to 16 tokens, of which `width` there are in memory */
+WIDE INLINE __m512 load_sums(int width, const float *from) {
+  return width == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(from)) : _mm512_loadu_ps(from);
+}
+
+WIDE INLINE void store_sums(int width, float *to, __m512 sums) {
+  if (width == 8)
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(sums));
+  else
+    _mm512_storeu_ps(to, sums);
 }
 
 /* rows and columns of 16 registers exchanged */

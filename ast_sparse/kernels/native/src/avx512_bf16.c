@@ -12,21 +12,74 @@
 #ifdef AST24_HAS_AVX512
 #include "avx512.h"
 
-#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,f16c,fma")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,f16c,fma")))
 
-enum { FEW = 4, LARGEST = 64 };
+enum { FEW = 4 };
 
-/* Tokens are cut into blocks of LARGEST; the last block is as wide as its tokens need: 4, 8, 16, 32, 48 or 64. */
-INLINE int width_of(int64_t tokens) {
-  return tokens > 48 ? 64 : tokens > 32 ? 48 : tokens > 16 ? 32 : tokens > 8 ? 16 : tokens > 4 ? 8 : 4;
-}
-
+/* x of a block: vectors of `width` pairs */
 INLINE int64_t block_bytes(const ast24_product *p, int width) { return (p->padded / 4 * 7 + 8) * width * 4; }
 
+/* The sums of r rows and a block of tokens go on over `groups` groups from `group` on; r and width are known when this
+   is compiled. */
+TARGET INLINE void sum(
+    int dtype, int r, int width, const ast24_product *p, int64_t row, int64_t group, int64_t groups, const char *block,
+    float *to) {
+  (void)dtype;
+  const int64_t bytes = p->columns / 8, size = width * 4;
+  const int n = width < 16 ? 1 : width / 16;
+  __m512 sums[8][4];
+  const char *values = (const char *)p->values + row * bytes * 8 + group * 4;
+  const uint8_t *meta = p->meta + row * bytes + group / 2;
+  block += group * 7 * size;
+  for (int i = 0; i < r; i++)
+    for (int t = 0; t < n; t++) sums[i][t] = group ? load_sums(width, to + i * width + 16 * t) : _mm512_setzero_ps();
+#define GROUP(g) \
+  for (int i = 0; i < r; i++) { \
+    __m512 *to_add = (g) % 2 ? odd[i] : sums[i]; \
+    const char *pair = block + (g) * 7 * size + (nibbles[i] >> 4 * (g) & 15) * size; \
+    const char *value = values + i * bytes * 8 + (g) * 4; \
+    int32_t two; \
+    memcpy(&two, value, 4); \
+    if (width == 8) { \
+      const __m256bh x = (__m256bh)_mm256_loadu_si256((const void *)pair), w = (__m256bh)_mm256_set1_epi32(two); \
+      to_add[0] = _mm512_castps256_ps512(_mm256_dpbf16_ps(_mm512_castps512_ps256(to_add[0]), w, x)); \
+    } else { \
+      const __m512bh w = (__m512bh)_mm512_set1_epi32(two); \
+      for (int t = 0; t < n; t++) \
+        to_add[t] = _mm512_dpbf16_ps(to_add[t], w, (__m512bh)_mm512_loadu_si512(pair + 64 * t)); \
+    } \
+  }
+#define JOIN for (int i = 0; i < r; i++) for (int t = 0; t < n; t++) sums[i][t] = _mm512_add_ps(sums[i][t], odd[i][t]);
+  for (; groups >= 16; groups -= 16, meta += 8, values += 64, block += 16 * 7 * size) {
+    uint64_t nibbles[8];
+    __m512 odd[8][4];
+    for (int i = 0; i < r; i++) {
+      memcpy(&nibbles[i], meta + i * bytes, 8);
+      for (int t = 0; t < n; t++) odd[i][t] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 16
+    for (int g = 0; g < 16; g++) GROUP(g)
+    JOIN
+  }
+  if (groups) {
+    uint64_t nibbles[8];
+    __m512 odd[8][4];
+    for (int i = 0; i < r; i++) {
+      nibbles[i] = 0;
+      memcpy(&nibbles[i], meta + i * bytes, (size_t)groups / 2);
+      for (int t = 0; t < n; t++) odd[i][t] = _mm512_setzero_ps();
+    }
+    for (int g = 0; g < groups; g += 2) { GROUP(g) GROUP(g + 1) }
+    JOIN
+  }
+  for (int i = 0; i < r; i++)
+    for (int t = 0; t < n; t++) store_sums(width, to + i * width + 16 * t, sums[i][t]);
+}
+
+#include "strips.h"
+
 static int64_t operand(const ast24_product *p) {
-  if (p->tokens <= FEW) return p->tokens * p->padded * 2;
-  const int64_t whole = p->tokens / LARGEST, left = p->tokens % LARGEST;
-  return whole * block_bytes(p, LARGEST) + (left ? block_bytes(p, width_of(left)) : 0);
+  return p->tokens <= FEW ? p->tokens * p->padded * 2 : blocks_bytes(p);
 }
 
 INLINE void prepare_few(const ast24_product *p, int64_t first, int64_t last) {
@@ -39,7 +92,7 @@ INLINE void prepare_few(const ast24_product *p, int64_t first, int64_t last) {
 }
 
 /* the pairs of up to 16 tokens, at `to` of a block `width` wide */
-BF16 INLINE void prepare_pairs(
+TARGET INLINE void prepare_pairs(
     const ast24_product *p, const uint16_t *x, int64_t tokens, char *to, int width, int64_t first, int64_t last) {
   static const uint8_t low[6] = {0, 0, 1, 0, 1, 2}, high[6] = {1, 2, 2, 3, 3, 3};
   __m512i pick[6];
@@ -63,7 +116,7 @@ BF16 INLINE void prepare_pairs(
   }
 }
 
-BF16 static void prepare(const ast24_product *p, int64_t first, int64_t last) {
+TARGET static void prepare(const ast24_product *p, int64_t first, int64_t last) {
   if (p->tokens <= FEW) {
     prepare_few(p, first, last);
     return;
@@ -79,7 +132,7 @@ BF16 static void prepare(const ast24_product *p, int64_t first, int64_t last) {
 
 /* The sums of one row and `n` tokens, in 16 lanes. Rows are read one after the other, as one long stream: reading several
    at once halves the speed of memory. Four sums for each token, because a dot product takes longer than its turn. */
-BF16 INLINE void few(int n, const ast24_product *p, int64_t row, __m512i spread, __m512i base, __m512 *totals_of) {
+TARGET INLINE void few(int n, const ast24_product *p, int64_t row, __m512i spread, __m512i base, __m512 *totals_of) {
   const int64_t columns = p->columns;
   const uint16_t *x = p->operand, *values = (const uint16_t *)p->values + row * (columns / 2);
   const uint8_t *meta = p->meta + row * (columns / 8);
@@ -118,7 +171,7 @@ BF16 INLINE void few(int n, const ast24_product *p, int64_t row, __m512i spread,
     totals_of[16 * t] = _mm512_add_ps(_mm512_add_ps(sums[t][0], sums[t][1]), _mm512_add_ps(sums[t][2], sums[t][3]));
 }
 
-BF16 INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_t last) {
+TARGET INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_t last) {
   uint8_t shifts[64];
   uint16_t bases[32];
   for (int lane = 0; lane < 32; lane++) {
@@ -135,108 +188,15 @@ BF16 INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_t 
   }
 }
 
-/* The sums of r rows and a block of tokens go on over `groups` groups from `group` on; r and width are known when this
-   is compiled. */
-BF16 INLINE void pairs(
-    int r, int width, const ast24_product *p, int64_t row, int64_t group, int64_t groups, const char *block, float *to) {
-  const int64_t bytes = p->columns / 8, size = width * 4;
-  const int n = width < 16 ? 1 : width / 16;
-  __m512 sums[8][4];
-  const char *values = (const char *)p->values + row * bytes * 8 + group * 4;
-  const uint8_t *meta = p->meta + row * bytes + group / 2;
-  block += group * 7 * size;
-#define LOAD(i) (width == 8 ? _mm512_castps256_ps512(_mm256_loadu_ps(to + (i) * 8)) : _mm512_castps128_ps512(_mm_loadu_ps(to + (i) * 4)))
-  for (int i = 0; i < r; i++)
-    for (int t = 0; t < n; t++)
-      sums[i][t] = !group ? _mm512_setzero_ps() : width < 16 ? LOAD(i) : _mm512_loadu_ps(to + i * width + 16 * t);
-#define GROUP(g) \
-  for (int i = 0; i < r; i++) { \
-    const char *pair = block + (g) * 7 * size + (nibbles[i] >> 4 * (g) & 15) * size; \
-    const char *value = values + i * bytes * 8 + (g) * 4; \
-    if (width == 4) { \
-      const __m128i w = _mm_castps_si128(_mm_broadcast_ss((const float *)value)); \
-      sums[i][0] = _mm512_castps128_ps512(_mm_dpbf16_ps(_mm512_castps512_ps128(sums[i][0]), (__m128bh)w, (__m128bh)_mm_loadu_si128((const void *)pair))); \
-    } else if (width == 8) { \
-      const __m256i w = _mm256_castps_si256(_mm256_broadcast_ss((const float *)value)); \
-      sums[i][0] = _mm512_castps256_ps512(_mm256_dpbf16_ps(_mm512_castps512_ps256(sums[i][0]), (__m256bh)w, (__m256bh)_mm256_loadu_si256((const void *)pair))); \
-    } else { \
-      int32_t two; \
-      memcpy(&two, value, 4); \
-      const __m512bh w = (__m512bh)_mm512_set1_epi32(two); \
-      for (int t = 0; t < n; t++) \
-        sums[i][t] = _mm512_dpbf16_ps(sums[i][t], w, (__m512bh)_mm512_loadu_si512(pair + 64 * t)); \
-    } \
-  }
-  for (; groups >= 16; groups -= 16, meta += 8, values += 64, block += 16 * 7 * size) {
-    uint64_t nibbles[8];
-    for (int i = 0; i < r; i++) {
-      memcpy(&nibbles[i], meta + i * bytes, 8);
-      _mm_prefetch(values + (i + 8) * bytes * 8, _MM_HINT_T0);
-    }
-#pragma GCC unroll 16
-    for (int g = 0; g < 16; g++) GROUP(g)
-  }
-  if (groups) {
-    uint64_t nibbles[8];
-    for (int i = 0; i < r; i++) {
-      nibbles[i] = 0;
-      memcpy(&nibbles[i], meta + i * bytes, (size_t)groups / 2);
-    }
-    for (int g = 0; g < groups; g++) GROUP(g)
-  }
-  for (int i = 0; i < r; i++)
-    for (int t = 0; t < n; t++)
-      if (width == 4)
-        _mm_storeu_ps(to + i * 4, _mm512_castps512_ps128(sums[i][0]));
-      else if (width == 8)
-        _mm256_storeu_ps(to + i * 8, _mm512_castps512_ps256(sums[i][0]));
-      else
-        _mm512_storeu_ps(to + i * width + 16 * t, sums[i][t]);
-}
+STRIPS(strip_of, AST24_BFLOAT16)
 
-/* one block of tokens and up to STRIP rows; `cached` groups of x stay in the first cache */
-BF16 INLINE void strip(
-    int r, int width, int64_t cached, const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) {
-  _Alignas(64) float sums[STRIP * LARGEST];
-  const int64_t groups = p->columns / 4;
-  for (int64_t group = 0; group < groups; group += cached) {
-    const int64_t count = ast24_least(groups - group, cached);
-    int64_t i = 0;
-    for (; i + r <= rows; i += r) pairs(r, width, p, row + i, group, count, block, sums + i * width);
-    for (; i < rows; i++) pairs(1, width, p, row + i, group, count, block, sums + i * width);
-  }
-  finish_strip(p, sums, width, token, ast24_least(p->tokens - token, width), row, rows);
-}
-
-BF16 __attribute__((noinline)) static void strip4(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(4, 4, 64, p, row, rows, block, token); }
-BF16 __attribute__((noinline)) static void strip8(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(4, 8, 64, p, row, rows, block, token); }
-BF16 __attribute__((noinline)) static void strip16(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(4, 16, 64, p, row, rows, block, token); }
-BF16 __attribute__((noinline)) static void strip32(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(4, 32, 32, p, row, rows, block, token); }
-BF16 __attribute__((noinline)) static void strip48(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(2, 48, 16, p, row, rows, block, token); }
-BF16 __attribute__((noinline)) static void strip64(const ast24_product *p, int64_t row, int64_t rows, const char *block, int64_t token) { strip(2, 64, 16, p, row, rows, block, token); }
-
-BF16 static void rows(const ast24_product *p, int64_t first, int64_t last) {
+TARGET static void rows(const ast24_product *p, int64_t first, int64_t last) {
   switch (p->tokens) {
-    case 1: rows_few(1, p, first, last); return;
-    case 2: rows_few(2, p, first, last); return;
-    case 3: rows_few(3, p, first, last); return;
-    case 4: rows_few(4, p, first, last); return;
-  }
-  for (int64_t row = first; row < last; row += STRIP) {
-    const int64_t count = ast24_least(last - row, STRIP);
-    const char *block = p->operand;
-    for (int64_t token = 0; token < p->tokens; token += LARGEST) {
-      const int width = width_of(p->tokens - token);
-      switch (width) {
-        case 4: strip4(p, row, count, block, token); break;
-        case 8: strip8(p, row, count, block, token); break;
-        case 16: strip16(p, row, count, block, token); break;
-        case 32: strip32(p, row, count, block, token); break;
-        case 48: strip48(p, row, count, block, token); break;
-        default: strip64(p, row, count, block, token);
-      }
-      block += block_bytes(p, width);
-    }
+    case 1: rows_few(1, p, first, last); break;
+    case 2: rows_few(2, p, first, last); break;
+    case 3: rows_few(3, p, first, last); break;
+    case 4: rows_few(4, p, first, last); break;
+    default: rows_many(p, first, last, strip_of);
   }
 }
 

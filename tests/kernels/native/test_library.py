@@ -1,0 +1,160 @@
+"""Which level a process uses, what a user reads if it cannot be had, and whose threads it runs in."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ast_sparse.errors import UserError
+from ast_sparse.kernels.code24 import pack24
+from ast_sparse.kernels.linear24 import linear24
+from ast_sparse.kernels.native import library, products24
+from ast_sparse.kernels.native.compiling import BuildError
+
+
+def kernels(monkeypatch: pytest.MonkeyPatch, value: str) -> library.Kernels | None:
+    monkeypatch.setenv("AST_SPARSE_CPU", value)
+    return library.kernels.__wrapped__()  # type: ignore[no-any-return]
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BuildError("no C compiler (cc, gcc, clang) was found")
+
+    monkeypatch.setattr(library, "_library", fail)
+
+
+def test_auto_takes_the_best_level_and_a_name_takes_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = library.usable_levels()
+    chosen = kernels(monkeypatch, "auto")
+    assert (chosen and chosen.level) == next((level for level, automatic in levels.items() if automatic), None)
+    for level in set(levels) & set(library.setting.LEVELS):
+        named = kernels(monkeypatch, level)
+        assert named is not None and named.level == level
+
+
+def test_plain_takes_none_and_does_not_look_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_library", None)
+    assert kernels(monkeypatch, "plain") is None
+
+
+def test_a_level_that_the_cpu_lacks_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "usable_levels", lambda: {"avx2": True})
+    message = "AST_SPARSE_CPU is neon, but this CPU has avx2. Set one of them, auto or plain."
+    with pytest.raises(UserError) as raised:
+        kernels(monkeypatch, "neon")
+    assert str(raised.value) == message
+
+
+def test_without_a_library_auto_says_so_once_and_goes_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_library(monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert kernels(monkeypatch, "auto") is None
+    reason = "the C kernels cannot be had, because no C compiler (cc, gcc, clang) was found."
+    assert [each.getMessage() for each in caplog.records] == [f"Compressed products use the plain way: {reason}"]
+
+
+def test_without_a_library_a_named_level_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_library(monkeypatch)
+    with pytest.raises(UserError, match=r"^AST_SPARSE_CPU is avx2, but the C kernels cannot be had: no C compiler"):
+        kernels(monkeypatch, "avx2")
+
+
+def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(library, "library_file", lambda: broken)
+    with pytest.raises(BuildError, match=r"broken\.so cannot be loaded"):
+        library._library.__wrapped__()
+
+
+ONE_TEAM = """
+import torch
+from ast_sparse.kernels.native import library
+from ast_sparse.kernels.native.products24 import linear
+torch.set_num_threads(3)
+torch.randn(400, 400) @ torch.randn(400, 400)  # starts torch's own team
+before = len(open('/proc/self/maps').read())
+def loaded():
+    return sorted({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/')[-1]})
+teams, threads = loaded(), __import__('os').listdir('/proc/self/task')
+values = torch.randn(1000, 200); meta = torch.full((1000, 50), 0x44, dtype=torch.uint8)
+for level in library.usable_levels():
+    linear(torch.randn(4, 400), values, meta, None, library.of_level(level))
+assert library.openmp_of_torch()
+assert loaded() == teams and len(teams) == 1, (teams, loaded())
+assert __import__('os').listdir('/proc/self/task') == threads
+"""
+
+
+def test_the_threads_are_those_of_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", ONE_TEAM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bits_do_not_depend_on_the_threads_or_the_other_tokens(tokens: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.zeros(300, 400, dtype=dtype)
+    weight.view(300, 100, 4)[..., 1:3] = torch.randn(300, 100, 2, generator=generator).to(dtype)
+    values, meta = pack24(weight)
+    x = torch.randn(tokens, 400, generator=generator).to(dtype)
+    before = torch.get_num_threads()
+    for level in library.usable_levels():
+        used, found = library.of_level(level), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                found.append(products24.linear(x, values, meta, None, used))
+            finally:
+                torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        if tokens == 70:  # another width of the last block
+            assert torch.equal(products24.linear(x[:20], values, meta, None, used), found[0][:20])
+        if tokens == 3:
+            assert torch.equal(products24.linear(x[:2], values, meta, None, used), found[0][:2])
+
+
+def test_dense_products_are_used_above_the_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(48, 64)
+    weight.view(48, 16, 4)[..., 2:] = torch.randn(48, 16, 2)
+    values, meta = pack24(weight)
+    x, bias = torch.randn(2, 40, 64), torch.randn(48)
+    monkeypatch.setattr(products24, "_BLOCK", 64 * 20)  # three blocks of rows
+    for most, exact in ((39.0, True), (1e9, False)):
+        monkeypatch.setattr(products24, "_most_tokens", lambda *_, most=most: most)
+        found = linear24(x, values, meta, bias)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
+        used = products24.kernels()
+        assert used is None or torch.equal(found, products24.linear(x, values, meta, bias, used)) is not exact
+
+
+def test_the_break_even_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, meta = pack24(torch.zeros(32, 64))
+    used = library.of_level(next(iter(library.usable_levels())))
+    seconds = iter([8.0, 1.0, 3.0])  # decoding, 64 tokens by a dense product, by the kernels
+    monkeypatch.setattr(products24, "_seconds", lambda call: (call(), next(seconds))[1])
+    monkeypatch.setattr(products24, "_break_even", {})
+    arguments = (used, torch.zeros(1, 64), values, meta, 1)
+    assert products24._most_tokens(*arguments) == 8 / (2 / 64)
+    assert products24._most_tokens(*arguments) == 8 / (2 / 64)
+
+
+def test_what_the_kernels_do_not_serve_goes_the_plain_way() -> None:
+    values, meta = pack24(torch.zeros(4, 16, dtype=torch.bfloat16))
+    x = torch.zeros(2, 16, dtype=torch.bfloat16)
+    assert products24.takes(x, values, meta) is (products24.kernels() is not None)
+    assert not products24.takes(x.float(), values, meta)
+    assert not products24.takes(x[:, :8], values, meta)
+    assert not products24.takes(x[:0], values, meta)
+    assert not products24.takes(x, values, meta.t().contiguous().t())
+    assert not products24.takes(x.double(), values.double(), meta)
+    assert not products24.takes(x.to("meta"), values, meta)
+    with torch.autocast("cpu"):
+        assert not products24.takes(x, values, meta)
