@@ -6,7 +6,7 @@
 # SmolLM2-135M-Instruct as a Q4_1 .gguf file had 4-bit weights before pruning, which may flatter the result.
 # usage: scripts/checks/int4.sh MODEL DATA OUT    DATA holds redpajama_sample/c4-rp.jsonl and wikitext2/wiki.test.raw
 set -euo pipefail
-[ $# -eq 3 ] || { sed -n 2,8p "$0" >&2; exit 2; }
+[ $# -eq 3 ] || { sed -n 2,7p "$0" >&2; exit 2; }
 model=$1 data=$2 out=$3
 export PATH="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin:$PATH"
 text=(--calibration "$data/redpajama_sample/c4-rp.jsonl" --samples 32 --seq-len 512)
