@@ -35,8 +35,8 @@ def logits(model: PreTrainedModel) -> Tensor:
     return result
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+def same(found: Tensor, expected: Tensor, share: float = 1e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=share * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,13 +48,14 @@ def test_what_is_trained_is_what_is_written_and_read(tmp_path: Path, family: str
     expected = logits(model)
     dense, compressed = tmp_path / "dense", tmp_path / "compressed"
     export_model(model, dense, "dense", dtype="float32")
-    same(logits(load_causal_lm(dense)), expected)
+    exported = logits(load_causal_lm(dense))
+    same(exported, expected)
     export_model(model, compressed, "compressed", dtype="float32")
-    same(logits(load_causal_lm(compressed)), expected)
+    assert torch.equal(logits(load_causal_lm(compressed)), exported)
     own = AstSparse24Config(dequantize=False)
     packed = AutoModelForCausalLM.from_pretrained(compressed, quantization_config=own, dtype=torch.float32)
     assert any(isinstance(module, CompressedLinear) for module in packed.modules())
-    same(logits(packed), expected)
+    same(logits(packed), expected, share=4e-6)  # its products add in another order
 
 
 @pytest.mark.parametrize("family", FAMILIES)

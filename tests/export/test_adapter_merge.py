@@ -119,7 +119,7 @@ def test_slorb_of_the_base_stays_beside_it(folder: Path, tmp_path: Path) -> None
 ERRORS = {
     "slorb": (("--merge-adapter", "with_slorb/slorb"), "is SLoRB, which stands in for the pruned weights"),
     "none": (("--merge-adapter", "base"), "holds no adapter_config.json. Name the folder of a PEFT adapter."),
-    "text": (("--merge-text", "text.txt"), "--merge-text (text.txt) has no effect without --merge-adapter"),
+    "text": (("--merge-text", "text.txt"), "text.txt) has no effect without --merge-adapter"),
     "missing": (("--merge-adapter", "lora", "--merge-text", "no.txt"), "no.txt"),
 }
 

@@ -199,7 +199,7 @@ def test_a_compiled_layer_decodes_as_an_eager_one() -> None:
 
 def test_code_takes_nine_bits_a_weight() -> None:
     values, meta = pack24(torch.zeros(16, 64, dtype=torch.bfloat16))
-    assert values.nbytes + meta.nbytes == CODE24.stored_bytes(16 * 64, 2) == 0.5625 * 2 * 16 * 64
+    assert values.nbytes + meta.nbytes == CODE24.stored_bytes(16, 64, 2) == 0.5625 * 2 * 16 * 64
 
 
 def test_gradients_reach_the_values() -> None:
