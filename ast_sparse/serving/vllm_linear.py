@@ -10,6 +10,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.codec import SCALE
+from ast_sparse.kernels.cpu.pages import in_huge_pages
 from ast_sparse.serving.slorb_serving import input_slice
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Vllm24LinearMethod(LinearMethodBase):
         if not codec.check_meta(layer.weight_meta.data):
             raise UserError(f"`{self.parts[0]}`: its metadata names positions that no 2:4 group has. {_DAMAGED}")
         for name in codec.names:
-            setattr(layer, name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
+            data = in_huge_pages(getattr(layer, name).data)  # on a CPU; one token reads all of it
+            setattr(layer, name, nn.Parameter(data, requires_grad=False))
         if self.config.slorb is not None:
             self._add_slorb(layer)
 
