@@ -66,6 +66,11 @@ def main(out: Path) -> None:
     by_hand(model, rank, world)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     fsdp = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    half = plain()
+    for layer in keep_sparsity(half).layers.values():  # without groups, and not half of each piece
+        weight = layer.weight.detach()
+        weight.copy_((torch.arange(len(weight)) < len(weight) / 2)[:, None].expand_as(weight))
+    unstructured = len(keep_sparsity(sharded(half), "unstructured").layers)
     conv1d = plain("gpt2")
     for block in conv1d.transformer.h:
         fully_shard(block)
@@ -75,7 +80,7 @@ def main(out: Path) -> None:
     except UserError as error:
         refusal = str(error)
     if rank == 0:
-        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal}, out / "facts.pt")
+        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured}, out / "facts.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -233,14 +233,11 @@ def test_a_change_that_the_optimizer_did_not_make_is_found(tmp_path: Path) -> No
 
 
 def test_a_dense_or_compressed_or_masked_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+
     def error(model: nn.Module) -> str:
         with pytest.raises(UserError) as caught:
-            KeepSparsityCallback().on_train_begin(
-                TrainingArguments(str(tmp_path), use_cpu=True),
-                None,
-                None,
-                model=model,  # type: ignore[arg-type]
-            )
+            KeepSparsityCallback().on_train_begin(args, None, None, model=model)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -254,3 +251,5 @@ def test_a_dense_or_compressed_or_masked_model_is_refused_in_one_line(tmp_path: 
     changed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.nn.init.ones_(changed.get_parameter("model.layers.1.mlp.up_proj.weight"))
     assert "`model.layers.1.mlp.up_proj` is recorded as pruned, but its weight is not 2:4" in error(changed)
+    args.deepspeed_plugin = object()  # `accelerate launch` may choose DeepSpeed too
+    assert "DeepSpeed and FSDP1 flatten weights" in error(plain())
