@@ -177,7 +177,9 @@ def test_an_adapter_with_other_tensors_is_refused(change: str, folder: Path, tmp
     first, others = {}, {}
     for name, value in load_file(file).items():
         (first if ".layers.0." in name else others)[name] = value
-    added = {name.replace(".0.", ".5."): value.clone() for name, value in first.items()} | first if change == "more" else {}
+    added = (
+        {name.replace(".0.", ".5."): value.clone() for name, value in first.items()} | first if change == "more" else {}
+    )
     save_file(others | added, file)
     result = run(folder / "base", tmp_path / "out", "--merge-adapter", tmp_path / "lora")
     place = "has 'base_model.model.model.layers.5." if change == "more" else "lacks 'base_model.model.model.layers.0."

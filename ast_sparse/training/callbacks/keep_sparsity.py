@@ -40,7 +40,9 @@ class KeepSparsityCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if self.kept is not None:  # the last training ended in an error
             self.kept.remove()
-        if args.deepspeed_plugin is not None or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        if args.deepspeed_plugin is not None or any(
+            isinstance(module, FullyShardedDataParallel) for module in model.modules()
+        ):
             raise UserError(
                 "DeepSpeed and FSDP1 flatten weights, so their masks would be lost. Train with DDP (torchrun) or FSDP2."
             )
