@@ -10,19 +10,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ast_sparse import KeepSparsityCallback, UserError, densify_model, keep_sparsity
+from ast_sparse import KeepSparsityCallback, UserError, keep_sparsity
 from ast_sparse.distributed.pieces import whole
 from tests.distributed.fsdp_facts import data
-from tests.export.sparse_models import sparse_model
+from tests.export.sparse_models import plain_sparse_model
 
 STEPS, BATCH = 3, 4
 
 
 def plain(family: str = "llama") -> PreTrainedModel:
-    """A plain model in float64 whose pruned weights are zero."""
-    model = sparse_model(family)
-    densify_model(model)
-    return model.double()
+    return plain_sparse_model(family).double()
 
 
 def by_trainer(out: Path, world: int) -> PreTrainedModel:

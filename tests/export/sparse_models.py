@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.sparsity.model import sparse_layers, sparsify_model
+from ast_sparse.sparsity.model import densify_model, sparse_layers, sparsify_model
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +29,13 @@ def sparse_model(
         layer.mask.data = layer.mask.data.roll(2, dims=1 - layer.group_dim)
         if layer.slorb is not None:
             torch.nn.init.normal_(layer.slorb.X)
+    return model
+
+
+def plain_sparse_model(family: str = "llama", pattern: str = "2:4") -> PreTrainedModel:
+    """A plain model whose pruned weights are zero."""
+    model = sparse_model(family, pattern=pattern)
+    densify_model(model)
     return model
 
 

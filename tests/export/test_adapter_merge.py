@@ -14,20 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ast_sparse import AstSparse24Config, densify_model, export_model, load_causal_lm, merge_adapter_sparse
+from ast_sparse import AstSparse24Config, export_model, load_causal_lm, merge_adapter_sparse
 from ast_sparse.cli.export import main as export
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json
-from tests.export.sparse_models import masked_state, sparse_model, token_ids
+from tests.export.sparse_models import masked_state, plain_sparse_model, sparse_model, token_ids
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
 def base(family: str = "llama") -> PreTrainedModel:
-    model = sparse_model(family)
-    densify_model(model)
-    return model.eval()
+    return plain_sparse_model(family).eval()
 
 
 def adapted(model: Any, family: str = "llama", **settings: Any) -> PeftModel:

@@ -5,10 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from ast_sparse import UserError, densify_model, keep_sparsity
+from ast_sparse import UserError, keep_sparsity
 from ast_sparse.sparsity.kept import nm_layers, plain_name
 from ast_sparse.sparsity.masks import Pattern
-from tests.export.sparse_models import sparse_model
+from tests.export.sparse_models import plain_sparse_model
 
 NM = Pattern(2, 4)
 LAYER = "model.layers.1.mlp.up_proj"
@@ -17,9 +17,7 @@ HALF = torch.tensor([1.0, 0, 1, 0])
 
 @pytest.fixture
 def model() -> PreTrainedModel:
-    model = sparse_model()
-    densify_model(model)
-    return model
+    return plain_sparse_model()
 
 
 def test_layers_of_the_blocks_whose_weights_fit(model: PreTrainedModel) -> None:
