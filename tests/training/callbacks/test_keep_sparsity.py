@@ -27,7 +27,9 @@ def rows(count: int = ROWS) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def trainer(model: nn.Module, out: Path, callback: Any = None, data: Any = None, **changes: Any) -> Trainer:
+def trainer(
+    model: nn.Module, out: Path, callback: Any = None, data: Any = None, eval_dataset: Any = None, **changes: Any
+) -> Trainer:
     values: dict[str, Any] = dict(
         max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, weight_decay=DECAY, max_grad_norm=CLIP,
         use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True, optim="adamw_torch",
@@ -35,7 +37,7 @@ def trainer(model: nn.Module, out: Path, callback: Any = None, data: Any = None,
     )  # fmt: skip
     callbacks = [callback or KeepSparsityCallback()]
     args = TrainingArguments(str(out), **{**values, **changes})
-    return Trainer(model, args, train_dataset=data or rows(), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=data or rows(), eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -197,8 +199,7 @@ def test_the_weights_of_the_best_checkpoint_have_the_same_zeros(tmp_path: Path) 
     model = plain_sparse_model()
     before = zeros(model)
     every = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, max_steps=4)
-    run = trainer(model, tmp_path, **every, load_best_model_at_end=True, greater_is_better=True)
-    run.eval_dataset = rows()
+    run = trainer(model, tmp_path, **every, load_best_model_at_end=True, greater_is_better=True, eval_dataset=rows())
     run.train()
     assert run.state.best_global_step == 2
     assert all(torch.equal(mask, before[name]) for name, mask in zeros(model).items())
