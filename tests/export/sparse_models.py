@@ -1,8 +1,5 @@
-"""Sparse tiny models, changed checkpoint files, and a fresh Python for the export tests."""
+"""Sparse tiny models and changed checkpoint files for the export tests."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +11,6 @@ from transformers import PreTrainedModel
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.sparsity.model import densify_model, sparse_layers, sparsify_model
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def sparse_model(
@@ -71,12 +66,3 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
     change(tensors)
     save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
     (folder / "checksums.json").unlink(missing_ok=True)
-
-
-def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter; its files are found from the root of the checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert not check or done.returncode == 0, done.stderr
-    return done

@@ -24,12 +24,12 @@ from tests.export.sparse_models import (
     change_tensors,
     masked_state,
     plain_sparse_model,
-    run_python,
     save_training_checkpoint,
     sparse_model,
     token_ids,
 )
 from tests.models import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.processes import run_python
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 

@@ -13,7 +13,8 @@ import pytest
 from ast_sparse import export_model
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json
-from tests.export.sparse_models import ROOT, run_python, sparse_model
+from tests.export.sparse_models import sparse_model
+from tests.processes import ROOT, run_python
 from tests.serving.vllm_stand_in import LinearBase, UnquantizedLinearMethod
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
