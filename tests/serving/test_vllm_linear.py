@@ -67,7 +67,7 @@ def test_merged_rows_of_all_ranks_are_the_dense_product(
             if part == "q" or rank % layer.num_kv_head_replicas == 0:
                 outputs[part].append(y)
     for part, found in outputs.items():
-        torch.testing.assert_close(torch.cat(found, -1), expected(x, weights[part], pairs.get(part)).float())
+        assert_close(torch.cat(found, -1), expected(x, weights[part], pairs.get(part)).float())
 
 
 @pytest.mark.parametrize("with_slorb", [False, True])
@@ -82,7 +82,7 @@ def test_split_inputs_of_all_ranks_sum_to_the_dense_product(
     for rank in range(ranks):
         layer = filled(Layer(method(["down"], slorb), [32], INPUTS, rank, ranks, by_input=True), {None: dense})
         total += layer.method.apply(layer, x.chunk(ranks, -1)[rank], bias if rank == 0 else None)
-    torch.testing.assert_close(total, (expected(x, dense, pairs.get("down")) + bias).float())
+    assert_close(total, (expected(x, dense, pairs.get("down")) + bias).float())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -100,14 +100,14 @@ def test_values_of_4_bits_on_all_ranks_are_the_product_with_the_rounded_weight(
         found.append(layer.method.apply(layer, x).split(layer.sizes, -1))
     for index, dense in enumerate(parts.values()):
         wanted = expected(x, round_to_grid(dense)[0], None).float()
-        torch.testing.assert_close(torch.cat([each[index] for each in found], -1), wanted)
+        assert_close(torch.cat([each[index] for each in found], -1), wanted)
     s, x_pair = torch.randn(32, 6), torch.randn(6, 256)
     slorb, total = adapter(tmp_path, {"down": (s, x_pair)}), torch.zeros(5, 32)
     for rank in range(ranks):
         layer = Layer(method(["down"], slorb, CODE24_INT4), [32], 256, rank, ranks, by_input=True)
         layer = filled(layer, {None: parts["q"]})
         total += layer.method.apply(layer, x.chunk(ranks, -1)[rank])
-    torch.testing.assert_close(total, expected(x, round_to_grid(parts["q"])[0], (s, x_pair)).float())
+    assert_close(total, expected(x, round_to_grid(parts["q"])[0], (s, x_pair)).float())
 
 
 def test_a_rank_that_would_cut_a_group_with_one_scale_is_refused_and_missing_scales_are_found(vllm: None) -> None:
@@ -159,6 +159,11 @@ def adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> SlorbFiles
         return None
     write_adapter(folder / "slorb", "base", pairs)
     return SlorbFiles(folder / "slorb", pairs)
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    """Within what sums of up to 256 products of float32 are off."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 def expected(x: Tensor, dense: Tensor, slorb: tuple[Tensor, Tensor] | None) -> Tensor:
