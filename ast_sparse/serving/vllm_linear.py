@@ -107,11 +107,11 @@ class Vllm24LinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., out]` of this rank from its inputs `[..., in]`."""
-        y = self.config.codec.linear(x, layer.weight, layer.weight_meta, bias, getattr(layer, SCALE, None))
-        if not hasattr(layer, "slorb_s"):
+        slorb = (layer.slorb_s, layer.slorb_x) if hasattr(layer, "slorb_s") else None
+        fused = slorb if len(self.parts) == 1 else None
+        y = self.config.codec.linear(x, layer.weight, layer.weight_meta, bias, getattr(layer, SCALE, None), fused)
+        if slorb is None or fused is not None:
             return y
-        inner = F.linear(x, layer.slorb_x)
-        if len(self.parts) == 1:
-            return y + F.linear(inner, layer.slorb_s)
-        inputs, rows = inner.chunk(len(self.parts), -1), layer.slorb_s.split(self.output_sizes)
+        inputs = F.linear(x, layer.slorb_x).chunk(len(self.parts), -1)
+        rows = layer.slorb_s.split(self.output_sizes)
         return y + torch.cat([F.linear(z, s) for z, s in zip(inputs, rows, strict=True)], -1)

@@ -101,6 +101,16 @@ def test_the_fastest_way_is_measured_once_and_a_failing_one_is_left_out(
     assert fastest.remembered("third") is None
 
 
+def test_numbers_of_tokens_that_are_measured_together_have_the_same_candidates() -> None:
+    tokens = (1, 2, 3, 4, 5, 16, 17, 32, 33, 64, 65, 256, 257, 8192, 100_000)
+    assert [dispatch._group(each) for each in tokens] == [1, 2, 4, 4, 16, 16, 32, 32, 64, 64, 128, 256, 512, 8192, 8192]
+    for each in range(1, 600):
+        most = dispatch._group(each)
+        assert (each <= dispatch._TILES) == (most <= dispatch._TILES)
+        assert (each >= dispatch._DECODED) == (most >= dispatch._DECODED)
+        assert (each >= dispatch._SEMI_STRUCTURED) == (most >= dispatch._SEMI_STRUCTURED)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows, columns", [(8, 8), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)])
 def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -114,3 +124,4 @@ def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int,
                 assert plan.tokens >= tokens and plan.units < 32 * plan.warps
             else:
                 assert plan.kernel == "tiles" and tokens > 1 and plan.tokens >= min(tokens, 64)
+                assert dtype == torch.bfloat16 or plan.rows < 64  # else TF32 on some GPUs
