@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.code24 import pack24
-from ast_sparse.kernels.gpu import dispatch, fastest, plans
+from ast_sparse.kernels.gpu import dispatch, fastest, plans, prefill
 from ast_sparse.kernels.linear24 import linear24
 from ast_sparse.sparsity.masks import nm_mask
 
@@ -99,6 +100,31 @@ def test_the_fastest_way_is_measured_once_and_a_failing_one_is_left_out(
     assert record.message == "a product: quick (1.0000 ms, slow 3.0000, broken inf)."
     assert fastest.fastest("other", "a product", {"broken": ways["broken"]}) == "broken"
     assert fastest.remembered("third") is None
+
+
+def test_while_a_graph_is_captured_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(fastest, "do_bench", pytest.fail)
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=torch.float16, shape=(100, 64))
+    ways = {name: lambda: torch.zeros(1) for name in ("tiles", "decoded", "cusparselt")}
+    for measured, chosen in ((None, "tiles"), ("decoded", "decoded"), ("cusparselt", "tiles"), ("cutlass", "tiles")):
+        known = {} if measured is None else {(x.device, x.dtype, 32, 64, 128): measured}
+        monkeypatch.setattr(fastest, "_chosen", known)
+        assert dispatch._chosen(x, 32, 128, ways) == chosen
+
+
+def test_semi_structured_products_are_tried_where_pytorch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(rows: int = 64, columns: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: int = 0) -> list[str]:
+        return prefill.semi_structured(rows, columns, dtype, torch.device("cuda", gpu))
+
+    monkeypatch.setattr(prefill, "_handles", {})
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert names() == ["cutlass", "cusparselt"] and names(gpu=1) == ["cutlass"]
+    assert names(1 << 16, 1 << 15) == ["cutlass"]  # too large to be decoded at once
+    assert names(48) == names(columns=96) == names(dtype=torch.float32) == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert names() == ["cusparselt"] and names(gpu=1) == []
 
 
 def test_numbers_of_tokens_that_are_measured_together_have_the_same_candidates() -> None:
