@@ -21,37 +21,45 @@ _BLOCK = 1 << 21  # entries of W that are decoded at a time, so that they stay i
 _break_even: dict[tuple[Any, ...], float] = {}
 
 
-def takes(x: Tensor, values: Tensor, meta: Tensor) -> bool:
+def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes this product, which passes no gradients."""
-    if not (x.is_cpu and x.dtype is values.dtype and values.dim() == 2):
+    if x.dtype not in DTYPES or values.dim() != 2:
         return False
     out_features, kept = values.shape
     return (
-        kernels() is not None
-        and x.dtype in DTYPES
-        and (type(x) is Tensor or type(x) is Parameter)
-        and (type(values) is Parameter or type(values) is Tensor)
-        and 2 * kept == x.shape[-1]
-        and meta.dtype is torch.uint8
-        and meta.shape == (out_features, kept // 4)
+        _is_readable(x, x.dtype)
+        and _is_readable(values, x.dtype)
+        and _is_readable(meta, torch.uint8)
+        and (bias is None or (_is_readable(bias, x.dtype) and bias.shape == (out_features,)))
+        and x.dim() > 0
+        and x.shape[-1] == 2 * kept
         and kept % 4 == 0
+        and meta.shape == (out_features, kept // 4)
         and values.is_contiguous()
         and meta.is_contiguous()
         and x.numel() > 0
         and out_features > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
+        and kernels() is not None  # the last question, because it may compile them
     )
+
+
+def _is_readable(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is no subclass, and has this dtype and its entries in this machine's memory."""
+    kind = type(tensor)
+    plain = kind is Tensor or kind is Parameter
+    return plain and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided
 
 
 def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced: Kernels | None = None) -> Tensor:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
     Pruned entries of W are left out, or multiplied as 0: whether an x that is not finite makes NaN of them depends on
-    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0. The bits of a
-    result do not depend on the threads, nor on the other tokens; but a product of up to 4 tokens (`src/`) adds in
-    another order than a larger one. Where dense products of this machine are faster from some number of tokens on, W is
-    decoded in blocks for them.
+    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0.
+
+    Bits: with up to 16 tokens they depend on the level, and on whether the tokens are at most 4 (AVX2: 1), but not on
+    the threads or the other tokens. With more, W may be decoded in blocks for PyTorch's product. A measurement decides
+    that, so the bits may differ between two processes, numbers of threads, and numbers of tokens.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.
@@ -101,11 +109,15 @@ def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Te
 def _by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by decoding a block of rows at a time, and PyTorch's product with it."""
     y = x.new_empty(*x.shape[:-1], values.shape[0])
-    step = max(_BLOCK // x.shape[-1], 1)
+    step = _rows_of_block(x)
     for start in range(0, values.shape[0], step):
         at = slice(start, start + step)
         y[..., at] = F.linear(x, decode(used, values[at], meta[at]), None if bias is None else bias[at])
     return y
+
+
+def _rows_of_block(x: Tensor) -> int:
+    return max(_BLOCK // x.shape[-1], 1)
 
 
 def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
@@ -118,11 +130,16 @@ def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
 
 
 def _most_tokens(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads: int) -> float:
-    """Tokens up to which the kernels are faster than decoding W for PyTorch's product; measured at the first call."""
+    """Tokens up to which the kernels are faster than decoding W for PyTorch's product.
+
+    Measured at the first call, with the first block of `_by_blocks`.
+    """
     key = (used.level, x.dtype, values.shape, threads)
     most = _break_even.get(key)
     if most is None:
         sample = torch.ones(_MEASURED, x.shape[-1], dtype=x.dtype, device="cpu")
+        block = slice(0, _rows_of_block(x))
+        values, meta = values[block], meta[block]
         dense = decode(used, values, meta)
         decoding = _seconds(lambda: decode(used, values, meta))
         by_dense = _seconds(lambda: F.linear(sample, dense)) / _MEASURED
