@@ -28,14 +28,15 @@ def linear24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None
     Returns:
         `[..., out]` in that dtype.
     """
-    if _is_watched(x, values, bias):
+    compiling = torch.compiler.is_compiling()
+    if _is_watched(x, values, bias, compiling):
         return F.linear(x, unpack24(values, meta), bias)
-    if torch.compiler.is_compiling():
+    if compiling:
         return torch.ops.ast_sparse.linear24(x, values, meta, bias)
     return _linear24(x, values, meta, bias)
 
 
-def _is_watched(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+def _is_watched(x: Tensor, values: Tensor, bias: Tensor | None, compiling: bool) -> bool:
     """Whether something has to see each operation: gradients, torch.func, a trace, a dispatch mode, or autocast."""
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
@@ -43,7 +44,7 @@ def _is_watched(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
         return True
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
-    if torch.compiler.is_compiling():  # the compiler's own modes see the opaque operation
+    if compiling:  # the compiler's own modes see the opaque operation
         return torch.is_autocast_enabled(x.device.type)
     return is_in_torch_dispatch_mode() or torch.jit.is_tracing()
 

@@ -17,24 +17,28 @@ _MEASURED = 64  # tokens; the break-even is measured with them, and asked for on
 _FEW = 16  # tokens that the kernels always take
 _BLOCK = 1 << 21  # entries of W that are decoded at a time, so that they stay in the cache
 
+_STRIDED = torch.strided
+
 # most tokens that the kernels take, by level, dtype, shape and threads: measured once in a process
 _break_even: dict[tuple[Any, ...], float] = {}
 
 
 def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes this product, which passes no gradients."""
-    if x.dtype not in DTYPES or values.dim() != 2:
+    dtype, given = x.dtype, (x, values, meta) if bias is None else (x, values, meta, bias)
+    for tensor in given:
+        kind = type(tensor)
+        if not (kind is Tensor or kind is Parameter) or not tensor.is_cpu or tensor.layout is not _STRIDED:
+            return False
+    if dtype not in DTYPES or values.dtype is not dtype or values.dim() != 2 or x.dim() == 0:
         return False
     out_features, kept = values.shape
     return (
-        _is_readable(x, x.dtype)
-        and _is_readable(values, x.dtype)
-        and _is_readable(meta, torch.uint8)
-        and (bias is None or (_is_readable(bias, x.dtype) and bias.shape == (out_features,)))
-        and x.dim() > 0
-        and x.shape[-1] == 2 * kept
+        x.shape[-1] == 2 * kept
         and kept % 4 == 0
+        and meta.dtype is torch.uint8
         and meta.shape == (out_features, kept // 4)
+        and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,)))
         and values.is_contiguous()
         and meta.is_contiguous()
         and x.numel() > 0
@@ -42,13 +46,6 @@ def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -
         and not torch.is_autocast_enabled("cpu")
         and kernels() is not None  # the last question, because it may compile them
     )
-
-
-def _is_readable(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is no subclass, and has this dtype and its entries in this machine's memory."""
-    kind = type(tensor)
-    plain = kind is Tensor or kind is Parameter
-    return plain and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided
 
 
 def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced: Kernels | None = None) -> Tensor:
@@ -77,8 +74,9 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
 
 def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, threads: int) -> Tensor:
     """`linear` by the kernels of a level."""
-    rows, columns = values.shape[0], x.shape[-1]
-    stride = columns
+    rows, kept = values.shape
+    stride = columns = 2 * kept
+    tokens = x.numel() // columns
     if not x.is_contiguous():
         if x.dim() == 2 and x.stride(1) == 1:
             stride = x.stride(0)
@@ -96,13 +94,13 @@ def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Te
         meta.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.numel() // columns,
+        tokens,
         rows,
         columns,
         threads,
     )
     if status:
-        raise MemoryError(f"No memory for a product of {x.numel() // columns} tokens with {columns} columns.")
+        raise MemoryError(f"No memory for a product of {tokens} tokens with {columns} columns.")
     return y
 
 
