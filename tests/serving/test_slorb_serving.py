@@ -43,13 +43,13 @@ def test_the_setting_names_a_folder_or_means_the_one_beside_the_model(tmp_path: 
     assert adapter_folder(None, str(tmp_path)) is adapter_folder(False, str(tmp_path)) is None
     with pytest.raises(UserError, match="ast_sparse_slorb=1 must be true, or the folder of a SLoRB adapter"):
         adapter_folder(1, str(tmp_path))
-    with pytest.raises(UserError, match=r"ast_sparse_slorb=true: .*holds no SLoRB adapter|holds no SLoRB adapter"):
+    with pytest.raises(UserError, match=r"^ast_sparse_slorb=True: `.*slorb` holds no SLoRB adapter"):
         adapter_folder(True, str(tmp_path / "other"))
 
 
 def test_a_pair_is_read_again_as_it_was_written(tmp_path: Path) -> None:
     s, x = torch.randn(8, 4), torch.randn(4, 16)
-    write_adapter(tmp_path / "slorb", "base", {"a": (s, x), "b": (s + 1, x[:2])} | {"b": (s[:, :2] + 1, x[:2])})
+    write_adapter(tmp_path / "slorb", "base", {"a": (s, x), "b": (s[:, :2] + 1, x[:2])})
     found = SlorbFiles(tmp_path / "slorb", {"a", "b"})
     assert found.ranks == {"a": 4, "b": 2}
     assert torch.equal(found.pair("a")[0], s) and torch.equal(found.pair("b")[1], x[:2])
