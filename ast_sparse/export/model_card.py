@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.export.card_subject import Subject, shareable, shareable_values
 from ast_sparse.export.formats import codecs
+from ast_sparse.export.slorb_hint import VLLM_RANKS, vllm_options
 from ast_sparse.export.summary import ExportReport, size_text
 from ast_sparse.storage import files
 from ast_sparse.storage.base_card import EXPORT_MARK, README, base_metadata, card_metadata, is_export_card, is_hub_id
@@ -23,7 +24,6 @@ from ast_sparse.storage.stage_results import WITHOUT_SLORB, is_result
 from ast_sparse.storage.versions import versions
 
 SOURCE_README = "SOURCE_README.md"  # the card that the source had
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 _PAPER = "[AST](https://arxiv.org/abs/2407.20584)"
 _READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  # of `datasets`, not data sets
 
@@ -216,16 +216,16 @@ def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
         yield "This serves the model without SLoRB."
         return
     rank = max(subject.ranks.values())
-    allowed = next((each for each in VLLM_RANKS if each >= rank), None)
-    if allowed is None:
+    options = vllm_options(rank, "FOLDER", compressed)
+    if options is None:
         yield (
             f"This serves the model without SLoRB. The adapter has rank {rank}, and vLLM's LoRA takes at most "
-            f"{VLLM_RANKS[-1]}."
+            f"{VLLM_RANKS[-1]}. A compressed export is served with any rank."
         )
         return
-    yield "This serves the model without SLoRB. With it (ask for the model `slorb`; `FOLDER` is a local folder):"
-    lora = f"--enable-lora --max-lora-rank {allowed} --lora-modules slorb=FOLDER/{files.ADAPTER_FOLDER}"
-    yield _block("bash", [f"vllm serve FOLDER {lora}"])
+    name = "ask for the model `slorb`; " if "lora" in options else ""
+    yield f"This serves the model without SLoRB. With it ({name}`FOLDER` is a local folder):"
+    yield _block("bash", [f"vllm serve FOLDER {options}"])
 
 
 def _perplexity(subject: Subject, report: ExportReport) -> Iterator[str]:

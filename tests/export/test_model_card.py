@@ -19,7 +19,8 @@ import ast_sparse
 from ast_sparse.cli import export, prune, train
 from ast_sparse.export.card_subject import Subject, shareable, with_run
 from ast_sparse.export.export import export_model
-from ast_sparse.export.model_card import VLLM_RANKS, write_card
+from ast_sparse.export.model_card import write_card
+from ast_sparse.export.slorb_hint import VLLM_RANKS
 from ast_sparse.sparsity.model import densify_model
 from ast_sparse.storage.base_card import base_metadata
 from ast_sparse.storage.files import read_json, write_json
@@ -265,6 +266,9 @@ def test_vllm_is_given_the_smallest_rank_that_it_takes(rank: int, folder: Path, 
     taken = re.findall(r"--max-lora-rank (\d+)", card(tmp_path / "out"))
     expected = {1: "1", 6: "8", 16: "16", 321: "512", 512: "512"}
     assert taken == ([expected[rank]] if rank in expected else [])
+    in_layers = "vllm serve FOLDER --hf-overrides '{\"ast_sparse_slorb\": true}'"
+    assert (in_layers in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
+    write_card(tmp_path / "out", subject, replace(report, format="dense"))
     assert (f"rank {rank}, and vLLM's LoRA takes at most 512" in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
     write_card(tmp_path / "out", replace(subject, has_conv1d=True), report)
     assert "vllm serve" not in card(tmp_path / "out")  # compressed layers of GPT-2
