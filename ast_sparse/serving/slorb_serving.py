@@ -1,6 +1,5 @@
 """SLoRB of a served export: by the engine's LoRA where its rank is allowed, otherwise inside the linear layers."""
 
-import shlex
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ast_sparse.errors import UserError, shown
+from ast_sparse.export.vllm_options import SLORB_KEY, VLLM_RANKS, slorb_options
 from ast_sparse.storage.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, read_json
-
-SLORB_KEY = "ast_sparse_slorb"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # `--max-lora-rank` of vLLM 0.32
 
 
 def serving_hint(export: Path, compressed: bool) -> str | None:
@@ -25,14 +22,10 @@ def serving_hint(export: Path, compressed: bool) -> str | None:
     if not (adapter / ADAPTER_CONFIG_NAME).is_file():
         return None
     rank = read_json(adapter / ADAPTER_CONFIG_NAME)["r"]
-    allowed = next((each for each in VLLM_RANKS if each >= rank), None)
-    if allowed is not None:
-        module = shlex.quote(f"slorb={adapter}")
-        return f"SLoRB has rank {rank}; in vLLM: --enable-lora --max-lora-rank {allowed} --lora-modules {module}"
-    above = f"SLoRB has rank {rank}, more than the {VLLM_RANKS[-1]} of vLLM's LoRA"
-    if not compressed:
-        return f"{above}; export with --format compressed to serve it."
-    return f"{above}; in vLLM: --hf-overrides '{{\"{SLORB_KEY}\": true}}'"
+    above = "" if rank <= VLLM_RANKS[-1] else f", more than the {VLLM_RANKS[-1]} of vLLM's LoRA"
+    options = slorb_options(rank, str(adapter), compressed)
+    how = "export with --format compressed to serve it." if options is None else f"in vLLM: {options}"
+    return f"SLoRB has rank {rank}{above}; {how}"
 
 
 def adapter_folder(setting: Any, model: str) -> Path | None:

@@ -228,7 +228,7 @@ def check_ranks(table: Table) -> None:
     """The ranks that `ast-export` knows are those that vLLM allows."""
     from vllm.config.lora import MaxLoRARanks
 
-    from ast_sparse.serving.slorb_serving import VLLM_RANKS
+    from ast_sparse.export.vllm_options import VLLM_RANKS
 
     table.row("ranks that vLLM's LoRA allows", typing.get_args(MaxLoRARanks) == VLLM_RANKS, str(VLLM_RANKS))
 
