@@ -92,6 +92,7 @@ def export_model(
     out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
     codec = codecs().get(format)
     rounds = codec is not None and codec.round is not None
+    _check_samples(samples, format if rounds else None, adapter_samples, adapter)
     source = open_source(
         model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples, in_float32=rounds
     )
@@ -101,12 +102,13 @@ def export_model(
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
     if rounds:
         source, plan = _round(source, plan, DTYPES[dtype], samples, device, progress)
+    recorded = _record(source, plan)
     with finished_folder(out) as partial:
-        _write(source, plan, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
+        _write(source, plan, recorded, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
         report = _report(source, plan, partial, out, dtype, nonzero)
-        subject = Subject.of(model, source.record, folder, source.origin.folder, plan.pruned, source.slorb, push_to_hub)
+        subject = Subject.of(model, recorded, folder, source.origin.folder, plan.pruned, source.slorb, push_to_hub)
         write_card(partial, subject, report)
         report = replace(report, files=file_sizes(partial))
     if push_to_hub is not None:
@@ -138,6 +140,19 @@ def _check_arguments(
     return out, folder
 
 
+def _check_samples(
+    samples: Tensor | None, rounded: str | None, adapter_samples: Tensor | None, adapter: str | Path | None
+) -> None:
+    """Refuse text without effect; `rounded` is the format, if it is one that is calibrated."""
+    if samples is not None and rounded is None:
+        known = " or ".join(repr(name) for name, codec in codecs().items() if codec.round is not None)
+        raise UserError(f"samples: only the format {known} is calibrated. Use it, or leave samples out.")
+    if samples is not None and (samples.dim() != 2 or not samples.numel()):
+        raise UserError(f"samples: the shape is {tuple(samples.shape)}. Give token ids [sequences, tokens].")
+    if adapter_samples is not None and adapter is None:
+        raise UserError("adapter_samples: there is no adapter to merge. Name its folder, or leave adapter_samples out.")
+
+
 def _round(
     source: Source,
     plan: LayerPlan,
@@ -147,14 +162,31 @@ def _round(
     progress: bool,
 ) -> tuple[Source, LayerPlan]:
     """The source with the weights and SLoRB pairs that the codec can hold, and the plan with their scales."""
-    in_place = source.folder is not None
+    in_place, codec = source.folder is not None, plan.codec
+    assert codec is not None, "it rounds"
     weights, rounded = round_copy(
-        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place
+        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place, codec
     )
     return replace(source, weights=weights, slorb=rounded.slorb), replace(plan, rounded=rounded)
 
 
-def _write(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
+def _record(source: Source, plan: LayerPlan) -> SparsityRecord:
+    """The record of the source, and what the export did to its weights."""
+    record = source.record
+    if source.adapter is not None:
+        record = record.with_adapter(shareable(source.adapter))
+    return record if plan.rounded is None else record.with_rounding(plan.rounded.record())
+
+
+def _write(
+    source: Source,
+    plan: LayerPlan,
+    recorded: SparsityRecord,
+    folder: Path,
+    dtype: torch.dtype,
+    name: str,
+    progress: bool,
+) -> None:
     codec = plan.codec
     tensors: dict[str, Tensor] = {}
     cast = _cast_weights(source, plan)
@@ -174,17 +206,13 @@ def _write(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, na
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, common_group_dim(source.model, pairs))
-    record = source.record.to_dict()
-    if source.folder is None or not record:
+    record = recorded.to_dict()
+    if source.folder is None or not source.record.content:
         record = SparsityRecord.of_export(
             pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record
         ).to_dict()
-    if source.adapter is not None:
-        record = SparsityRecord.from_dict(record).with_adapter(source.adapter).to_dict()
     if isinstance(record.get("base_model"), str):
         record["base_model"] = shareable(record["base_model"])
-    if plan.rounded is not None:
-        record["rounding"] = plan.rounded.record()
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, record)
 
 

@@ -211,7 +211,7 @@ def test_config_names_the_code_and_a_reader_without_the_plugin_stops(tmp_path: P
     assert (settings["quant_method"], settings["format_version"]) == ("ast_sparse_24_int4", 1)
     assert FIRST["llama"] in settings["modules"]
     assert _kind(str(tmp_path / "out")) == "compressed 2:4, 4-bit values"
-    assert read_json(tmp_path / "out" / "sparsity_config.json")["rounding"] == {"method": "nearest", "sequences": 0}
+    assert read_json(tmp_path / "out" / "sparsity_config.json")["rounding"] == {"method": "nearest", "bits": 4}
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = run_python(code, tmp_path / "out", check=False)
     assert done.returncode != 0 and "ast_sparse_24_int4" in done.stderr
