@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq.rounding import round_copy
 from ast_sparse.export.card_subject import Subject, shareable
-from ast_sparse.export.formats import FORMAT_HELP, codecs
+from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP
 from ast_sparse.export.hub import check_push, push_folder
 from ast_sparse.export.layer_plan import LayerPlan, plan_layers
 from ast_sparse.export.model_card import write_card
@@ -28,17 +28,11 @@ from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.origin import check_saving
-from ast_sparse.storage.save import (
-    check_out_dir,
-    finished_folder,
-    save_sparse_model,
-    save_weights,
-    split_state_dict,
-)
+from ast_sparse.storage.save import check_out_dir, finished_folder, save_weights
 from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
-__all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
+__all__ = ["DTYPES", "ExportReport", "export_model"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -90,9 +84,8 @@ def export_model(
             or the finished export cannot be uploaded.
     """
     out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
-    codec = codecs().get(format)
-    rounds = codec is not None and codec.round is not None
-    _check_samples(samples, format if rounds else None, adapter_samples, adapter)
+    _check_samples(format, samples, adapter, adapter_samples)
+    rounds = format in CALIBRATED
     source = open_source(
         model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples, in_float32=rounds
     )
@@ -141,16 +134,15 @@ def _check_arguments(
 
 
 def _check_samples(
-    samples: Tensor | None, rounded: str | None, adapter_samples: Tensor | None, adapter: str | Path | None
+    format: str, samples: Tensor | None, adapter: str | Path | None, adapter_samples: Tensor | None
 ) -> None:
-    """Refuse text without effect; `rounded` is the format, if it is one that is calibrated."""
-    if samples is not None and rounded is None:
-        known = " or ".join(repr(name) for name, codec in codecs().items() if codec.round is not None)
-        raise UserError(f"samples: only the format {known} is calibrated. Use it, or leave samples out.")
+    """Refuse text that would have no effect."""
+    if samples is not None and format not in CALIBRATED:
+        raise UserError(f"samples: only {' or '.join(CALIBRATED)} is calibrated. Use this format, or no samples.")
     if samples is not None and (samples.dim() != 2 or not samples.numel()):
         raise UserError(f"samples: the shape is {tuple(samples.shape)}. Give token ids [sequences, tokens].")
     if adapter_samples is not None and adapter is None:
-        raise UserError("adapter_samples: there is no adapter to merge. Name its folder, or leave adapter_samples out.")
+        raise UserError("adapter_samples: there is no adapter to merge. Name its folder, or drop adapter_samples.")
 
 
 def _round(

@@ -1,9 +1,11 @@
 """AWQ scales: what takes them back, that the model stays the same, and that they are the best ones tried."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Gemma4TextConfig, PreTrainedModel
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq import rounding
@@ -133,6 +135,25 @@ def test_inputs_that_are_not_finite_are_named() -> None:
             model, select_layers(model)[0], {}, dict.fromkeys(model.state_dict(), torch.float32), torch.float32, IDS,
             CODE24_INT4,
         )  # fmt: skip
+
+
+def test_a_layer_that_no_token_reaches_is_rounded_to_the_nearest_step_and_named() -> None:
+    model = model_of("llama")
+    unused = model.model.layers[0].mlp.unused = nn.Linear(16, 16)
+    expected, name = round_to_grid(unused.weight.detach(), torch.float32)[0], "model.layers.0.mlp.unused"
+    layers, _ = select_layers(model)
+    dtypes = dict.fromkeys(model.state_dict(), torch.float32)
+    done = round_model(model, layers, {}, dtypes, torch.float32, IDS, CODE24_INT4)
+    assert done.unseen == [name] and not done.unscaled and name not in done.errors
+    assert torch.equal(unused.weight, expected)
+    assert done.lines()[0].endswith("14 of 15 layers scaled")
+    assert done.lines()[1:] == ["  no scale: model.layers.*.mlp.unused (1): no token of the text reached it"]
+
+
+def test_a_configuration_whose_heads_differ_by_layer_gives_no_heads() -> None:
+    config = Gemma4TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert config.per_layer_config[0].head_dim != config.per_layer_config[1].head_dim
+    assert rounding._attention(SimpleNamespace(config=config)) is None
 
 
 def test_layers_of_grouped_queries_have_one_scale_for_the_columns_of_a_value() -> None:

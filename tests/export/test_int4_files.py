@@ -136,11 +136,18 @@ def test_a_model_kept_compressed_is_saved_and_decoded_and_takes_another_dtype(tm
     assert all(torch.equal(value, decoded.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
-def test_an_export_can_be_exported_dense_again(tmp_path: Path) -> None:
-    export_model(sparse_model(), tmp_path / "out", FORMAT)
-    export_model(tmp_path / "out", tmp_path / "dense", "dense")
-    first, second = (load_causal_lm(tmp_path / name, dtype=torch.bfloat16) for name in ("out", "dense"))
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+def test_an_export_has_the_same_weights_when_it_is_exported_again(tmp_path: Path) -> None:
+    export_model(sparse_model(slorb_k=8), tmp_path / "out", FORMAT, samples=token_ids())
+    first = load_checkpoint(tmp_path / "out", dtype=torch.bfloat16)
+    for name, format, samples in (("dense", "dense", None), ("near", FORMAT, None), ("awq", FORMAT, token_ids())):
+        export_model(tmp_path / "out", tmp_path / name, format, samples=samples)
+        again = load_checkpoint(tmp_path / name, dtype=torch.bfloat16)
+        state = again.model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in first.model.state_dict().items())
+        assert first.slorb and again.slorb.keys() == first.slorb.keys()
+        assert all(
+            torch.equal(a, b) for key in first.slorb for a, b in zip(first.slorb[key], again.slorb[key], strict=True)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
