@@ -385,17 +385,3 @@ def test_recorded_layers_that_are_no_names_are_refused(tmp_path: Path, layers: o
     (folder / "sparsity_config.json").write_text(json.dumps({"pattern": "2:4", "layers": layers}))
     with pytest.raises(UserError, match="`layers` is not a list of names"):
         export_model(folder, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        (dict(samples=token_ids()), "samples: only compressed-int4 is calibrated"),
-        (dict(format="compressed-int4", samples=token_ids()[0]), r"samples: the shape is \(12,\)"),
-        (dict(adapter_samples=token_ids()), "adapter_samples: there is no adapter to merge"),
-    ],
-)
-def test_text_without_effect_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
-        export_model(sparse_model(), tmp_path / "out", **given)
-    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -224,3 +225,17 @@ def test_config_names_the_code_and_a_reader_without_the_plugin_stops(tmp_path: P
     assert done.returncode != 0 and "ast_sparse_24_int4" in done.stderr
     with pytest.raises(UserError, match="ast_sparse_24_int4 format_version 2, newer than 1"):
         AstSparse24Config(quant_method="ast_sparse_24_int4", format_version=2)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(samples=token_ids()), "samples: only compressed-int4 is calibrated"),
+        (dict(format="compressed-int4", samples=token_ids()[0]), r"samples: the shape is \(12,\)"),
+        (dict(adapter_samples=token_ids()), "adapter_samples: there is no adapter to merge"),
+    ],
+)
+def test_text_without_effect_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        export_model(sparse_model(), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
