@@ -38,7 +38,8 @@ class Codec:
         check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong positions.
         value_bits: bits of a kept value; None: those of the dtype of the weight.
         scale_columns: how many columns of the weight share a scale; None: there are none.
-        round: from a weight `[out, in]` to the nearest one that the codec can hold, and its scales; None: it holds any.
+        round: from a weight `[out, in]`, the dtype of the export and, or None, weights `[in]` of the columns in the
+            squared error, to the nearest weight that the codec can hold, and its scales; None: it holds any weight.
     """
 
     method: str
@@ -52,7 +53,7 @@ class Codec:
     product: Callable[..., Tensor] | None = None
     value_bits: int | None = None
     scale_columns: int | None = None
-    round: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    round: Callable[[Tensor, torch.dtype, Tensor | None], tuple[Tensor, Tensor]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,6 +82,11 @@ class Codec:
         """The shape `[out, in]` of the decoded weight."""
         kept = values.shape[1] if self.value_bits is None else values.shape[1] * 8 // self.value_bits
         return values.shape[0], kept * self.pattern.m // self.pattern.n
+
+    def rounded(self, weight: Tensor, dtype: torch.dtype, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nearest weight that the codec can hold, and its scales; for a codec with `round`."""
+        assert self.round is not None, "this codec holds any weight"
+        return self.round(weight, dtype, importance)
 
     def check(self, values: Tensor, meta: Tensor, scale: Tensor | None = None) -> None:
         """Raise ValueError unless the stored tensors belong together and name positions that the pattern has."""

@@ -21,7 +21,7 @@ from ast_sparse.cli import export
 from ast_sparse.export import quantizer
 from ast_sparse.export.codec import Codec
 from ast_sparse.export.export import export_model
-from ast_sparse.export.formats import FORMAT_HELP, codec_of, codecs
+from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP, codec_of, codecs
 from ast_sparse.export.quantizer import CompressedLinear
 from ast_sparse.report.overview import _kind
 from ast_sparse.sparsity.masks import Pattern
@@ -49,6 +49,10 @@ CODE14 = Codec(
     method="made_up_14", format_version=2, pattern=Pattern(1, 4), multiple=16, columns_per_byte=16,
     encode=encode14, decode=decode14, check_meta=lambda meta: not bool((meta == 255).all()),
 )  # fmt: skip
+
+
+def test_the_formats_that_are_calibrated_are_those_whose_codec_rounds() -> None:
+    assert tuple(name for name, codec in codecs().items() if codec.round is not None) == CALIBRATED
 
 
 @pytest.fixture
