@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement depends on."""
+"""The machine, the code paths and the versions that a measurement depends on."""
 
 import os
 import platform
@@ -12,17 +12,27 @@ import transformers
 
 import ast_sparse
 from ast_sparse.kernels.cpu import setting
+from ast_sparse.kernels.gpu import dispatch
+from ast_sparse.kernels.native.library import kernels
 
 
 def machine() -> dict[str, Any]:
-    """CPU or GPU, threads, versions, and the commit of this package if it is a checkout."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    """`surroundings`, and what this process uses: its GPU if it has used one, cores, threads."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
+    return {**gpu, **surroundings(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def surroundings() -> dict[str, Any]:
+    """What is the same for every process here: CPU, code paths, versions, and the commit if this is a checkout.
+
+    Raises:
+        UserError: an environment variable that chooses code paths has a value that is not known, or not for this CPU.
+    """
     return {
-        **gpu,
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         setting.VARIABLE: setting.requested(),
+        dispatch.VARIABLE: dispatch.setting(),
+        "c_kernels": level.level if (level := kernels()) else "none",
         "versions": versions(),
         "commit": _commit(),
     }
@@ -71,6 +81,7 @@ def machine_line(about: dict[str, Any]) -> str:
         *([about["gpu"]] if "gpu" in about else []),
         f"{about['cpu']}, {about['cores']} cores",
         f"{threads} thread{'s' if threads != 1 else ''}",
+        f"C kernels: {about['c_kernels']}",
         *(f"{name} {version}" for name, version in about["versions"].items()),
         *([f"commit {about['commit']}"] if about["commit"] else []),
     ]
