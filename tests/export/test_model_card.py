@@ -22,11 +22,10 @@ from ast_sparse.export.card_subject import Subject, shareable, with_run
 from ast_sparse.export.export import export_model
 from ast_sparse.export.model_card import write_card
 from ast_sparse.export.slorb_hint import VLLM_RANKS
-from ast_sparse.sparsity.model import densify_model
 from ast_sparse.storage.base_card import base_metadata
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.sparsity_record import SparsityRecord
-from tests.export.sparse_models import sparse_model, token_ids
+from tests.export.sparse_models import plain_sparse_model, sparse_model, token_ids
 from tests.models import generated_text, save_tiny_model
 from tests.training.small_runs import blocks, trainer
 
@@ -184,8 +183,7 @@ def test_other_weights_do_not_get_the_card_of_an_export(folder: Path, tmp_path: 
 
 
 def test_a_folder_without_a_record_keeps_what_its_card_says(tmp_path: Path) -> None:
-    model = sparse_model()
-    densify_model(model)
+    model = plain_sparse_model()
     source = tmp_path / "a | `b` # 'c': 2"
     model.save_pretrained(source)
     (source / "README.md").write_text("---\nlicense: other\nlicense_name: 'own: x'\nbase_model: org/dense\n---\n")
@@ -206,8 +204,7 @@ def test_what_is_unknown_is_said(tmp_path: Path) -> None:
     assert found is not None and found["license"] == "unknown" and "base_model" not in found
     assert found["tags"][-1] == "unstructured" and "neighbouring" not in text and "pip install ast-sparse" not in text
     assert 'export_model(model, "OUT", format="dense", dtype="float32")' in text
-    densify_model(model := sparse_model())
-    model.save_pretrained(tmp_path / "plain")
+    plain_sparse_model().save_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "LICENSE").write_text("terms")
     export_model(tmp_path / "plain", tmp_path / "licensed")
     found = metadata_load(tmp_path / "licensed" / "README.md")

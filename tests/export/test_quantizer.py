@@ -16,8 +16,9 @@ from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.kernels.native import products24
 from ast_sparse.kernels.native.library import of_level, usable_levels
 from ast_sparse.storage.files import read_json, write_json
-from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
+from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
 from tests.models import FAMILIES
+from tests.processes import run_python
 
 FIRST = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}
 

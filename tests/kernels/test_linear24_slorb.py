@@ -39,7 +39,8 @@ def test_compilers_see_one_operation_with_slorb(tensors: tuple[Tensor, ...]) -> 
     found = torch.compile(linear24, backend=backend, fullgraph=True)(*first, (s, projection))
     torch.testing.assert_close(found, slow(*tensors))
     [graph] = graphs
-    assert [str(node.target) for node in graph.graph.nodes if node.op == "call_function"] == ["ast_sparse.linear24"]
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "functorch" not in name] == ["ast_sparse.linear24"]  # a question is no operation
 
 
 @pytest.mark.parametrize("learning", [4, 5])
