@@ -1,5 +1,6 @@
 """Plain text tables, for every command that prints results."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -43,3 +44,8 @@ def _is_numeric(cell: object) -> bool:
     if isinstance(cell, str):  # a number formatted by the caller: 12.5%, 1,024, 3.2 MB
         return cell[:1].isdigit() or (cell[:1] in "+-" and cell[1:2].isdigit()) or cell in ("-", "nan", "inf")
     return cell is None or (isinstance(cell, (int, float)) and not isinstance(cell, bool))
+
+
+def layer_kind(name: str) -> str:
+    """The name of a layer without the number of its block, such as `model.layers.*.mlp.up_proj`."""
+    return re.sub(r"\.\d+\.", ".*.", name)

@@ -13,14 +13,13 @@ from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import check_json_file, find_device, write_json_file
 from ast_sparse.config import CalibrationConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
-from ast_sparse.export.formats import FORMAT_HELP
+from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ast_sparse.export.position_cost import CompressionTable
 
-_ROUNDED = "compressed-int4"  # the format that is calibrated
 _TEXT_OPTIONS = ("text_field", "samples", "seq_len", "seed", "bos", "device")
 _ONLY_EXPORT = ("format_", "dtype", "overwrite", "merge_adapter", "push_to_hub")
 _SETTINGS = {  # the option for each setting
@@ -107,7 +106,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     _check_usage(context, out, table)
     calibration = _check_settings(options)
     from ast_sparse.export.export import export_model  # takes seconds, so --help does without it
-    from ast_sparse.serving.slorb_serving import serving_hint
+    from ast_sparse.export.slorb_hint import serving_hint
     from ast_sparse.storage.files import require_model_folder
     from ast_sparse.storage.save import check_out_dir
 
@@ -149,11 +148,11 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
     if out is None and not table:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
     files = [name for name in context.params["calibration"] if name != "none"]
-    rounded = out is not None and context.params["format_"] == _ROUNDED
+    rounded, rounding = out is not None and context.params["format_"] in CALIBRATED, " or ".join(CALIBRATED)
     given: dict[str, tuple[bool, tuple[str, ...]]] = {  # by what they need, whether it is there
         "--table": (table, _ONLY_TABLE),
         "OUT": (out is not None, _ONLY_EXPORT),
-        f"--format {_ROUNDED}": (rounded, ("calibration",)),
+        f"--format {rounding}": (rounded, ("calibration",)),
         "--merge-adapter": (context.params["merge_adapter"] is not None, ("merge_text",)),
         "--push-to-hub": (context.params["push_to_hub"] is not None, ("private",)),
         "--calibration FILE": (rounded and bool(files), _TEXT_OPTIONS),
@@ -169,8 +168,8 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
                 )
     if rounded and not context.params["calibration"]:
         raise click.UsageError(
-            f"--format {_ROUNDED} needs text to calibrate on. Give --calibration FILE, or --calibration none to round "
-            "to the nearest step."
+            f"--format {context.params['format_']} needs text to calibrate on. Give --calibration FILE, or "
+            "--calibration none to round to the nearest step."
         )
     if files and len(files) < len(context.params["calibration"]):
         raise click.UsageError(f"--calibration names none and {files[0]}. Drop one of them.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.config.sparsity import METHOD_HELP
+from ast_sparse.tables import layer_kind
 
 if TYPE_CHECKING:
     from ast_sparse.sparsity.model import SparsityReport
@@ -155,7 +155,7 @@ def _errors(report: SparsityReport, needs_text: bool) -> list[str]:
     """Mean relative error of each kind of layer."""
     kinds: dict[str, list[float]] = {}
     for name, error in report.errors.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
+        kinds.setdefault(layer_kind(name), []).append(error)
     of = "the outputs on the calibration text" if needs_text else "the weights"
     lines = [f"relative squared error of {of}, mean over the blocks:"]
     return lines + [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]

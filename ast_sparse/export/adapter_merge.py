@@ -1,7 +1,6 @@
 """Merge a LoRA adapter into an N:M model under its masks, and say what that costs."""
 
 import importlib.util
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from ast_sparse.storage import files
 from ast_sparse.storage.checksums import CHECKSUMS_NAME
 from ast_sparse.storage.origin import source_folder
 from ast_sparse.storage.sparsity_record import SparsityRecord
+from ast_sparse.tables import layer_kind
 
 _TRAINED_COPY = ".modules_to_save."  # what PEFT trains as a whole is a copy, beside the layer of the base model
 
@@ -44,7 +44,7 @@ class MergeReport:
         """A table of the errors by kind of layer, and a line with the losses."""
         kinds: dict[str, list[float]] = {}
         for name, error in self.errors.items():
-            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
+            kinds.setdefault(layer_kind(name), []).append(error)
         lines = ["what the masks cut off the merged weights, relative error, mean and largest over the blocks:"]
         lines += [f"  {kind}  {sum(each) / len(each):.4f}  {max(each):.4f}" for kind, each in kinds.items()]
         if self.losses:

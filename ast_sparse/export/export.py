@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq.rounding import round_copy
 from ast_sparse.export.card_subject import Subject, shareable
-from ast_sparse.export.formats import FORMAT_HELP, codecs
+from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP
 from ast_sparse.export.hub import check_push, push_folder
 from ast_sparse.export.layer_plan import LayerPlan, plan_layers
 from ast_sparse.export.model_card import write_card
@@ -28,17 +28,11 @@ from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.origin import check_saving
-from ast_sparse.storage.save import (
-    check_out_dir,
-    finished_folder,
-    save_sparse_model,
-    save_weights,
-    split_state_dict,
-)
+from ast_sparse.storage.save import check_out_dir, finished_folder, save_weights
 from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
-__all__ = ["DTYPES", "ExportReport", "export_model", "save_sparse_model", "split_state_dict"]
+__all__ = ["DTYPES", "ExportReport", "export_model"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -90,8 +84,8 @@ def export_model(
             or the finished export cannot be uploaded.
     """
     out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
-    codec = codecs().get(format)
-    rounds = codec is not None and codec.round is not None
+    _check_samples(format, samples, adapter, adapter_samples)
+    rounds = format in CALIBRATED
     source = open_source(
         model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples, in_float32=rounds
     )
@@ -101,12 +95,13 @@ def export_model(
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)
     if rounds:
         source, plan = _round(source, plan, DTYPES[dtype], samples, device, progress)
+    recorded = _record(source, plan)
     with finished_folder(out) as partial:
-        _write(source, plan, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
+        _write(source, plan, recorded, partial, DTYPES[dtype], push_to_hub or str(out_dir), progress)
         source.origin.complete(partial, tokenizer)
         nonzero = _verify(source, plan, partial, DTYPES[dtype], progress)
         report = _report(source, plan, partial, out, dtype, nonzero)
-        subject = Subject.of(model, source.record, folder, source.origin.folder, plan.pruned, source.slorb, push_to_hub)
+        subject = Subject.of(model, recorded, folder, source.origin.folder, plan.pruned, source.slorb, push_to_hub)
         write_card(partial, subject, report)
         report = replace(report, files=file_sizes(partial))
     if push_to_hub is not None:
@@ -138,6 +133,18 @@ def _check_arguments(
     return out, folder
 
 
+def _check_samples(
+    format: str, samples: Tensor | None, adapter: str | Path | None, adapter_samples: Tensor | None
+) -> None:
+    """Refuse text that would have no effect."""
+    if samples is not None and format not in CALIBRATED:
+        raise UserError(f"samples: only {' or '.join(CALIBRATED)} is calibrated. Use this format, or no samples.")
+    if samples is not None and (samples.dim() != 2 or not samples.numel()):
+        raise UserError(f"samples: the shape is {tuple(samples.shape)}. Give token ids [sequences, tokens].")
+    if adapter_samples is not None and adapter is None:
+        raise UserError("adapter_samples: there is no adapter to merge. Name its folder, or drop adapter_samples.")
+
+
 def _round(
     source: Source,
     plan: LayerPlan,
@@ -147,14 +154,31 @@ def _round(
     progress: bool,
 ) -> tuple[Source, LayerPlan]:
     """The source with the weights and SLoRB pairs that the codec can hold, and the plan with their scales."""
-    in_place = source.folder is not None
+    in_place, codec = source.folder is not None, plan.codec
+    assert codec is not None, "it rounds"
     weights, rounded = round_copy(
-        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place
+        source.model, plan.pruned, source.slorb, plan.dtypes, dtype, samples, device, progress, in_place, codec
     )
     return replace(source, weights=weights, slorb=rounded.slorb), replace(plan, rounded=rounded)
 
 
-def _write(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, name: str, progress: bool) -> None:
+def _record(source: Source, plan: LayerPlan) -> SparsityRecord:
+    """The record of the source, and what the export did to its weights."""
+    record = source.record
+    if source.adapter is not None:
+        record = record.with_adapter(shareable(source.adapter))
+    return record if plan.rounded is None else record.with_rounding(plan.rounded.record())
+
+
+def _write(
+    source: Source,
+    plan: LayerPlan,
+    recorded: SparsityRecord,
+    folder: Path,
+    dtype: torch.dtype,
+    name: str,
+    progress: bool,
+) -> None:
     codec = plan.codec
     tensors: dict[str, Tensor] = {}
     cast = _cast_weights(source, plan)
@@ -174,17 +198,13 @@ def _write(source: Source, plan: LayerPlan, folder: Path, dtype: torch.dtype, na
     if source.slorb:
         pairs = {key: (s.to("cpu", dtype), x.to("cpu", dtype)) for key, (s, x) in source.slorb.items()}
         write_adapter(folder / files.ADAPTER_FOLDER, name, pairs, common_group_dim(source.model, pairs))
-    record = source.record.to_dict()
-    if source.folder is None or not record:
+    record = recorded.to_dict()
+    if source.folder is None or not source.record.content:
         record = SparsityRecord.of_export(
             pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record
         ).to_dict()
-    if source.adapter is not None:
-        record = SparsityRecord.from_dict(record).with_adapter(source.adapter).to_dict()
     if isinstance(record.get("base_model"), str):
         record["base_model"] = shareable(record["base_model"])
-    if plan.rounded is not None:
-        record["rounding"] = plan.rounded.record()
     files.write_json(folder / files.SPARSITY_CONFIG_NAME, record)
 
 

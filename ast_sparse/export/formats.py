@@ -1,7 +1,8 @@
 """The export formats by name.
 
-A compressed format is a codec in its own file, such as `codec24.py`, and an entry at the end of each of the
-two tables here. The export, the plug-in that reads checkpoints, the command and the report use them.
+A compressed format is a codec in its own file, such as `codec24.py`, and an entry at the end of each of the two tables
+here, and of `CALIBRATED` if it rounds. The export, the plug-in that reads checkpoints, the command and the report use
+them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 FORMAT_HELP = {
     "dense": "zeros written out, any N:M, read by everything",
-    "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`",
+    "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`, and by vLLM",
     "compressed-int4": "the same with 4-bit values, scaled by AWQ on --calibration text",
 }
+CALIBRATED = ("compressed-int4",)  # whose codec rounds weights, by calibration text if there is some
 
 
 @cache

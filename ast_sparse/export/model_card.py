@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.export.card_subject import Subject, shareable, shareable_values
 from ast_sparse.export.formats import codecs
+from ast_sparse.export.slorb_hint import VLLM_RANKS, vllm_options
 from ast_sparse.export.summary import ExportReport, size_text
 from ast_sparse.storage import files
 from ast_sparse.storage.base_card import EXPORT_MARK, README, base_metadata, card_metadata, is_export_card, is_hub_id
@@ -23,7 +24,6 @@ from ast_sparse.storage.stage_results import WITHOUT_SLORB, is_result
 from ast_sparse.storage.versions import versions
 
 SOURCE_README = "SOURCE_README.md"  # the card that the source had
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 _PAPER = "[AST](https://arxiv.org/abs/2407.20584)"
 _READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  # of `datasets`, not data sets
 
@@ -149,7 +149,12 @@ def _facts(
     own = [row for row in report.rows[:-1] if row.section != "SLoRB"]
     stored, dense = sum(row.stored_bytes for row in own), sum(row.dense_bytes for row in own)
     beside = "" if stored == dense else f"; without compression {size_text(dense)}"
-    yield "weights", f"{report.dtype}, {size_text(stored)}{beside}"
+    codec = codecs().get(report.format)
+    few = "" if codec is None or codec.value_bits is None else f"{codec.value_bits}-bit values in pruned layers, else "
+    yield "weights", f"{few}{report.dtype}, {size_text(stored)}{beside}"
+    yield "rounding", _rounding(record.get("rounding"))
+    if merged := _merged(record):
+        yield "merged adapters", f"{_names(merged)}, under the masks"
     if subject.ranks:
         size = sum(row.stored_bytes for row in report.rows[:-1] if row.section == "SLoRB")
         yield (
@@ -159,6 +164,27 @@ def _facts(
     steps, tokens = record.get("trained", "steps"), record.get("trained", "tokens")
     if steps:
         yield "trained", f"{steps:,} steps" + ("" if tokens is None else f", {tokens:,} tokens")
+
+
+def _rounding(done: Any) -> str | None:
+    """How weights were rounded to few bits, the last rounding first; None if they were not."""
+    if not isinstance(done, Mapping):
+        return None
+    how = f"pruned weights to the nearest step of {done.get('bits')} bits, without text"
+    if done.get("method") == "awq":
+        text = f"{done.get('sequences')} sequences of {done.get('seq_len')} tokens"
+        how = (
+            f"pruned weights to {done.get('bits')} bits by AWQ on {text}; it scales norms too, so an adapter of the "
+            "source does not fit"
+        )
+    before = _rounding(done.get("before"))
+    return how if before is None else f"{how}; before that {before}"
+
+
+def _merged(record: SparsityRecord) -> list[str]:
+    """Names of the adapters that were merged into the weights."""
+    merged = record.get("merged_adapters")
+    return [shareable(str(each)) for each in merged] if isinstance(merged, list) else []
 
 
 def _licence(folder: Path, known: Mapping[str, Any], says: str) -> str:
@@ -216,16 +242,16 @@ def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
         yield "This serves the model without SLoRB."
         return
     rank = max(subject.ranks.values())
-    allowed = next((each for each in VLLM_RANKS if each >= rank), None)
-    if allowed is None:
+    options = vllm_options(rank, "FOLDER", compressed)
+    if options is None:
         yield (
             f"This serves the model without SLoRB. The adapter has rank {rank}, and vLLM's LoRA takes at most "
-            f"{VLLM_RANKS[-1]}."
+            f"{VLLM_RANKS[-1]}. A compressed export is served with any rank."
         )
         return
-    yield "This serves the model without SLoRB. With it (ask for the model `slorb`; `FOLDER` is a local folder):"
-    lora = f"--enable-lora --max-lora-rank {allowed} --lora-modules slorb=FOLDER/{files.ADAPTER_FOLDER}"
-    yield _block("bash", [f"vllm serve FOLDER {lora}"])
+    name = "ask for the model `slorb`; " if "lora" in options else ""
+    yield f"This serves the model without SLoRB. With it ({name}`FOLDER` is a local folder):"
+    yield _block("bash", [f"vllm serve FOLDER {options}"])
 
 
 def _perplexity(subject: Subject, report: ExportReport) -> Iterator[str]:
@@ -244,10 +270,22 @@ def _perplexity(subject: Subject, report: ExportReport) -> Iterator[str]:
         f"{each['total_tokens']:,} tokens"
         for name, each in protocols.items()
     )
-    rounded = "" if report.dtype == "float32" else f", before they were rounded to {report.dtype}"
-    yield f"Lower is better. The training run measured this on float32 weights{rounded}."
+    since = _since(subject.record)
+    before = since or ("" if report.dtype == "float32" else f"they were rounded to {report.dtype}")
+    before = f", before {before}" if before else ""
+    yield f"Lower is better. The training run measured this on float32 weights{before}."
+    if since:
+        yield f"So none of these is the perplexity of this export. `ast-eval {place} --dataset wikitext2` measures it."
     if subject.ranks and not _has_both(subject):
         yield "The model without SLoRB was not measured."
+
+
+def _since(record: SparsityRecord) -> str:
+    """What happened to the weights after the run measured them, beside a change of dtype; empty if nothing did."""
+    done = ["an adapter was merged into them"] if _merged(record) else []
+    bits = record.get("rounding", "bits")
+    done += [] if bits is None else [f"the pruned ones were rounded to {bits} bits"]
+    return " and ".join(done)
 
 
 def _has_both(subject: Subject) -> bool:
@@ -259,7 +297,7 @@ def _stage(stage: str, subject: Subject) -> str:
     had_slorb = _has_both(subject) or bool(subject.record.get("run", "config", "slorb", "enabled"))
     name = f"{stage} with SLoRB" if is_result(stage) and had_slorb else stage
     is_this = is_result(stage) if subject.ranks or not had_slorb else stage.endswith(WITHOUT_SLORB)
-    return f"**{name}**" if is_this else name
+    return f"**{name}**" if is_this and not _since(subject.record) else name
 
 
 def _number(result: Mapping[str, Any] | None) -> str:
@@ -276,11 +314,14 @@ def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
         commands.append(f"ast-prune {base} OUT --method {method} --pattern {report.pattern}")
     if subject.folder is not None:
         source = shlex.quote(shareable(str(subject.folder)))
-        commands.append(f"ast-export {source} OUT --format {report.format} --dtype {report.dtype}")
+        commands.append(
+            f"ast-export {source} OUT --format {report.format} --dtype {report.dtype}{_options(subject, report)}"
+        )
     if commands:
         yield _block("bash", commands)
     if subject.folder is None and method is None:
-        call = f'"OUT", format="{report.format}", dtype="{report.dtype}"'
+        text = ", samples=samples" if "--samples" in _options(subject, report) else ""
+        call = f'"OUT", format="{report.format}", dtype="{report.dtype}"{text}'
         trained = isinstance(record.get("sparsity"), dict)
         yield _block("python", [f"trainer.export({call})" if trained else f"export_model(model, {call})"])
     if config is None:
@@ -292,6 +333,18 @@ def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
     trained_with = record.get("ast_sparse_version")
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     yield f"Exported with {made}." + (f" Trained with ast_sparse {trained_with}." if trained_with else "")
+
+
+def _options(subject: Subject, report: ExportReport) -> str:
+    """Options of ast-export beside format and dtype, with a space in front; empty if there are none."""
+    options = ""
+    if report.merge is not None:
+        options += f" --merge-adapter {shlex.quote(_merged(subject.record)[-1])}"
+    codec, done = codecs().get(report.format), subject.record.get("rounding")
+    if codec is not None and codec.round is not None and isinstance(done, Mapping):
+        text = f"TEXT --samples {done.get('sequences')} --seq-len {done.get('seq_len')}"
+        options += f" --calibration {text if done.get('method') == 'awq' else 'none'}"
+    return options
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -51,7 +51,7 @@ def open_source(
     record: dict[str, Any],
     trust_remote_code: bool,
     adapter: str | Path | None,
-    samples: Tensor | None,
+    adapter_samples: Tensor | None,
     in_float32: bool,
 ) -> Source:
     merge = None
@@ -71,7 +71,9 @@ def open_source(
         found = recorded.pattern
         if adapter is not None:
             adapted = load_adapter_to_merge(model, adapter)
-            model, merge = merge_adapter_sparse(adapted, pattern, None if samples is None else [samples])
+            model, merge = merge_adapter_sparse(
+                adapted, pattern, None if adapter_samples is None else [adapter_samples]
+            )
         weights = split_state_dict(model.state_dict())[0]
     checked = SparsityConfig(pattern=pattern or found or _DEFAULT_PATTERN)
     return Source(

@@ -1,6 +1,5 @@
-"""SLoRB of a served export: by the engine's LoRA where its rank is allowed, otherwise inside the linear layers."""
+"""SLoRB that is served inside the linear layers, for every request: which adapter, and its pairs."""
 
-import shlex
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -8,31 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ast_sparse.errors import UserError, shown
-from ast_sparse.storage.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, read_json
-
-SLORB_KEY = "ast_sparse_slorb"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # `--max-lora-rank` of vLLM 0.32
-
-
-def serving_hint(export: Path, compressed: bool) -> str | None:
-    """One line: how vLLM serves the SLoRB adapter of an export; None if it has none.
-
-    Args:
-        export: its folder.
-        compressed: whether its format is one that the plug-in reads.
-    """
-    adapter = export / ADAPTER_FOLDER
-    if not (adapter / ADAPTER_CONFIG_NAME).is_file():
-        return None
-    rank = read_json(adapter / ADAPTER_CONFIG_NAME)["r"]
-    allowed = next((each for each in VLLM_RANKS if each >= rank), None)
-    if allowed is not None:
-        module = shlex.quote(f"slorb={adapter}")
-        return f"SLoRB has rank {rank}; in vLLM: --enable-lora --max-lora-rank {allowed} --lora-modules {module}"
-    above = f"SLoRB has rank {rank}, more than the {VLLM_RANKS[-1]} of vLLM's LoRA"
-    if not compressed:
-        return f"{above}; export with --format compressed to serve it."
-    return f"{above}; in vLLM: --hf-overrides '{{\"{SLORB_KEY}\": true}}'"
+from ast_sparse.export.slorb_hint import SLORB_KEY
+from ast_sparse.storage.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER
 
 
 def adapter_folder(setting: Any, model: str) -> Path | None:

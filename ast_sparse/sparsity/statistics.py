@@ -1,6 +1,7 @@
 """Second moments of the inputs of a model's layers, block by block or during a training step."""
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from ast_sparse.errors import UserError
+
+_WITHOUT_TEXT = "Use the method magnitude; to round to 4 bits, --calibration none."
 
 
 class InputStatistics:
@@ -225,14 +228,20 @@ def _block_inputs(
     if list(calls) != list(blocks):
         raise UserError(
             f"{type(model).__name__} does not run its blocks one after the other, so it cannot be calibrated block by "
-            "block. Use the method magnitude."
+            f"block. {_WITHOUT_TEXT}"
         )
     for name, call in again.items():
         pairs = zip(tree_leaves(calls[name]), tree_leaves(call), strict=True)
         if any(isinstance(first, Tensor) and not torch.equal(first, second) for first, second in pairs):
             raise UserError(
                 f"`{name}` of {type(model).__name__} takes inputs other than hidden states from the text, so it cannot "
-                "be calibrated on its own. Use the method magnitude."
+                f"be calibrated on its own. {_WITHOUT_TEXT}"
+            )
+    for name, call in calls.items():  # transformers hands keys and values from block to block in a UserDict
+        if any(isinstance(value, UserDict) and value for value in tree_leaves(call)):
+            raise UserError(
+                f"`{name}` of {type(model).__name__} shares keys and values with other blocks, so it cannot be "
+                f"calibrated on its own. {_WITHOUT_TEXT}"
             )
     return hidden, calls
 

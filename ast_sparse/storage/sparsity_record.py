@@ -72,6 +72,13 @@ class SparsityRecord:
             {**self.content, "merged_adapters": [*(merged if isinstance(merged, list) else []), name]}
         )
 
+    def with_rounding(self, rounding: Mapping[str, Any]) -> "SparsityRecord":
+        """The record of a model that was rounded to few bits; `before` in it is what an earlier rounding did."""
+        before = self.content.get("rounding")
+        return SparsityRecord({
+            **self.content, "rounding": {**rounding, **({} if before is None else {"before": before})}
+        })  # fmt: skip
+
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "SparsityRecord":
         """The record with the content of a file; values are checked when they are asked for."""

@@ -21,11 +21,12 @@ from ast_sparse.config import DistillationConfig, MixtureConfig, SLoRBConfig, Sp
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.distributed.pieces import is_sharded, local
 from ast_sparse.distributed.ranks import any_rank, errors_shared, gather, wait_for_all
-from ast_sparse.export.export import ExportReport, export_model, save_sparse_model
+from ast_sparse.export.export import ExportReport, export_model
 from ast_sparse.sparsity.model import SparsityReport, apply_masks
 from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
+from ast_sparse.storage.save import save_sparse_model
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer

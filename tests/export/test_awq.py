@@ -1,14 +1,17 @@
 """AWQ scales: what takes them back, that the model stays the same, and that they are the best ones tried."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Gemma4TextConfig, PreTrainedModel
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq import rounding
 from ast_sparse.export.awq.folds import RowsFold
 from ast_sparse.export.awq.rounding import Rounded, round_model
+from ast_sparse.export.codec24_int4 import CODE24_INT4
 from ast_sparse.kernels.int4 import round_to_grid
 from ast_sparse.sparsity.select import select_layers
 from ast_sparse.sparsity.statistics import InputStatistics
@@ -48,7 +51,7 @@ def scale_only(
     monkeypatch.setattr(rounding, "_write", lambda layer, done, scale=None: scales.__setitem__(layer.name, scale))
     layers, _ = select_layers(model)
     dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16)
-    return round_model(model, layers, slorb or {}, dtypes, torch.float32, IDS), scales
+    return round_model(model, layers, slorb or {}, dtypes, torch.float32, IDS, CODE24_INT4), scales
 
 
 @pytest.mark.parametrize("family", UNSCALED)
@@ -85,7 +88,7 @@ def test_slorb_is_scaled_with_its_layer(monkeypatch: pytest.MonkeyPatch) -> None
         rows, columns = layer.weight.shape
         shapes = (rows, columns // 4), (columns // 4, columns)
         pairs[name] = tuple(0.1 * torch.randn(shape, generator=generator) for shape in shapes)
-    monkeypatch.setattr(rounding, "_rounded_pair", lambda layer, dtype: (layer.slorb_S.clone(), layer.slorb_X.clone()))
+    monkeypatch.setattr(rounding, "_rounded_pair", lambda layer, *_: (layer.slorb_S.clone(), layer.slorb_X.clone()))
 
     def with_pairs(pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         with rounding._with_slorb(model, pairs):
@@ -114,7 +117,7 @@ def test_the_best_scale_has_the_least_error_of_the_outputs_and_is_never_worse_th
         change = rounded.double() / scale.double() - weight.double()
         return float((x.double() @ change.t()).square().sum())
 
-    layer = rounding._Layer("x", weight, torch.bfloat16, statistics)
+    layer = rounding._Layer("x", weight, torch.bfloat16, statistics, CODE24_INT4)
     found = rounding.best_scale([layer], RowsFold(nn.Linear(4, 136), 136, None))
     rms = x.double().square().mean(0).sqrt()
     tried = [(rms**alpha / (rms**alpha).log().mean().exp()).float() for alpha in (0, 0.2, 0.4, 0.6, 0.8, 1)]
@@ -129,8 +132,28 @@ def test_inputs_that_are_not_finite_are_named() -> None:
         model.get_input_embeddings().weight[:, 3] = torch.inf
     with pytest.raises(UserError, match=r"`model\.layers\.0\..*` gets inputs that are not finite"):
         round_model(
-            model, select_layers(model)[0], {}, dict.fromkeys(model.state_dict(), torch.float32), torch.float32, IDS
-        )
+            model, select_layers(model)[0], {}, dict.fromkeys(model.state_dict(), torch.float32), torch.float32, IDS,
+            CODE24_INT4,
+        )  # fmt: skip
+
+
+def test_a_layer_that_no_token_reaches_is_rounded_to_the_nearest_step_and_named() -> None:
+    model = model_of("llama")
+    unused = model.model.layers[0].mlp.unused = nn.Linear(16, 16)
+    expected, name = round_to_grid(unused.weight.detach(), torch.float32)[0], "model.layers.0.mlp.unused"
+    layers, _ = select_layers(model)
+    dtypes = dict.fromkeys(model.state_dict(), torch.float32)
+    done = round_model(model, layers, {}, dtypes, torch.float32, IDS, CODE24_INT4)
+    assert done.unseen == [name] and not done.unscaled and name not in done.errors
+    assert torch.equal(unused.weight, expected)
+    assert done.lines()[0].endswith("14 of 15 layers scaled")
+    assert done.lines()[1:] == ["  no scale: model.layers.*.mlp.unused (1): no token of the text reached it"]
+
+
+def test_a_configuration_whose_heads_differ_by_layer_gives_no_heads() -> None:
+    config = Gemma4TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    assert config.per_layer_config[0].head_dim != config.per_layer_config[1].head_dim
+    assert rounding._attention(SimpleNamespace(config=config)) is None
 
 
 def test_layers_of_grouped_queries_have_one_scale_for_the_columns_of_a_value() -> None:

@@ -21,7 +21,7 @@ from ast_sparse.cli import export
 from ast_sparse.export import quantizer
 from ast_sparse.export.codec import Codec
 from ast_sparse.export.export import export_model
-from ast_sparse.export.formats import FORMAT_HELP, codec_of, codecs
+from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP, codec_of, codecs
 from ast_sparse.export.quantizer import CompressedLinear
 from ast_sparse.report.overview import _kind
 from ast_sparse.sparsity.masks import Pattern
@@ -51,6 +51,10 @@ CODE14 = Codec(
 )  # fmt: skip
 
 
+def test_the_formats_that_are_calibrated_are_those_whose_codec_rounds() -> None:
+    assert tuple(name for name, codec in codecs().items() if codec.round is not None) == CALIBRATED
+
+
 @pytest.fixture
 def format14(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setitem(FORMAT_HELP, "small", "1:4 only")
@@ -77,6 +81,18 @@ def test_every_codec_is_known_to_transformers() -> None:
     for codec in codecs().values():
         assert auto.AUTO_QUANTIZER_MAPPING[codec.method] is quantizer.CompressedHfQuantizer
         assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[codec.method] is AstSparse24Config
+
+
+@pytest.mark.parametrize("codec", [*codecs().values(), CODE14], ids=lambda codec: codec.method)
+def test_every_codec_multiplies_with_slorb(codec: Codec) -> None:
+    torch.manual_seed(0)
+    weight = codec.pattern.mask(torch.rand(6, 64)) * torch.randn(6, 64)
+    rounded, *scales = (weight,) if codec.round is None else codec.round(weight)
+    stored = codec.encode(rounded, None, *scales)
+    x, bias, s, projection = torch.randn(3, 64), torch.randn(6), torch.randn(6, 5), torch.randn(5, 64)
+    found = codec.linear(x, *stored[:2], bias, *stored[2:], slorb=(s, projection))
+    expected = x.double() @ (codec.decode(*stored).double() + s.double() @ projection.double()).T + bias
+    torch.testing.assert_close(found, expected.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

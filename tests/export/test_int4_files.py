@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -137,11 +138,18 @@ def test_a_model_kept_compressed_is_saved_and_decoded_and_takes_another_dtype(tm
     assert all(torch.equal(value, decoded.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
-def test_an_export_can_be_exported_dense_again(tmp_path: Path) -> None:
-    export_model(sparse_model(), tmp_path / "out", FORMAT)
-    export_model(tmp_path / "out", tmp_path / "dense", "dense")
-    first, second = (load_causal_lm(tmp_path / name, dtype=torch.bfloat16) for name in ("out", "dense"))
-    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+def test_an_export_has_the_same_weights_when_it_is_exported_again(tmp_path: Path) -> None:
+    export_model(sparse_model(slorb_k=8), tmp_path / "out", FORMAT, samples=token_ids())
+    first = load_checkpoint(tmp_path / "out", dtype=torch.bfloat16)
+    for name, format, samples in (("dense", "dense", None), ("near", FORMAT, None), ("awq", FORMAT, token_ids())):
+        export_model(tmp_path / "out", tmp_path / name, format, samples=samples)
+        again = load_checkpoint(tmp_path / name, dtype=torch.bfloat16)
+        state = again.model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in first.model.state_dict().items())
+        assert first.slorb and again.slorb.keys() == first.slorb.keys()
+        assert all(
+            torch.equal(a, b) for key in first.slorb for a, b in zip(first.slorb[key], again.slorb[key], strict=True)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -212,9 +220,23 @@ def test_config_names_the_code_and_a_reader_without_the_plugin_stops(tmp_path: P
     assert (settings["quant_method"], settings["format_version"]) == ("ast_sparse_24_int4", 1)
     assert FIRST["llama"] in settings["modules"]
     assert _kind(str(tmp_path / "out")) == "compressed 2:4, 4-bit values"
-    assert read_json(tmp_path / "out" / "sparsity_config.json")["rounding"] == {"method": "nearest", "sequences": 0}
+    assert read_json(tmp_path / "out" / "sparsity_config.json")["rounding"] == {"method": "nearest", "bits": 4}
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = run_python(code, tmp_path / "out", check=False)
     assert done.returncode != 0 and "ast_sparse_24_int4" in done.stderr
     with pytest.raises(UserError, match="ast_sparse_24_int4 format_version 2, newer than 1"):
         AstSparse24Config(quant_method="ast_sparse_24_int4", format_version=2)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (dict(samples=token_ids()), "samples: only compressed-int4 is calibrated"),
+        (dict(format="compressed-int4", samples=token_ids()[0]), r"samples: the shape is \(12,\)"),
+        (dict(adapter_samples=token_ids()), "adapter_samples: there is no adapter to merge"),
+    ],
+)
+def test_text_without_effect_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        export_model(sparse_model(), tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

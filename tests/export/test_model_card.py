@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import huggingface_hub
+import peft
 import pytest
 import torch
 import yaml
@@ -19,7 +20,8 @@ import ast_sparse
 from ast_sparse.cli import export, prune, train
 from ast_sparse.export.card_subject import Subject, shareable, with_run
 from ast_sparse.export.export import export_model
-from ast_sparse.export.model_card import VLLM_RANKS, write_card
+from ast_sparse.export.model_card import write_card
+from ast_sparse.export.slorb_hint import VLLM_RANKS
 from ast_sparse.storage.base_card import base_metadata
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.sparsity_record import SparsityRecord
@@ -262,6 +264,9 @@ def test_vllm_is_given_the_smallest_rank_that_it_takes(rank: int, folder: Path, 
     taken = re.findall(r"--max-lora-rank (\d+)", card(tmp_path / "out"))
     expected = {1: "1", 6: "8", 16: "16", 321: "512", 512: "512"}
     assert taken == ([expected[rank]] if rank in expected else [])
+    in_layers = "vllm serve FOLDER --hf-overrides '{\"ast_sparse_slorb\": true}'"
+    assert (in_layers in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
+    write_card(tmp_path / "out", subject, replace(report, format="dense"))
     assert (f"rank {rank}, and vLLM's LoRA takes at most 512" in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
     write_card(tmp_path / "out", replace(subject, has_conv1d=True), report)
     assert "vllm serve" not in card(tmp_path / "out")  # compressed layers of GPT-2
@@ -276,6 +281,39 @@ def test_an_export_whose_adapter_was_removed_is_the_model_without_it(folder: Pat
     text = card(tmp_path / "out")
     assert row(text, "**retrained 2:4 without SLoRB**") and row(text, "retrained 2:4 with SLoRB")
     assert "load_adapter" not in text and "--enable-lora" not in text
+
+
+def test_rounding_to_4_bits_is_said_and_the_perplexities_of_the_run_are_not_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    options = ("--calibration", folder / "text.txt", "--samples", 4, "--seq-len", 16, "--device", "cpu")
+    call(export.main, folder / "run", tmp_path / "awq", "--format", "compressed-int4", *options)
+    text = card(tmp_path / "awq")
+    assert row(text, "weights").startswith("4-bit values in pruned layers, else bfloat16, ")
+    assert row(text, "rounding").startswith("pruned weights to 4 bits by AWQ on 4 sequences of 16 tokens; it scales")
+    assert "float32 weights, before the pruned ones were rounded to 4 bits." in text
+    assert "none of these is the perplexity of this export" in text and row(text, "retrained 2:4 with SLoRB")
+    assert "--format compressed-int4 --dtype bfloat16 --calibration TEXT --samples 4 --seq-len 16\n" in text
+    rounding = {"method": "awq", "bits": 4, "sequences": 4, "seq_len": 16}
+    assert read_json(tmp_path / "awq" / "sparsity_config.json")["rounding"] == rounding
+    call(export.main, tmp_path / "awq", tmp_path / "dense", "--format", "dense")  # its weights were rounded too
+    assert row(card(tmp_path / "dense"), "rounding") == row(text, "rounding")
+    assert "none of these" in card(tmp_path / "dense") and "--calibration" not in card(tmp_path / "dense")
+    call(export.main, tmp_path / "awq", tmp_path / "again", "--format", "compressed-int4", "--calibration", "none")
+    before = row(card(tmp_path / "again"), "rounding")
+    assert before == f"pruned weights to the nearest step of 4 bits, without text; before that {row(text, 'rounding')}"
+    assert "--calibration none\n" in card(tmp_path / "again")
+
+
+def test_after_a_merge_no_perplexity_of_the_run_is_that_of_the_export(folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder / "out")
+    lora = peft.LoraConfig(r=4, target_modules=["up_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(str(tmp_path / "lora"))
+    call(export.main, folder / "run", tmp_path / "merged", "--merge-adapter", tmp_path / "lora")
+    text = card(tmp_path / "merged")
+    assert row(text, "merged adapters") == "`lora`, under the masks" and row(text, "retrained 2:4 with SLoRB")
+    assert "float32 weights, before an adapter was merged into them." in text and "none of these is" in text
+    assert "--dtype bfloat16 --merge-adapter lora\n" in text and str(tmp_path) not in text
 
 
 def test_data_sets_of_one_name_stay_apart(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
-from ast_sparse.export.export import export_model, save_sparse_model
+from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config
 from ast_sparse.report.overview import layer_counts
 from ast_sparse.sparsity import select
 from ast_sparse.sparsity.model import sparse_layers, sparsify_model, twins
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.save import save_sparse_model
 from tests.families import family_model
 from tests.models import VOCAB, tiny_tokenizer
 

@@ -3,12 +3,20 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import KVSharingDict
 
 import ast_sparse.sparsity.model as sparsify_module
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
-from ast_sparse.sparsity.model import decoder_blocks, refresh_masks, select_layers, sparse_layers, sparsify_model
+from ast_sparse.sparsity.model import (
+    decoder_blocks,
+    densify_model,
+    refresh_masks,
+    select_layers,
+    sparse_layers,
+    sparsify_model,
+)
 from ast_sparse.sparsity.oneshot import prune_layer, sparsegpt_prune, wanda_mask
 from ast_sparse.sparsity.statistics import InputRecorder, InputStatistics, calibrate_blocks
 from tests.models import tiny_model
@@ -102,6 +110,19 @@ def test_a_block_that_gets_more_from_the_text_than_hidden_states_is_refused() ->
         lambda module, args, kwargs: (args, {**kwargs, "extra": args[0].detach().clone()}), with_kwargs=True
     )
     with pytest.raises(UserError, match=r"`model\.layers\.0` of LlamaForCausalLM takes inputs other than hidden"):
+        sparsify_model(model, SparsityConfig(init="wanda"), samples=samples())
+
+
+def test_blocks_that_share_keys_and_values_are_refused() -> None:
+    model, states = tiny_model("llama").eval(), KVSharingDict()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "shared_kv_states": states}), with_kwargs=True
+        )
+    sparsify_model(model, SparsityConfig(init="wanda"), samples=samples())  # an empty one is of no use to anyone
+    densify_model(model)
+    states["full_attention"] = (torch.zeros(1), torch.zeros(1))
+    with pytest.raises(UserError, match=r"`model\.layers\.0` of LlamaForCausalLM shares keys and values"):
         sparsify_model(model, SparsityConfig(init="wanda"), samples=samples())
 
 

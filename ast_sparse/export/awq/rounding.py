@@ -1,7 +1,7 @@
-"""Round the pruned layers of a model, and their SLoRB, to 4 bits: by AWQ, or without text to the nearest step."""
+"""Round the pruned layers of a model, and their SLoRB, to few bits: by AWQ, or without text to the nearest step."""
 
 import copy
-import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq.folds import SLORB_S, SLORB_X, Fold, find_groups, multiply_columns
-from ast_sparse.kernels.int4 import round_to_grid
+from ast_sparse.export.codec import Codec
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.model import densify_model
 from ast_sparse.sparsity.select import Prunable, decoder_blocks
 from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
 from ast_sparse.storage.files import SlorbPairs
+from ast_sparse.tables import layer_kind
 
 _ALPHAS = tuple(step / 10 for step in range(11))
 _FLOOR = 1e-4  # smallest root mean square of a column, as a share of the largest
@@ -30,42 +31,49 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Rounded:
-    """What was done to a model, whose pruned layers are now on the grid.
+    """What was done to a model, whose pruned layers are now on the grid of a codec.
 
     Attributes:
-        scales: by layer, the scales of its groups `[out, ceil(in/128)]`.
+        bits: of a value.
+        scales: by layer, the scales of its groups `[out, ceil(in/scale_columns)]`.
         slorb: the pairs, scaled as their layers and rounded.
         errors: by layer, the relative squared error of its output on the calibration text; empty without text.
         unscaled: layers that got no AWQ scale, because nothing in their block can take it back.
+        unseen: layers that no token of the text reached, rounded to the nearest step.
         sequences: number of calibration sequences; 0 without text.
+        seq_len: tokens in each of them.
     """
 
+    bits: int
     scales: dict[str, Tensor] = field(default_factory=dict)
     slorb: SlorbPairs = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     unscaled: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     sequences: int = 0
+    seq_len: int = 0
 
     def record(self) -> dict[str, Any]:
         """What was done, for `sparsity_config.json`."""
-        return {"method": "awq" if self.sequences else "nearest", "sequences": self.sequences}
+        if not self.sequences:
+            return {"method": "nearest", "bits": self.bits}
+        return {"method": "awq", "bits": self.bits, "sequences": self.sequences, "seq_len": self.seq_len}
 
     def lines(self) -> list[str]:
         """What was done, for the user."""
         if not self.sequences:
             return ["rounded to the nearest step, without calibration text"]
         error = sum(self.errors.values()) / max(len(self.errors), 1)
+        scaled = len(self.scales) - len(self.unscaled) - len(self.unseen)
         lines = [
             f"AWQ on {self.sequences} sequences: relative squared error of a layer's output {error:.4f} on average, "
-            f"{len(self.scales) - len(self.unscaled)} of {len(self.scales)} layers scaled"
+            f"{scaled} of {len(self.scales)} layers scaled"
         ]
-        kinds: dict[str, int] = {}
-        for name in self.unscaled:
-            kind = re.sub(r"\.\d+\.", ".*.", name)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return lines + [
-            f"  no scale: {kind} ({count}): nothing before it takes it back" for kind, count in kinds.items()
-        ]
+        reasons = {"nothing before it takes it back": self.unscaled, "no token of the text reached it": self.unseen}
+        for reason, names in reasons.items():
+            for kind, count in Counter(map(layer_kind, names)).items():
+                lines.append(f"  no scale: {kind} ({count}): {reason}")
+        return lines
 
 
 @torch.no_grad()
@@ -79,12 +87,13 @@ def round_copy(
     device: torch.device | None,
     progress: bool,
     in_place: bool,
+    codec: Codec,
 ) -> tuple[dict[str, Tensor], Rounded]:
     """`round_model` on a plain float32 copy of a model, or on the model itself; returns the new weights too."""
     plain = (model if in_place else copy.deepcopy(model)).float().eval()
     densify_model(plain)
     chosen: dict[str, Any] = {name: plain.get_submodule(name) for name in layers}
-    rounded = round_model(plain, chosen, slorb, dtypes, dtype, samples, device, progress)
+    rounded = round_model(plain, chosen, slorb, dtypes, dtype, samples, codec, device, progress)
     return {name: value.detach() for name, value in plain.state_dict().items()}, rounded
 
 
@@ -96,6 +105,7 @@ class _Layer:
     weight: Tensor
     dtype: torch.dtype
     statistics: InputStatistics | None
+    codec: Codec
 
     @property
     def hessian(self) -> Tensor:
@@ -104,11 +114,14 @@ class _Layer:
 
     def round(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rounded weight, columns multiplied by an AWQ scale, and its scales; errors count as on the inputs."""
-        if self.statistics is None:
-            return round_to_grid(self.weight, self.dtype)
-        squares = self.statistics.squares
         weight = self.weight if scale is None else self.weight * scale
-        return round_to_grid(weight, self.dtype, squares if scale is None else squares / scale.square())
+        return self.codec.rounded(weight, self.dtype, self.importance(scale))
+
+    def importance(self, scale: Tensor | None) -> Tensor | None:
+        """Mean squares `[in]` of the inputs divided by an AWQ scale; None without text."""
+        if self.statistics is None or scale is None:
+            return None if self.statistics is None else self.statistics.squares
+        return self.statistics.squares / scale.square()
 
     def error(self, scale: Tensor | None = None) -> Tensor:
         """Squared error of the output on the calibration text after rounding, up to a factor."""
@@ -125,6 +138,7 @@ def round_model(
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
     samples: Tensor | None,
+    codec: Codec,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> Rounded:
@@ -139,16 +153,20 @@ def round_model(
         dtypes: of the written weights, by parameter name.
         dtype: of the written SLoRB pairs.
         samples: `[sequences, tokens]` int64; None: each weight is rounded to the nearest step.
+        codec: what must be able to hold the weights.
         device: where the blocks run; default: where they are.
 
     Raises:
         UserError: the model cannot be calibrated block by block.
     """
-    done = Rounded(sequences=0 if samples is None else len(samples))
+    assert codec.value_bits is not None, "the codec holds any weight"
+    done = Rounded(codec.value_bits)
+    if samples is not None:
+        done.sequences, done.seq_len = samples.shape
 
     def prepared(name: str, statistics: InputStatistics | None = None) -> _Layer:
         layer = layers[name]
-        return _Layer(name, out_by_in(layer.weight, group_dim_of(layer)), dtypes[f"{name}.weight"], statistics)
+        return _Layer(name, out_by_in(layer.weight, group_dim_of(layer)), dtypes[f"{name}.weight"], statistics, codec)
 
     with _with_slorb(model, slorb):
         if samples is None:
@@ -167,7 +185,7 @@ def round_model(
                     inside = {layer: prepared(layer, found) for layer, found in statistics.items()}
                     _round_block(name, block, calls[block], inside, written, shared, attention, done)
                     bar.update()
-        done.slorb = {name: _rounded_pair(model.get_submodule(name), dtype) for name in slorb}
+        done.slorb = {name: _rounded_pair(model.get_submodule(name), dtype, codec) for name in slorb}
     return done
 
 
@@ -202,7 +220,8 @@ def _round_block(
         for each in group.layers.values():
             multiply_columns(each, scale)
         scales |= dict.fromkeys((layer.name for layer in fitted), scale)
-    done.unscaled += [layer for layer in inside if layer not in scales]
+    done.unseen += [name for name, layer in inside.items() if layer.statistics is None]
+    done.unscaled += [name for name, layer in inside.items() if layer.statistics is not None and name not in scales]
     for layer in inside.values():
         _write(layer, done, scales.get(layer.name))
 
@@ -230,10 +249,7 @@ def best_scale(layers: list[_Layer], fold: Fold) -> Tensor:
 
 def _write(layer: _Layer, done: Rounded, scale: Tensor | None = None) -> None:
     """Round a layer whose columns were already multiplied by `scale`, in place."""
-    importance = None
-    if layer.statistics is not None:
-        importance = layer.statistics.squares if scale is None else layer.statistics.squares / scale.square()
-    rounded, scales = round_to_grid(layer.weight, layer.dtype, importance)
+    rounded, scales = layer.codec.rounded(layer.weight, layer.dtype, layer.importance(scale))
     if layer.statistics is not None:
         factor = 1 if scale is None else 1 / scale
         change, weight = (rounded.float() - layer.weight) * factor, layer.weight * factor
@@ -243,8 +259,8 @@ def _write(layer: _Layer, done: Rounded, scale: Tensor | None = None) -> None:
     done.scales[layer.name] = scales.cpu()
 
 
-def _rounded_pair(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    s, x = (round_to_grid(layer.get_buffer(key), dtype)[0].cpu() for key in (SLORB_S, SLORB_X))
+def _rounded_pair(layer: nn.Module, dtype: torch.dtype, codec: Codec) -> tuple[Tensor, Tensor]:
+    s, x = (codec.rounded(layer.get_buffer(key), dtype)[0].cpu() for key in (SLORB_S, SLORB_X))
     return s, x
 
 
@@ -273,9 +289,10 @@ def _with_slorb(model: nn.Module, slorb: SlorbPairs) -> Iterator[None]:
 
 @contextmanager
 def _remembered(blocks: Mapping[str, nn.Module], calls: dict[nn.Module, _Call]) -> Iterator[None]:
-    """Keep the arguments of the last call of each block."""
+    """Keep the arguments of the last call of a block."""
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.clear()  # those of earlier blocks take memory
         calls[module] = args, kwargs
 
     handles = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks.values()]
@@ -299,7 +316,10 @@ def _shared(model: nn.Module) -> set[nn.Module]:
 def _attention(model: PreTrainedModel) -> tuple[int, int] | None:
     """Number of key-value heads and size of a head, as the configuration says; folds are tried before they are used."""
     config: Any = model.config.get_text_config(decoder=True)
-    heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
+    try:
+        heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        size = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
+    except RuntimeError:  # transformers says so if they differ by layer (Gemma 4)
+        return None
     return (kv_heads, size) if isinstance(kv_heads, int) and isinstance(size, int) else None
