@@ -4,10 +4,15 @@ A fresh interpreter takes seconds to reach the first line of a command. These st
 like `python -m`: they have a pid, an environment, exit codes, signals. If a test is about the interpreter itself, such
 as the order of imports, it starts a fresh one. Output goes into files: if a test limits the size of files, that limit
 applies to them too.
+
+`run_python` is for code that imports transformers or this package itself: its forks have only torch imported, and what
+else transformers imports.
 """
 
+import atexit
 import gc
 import importlib
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -18,9 +23,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
 
 IMPORTED = (
     "ast_sparse.cli.train", "ast_sparse.cli.data", "ast_sparse.cli.eval", "ast_sparse.cli.prune",
@@ -113,6 +121,52 @@ def forked_commands() -> Iterator[None]:
         yield
     finally:
         subprocess.run = fresh
+
+
+_FORKING = """
+import accelerate, json, os, sys, torch.distributed.tensor, traceback
+
+for line in sys.stdin:
+    code, arguments, *output = json.loads(line)
+    if not (pid := os.fork()):
+        for number, file in enumerate(output, start=1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["-c", *arguments]
+        status = 0
+        try:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _forking() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
+def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has imported neither transformers nor this package, which it finds."""
+    process = _forking()
+    assert process.stdin is not None and process.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder, "stdout"), Path(folder, "stderr")]
+        request = [code, [str(each) for each in arguments], *map(str, output)]
+        print(json.dumps(request), file=process.stdin, flush=True)
+        status = int(process.stdout.readline())
+        texts = [file.read_text() for file in output]
+    assert not check or status == 0, texts[1]
+    return subprocess.CompletedProcess([code], status, *texts)
 
 
 def _run_module(

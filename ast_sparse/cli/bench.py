@@ -66,7 +66,7 @@ def main(context: click.Context, model: str, **options: Any) -> None:
     _check_options(context, options)
     from ast_sparse.speed.cases import all_cases, parse_batches, parse_lengths
     from ast_sparse.speed.comparison import find_comparison
-    from ast_sparse.speed.kept_results import read_kept
+    from ast_sparse.speed.results_file import read_results
 
     device = str(find_device(options["device"])) if options["engine"] == "transformers" else "chosen by vLLM"
     lengths, batches = options["lengths"], parse_batches(options["batch"])
@@ -83,10 +83,10 @@ def main(context: click.Context, model: str, **options: Any) -> None:
         eager=options["enforce_eager"],
     )
     json_file = None if options["json_file"] is None else Path(options["json_file"])
-    kept: tuple[list[Outcome], dict[str, Any]] = ([], {})
+    earlier: tuple[list[Outcome], dict[str, Any]] = ([], {})
     if json_file is not None and not options["overwrite"]:
-        kept = read_kept(json_file, comparison)
-    _run(comparison, kept, json_file, options["plot"], options["max_minutes"])
+        earlier = read_results(json_file, comparison)
+    _run(comparison, earlier, json_file, options["plot"], options["max_minutes"])
 
 
 def _check_options(context: click.Context, options: dict[str, Any]) -> None:
@@ -114,17 +114,17 @@ def _check_plot(path: Path) -> None:
 
 def _run(
     comparison: Comparison,
-    kept: tuple[list[Outcome], dict[str, Any]],
+    earlier: tuple[list[Outcome], dict[str, Any]],
     json_file: Path | None,
     plot: str | None,
     minutes: float | None,
 ) -> None:
     """Measure, and show what there is, even after Ctrl-C."""
-    from ast_sparse.speed import kept_results as results
     from ast_sparse.speed.outcomes import left_out
+    from ast_sparse.speed.results_file import record
     from ast_sparse.speed.turns import measure
 
-    outcomes, machine = list(kept[0]), dict(kept[1])
+    outcomes, machine = list(earlier[0]), dict(earlier[1])
     if outcomes:
         count = sum(outcome.is_measured for outcome in outcomes)
         click.echo(f"{json_file}: {count} case{'s' if count != 1 else ''} of an earlier run", err=True)
@@ -132,10 +132,10 @@ def _run(
     def keep(found: list[Outcome]) -> None:
         outcomes[:] = found
         if json_file is not None:
-            write_json_file(json_file, results.record(comparison, outcomes, machine))
+            write_json_file(json_file, record(comparison, outcomes, machine))
 
     try:
-        measure(comparison, minutes=minutes, done=kept[0], keep=keep, about=machine.update)
+        measure(comparison, minutes=minutes, done=earlier[0], keep=keep, about=machine.update)
     finally:
         if any(outcome.is_measured for outcome in outcomes):
             _show(comparison, outcomes, machine, None if plot is None else Path(plot))
@@ -144,8 +144,8 @@ def _run(
         for case in comparison.cases:
             if case not in {outcome.case for outcome in outcomes}:
                 click.echo(f"{case}: not measured")
-    if failed := [outcome for outcome in outcomes if outcome.is_failure]:
-        raise UserError(f"{len(failed)} of {len(outcomes)} cases failed; {failed[0].case}: {failed[0].reason}")
+    if failed := [outcome for outcome in outcomes if outcome.is_failure and outcome.case in comparison.cases]:
+        raise UserError(f"{len(failed)} of {len(comparison.cases)} cases failed; {failed[0].case}: {failed[0].reason}")
 
 
 def _show(comparison: Comparison, outcomes: list[Outcome], machine: dict[str, Any], plot: Path | None) -> None:

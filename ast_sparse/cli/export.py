@@ -106,7 +106,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
     _check_usage(context, out, table)
     calibration = _check_settings(options)
     from ast_sparse.export.export import export_model  # takes seconds, so --help does without it
-    from ast_sparse.serving.slorb_serving import serving_hint
+    from ast_sparse.export.slorb_hint import serving_hint
     from ast_sparse.storage.files import require_model_folder
     from ast_sparse.storage.save import check_out_dir
 

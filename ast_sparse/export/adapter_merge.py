@@ -1,6 +1,7 @@
 """Merge a LoRA adapter into an N:M model under its masks, and say what that costs."""
 
 import importlib.util
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.config import SparsityConfig
-from ast_sparse.errors import UserError, one_line
+from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.export.quantizer import CompressedLinear
-from ast_sparse.sparsity.kept import nm_layers
+from ast_sparse.sparsity.kept import nm_layers, plain_name
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import CHECKSUMS_NAME
@@ -21,7 +22,7 @@ from ast_sparse.storage.origin import source_folder
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.tables import layer_kind
 
-_BASE = ".base_layer"  # the name that PEFT gives to the layer below an adapter
+_TRAINED_COPY = ".modules_to_save."  # what PEFT trains as a whole is a copy, beside the layer of the base model
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def merge_adapter_sparse(
     """Merge a PEFT adapter so that N:M layers stay N:M: the new weight is m ⊙ (W + scale · BA).
 
     What the adapter says about pruned weights is lost; the report says how much that is. Layers that are not N:M are
-    merged as PEFT does. Do not merge SLoRB this way: it stands in for the pruned weights, so the masks would cut off
+    merged as PEFT does, and so are other methods than LoRA, before the masks. Of several adapters, the active ones are
+    merged. Do not merge SLoRB this way: it stands in for the pruned weights, so the masks would cut off
     what it is there for.
 
     Args:
@@ -77,10 +79,9 @@ def merge_adapter_sparse(
     folder = source_folder(base.config)
     record = SparsityRecord() if folder is None else SparsityRecord.read(folder)
     checked = Pattern.of(SparsityConfig(pattern=pattern or record.pattern or "2:4"))
-    recorded = {*record.layers, *(name + _BASE for name in record.layers)}
-    layers = nm_layers(base, checked, recorded)
-    masks = {name.removesuffix(_BASE): layer.weight != 0 for name, layer in layers.items()}
-    adapted = {name.removesuffix(_BASE) for name in layers if name.endswith(_BASE)}
+    layers = nm_layers(base, checked, record.layers)
+    masks = {plain_name(name): layer.weight != 0 for name, layer in layers.items() if _TRAINED_COPY not in name}
+    adapted = {plain_name(name) for name in layers if plain_name(name) != name}
     if not adapted:
         raise UserError(f"The adapter changes no {checked} layer. Merge it with PEFT's `merge_and_unload`.")
     model.eval()
@@ -100,7 +101,8 @@ def merge_adapter_sparse(
         weight = merged.get_parameter(f"{name}.weight")
         cut = weight.masked_fill(mask, 0)
         if name in adapted:
-            errors[name] = float(cut.float().norm() / weight.float().norm())
+            whole = float(weight.float().norm())
+            errors[name] = float(cut.float().norm()) / whole if whole else 0.0
         weight.masked_fill_(~mask, 0)
     if batches:
         losses["merged"] = _mean_loss(merged, batches)
@@ -126,18 +128,34 @@ def load_adapter_to_merge(model: PreTrainedModel, adapter: str | Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings(action="ignore"):  # a warning about tensors that are missing is an error below
+            adapted = PeftModel.from_pretrained(model, str(folder))
+            result = adapted.load_adapter(str(folder), "default")  # again, because only this says what did not fit
     except Exception as error:  # PEFT raises anything about files that do not fit
         reason = one_line(error, end="open")
         raise UserError(f"The adapter `{adapter}` cannot be loaded over this model: {reason}. Check both.") from error
+    missing = [key for key in result.missing_keys if ".lora_" in key]  # other methods leave out what layers share
+    for what, keys in {"has": result.unexpected_keys, "lacks": missing}.items():
+        if keys:
+            raise UserError(
+                f"The adapter `{adapter}` {what} {shown(keys[0])} (of {len(keys)} such tensors), unlike this model. "
+                "Check both."
+            )
+    return adapted
 
 
 def _base_model(model: Any) -> PreTrainedModel:
     if importlib.util.find_spec("peft") is not None:
         from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         if isinstance(model, PeftModel):
             base = cast(PreTrainedModel, model.get_base_model())
+            if any(isinstance(module, BaseTunerLayer) and module.merged for module in base.modules()):
+                raise UserError(
+                    "The adapter is merged into the weights already, without masks. Load the base model and the "
+                    "adapter again."
+                )
             if any(isinstance(module, CompressedLinear) for module in base.modules()):
                 raise UserError(
                     "Cannot merge into layers that are compressed in memory. Load the base model without "

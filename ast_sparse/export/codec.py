@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ast_sparse.kernels.linear24 import plus_slorb
 from ast_sparse.sparsity.masks import Pattern
 
 META = "weight_meta"  # name of the positions of a layer; the values are its `weight`
@@ -32,8 +33,8 @@ class Codec:
             scales: from weight, mask and scales to the values `[out, in·N/M·value_bits/8]`, uint8, metadata and scales.
         decode: from these tensors to the weight `[out, in]`, exactly 0.0 where pruned; differentiable with respect to
             values that have the dtype of the weight.
-        product: a way to compute `linear` that need not decode the whole weight, from `x, values, meta, bias` and the
-            scales, if any; None: decode, then `F.linear`.
+        product: a way to compute `linear` that need not decode the whole weight, from `x, values, meta, bias`, the
+            scales, if any, and `slorb`; None: decode, then `F.linear`.
         check_meta: whether `encode` could have written the metadata; damaged bytes must not decode to wrong positions.
         value_bits: bits of a kept value; None: those of the dtype of the weight.
         scale_columns: how many columns of the weight share a scale; None: there are none.
@@ -104,13 +105,22 @@ class Codec:
             raise ValueError("its scales are not finite")
 
     def linear(
-        self, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        values: Tensor,
+        meta: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        slorb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """`x Wᵀ + b` `[..., out]` from x `[..., in]`, W as it is stored, and b `[out]`; differentiable."""
+        """`x Wᵀ + b` `[..., out]` from x `[..., in]`, W as it is stored, and b `[out]`; differentiable.
+
+        With `slorb`, which is S `[out, rank]` and X `[rank, in]`, also `+ S(Xx)`.
+        """
         scales = () if scale is None else (scale,)
         if self.product is None:
-            return F.linear(x, self.decode(values, meta, *scales), bias)
-        return self.product(x, values, meta, bias, *scales)
+            return plus_slorb(F.linear(x, self.decode(values, meta, *scales), bias), x, slorb)
+        return self.product(x, values, meta, bias, *scales, slorb)
 
     def stored_bytes(self, out_features: int, in_features: int, itemsize: int) -> int:
         """Size in bytes of an encoded weight whose dtype has `itemsize` bytes."""

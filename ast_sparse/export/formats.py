@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMAT_HELP = {
     "dense": "zeros written out, any N:M, read by everything",
-    "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`",
+    "compressed": "2:4 only, values and positions, read by transformers after `import ast_sparse`, and by vLLM",
     "compressed-int4": "the same with 4-bit values, scaled by AWQ on --calibration text",
 }
 CALIBRATED = ("compressed-int4",)  # whose codec rounds weights, by calibration text if there is some

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.export.card_subject import Subject, shareable, shareable_values
 from ast_sparse.export.formats import codecs
+from ast_sparse.export.slorb_hint import VLLM_RANKS, vllm_options
 from ast_sparse.export.summary import ExportReport, size_text
-from ast_sparse.export.vllm_options import VLLM_RANKS, slorb_options
 from ast_sparse.storage import files
 from ast_sparse.storage.base_card import EXPORT_MARK, README, base_metadata, card_metadata, is_export_card, is_hub_id
 from ast_sparse.storage.sparsity_record import SparsityRecord
@@ -242,15 +242,15 @@ def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
         yield "This serves the model without SLoRB."
         return
     rank = max(subject.ranks.values())
-    options = slorb_options(rank, f"FOLDER/{files.ADAPTER_FOLDER}", compressed)
+    options = vllm_options(rank, "FOLDER", compressed)
     if options is None:
         yield (
             f"This serves the model without SLoRB. The adapter has rank {rank}, and vLLM's LoRA takes at most "
-            f"{VLLM_RANKS[-1]}. An export with `--format compressed` can be served with it."
+            f"{VLLM_RANKS[-1]}. A compressed export is served with any rank."
         )
         return
-    asked = "ask for the model `slorb`" if rank <= VLLM_RANKS[-1] else "for every request"
-    yield f"This serves the model without SLoRB. With it ({asked}; `FOLDER` is a local folder):"
+    name = "ask for the model `slorb`; " if "lora" in options else ""
+    yield f"This serves the model without SLoRB. With it ({name}`FOLDER` is a local folder):"
     yield _block("bash", [f"vllm serve FOLDER {options}"])
 
 

@@ -131,7 +131,7 @@ def _pack_rows(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _unpack_rows(values: Tensor, meta: Tensor) -> Tensor:
     nibbles = torch.stack((meta & 15, meta >> 4), dim=-1).flatten(1)
     positions = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
-    as_bits = values.element_size() == 2 and not (values.requires_grad and torch.is_grad_enabled())
+    as_bits = values.element_size() == 2 and not words.passes_gradients(values)
     pairs = (values.view(torch.int16) if as_bits else values).unflatten(1, (-1, _KEPT))  # keeps the bits of a NaN
     dense = pairs.new_zeros(*pairs.shape[:-1], _GROUP).scatter(-1, positions, pairs).flatten(1)
     return dense.view(values.dtype) if as_bits else dense

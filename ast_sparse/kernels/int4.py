@@ -102,9 +102,16 @@ def unpack24_int4(values: Tensor, meta: Tensor, scale: Tensor) -> Tensor:
     return unpack24(unpack_values(values, scale), meta)
 
 
-def linear24_int4(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """`x Wᵀ + b` by `linear24`, which gets the values in 16 bits; x, bias and scale have one dtype."""
-    return linear24(x, unpack_values(values, scale), meta, bias)
+def linear24_int4(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    slorb: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`x Wᵀ + b`, and `+ S(Xx)`, by `linear24`, which gets the values in 16 bits; all others have one dtype."""
+    return linear24(x, unpack_values(values, scale), meta, bias, slorb)
 
 
 def _grouped(tensor: Tensor) -> Tensor:

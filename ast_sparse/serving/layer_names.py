@@ -18,7 +18,7 @@ class LayerNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._stored = {name: name for name in names}  # by the engine's name
-        self._built: set[str] = set()
+        self._not_built = set(self._stored)
 
     def rename(self, renamed: Callable[[list[str]], list[str]]) -> None:
         """Apply a renaming of the engine; a name it drops stays, and counts as not built."""
@@ -49,13 +49,12 @@ class LayerNames:
 
     def _take(self, names: Sequence[str]) -> list[str]:
         stored = [self._stored[name] for name in names]
-        self._built.update(stored)
+        self._not_built.difference_update(stored)
         return stored
 
     def check_all_built(self) -> None:
         """Raise UserError if the engine, whose model is complete, has no layer for one of the names."""
-        missing = sorted(set(self._stored.values()) - self._built)
-        if missing:
+        if missing := sorted(self._not_built):
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UserError(
                 f"The checkpoint has `{missing[0]}`{more} compressed, but the engine builds no such layer. {DENSE_FIX}"

@@ -1,4 +1,4 @@
-"""SLoRB of a served export: by the engine's LoRA where its rank is allowed, otherwise inside the linear layers."""
+"""SLoRB that is served inside the linear layers, for every request: which adapter, and its pairs."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -7,25 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ast_sparse.errors import UserError, shown
-from ast_sparse.export.vllm_options import SLORB_KEY, VLLM_RANKS, slorb_options
-from ast_sparse.storage.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, read_json
-
-
-def serving_hint(export: Path, compressed: bool) -> str | None:
-    """One line: how vLLM serves the SLoRB adapter of an export; None if it has none.
-
-    Args:
-        export: its folder.
-        compressed: whether its format is one that the plug-in reads.
-    """
-    adapter = export / ADAPTER_FOLDER
-    if not (adapter / ADAPTER_CONFIG_NAME).is_file():
-        return None
-    rank = read_json(adapter / ADAPTER_CONFIG_NAME)["r"]
-    above = "" if rank <= VLLM_RANKS[-1] else f", more than the {VLLM_RANKS[-1]} of vLLM's LoRA"
-    options = slorb_options(rank, str(adapter), compressed)
-    how = "export with --format compressed to serve it." if options is None else f"in vLLM: {options}"
-    return f"SLoRB has rank {rank}{above}; {how}"
+from ast_sparse.export.slorb_hint import SLORB_KEY
+from ast_sparse.storage.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER
 
 
 def adapter_folder(setting: Any, model: str) -> Path | None:

@@ -7,7 +7,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.codec24_int4 import CODE24_INT4
-from ast_sparse.export.vllm_options import SLORB_KEY
+from ast_sparse.export.slorb_hint import SLORB_KEY
 from ast_sparse.serving.checkpoint_checks import check_family, check_weights, compressed_layers
 from ast_sparse.serving.layer_names import LayerNames
 from ast_sparse.serving.slorb_serving import SlorbFiles, adapter_folder

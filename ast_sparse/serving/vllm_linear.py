@@ -45,8 +45,8 @@ class Vllm24LinearMethod(LinearMethodBase):
         """Add the stored tensors of the codec, of this rank: for 16-bit values `weight` `[out, in/2]` and `weight_meta`
         `[out, in/8]`, for 4-bit values `weight_scale` too.
 
-        Groups run along the inputs, so vLLM splits the tensors as it splits a dense weight. They begin with content
-        that no checkpoint holds: vLLM does not report tensors that are missing from a quantized checkpoint.
+        Groups run along the inputs, so vLLM splits the tensors as it splits a dense weight. They begin as NaN and 0,
+        and what no file held is found by that: vLLM does not report what a quantized checkpoint lacks.
         """
         codec = self.config.codec
         step = codec.multiple if input_size_per_partition == input_size else codec.cut
@@ -71,8 +71,9 @@ class Vllm24LinearMethod(LinearMethodBase):
         """
         self.config.check_all_built()
         codec = self.config.codec
-        if not all(bool(getattr(layer, name).data.isfinite().all()) for name in codec.names):
-            raise UserError(f"`{self.parts[0]}`: values are missing or not finite. {_DAMAGED}")
+        if self._lacks_values(layer):
+            dtype = self._of_input_dtype(layer).dtype
+            raise UserError(f"`{self.parts[0]}`: values are missing, or not finite in {dtype}. {_DAMAGED}")
         if not codec.check_meta(layer.weight_meta.data):
             raise UserError(f"`{self.parts[0]}`: its metadata names positions that no 2:4 group has. {_DAMAGED}")
         for name in codec.names:
@@ -80,6 +81,23 @@ class Vllm24LinearMethod(LinearMethodBase):
             setattr(layer, name, nn.Parameter(data, requires_grad=False))
         if self.config.slorb is not None:
             self._add_slorb(layer)
+
+    def _of_input_dtype(self, layer: Any) -> Tensor:
+        """The stored tensor that has the dtype of x."""
+        found: Tensor = layer.weight if self.config.codec.scale_columns is None else layer.weight_scale
+        return found
+
+    def _lacks_values(self, layer: Any) -> bool:
+        """Whether a tensor that vLLM has not loaded still has the content of `create_weights`, or one is not finite."""
+        codec = self.config.codec
+        if not all(bool(getattr(layer, name).data.isfinite().all()) for name in codec.names):
+            return True
+        if codec.scale_columns is None:
+            return False
+        # Every byte is possible for values of 4 bits. But their grid reaches the largest weight, so a row of zeros has
+        # scales of 0.
+        has_scale, has_values = (getattr(layer, name).data.ne(0).any(1) for name in (SCALE, "weight"))
+        return bool((has_scale & ~has_values).any())
 
     def _add_slorb(self, layer: Any) -> None:
         """Add `slorb_s` `[out, r]`, split as the outputs, and `slorb_x` `[parts · r, in]`, split as the inputs.
@@ -91,7 +109,7 @@ class Vllm24LinearMethod(LinearMethodBase):
         rank = max(slorb.ranks.get(part, 0) for part in self.parts)
         if not rank:
             return
-        weight = layer.weight if self.config.codec.scale_columns is None else layer.weight_scale  # has the dtype of x
+        weight = self._of_input_dtype(layer)
         s_rows = weight.new_zeros(weight.shape[0], rank)
         s_all = ChannelQuantScaleParameter(data=s_rows, output_dim=0, weight_loader=self.load)
         x_all = weight.new_zeros(len(self.parts), rank, self.input_size)
@@ -107,11 +125,11 @@ class Vllm24LinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., out]` of this rank from its inputs `[..., in]`."""
-        y = self.config.codec.linear(x, layer.weight, layer.weight_meta, bias, getattr(layer, SCALE, None))
-        if not hasattr(layer, "slorb_s"):
+        slorb = (layer.slorb_s, layer.slorb_x) if hasattr(layer, "slorb_s") else None
+        fused = slorb if len(self.parts) == 1 else None
+        y = self.config.codec.linear(x, layer.weight, layer.weight_meta, bias, getattr(layer, SCALE, None), fused)
+        if slorb is None or fused is not None:
             return y
-        inner = F.linear(x, layer.slorb_x)
-        if len(self.parts) == 1:
-            return y + F.linear(inner, layer.slorb_s)
-        inputs, rows = inner.chunk(len(self.parts), -1), layer.slorb_s.split(self.output_sizes)
+        inputs = F.linear(x, layer.slorb_x).chunk(len(self.parts), -1)
+        rows = layer.slorb_s.split(self.output_sizes)
         return y + torch.cat([F.linear(z, s) for z, s in zip(inputs, rows, strict=True)], -1)

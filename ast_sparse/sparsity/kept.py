@@ -1,5 +1,6 @@
 """Layers of a plain model whose weights are N:M already, and keeping them so while the model is trained."""
 
+import re
 from collections.abc import Collection
 from typing import cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ast_sparse.config import SparsityConfig
@@ -14,42 +16,63 @@ from ast_sparse.distributed.pieces import local, sum_over_pieces
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import SparseLayer, group_dim_of
 from ast_sparse.sparsity.masks import Pattern
-from ast_sparse.sparsity.select import Prunable, select_layers
+from ast_sparse.sparsity.select import Prunable, decoder_blocks
 
 logger = logging.get_logger(__name__)
 
+_WRAPPED = re.compile(r"^base_model\.model\.|\.(base_layer|original_module)(?=\.|$)")
+
 
 def nm_layers(model: nn.Module, pattern: Pattern, recorded: Collection[str] = ()) -> dict[str, Prunable]:
-    """The layers of a plain model whose weights fit a pattern, by name; one that is zero throughout is not meant.
+    """The linear layers in the decoder blocks whose weights fit a pattern, by name; layers with one weight appear once.
+
+    Why they fit does not matter, so routers and layers below an adapter are among them. A layer that is zero throughout
+    is not, unless it is recorded.
 
     Args:
-        model: causal LM; FSDP2 may have sharded it.
-        recorded: names of layers that are known to be pruned.
+        model: causal LM; FSDP2 may have sharded it, and PEFT may have wrapped it or its layers.
+        recorded: names of layers that are known to be pruned, as in the plain model.
 
     Raises:
         UserError: a recorded layer does not fit, or none does.
     """
-    found = {}
-    for name, layer in select_layers(model, recorded=recorded)[0].items():
-        if _fits(layer, pattern):
-            found[name] = layer
-        elif name in recorded:
+    found: dict[Tensor, tuple[str, Prunable]] = {}
+    inside = tuple(f"{name}." for name in decoder_blocks(model))
+    for name, layer in model.named_modules():
+        weight = layer._parameters.get("weight")
+        if weight is None or not isinstance(layer, nn.Linear | Conv1D) or not name.startswith(inside):
+            continue
+        if weight in found or not weight.is_floating_point():  # integers are the codes of a quantizer
+            continue
+        known = plain_name(name) in recorded
+        fits, is_filled = _fits(layer, pattern)
+        if fits and (is_filled or known):
+            found[weight] = name, layer
+        elif known:
             raise UserError(f"`{name}` is recorded as pruned, but its weight is not {pattern}. Load the sparse model.")
     if not found:
         raise UserError(
             f"No layer of {type(model).__name__} is {pattern}. Load a sparse model, or name its pattern with `pattern`."
         )
-    return found
+    return dict(found.values())
 
 
-def _fits(layer: Prunable, pattern: Pattern) -> bool:
+def plain_name(name: str) -> str:
+    """The name that a layer has without PEFT, which wraps models and the layers below an adapter."""
+    return _WRAPPED.sub("", name)
+
+
+def _fits(layer: Prunable, pattern: Pattern) -> tuple[bool, bool]:
+    """Whether the weight of a layer fits a pattern, and whether it has non-zeros."""
     weight, dim = layer.weight, group_dim_of(layer)
     if isinstance(weight, DTensor) and dim == 0:
         raise UserError("FSDP2 cuts the groups of a Conv1D. Train this model with DDP (torchrun), without FSDP.")
     piece = local(weight.detach())
-    facts = torch.tensor([int(not pattern.holds(piece, dim)), int(bool(piece.any()))])
-    faults, filled = sum_over_pieces(facts, weight).tolist()
-    return faults == 0 and filled > 0
+    fault = pattern.structured and not pattern.holds(piece, dim)
+    faults, filled = sum_over_pieces(torch.tensor([int(fault), int(piece.count_nonzero())]), weight).tolist()
+    if not pattern.structured:  # a share of the whole weight, not of each piece
+        faults = int(filled > weight.numel() * pattern.n // pattern.m)
+    return faults == 0, filled > 0
 
 
 class KeptSparsity:
@@ -99,8 +122,7 @@ class KeptSparsity:
     def check(self) -> None:
         """Raise UserError if a layer is no longer N:M."""
         for name, layer in self.layers.items():
-            fault = torch.tensor(int(not self.pattern.holds(local(layer.weight.detach()), group_dim_of(layer))))
-            if int(sum_over_pieces(fault, layer.weight)):
+            if not _fits(layer, self.pattern)[0]:
                 raise UserError(
                     f"`{name}` is no longer {self.pattern}: something else than the optimizer changed it. Leave the "
                     "weights of sparse layers to the optimizer."

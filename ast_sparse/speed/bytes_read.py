@@ -1,6 +1,6 @@
 """Bytes of a model's weights, and how many of them the computation of one token reads.
 
-At one token every weight is read once and used once, so the bytes are a bound: nothing can be faster than reading them.
+At one token every weight is read once and used once, so no step can be faster than reading these bytes.
 """
 
 import warnings

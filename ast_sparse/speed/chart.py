@@ -25,7 +25,9 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
             [f"{each.case.prompt:,}/{each.case.new:,}\nbatch {each.case.batch}" for each in measured],
             fontsize=8,
         )
-        prefill.set_xlabel("prompt / new tokens")
+        faster = ", ×: how much faster" if len(measured[0].timings) > 1 else ""
+        prefill.set_xlabel(f"prompt / new tokens\nlines: 20th to 80th percentile{faster}")
+        prefill.set_xlim(-0.75, len(measured) - 0.25)
         decode.set_title(title)
         plots.legend(figure, decode)
         plots.save(figure, path)

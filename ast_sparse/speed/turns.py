@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from ast_sparse.errors import UserError
 from ast_sparse.progress import progress_bar
@@ -17,7 +17,6 @@ TURN = 16  # steps of one model before the other's turn
 _WARM_STEPS = 2
 
 Start = Callable[[SideSpec, Sequence[Case]], Side]
-_Name = TypeVar("_Name")
 
 
 def measure(
@@ -32,8 +31,8 @@ def measure(
 ) -> list[Outcome]:
     """Measure all cases; each model is loaded once, in a process of its own.
 
-    In a case each model computes the prompts, then both continue them in turns of `TURN` steps; who begins changes from
-    turn to turn. Before that, a few steps are not timed.
+    In a case each model computes the prompts, then both continue them in turns of `TURN` steps. Who begins changes: for
+    the prompts from repeat to repeat, for the steps from turn to turn. Before that, a few steps are not timed.
 
     Args:
         minutes: cases that would take longer are left out, with the reason; None: no limit.
@@ -44,8 +43,8 @@ def measure(
         start: starts a model; None: a process for each, `Process`.
 
     Returns:
-        The outcomes, those of earlier runs and of cases that do not fit last. A failed case is one
-        too; the others go on.
+        The outcomes; those of earlier runs and of cases that do not fit come last. A failed case has one too, and the
+        others go on.
 
     Raises:
         UserError: a model cannot be loaded.
@@ -191,20 +190,21 @@ def _in_turns(case: Case, sides: _Sides, watch: _Watch, update: Callable[[int], 
     names, reason = sides.names, ""
     timings: dict[str, Timing] = {name: Timing([], [], 0) for name in names}
     tokens: dict[str, list[list[int]]] = {}
-    turn, longest = 0, 0.0
+    turn, longest = 0, 0.0  # turns of all repeats
     for repeat in range(watch.repeats):
         began = time.perf_counter()
         if repeat and watch.left() < longest:
             reason = f"{repeat} of {watch.repeats} repeats, for lack of time (--max-minutes)"
             break
-        for name in _rotated(names, turn := turn + 1):
+        for name in _rotated(names, repeat):
             timings[name].prefill.append(sides.ask(name, "begin", case=as_list(case)))
             update(1)
         for done in range(0, case.new - 1, TURN):
             steps = min(TURN, case.new - 1 - done)
-            for name in _rotated(names, turn := turn + 1):
+            for name in _rotated(names, turn):
                 timings[name].step.append(sides.ask(name, "advance", steps=steps) / steps)
                 update(steps)
+            turn += 1
         for name in names:
             end = sides.ask(name, "finish")
             tokens.setdefault(name, end["tokens"])
@@ -214,7 +214,7 @@ def _in_turns(case: Case, sides: _Sides, watch: _Watch, update: Callable[[int], 
     return Outcome(case, timings, same, reason)
 
 
-def _rotated(names: list[_Name], turn: int) -> list[_Name]:
+def _rotated(names: list[str], turn: int) -> list[str]:
     shift = turn % len(names)
     return names[shift:] + names[:shift]
 

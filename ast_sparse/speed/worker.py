@@ -35,10 +35,9 @@ class Worker:
         except Exception as error:
             return {"error": one_line(error, _LONGEST, cut="word", named=True), "user": isinstance(error, UserError)}
 
-    def _load(self, engine: str, threads: int | None, cases: list[list[int]], **spec: Any) -> dict[str, Any]:
+    def _load(self, engine: str, threads: int, cases: list[list[int]], **spec: Any) -> dict[str, Any]:
         """Load the model; returns the machine as this process sees it."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         folder = Path(spec.pop("folder"))
         if engine == "vllm":
             from ast_sparse.speed.in_vllm import VllmEngine

@@ -2,8 +2,8 @@
 
 A layer X is stored as `X.compressed`, its kept values row by row, `X.bitmask`, uint8 `[..., ceil(columns / 8)]` with
 one bit for each weight (the lowest bit is the first column), and `X.shape`, int64. In the format `sparse-24-bitmask`,
-`compressed` is `[rows, columns / 2]`. In `sparse-bitmask` it is flat, and `X.row_offsets` says where each row begins,
-which follows from the bits. Version 0.5 stored every parameter that way, biases too, under its whole name:
+`compressed` is `[rows, columns / 2]`. In `sparse-bitmask` it is flat, and `X.row_offsets` says where each row begins in
+it, which also follows from the bits. Version 0.5 stored every parameter that way, biases too, under its whole name:
 `X.weight.compressed`.
 """
 
@@ -28,13 +28,14 @@ _PART = re.compile("|".join(_PARTS))
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def decode_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor:
+def decode_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor, row_offsets: Tensor | None = None) -> Tensor:
     """The dense weight of a layer, exactly 0.0 where pruned, in the dtype of `compressed`.
 
     Args:
-        compressed: kept values in the order of the weight, any shape.
+        compressed: kept values in the order of the weight, flat, or `[rows, columns / 2]` for 2 of every 4.
         bitmask: uint8, eight columns for each byte, lowest bit first.
         shape: of the weight, in any arrangement: `[2]` or `[2, 1]`.
+        row_offsets: `[rows]`, where the values of each row begin; only compared with the bits.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -53,6 +54,11 @@ def decode_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor) -> Tensor
     mask = mask[..., : sizes[-1]]
     if int(mask.sum()) != compressed.numel():
         raise ValueError(f"its bitmask keeps {int(mask.sum()):,} weights, but {compressed.numel():,} values are stored")
+    if compressed.dim() > 1 and (mask.numel() % 4 or bool((mask.reshape(-1, 4).sum(-1) != 2).any())):
+        raise ValueError("its bitmask does not keep 2 of every 4 weights")
+    counts = mask.sum(-1)
+    if row_offsets is not None and len(sizes) == 2 and row_offsets.tolist() != (counts.cumsum(0) - counts).tolist():
+        raise ValueError("its `row_offsets` do not fit its bitmask")
     dense = torch.zeros(sizes, dtype=compressed.dtype, device=compressed.device)
     dense[mask] = compressed.flatten()
     return dense
@@ -84,10 +90,11 @@ def sparse_settings(settings: dict[str, Any], name: str) -> dict[str, Any] | Non
             f"`{name}` is stored in the sparse format {shown(format)}, which is not read. Give the dense model, or one "
             f"in {' or '.join(_FORMATS)}."
         )
-    if quantized:
+    if quantized or settings.get("transform_config"):
+        what = "quantized" if quantized else "transformed (`transform_config`)"
         raise UserError(
-            f"`{name}` is quantized and stored as {format}, and only bfloat16, float16 and float32 are read in that "
-            "format. Give the model that is not quantized."
+            f"`{name}` is {what} and stored as {format}, and only bfloat16, float16 and float32 are read in that "
+            "format. Give the plain model."
         )
     return {"quant_method": METHOD, "dequantize": True}
 
@@ -120,7 +127,7 @@ class _Decode(ConversionOps):
         try:
             if missing := [part for part in _PARTS[:3] if part not in found]:
                 raise ValueError(f"the checkpoint lacks its `{missing[0]}`")
-            dense = decode_bitmask(*(found[part] for part in _PARTS[:3]))
+            dense = decode_bitmask(*(found[part] for part in _PARTS if part in found))
             if dense.shape != expected.shape:
                 raise ValueError(f"it decodes to {tuple(dense.shape)}, the model needs {tuple(expected.shape)}")
             return {full_layer_name: dense.to(expected.dtype)}

@@ -3,7 +3,9 @@
 `linear24` with values and positions in memory, against `F.linear` with the dense weight, and against oneDNN with the
 weight packed once, which is the product of vLLM on a CPU. bfloat16; shapes of SmolLM2-135M and of a LLaMA of 1.17 B
 parameters; one token is decoding, 512 are a prompt. Each call takes another copy of the layer, so that weights come
-from memory as in a model. By bytes, one token could take 9/16 of the time of a dense product at the same bandwidth.
+from memory as in a model. Large layers lie as they do in a model: kept values in huge pages, if Linux grants them, and
+dense weights where PyTorch puts them. By bytes, one token could take 9/16 of the time of a dense product at the same
+bandwidth.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +24,8 @@ from scripts.benchmarks.harness import Result, Settings, interleave, main
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (11264, 2048), (2048, 5632))  # [out, in]
 TOKENS = (1, 2, 4, 8, 16, 512)
 BOUND = 9 / 16  # bytes of a compressed bfloat16 weight, of the dense one
-_LAYERS = 200 << 20  # bytes of dense copies of a layer: several times the cache
+_LAYERS = 200 << 20  # bytes of dense copies of a layer: several times the cache of the last level
+_MOST = 32  # copies; those of all sides, 54 MB for the smallest layer, lie between two uses of one
 
 
 def measure(settings: Settings) -> Iterator[Result]:
@@ -40,7 +43,7 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def _compare(settings: Settings, out_features: int, in_features: int, tokens: int, threads: int) -> Iterator[Result]:
-    copies = 1 if settings.quick else min(max(_LAYERS // (2 * out_features * in_features), 1), 32)
+    copies = 1 if settings.quick else min(max(_LAYERS // (2 * out_features * in_features), 1), _MOST)
     weight = torch.randn(out_features, in_features)
     weight = (weight * Pattern(2, 4).mask(weight.abs())).bfloat16()
     dense = [weight.clone() for _ in range(copies)]

@@ -2,21 +2,24 @@
 
     python scripts/checks/gpu_linear24.py [--seconds 110] [--dry]
 
-Needs torch for CUDA and triton, no network and no data. Each line of the output is JSON, printed as soon as it is
-known. Results are compared with float64. Times: CUDA events, 5 warm-ups, 20 interleaved pairs, an emptied L2 cache
-before each call, medians. A check that fails does not stop the others; after `--seconds` the remaining ones are named
-and skipped. The exit code is 1 if a result was wrong or a check failed.
+Needs torch for CUDA and triton only, no network and no data; where ast_sparse is not installed, start it in the
+checkout with `PYTHONPATH=.`. Each line of the output is JSON, printed as soon as it is known. Results are compared with
+float64. Times: CUDA events, 5 warm-ups, 20 interleaved pairs, an emptied L2 cache before each call, medians. A check
+that fails does not stop the others; after `--seconds` the remaining ones are named and skipped. The exit code is 1 if a
+result was wrong or a check failed.
 
 `--dry` runs everything on tiny shapes in Triton's interpreter, without a GPU; its times mean nothing.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.kernels.code24 import pack24, unpack24
-from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.kernels.nm_masks import nm_group_mask
 
 WARMUPS, PAIRS = 5, 20
 LAYERS = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -39,16 +42,16 @@ class Bench:
 
     def __init__(self, is_dry: bool) -> None:
         self.is_dry = is_dry
-        self.device = torch.device("cpu" if is_dry else "cuda")
+        self.device = torch.device("cpu" if is_dry else "cuda:0")
         self.layers = ((16, 64),) if is_dry else LAYERS
         self.ragged = ((9, 24),) if is_dry else ((1000, 1032), (33, 8), (4096, 4096))
         self.pairs = 1 if is_dry else PAIRS
-        # larger than the L2 cache; its writing also keeps the GPU busy while the next kernel is launched
-        self.cache = torch.empty(1 if is_dry else 1 << 28, dtype=torch.uint8, device=self.device)
+        # larger than the L2 cache; writing it also keeps the GPU busy for longer than two kernels take to launch
+        self.cache = torch.empty(1 if is_dry else 1 << 30, dtype=torch.uint8, device=self.device)
 
     def weight(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Values, metadata and the dense weight."""
-        mask = nm_mask(torch.rand(rows, columns, device=self.device))
+        mask = nm_group_mask(torch.rand(rows, columns, device=self.device), 2, 4)
         values, meta = pack24((torch.randn(rows, columns, device=self.device) / columns**0.5).to(dtype), mask)
         return values, meta, unpack24(values, meta)
 
@@ -116,6 +119,18 @@ def decoding(bench: Bench) -> Iterator[dict[str, Any]]:
             yield {"case": f"{rows}x{columns} {dtype}", "right": torch.equal(prefill.decode(values, meta), dense)}
 
 
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """cuBLAS may otherwise add shares of a sum in 16 bits, and the decoded way would seem wrong."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
 def many_tokens(bench: Bench) -> Iterator[dict[str, Any]]:
     """The ways of a prefill; 77 tokens are not a multiple of 8."""
     from ast_sparse.kernels.gpu import prefill
@@ -124,15 +139,21 @@ def many_tokens(bench: Bench) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES[:2]:
         values, meta, dense = bench.weight(rows, columns, dtype)
         x, bias = bench.random(77, columns, dtype=dtype), bench.random(rows, dtype=dtype)
-        names = ["decoded"] + ([] if bench.is_dry else prefill.semi_structured(rows, columns, dtype))
-        for name in names:
-            for each in (bias, None):
-                expected = x.double() @ dense.double().t() + (0 if each is None else each.double())
-                try:
-                    line = compared(getattr(prefill, name)(x, values, meta, each), expected, columns, 2.0)
-                except Exception as error:  # not on this GPU: dispatch leaves it out
-                    line = {"absent": f"{type(error).__name__}: {error}"[:300]}
-                yield {"case": f"{name} {rows}x{columns} {dtype}{'' if each is None else ' bias'}", **line}
+        for name, each in itertools.product(ways_of_prefill(bench, rows, columns, dtype), (bias, None)):
+            expected = x.double() @ dense.double().t() + (0 if each is None else each.double())
+            try:
+                with float32_sums():
+                    found = getattr(prefill, name)(x, values, meta, each)
+                line = compared(found, expected, columns, 2.0)
+            except Exception as error:  # not on this GPU: dispatch leaves it out
+                line = {"absent": f"{type(error).__name__}: {error}"[:300]}
+            yield {"case": f"{name} {rows}x{columns} {dtype}{'' if each is None else ' bias'}", **line}
+
+
+def ways_of_prefill(bench: Bench, rows: int, columns: int, dtype: torch.dtype) -> list[str]:
+    from ast_sparse.kernels.gpu import prefill
+
+    return ["decoded"] + ([] if bench.is_dry else prefill.semi_structured(rows, columns, dtype, bench.device))
 
 
 def slorb(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -164,7 +185,7 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
                 yield {"case": f"{tokens} tokens", "right": linear24(other, values, meta).shape == (tokens, rows)}
                 continue
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with float32_sums(), torch.cuda.graph(graph):
                 out = linear24(x, values, meta)
             x.copy_(other)
             graph.replay()
@@ -193,7 +214,7 @@ def prefill_speed(bench: Bench, tokens: int) -> Iterator[dict[str, Any]]:
         values, meta, dense = bench.weight(rows, columns, torch.bfloat16)
         x = bench.random(tokens, columns, dtype=torch.bfloat16)
         sides: dict[str, Callable[[], Any]] = {"dense": partial(F.linear, x, dense)}
-        for name in ["decoded"] + ([] if bench.is_dry else prefill.semi_structured(rows, columns, x.dtype)):
+        for name in ways_of_prefill(bench, rows, columns, x.dtype):
             way = partial(getattr(prefill, name), x, values, meta, None)
             try:
                 way()

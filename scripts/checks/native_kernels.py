@@ -56,7 +56,7 @@ def run_all(cases: int, seed: int) -> int:
     if not shutil.which("gcc"):
         print("gcc is needed, with its sanitizers (Debian: apt-get install gcc).", file=sys.stderr)
         return 2
-    failed, levels = False, list(usable_levels())
+    failed, levels = False, usable_levels()
     for level in levels:
         failed |= run(level, "guarded", cases, seed).returncode != 0
     with tempfile.TemporaryDirectory() as folder:

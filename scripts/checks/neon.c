@@ -12,7 +12,7 @@ int ast24_usable(int level);
 int ast24_linear(
     int level, int dtype, const void *x, int64_t x_stride, const void *values, const void *meta, const void *bias,
     void *y, int64_t tokens, int64_t rows, int64_t columns, int threads);
-int ast24_decode(
+void ast24_decode(
     int level, int itemsize, const void *values, const void *meta, void *dense, int64_t rows, int64_t columns,
     int threads);
 
@@ -66,9 +66,9 @@ int main(int count, char **arguments) {
     const char *bias = it.has_bias ? all[3].start : NULL;
     if (ast24_linear(
             0, (int)it.dtype, all[0].start, it.x_stride, all[1].start, all[2].start, bias, all[4].start, it.tokens,
-            it.rows, it.columns, 1) ||
-        ast24_decode(0, (int)size, all[1].start, all[2].start, all[5].start, it.rows, it.columns, 1))
-      fail("a function failed");
+            it.rows, it.columns, 1))
+      fail("a product failed");
+    ast24_decode(0, (int)size, all[1].start, all[2].start, all[5].start, it.rows, it.columns, 1);
     put(results, all[4]);
     put(results, all[5]);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) munmap(all[i].memory, all[i].mapped);

@@ -90,6 +90,8 @@ def test_a_failure_leaves_the_other_cases_and_is_the_last_line(
     line = error_line(result)
     assert line == "Error: 2 of 4 cases failed; 6/4 batch 2: failed: compressed: no memory is left"
     assert len(rows(result)) == 4 and "5/3 batch 2: failed" in result.stdout
+    asked_less = (*SHORT, "--batch", "1", "--json", tmp_path / "speed.json")
+    assert run(exports / "compressed", *asked_less).exit_code == 0  # failures of an earlier run are not of this one
     Scripted.fails = set()
     result = run(exports / "compressed", *SHORT, "--json", tmp_path / "speed.json")
     assert result.exit_code == 0 and len(rows(result)) == 8

@@ -10,19 +10,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ast_sparse import KeepSparsityCallback, UserError, densify_model, keep_sparsity
+from ast_sparse import KeepSparsityCallback, UserError, keep_sparsity
 from ast_sparse.distributed.pieces import whole
 from tests.distributed.fsdp_facts import data
-from tests.export.sparse_models import sparse_model
+from tests.export.sparse_models import plain_sparse_model
 
 STEPS, BATCH = 3, 4
 
 
 def plain(family: str = "llama") -> PreTrainedModel:
-    """A plain model in float64 whose pruned weights are zero."""
-    model = sparse_model(family)
-    densify_model(model)
-    return model.double()
+    return plain_sparse_model(family).double()
 
 
 def by_trainer(out: Path, world: int) -> PreTrainedModel:
@@ -66,6 +63,11 @@ def main(out: Path) -> None:
     by_hand(model, rank, world)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     fsdp = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    half = plain()
+    for layer in keep_sparsity(half).layers.values():  # without groups, and not half of each piece
+        weight = layer.weight.detach()
+        weight.copy_((torch.arange(len(weight)) < len(weight) / 2)[:, None].expand_as(weight))
+    unstructured = len(keep_sparsity(sharded(half), "unstructured").layers)
     conv1d = plain("gpt2")
     for block in conv1d.transformer.h:
         fully_shard(block)
@@ -75,7 +77,7 @@ def main(out: Path) -> None:
     except UserError as error:
         refusal = str(error)
     if rank == 0:
-        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal}, out / "facts.pt")
+        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured}, out / "facts.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -40,6 +40,10 @@ def test_fsdp2_works_on_the_pieces(facts: dict[str, Any]) -> None:
     same(facts["fsdp"], dict(model.named_parameters()))
 
 
+def test_an_unstructured_share_is_of_the_whole_weight(facts: dict[str, Any]) -> None:
+    assert facts["unstructured"] == 14
+
+
 def test_fsdp2_of_a_conv1d_is_refused(facts: dict[str, Any]) -> None:
     assert facts["refusal"] == (
         "FSDP2 cuts the groups of a Conv1D. Train this model with DDP (torchrun), without FSDP."

@@ -1,8 +1,5 @@
-"""Sparse tiny models, changed checkpoint files, and a fresh Python for the export tests."""
+"""Sparse tiny models and changed checkpoint files for the export tests."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.sparsity.model import sparse_layers, sparsify_model
+from ast_sparse.sparsity.model import densify_model, sparse_layers, sparsify_model
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def sparse_model(
@@ -29,6 +24,13 @@ def sparse_model(
         layer.mask.data = layer.mask.data.roll(2, dims=1 - layer.group_dim)
         if layer.slorb is not None:
             torch.nn.init.normal_(layer.slorb.X)
+    return model
+
+
+def plain_sparse_model(family: str = "llama", pattern: str = "2:4") -> PreTrainedModel:
+    """A plain model whose pruned weights are zero."""
+    model = sparse_model(family, pattern=pattern)
+    densify_model(model)
     return model
 
 
@@ -64,12 +66,3 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) ->
     change(tensors)
     save_file({name: value.contiguous() for name, value in tensors.items()}, file, metadata={"format": "pt"})
     (folder / "checksums.json").unlink(missing_ok=True)
-
-
-def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter; its files are found from the root of the checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert not check or done.returncode == 0, done.stderr
-    return done

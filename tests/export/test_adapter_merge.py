@@ -1,6 +1,7 @@
 """LoRA merged under the masks, against the same in plain float64."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,23 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import HRAConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ast_sparse import AstSparse24Config, densify_model, export_model, load_causal_lm, merge_adapter_sparse
+from ast_sparse import AstSparse24Config, export_model, load_causal_lm, merge_adapter_sparse
 from ast_sparse.cli.export import main as export
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json
-from tests.export.sparse_models import masked_state, sparse_model, token_ids
+from tests.export.sparse_models import masked_state, plain_sparse_model, sparse_model, token_ids
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
 def base(family: str = "llama") -> PreTrainedModel:
-    model = sparse_model(family)
-    densify_model(model)
-    return model.eval()
+    return plain_sparse_model(family).eval()
 
 
 def adapted(model: Any, family: str = "llama", **settings: Any) -> PeftModel:
@@ -76,6 +76,35 @@ def test_the_merged_weight_is_the_masked_sum(family: str) -> None:
     lines = report.lines()
     assert len(lines) == 4 + (family == "gpt2") and lines[-1].startswith("loss over 22 tokens: base ")
     assert isinstance(merged, PreTrainedModel)
+
+
+METHODS = {
+    "rslora": (LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True, alpha_pattern={"q_proj": 5}), 2),
+    "dora": (LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True), 4),
+    "hra": (HRAConfig(r=4, target_modules=["q_proj"]), 2),
+    "copies": (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"], bias="all"), 4),
+    "block": (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["mlp"]), 8),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_are_merged_as_peft_does_and_masked(method: str) -> None:
+    def made() -> PeftModel:
+        torch.manual_seed(0)
+        model = get_peft_model(base(), METHODS[method][0]).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, 0, 0.3)
+        return model
+
+    start = base().state_dict()
+    expected = made().merge_and_unload().state_dict()
+    merged, report = merge_adapter_sparse(made())
+    assert len(report.errors) == METHODS[method][1] and min(report.errors.values()) > 0.1
+    for name, value in merged.state_dict().items():
+        is_pruned = name.endswith("_proj.weight")
+        kept = torch.where(start[name] != 0, expected[name], 0) if is_pruned else expected[name]
+        assert torch.equal(value, kept), name
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +168,22 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
     assert result.exit_code == 2 and "cannot be loaded over this model" in result.stderr
 
 
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_an_adapter_with_other_tensors_is_refused(change: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "lora", tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    first, others = {}, {}
+    for name, value in load_file(file).items():
+        (first if ".layers.0." in name else others)[name] = value
+    added = (
+        {name.replace(".0.", ".5."): value.clone() for name, value in first.items()} | first if change == "more" else {}
+    )
+    save_file(others | added, file)
+    result = run(folder / "base", tmp_path / "out", "--merge-adapter", tmp_path / "lora")
+    place = "has 'base_model.model.model.layers.5." if change == "more" else "lacks 'base_model.model.model.layers.0."
+    assert result.exit_code == 2 and place in result.stderr and "(of 4 such tensors)" in result.stderr
+
+
 def refused(model: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         merge_adapter_sparse(model)
@@ -156,6 +201,9 @@ def test_other_models_are_refused(folder: Path) -> None:
     refused(get_peft_model(base(), head), "The adapter changes no 2:4 layer")
     prompt = PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=2)
     refused(get_peft_model(base(), prompt), "The adapter changes no 2:4 layer")
+    merged = adapted(base())
+    merged.base_model.model.model.layers[0].self_attn.q_proj.merge()
+    refused(merged, "merged into the weights already, without masks")
     dense = adapted(base())
     broken = next(parameter for name, parameter in dense.named_parameters() if "lora_A" in name)
     torch.nn.init.constant_(broken, torch.inf)

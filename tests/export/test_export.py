@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
@@ -23,21 +23,15 @@ from ast_sparse.storage.save import save_sparse_model
 from tests.export.sparse_models import (
     change_tensors,
     masked_state,
-    run_python,
+    plain_sparse_model,
     save_training_checkpoint,
     sparse_model,
     token_ids,
 )
 from tests.models import FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.processes import run_python
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
-
-
-def dense_nm(pattern: str = "2:4", family: str = "llama") -> PreTrainedModel:
-    """A plain model whose layers are N:M."""
-    model = sparse_model(family, pattern=pattern)
-    densify_model(model)
-    return model
 
 
 def loaded_state(folder: Path) -> dict[str, Tensor]:
@@ -166,7 +160,7 @@ def test_sparsity_config_is_copied_or_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["dense", "compressed"])
 def test_foreign_model_is_exported_by_its_non_zeros(format: str, tmp_path: Path) -> None:
-    model = dense_nm()
+    model = plain_sparse_model()
     with torch.no_grad():
         model.get_parameter(Q_PROJ)[0] = 0.0  # groups with fewer than two non-zeros
         model.get_parameter(Q_PROJ)[1] *= -1  # leaves -0.0
@@ -237,7 +231,7 @@ def test_other_patterns_are_exported_dense_only(tmp_path: Path) -> None:
 
 
 def test_pattern_of_a_foreign_model_is_named_by_the_caller(tmp_path: Path) -> None:
-    dense_nm("4:8").save_pretrained(tmp_path / "source")
+    plain_sparse_model(pattern="4:8").save_pretrained(tmp_path / "source")
     with pytest.raises(UserError, match="name its pattern with --pattern"):
         export_model(tmp_path / "source", tmp_path / "out", "dense")
     assert export_model(tmp_path / "source", tmp_path / "out", "dense", pattern="4:8").pattern == "4:8"

@@ -83,6 +83,18 @@ def test_every_codec_is_known_to_transformers() -> None:
         assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING[codec.method] is AstSparse24Config
 
 
+@pytest.mark.parametrize("codec", [*codecs().values(), CODE14], ids=lambda codec: codec.method)
+def test_every_codec_multiplies_with_slorb(codec: Codec) -> None:
+    torch.manual_seed(0)
+    weight = codec.pattern.mask(torch.rand(6, 64)) * torch.randn(6, 64)
+    rounded, *scales = (weight,) if codec.round is None else codec.round(weight)
+    stored = codec.encode(rounded, None, *scales)
+    x, bias, s, projection = torch.randn(3, 64), torch.randn(6), torch.randn(6, 5), torch.randn(5, 64)
+    found = codec.linear(x, *stored[:2], bias, *stored[2:], slorb=(s, projection))
+    expected = x.double() @ (codec.decode(*stored).double() + s.double() @ projection.double()).T + bias
+    torch.testing.assert_close(found, expected.float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("codec", [*codecs().values(), CODE14], ids=lambda codec: codec.method)
 def test_every_codec_gives_back_its_weights_in_the_shapes_and_bytes_it_says(codec: Codec, dtype: torch.dtype) -> None:

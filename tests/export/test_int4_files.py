@@ -18,7 +18,8 @@ from ast_sparse.report.overview import _kind
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm, load_checkpoint
-from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
+from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
+from tests.processes import run_python
 
 FIRST = {"llama": "model.layers.0.mlp.up_proj", "gpt2": "transformer.h.0.mlp.c_fc"}
 FORMAT = "compressed-int4"

@@ -1,5 +1,6 @@
 """Compressed checkpoints through transformers' own loading."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
+from ast_sparse.kernels.native import products24
+from ast_sparse.kernels.native.library import of_level, usable_levels
 from ast_sparse.storage.files import read_json, write_json
-from tests.export.sparse_models import change_tensors, masked_state, run_python, sparse_model, token_ids
+from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
 from tests.models import FAMILIES
+from tests.processes import run_python
 
 FIRST = {"llama": "model.layers.0.self_attn.q_proj", "gpt2": "transformer.h.0.attn.c_attn"}
 
@@ -30,8 +34,9 @@ def compressed(family: str, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def load_compressed(folder: Path, dequantize: bool = False) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=AstSparse24Config(dequantize=dequantize))
+def load_compressed(folder: Path, dequantize: bool = False, **kwargs: Any) -> PreTrainedModel:
+    config = AstSparse24Config(dequantize=dequantize)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **kwargs)
 
 
 @pytest.mark.parametrize("any_family", FAMILIES)
@@ -62,6 +67,39 @@ def test_compressed_layers_in_memory_compute_the_same(family: str, compressed: P
         assert layer.weight.nbytes + layer.weight_meta.nbytes == 0.5625 * weight.nbytes
         assert not layer.weight.requires_grad
     torch.testing.assert_close(packed(token_ids()).logits, dense(token_ids()).logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", usable_levels())
+def test_the_c_kernels_give_the_logits_and_tokens_of_the_dense_model(
+    level: str, dtype: torch.dtype, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(compressed, dtype=dtype).eval()
+    packed = load_compressed(compressed, dtype=dtype).eval()
+    layers = [module for module in packed.modules() if isinstance(module, CompressedLinear)]
+    assert {layer.weight.dtype for layer in layers} == {dtype}
+    used, products = of_level(level), 0
+
+    def product(*args: Any) -> Tensor:
+        nonlocal products
+        products += 1
+        return by_kernels(*args)
+
+    by_kernels = products24._by_kernels
+    monkeypatch.setattr(products24, "kernels", lambda: used)
+    monkeypatch.setattr(products24, "_by_kernels", product)
+    monkeypatch.setattr(products24, "_most_tokens", lambda *_: math.inf)
+    ids = token_ids()
+    with torch.no_grad():
+        found, expected = packed(ids).logits, dense(ids).logits
+        assert products == len(layers) > 0
+        if dtype == torch.float32:
+            generate = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+            assert torch.equal(packed.generate(ids[:, :3], **generate), dense.generate(ids[:, :3], **generate))
+            assert products == 13 * len(layers)
+        exact = dense.double()(ids).logits
+    errors = [(logits.double() - exact).square().mean().sqrt() for logits in (found, expected)]
+    assert errors[0] <= 1.5 * errors[1]
 
 
 def test_torch_compile_sees_one_node_for_each_compressed_layer(compressed: Path) -> None:

@@ -234,3 +234,10 @@ def test_wrong_masks_and_weights_are_refused() -> None:
 def test_metadata_that_does_not_fit_is_refused(meta: Tensor) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         unpack24(torch.zeros(2, 4), meta)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decoding_passes_forward_mode_gradients(dtype: torch.dtype) -> None:
+    values, meta = torch.randn(3, 8).to(dtype), torch.full((3, 2), 0x94, dtype=torch.uint8)
+    _, tangent = torch.func.jvp(lambda values: unpack24(values, meta), (torch.zeros_like(values),), (values,))
+    assert torch.equal(tangent, unpack24(values, meta))

@@ -63,3 +63,11 @@ def test_a_name_that_the_engine_drops_counts_as_not_built() -> None:
     names.rename(lambda found: [])
     with pytest.raises(UserError, match=r"has `vision\.fc` compressed"):
         names.check_all_built()
+
+
+def test_of_two_names_that_the_engine_makes_one_the_other_counts_as_not_built() -> None:
+    names = LayerNames(["encoder.fc", "decoder.fc"])
+    names.rename(lambda found: ["shared.fc"])
+    assert names.parts("shared.fc", {}) == ["decoder.fc"]
+    with pytest.raises(UserError, match=r"has `encoder\.fc` compressed"):
+        names.check_all_built()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from ast_sparse import export_model
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json
-from tests.export.sparse_models import ROOT, run_python, sparse_model
+from tests.export.sparse_models import sparse_model
+from tests.processes import ROOT, run_python
 from tests.serving.vllm_stand_in import LinearBase, UnquantizedLinearMethod
 
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -23,10 +25,11 @@ BUILT = [f"{layer}.{name}" for layer in LAYERS for name in (
 )]  # fmt: skip
 
 
-@pytest.fixture
-def exported(tmp_path: Path) -> Path:
-    export_model(sparse_model(slorb_k=8), tmp_path / "out")
-    return tmp_path / "out"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    export_model(sparse_model(slorb_k=8), folder / "out")
+    return folder / "out"
 
 
 def config_of(folder: Path) -> Any:
@@ -107,7 +110,8 @@ def test_without_the_setting_no_adapter_is_read(vllm: None, exported: Path) -> N
     assert config.slorb is None
 
 
-def test_files_and_family_are_checked_before_the_model_is_built(vllm: None, exported: Path) -> None:
+def test_files_and_family_are_checked_before_the_model_is_built(vllm: None, exported: Path, tmp_path: Path) -> None:
+    exported = Path(shutil.copytree(exported, tmp_path / "out"))
     config = config_of(exported)
     with pytest.raises(UserError, match="is a gpt2 model"):
         config.maybe_update_config(str(exported), hf_config=SimpleNamespace(model_type="gpt2"))

@@ -67,7 +67,7 @@ def test_merged_rows_of_all_ranks_are_the_dense_product(
             if part == "q" or rank % layer.num_kv_head_replicas == 0:
                 outputs[part].append(y)
     for part, found in outputs.items():
-        torch.testing.assert_close(torch.cat(found, -1), expected(x, weights[part], pairs.get(part)).float())
+        assert_product(torch.cat(found, -1), x, weights[part], pairs.get(part))
 
 
 @pytest.mark.parametrize("with_slorb", [False, True])
@@ -82,7 +82,7 @@ def test_split_inputs_of_all_ranks_sum_to_the_dense_product(
     for rank in range(ranks):
         layer = filled(Layer(method(["down"], slorb), [32], INPUTS, rank, ranks, by_input=True), {None: dense})
         total += layer.method.apply(layer, x.chunk(ranks, -1)[rank], bias if rank == 0 else None)
-    torch.testing.assert_close(total, (expected(x, dense, pairs.get("down")) + bias).float())
+    assert_product(total, x, dense, pairs.get("down"), bias)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -99,15 +99,14 @@ def test_values_of_4_bits_on_all_ranks_are_the_product_with_the_rounded_weight(
         assert sum(each.nbytes for each in layer.parameters()) == 64 // ranks * (256 // 4 + 256 // 8 + 2 * 4)
         found.append(layer.method.apply(layer, x).split(layer.sizes, -1))
     for index, dense in enumerate(parts.values()):
-        wanted = expected(x, round_to_grid(dense)[0], None).float()
-        torch.testing.assert_close(torch.cat([each[index] for each in found], -1), wanted)
+        assert_product(torch.cat([each[index] for each in found], -1), x, round_to_grid(dense)[0])
     s, x_pair = torch.randn(32, 6), torch.randn(6, 256)
     slorb, total = adapter(tmp_path, {"down": (s, x_pair)}), torch.zeros(5, 32)
     for rank in range(ranks):
         layer = Layer(method(["down"], slorb, CODE24_INT4), [32], 256, rank, ranks, by_input=True)
         layer = filled(layer, {None: parts["q"]})
         total += layer.method.apply(layer, x.chunk(ranks, -1)[rank])
-    torch.testing.assert_close(total, expected(x, round_to_grid(parts["q"])[0], (s, x_pair)).float())
+    assert_product(total, x, round_to_grid(parts["q"])[0], (s, x_pair))
 
 
 def test_a_rank_that_would_cut_a_group_with_one_scale_is_refused_and_missing_scales_are_found(vllm: None) -> None:
@@ -118,8 +117,25 @@ def test_a_rank_that_would_cut_a_group_with_one_scale_is_refused_and_missing_sca
     values, meta, _ = CODE24_INT4.encode(rounded, None, scale)
     layer.load(layer.weight, values)
     layer.load(layer.weight_meta, meta)
-    with pytest.raises(UserError, match="`up`: values are missing or not finite"):
+    with pytest.raises(UserError, match=r"`up`: values are missing, or not finite in torch\.float32\. Copy or export"):
         layer.method.process_weights_after_loading(layer)
+
+
+def test_values_of_4_bits_that_no_file_held_are_found_for_each_part(vllm: None) -> None:
+    """They begin as 0, which is a value as any other: the scales tell."""
+    parts = {"q": weight(32, 0), "k": weight(16, 1), "v": torch.zeros(16, INPUTS)}  # a layer of zeros is no mistake
+    for lacking in ("q", "k", None):
+        layer = Layer(method(list("qkv"), codec=CODE24_INT4), [*PARTS.values()], INPUTS, groups=2)
+        for part, dense in parts.items():
+            rounded, scale = round_to_grid(dense)
+            for name, tensor in zip(CODE24_INT4.names, CODE24_INT4.encode(rounded, None, scale), strict=True):
+                if (part, name) != (lacking, "weight"):
+                    layer.load(getattr(layer, name), tensor, part)
+        if lacking is None:
+            layer.method.process_weights_after_loading(layer)
+            continue
+        with pytest.raises(UserError, match="`q`: values are missing"):
+            layer.method.process_weights_after_loading(layer)
 
 
 def test_it_stays_compressed_in_memory(vllm: None) -> None:
@@ -138,7 +154,7 @@ def test_a_rank_that_would_cut_a_byte_of_positions_is_refused(vllm: None) -> Non
 def test_values_that_no_file_held_are_found(vllm: None) -> None:
     layer = Layer(method(["up"]), [32], INPUTS)
     layer.load(layer.weight_meta, pack24(weight(32, 0))[1])
-    with pytest.raises(UserError, match="`up`: values are missing or not finite"):
+    with pytest.raises(UserError, match="`up`: values are missing, or not finite"):
         layer.method.process_weights_after_loading(layer)
 
 
@@ -161,10 +177,16 @@ def adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> SlorbFiles
     return SlorbFiles(folder / "slorb", pairs)
 
 
-def expected(x: Tensor, dense: Tensor, slorb: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`x Wᵀ + S(Xx)`, written out in float64."""
-    y = x.double() @ dense.double().T
-    if slorb is not None:
-        s, inner = (each.double() for each in slorb)
-        y = y + x.double() @ inner.T @ s.T
-    return y
+def assert_product(
+    found: Tensor, x: Tensor, dense: Tensor, slorb: tuple[Tensor, Tensor] | None = None, bias: Tensor | None = None
+) -> None:
+    """`x Wᵀ + S(Xx) + b`, written out in float64, up to what float32 may lose: one rounding for each term of a sum."""
+
+    def product(x: Tensor, dense: Tensor, s: Tensor, inner: Tensor, bias: Tensor) -> Tensor:
+        return x @ dense.T + x @ inner.T @ s.T + bias
+
+    rows, inputs = dense.shape
+    s, inner = slorb or (torch.zeros(rows, 0), torch.zeros(0, inputs))
+    terms = [each.double() for each in (x, dense, s, inner, torch.zeros(rows) if bias is None else bias)]
+    allowed = (inputs + len(inner) + 2) * torch.finfo(torch.float32).eps * product(*(each.abs() for each in terms))
+    assert bool(((found - product(*terms)).abs() <= allowed).all())

@@ -70,6 +70,7 @@ def test_it_is_large_enough_for_every_case_and_keeps_no_prefixes(settings: dict[
     assert settings["max_model_len"] == 13 and settings["max_num_seqs"] == 3
     assert settings["max_num_batched_tokens"] == 13 and settings["kv_cache_memory_bytes"] > 10**9
     assert not settings["enable_prefix_caching"] and settings["enforce_eager"]
+    assert settings["gpu_memory_utilization"] < 0.5  # the other model's engine is on the same GPU
 
 
 def test_every_request_gets_all_its_tokens_once_per_call(settings: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 import platform
 from pathlib import Path
 
+import pytest
 import torch
 
+from ast_sparse.errors import UserError
+from ast_sparse.speed import machine as room
 from ast_sparse.speed.machine import cpu_name, machine, machine_line
-from ast_sparse.speed.peak import peak_bytes, reset_peak, resident_bytes
 
 
 def test_the_machine_is_named_on_one_line() -> None:
@@ -27,11 +29,11 @@ def test_without_proc_the_architecture_stands_for_the_cpu() -> None:
         Path.read_text = before  # type: ignore[method-assign]
 
 
-def test_the_peak_is_seen_after_it_is_freed_and_forgotten_at_the_next_start() -> None:
-    reset_peak()
-    held = resident_bytes()
-    block = bytearray(60_000_000)
-    del block
-    assert peak_bytes() - held > 50e6
-    reset_peak()
-    assert peak_bytes() - held < 30e6
+def test_the_environment_and_the_c_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AST_SPARSE_GPU", "fixed")
+    monkeypatch.setattr(room, "kernels", lambda: None)
+    found = machine()
+    assert found["AST_SPARSE_GPU"] == "fixed" and "C kernels: none" in machine_line(found)
+    monkeypatch.setenv("AST_SPARSE_CPU", "abacus")
+    with pytest.raises(UserError, match="AST_SPARSE_CPU is 'abacus'"):
+        machine()

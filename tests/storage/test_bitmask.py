@@ -1,5 +1,6 @@
 """Sparse formats of compressed-tensors, with bytes written by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ast_sparse.cli.eval import main as evaluate
@@ -95,7 +96,11 @@ def test_the_bytes_of_a_small_weight() -> None:
         [0, 0, 7, 8, 0, 9, 10, 0, -0.5, 0, 11, 0],
     ]).bfloat16()  # fmt: skip
     assert torch.equal(decode_bitmask(values, bits, torch.tensor([[2], [12]])), expected)
-    assert torch.equal(decode_bitmask(values.flatten(), bits, torch.tensor([2, 12])), expected)
+    flat, shape = values.flatten(), torch.tensor([2, 12])
+    assert torch.equal(decode_bitmask(flat, bits, shape), expected)
+    assert torch.equal(decode_bitmask(flat, bits, shape, torch.tensor([0, 6])), expected)
+    with pytest.raises(ValueError, match="its `row_offsets` do not fit its bitmask"):
+        decode_bitmask(flat, bits, shape, torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -112,6 +117,18 @@ def test_a_published_folder_is_loaded_and_exported(format: str, dtype: str, tmp_
     assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["quant_method"] == "ast_sparse_24"
     again = load_causal_lm(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(again[name], value) for name, value in meant.items())
+
+
+def test_the_parts_of_a_layer_may_lie_in_several_files(tmp_path: Path) -> None:
+    meant = save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    found = load_causal_lm(tmp_path, dtype="auto").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in meant.items())
 
 
 @pytest.mark.parametrize("format", ["dense", "sparse-bitmask"])
@@ -164,6 +181,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "bitmask": (_remove("bitmask"), "the checkpoint lacks its `bitmask`"),
     "values": (_remove("compressed"), "the checkpoint lacks its `compressed`"),
     "bit": (_change("bitmask", lambda bits: bits | 1), r"its bitmask keeps \d+ weights, but 768 values are stored"),
+    "moved": (_change("bitmask", lambda bits: bits << 1 | bits >> 7), "its bitmask does not keep 2 of every 4 weights"),
     "rows": (_change("bitmask", lambda bits: bits[1:]), r"a bitmask of \[47, 4\] does not fit shape \[48, 32\]"),
     "shape": (_change("shape", lambda shape: shape.flip(0)), r"does not fit shape \[32, 48\]"),
     "negative": (_change("shape", lambda shape: -shape), r"shape \[-48, -32\] .* make no weight"),
@@ -187,6 +205,10 @@ def test_damage_is_one_line_that_names_the_layer(case: str, tmp_path: Path) -> N
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": (settings(config_groups=GROUPS), "is quantized and stored as sparse-24-bitmask, and only bfloat16"),
+    "rotated": (
+        settings(transform_config={"R1": {}}),
+        r"is transformed \(`transform_config`\) and stored as sparse-24",
+    ),
     "unknown": (settings("sparse-48"), "is stored in the sparse format 'sparse-48', which is not read"),
     "kind": (settings() | {"sparsity_config": "2:4"}, "sparsity_config='2:4' is not a mapping"),
 }

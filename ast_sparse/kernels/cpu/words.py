@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ast_sparse.kernels.cpu import setting
 from ast_sparse.kernels.cpu.pages import ask_for_huge_pages
@@ -24,7 +25,12 @@ def take(tensor: Tensor) -> bool:
         return False
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
     fits = plain and tensor.element_size() == 2 and tensor.numel() > 0
-    return fits and not (tensor.requires_grad and torch.is_grad_enabled())
+    return fits and not passes_gradients(tensor)
+
+
+def passes_gradients(tensor: Tensor) -> bool:
+    """Whether a result has to pass gradients to the tensor; in forward mode, to any tensor."""
+    return (tensor.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

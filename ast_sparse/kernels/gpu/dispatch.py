@@ -3,18 +3,20 @@
 The environment variable AST_SPARSE_GPU chooses:
 
 - `auto`, the default: for each shape and number of tokens the candidates are measured once, in milliseconds, and the
-  fastest is used. One line of the log (INFO) says which.
+  fastest is used. One line of the log (INFO) says which. Each process measures for itself, so two runs, or two ranks,
+  may choose different ways, whose results agree within rounding.
 - `fixed`: the first candidate, unmeasured, so that every run and every rank computes the same bits.
 - `plain`: decode with PyTorch's operations, then `F.linear`.
 
 Candidates: up to 4 tokens `vectors`, from 2 to 256 `tiles` (`triton24.py`); from 17 tokens also W decoded into a
-workspace, and from 64 PyTorch's semi-structured products (`prefill.py`). Numbers of tokens are grouped by powers of
-two.
+workspace, and from 65 PyTorch's semi-structured products (`prefill.py`). Numbers of tokens between two powers of two
+have the same candidates and are measured together.
 
 CUDA graphs: kernels are launched on the current stream, nothing waits for the GPU, only outputs and workspaces are
 allocated (by PyTorch's allocator, which gives graphs their own pool), and all launch sizes follow from shapes. While a
 graph is captured nothing is measured: what was measured before for that shape is used, or the first candidate, and
-never a semi-structured product. So call the model once with the shapes of the graph before capturing, as engines do.
+never a semi-structured product. So call the model once with the shapes of the graph before capturing, as engines do:
+that call also compiles the kernels.
 """
 
 import importlib.util
@@ -37,12 +39,14 @@ _CHOICES = ("auto", "fixed", "plain")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TILES = 256  # tokens; above, W is spread again by too many programs
 _DECODED = 17  # tokens from which decoding W first may pay
-_SEMI_STRUCTURED = 64  # tokens from which the semi-structured products are tried; published: they lose below 256
+_SEMI_STRUCTURED = 65  # tokens from which the semi-structured products are tried; published: most lose below 256
 _WIDEST = 8192  # tokens; more of them are measured together
+_ALIGNED = 16  # bytes; the kernels read words of 8, CUTLASS of 16
 _Way = Callable[[], Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 
-def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
+def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, slorb: _Pair | None = None) -> bool:
     """Whether `linear` computes this product.
 
     Raises:
@@ -52,7 +56,7 @@ def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -
         return False
     if values.dim() != 2 or torch.is_autocast_enabled(values.device.type):
         return False
-    given = [x, values] if bias is None else [x, values, bias]
+    given = [each for each in (x, values, bias, *(slorb or ())) if each is not None]
     if values.dtype not in _DTYPES or any(each.dtype != values.dtype for each in given) or meta.dtype != torch.uint8:
         return False
     if any(type(each) not in (Tensor, torch.nn.Parameter) or each.device != x.device for each in (*given, meta)):
@@ -60,48 +64,54 @@ def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -
     rows, kept = values.shape
     fits = meta.shape == (rows, kept // 4) and x.shape[-1] == 2 * kept and kept % 4 == 0
     fits = fits and (bias is None or bias.shape == (rows,))
-    small = 0 < values.numel() < 1 << 32 and 0 < x.numel() < 1 << 31  # indices of 32 bits
-    words = values.data_ptr() % 8 == 0 and values.is_contiguous() and meta.is_contiguous()
+    if slorb is not None:
+        s, projection = slorb
+        fits = fits and s.shape == (rows, len(projection)) and projection.shape[1:] == x.shape[-1:]
+    # indices of 32 bits: of units of W, of x, and of the output of `tiles`
+    small = 0 < values.numel() < 1 << 32 and 0 < x.numel() < 1 << 31 and rows < (1 << 31) // _TILES
+    words = values.data_ptr() % _ALIGNED == 0 and values.is_contiguous() and meta.is_contiguous()
     return fits and small and words and setting() != "plain" and fault(x.device) is None
 
 
-def linear(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, slorb: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, slorb: _Pair | None = None) -> Tensor:
     """`x Wᵀ + b`, and with SLoRB `+ (x Xᵀ) Sᵀ`, for what `takes` accepts; no gradients.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`, bias `[out]`.
-        slorb: S `[out, rank]` and X `[rank, in]`, of the dtype of x. With few tokens the product with S is part of the
-            kernel that adds the parts of `x Wᵀ`.
+        slorb: S `[out, rank]` and X `[rank, in]`, of the dtype of x. Where `vectors` or `tiles` are the fastest, the
+            product with S is part of the kernel that adds the parts of `x Wᵀ`.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if flat.data_ptr() % 8:  # x is read by words of 64 bits
+    if flat.data_ptr() % _ALIGNED:
         flat = flat.clone()
     with torch.cuda.device_of(flat):  # Triton launches on the current GPU
         out = _linear(flat, values, meta, None if bias is None else bias.contiguous(), slorb)
     return out.view(*x.shape[:-1], len(values))
 
 
-def _linear(
-    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, slorb: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, slorb: _Pair | None) -> Tensor:
     from ast_sparse.kernels.gpu import plans
 
-    tokens, (rows, columns) = len(x), (len(values), x.shape[1])
-    found = plans.plans(tokens, rows, columns, x.dtype, _processors(x.device))
-    if slorb is not None and tokens <= found[0].tokens:
-        s, projection = slorb
-        return plans.product(x, values, meta, bias, found[0], (s.contiguous(), F.linear(x, projection)))
-    ways: dict[str, _Way] = {}
+    tokens, (rows, columns), most = len(x), (len(values), x.shape[1]), _group(len(x))
+    found: dict[str, plans.Plan] = {}
     if tokens <= _TILES:
-        ways |= {str(plan): partial(plans.product, x, values, meta, bias, plan) for plan in found}
+        found = {str(plan): plan for plan in plans.plans(most, rows, columns, x.dtype, _processors(x.device))}
+    ways: dict[str, _Way] = {name: partial(plans.product, x, values, meta, bias, plan) for name, plan in found.items()}
     if tokens >= _DECODED:
         ways |= _prefill(x, values, meta, bias)
-    out = ways[_chosen(x, rows, ways)]()
-    if slorb is not None:
-        out = torch.addmm(out, F.linear(x, slorb[1]), slorb[0].t())
-    return out
+    name = _chosen(x, rows, most, ways)
+    if slorb is None:
+        return ways[name]()
+    s, thin = slorb[0].contiguous(), F.linear(x, slorb[1])
+    if name in found:
+        return plans.product(x, values, meta, bias, found[name], (s, thin))
+    return torch.addmm(ways[name](), thin, s.t())
+
+
+def _group(tokens: int) -> int:
+    """The largest number of tokens with the same candidates."""
+    most = 1 << (tokens - 1).bit_length()
+    return 16 if most == 8 else min(most, _WIDEST)  # `tiles` has 16 in any case
 
 
 def _prefill(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> dict[str, _Way]:
@@ -109,20 +119,17 @@ def _prefill(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> di
 
     names = ["decoded"]
     if len(x) >= _SEMI_STRUCTURED and x.is_cuda:
-        names += prefill.semi_structured(len(values), x.shape[1], x.dtype)
+        names += prefill.semi_structured(len(values), x.shape[1], x.dtype, x.device)
     return {name: partial(getattr(prefill, name), x, values, meta, bias) for name in names}
 
 
-def _chosen(x: Tensor, rows: int, ways: dict[str, _Way]) -> str:
+def _chosen(x: Tensor, rows: int, most: int, ways: dict[str, _Way]) -> str:
     """The name of the way to go."""
     first = next(iter(ways))
     if setting() == "fixed" or not x.is_cuda or len(ways) == 1:
         return first
     from ast_sparse.kernels.gpu.fastest import fastest, remembered
 
-    most = min(1 << (len(x) - 1).bit_length(), _WIDEST)
-    if 4 < most <= 16:
-        most = 16  # the kernel has 16 in any case
     key = (x.device, x.dtype, rows, x.shape[1], most)
     if torch.cuda.is_current_stream_capturing():
         known = remembered(key)
@@ -177,6 +184,7 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 

@@ -1,6 +1,7 @@
 """How the kernels of `triton24.py` are launched: which kernel, how much a program does, in how many parts."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -38,16 +39,18 @@ class Plan:
         return f"{self.kernel} {self.rows}x{8 * self.units}, {self.parts} part{'s' * (self.parts > 1)}"
 
 
-def plans(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, processors: int) -> list[Plan]:
+@cache
+def plans(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, processors: int) -> tuple[Plan, ...]:
     """The plans worth trying, the best guess first.
 
     Args:
         processors: multiprocessors of the GPU.
     """
     width = min(max(16, triton.next_power_of_2(tokens)), 64)
-    sizes = [("tiles", width, 64, 8, 4), ("tiles", width, 32, 16, 4)]
-    if dtype.itemsize == 2:  # 32-bit tiles of this size do not fit into registers
-        sizes.insert(0, ("tiles", width, 64, 16, 4))
+    sizes = [("tiles", width, 64, 16, 4), ("tiles", width, 64, 8, 4), ("tiles", width, 32, 16, 4)]
+    if dtype.itemsize == 4:
+        # from 64 rows on, Triton 3.6 and 3.7 multiply float32 as TF32 on compute capability 10.0, whatever is asked for
+        sizes = [("tiles", width, 32, 8, 4), ("tiles", width, 32, 16, 4)]
     # By the instructions in the compiled loops, `vectors` keeps up with memory at one token and just about at two;
     # `tiles` takes the same for any number up to its width.
     if tokens == 1:
@@ -56,7 +59,7 @@ def plans(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, 
         sizes = [("vectors", 2, 8, 64, 4), ("vectors", 2, 16, 64, 4), sizes[0]]
     elif tokens <= 4:
         sizes = [*sizes[:2], ("vectors", 4, 8, 64, 4)]
-    return [Plan(*size, parts=_parts(*size[1:4], tokens, out_features, in_features, processors)) for size in sizes]
+    return tuple(Plan(*size, parts=_parts(*size[1:4], tokens, out_features, in_features, processors)) for size in sizes)
 
 
 def _parts(width: int, rows: int, units: int, tokens: int, out_features: int, in_features: int, processors: int) -> int:

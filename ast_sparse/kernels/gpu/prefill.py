@@ -4,6 +4,8 @@ They start from the values and metadata of the 2:4 code in every call, so that n
 weight. What that costs is part of the time by which `dispatch.py` chooses.
 """
 
+from threading import get_ident
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -15,6 +17,7 @@ _WORKSPACE = 1 << 24  # entries of W decoded at once: they stay in the L2 cache 
 _DECODED = (16, 16)  # rows and units of a program of `decode`
 _REORDERED = (32, 32)  # rows and columns of a program of `reorder`
 _PADDED = 8  # the semi-structured products need a multiple of this many tokens
+_handles: dict[int, torch.device] = {}  # of cuSPARSELt, by thread
 
 
 def decode(values: Tensor, meta: Tensor) -> Tensor:
@@ -42,12 +45,17 @@ def decoded(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Ten
     return out
 
 
-def semi_structured(out_features: int, in_features: int, dtype: torch.dtype) -> list[str]:
+def semi_structured(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """The semi-structured products that PyTorch has here for a weight of this shape, by the names of functions."""
     if dtype not in (torch.bfloat16, torch.float16) or out_features % 32 or in_features % 64:
         return []
-    found = ["cutlass"] if hasattr(torch, "_sparse_semi_structured_mm") else []
-    if torch.backends.cusparselt.is_available() and hasattr(torch, "_cslt_compress"):
+    found = []
+    if torch.cuda.get_device_capability(device)[0] == 8:  # PyTorch refuses others
+        found.append("cutlass")
+    # Up to PyTorch 2.13 each thread has one handle, made on its first GPU, that fails on another one. `decode` has
+    # indices of 32 bits.
+    is_usable = torch.backends.cusparselt.is_available() and out_features * in_features < 1 << 31
+    if is_usable and _handles.setdefault(get_ident(), device) == device:
         found.append("cusparselt")
     return found
 
@@ -80,4 +88,5 @@ def cusparselt(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> 
 
 
 def _padded(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[0] % _PADDED))
+    missing = -x.shape[0] % _PADDED
+    return F.pad(x, (0, 0, 0, missing)) if missing else x  # `pad` copies in any case

@@ -9,7 +9,8 @@ neighbouring threads at neighbouring addresses. Without it a thread would take a
 metadata, and its loads of values would lie far apart. In `vectors` UNITS is below the number of threads, so that x is
 loaded where it is used, and not passed through shared memory.
 
-The numbers of steps are constants, because the interpreter cannot loop up to a number that is an argument.
+The numbers of steps are constants, because the interpreter cannot loop up to a number that is an argument. The number
+of tokens must never be one (`do_not_specialize`): it changes from call to call, and a kernel would be compiled again.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -139,7 +140,7 @@ def _store_rows(total, token, tokens, out, bias, row, rows, part, HAS_BIAS: tl.c
     tl.store(out + at, y.to(out.dtype.element_ty), mask=(row < rows) & (token < tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def vectors(
     x, values, meta, bias, out, rows, units, tokens,
     HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
@@ -183,7 +184,7 @@ def vectors(
         _store_rows(total3, 3, tokens, out, bias, row, rows, part, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def tiles(
     x, values, meta, bias, out, rows, units, tokens,
     HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr,
@@ -192,7 +193,7 @@ def tiles(
     """`out = x Wᵀ + b` for any number of tokens on the tensor cores; arguments as those of `vectors`.
 
     A program spreads ROWS × 8 · UNITS of W in registers, and multiplies them by TOKENS tokens. Pruned weights are 0.0,
-    so NaN and inf in x act as in the dense product. float32 is multiplied as float32, not as TF32.
+    so NaN and inf in x act as in the dense product. float32 is multiplied as float32, not as TF32, if ROWS < 64.
 
     Args:
         AS_FLOAT: convert to float32 before the product, for the interpreter: its product of bfloat16 is wrong.
@@ -227,7 +228,7 @@ def tiles(
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def finish(
     parts, bias, s, t, out, rows, tokens, rank,
     HAS_BIAS: tl.constexpr, HAS_THIN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,

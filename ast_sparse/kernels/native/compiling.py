@@ -6,6 +6,7 @@ once.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -15,7 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 SOURCES = Path(__file__).with_name("src")
+VARIABLE = "AST_SPARSE_CACHE"
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
 _SECONDS = 120  # no compiler takes that long: it hangs
 
@@ -36,7 +40,8 @@ def library_file() -> Path:
     compiler = _compiler()
     version = _run([*compiler, "--version"])
     file = cache_folder() / f"native-{_hash(*compiler, version)}.so"
-    if not file.exists():
+    if not os.path.exists(file):  # Path.exists would raise for a folder that may not be entered
+        logger.info(f"Compiling the C kernels to {file}: some seconds, once.")
         _compile(compiler, file)
     return file
 
@@ -56,10 +61,17 @@ def packaged_name() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    if named := os.environ.get("AST_SPARSE_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ast_sparse"
+    """Where compiled libraries are kept: an absolute path, because the loader would search a bare name elsewhere.
+
+    Raises:
+        BuildError: there is no home folder.
+    """
+    named, shared = os.environ.get(VARIABLE), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(named) if named else Path(shared or "~/.cache") / "ast_sparse"
+        return folder.expanduser().absolute()
+    except RuntimeError as error:
+        raise BuildError(f"there is no home folder for the cache; set {VARIABLE} to a folder") from error
 
 
 def _hash(*more: str) -> str:
@@ -70,7 +82,10 @@ def _hash(*more: str) -> str:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise BuildError(f"CC={os.environ['CC']} cannot be read ({error})") from error
     for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(command[0]):
             return command
@@ -85,7 +100,9 @@ def _compile(compiler: list[str], file: Path) -> None:
             _run([*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(made)])
             os.replace(made, file)
     except OSError as error:
-        raise BuildError(f"the cache {file.parent} cannot be written ({error.strerror or error})") from error
+        raise BuildError(
+            f"the cache {file.parent} cannot be written ({error.strerror or error}); set {VARIABLE} to another folder"
+        ) from error
 
 
 def _run(command: list[str]) -> str:

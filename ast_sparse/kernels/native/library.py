@@ -39,7 +39,7 @@ class Kernels:
     level: str
     index: int
     linear: Callable[..., int]
-    decode: Callable[..., int]
+    decode: Callable[..., None]
 
 
 @cache
@@ -61,29 +61,25 @@ def kernels() -> Kernels | None:
             ) from error
         logger.warning(f"Compressed products use the plain way: the C kernels cannot be had, because {error}.")
         return None
-    names = [level for level, automatic in found.items() if automatic] if requested == "auto" else [requested]
-    if not names:
+    if requested == "auto" and not found:
         logger.info("Compressed products use the plain way: there are no C kernels for this CPU.")
         return None
-    if names[0] not in found:
+    if requested not in ("auto", *found):
         here = ", ".join(found) or "none"
         raise UserError(f"{setting.VARIABLE} is {requested}, but this CPU has {here}. Set one of them, auto or plain.")
-    chosen = of_level(names[0])
+    chosen = of_level(found[0] if requested == "auto" else requested)
     logger.info(f"Compressed products use the C kernels {chosen.level}.")
     return chosen
 
 
-def usable_levels() -> dict[str, bool]:
-    """Names of the levels that this CPU runs, best first, and whether each may be chosen without being named.
+def usable_levels() -> list[str]:
+    """Names of the levels that this CPU runs, best first.
 
     Raises:
         BuildError: there is no library.
     """
-    library, found = _library(), {}
-    for index, name in enumerate(_names(library)):
-        if usable := library.ast24_usable(index):
-            found[name] = bool(usable & 2)
-    return found
+    library = _library()
+    return [name for index, name in enumerate(_names(library)) if library.ast24_usable(index)]
 
 
 def of_level(name: str) -> Kernels:
@@ -107,12 +103,13 @@ def _library() -> ctypes.CDLL:
         if library.ast24_abi() != _ABI:
             raise BuildError(f"{file} is of another version")
     except (OSError, AttributeError) as error:
-        raise BuildError(f"{file} cannot be loaded ({error})") from error
+        raise BuildError(f"{file} cannot be loaded ({error}); delete it, and it will be compiled again") from error
     library.ast24_name.argtypes, library.ast24_name.restype = [_INT], ctypes.c_char_p
     library.ast24_usable.argtypes = [_INT]
     library.ast24_openmp.argtypes, library.ast24_openmp.restype = [_POINTER] * 3, None
     library.ast24_linear.argtypes = [_INT, _INT, _POINTER, _LONG, *[_POINTER] * 4, *[_LONG] * 3, _INT]
     library.ast24_decode.argtypes = [_INT, _INT, *[_POINTER] * 3, *[_LONG] * 2, _INT]
+    library.ast24_decode.restype = None
     if functions := openmp_of_torch():
         library.ast24_openmp(*functions)
     return library

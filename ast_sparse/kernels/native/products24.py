@@ -17,30 +17,34 @@ _MEASURED = 64  # tokens; the break-even is measured with them, and asked for on
 _FEW = 16  # tokens that the kernels always take
 _BLOCK = 1 << 21  # entries of W that are decoded at a time, so that they stay in the cache
 
+_STRIDED = torch.strided
+
 # most tokens that the kernels take, by level, dtype, shape and threads: measured once in a process
 _break_even: dict[tuple[Any, ...], float] = {}
 
 
-def takes(x: Tensor, values: Tensor, meta: Tensor) -> bool:
+def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` computes this product, which passes no gradients."""
-    if not (x.is_cpu and x.dtype is values.dtype and values.dim() == 2):
+    dtype, given = x.dtype, (x, values, meta) if bias is None else (x, values, meta, bias)
+    for tensor in given:
+        kind = type(tensor)
+        if not (kind is Tensor or kind is Parameter) or not tensor.is_cpu or tensor.layout is not _STRIDED:
+            return False
+    if dtype not in DTYPES or values.dtype is not dtype or values.dim() != 2 or x.dim() == 0:
         return False
     out_features, kept = values.shape
     return (
-        kernels() is not None
-        and x.dtype in DTYPES
-        and (type(x) is Tensor or type(x) is Parameter)
-        and (type(values) is Parameter or type(values) is Tensor)
-        and 2 * kept == x.shape[-1]
+        x.shape[-1] == 2 * kept
+        and kept % 4 == 0
         and meta.dtype is torch.uint8
         and meta.shape == (out_features, kept // 4)
-        and kept % 4 == 0
+        and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,)))
         and values.is_contiguous()
         and meta.is_contiguous()
         and x.numel() > 0
         and out_features > 0
         and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
+        and kernels() is not None  # the last question, because it may compile them
     )
 
 
@@ -48,10 +52,11 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
     Pruned entries of W are left out, or multiplied as 0: whether an x that is not finite makes NaN of them depends on
-    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0. The bits of a
-    result do not depend on the threads, nor on the other tokens; but a product of up to 4 tokens (`src/`) adds in
-    another order than a larger one. Where dense products of this machine are faster from some number of tokens on, W is
-    decoded in blocks for them.
+    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0.
+
+    Bits: with up to 16 tokens they depend on the level, and on whether the tokens are at most 4 (AVX2: 1), but not on
+    the threads or the other tokens. With more, W may be decoded in blocks for PyTorch's product. A measurement decides
+    that, so the bits may differ between two processes, numbers of threads, and numbers of tokens.
 
     Args:
         x: `[..., in]`; values `[out, in/2]`, meta `[out, in/8]`; bias: `[out]`, dtype of x.
@@ -69,8 +74,9 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
 
 def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, threads: int) -> Tensor:
     """`linear` by the kernels of a level."""
-    rows, columns = values.shape[0], x.shape[-1]
-    stride = columns
+    rows, kept = values.shape
+    stride = columns = 2 * kept
+    tokens = x.numel() // columns
     if not x.is_contiguous():
         if x.dim() == 2 and x.stride(1) == 1:
             stride = x.stride(0)
@@ -88,24 +94,28 @@ def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Te
         meta.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.numel() // columns,
+        tokens,
         rows,
         columns,
         threads,
     )
     if status:
-        raise MemoryError(f"No memory for a product of {x.numel() // columns} tokens with {columns} columns.")
+        raise MemoryError(f"No memory for a product of {tokens} tokens with {columns} columns.")
     return y
 
 
 def _by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by decoding a block of rows at a time, and PyTorch's product with it."""
     y = x.new_empty(*x.shape[:-1], values.shape[0])
-    step = max(_BLOCK // x.shape[-1], 1)
+    step = _rows_of_block(x)
     for start in range(0, values.shape[0], step):
         at = slice(start, start + step)
         y[..., at] = F.linear(x, decode(used, values[at], meta[at]), None if bias is None else bias[at])
     return y
+
+
+def _rows_of_block(x: Tensor) -> int:
+    return max(_BLOCK // x.shape[-1], 1)
 
 
 def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
@@ -118,11 +128,16 @@ def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
 
 
 def _most_tokens(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads: int) -> float:
-    """Tokens up to which the kernels are faster than decoding W for PyTorch's product; measured at the first call."""
+    """Tokens up to which the kernels are faster than decoding W for PyTorch's product.
+
+    Measured at the first call, with the first block of `_by_blocks`.
+    """
     key = (used.level, x.dtype, values.shape, threads)
     most = _break_even.get(key)
     if most is None:
         sample = torch.ones(_MEASURED, x.shape[-1], dtype=x.dtype, device="cpu")
+        block = slice(0, _rows_of_block(x))
+        values, meta = values[block], meta[block]
         dense = decode(used, values, meta)
         decoding = _seconds(lambda: decode(used, values, meta))
         by_dense = _seconds(lambda: F.linear(sample, dense)) / _MEASURED

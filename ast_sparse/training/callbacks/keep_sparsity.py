@@ -27,7 +27,8 @@ class KeepSparsityCallback(TrainerCallback):
         pattern: N:M of the weights; default: what `sparsity_config.json` of the model's folder says, otherwise 2:4.
 
     Attributes:
-        kept: the layers and their masks while the model is trained, None before and after.
+        kept: the layers and their masks while the model is trained, otherwise None. If training ends in an error it
+            stays, so that `train` can go on; `kept.remove()` lets the weights be trained without masks.
     """
 
     def __init__(self, pattern: str | None = None) -> None:
@@ -40,7 +41,9 @@ class KeepSparsityCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if self.kept is not None:  # the last training ended in an error
             self.kept.remove()
-        if args.deepspeed or any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        if args.deepspeed_plugin is not None or any(
+            isinstance(module, FullyShardedDataParallel) for module in model.modules()
+        ):
             raise UserError(
                 "DeepSpeed and FSDP1 flatten weights, so their masks would be lost. Train with DDP (torchrun) or FSDP2."
             )

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.code24 import pack24
-from ast_sparse.kernels.gpu import dispatch, fastest, plans
+from ast_sparse.kernels.gpu import dispatch, fastest, plans, prefill
 from ast_sparse.kernels.linear24 import linear24
 from ast_sparse.sparsity.masks import nm_mask
 
@@ -101,6 +102,41 @@ def test_the_fastest_way_is_measured_once_and_a_failing_one_is_left_out(
     assert fastest.remembered("third") is None
 
 
+def test_while_a_graph_is_captured_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(fastest, "do_bench", pytest.fail)
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=torch.float16, shape=(100, 64))
+    ways = {name: lambda: torch.zeros(1) for name in ("tiles", "decoded", "cusparselt")}
+    for measured, chosen in ((None, "tiles"), ("decoded", "decoded"), ("cusparselt", "tiles"), ("cutlass", "tiles")):
+        known = {} if measured is None else {(x.device, x.dtype, 32, 64, 128): measured}
+        monkeypatch.setattr(fastest, "_chosen", known)
+        assert dispatch._chosen(x, 32, 128, ways) == chosen
+
+
+def test_semi_structured_products_are_tried_where_pytorch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(rows: int = 64, columns: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: int = 0) -> list[str]:
+        return prefill.semi_structured(rows, columns, dtype, torch.device("cuda", gpu))
+
+    monkeypatch.setattr(prefill, "_handles", {})
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert names() == ["cutlass", "cusparselt"] and names(gpu=1) == ["cutlass"]
+    assert names(1 << 16, 1 << 15) == ["cutlass"]  # too large to be decoded at once
+    assert names(48) == names(columns=96) == names(dtype=torch.float32) == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert names() == ["cusparselt"] and names(gpu=1) == []
+
+
+def test_numbers_of_tokens_that_are_measured_together_have_the_same_candidates() -> None:
+    tokens = (1, 2, 3, 4, 5, 16, 17, 32, 33, 64, 65, 256, 257, 8192, 100_000)
+    assert [dispatch._group(each) for each in tokens] == [1, 2, 4, 4, 16, 16, 32, 32, 64, 64, 128, 256, 512, 8192, 8192]
+    for each in range(1, 600):
+        most = dispatch._group(each)
+        assert (each <= dispatch._TILES) == (most <= dispatch._TILES)
+        assert (each >= dispatch._DECODED) == (most >= dispatch._DECODED)
+        assert (each >= dispatch._SEMI_STRUCTURED) == (most >= dispatch._SEMI_STRUCTURED)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows, columns", [(8, 8), (1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008)])
 def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -114,3 +150,4 @@ def test_plans_fill_the_gpu_and_give_every_part_columns(rows: int, columns: int,
                 assert plan.tokens >= tokens and plan.units < 32 * plan.warps
             else:
                 assert plan.kernel == "tiles" and tokens > 1 and plan.tokens >= min(tokens, 64)
+                assert dtype == torch.bfloat16 or plan.rows < 64  # else TF32 on some GPUs

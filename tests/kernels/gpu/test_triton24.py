@@ -66,7 +66,9 @@ FINISH = dict(HAS_BIAS=True, HAS_THIN=True, TOKENS=16, ROWS=64, RANK=32, PARTS=2
         ("tiles", "bf16", 90, 4, dict(**TILE, ROWS=64, UNITS=16), 128),
         ("tiles", "fp16", 80, 4, dict(**TILE, ROWS=64, UNITS=8), 128),
         ("tiles", "fp32", 90, 4, dict(**TILE, ROWS=32, UNITS=16), 255),
+        ("tiles", "fp32", 100, 4, dict(**TILE, ROWS=32, UNITS=8), 255),
         ("finish", "bf16", 90, 4, FINISH, 255),
+        ("finish", "fp32", 100, 4, FINISH, 255),
         ("decode", "bf16", 90, 4, dict(ROWS=16, UNITS=16), 64),
         ("reorder", "i16", 90, 4, dict(ROWS=32, COLUMNS=32), 64),
     ],
@@ -79,6 +81,7 @@ def test_kernels_compile_without_spilling_registers(
     kernel = compiled(getattr(triton24, name), dtype, capability, warps, **constants)
     used, stack = registers_and_stack(kernel.asm["cubin"], tmp_path)
     assert used <= registers and stack == 0
+    assert "tf32" not in kernel.asm["ptx"]
     if name in ("vectors", "tiles") and dtype != "fp32":
         # a thread reads 16 bytes of values at a time, and the two bytes of metadata that belong to them
         loads = re.findall(r"ld\.global\.L1::evict_first\S*?((?:\.v\d)?\.b\d+)\s", kernel.asm["ptx"])
@@ -101,24 +104,27 @@ def test_rows_that_do_not_start_at_sixteen_bytes_are_read_by_smaller_words(
 
 
 @pytest.mark.parametrize("capability", [89, 100, 120])
-def test_kernels_compile_for_other_generations(
+def test_the_kernel_for_tensor_cores_compiles_for_other_generations(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for name, constants in (("vectors", dict(**PRODUCT, TOKENS=1)), ("tiles", TILE)):
-        kernel = compiled(getattr(triton24, name), "bf16", capability, 4, **constants, ROWS=64, UNITS=16)
-        assert registers_and_stack(kernel.asm["cubin"], tmp_path)[1] == 0
+    kernel = compiled(triton24.tiles, "bf16", capability, 4, **TILE, ROWS=64, UNITS=16)
+    assert registers_and_stack(kernel.asm["cubin"], tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("name", ["vectors", "tiles", "finish"])
+def test_another_number_of_tokens_compiles_nothing(name: str) -> None:
+    kernel = getattr(triton24, name)
+    assert [each.name for each in kernel.params if each.do_not_specialize] == ["tokens"]
 
 
 @pytest.mark.parametrize(
     "name, constants",
     [
-        ("vectors", dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64, tokens=1)),
-        ("vectors", dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64, tokens=1, rows=1, units=1)),
-        ("tiles", dict(**TILE, ROWS=64, UNITS=16, tokens=1, rows=1, units=1)),
-        ("finish", dict(**FINISH, tokens=1)),
-        ("finish", dict(**FINISH, tokens=1, rows=1, rank=1)),
-        ("finish", dict(**FINISH | dict(HAS_THIN=False, STEPS=0), tokens=1)),
+        ("vectors", dict(**PRODUCT, TOKENS=1, ROWS=8, UNITS=64, rows=1, units=1)),
+        ("tiles", dict(**TILE, ROWS=64, UNITS=16, rows=1, units=1)),
+        ("finish", dict(**FINISH, rows=1, rank=1)),
+        ("finish", dict(**FINISH | dict(HAS_THIN=False, STEPS=0))),
         ("decode", dict(ROWS=16, UNITS=16, rows=1, units=1)),
     ],
 )

@@ -50,6 +50,13 @@ def test_a_library_in_the_package_needs_no_compiler(tmp_path: Path, monkeypatch:
     assert library_file() == packaged
 
 
+def test_compiling_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        file = library_file()
+        library_file()
+    assert [each.getMessage() for each in caplog.records] == [f"Compiling the C kernels to {file}: some seconds, once."]
+
+
 def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, ctypes, pathlib; from ast_sparse.kernels.native import compiling; "
@@ -76,6 +83,12 @@ def test_a_compiler_that_was_named_is_not_replaced_by_another(monkeypatch: pytes
         library_file()
 
 
+def test_a_compiler_whose_quotes_do_not_close_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc 'x")
+    with pytest.raises(BuildError, match=r"^CC=gcc 'x cannot be read \(No closing quotation\)$"):
+        library_file()
+
+
 def test_what_the_compiler_says_is_told_in_one_line(small_source: Path, tmp_path: Path) -> None:
     (small_source / "seven.c").write_text(SEVEN.replace("7", "eight"))
     with pytest.raises(BuildError, match=r"^cc fails: .*seven\.c.*error: .*eight") as raised:
@@ -87,7 +100,32 @@ def test_what_the_compiler_says_is_told_in_one_line(small_source: Path, tmp_path
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AST_SPARSE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(BuildError, match=r"file/cache cannot be written \(Not a directory\)$"):
+    with pytest.raises(BuildError, match=r"file/cache cannot be written \(Not a directory\); set AST_SPARSE"):
+        library_file()
+
+
+def test_a_cache_in_the_current_folder_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AST_SPARSE_CACHE", ".")
+    assert ctypes.CDLL(str(library_file())).seven() == 7  # a name without a folder would be searched elsewhere
+
+
+def test_a_cache_that_cannot_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(compiling, "packaged_name", lambda: "none.so")
+    monkeypatch.setattr(Path, "exists", lambda self: self.name != "none.so" and denied())
+    with pytest.raises(BuildError, match=r"cache cannot be written \(Permission denied\); set AST_SPARSE_CACHE"):
+        library_file()
+
+
+def test_without_a_home_folder_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AST_SPARSE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    with pytest.raises(BuildError, match=r"^there is no home folder for the cache; set AST_SPARSE_CACHE to a folder$"):
         library_file()
 
 

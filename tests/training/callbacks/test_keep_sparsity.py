@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ast_sparse import AstSparse24Config, KeepSparsityCallback, densify_model, export_model, load_causal_lm
+from ast_sparse import AstSparse24Config, KeepSparsityCallback, export_model, load_causal_lm
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import check_nm
-from tests.export.sparse_models import sparse_model
+from tests.export.sparse_models import plain_sparse_model, sparse_model
 from tests.models import VOCAB, tiny_model
 
 ROWS, SIZE, STEPS = 4, 16, 5
@@ -27,14 +27,9 @@ def rows(count: int = ROWS) -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
-def plain(family: str = "llama", pattern: str = "2:4") -> PreTrainedModel:
-    """A plain model whose pruned weights are zero."""
-    model = sparse_model(family, pattern=pattern)
-    densify_model(model)
-    return model
-
-
-def trainer(model: nn.Module, out: Path, callback: Any = None, data: Any = None, **changes: Any) -> Trainer:
+def trainer(
+    model: nn.Module, out: Path, callback: Any = None, data: Any = None, eval_dataset: Any = None, **changes: Any
+) -> Trainer:
     values: dict[str, Any] = dict(
         max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=RATE, weight_decay=DECAY, max_grad_norm=CLIP,
         use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True, optim="adamw_torch",
@@ -42,7 +37,7 @@ def trainer(model: nn.Module, out: Path, callback: Any = None, data: Any = None,
     )  # fmt: skip
     callbacks = [callback or KeepSparsityCallback()]
     args = TrainingArguments(str(out), **{**values, **changes})
-    return Trainer(model, args, train_dataset=data or rows(), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=data or rows(), eval_dataset=eval_dataset, callbacks=callbacks)
 
 
 def zeros(model: nn.Module) -> dict[str, Tensor]:
@@ -88,7 +83,7 @@ def slow_training(model: PreTrainedModel, norms: list[float]) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_is_the_slow_loop_without_the_pruned_weights(family: str, accumulate: int, tmp_path: Path) -> None:
-    model, twin = plain(family).double(), plain(family).double()
+    model, twin = plain_sparse_model(family).double(), plain_sparse_model(family).double()
     pruned, start = zeros(model), {name: p.detach().clone() for name, p in model.named_parameters()}
     batch = {"per_device_train_batch_size": ROWS // accumulate, "gradient_accumulation_steps": accumulate}
     run = trainer(model, tmp_path, **batch, gradient_checkpointing=accumulate == 2)
@@ -107,7 +102,7 @@ def test_a_run_is_the_slow_loop_without_the_pruned_weights(family: str, accumula
 
 
 def test_without_the_callback_the_pattern_is_lost(tmp_path: Path) -> None:
-    model = plain()
+    model = plain_sparse_model()
     trainer(model, tmp_path, callback=TrainerCallback()).train()
     assert not check_nm(model.get_parameter("model.layers.0.mlp.up_proj.weight"), 2, 4)
 
@@ -123,7 +118,7 @@ def test_optimizers_and_dtypes_that_move_pruned_weights(tmp_path: Path) -> None:
                     for parameter in group["params"]:
                         parameter.add_(0.01)
 
-    model = plain().bfloat16()
+    model = plain_sparse_model().bfloat16()
     before = zeros(model)
     run = trainer(model, tmp_path)
     run.optimizer = Rough(model.parameters(), lr=0.1)
@@ -132,7 +127,7 @@ def test_optimizers_and_dtypes_that_move_pruned_weights(tmp_path: Path) -> None:
 
 
 def test_mixed_precision_keeps_moments_of_pruned_weights_at_zero(tmp_path: Path) -> None:
-    model = plain()
+    model = plain_sparse_model()
     before = zeros(model)
     run = trainer(model, tmp_path, bf16=True)
     run.train()
@@ -183,7 +178,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> N
                 with_a_zero(kwargs["model"])
 
     def run(out: Path) -> Trainer:
-        made = trainer(plain(), out, data=rows(32), save_strategy="steps", save_steps=3, max_steps=6)
+        made = trainer(plain_sparse_model(), out, data=rows(32), save_strategy="steps", save_steps=3, max_steps=6)
         made.add_callback(MakeZero())
         return made
 
@@ -191,13 +186,23 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path: Path) -> N
     whole.train()
     other = run(tmp_path / "other")
     other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    start = plain()
+    start = plain_sparse_model()
     expected = sum(int(mask.sum()) for mask in zeros(start).values()) + 1
     for model in (whole.model, other.model):
         assert model is not None
         assert sum(int(mask.sum()) for mask in zeros(model).values()) == expected
     pairs = zip(whole.model.parameters(), other.model.parameters(), strict=True)  # type: ignore[union-attr]
     assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_the_weights_of_the_best_checkpoint_have_the_same_zeros(tmp_path: Path) -> None:
+    model = plain_sparse_model()
+    before = zeros(model)
+    every = dict(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, max_steps=4)
+    run = trainer(model, tmp_path, **every, load_best_model_at_end=True, greater_is_better=True, eval_dataset=rows())
+    run.train()
+    assert run.state.best_global_step == 2
+    assert all(torch.equal(mask, before[name]) for name, mask in zeros(model).items())
 
 
 def test_hooks_are_gone_after_training_and_after_an_error(tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_hooks_are_gone_after_training_and_after_an_error(tmp_path: Path) -> Non
         for parameter in model.parameters():
             yield len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
 
-    model, callback = plain(), KeepSparsityCallback()
+    model, callback = plain_sparse_model(), KeepSparsityCallback()
     run = trainer(model, tmp_path, callback)
     run.add_callback(Stop())
     with pytest.raises(RuntimeError, match="stop"):
@@ -226,21 +231,18 @@ def test_a_change_that_the_optimizer_did_not_make_is_found(tmp_path: Path) -> No
             if state.global_step == STEPS:
                 torch.nn.init.ones_(kwargs["model"].get_parameter("model.layers.1.mlp.up_proj.weight"))
 
-    run = trainer(plain(), tmp_path)
+    run = trainer(plain_sparse_model(), tmp_path)
     run.add_callback(Fill())
     with pytest.raises(UserError, match=r"`model\.layers\.1\.mlp\.up_proj` is no longer 2:4"):
         run.train()
 
 
 def test_a_dense_or_compressed_or_masked_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+
     def error(model: nn.Module) -> str:
         with pytest.raises(UserError) as caught:
-            KeepSparsityCallback().on_train_begin(
-                TrainingArguments(str(tmp_path), use_cpu=True),
-                None,
-                None,
-                model=model,  # type: ignore[arg-type]
-            )
+            KeepSparsityCallback().on_train_begin(args, None, None, model=model)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -254,3 +256,5 @@ def test_a_dense_or_compressed_or_masked_model_is_refused_in_one_line(tmp_path: 
     changed = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.nn.init.ones_(changed.get_parameter("model.layers.1.mlp.up_proj.weight"))
     assert "`model.layers.1.mlp.up_proj` is recorded as pruned, but its weight is not 2:4" in error(changed)
+    args.deepspeed_plugin = object()  # `accelerate launch` may choose DeepSpeed too
+    assert "DeepSpeed and FSDP1 flatten weights" in error(plain_sparse_model())

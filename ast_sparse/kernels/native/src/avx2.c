@@ -136,5 +136,5 @@ static int usable(void) {
          features & bit_F16C;
 }
 
-const ast24_level ast24_avx2 = {"avx2", usable, 1, {&bfloat16, &float16, &float32}, decode};
+const ast24_level ast24_avx2 = {"avx2", usable, {&bfloat16, &float16, &float32}, decode};
 #endif

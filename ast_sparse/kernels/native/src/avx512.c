@@ -1,6 +1,6 @@
 /* AVX-512 with float32 arithmetic, for all dtypes; half the arithmetic of a dense product is done.
 
-   Up to FEW tokens: for 32 columns the 16 entries of x that meet kept values are picked from two registers by the stored
+   Up to AST24_FEW tokens: for 32 columns the 16 entries of x that meet kept values are picked from two registers by the stored
    positions. 16-bit values are widened when they are loaded. More tokens: each lane is a token; `prepare` transposes x, so
    a kept value, broadcast, is multiplied with the vector of its column. */
 #include "frame.h"
@@ -8,8 +8,6 @@
 #include "avx512.h"
 
 #define TARGET WIDE
-
-enum { FEW = 4 };
 
 INLINE int64_t size_of(int dtype) { return dtype == AST24_FLOAT32 ? 4 : 2; }
 
@@ -96,7 +94,7 @@ TARGET INLINE void sum(
 #include "strips.h"
 
 static int64_t operand(const ast24_product *p) {
-  return p->tokens <= FEW ? p->tokens * p->padded * 4 : blocks_bytes(p);
+  return p->tokens <= AST24_FEW ? p->tokens * p->padded * 4 : blocks_bytes(p);
 }
 
 TARGET INLINE void prepare_few(int dtype, const ast24_product *p, int64_t first, int64_t last) {
@@ -109,7 +107,7 @@ TARGET INLINE void prepare_few(int dtype, const ast24_product *p, int64_t first,
 }
 
 TARGET INLINE void prepare(int dtype, const ast24_product *p, int64_t first, int64_t last) {
-  if (p->tokens <= FEW) {
+  if (p->tokens <= AST24_FEW) {
     prepare_few(dtype, p, first, last);
     return;
   }
@@ -143,7 +141,7 @@ TARGET INLINE void few(int dtype, int n, const ast24_product *p, int64_t row, __
   const float *x = p->operand;
   const char *values = (const char *)p->values + row * (columns / 2) * size;
   const uint8_t *meta = p->meta + row * (columns / 8);
-  __m512 sums[FEW][4];
+  __m512 sums[AST24_FEW][4];
   for (int t = 0; t < n; t++)
     for (int j = 0; j < 4; j++) sums[t][j] = _mm512_setzero_ps();
 #define COLUMNS(j, nibbles, mask) { \
@@ -177,7 +175,7 @@ TARGET INLINE void few(int dtype, int n, const ast24_product *p, int64_t row, __
 }
 
 TARGET INLINE void rows_few(int dtype, int n, const ast24_product *p, int64_t first, int64_t last) {
-  __m512 sums[FEW * 16];
+  __m512 sums[AST24_FEW * 16];
   for (int i = 0; i < n * 16; i++) sums[i] = _mm512_setzero_ps();
   for (int64_t row = first; row < last; row += 16) {
     const int64_t count = ast24_least(last - row, 16);
@@ -237,5 +235,5 @@ static int usable(void) {
 }
 
 const ast24_level ast24_avx512 = {
-    "avx512", usable, 1, {&ast24_avx512_bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
+    "avx512", usable, {&ast24_avx512_bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
 #endif

@@ -1,7 +1,7 @@
 /* AVX-512 with VBMI2 and BF16: W is never expanded, and half the arithmetic of a dense product is done. Dot products of
    bfloat16 take subnormal numbers as 0. The other dtypes are those of avx512.c.
 
-   Up to FEW tokens: for 64 columns, one load of eight bytes of positions, a multishift that spreads them over 32 lanes,
+   Up to AST24_FEW tokens: for 64 columns, one load of eight bytes of positions, a multishift that spreads them over 32 lanes,
    a permutation of two registers of x for each token, one dot product.
 
    More tokens: each lane is a token. A group of four columns has six pairs of positions. `prepare` writes, for each
@@ -14,10 +14,8 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,f16c,fma")))
 
-enum { FEW = 4 };
-
-/* x of a block: vectors of `width` pairs */
-INLINE int64_t block_bytes(const ast24_product *p, int width) { return (p->padded / 4 * 7 + 8) * width * 4; }
+/* x of a block: vectors of `width` pairs. Any nibble, even 15, lies inside. */
+INLINE int64_t block_bytes(const ast24_product *p, int width) { return (p->padded / 4 * 7 + 9) * width * 4; }
 
 /* The sums of r rows and a block of tokens go on over `groups` groups from `group` on; r and width are known when this
    is compiled. */
@@ -79,7 +77,7 @@ TARGET INLINE void sum(
 #include "strips.h"
 
 static int64_t operand(const ast24_product *p) {
-  return p->tokens <= FEW ? p->tokens * p->padded * 2 : blocks_bytes(p);
+  return p->tokens <= AST24_FEW ? p->tokens * p->padded * 2 : blocks_bytes(p);
 }
 
 INLINE void prepare_few(const ast24_product *p, int64_t first, int64_t last) {
@@ -117,7 +115,7 @@ TARGET INLINE void prepare_pairs(
 }
 
 TARGET static void prepare(const ast24_product *p, int64_t first, int64_t last) {
-  if (p->tokens <= FEW) {
+  if (p->tokens <= AST24_FEW) {
     prepare_few(p, first, last);
     return;
   }
@@ -137,7 +135,7 @@ TARGET INLINE void few(int n, const ast24_product *p, int64_t row, __m512i sprea
   const uint16_t *x = p->operand, *values = (const uint16_t *)p->values + row * (columns / 2);
   const uint8_t *meta = p->meta + row * (columns / 8);
   const __m512i three = _mm512_set1_epi16(3);
-  __m512 sums[FEW][4];
+  __m512 sums[AST24_FEW][4];
   for (int t = 0; t < n; t++)
     for (int j = 0; j < 4; j++) sums[t][j] = _mm512_setzero_ps();
 /* 64 columns: (spread nibbles & 3) | base are the places of 32 entries in two registers of x */
@@ -179,7 +177,7 @@ TARGET INLINE void rows_few(int n, const ast24_product *p, int64_t first, int64_
     bases[lane] = (uint16_t)(lane / 2 * 4);
   }
   const __m512i spread = _mm512_loadu_si512(shifts), base = _mm512_loadu_si512(bases);
-  __m512 sums[FEW * 16];
+  __m512 sums[AST24_FEW * 16];
   for (int i = 0; i < n * 16; i++) sums[i] = _mm512_setzero_ps();
   for (int64_t row = first; row < last; row += 16) {
     const int64_t count = ast24_least(last - row, 16);
@@ -208,5 +206,5 @@ static int usable(void) {
 static const ast24_way bfloat16 = {operand, prepare, rows};
 
 const ast24_level ast24_avx512_bf16 = {
-    "avx512_bf16", usable, 1, {&bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
+    "avx512_bf16", usable, {&bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};
 #endif

@@ -30,8 +30,8 @@ EXPORT int ast24_abi(void) { return 1; }
 /* Name of the level, or NULL behind the last one. The best is first. */
 EXPORT const char *ast24_name(int level) { return levels[level] ? levels[level]->name : NULL; }
 
-/* 0: this CPU cannot run it; 1: it can; 3: and it may be chosen without being named. */
-EXPORT int ast24_usable(int level) { return levels[level]->usable() ? 1 | levels[level]->automatic << 1 : 0; }
+/* Whether this CPU can run it. */
+EXPORT int ast24_usable(int level) { return levels[level]->usable() != 0; }
 
 static void (*run_team)(void (*)(void *), void *, unsigned, unsigned);
 static int (*number_in_team)(void);
@@ -84,12 +84,11 @@ static void rows_part(const void *what, int64_t first, int64_t last) {
   call->way->rows(&call->product, first, last);
 }
 
-/* y = x Wᵀ + b. 0: done; 1: out of memory; 2: the level does not serve the dtype. */
+/* y = x Wᵀ + b. 0: done; 1: out of memory. */
 EXPORT int ast24_linear(
     int level, int dtype, const void *x, int64_t x_stride, const void *values, const void *meta, const void *bias,
     void *y, int64_t tokens, int64_t rows, int64_t columns, int threads) {
   const ast24_way *way = levels[level]->ways[dtype];
-  if (!way) return 2;
   const int64_t itemsize = dtype == AST24_FLOAT32 ? 4 : 2, padded = (columns + 63) / 64 * 64;
   product_call call = {
       {dtype, ast24_least(tokens, AST24_MOST_TOKENS), rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
@@ -101,7 +100,8 @@ EXPORT int ast24_linear(
   if (!operand) return 1;
   p->operand = operand;
   for (int64_t token = 0; token < tokens; token += p->tokens) {
-    p->tokens = ast24_least(tokens - token, AST24_MOST_TOKENS);
+    const int64_t left = tokens - token, behind = left - AST24_MOST_TOKENS;
+    p->tokens = behind > 0 && behind <= AST24_FEW ? AST24_MOST_TOKENS / 2 : ast24_least(left, AST24_MOST_TOKENS);
     p->x = (const char *)x + token * x_stride * itemsize;
     p->y = (char *)y + token * rows * itemsize;
     share(prepare_part, &call, padded, 64, p->tokens * padded > PREPARED_ALONE ? threads : 1);
@@ -121,12 +121,10 @@ static void matrix_part(const void *what, int64_t first, int64_t last) {
   call->decode(&call->matrix, first, last);
 }
 
-/* dense = W. 0: done; 2: the level does not serve it. */
-EXPORT int ast24_decode(
+/* dense = W */
+EXPORT void ast24_decode(
     int level, int itemsize, const void *values, const void *meta, void *dense, int64_t rows, int64_t columns,
     int threads) {
   matrix_call call = {{itemsize, rows, columns, values, meta, dense}, levels[level]->decode};
-  if (!call.decode) return 2;
   share(matrix_part, &call, rows, 16, threads);
-  return 0;
 }

@@ -35,7 +35,9 @@ typedef struct {
   void *operand;       /* x as `prepare` arranged it, aligned to 64 bytes; read by all threads */
 } ast24_product;
 
-enum { AST24_MOST_TOKENS = 128 };
+/* A product of up to AST24_FEW tokens may add in another order than a larger one, and only such a product: the frame cuts
+   none of them off a longer one. */
+enum { AST24_MOST_TOKENS = 128, AST24_FEW = 4 };
 
 /* The dense matrix [rows, columns], exactly 0.0 where pruned; the bits of kept values do not change. */
 typedef struct {
@@ -58,9 +60,8 @@ typedef struct {
 typedef struct {
   const char *name;
   int (*usable)(void); /* whether this CPU has the features */
-  int automatic;       /* whether it may be chosen without being named */
-  const ast24_way *ways[AST24_DTYPES]; /* NULL: not served */
-  void (*decode)(const ast24_matrix *, int64_t first, int64_t last); /* dense[first:last]; NULL: not served */
+  const ast24_way *ways[AST24_DTYPES];
+  void (*decode)(const ast24_matrix *, int64_t first, int64_t last); /* dense[first:last] */
 } ast24_level;
 
 /* Defined in the file of the level; the frame has them in a table, best first. */

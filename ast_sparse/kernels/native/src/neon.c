@@ -78,5 +78,5 @@ WAY(float32, AST24_FLOAT32)
 
 static int usable(void) { return 1; }
 
-const ast24_level ast24_neon = {"neon", usable, 1, {&bfloat16, &float16, &float32}, decode};
+const ast24_level ast24_neon = {"neon", usable, {&bfloat16, &float16, &float32}, decode};
 #endif

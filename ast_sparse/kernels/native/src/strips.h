@@ -1,4 +1,4 @@
-/* Products with more than FEW tokens: each lane is a token. Both AVX-512 levels include this.
+/* Products with more than AST24_FEW tokens: each lane is a token. Both AVX-512 levels include this.
 
    Tokens are cut into blocks of LARGEST, rows into strips. The sums of a strip and a block of tokens stay in the cache;
    they go on over a few groups of columns at a time, so that x for these groups stays in the first cache. In each range

@@ -7,7 +7,7 @@ from typing import Any
 
 from ast_sparse.errors import UserError, shown
 from ast_sparse.speed.comparison import Comparison
-from ast_sparse.speed.machine import cpu_name, versions
+from ast_sparse.speed.machine import surroundings
 from ast_sparse.speed.outcomes import Outcome, bound
 from ast_sparse.storage.files import read_json
 
@@ -20,7 +20,7 @@ def record(comparison: Comparison, outcomes: Sequence[Outcome], machine: dict[st
     """All results, for JSON."""
     return {
         "settings": comparison.settings,
-        "machine": {**machine, "cpu": cpu_name(), "versions": versions()},
+        "machine": machine,
         "notes": list(comparison.notes),
         "weights": {side: asdict(held) for side, held in comparison.weights.items()},
         "bound": bound(comparison.weights),
@@ -28,7 +28,7 @@ def record(comparison: Comparison, outcomes: Sequence[Outcome], machine: dict[st
     }
 
 
-def read_kept(path: Path, comparison: Comparison) -> tuple[list[Outcome], dict[str, Any]]:
+def read_results(path: Path, comparison: Comparison) -> tuple[list[Outcome], dict[str, Any]]:
     """The outcomes that an earlier run left in a file, and its machine; both empty if there is no file.
 
     Raises:
@@ -36,17 +36,17 @@ def read_kept(path: Path, comparison: Comparison) -> tuple[list[Outcome], dict[s
     """
     if not path.exists():
         return [], {}
-    content = read_json(path)
+    content, here = read_json(path), surroundings()
     try:
         settings, machine = dict(content["settings"]), dict(content["machine"])
         outcomes = [Outcome.of(each) for each in content["cases"]]
-        before = {**settings, "cpu": machine["cpu"], "versions": machine["versions"]}
+        before = {**settings, **{name: machine[name] for name in here}}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"--json {path} is not a file of ast-bench. Name another file.") from error
-    now = {**comparison.settings, "cpu": cpu_name(), "versions": versions()}
+    now = {**comparison.settings, **here}
     if changed := [name for name in now if before.get(name) != now[name]]:
         name = changed[0]
-        option = _NAMES.get(name, name if name in ("cpu", "versions") else f"--{name.replace('_', '-')}")
+        option = _NAMES.get(name, name if name in here else f"--{name.replace('_', '-')}")
         values = "" if name.endswith("files") else f"={shown(before.get(name))}, now {shown(now[name])}"
         raise UserError(
             f"--json {path} holds results with {option}{values}. Name another file, or start anew with --overwrite."
