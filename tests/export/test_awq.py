@@ -156,6 +156,20 @@ def test_a_configuration_whose_heads_differ_by_layer_gives_no_heads() -> None:
     assert rounding._attention(SimpleNamespace(config=config)) is None
 
 
+def test_values_that_a_scale_would_bring_to_a_clamp_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = model_of("olmo"), []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, args, output: seen.append(output.abs().max()))
+    logits(model)
+    model.config.clip_qkv = 2 * float(max(seen))  # clips nothing yet
+    before = logits(model)
+    done, _ = scale_only(model, monkeypatch)
+    assert {name for name in done.unscaled if name.endswith("o_proj")} == {
+        f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)
+    }
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-6 * float(before.abs().max()))
+
+
 def test_layers_of_grouped_queries_have_one_scale_for_the_columns_of_a_value() -> None:
     fold = RowsFold(nn.Linear(4, 8), 8, (2, 3, 4))
     squares = torch.arange(24.0)

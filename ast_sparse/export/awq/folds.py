@@ -245,7 +245,8 @@ def _fits(
         return False  # an expert that this sample does not reach
     width = old.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    scale = fold.tie((0.5 + 1.5 * torch.rand(width, generator=generator)).to(old.device)).to(torch.float32)
+    spread = torch.exp(6 * torch.rand(width, generator=generator) - 3)  # 0.05 to 20: a clamp shows too (OLMo)
+    scale = fold.tie(spread.to(old.device)).to(torch.float32)
     changed = [*fold.modules, *layers.values()]
     saved = [(tensor, tensor.clone()) for module in changed for tensor in _tensors(module)]
     try:
