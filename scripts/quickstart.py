@@ -68,7 +68,8 @@ def summary(folder: Path) -> None:
     masked = f"{zeros / total:.3%}"
     exports = {row["model"]: row["perplexity"] for row in json.loads((folder / "eval.json").read_text())["results"]}
     results = {name: next(iter(stage.values())) for name, stage in stages.items()}
-    speeds = tokens_per_second(folder / "speed.json")
+    measured = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
+    speeds = tokens_per_second(measured)
     rows = []
     for name, result in results.items():
         weights = size(folder / "run") if name.startswith("retrained") else "-"
@@ -80,13 +81,14 @@ def summary(folder: Path) -> None:
     print(f"Held-out text, {dense['windows']} windows of {dense['seq_len']} tokens:")
     headers = ("model", "perplexity", "masked share of the pruned layers", "weights", "new tokens per second")
     print(format_table(headers, rows))
+    prompt, threads = measured["cases"][0]["case"]["prompt"], measured["settings"]["threads"]
+    print(f"New tokens per second: in bf16, after one prompt of {prompt} tokens; threads: {threads}")
 
 
-def tokens_per_second(file: Path) -> dict[str, str]:
-    """How fast each export continues one prompt, as ast-bench wrote it; empty if it measured nothing."""
-    case = json.loads(file.read_text(encoding="utf-8"))["cases"][0]
-    speeds = {side: timing["decode_tokens_per_second"]["median"] for side, timing in case["timings"].items()}
-    return {side: f"{speed:.1f}" for side, speed in speeds.items()}
+def tokens_per_second(measured: dict[str, Any]) -> dict[str, str]:
+    """How fast each export continues one prompt, from the results of ast-bench; empty if it measured nothing."""
+    timings = measured["cases"][0]["timings"]
+    return {side: f"{timing['decode_tokens_per_second']['median']:.1f}" for side, timing in timings.items()}
 
 
 def size(folder: Path) -> str:

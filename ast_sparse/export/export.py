@@ -323,6 +323,8 @@ def _notes(plan: LayerPlan, bits: float) -> tuple[str, ...]:
         return ()
     itemsize = next(plan.dtypes[f"{name}.weight"].itemsize for name in plan.pruned)
     coded, formula = plan.codec.bits(itemsize)
-    scales = f", {bits - coded:.3f} of them for scales" if plan.codec.scale_columns else ""
-    line = f"bits for each pruned weight: {bits:.3f}{scales}; the paper's formula, without scales: {formula:.3f}"
+    scales, without = "", ""
+    if plan.codec.scale_columns:
+        scales, without = f", {bits - coded:.3f} of them for scales", ", without scales"
+    line = f"bits for each pruned weight: {bits:.3f}{scales}; the paper's formula{without}: {formula:.3f}"
     return (line, *(plan.rounded.lines() if plan.rounded is not None else ()))
