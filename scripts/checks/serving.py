@@ -54,6 +54,12 @@ def served(client: Any, model: str = "base") -> list[list[int]]:
     return [answer(client, prompt, model=model).token_ids for prompt in PROMPTS]
 
 
+def with_log_probabilities(client: Any) -> tuple[list[list[int]], list[list[dict[str, float]]]]:
+    """The tokens of the answers to all prompts, and the log-probabilities of the likeliest tokens at each place."""
+    found = [answer(client, prompt) for prompt in PROMPTS]
+    return [each.token_ids for each in found], [each.logprobs.top_logprobs for each in found]
+
+
 def along(client: Any, tokens: Sequence[Sequence[int]]) -> list[list[dict[str, float]]]:
     """Log-probabilities of the likeliest tokens at each place of given answers, after the given tokens before it.
 
@@ -93,8 +99,8 @@ def difference(found: list[list[dict[str, float]]], expected: list[list[dict[str
 def check_bfloat16(table: Table, work: Path, exports: Path | None) -> None:
     """Compressed and dense exports in bfloat16, eager and compiled.
 
-    With plain products both are the same to the bit. vLLM's own dense products and the kernels of the plug-in add in
-    other orders, so 16-bit logits differ. How much they may is measured: no more than the dense run is away from
+    With AST_SPARSE_CPU=plain both are the same to the bit. The kernels of the plug-in add in another order than dense
+    products, so 16-bit logits differ. How much they may is measured: no more than the dense run is away from
     float32, that is, another order may not change more than bfloat16 itself does.
     """
     compressed, dense = (
@@ -102,12 +108,15 @@ def check_bfloat16(table: Table, work: Path, exports: Path | None) -> None:
     )
     runs = {}
     for mode, options in (("eager", ["--enforce-eager"]), ("compiled", [])):
-        equal = plain_run(work, compressed, mode) == plain_run(work, dense, mode)
-        table.row(f"bfloat16, {mode}, plain products: the dense export", equal, "log-probabilities are the same bits")
-        with server(dense, "--dtype", "bfloat16", *options) as client:
-            answers = [answer(client, prompt) for prompt in PROMPTS]
-        tokens, likely = [each.token_ids for each in answers], [each.logprobs.top_logprobs for each in answers]
-        with server(compressed, "--dtype", "bfloat16", *options) as client:
+        in_bfloat16 = ["--dtype", "bfloat16", *options]
+        with server(dense, *in_bfloat16) as client:
+            tokens, likely = with_log_probabilities(client)
+        with server(compressed, *in_bfloat16, AST_SPARSE_CPU="plain") as client:
+            equal = with_log_probabilities(client) == (tokens, likely)
+        table.row(
+            f"bfloat16, {mode}, plain: vLLM's run of the dense export", equal, "log-probabilities are the same bits"
+        )
+        with server(compressed, *in_bfloat16) as client:
             runs[mode] = tokens, likely, along(client, tokens)
     with server(dense, "--dtype", "float32", "--enforce-eager") as client:
         errors = {mode: difference(along(client, tokens), likely) for mode, (tokens, likely, _) in runs.items()}
@@ -121,14 +130,6 @@ def check_bfloat16(table: Table, work: Path, exports: Path | None) -> None:
         note = f"{agree} of {sum(map(len, tokens))} next tokens are the same; log-probabilities {apart:.4f} apart, "
         note += f"those of the dense export {error:.4f} from float32"
         table.row(f"bfloat16, {mode}: vLLM's run of the dense export", apart <= error, note)
-
-
-def plain_run(work: Path, model: Path, mode: str) -> Any:
-    """What `serving_engines.py` writes for a model, with the plain way of the plug-in."""
-    out = work / "plain.json"
-    command = [sys.executable, "-P", "scripts/checks/serving_engines.py", str(model), str(out), mode]
-    subprocess.run(command, check=True, env={**os.environ, "AST_SPARSE_CPU": "plain"})
-    return json.loads(out.read_text(encoding="utf-8"))
 
 
 def check_serving(table: Table, work: Path, exports: Path | None, expected: dict[str, list[list[int]]]) -> None:
@@ -175,11 +176,39 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
 
 
-def check_memory(table: Table, work: Path) -> None:
-    """Bytes of the compressed layers while vLLM runs, beside those of dense bfloat16 weights."""
-    model = work / "tiny-bf16-compressed"
-    stored, dense = in_engine(model, lambda llm: llm.apply_model(stored_bytes)[0], dtype="bfloat16")
+def check_layers(table: Table, work: Path) -> None:
+    """The compressed layers while vLLM runs in bfloat16: their bytes, products, and loading them again."""
+
+    def action(llm: Any) -> list[Any]:
+        first = generated(llm)
+        found = [llm.apply_model(of)[0] for of in (stored_bytes, largest_error)]
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        return [*found, generated(llm) == first]
+
+    (stored, dense), error, again = in_engine(work / "tiny-bf16-compressed", action, dtype="bfloat16")
     table.row("memory of the compressed layers", stored == 0.5625 * dense, f"{stored / dense:.4f} of dense bfloat16")
+    table.row("products of the compressed layers", error <= 1, f"{error:.3f} of the error that rounding may cause")
+    table.row("the same weights loaded again by reload_weights", again, "the same tokens")
+
+
+def largest_error(model: Any) -> float:
+    """Of the products of all compressed layers with 1 to 40 tokens, against float64: as a share of what one rounding to
+    bfloat16, after sums in float32, may cause."""
+    import torch
+
+    from ast_sparse.kernels.code24 import unpack24
+
+    largest = 0.0
+    for layer in [layer for layer in model.modules() if hasattr(layer, "weight_meta")]:
+        weight = unpack24(layer.weight, layer.weight_meta).double()
+        for tokens in (1, 4, 16, 40):
+            x = torch.randn(tokens, weight.shape[1]).to(layer.weight)
+            exact, sums = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
+            allowed = exact.abs() * 2**-8 + sums * weight.shape[1] * 2**-23
+            error = (layer.quant_method.apply(layer, x).double() - exact).abs()
+            largest = max(largest, float((error / allowed).max()))
+    return largest
 
 
 def stored_bytes(model: Any) -> tuple[int, int]:
@@ -267,7 +296,7 @@ def main(work: Path, exports: Path | None) -> int:
     check_ranks(table)
     check_call(table)
     check_refused(table, work)
-    check_memory(table, work)
+    check_layers(table, work)
     check_families(table, work, expected)
     print(f"{table.failed} cases failed")
     return int(table.failed > 0)

@@ -1,12 +1,5 @@
-"""Engines for `scripts/checks/serving.py`: vLLM behind HTTP, and vLLM in a process.
+"""Engines for `scripts/checks/serving.py`: vLLM behind HTTP, and vLLM in a process."""
 
-    python scripts/checks/serving_engines.py MODEL OUT [eager]    # bfloat16, plain products: log-probabilities as JSON
-
-In the command, each dense layer is a call of `F.linear`. vLLM's own products pack the weights for oneDNN and add in
-another order, and no option turns that off.
-"""
-
-import json
 import os
 import signal
 import socket
@@ -18,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from scripts.checks.serving_models import PROMPTS, TOKENS
 
 READY = 900  # seconds until a server must answer
 
@@ -76,51 +67,8 @@ def in_engine(model: Path, action: Callable[[Any], Any], **settings: Any) -> Any
 
     llm = None
     try:
-        llm = LLM(model=str(model), max_model_len=128, max_num_seqs=4, **{"enforce_eager": True, **settings})
+        llm = LLM(model=str(model), max_model_len=128, max_num_seqs=4, enforce_eager=True, **settings)
         return action(llm)
     finally:
         del llm
         cleanup_dist_env_and_memory()
-
-
-def use_plain_products() -> None:
-    """Make vLLM's dense layers call `F.linear`, in an operation that compilers see as one node, as the plug-in's is."""
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
-    from vllm.model_executor.layers import utils
-
-    @torch.library.custom_op("ast_sparse_check::linear", mutates_args=())
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @linear.register_fake
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-    def dispatch(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = linear
-
-    utils.dispatch_cpu_unquantized_gemm = dispatch
-
-
-def log_probabilities(llm: Any) -> list[list[dict[int, float]]]:
-    """Of the five likeliest tokens at each place of the greedy answers."""
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
-    settings = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)
-    answers = [each.outputs[0] for each in llm.generate(prompts, settings, use_tqdm=False)]
-    return [[{token: of.logprob for token, of in place.items()} for place in each.logprobs] for each in answers]
-
-
-def main(model: Path, out: Path, *mode: str) -> None:
-    """Write the log-probabilities of one engine in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    use_plain_products()
-    found = in_engine(model, log_probabilities, dtype="bfloat16", enforce_eager=mode == ("eager",))
-    out.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
