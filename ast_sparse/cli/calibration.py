@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,22 @@ _LONGEST = 2048  # tokens of a calibration sequence, even if the model takes mor
 _C4: dict[str, Any] = {
     "path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train[:4000]",
 }  # fmt: skip
+
+_SEQUENCE_OPTIONS = (
+    click.option(
+        "--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file."
+    ),
+    click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on."),
+    click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences."),
+)
+
+
+def sequence_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both commands that say which sequences of the text are taken."""
+    for option in reversed(_SEQUENCE_OPTIONS):  # the one applied last stands first in --help
+        command = option(command)
+    return command
 
 
 def calibration_text(

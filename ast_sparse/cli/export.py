@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ast_sparse.cli.calibration import calibration_text
+from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import check_json_file, find_device, write_json_file
 from ast_sparse.config import CalibrationConfig, SparsityConfig
@@ -70,10 +70,7 @@ _SEQUENCES, _SEQUENCE = 64, 512  # of --merge-text: how many at most, and their 
     help="compressed-int4: text to choose the scales by, a text, JSONL or parquet file; repeatable. none: round "
     "without text.",
 )  # fmt: skip
-@click.option("--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
-@click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences.")
+@sequence_options
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
     help="BOS in the calibration text, as in ast-prune.",

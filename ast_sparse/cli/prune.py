@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ast_sparse.cli.calibration import calibration_text
+from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import find_device
 from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
@@ -51,10 +51,7 @@ _OPTIONS = {  # the option for each setting
     "--calibration", "data", multiple=True, metavar="FILE",
     help="Calibration text: a text, JSONL or parquet file; repeatable. Default: allenai/c4 from the hub.",
 )  # fmt: skip
-@click.option("--text-field", default="text", show_default=True, help="Field with the text in a JSONL or parquet file.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Sequences to calibrate on.")
-@click.option("--seq-len", type=int, help="Tokens in a sequence. Default: the model's positions, at most 2048.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Random seed for choosing the sequences.")
+@sequence_options
 @click.option(
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
     help="BOS in the calibration text. none: no BOS; document: before each document; block or window: before each "
