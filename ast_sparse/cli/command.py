@@ -1,18 +1,21 @@
 """What every command shares: a user's error is printed as one line, with exit code 2."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import SharedError, UserError
 from ast_sparse.kernels.cpu import setting
 
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
+_PRINT_S = 1.0  # time for one process to print the error: a launcher ends the others as soon as one exits
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for people who write code; warnings stay
 os.environ.setdefault("TQDM_DELAY", "1")  # no progress bar for anything shorter than a second
@@ -53,13 +56,39 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _fail(str(error), USER_ERROR_EXIT)
+        _fail(str(error), USER_ERROR_EXIT, has_many=isinstance(error, SharedError))
     except click.ClickException as error:
         _fail(error.format_message(), USER_ERROR_EXIT)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted.", INTERRUPT_EXIT)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+def _fail(message: str, code: int, has_many: bool = False) -> NoReturn:
+    """Print the error and exit; of the processes of a launcher only one prints.
+
+    Args:
+        has_many: other processes have the same error.
+    """
+    is_said = code == USER_ERROR_EXIT and _is_said(has_many)
+    if not is_said:
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
+    if is_said or _has_others():
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, when another process exits
+        time.sleep(_PRINT_S)  # also the one that prints: it may serve the store that the others ask
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code)
+
+
+def _has_others() -> bool:
+    """Whether a launcher started more processes; torch takes seconds to import, so it is not asked."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+
+
+def _is_said(has_many: bool) -> bool:
+    """Whether another process prints an error of the user."""
+    if _has_others():
+        from ast_sparse.distributed.meeting import launched
+
+        if (meeting := launched()) is not None:
+            return not meeting.is_first_to("say an error")
+    return has_many and os.environ.get("RANK", "0") != "0"

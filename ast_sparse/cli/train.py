@@ -1,18 +1,13 @@
 """ast-train: retrain a dense causal LM to N:M sparsity."""
 
-import contextlib
 import dataclasses
 import os
-import time
 
 import click
 
-from ast_sparse.cli.command import USER_ERROR_EXIT, Command
+from ast_sparse.cli.command import Command
 from ast_sparse.config import SECTIONS
-from ast_sparse.errors import SharedError
 from ast_sparse.run.signals import PREEMPTED_EXIT, Preempted, preemption_signals
-
-_PRINT_S = 1.0  # time for the first process to print the error: a launcher ends the others as soon as one exits
 
 
 def _fields() -> str:
@@ -95,12 +90,15 @@ def main(
     with preemption_signals() as signals:
         try:
             from ast_sparse.config import load_config
+            from ast_sparse.distributed.ranks import errors_shared
             from ast_sparse.planning.plan import Hardware
             from ast_sparse.run.checks import IF_STARTED
             from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
 
+            with errors_shared():  # a node may see another file than the others
+                config = load_config(config_path, overrides)
             run_training(
-                load_config(config_path, overrides),
+                config,
                 output_dir=output_dir,
                 resume=IF_STARTED if resume_if_started else None if resume is None else (resume or True),
                 overwrite=overwrite,
@@ -113,15 +111,9 @@ def main(
             from ast_sparse.progress import close_bars
 
             close_bars()
-            if str(stop):
+            if str(stop) and os.environ.get("RANK", "0") == "0":  # all processes get the signal
                 click.echo(f"\n{stop}", err=True)  # not on the line of a progress bar
             raise SystemExit(PREEMPTED_EXIT) from None
-        except SharedError:
-            if os.environ.get("RANK", "0") == "0":
-                raise
-            with contextlib.suppress(Preempted):  # the launcher ends this process as soon as the first one exits
-                time.sleep(_PRINT_S)
-            raise SystemExit(USER_ERROR_EXIT) from None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,26 @@
 """What the processes of a distributed run agree on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ast_sparse.distributed.meeting import launched
 from ast_sparse.errors import SharedError, UserError
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """The rank of this process; 0 if there is no other."""
+    if (meeting := launched()) is not None:
+        return meeting.rank
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
@@ -30,32 +42,84 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes in the order of their ranks, on every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    """The values of all processes in the order of their ranks, on every process; for small values and long waits.
+
+    It is also what the processes of a launcher agree by before there is a process group.
+
+    Raises:
+        SharedError: the UserError of a process whose block of `errors_shared` has ended with it.
+    """
+    if (meeting := launched()) is not None:
+        values = meeting.gather(value)
+    elif dist.is_available() and dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    else:
+        values = [value]
+    if (failure := next((each for each in values if isinstance(each, _Failure)), None)) is not None:
+        raise SharedError(str(failure))
     return values
+
+
+class _Failure(str):
+    """The text of a UserError, which a process sends instead of a value."""
 
 
 @contextmanager
 def errors_shared() -> Iterator[None]:
     """Raise the first UserError that a process raises in the block on all processes; all must enter the block.
 
+    Blocks may be nested, and the block may `gather` and `wait_for_all`, but not meet the others on the devices.
+
     Raises:
         SharedError: that error.
     """
-    error = None
     try:
         yield
-    except UserError as found:
-        error = str(found)
-    first = next((text for text in gather(error) if text is not None), None)
-    if first is not None:
-        raise SharedError(first)
+    except SharedError:  # all have it
+        raise
+    except UserError as error:
+        gather(_Failure(error))
+    else:
+        gather(None)
 
 
 def wait_for_all() -> None:
     """Wait until every process has called this."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    gather(None)
+
+
+def once_per_folder(folder: Path, work: Callable[[], Result]) -> Result:
+    """Do work that fills a cache: first in one process for each folder, then in the others, which find the cache full.
+
+    Nodes with a shared folder have one process that fills it; each node with a folder of its own has one too. Every
+    process must call this.
+
+    Args:
+        folder: the cache; a process that cannot write there does its work at once.
+
+    Raises:
+        SharedError: the UserError of a process, on all.
+    """
+    names = gather(f".{uuid.uuid4().hex}")  # new ones, so that no node has cached that they are missing
+    if len(names) == 1:
+        return work()
+    mine, result = folder / names[rank()], None
+    try:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+        wait_for_all()
+        seen = next((name for name in names if (folder / name).exists()), mine.name)
+        is_first = seen == mine.name or not mine.exists()
+        wait_for_all()
+    finally:
+        with suppress(OSError):
+            mine.unlink(missing_ok=True)
+    with errors_shared():
+        if is_first:
+            result = work()
+    with errors_shared():
+        if not is_first:
+            result = work()
+    return result  # type: ignore[return-value]  # one of the two blocks set it

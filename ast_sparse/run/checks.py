@@ -77,30 +77,30 @@ def checked_run(
     Raises:
         UserError: a setting, the text, the output folder or the checkpoint does not fit.
     """
-    output = output_folder(config, output_dir)
+    with errors_shared():
+        output = output_folder(config, output_dir)
     # a plan needs no accelerator, but bf16 would be refused without one
     values = {**config.training, "use_cpu": True} if dry_run else config.training
     args = build_arguments(values, str(output))
-    if not dry_run:
-        check_sharding(args)
-    if resume == IF_STARTED:
-        state = gather(run_state(output))[0]  # one process decides: on a network drive others may see older contents
-        if state == "finished":
-            with errors_shared():
-                check_finished(output, config)
-            if args.should_log:
-                echo(f"{output} has the finished run: nothing is left to do. --overwrite instead would start it again.")
-            return None
-        resume = state == "started"
     with errors_shared():
+        if not dry_run:
+            check_sharding(args)
+        if resume == IF_STARTED:
+            state = gather(run_state(output))[0]  # on a network drive, other processes may see older contents
+            if state == "finished":
+                check_finished(output, config)
+                if args.should_log:
+                    echo(f"{output} has the finished run: nothing is left to do. --overwrite would start it again.")
+                return None
+            resume = state == "started"
         checkpoint = checkpoint_to_resume(output, resume)
-    is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
-    if not is_continued and not overwrite and not dry_run:
-        refuse_used(output)
-    _check_settings(config, args, output)
-    devices = hardware.world_size or args.world_size
-    plan = make_plan(config, args, devices if dry_run else None)
-    changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
+        is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
+        if not is_continued and not overwrite and not dry_run:
+            refuse_used(output)
+        _check_settings(config, args, output)
+        devices = hardware.world_size or args.world_size
+        plan = make_plan(config, args, devices if dry_run else None)
+        changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
         config=config,
         args=args,
@@ -130,10 +130,9 @@ def _check_checkpoint(
     checkpoint: Path, config: RunConfig, args: TrainingArguments, plan: Plan, devices: int
 ) -> list[str]:
     """Lines on allowed differences; raise UserError if the checkpoint belongs to another run."""
-    with errors_shared():
-        check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
-        check_same_model(checkpoint, plan.sparsity.pruned)
-        return check_settings(checkpoint, config, args, slorb_of(config), devices)
+    check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
+    check_same_model(checkpoint, plan.sparsity.pruned)
+    return check_settings(checkpoint, config, args, slorb_of(config), devices)
 
 
 def slorb_of(config: RunConfig) -> SLoRBConfig | None:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
 from ast_sparse.config.yaml12 import dump_yaml, read_yaml
+from ast_sparse.distributed.ranks import gather
 from ast_sparse.errors import UserError
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
@@ -18,8 +19,7 @@ from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT,
 from ast_sparse.storage.stage_results import RESULTS, Stages, is_result, write_stages
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
-    last_checkpoint,
-    refuse_model_only,
+    checkpoint_to_continue,
     resolve_checkpoint,
 )
 from ast_sparse.training.resume.same_run import differences, plain
@@ -73,12 +73,15 @@ def check_finished(output: Path, config: RunConfig) -> None:
 
 
 def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None:
-    """The checkpoint to continue from; None to start from the beginning, also if a run has no checkpoint yet."""
+    """The checkpoint to continue from; None to start from the beginning, also if a run has no checkpoint yet.
+
+    Every process must call this.
+    """
     if not resume:
         return None
-    if resume is True:
-        refuse_model_only(checkpoint_folders(output))
-    if resume is True and (output / RESOLVED_CONFIG).exists() and last_checkpoint(output) is None:
+    if resume is True and (last := checkpoint_to_continue(output)) is not None:
+        return last
+    if resume is True and gather((output / RESOLVED_CONFIG).exists())[0]:
         logger.warning(f"{output} has a run without a complete checkpoint: it starts from the beginning.")
         return None
     return resolve_checkpoint(output, resume)

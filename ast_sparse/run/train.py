@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+import datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig
@@ -14,7 +15,7 @@ from ast_sparse.data.blocks.counted import with_counted_tokens
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks, build_datasets
 from ast_sparse.data.calibration import calibration_blocks
-from ast_sparse.distributed.ranks import wait_for_all
+from ast_sparse.distributed.ranks import errors_shared, once_per_folder, wait_for_all
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.export.readback import check_saved
 from ast_sparse.planning.budget import Budget
@@ -41,6 +42,7 @@ from ast_sparse.training.resume.same_run import run_settings
 from ast_sparse.training.trainer import SparseTrainer
 
 logger = logging.get_logger(__name__)
+Made = TypeVar("Made")
 
 
 def run_training(
@@ -82,9 +84,10 @@ def run_training(
     if dry_run:
         _show_costs(run, hardware)
         return None
-    measured = Measured(config, run.args)
-    tokenizer = _tokenizer(config.model, run.plan)
-    measured.check_lengths(tokenizer, run.plan.model_config)
+    with errors_shared():
+        measured = Measured(config, run.args)
+        tokenizer = _tokenizer(config.model, run.plan)
+        measured.check_lengths(tokenizer, run.plan.model_config)
     trainer, rows = _prepare(run, tokenizer, measured)
     _train(run, trainer, tokenizer, measured)
     _measure_result(run, trainer, tokenizer, measured, rows)
@@ -210,14 +213,8 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
 def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
     """All training blocks; those of them to train on, and the held-out blocks, with tokens that the loss counts."""
     data, args = run.config.data, run.args
-    with args.main_process_first(desc="tokenising"), library_bars(not args.disable_tqdm):
-        try:
-            every_block, held_out, data_report = build_datasets(data, tokenizer)
-        except OSError as error:  # of the cache: sources that cannot be read raise UserError
-            raise UserError(
-                f"The tokenised text cannot be cached: {one_line(error)}. Set the environment variable "
-                "HF_DATASETS_CACHE to a writable folder with enough space."
-            ) from error
+    with library_bars(not args.disable_tqdm):
+        every_block, held_out, data_report = _cached(lambda: build_datasets(data, tokenizer))
     if args.should_log:
         run.echo("\n".join(data_report.lines()))
     borders = document_borders(tokenizer, data.packing, data.bos)
@@ -226,6 +223,25 @@ def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blo
     if not isinstance(train, StreamedBlocks):
         check_batches(args, len(train))
     return every_block, train, held_out
+
+
+def _cached(work: Callable[[], Made]) -> Made:
+    """Do work that `datasets` caches, in one process for each cache first.
+
+    Raises:
+        UserError: that of one process, or the cache cannot be written; on all processes.
+    """
+
+    def checked() -> Made:
+        try:
+            return work()
+        except OSError as error:  # of the cache: sources that cannot be read raise UserError
+            raise UserError(
+                f"The tokenised text cannot be cached: {one_line(error)}. Set the environment variable "
+                "HF_DATASETS_CACHE to a writable folder with enough space."
+            ) from error
+
+    return once_per_folder(Path(datasets.config.HF_DATASETS_CACHE), checked)
 
 
 def _make_trainer(
@@ -252,7 +268,7 @@ def _make_trainer(
             slorb_config=slorb_of(config),
             calibration_config=config.calibration,
             watch_config=config.watch,
-            calibration_dataset=_calibration(config, run.args, tokenizer, run.checkpoint, every_block),
+            calibration_dataset=_calibration(config, tokenizer, run.checkpoint, every_block),
             teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
@@ -268,7 +284,6 @@ def _make_trainer(
 
 def _calibration(
     config: RunConfig,
-    args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path | None,
     training: Blocks,
@@ -279,10 +294,8 @@ def _calibration(
         return False
     if settings.data is None or not METHODS[config.sparsity.init].needs_text:
         return training
-    with args.main_process_first(desc="tokenising the calibration text"):
-        length = settings.seq_len or config.data.block_size
-        data = config.data
-        return calibration_blocks(settings.data, data.root, data.text_field, tokenizer, length, bos=data.bos)
+    sources, data, length = settings.data, config.data, settings.seq_len or config.data.block_size
+    return _cached(lambda: calibration_blocks(sources, data.root, data.text_field, tokenizer, length, bos=data.bos))
 
 
 def _load_dense(model: ModelConfig) -> PreTrainedModel:

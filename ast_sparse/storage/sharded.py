@@ -14,10 +14,10 @@ import re
 import shutil
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage import files
+from ast_sparse.storage.checksums import Stretch, file_sum, stretch_faults
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
@@ -38,9 +39,8 @@ SUMS_NAME = "shards.json"
 
 _COMPANIONS = (files.CONFIG_NAME, "generation_config.json", files.SPARSITY_CONFIG_NAME)
 _METADATA = ".metadata"
-_FILE_NAME = re.compile(r"__\d+_\d+\.distcp")
+_FILE_NAME = re.compile(r"__(\d+)_\d+\.distcp")
 _LARGEST_METADATA = 2**30
-_CHUNK = 2**22
 _KNOWN = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -68,13 +68,41 @@ def is_sharded_checkpoint(folder: Path) -> bool:
 
 def shard_faults(checkpoint: Path) -> list[str]:
     """What is missing or damaged in the folders of a sharded checkpoint; every file is read. Nothing pickled is run."""
+    found, stretches = shard_stretches(checkpoint)
+    return found or stretch_faults(checkpoint, stretches)
+
+
+def shard_stretches(checkpoint: Path) -> tuple[list[str], list[Stretch]]:
+    """What is wrong with the folders as far as a look at their descriptions shows, and what remains to be read."""
     found = []
     for name in (MODEL_FOLDER, OPTIMIZER_FOLDER):
         if not (checkpoint / name / _METADATA).is_file():
             found.append(f"{name}/{_METADATA} is missing")
         elif fault := _fault(checkpoint / name, _stamps(checkpoint / name)):
             found.append(f"{name}/{fault}")
-    return found or _sum_faults(checkpoint)
+    if found or not (checkpoint / SUMS_NAME).is_file():
+        return found or [f"{SUMS_NAME} is missing"], []
+    try:
+        expected = files.read_json(checkpoint / SUMS_NAME)["files"]
+        there = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
+        if there.keys() != expected.keys():
+            return [f"{min(there.keys() ^ expected.keys(), key=str)} is missing, or was added"], []
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
+        return [f"{SUMS_NAME} is damaged"], []
+    return [], [_stretch(name, size, expected[name]) for name, size in there.items()]
+
+
+def _stretch(name: str, size: int, crc: Any) -> Stretch:
+    written_by = _FILE_NAME.search(name)
+    fault = f"{name} does not have the checksum it was written with"
+    # a resumed run of as many processes reads the pieces that each of them wrote
+    owner = int(written_by[1]) if written_by else None
+    everywhere = name.endswith(_METADATA)
+    return Stretch(file=name, crc=str(crc), fault=fault, size=size, owner=owner, everywhere=everywhere)
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) for path in (checkpoint / name).iterdir())
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -127,54 +155,31 @@ def merged(checkpoint: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_sums(checkpoint: Path, rank: int, ranks: int, gather: Callable[[Any], list[Any]]) -> None:
-    """Write `shards.json`; every process reads its part of the files.
+def write_sums(checkpoint: Path, rank: int, gather: Callable[[Any], list[Any]]) -> None:
+    """Write `shards.json`; every process reads the files that it has written, and needs no list of the others'.
+
+    On a network drive the list may be older than the files.
 
     Args:
         gather: collects what each process passes to it, from all of them.
     """
-    paths = sorted(path for name in (MODEL_FOLDER, OPTIMIZER_FOLDER) for path in (checkpoint / name).iterdir())
-    sums = {str(path.relative_to(checkpoint)): _sum_of(path, _stamp(path)) for path in paths[rank::ranks]}
+    folders = [checkpoint / name for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)]
+    mine: list[Path] = []
+    for folder in folders:
+        written = (folder / f"__{rank}_{number}.distcp" for number in count())
+        mine += takewhile(Path.exists, written)
+    if rank == 0:
+        mine += [folder / _METADATA for folder in folders]
+    sums = {str(path.relative_to(checkpoint)): file_sum(path) for path in mine}
     everywhere = gather(sums)
     if rank == 0:
-        merged_sums = {name: crc for part in everywhere for name, crc in sorted(part.items())}
+        merged_sums = dict(sorted((name, crc) for part in everywhere for name, crc in part.items()))
         files.write_json(checkpoint / SUMS_NAME, {"format_version": 1, "algorithm": "crc32", "files": merged_sums})
 
 
-def _sum_faults(checkpoint: Path) -> list[str]:
-    if not (checkpoint / SUMS_NAME).is_file():
-        return [f"{SUMS_NAME} is missing"]
-    try:
-        expected = files.read_json(checkpoint / SUMS_NAME)["files"]
-        found = {
-            str(path.relative_to(checkpoint)): _sum_of(path, _stamp(path))
-            for name in (MODEL_FOLDER, OPTIMIZER_FOLDER)
-            for path in sorted((checkpoint / name).iterdir())
-        }
-        if found.keys() != expected.keys():
-            return [f"{min(found.keys() ^ expected.keys(), key=str)} is missing, or was added"]
-        damaged = [name for name in found if found[name] != expected[name]]
-        return [f"{name} does not have the checksum it was written with" for name in damaged]
-    except (UserError, OSError, KeyError, TypeError, AttributeError):
-        return [f"{SUMS_NAME} is damaged"]
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
 def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
-    return tuple(_stamp(path) for path in sorted(folder.iterdir()))
-
-
-@lru_cache(maxsize=1024)
-def _sum_of(path: Path, stamp: tuple[int, ...]) -> str:
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(_CHUNK):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
+    stats = [path.stat() for path in sorted(folder.iterdir())]
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
 
 
 def _metadata(folder: Path) -> Metadata:

@@ -185,7 +185,7 @@ class CheckpointTrainer(Trainer):
             with saved_with(student, self._given_settings):
                 kwargs = {"tokenizer": self._tokenizer, "record": self.sparsity_config_dict(), **kwargs}
                 report = export_model(student, out_dir, format, **kwargs)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         return report
 
     def _check_finite(self) -> None:
@@ -261,7 +261,7 @@ class CheckpointTrainer(Trainer):
         super()._save_rng_state(output_dir)
         wait_for_all()
         if is_sharded(self.student):
-            write_sums(Path(output_dir), self.args.process_index, self.args.world_size, gather)
+            write_sums(Path(output_dir), self.args.process_index, gather)
 
     # ---- load ----------------------------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ def test_an_error_that_all_processes_get_is_said_once(
         raise SharedError("no room")
 
     monkeypatch.setattr("ast_sparse.run.train.run_training", full)
-    monkeypatch.setattr("ast_sparse.cli.train._PRINT_S", 0)
+    monkeypatch.setattr("ast_sparse.cli.command._PRINT_S", 0)
     monkeypatch.setenv("RANK", rank)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(base(root)))
     result = CliRunner().invoke(main, ["--config", str(tmp_path / "run.yaml")])

@@ -6,15 +6,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import yaml
 from accelerate.state import AcceleratorState
+from click.testing import CliRunner
 from transformers import TrainingArguments
 
 from ast_sparse import SparseTrainer, SparsityConfig
+from ast_sparse.cli import command
+from ast_sparse.cli.train import main as ast_train
 from ast_sparse.config import DataConfig
 from ast_sparse.data.build import build_datasets
 from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
-from tests.models import generated_text, tiny_model, tiny_tokenizer
+from ast_sparse.distributed.meeting import Meeting
+from ast_sparse.distributed.ranks import once_per_folder
+from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 
 RANKS, BATCH, STEPS, SAVED = 2, 8, 6, 3
 DOMAINS = {"even": {"train": "even", "share": 0.7, "target": 1.0}, "odd": {"train": "odd", "share": 0.3, "target": 4.0}}
@@ -40,7 +47,8 @@ class Recorded(SparseTrainer):
 
 
 def write_text(root: Path) -> None:
-    """Documents of two domains, as JSONL and as shards."""
+    """Documents of two domains, as JSONL and as shards, and a model."""
+    save_tiny_model(root / "llama")
     for name, first in (("even", 0), ("odd", 1)):
         texts = [generated_text(8, seed=seed) for seed in range(first, 60, 2)]
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -74,8 +82,49 @@ def run(root: Path, name: str, kind: str, world: int, resume: Path | None = None
     return found
 
 
+def made_in(cache: Path, root: Path) -> int:
+    """How many files of tokenised text this process makes in a cache."""
+    cache.mkdir(exist_ok=True)
+    datasets.config.HF_DATASETS_CACHE = cache
+    made = []
+
+    def work() -> None:
+        before = set(cache.rglob("*.arrow"))
+        build_datasets(DataConfig(root=str(root), train=("even.jsonl",), block_size=16), tiny_tokenizer())
+        made.extend(set(cache.rglob("*.arrow")) - before)
+
+    once_per_folder(cache, work)
+    assert not list(cache.glob(".*"))
+    return len(made)
+
+
+def errors(root: Path, rank: int) -> dict[str, tuple[int, str]]:
+    """Exit code and messages of this process for commands that some or all processes refuse."""
+    config = root / "run.yaml"
+    training = {"max_steps": 1, "use_cpu": True, "report_to": "none"}
+    data = {"root": str(root), "train": "even.jsonl", "block_size": 16}
+    config.write_text(
+        yaml.safe_dump({"model": {"name_or_path": str(root / "llama")}, "data": data, "training": training})
+    )
+    mine = ("even.jsonl", "absent.jsonl")[rank]
+    cases = {
+        "options, on all": ["--resume", "--overwrite"],
+        "configuration, on one": ["--config", str(config if rank == 0 else root / "absent.yaml")],
+        "argument, on all": ["--set", "training.max_stepz=1"],
+        "text, on one": ["--set", f"data.train={mine}"],
+    }
+    command._PRINT_S = 0.1
+    is_first_to, found = Meeting.is_first_to, {}
+    for name, options in cases.items():  # a process has one error in its life: here each has its own
+        Meeting.is_first_to = lambda self, what, name=name: is_first_to(self, f"{what}, {name}")  # type: ignore[method-assign]
+        done = CliRunner().invoke(ast_train, ["--config", str(config), "--output-dir", str(root / "refused"), *options])
+        found[name] = (done.exit_code, done.stderr)
+    return found
+
+
 def main(root: Path) -> None:
-    facts: dict[str, Any] = {}
+    rank = int(os.environ["RANK"])
+    facts: dict[str, Any] = {"errors": errors(root, rank)}  # some before there is a process group
     for name in SOURCES:
         facts[f"{name}, workers"] = run(root, name, "ddp", RANKS, dataloader_num_workers=1, max_steps=2).seen
     for kind in ("ddp", "fsdp"):  # in this order, because FSDP2 sets environment variables that stay
@@ -84,9 +133,11 @@ def main(root: Path) -> None:
             facts[f"{name}, {kind}"] = whole.seen
             checkpoint = Path(str(whole.args.output_dir)) / f"checkpoint-{SAVED}"
             facts[f"{name}, {kind}, resumed"] = run(root, name, kind, RANKS, checkpoint).seen
+    facts["made in one cache"] = made_in(root / "cache", root)
+    facts["made in its cache"] = made_in(root / f"cache of node {rank}", root)
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
-    if os.environ["RANK"] == "0":
+    if rank == 0:
         (root / "facts.json").write_text(json.dumps(gathered))
 
 

@@ -82,3 +82,28 @@ def test_one_process_continues_where_two_ranks_stopped(
 ) -> None:
     resumed = run(text, name, "none", 1, text / f"{name}-ddp-{RANKS}" / f"checkpoint-{SAVED}").seen
     assert resumed[SAVED:] == alone[name][SAVED:]
+
+
+def test_text_is_tokenised_once_for_each_cache(facts: list[dict[str, Any]]) -> None:
+    shared = [rank["made in one cache"] for rank in facts]
+    assert min(shared) == 0 < max(shared)
+    assert [rank["made in its cache"] for rank in facts] == [max(shared)] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("options, on all", "--resume and --overwrite cannot be combined"),
+        ("configuration, on one", "absent.yaml"),
+        ("argument, on all", "max_stepz"),
+        ("text, on one", "absent.jsonl"),
+    ],
+)
+def test_an_error_is_said_by_one_process_and_ends_all_with_2(
+    facts: list[dict[str, Any]], text: Path, case: str, message: str
+) -> None:
+    codes, said = zip(*(rank["errors"][case] for rank in facts), strict=True)
+    assert codes == (2,) * RANKS
+    lines = "".join(said).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and message in lines[0]
+    assert not (text / "refused").exists()

@@ -110,7 +110,7 @@ def test_one_command_starts_a_run_resumes_it_and_leaves_it_alone_once_it_is_fini
     assert [json.loads(line)["step"] for line in (out / "mask_history.jsonl").read_text().splitlines()] == [2]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     again = CliRunner().invoke(main, command)
-    said = f"{out} has the finished run: nothing is left to do. --overwrite instead would start it again.\n"
+    said = f"{out} has the finished run: nothing is left to do. --overwrite would start it again.\n"
     assert (again.exit_code, again.stdout) == (0, said)
     other = CliRunner().invoke(main, [*command, "--set", "training.max_steps=4"])
     assert other.exit_code == 2 and "training.max_steps=4 differs from 3" in other.stderr

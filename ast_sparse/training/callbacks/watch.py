@@ -39,7 +39,7 @@ def divergence(what: str, args: TrainingArguments, step: int, batch: Path | None
         what: what is wrong at `step`.
         batch: the file with the batch of the step.
     """
-    last = last_checkpoint(str(args.output_dir))
+    last = last_checkpoint(str(args.output_dir), is_read=False)
     good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
     kept = "" if batch is None else f" The batch: {batch}."
     return DivergenceError(

@@ -21,11 +21,12 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import SharedError, UserError, one_line, shown
 from ast_sparse.kernels.choice import Kernels
-from ast_sparse.storage.checksums import check_checksums
+from ast_sparse.storage.checksums import Stretch, shares, stretch_faults, tensor_stretches
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
-from ast_sparse.storage.sharded import is_sharded_checkpoint, shard_faults
+from ast_sparse.storage.sharded import is_sharded_checkpoint, shard_stretches
 from ast_sparse.storage.sharded import tensor_shapes as sharded_shapes
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
@@ -40,6 +41,8 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_EPOCHS = 10**9
 _MAY_DIFFER = ("kernels",)  # only a warning
+_SMALL = 2**20  # bytes of a file's entry that is read at once
+_ZIP_LENGTHS = 26  # where an entry's header says how long its name and its extra field are
 _STATE = ("optimizer.pt", "scheduler.pt")  # in a sharded run, the optimizer is in the shards
 
 
@@ -52,17 +55,26 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 def faults(checkpoint: Path) -> list[str]:
     """Files that a resume needs and that are missing or damaged: every file is read and compared with its checksums.
 
-    `trainer_state.json` is written last, so it marks a finished save. Unchanged files are not read again.
+    `trainer_state.json` is written last, so it marks a finished save. Unchanged files are not read again. For several
+    processes, `checkpoint_to_continue` divides the reading.
     """
-    found = []
+    found, stretches = faults_and_stretches(checkpoint)
+    return found + stretch_faults(checkpoint, stretches)
+
+
+def faults_and_stretches(checkpoint: Path) -> tuple[list[str], list[Stretch]]:
+    """What is wrong with a checkpoint as far as a look at descriptions and small files shows, and what remains to be
+    read and compared with its checksums."""
+    found: list[str] = []
+    stretches: list[Stretch] = []
     sharded = is_sharded_checkpoint(checkpoint)
     if sharded:
-        found += shard_faults(checkpoint)
+        found, stretches = shard_stretches(checkpoint)
     elif not any((checkpoint / name).is_file() for name in _WEIGHTS):
         found.append(f"{_WEIGHTS[0]} is missing")
     else:
         try:
-            check_checksums(checkpoint, weight_files(checkpoint))
+            stretches += tensor_stretches(checkpoint, weight_files(checkpoint))
         except UserError as error:
             found.append(str(error).rstrip("."))
     for name in _PICKLED:
@@ -72,8 +84,10 @@ def faults(checkpoint: Path) -> list[str]:
     for path in (*(checkpoint / name for name in _STATE[sharded:]), *states):
         if not path.is_file():
             found.append(f"{path.name} is missing")
-        elif fault := _state_fault(path, _stamp(path)):
-            found.append(f"{path.name} {fault}")
+            continue
+        fault, inside = _state_file(path, _stamp(path))
+        found += [fault] if fault else []
+        stretches += inside
     for name, check in ((SPARSITY_CONFIG_NAME, None), (TRAINER_STATE_NAME, _trainer_state_fault)):
         if not (checkpoint / name).is_file():
             found.append(f"{name} is missing")
@@ -90,7 +104,7 @@ def faults(checkpoint: Path) -> list[str]:
             read_json(checkpoint / RUN_RECORD)
     except UserError:
         found.append(f"{RUN_RECORD} is damaged")
-    return found
+    return found, stretches
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -99,32 +113,48 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
-    """What is wrong with a file of `torch.save`; pickled code in it is not run.
+def _state_file(path: Path, stamp: tuple[int, ...]) -> tuple[str | None, list[Stretch]]:
+    """What is wrong with a file of `torch.save`, and the bytes in it to be read; pickled code in it is not run.
 
     The format is a zip file with checksums, which torch does not check.
     """
+    damaged = f"{path.name} is damaged"
     try:
         check_inside(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size or archive.testzip():
-                return "is damaged"
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                return damaged, []
+            stretches = [_stretch(path, archive, entry) for entry in entries]
+        small = [each for each in stretches if each.size < _SMALL]
+        if stretch_faults(path.parent, small):  # among them the pickle
+            return damaged, []
     except UserError as error:
-        return str(error).rstrip(".")
+        return f"{path.name} {str(error).rstrip('.')}", []
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
-        return "is damaged"
+        return damaged, []
     try:
         with safe_globals():  # allows numpy's random state, as Trainer does
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        return "contains more than numbers, text and tensors, so it is not read"
+        return f"{path.name} contains more than numbers, text and tensors, so it is not read", []
     except Exception:  # anything that torch raises for a damaged pickle
-        return "is damaged"
+        return damaged, []
     markers = {"param_groups": "optimizer", "cpu": "rng_state"}  # a scheduler may have any keys
     kind = next((kind for key, kind in markers.items() if key in state), "scheduler") if isinstance(state, dict) else ""
-    return None if kind and path.name.startswith(kind) else "is damaged"
+    return (None, stretches) if kind and path.name.startswith(kind) else (damaged, [])
+
+
+def _stretch(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Stretch:
+    """The bytes of an entry that is not compressed; an error if the headers before them do not fit."""
+    archive.open(entry).close()  # compares both headers
+    with path.open("rb") as stream:
+        stream.seek(entry.header_offset + _ZIP_LENGTHS)
+        begin = stream.tell() + struct.calcsize("<HH") + sum(struct.unpack("<HH", stream.read(4)))
+    end = begin + entry.file_size
+    fault = f"{path.name} is damaged"
+    return Stretch(file=path.name, begin=begin, end=end, crc=f"{entry.CRC:08x}", fault=fault, size=entry.file_size)
 
 
 def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
@@ -145,40 +175,75 @@ def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
     return None if isinstance(state.log_history, list) else "is damaged"
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run; a warning names incomplete ones, which are skipped."""
+def last_checkpoint(output_dir: str | Path, is_read: bool = True) -> Path | None:
+    """The newest complete checkpoint of a run; a warning names incomplete ones, which are skipped.
+
+    Args:
+        is_read: compare every byte with its checksum; False for a message that may not wait for that.
+    """
     for folder in checkpoint_folders(output_dir):
-        found = faults(folder)
+        found = faults(folder) if is_read else faults_and_stretches(folder)[0]
         if not found:
             return folder
-        logger.warning(f"{folder} is incomplete ({', '.join(found)}): using the one before it.")
+        _warn_of(folder, found)
     return None
 
 
-def refuse_model_only(folders: Iterable[Path]) -> None:
-    """Raise UserError if the first finished checkpoint among the folders was saved with `save_only_model`."""
-    for folder in folders:
-        states = [*folder.glob("rng_state*.pth"), *(path for name in _STATE if (path := folder / name).exists())]
-        is_finished = (folder / TRAINER_STATE_NAME).is_file() and (folder / SPARSITY_CONFIG_NAME).is_file()
-        if is_finished and not states and any((folder / name).is_file() for name in _WEIGHTS):
-            raise UserError(
-                f"{str(folder)!r} has the model without optimizer, schedule and random state "
-                "(training.save_only_model=true): a resume would begin at step 0. Name a checkpoint that has them, or "
-                "start again with --overwrite and save_only_model: false."
-            )
-        if not faults(folder):
-            return
+def _warn_of(folder: Path, found: list[str]) -> None:
+    logger.warning(f"{folder} is incomplete ({', '.join(found)}): using the one before it.")
+
+
+def checkpoint_to_continue(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, the same on all processes, which all must call this.
+
+    The first process decides which there are: on a network drive the others may see older contents of the folder.
+
+    Raises:
+        UserError: the first finished checkpoint was saved with `save_only_model`.
+    """
+    for folder in gather(checkpoint_folders(output_dir))[0]:
+        if not (found := _faults_for_all(folder)):
+            return Path(folder)
+        if rank() == 0:
+            _warn_of(folder, found)
+    return None
+
+
+def _faults_for_all(checkpoint: Path) -> list[str]:
+    """The faults of a checkpoint on every process, of which each reads its share; UserError if it is a model alone."""
+    looked: tuple[list[str], list[Stretch]] = ([], [])
+    with errors_shared():
+        if rank() == 0:
+            _refuse_model_only(checkpoint)
+            looked = faults_and_stretches(checkpoint)
+    everywhere = gather(looked)
+    found, stretches = everywhere[0]
+    if found:
+        return list(found)
+    mine = shares(stretches, len(everywhere))[rank()]
+    return list(dict.fromkeys(fault for part in gather(stretch_faults(checkpoint, mine)) for fault in part))
+
+
+def _refuse_model_only(folder: Path) -> None:
+    """Raise UserError if a finished checkpoint was saved with `save_only_model`."""
+    states = [*folder.glob("rng_state*.pth"), *(path for name in _STATE if (path := folder / name).exists())]
+    is_finished = (folder / TRAINER_STATE_NAME).is_file() and (folder / SPARSITY_CONFIG_NAME).is_file()
+    if is_finished and not states and any((folder / name).is_file() for name in _WEIGHTS):
+        raise UserError(
+            f"{str(folder)!r} has the model without optimizer, schedule and random state "
+            "(training.save_only_model=true): a resume would begin at step 0. Name a checkpoint that has them, or "
+            "start again with --overwrite and save_only_model: false."
+        )
 
 
 def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Path:
-    """The checkpoint to resume: the named one, or the last complete one of `output_dir`.
+    """The checkpoint to resume: the named one, or the last complete one of `output_dir`; all processes must call this.
 
     Raises:
         UserError: the folder is not a complete checkpoint, was saved with `save_only_model`, or does not exist.
     """
     if resume is True:
-        refuse_model_only(checkpoint_folders(output_dir))
-        last = last_checkpoint(output_dir)
+        last = checkpoint_to_continue(output_dir)
         if last is None:
             raise UserError(
                 f"Nothing to resume: {str(output_dir)!r} has no complete checkpoint-N folder. "
@@ -186,10 +251,10 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
             )
         return last
     folder = Path(str(resume))
-    if not folder.is_dir():
-        raise UserError(f"Checkpoint {str(folder)!r} is not a folder. Name a checkpoint-N folder of the run.")
-    refuse_model_only([folder])
-    if found := faults(folder):
+    with errors_shared():
+        if not folder.is_dir():
+            raise UserError(f"Checkpoint {str(folder)!r} is not a folder. Name a checkpoint-N folder of the run.")
+    if found := _faults_for_all(folder):
         raise UserError(
             f"{str(folder)!r} is not a complete training checkpoint: {', '.join(found)}. "
             "Name a checkpoint-N folder of the run."
@@ -288,7 +353,7 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
             if not _TORCH_WRITE.search(reason):
                 raise
             reason = "a file could not be written whole"  # torch only says where in its own code
-        last = last_checkpoint(run)
+        last = last_checkpoint(run, is_read=False)
         good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
         made = SharedError if isinstance(error, CheckpointException) else UserError
         raise made(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error
