@@ -102,11 +102,11 @@ def allocate_pieces(model: nn.Module, device: torch.device) -> None:
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
                 if parameter not in made:
                     empty = torch.empty_like(parameter, device=device)
                     made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = made[parameter]
+                setattr(module, name, made[parameter])
     model.load_state_dict({}, strict=False)  # FSDP2 sees the new parameters, and adds rows that all pieces be as long
     prepare_gathers(model)
