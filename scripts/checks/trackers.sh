@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Do TensorBoard and Weights & Biases (offline) hold what a run logs, once, also if the run is stopped and resumed?
+# Runs a tiny model once undisturbed and once with SIGTERM in between, and reads both trackers' files back.
+# usage: scripts/checks/trackers.sh OUT    makes OUT/venv, or uses the Python of TRACKERS_PYTHON (with wandb,
+#        tensorboard and this project)
+set -euo pipefail
+[ $# -eq 1 ] || { sed -n 2,5p "$0" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/../.." && pwd) out=$1
+mkdir -p "$out"
+python=${TRACKERS_PYTHON:-$out/venv/bin/python}
+if [ ! -x "$python" ]; then
+  "${PYTHON:-$root/.venv/bin/python}" -m venv "$out/venv"
+  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" torch
+  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" wandb tensorboard --editable "$root"
+fi
+out=$(cd "$out" && pwd)
+cd "$root"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" scripts/checks/trackers.py "$out"
