@@ -39,15 +39,24 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, group_dim: int, fixed: bool
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        group_dim: int,
+        fixed: bool,
+        is_masked: bool,
     ) -> Tensor:
         device = input.device.type
         lower = None  # as in autocast, float64 stays
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             lower = torch.get_autocast_dtype(device)
         ctx.group_dim, ctx.fixed, ctx.bias_dtype = group_dim, fixed, None if bias is None else bias.dtype
+        ctx.is_masked = is_masked
         ctx.save_for_backward(input, weight, mask)
-        kept = masked(weight, mask)
+        # a weight that is masked already may have fewer bits than the input
+        kept = weight.to(input.dtype if lower is None else lower) if is_masked else masked(weight, mask)
         if lower is not None:
             input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
         with torch.autocast(device, enabled=False):
@@ -60,7 +69,8 @@ class _MaskedLinear(torch.autograd.Function):
         grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            kept = out_by_in(masked(weight, mask).to(grad.dtype), ctx.group_dim)
+            kept = weight if ctx.is_masked else masked(weight, mask)
+            kept = out_by_in(kept.to(grad.dtype), ctx.group_dim)
             by_rows = product(grad, kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
             rows = rows.to(grad.dtype)
@@ -69,14 +79,14 @@ class _MaskedLinear(torch.autograd.Function):
             by_weight = masked(by_weight, mask) if ctx.fixed else by_weight
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0).to(ctx.bias_dtype)
-        return by_rows, by_weight, None, by_bias, None, None
+        return by_rows, by_weight, None, by_bias, None, None, None
 
 
 class SparseLayer(nn.Module):
     """Base of SparseLinear and SparseConv1D. `group_dim` is the input dimension of the weight.
 
     Attributes:
-        weight: dense weight, trained.
+        weight: dense weight, trained; in an offloaded layer, the masked one in the dtype of the products.
         mask: bool, shape of the weight, True = kept; not trained.
         start_mask: the first mask, eight positions per byte along `group_dim`; for the initial flip rate.
         slorb: the low-rank adapter, or None.
@@ -84,6 +94,8 @@ class SparseLayer(nn.Module):
         fixed_mask: pruned weights get no gradient, because the mask will never change.
         dense_class: the class of the dense layer.
         kernels: `compiled` or `eager`; both compute the same masks and products.
+        is_offloaded: the weight is masked already, and the masks are in host memory.
+        device_mask: a copy of a fixed mask beside the weight of an offloaded layer, for its gradient.
     """
 
     group_dim: int
@@ -96,6 +108,8 @@ class SparseLayer(nn.Module):
     fixed_mask: bool
     dense_class: type[nn.Module]
     kernels: Kernels = "eager"
+    is_offloaded: bool = False
+    device_mask: Tensor | None = None
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned positions exactly 0.0, in the layer's own layout, without gradients."""
@@ -103,7 +117,9 @@ class SparseLayer(nn.Module):
 
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
-        result = _MaskedLinear.apply(input, self.weight, self.mask, self.bias, self.group_dim, self.fixed_mask)
+        mask = self.device_mask if self.is_offloaded else self.mask
+        settings = (self.group_dim, self.fixed_mask, self.is_offloaded)
+        result = _MaskedLinear.apply(input, self.weight, mask, self.bias, *settings)
         return cast(Tensor, result)
 
     @torch.no_grad()
