@@ -180,15 +180,16 @@ def check_settings(
 def _settings_differences(
     checkpoint: Path, saved: dict[str, Any] | None, now: Mapping[str, Any], strict: set[str]
 ) -> list[str]:
-    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    record = SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME))
+    was: Settings = {"distillation": record.distillation}
     if saved is None:
         was["training"] = plain(stored_training(checkpoint)) if is_own_optimizer(now["settings"]["optimizer"]) else {}
         training = {key: now["settings"]["training"][key] for key in was["training"] or {}}
         return differences(checkpoint, was, {**now["settings"], "training": training}, strict)
     was |= saved["settings"]
-    was["optimizer"], own = comparable_optimizers(was["optimizer"], now["settings"]["optimizer"])
-    settings = {**now["settings"], "optimizer": own}
-    return [*differences(checkpoint, was, settings, strict), *_batch_differences(checkpoint, saved, now)]
+    was["optimizer"], own = comparable_optimizers(was.get("optimizer"), now["settings"]["optimizer"])
+    lines = differences(checkpoint, was, {**now["settings"], "optimizer": own}, strict)
+    return [*lines, *_batch_differences(checkpoint, saved, now)]
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -208,10 +209,6 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     if saved.get("format_version") != _FORMAT_VERSION or not is_whole:
         raise UserError(f"{path} is damaged, or from a later version. Resume from another checkpoint.")
     return saved
-
-
-def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
-    return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).distillation
 
 
 def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from ast_sparse.config import OptimizerConfig, SparsityConfig
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.offload import OffloadedAdamW
 from ast_sparse.sparsity.slorb import SLoRB
-from ast_sparse.training.offload import OffloadedAdamW
 
 
 def parameter_groups(model: nn.Module, decaying: Collection[str]) -> dict[str, list[Tensor]]:
