@@ -78,7 +78,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
         if name in values and values[name] != default:
             raise UserError(f"training.{name}={_short(values[name])}: {reason}")
     _check_choices(values, "metric_for_best_model")  # a SparseTrainer with compute_metrics has others
-    arguments = {**values, "output_dir": output_dir}
+    arguments = {"log_on_each_node": False, **values, "output_dir": output_dir}  # what is said, is said once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
