@@ -62,9 +62,3 @@ def test_what_the_hints_say_of_the_installed_version_is_so(tmp_path: Path) -> No
     build_arguments({"train_sampling_strategy": "group_by_length", "use_cpu": True}, str(tmp_path))
     build_arguments({"accelerator_config": {"split_batches": True}, "use_cpu": True}, str(tmp_path))
     build_arguments({"include_for_metrics": ["inputs"], "use_cpu": True}, str(tmp_path))
-
-
-def test_only_one_process_of_all_nodes_speaks_unless_another_is_wanted(tmp_path: Path) -> None:
-    settings = {"use_cpu": True, "report_to": "none"}
-    assert build_arguments(settings, str(tmp_path)).log_on_each_node is False
-    assert build_arguments({**settings, "log_on_each_node": True}, str(tmp_path)).log_on_each_node is True
