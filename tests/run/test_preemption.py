@@ -198,6 +198,17 @@ def test_a_second_signal_stops_at_once_unless_a_launcher_passed_the_first_one_on
     assert done.stderr.count("SIGUSR1: the step and its checkpoint will be finished") == 1
 
 
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("3", 0)])
+def test_only_the_first_rank_says_that_it_will_stop(monkeypatch: pytest.MonkeyPatch, rank: str, lines: int) -> None:
+    written: list[bytes] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(signals_module.os, "write", lambda _, text: written.append(text))
+    with preemption_signals() as caught:
+        caught.begin_training()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert caught.received is signal.SIGUSR1 and len(written) == lines
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, 0)])
 def test_a_worker_process_ends_by_sigterm_and_leaves_sigusr1_to_the_run(number: signal.Signals, status: int) -> None:
     with preemption_signals() as caught:
