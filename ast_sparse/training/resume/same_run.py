@@ -4,9 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -89,13 +88,10 @@ class RunRecord:
         self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
-        self._add("model", model)
+        self.add(model, "model")
 
-    def add_teacher(self, teacher: nn.Module) -> None:
-        """Record the content of the teacher, sharded or not; every process must call this."""
-        self._add("teacher", cast(PreTrainedModel, teacher))
-
-    def _add(self, name: str, model: PreTrainedModel) -> None:
+    def add(self, model: PreTrainedModel, name: str = "teacher") -> None:
+        """Record the content of a model, sharded or not; every process must call this."""
         if self._is_first or is_sharded(model):
             self._content[name] = weights_fingerprint(model)
             self._content[f"{name}_config"] = config_values(model.config)
