@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import SharedError, UserError, one_line, shown
+from ast_sparse.kernels import moments8bit
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.storage.checksums import Stretch, shares, stretch_faults, tensor_stretches
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
@@ -134,6 +135,7 @@ def _state_file(path: Path, stamp: tuple[int, ...]) -> tuple[str | None, list[St
         return f"{path.name} {str(error).rstrip('.')}", []
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
         return damaged, []
+    moments8bit.allow_loading()
     try:
         with safe_globals():  # allows numpy's random state, as Trainer does
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
