@@ -2,8 +2,9 @@
 
 1. Frozen masks, 30 steps in float64: DDP and FSDP2 on 2 and 4 processes, with and without accumulation and SLoRB,
    compared with one process: the largest difference of a loss.
-2. `ast-train` on 2 processes, 60 steps, all killed (SIGKILL) at random moments, also during saves, and resumed until
-   done: the largest difference of a weight from the uninterrupted run, and the share of zeros in the pruned layers.
+2. `ast-train` on 2 processes, 60 steps, killed (SIGKILL) at random moments, also during saves, and started again with
+   the same command until done: the largest difference of a weight from the uninterrupted run, and the share of zeros in
+   the pruned layers. On 4 processes one of them is killed, and every third time all get SIGTERM instead.
 
     python scripts/checks/distributed.py [--kills 4] [--seed 0]    # minutes on two cores
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -91,10 +93,25 @@ def compare(out: Path) -> bool:
     return good
 
 
-def command(out: Path, name: str, engine: str, *options: str) -> list[str]:
-    config = ["--config", str(out / "run.yaml"), "--output-dir", str(out / name)]
+def command(out: Path, name: str, engine: str, processes: int) -> list[str]:
+    config = ["--config", str(out / "run.yaml"), "--output-dir", str(out / name), "--resume-if-started"]
     sharded = ["--set", f"training.fsdp={str(engine == 'fsdp2').lower()}"]
-    return [*launcher(2), "-m", "ast_sparse.cli.train", *config, *sharded, *options]
+    batch = ["--set", f"training.per_device_train_batch_size={4 // processes}"]
+    return [*launcher(processes), "-m", "ast_sparse.cli.train", *config, *sharded, *batch]
+
+
+def stop(run: "subprocess.Popen[bytes]", kill: int, processes: int, rng: random.Random) -> str:
+    """Stop a run in one of three ways; return what was done."""
+    if processes == 2:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        return ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks = psutil.Process(run.pid).children()
+        asked = ranks if kill % 3 == 2 else rng.sample(ranks, min(1, len(ranks)))
+        for process in asked:
+            process.send_signal(signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL)
+    return ", all asked" if kill % 3 == 2 else ""
 
 
 def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
@@ -104,35 +121,37 @@ def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
         time.sleep(0.002)
 
 
-def kill_until_done(out: Path, engine: str, kills: int, rng: random.Random) -> bool:
+def kill_until_done(out: Path, engine: str, processes: int, kills: int, rng: random.Random) -> bool:
     """The second part for one engine; return whether the killed run gave the same model."""
-    subprocess.run(command(out, f"{engine}-undisturbed", engine), check=True, capture_output=True)
-    name, moments = f"{engine}-killed", []
+    whole, name = f"{engine}-{processes}-undisturbed", f"{engine}-{processes}-killed"
+    subprocess.run(command(out, whole, engine, processes), check=True, capture_output=True)
+    moments = []
     for kill in range(kills):
-        resume = ["--resume"] if (out / name / "config.yaml").exists() else []
         run = subprocess.Popen(
-            command(out, name, engine, *resume), start_new_session=True, stdout=subprocess.DEVNULL,
+            command(out, name, engine, processes), start_new_session=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         wait_for_save(run, out / name)
         time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))  # during the save, or some steps later
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+        how = stop(run, kill, processes, rng)
         if run.wait() == 0:
             break
-        newest = max((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        moments.append(newest.name + ("" if (newest / "trainer_state.json").exists() else "?"))
-    resume = ["--resume"] if (out / name / "config.yaml").exists() else []
-    last = subprocess.run(command(out, name, engine, *resume), capture_output=True, text=True)
+        newest = max((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+        if newest is None:
+            moments.append(f"none{how}")
+            continue
+        moments.append(newest.name + ("" if (newest / "trainer_state.json").exists() else "?") + how)
+    last = subprocess.run(command(out, name, engine, processes), capture_output=True, text=True)
     if last.returncode:
         print(last.stderr[-3000:])
         return False
-    first, second = (load_file(out / each / "model.safetensors") for each in (f"{engine}-undisturbed", name))
+    first, second = (load_file(out / each / "model.safetensors") for each in (whole, name))
     worst = max(float((first[key] - second[key]).abs().max()) for key in first)
     layers = json.loads((out / name / "sparsity_config.json").read_text())["layers"]
     zeros = [float((second[f"{layer}.weight"] == 0).double().mean()) for layer in layers]
     print(
-        f"{engine:5}  2 processes  60 steps  {len(moments)} kills, newest checkpoint at each: {', '.join(moments)} "
+        f"{engine:5}  {processes} processes  60 steps  {len(moments)} kills, newest checkpoint at each: "
+        f"{'; '.join(moments)} "
         f"(?: half written)  largest difference of a weight {worst:.1e}  zeros {min(zeros):.3%} to {max(zeros):.3%}",
         flush=True,
     )
@@ -157,8 +176,8 @@ def main() -> None:
         save_tiny_model(out / "model")
         (out / "text.txt").write_text(generated_text(400))
         (out / "run.yaml").write_text(CONFIG.format(root=out))
-        for engine in ("ddp", "fsdp2"):
-            good &= kill_until_done(out, engine, args.kills, random.Random(args.seed))
+        for engine, processes in itertools.product(("ddp", "fsdp2"), (2, 4)):
+            good &= kill_until_done(out, engine, processes, args.kills, random.Random(args.seed))
     print("all the same as one process" if good else "DIFFERENT")
     sys.exit(not good)
 
