@@ -45,6 +45,15 @@ def piece_for(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
+def first_row(tensor: Tensor) -> int:
+    """The row of the whole tensor with which this process's piece begins; the number of rows if it has none."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    split = tensor.device_mesh.ndim - 1  # the processes that a replica is split over
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size(split))
+    return min(tensor.shape[0], tensor.device_mesh.get_local_rank(split) * rows)
+
+
 def distributed_like(tensor: Tensor, like: DTensor) -> DTensor:
     """A whole tensor that every process has, split as `like` is; each keeps a copy of its own rows."""
     placements = like.placements
@@ -70,5 +79,6 @@ def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
     """The sum over the processes that have a piece of `like`, equal on each; the values themselves if it is plain."""
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
-        torch.distributed.all_reduce(values, group=like.device_mesh.get_group())
+        mesh = like.device_mesh
+        torch.distributed.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))  # replicas have the same pieces
     return values

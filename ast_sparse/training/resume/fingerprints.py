@@ -22,6 +22,7 @@ from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.entries import text_files
 from ast_sparse.data.tokens.tokenise import tokenizer_key
+from ast_sparse.distributed.pieces import first_row, local, sum_over_pieces
 
 _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once
@@ -51,11 +52,21 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _add_bits(digest: Any, tensor: Tensor) -> None:
-    flat = tensor.detach().contiguous().view(-1)
+    """Add a tensor; of a sharded one, the processes add up what each finds in its rows, so the result is the same."""
+    flat = local(tensor.detach()).contiguous().view(-1)
     bits = flat.view(_BITS.get(flat.element_size(), torch.uint8))
-    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_CHUNK)])
-    taken = bits[:: max(1, len(bits) // _TAKEN)]
-    for part in (sums, taken.contiguous()):
+    first, total = first_row(tensor) * (tensor.numel() // tensor.shape[0] if tensor.dim() else 1), tensor.numel()
+    sums = torch.zeros(-(-total // _CHUNK), dtype=torch.int64, device=bits.device)
+    begun = first % _CHUNK  # of a chunk whose other part another process has
+    for i, part in enumerate((bits[: _CHUNK - begun], *bits[_CHUNK - begun :].split(_CHUNK)), first // _CHUNK):
+        if len(part):
+            sums[i] = part.sum(dtype=torch.int64)
+    step = max(1, total // _TAKEN)
+    taken = torch.zeros(-(-total // step), dtype=torch.int64, device=bits.device)
+    own = bits[-first % step :: step]
+    start = -(-first // step)
+    taken[start : start + len(own)] = own.to(torch.int64)
+    for part in (sum_over_pieces(sums, tensor), sum_over_pieces(taken, tensor).to(bits.dtype)):
         digest.update(part.cpu().numpy().tobytes())
 
 

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import errors_shared
 from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, read_json, write_json
@@ -86,12 +87,12 @@ class RunRecord:
         self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
-        if self._is_first:
+        if self._is_first or is_sharded(model):  # each process adds what it finds in its pieces
             self._content = {"model": weights_fingerprint(model), "model_config": config_values(model.config)}
 
     def add_teacher(self, teacher: nn.Module) -> None:
-        """Record the content of the teacher; call this before the teacher is sharded."""
-        if self._is_first:
+        """Record the content of the teacher, on every process."""
+        if self._is_first or is_sharded(teacher):
             self._content["teacher"] = weights_fingerprint(teacher)
             self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
 
