@@ -17,7 +17,8 @@ from ast_sparse.sparsity.slorb import slorb_init
 def fill_masks(model: nn.Module, sparsity: SparsityConfig, slorb: SLoRBConfig | None = None) -> dict[str, float]:
     """Set masks, start masks and SLoRB by magnitude, as `sparsify_model` sets them, in place; weights do not change.
 
-    A mask that is not made of groups needs its whole layer: one layer at a time is gathered. All processes must call it.
+    A mask that is not made of groups needs its whole layer: one layer at a time is gathered. All processes must call
+    this.
 
     Args:
         model: made sparse on the meta device with these settings, then sharded and given its weights.
