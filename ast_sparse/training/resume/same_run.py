@@ -4,9 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -26,7 +25,9 @@ from ast_sparse.training.resume.fingerprints import (
 )
 from ast_sparse.training.resume.older_runs import check_bos, stored_training
 from ast_sparse.training.resume.setting_classes import (
+    comparable_optimizers,
     depending,
+    is_own_optimizer,
     kind_of,
     optimizer_values,
     past_follows_length,
@@ -67,7 +68,7 @@ def run_settings(config: RunConfig) -> Settings:
 class RunRecord:
     """The record of a run in its checkpoints (`run.json`), and the comparison with the resumed run.
 
-    Only the first process hashes and compares; all processes raise the error that it finds.
+    Only the first process compares; all processes raise the error that it finds.
 
     Args:
         model: the dense model, before masks are made.
@@ -87,14 +88,13 @@ class RunRecord:
         self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
-        if self._is_first or is_sharded(model):  # each process adds what it finds in its pieces
-            self._content = {"model": weights_fingerprint(model), "model_config": config_values(model.config)}
+        self.add(model, "model")
 
-    def add_teacher(self, teacher: nn.Module) -> None:
-        """Record the content of the teacher, on every process."""
-        if self._is_first or is_sharded(teacher):
-            self._content["teacher"] = weights_fingerprint(teacher)
-            self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
+    def add(self, model: PreTrainedModel, name: str = "teacher") -> None:
+        """Record the content of a model, sharded or not; every process must call this."""
+        if self._is_first or is_sharded(model):
+            self._content[name] = weights_fingerprint(model)
+            self._content[f"{name}_config"] = config_values(model.config)
 
     def save(self, trainer: Any, folder: Path) -> None:
         """Write `run.json`; call this on the first process."""
@@ -121,7 +121,7 @@ class RunRecord:
         settings = {
             **self._settings,
             **self.sections,
-            "optimizer": None if is_own else optimizer_values(trainer.optimizer),
+            "optimizer": trainer.optimizer_config.to_dict() if is_own else optimizer_values(trainer.optimizer),
             "training": {**training_values(trainer.args), **self._saving},
         }
         return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
@@ -163,6 +163,7 @@ def check_settings(
         "distillation": None if distillation is None else distillation.to_dict(),
         "calibration": config.calibration.to_dict(),
         "watch": config.watch.to_dict(),
+        "optimizer": config.optimizer.to_dict(),
         **run_settings(config),
         # a dry run sets `use_cpu`, which turns off `dataloader_pin_memory`
         "training": {**training_values(args), "use_cpu": use_cpu, "dataloader_pin_memory": pinned},
@@ -178,13 +179,16 @@ def check_settings(
 def _settings_differences(
     checkpoint: Path, saved: dict[str, Any] | None, now: Mapping[str, Any], strict: set[str]
 ) -> list[str]:
-    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    record = SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME))
+    was: Settings = {"distillation": record.distillation}
     if saved is None:
-        was["training"] = {} if now["settings"].get("optimizer") else plain(stored_training(checkpoint))
+        was["training"] = plain(stored_training(checkpoint)) if is_own_optimizer(now["settings"]["optimizer"]) else {}
         training = {key: now["settings"]["training"][key] for key in was["training"] or {}}
         return differences(checkpoint, was, {**now["settings"], "training": training}, strict)
     was |= saved["settings"]
-    return [*differences(checkpoint, was, now["settings"], strict), *_batch_differences(checkpoint, saved, now)]
+    was["optimizer"], own = comparable_optimizers(was.get("optimizer"), now["settings"]["optimizer"])
+    lines = differences(checkpoint, was, {**now["settings"], "optimizer": own}, strict)
+    return [*lines, *_batch_differences(checkpoint, saved, now)]
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -204,10 +208,6 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     if saved.get("format_version") != _FORMAT_VERSION or not is_whole:
         raise UserError(f"{path} is damaged, or from a later version. Resume from another checkpoint.")
     return saved
-
-
-def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
-    return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).distillation
 
 
 def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:
