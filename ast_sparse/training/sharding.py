@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -94,7 +94,7 @@ def sparsify_sharded(
     dense = {name.replace(CHECKPOINTED, ""): each for name, each in model.named_parameters(remove_duplicate=False)}
     sparse = without_weights(frame_of(model))
     report = sparsify_model(sparse, sparsity, slorb)
-    shard_student(sparse, args, next(iter(dense.values())).device_mesh)
+    shard_student(sparse, args, cast(DTensor, next(iter(dense.values()))).device_mesh)
     given = {weight: nn.Parameter(weight.detach(), weight.requires_grad) for weight in dense.values()}
     for prefix, module in sparse.named_modules(remove_duplicate=False):
         for name, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
