@@ -68,7 +68,7 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("owner", "name", "number", "restart"),
     [
         (run_module, "build_datasets", signal.SIGUSR1, "start it again with the same command"),
-        (run_module, "load_causal_lm", signal.SIGTERM, "start it again with the same command"),
+        (run_module, "load_student", signal.SIGTERM, "start it again with the same command"),
         (output_module, "_write_config", signal.SIGTERM, "--resume starts it again"),
         (SparseTrainer, "get_train_dataloader", signal.SIGTERM, "--resume starts it again"),
     ],
