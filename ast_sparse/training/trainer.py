@@ -193,7 +193,7 @@ class SparseTrainer(CheckpointTrainer):
         plugin = sharding_plugin(self.args)
         teacher = cast(PreTrainedModel | None, self.teacher)
         if teacher is not None:
-            self.run_record.add_teacher(teacher)
+            self.run_record.add(teacher)
             place_teacher(teacher, self.args, plugin)
         heads = find_heads(self.student, teacher, self.distillation_config, self.args)
         self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
