@@ -23,6 +23,7 @@ from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import Preempted, preemption_signals
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import sparse_layers
+from tests.distributed import stage_facts
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
@@ -257,6 +258,9 @@ def main(out: Path) -> None:
     facts["undisturbed"] = found(undisturbed)
     facts["no space"] = refused_for_space(out / "full")
     facts["bf16"] = kinds(half(out / "bf16", RANKS))
+    facts["stages"] = stage_facts.facts()
+    stage_facts.train(out / "stages", RANKS)
+    facts["saved in pieces"] = stage_facts.saved(half(out / "half", RANKS), out / "stages")
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
     if os.environ["RANK"] == "0":
