@@ -107,7 +107,10 @@ class CheckpointTrainer(Trainer):
 
         Every process must call this; in a sharded run it is None on all but the first.
         """
-        return gathered(self.student, frame_of(self.student)) if is_sharded(self.student) else self.student
+        if not is_sharded(self.student):
+            return self.student
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return gathered(sharded, frame_of(sharded))
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""
@@ -193,9 +196,10 @@ class CheckpointTrainer(Trainer):
         """Save a sharded model; False if it is not sharded, or has to be gathered for it."""
         if not is_sharded(self.student):
             return False
-        frame = frame_of(self.student)
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        frame = frame_of(sharded)
         with saved_with(frame, self._given_settings):
-            return save_pieces(self.student, frame, folder, self.sparsity_config_dict())
+            return save_pieces(sharded, frame, folder, self.sparsity_config_dict())
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
         """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.
