@@ -23,6 +23,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def own_rank() -> tuple[int, int]:
+    """This process's rank, and the number of processes; (0, 1) outside a distributed run."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over the processes, the same on each; with one process, the values themselves.
 
