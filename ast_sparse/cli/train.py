@@ -43,6 +43,11 @@ def _plain(value: object) -> str:
     "--resume", is_flag=False, flag_value="", default=None, metavar="[CHECKPOINT]",
     help="Continue from the last complete checkpoint in the output folder, or from the given folder.",
 )  # fmt: skip
+@click.option(
+    "--resume-if-started", is_flag=True,
+    help="Start the run, or continue it from the last complete checkpoint if the output folder has it already; if it "
+    "is finished there, say so and exit with 0. For jobs that may be put back in the queue.",
+)  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option(
     "--dry-run", is_flag=True,
@@ -76,6 +81,7 @@ def main(
     config_path: str,
     overrides: tuple[str, ...],
     resume: str | None,
+    resume_if_started: bool,
     overwrite: bool,
     dry_run: bool,
     output_dir: str | None,
@@ -89,8 +95,9 @@ def main(
     On SIGTERM or SIGUSR1 it finishes the step, saves checkpoint-N and exits with 75 (EX_TEMPFAIL, "try again"; nothing
     else exits with 75); continue with --resume. A second signal stops the run at once.
     """
-    if resume is not None and overwrite:
-        raise click.UsageError("--resume and --overwrite cannot be combined. Give one.")
+    ways = {"--resume": resume is not None, "--resume-if-started": resume_if_started, "--overwrite": overwrite}
+    if len(given_ways := [name for name, is_given in ways.items() if is_given]) > 1:
+        raise click.UsageError(f"{' and '.join(given_ways)} cannot be combined. Give one.")
     given = {name: value for name, value in hardware.items() if value is not None}
     if given and not dry_run:
         raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} belongs to --dry-run. Add it, or remove it.")
@@ -98,12 +105,13 @@ def main(
         try:
             from ast_sparse.config import load_config
             from ast_sparse.planning.plan import Hardware
+            from ast_sparse.run.checks import IF_STARTED
             from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
 
             run_training(
                 load_config(config_path, overrides),
                 output_dir=output_dir,
-                resume=None if resume is None else (resume or True),
+                resume=IF_STARTED if resume_if_started else None if resume is None else (resume or True),
                 overwrite=overwrite,
                 dry_run=dry_run,
                 echo=click.echo,

@@ -4,6 +4,8 @@ FSDP2 cuts dim 0 into one piece per process, so that no group of a Linear's mask
 or empty.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -24,7 +26,11 @@ def reshard(model: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's piece of a tensor, or the plain tensor itself; it shares the memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    piece = tensor.to_local()
+    # the class of a piece that changes what FSDP2 gathers is of no use to others
+    return piece.as_subclass(Tensor) if hasattr(piece, "fsdp_pre_all_gather") else piece
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -37,6 +43,27 @@ def piece_for(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def distributed_like(tensor: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor that every process has, split as `like` is; each keeps a copy of its own rows."""
+    placements = like.placements
+    if tensor.is_meta:
+        return distribute_tensor(tensor, like.device_mesh, placements, src_data_rank=None)
+    piece = distribute_tensor(tensor.detach(), like.device_mesh, placements, src_data_rank=None).to_local()
+    return pieces_as_whole(piece.to(like.device_mesh.device_type).clone(), like, tensor.shape)
+
+
+def pieces_as_whole(piece: Tensor, like: DTensor, shape: Sequence[int] | None = None) -> DTensor:
+    """The tensor that the pieces of all processes make up, split over rows as `like` is; without communication.
+
+    Args:
+        piece: `[rows of this process, ...]`.
+        shape: of the whole; default: as many rows as `like`.
+    """
+    whole = torch.Size((like.shape[0], *piece.shape[1:]) if shape is None else shape)
+    stride = torch.empty(whole, device="meta").stride()
+    return DTensor.from_local(piece, like.device_mesh, like.placements, run_check=False, shape=whole, stride=stride)
 
 
 def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:

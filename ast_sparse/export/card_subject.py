@@ -33,6 +33,7 @@ class Subject:
         name: `name_or_path` of the model's configuration, or what kind of model it is.
         commit: on the hub, of a model object.
         has_conv1d: some pruned layers are GPT-2's.
+        model_type: of the model's configuration.
         ranks: of SLoRB by layer.
         repo_id: where the export will be on the hub, if that is known.
     """
@@ -43,6 +44,7 @@ class Subject:
     name: str
     commit: str | None
     has_conv1d: bool
+    model_type: str
     ranks: Mapping[str, int]
     repo_id: str | None = None
 
@@ -65,6 +67,7 @@ class Subject:
             name=str(model.config.name_or_path or f"{model.config.model_type} model"),
             commit=hub_commit(model.config),
             has_conv1d=0 in pruned.values(),
+            model_type=str(model.config.model_type),
             ranks={name: int(x.shape[0]) for name, (_, x) in slorb.items()},
             repo_id=repo_id,
         )

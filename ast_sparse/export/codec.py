@@ -19,8 +19,8 @@ SCALE = "weight_scale"  # name of the scales, if the values have fewer bits than
 class Codec:
     """One way to store weights of one pattern: the kept values in order, and bytes that say where they are.
 
-    A codec of values with few bits (`value_bits`, `scale_columns` and `round` are set) has a third tensor: the scales
-    `[out, ceil(in/scale_columns)]`, in the dtype of the weight.
+    A codec of values with few bits (`value_bits`, `scale_columns` and the two ways to round are set) has a third
+    tensor: the scales `[out, ceil(in/scale_columns)]`, in the dtype of the weight.
 
     Attributes:
         method: `quant_method` in config.json; readers choose the codec by it.
@@ -40,6 +40,8 @@ class Codec:
         scale_columns: how many columns of the weight share a scale; None: there are none.
         round: from a weight `[out, in]`, the dtype of the export and, or None, weights `[in]` of the columns in the
             squared error, to the nearest weight that the codec can hold, and its scales; None: it holds any weight.
+        round_with_feedback: the same with a fourth argument, the upper Cholesky factor `[in, in]` of the inverse
+            Hessian of the inputs: later columns make up for the errors of earlier ones.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Codec:
     value_bits: int | None = None
     scale_columns: int | None = None
     round: Callable[[Tensor, torch.dtype, Tensor | None], tuple[Tensor, Tensor]] | None = None
+    round_with_feedback: Callable[[Tensor, torch.dtype, Tensor | None, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,7 +2,14 @@
 
 from ast_sparse.export.codec import Codec
 from ast_sparse.kernels.code24 import check_meta
-from ast_sparse.kernels.int4 import GROUP, linear24_int4, pack24_int4, round_to_grid, unpack24_int4
+from ast_sparse.kernels.int4 import (
+    GROUP,
+    linear24_int4,
+    pack24_int4,
+    round_to_grid,
+    round_with_feedback,
+    unpack24_int4,
+)
 from ast_sparse.sparsity.masks import Pattern
 
 CODE24_INT4 = Codec(
@@ -18,4 +25,5 @@ CODE24_INT4 = Codec(
     value_bits=4,
     scale_columns=GROUP,
     round=round_to_grid,
+    round_with_feedback=round_with_feedback,
 )

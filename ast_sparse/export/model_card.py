@@ -17,6 +17,7 @@ from ast_sparse.export.card_subject import Subject, shareable, shareable_values
 from ast_sparse.export.formats import codecs
 from ast_sparse.export.slorb_hint import VLLM_RANKS, vllm_options
 from ast_sparse.export.summary import ExportReport, size_text
+from ast_sparse.export.vllm_families import CONV1D_REASON, vllm_refusal
 from ast_sparse.storage import files
 from ast_sparse.storage.base_card import EXPORT_MARK, README, base_metadata, card_metadata, is_export_card, is_hub_id
 from ast_sparse.storage.sparsity_record import SparsityRecord
@@ -231,8 +232,10 @@ def _loading(subject: Subject, report: ExportReport) -> Iterator[str]:
 def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
     place = subject.repo_id or "FOLDER"
     compressed = report.format in codecs()
-    if compressed and subject.has_conv1d:
-        yield "vLLM cannot serve compressed layers of GPT-2's kind (`Conv1D`). Export with `--format dense` for it."
+    kind = subject.model_type
+    reason = CONV1D_REASON if subject.has_conv1d else vllm_refusal(kind)
+    if compressed and reason is not None:
+        yield f"vLLM cannot serve this: it is a {kind} model, whose {reason}. Export with `--format dense` for vLLM."
         return
     lines = ["pip install ast-sparse  # beside vLLM, which then reads the format"] if compressed else []
     yield _block("bash", [*lines, f"vllm serve {shlex.quote(place)}"])

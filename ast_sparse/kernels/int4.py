@@ -59,6 +59,43 @@ def round_to_grid(
     return rounded.contiguous(), scale.to(dtype).squeeze(-1)
 
 
+def round_with_feedback(
+    weight: Tensor, dtype: torch.dtype, importance: Tensor | None, factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A weight on the grid, and its scales: column by column, errors go to the columns to the right (GPTQ).
+
+    Zeros stay zeros; a pruned column passes on what earlier columns gave it, as in SparseGPT. Each group gets its scale
+    when its first column is reached. The weight that a scale comes from takes the step -8 in any case, so the largest
+    step of a group is always 8, and rounding the result again does not change it.
+
+    Args:
+        weight: `[out, in]`, computed in float32.
+        dtype, importance: as in `round_to_grid`.
+        factor: `[in, in]`, the upper Cholesky factor of the inverse Hessian, `inverse_factor` of `sparsity/oneshot.py`.
+
+    Returns:
+        As `round_to_grid`.
+    """
+    work, kept = weight.to(torch.float32, copy=True), weight != 0
+    rounded, scales = torch.empty_like(work, dtype=dtype), []
+    for start in range(0, work.shape[1], GROUP):
+        columns = slice(start, min(start + GROUP, work.shape[1]))
+        block, own = work[:, columns], factor[columns, columns]
+        current = torch.where(kept[:, columns], block, 0)
+        _, scale = round_to_grid(current, dtype, None if importance is None else importance[columns])
+        largest, step = current.abs().argmax(-1), scale.squeeze(-1).float()
+        errors = torch.zeros_like(block)
+        for i in range(block.shape[1]):
+            q = (block[:, i] / torch.where(step == 0, 1, step)).round_().clamp_(_LOWEST, _HIGHEST)
+            q = torch.where(kept[:, start + i], torch.where(largest == i, _LOWEST, q), 0)
+            rounded[:, start + i] = _on_grid(q.to(dtype), step.to(dtype))
+            errors[:, i] = (block[:, i] - rounded[:, start + i].float()) / own[i, i]
+            block[:, i + 1 :] -= errors[:, i : i + 1] @ own[i : i + 1, i + 1 :]
+        work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+        scales.append(scale)
+    return rounded, torch.cat(scales, dim=1)
+
+
 def pack24_int4(weight: Tensor, mask: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Encode a 2:4 weight that is on the grid.
 

@@ -19,11 +19,11 @@ from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks
 from ast_sparse.data.sources.entries import MissingTextError, check_entries, check_sources
 from ast_sparse.distributed.pieces import whole
-from ast_sparse.distributed.ranks import errors_shared
+from ast_sparse.distributed.ranks import errors_shared, gather
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
-from ast_sparse.run.output import checkpoint_to_resume, output_folder, refuse_used
+from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.locate import load_model_config
@@ -34,6 +34,8 @@ from ast_sparse.training.checks.mixture import check_evaluations
 from ast_sparse.training.fsdp import check_sharding
 from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run
 from ast_sparse.training.resume.same_run import check_settings
+
+IF_STARTED = "if started"  # a value of `resume`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,11 @@ def checked_run(
     hardware: Hardware,
     echo: Callable[[str], None],
     signals: PreemptionSignals,
-) -> CheckedRun:
+) -> CheckedRun | None:
     """Do all checks that need no weights and no tokenizer, and return the run. Arguments as in `run_training`.
+
+    Returns:
+        The run; None if it is finished, and was to be resumed if it had started.
 
     Raises:
         UserError: a setting, the text, the output folder or the checkpoint does not fit.
@@ -78,6 +83,15 @@ def checked_run(
     args = build_arguments(values, str(output))
     if not dry_run:
         check_sharding(args)
+    if resume == IF_STARTED:
+        state = gather(run_state(output))[0]  # one process decides: on a network drive others may see older contents
+        if state == "finished":
+            with errors_shared():
+                check_finished(output, config)
+            if args.should_log:
+                echo(f"{output} has the finished run: nothing is left to do. --overwrite instead would start it again.")
+            return None
+        resume = state == "started"
     with errors_shared():
         checkpoint = checkpoint_to_resume(output, resume)
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())

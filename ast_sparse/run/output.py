@@ -1,9 +1,12 @@
 """The output folder of a run: whether it may be used, what is kept of an earlier run, and the results in it."""
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
@@ -12,13 +15,14 @@ from ast_sparse.errors import UserError
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
-from ast_sparse.storage.stage_results import RESULTS, Stages, write_stages
+from ast_sparse.storage.stage_results import RESULTS, Stages, is_result, write_stages
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
     last_checkpoint,
     refuse_model_only,
     resolve_checkpoint,
 )
+from ast_sparse.training.resume.same_run import differences, plain
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +47,29 @@ def output_folder(config: RunConfig, output_dir: str | None) -> Path:
         if model is not None and path.is_dir() and Path(model).expanduser().resolve() == path.resolve():
             raise UserError(f"Output folder {str(path)!r} is model.{key}, and would be replaced. Give another folder.")
     return path
+
+
+def run_state(output: Path) -> Literal["new", "started", "finished"]:
+    """How far the run in an output folder has come; "new" if the folder holds none.
+
+    The results of the retrained model are the last thing that every run writes; a run that is resumed removes them.
+    """
+    if not (output / RESOLVED_CONFIG).exists() and not checkpoint_folders(output):
+        return "new"
+    try:
+        is_finished = any(map(is_result, read_json(output / RESULTS)))
+    except UserError:  # missing, or damaged
+        is_finished = False
+    return "finished" if is_finished else "started"
+
+
+def check_finished(output: Path, config: RunConfig) -> None:
+    """Raise UserError if a finished run had other settings: its result is not that of this configuration."""
+    was = {name: plain(values) for name, values in read_yaml(output / RESOLVED_CONFIG).items()}
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
+    training = {**{name: defaults.get(name) for name in was.get("training") or {}}, **config.training}
+    lengths = {"training.max_steps", "training.num_train_epochs"}
+    differences(output, was, plain({**config.to_dict(), "training": training}), lengths)
 
 
 def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None:

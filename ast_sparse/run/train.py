@@ -22,7 +22,7 @@ from ast_sparse.progress import library_bars
 from ast_sparse.report.page import run_report, write_report
 from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
 from ast_sparse.run.dry_run import show_costs
-from ast_sparse.run.output import clear_for_run, read_rows, read_samples, write_results
+from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
@@ -54,7 +54,9 @@ def run_training(
 
     Args:
         output_dir: overrides `training.output_dir`.
-        resume: True for the last complete checkpoint in the output folder, or a checkpoint folder.
+        resume: True for the last complete checkpoint in the output folder, or a checkpoint folder; "if started" for
+            the last one if the output folder has a started run, for a start if it has none, and for nothing at all if
+            its run is finished: for jobs that are started again with the same command.
         overwrite: replace a run in the output folder.
         dry_run: print the plan and stop; no weights are loaded, nothing is written.
         signals: the signals that make the run save and stop.
@@ -70,6 +72,8 @@ def run_training(
     """
     hardware, signals = hardware or Hardware(), signals or PreemptionSignals()
     run = checked_run(config, output_dir, resume, overwrite, dry_run, hardware, echo, signals)
+    if run is None:
+        return output_folder(config, output_dir)
     if run.args.should_log:
         echo("\n".join(run.plan.lines()))
     if dry_run:
@@ -111,6 +115,8 @@ def _measure_result(
     student = trainer.whole_student()
     if student is not None and run.args.should_save:
         check_saved(student, output, config.model.trust_remote_code)
+    if student is not None:
+        rows[stage] = {}  # marks the run as finished, also if nothing is measured
     if student is not None and measured.is_asked:  # in a sharded run, one process measures while the others wait
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
         with slorb_set_aside(student) as has_slorb:

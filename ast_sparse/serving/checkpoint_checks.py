@@ -7,16 +7,9 @@ from typing import Any
 from ast_sparse.errors import UserError
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.formats import check_format
+from ast_sparse.export.vllm_families import vllm_refusal
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import weight_files
-
-# Families of `Conv1D`, whose weights are [in, out]: vLLM transposes every tensor called `.weight` of some layers.
-CONV1D_MODELS = (
-    "clvp", "clvp_decoder", "clvp_encoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt",
-)  # fmt: skip
-
-# A compressed export has the names of transformers' model in memory; in these families vLLM knows only the older ones.
-RENAMED_MODELS = ("mixtral",)
 
 
 def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
@@ -33,11 +26,8 @@ def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
 
 def check_family(model_type: str | None, name: str) -> None:
     """Raise UserError for a family whose compressed exports vLLM would not read as they are."""
-    if model_type in CONV1D_MODELS:
-        reason = "compressed Conv1D layers vLLM would transpose"
-    elif model_type in RENAMED_MODELS:
-        reason = "experts a compressed export stores under names that vLLM does not read"
-    else:
+    reason = vllm_refusal(model_type)
+    if reason is None:
         return
     raise UserError(
         f"`{name}` is a {model_type} model, whose {reason}. Serve a dense export: ast-export {name} OUT --format dense."

@@ -1,7 +1,8 @@
 """Layers with an N:M mask: dense weight, mask, straight-through product (paper Sec. 3.1).
 
 A dense layer becomes sparse in place, by changing its class: hooks, shared references and parameter objects stay.
-The mask is a boolean `Parameter`, because FSDP shards parameters together with the weight and saves them.
+The mask is a boolean `Parameter`, so that it is saved with the weight. In a sharded run each process has the rows of
+the mask that belong to its rows of the weight, and FSDP2 never sends them (`masked_gather.py`).
 """
 
 from typing import Any, cast
@@ -33,13 +34,15 @@ def out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
 class _MaskedLinear(torch.autograd.Function):
     """The product with `m ⊙ W`; backward, its whole gradient (1), or the kept part if masks are fixed.
 
+    Without a mask the weight is masked already (`masked_gather.py`), and so will its gradient be.
+
     The masked weight and the input in autocast's dtype are recomputed for the backward pass instead of being kept: over
     all layers, the masked weights would be as large as the model, and there would be a copy of the input per layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, group_dim: int, fixed: bool
+        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, group_dim: int, fixed: bool
     ) -> Tensor:
         device = input.device.type
         lower = None  # as in autocast, float64 stays
@@ -47,7 +50,7 @@ class _MaskedLinear(torch.autograd.Function):
             lower = torch.get_autocast_dtype(device)
         ctx.group_dim, ctx.fixed, ctx.bias_dtype = group_dim, fixed, None if bias is None else bias.dtype
         ctx.save_for_backward(input, weight, mask)
-        kept = masked(weight, mask)
+        kept = weight if mask is None else masked(weight, mask)
         if lower is not None:
             input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
         with torch.autocast(device, enabled=False):
@@ -60,13 +63,14 @@ class _MaskedLinear(torch.autograd.Function):
         grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            kept = out_by_in(masked(weight, mask).to(grad.dtype), ctx.group_dim)
+            kept = weight if mask is None else masked(weight, mask)
+            kept = out_by_in(kept.to(grad.dtype), ctx.group_dim)
             by_rows = product(grad, kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
             rows = rows.to(grad.dtype)
             by_weight = product(rows.t(), grad) if ctx.group_dim == 0 else product(grad.t(), rows)
             by_weight = by_weight.to(weight.dtype)
-            by_weight = masked(by_weight, mask) if ctx.fixed else by_weight
+            by_weight = masked(by_weight, mask) if ctx.fixed and mask is not None else by_weight
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0).to(ctx.bias_dtype)
         return by_rows, by_weight, None, by_bias, None, None
@@ -84,6 +88,7 @@ class SparseLayer(nn.Module):
         fixed_mask: pruned weights get no gradient, because the mask will never change.
         dense_class: the class of the dense layer.
         kernels: `compiled` or `eager`; both compute the same masks and products.
+        gathered_masked: the forward pass gets `m ⊙ W` as weight, from FSDP2 (`masked_gather.py`).
     """
 
     group_dim: int
@@ -96,6 +101,7 @@ class SparseLayer(nn.Module):
     fixed_mask: bool
     dense_class: type[nn.Module]
     kernels: Kernels = "eager"
+    gathered_masked: bool = False
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned positions exactly 0.0, in the layer's own layout, without gradients."""
@@ -103,7 +109,8 @@ class SparseLayer(nn.Module):
 
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
-        result = _MaskedLinear.apply(input, self.weight, self.mask, self.bias, self.group_dim, self.fixed_mask)
+        mask = None if self.gathered_masked else self.mask
+        result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask)
         return cast(Tensor, result)
 
     @torch.no_grad()
@@ -179,7 +186,7 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     del layer.mask, layer.start_mask, layer.slorb
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class
-    for name in ("pattern", "fixed_mask", "kernels", "dense_class"):
+    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked"):
         vars(dense).pop(name, None)
     return dense
 

@@ -91,7 +91,7 @@ def sparsegpt_prune(
     zeros = (work == 0) if keep_zeros else torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     dead = hessian.diagonal() == 0
     work[:, dead] = 0
-    inverse = _inverse_factor(hessian.to(work.dtype), dead, damping)
+    inverse = inverse_factor(hessian.to(work.dtype), dead, damping)
     mask = torch.ones(rows, columns, dtype=torch.bool, device=weight.device)
     step = -(-block_size // m) * m if structured else block_size
     for start in range(0, columns, step):
@@ -116,8 +116,17 @@ def sparsegpt_prune(
     return torch.where(mask & ~zeros, work, 0).to(weight.dtype), mask
 
 
-def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian."""
+def inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian, `[in, in]`.
+
+    Args:
+        hessian: `[in, in]`, `X Xᵀ` up to a factor.
+        dead: `[in]`, bool, columns that get 1 on the diagonal.
+        damping: share of the mean of the diagonal that is added to the diagonal.
+
+    Raises:
+        ValueError: the damped Hessian is not positive definite.
+    """
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[dead] = 1

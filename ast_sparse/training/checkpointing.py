@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -35,6 +36,7 @@ from ast_sparse.training.fsdp import gathered, load_moments, load_weights, shard
 from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
+from ast_sparse.training.sharding import frame_of, shard_student
 
 # The table was checked against this version of transformers; a test compares it with the installed one.
 TRANSFORMERS_VERSION = "5.23.0"
@@ -89,7 +91,6 @@ class CheckpointTrainer(Trainer):
     _parts: dict[str, Any] | None
     _mixture_config: MixtureConfig
     _compared: Path | None = None  # the checkpoint that this run was compared with
-    _frame: PreTrainedModel | None  # the student without weights, if it will be sharded
     _origin: Origin  # of the student
     _best_is_loaded = False
     _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
@@ -104,9 +105,7 @@ class CheckpointTrainer(Trainer):
 
         Every process must call this; in a sharded run it is None on all but the first.
         """
-        if self._frame is None or not is_sharded(self.student):
-            return self.student
-        return gathered(self.student, self._frame)
+        return gathered(self.student, frame_of(self.student)) if is_sharded(self.student) else self.student
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""
@@ -144,12 +143,18 @@ class CheckpointTrainer(Trainer):
         """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
         super().create_accelerator_and_postprocess()
         if (plugin := sharding_plugin(self.args)) is not None:
-            use_plugin(self.accelerator, plugin)
+            use_plugin(self.accelerator, plugin, self.args)
             self.is_fsdp_enabled = True
 
     def shard_student(self) -> None:
-        """Shard the student now if it will be sharded: accelerate does so only together with the optimizer."""
+        """Shard the student now if it will be sharded and is not yet."""
         if self.is_fsdp_enabled and not is_sharded(self.student):
+            shard_student(self.student, self.args)
+
+    def prepare_student(self) -> None:
+        """Make the student ready for an evaluation: in a sharded run accelerate takes it only with the optimizer."""
+        self.shard_student()
+        if self.is_fsdp_enabled and not isinstance(self.optimizer, AcceleratedOptimizer):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self.model_wrapped = self.model
 

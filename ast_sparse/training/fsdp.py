@@ -1,10 +1,12 @@
 """Sharded training (FSDP2) through accelerate: its settings, the frozen teacher, and gathering the student.
 
-accelerate shards the student with masks and SLoRB, which are parameters, and the optimizer state.
+The student is sharded in `sharding.py`, with SLoRB and the optimizer state.
 """
 
 import copy
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,7 +127,7 @@ def check_shardable(model: nn.Module) -> None:
                 )
 
 
-def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin, args: TrainingArguments) -> None:
     """Complete the settings that accelerate has read.
 
     Checkpoints are sharded; gradients are summed in float32, even if the blocks compute in bf16. Between CPU processes
@@ -139,9 +141,30 @@ def use_plugin(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin)
     plugin = state.fsdp_plugin
     plugin.state_dict_config = plugin.optim_state_dict_config = None
     plugin.set_state_dict_type(_STATE_DICT)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(accelerator.mixed_precision))
-    if half is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    plugin.mixed_precision_policy = mixed_precision(args) or plugin.mixed_precision_policy
+    plugin.activation_checkpointing, plugin.auto_wrap_policy = False, None  # `shard_student` does both
+    accelerator.prepare = partial(_prepare, accelerator.prepare)
+
+
+def mixed_precision(args: TrainingArguments) -> MixedPrecisionPolicy | None:
+    """The dtypes of the student's forward and backward pass and of the sum of gradients; None: as the weights."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    return None if half is None else MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+
+
+def _prepare(prepare: Callable[..., Any], *objects: Any, **kwargs: Any) -> Any:
+    """`Accelerator.prepare`, after which optimizers have the parameters that they had before.
+
+    accelerate finds them again by their addresses, but pieces without rows have none. The model is sharded already, so
+    they are the same.
+    """
+    optimizers = [each for each in objects if isinstance(each, torch.optim.Optimizer)]
+    before = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+    prepared = prepare(*objects, **kwargs)
+    for optimizer, groups in zip(optimizers, before, strict=True):
+        for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = parameters
+    return prepared
 
 
 def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_forward: bool) -> None:

@@ -39,7 +39,7 @@ from ast_sparse.training.checks.inputs import check_optimizer, check_replaced, c
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
 from ast_sparse.training.eval_loss import HeldOutLoss, loss_of_parts
-from ast_sparse.training.fsdp import check_sharding, sharding_plugin, without_weights
+from ast_sparse.training.fsdp import check_sharding, sharding_plugin
 from ast_sparse.training.loader import block_loader, block_source, make_mixture
 from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, split_batch
 from ast_sparse.training.resume.checkpoints import resolve_checkpoint, stored_kernels
@@ -186,7 +186,6 @@ class SparseTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         plugin = sharding_plugin(self.args)
-        self._frame = None if plugin is None else without_weights(cast(PreTrainedModel, self.model))
         teacher = cast(PreTrainedModel | None, self.teacher)
         if teacher is not None:
             self.run_record.add_teacher(teacher)
@@ -273,7 +272,7 @@ class SparseTrainer(CheckpointTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in Trainer; the loss is the mean over all tokens, each counted once."""
-        self.shard_student()
+        self.prepare_student()
         self._held_out_loss = HeldOutLoss(dataloader, self.args)
         try:
             with self._settings_of_trainer():
@@ -340,6 +339,7 @@ class SparseTrainer(CheckpointTrainer):
             self._metrics.on_train_begin(self.args, self.state, self.control)
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
+        self.shard_student()
         with self._settings_of_trainer():
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         # the mean over the steps that have a loss, as in the log

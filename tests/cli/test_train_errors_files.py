@@ -67,6 +67,7 @@ def test_a_broken_file_is_named(root: Path, text: str, message: str) -> None:
         ),
         (["--output-dir", "{root}/llama", "--resume", "{root}/finished/checkpoint-1"], r"llama' (holds|is)"),
         (["--output-dir", "{root}/out", "--resume", "--overwrite"], r"--resume and --overwrite cannot be combined"),
+        (["--resume-if-started", "--overwrite"], r"--resume-if-started and --overwrite cannot be combined"),
         (["--output-dir", "{root}/out", "--resum"], r"No such option '--resum'"),
         *(
             (["--output-dir", "{root}/out", "--resume", f"{{root}}/damaged-{name}"], rf"{re.escape(name)}`? is damaged")

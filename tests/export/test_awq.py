@@ -175,3 +175,24 @@ def test_layers_of_grouped_queries_have_one_scale_for_the_columns_of_a_value() -
     squares = torch.arange(24.0)
     tied = fold.tie(squares).view(2, 3, 4)
     assert torch.equal(tied, squares.view(2, 3, 4).mean(1, keepdim=True).expand(2, 3, 4))
+
+
+def test_each_row_takes_the_rounding_with_the_least_error_and_is_never_worse_than_the_nearest_step() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 136, generator=generator)
+    x = x + 0.3 * torch.randn(x.shape, generator=generator)
+    weight = torch.randn(64, 136, generator=generator)
+    statistics = InputStatistics(136, True, torch.device("cpu"))
+    statistics.add(x)
+    scale = 0.5 + torch.rand(136, generator=generator)
+
+    def error(rounded: Tensor) -> Tensor:
+        return (x.double() @ (rounded.double() / scale.double() - weight.double()).t()).square().sum(0)
+
+    layer = rounding._Layer("x", weight * scale, torch.bfloat16, statistics, CODE24_INT4)
+    done = Rounded(4)
+    nearest = round_to_grid(weight * scale, torch.bfloat16, statistics.squares / scale.square())[0]
+    rounding._write(layer, done, scale)
+    found = error(layer.weight)
+    assert (found <= error(nearest) * (1 + 1e-5)).all() and found.sum() < 0.7 * error(nearest).sum()
+    assert done.errors["x"] == pytest.approx(float(found.sum() / (x.double() @ weight.double().t()).square().sum()))

@@ -232,7 +232,14 @@ def test_random_weights_have_no_base_model() -> None:
     run = {"config": {"model": {"name_or_path": "org/tiny", "random_weights": True}}}
     record = SparsityRecord({"base_model": "org/tiny", "base_commit": "abc", "run": run})
     subject = Subject(
-        record=record, folder=None, origin=None, name="org/tiny", commit="abc", has_conv1d=False, ranks={}
+        record=record,
+        folder=None,
+        origin=None,
+        name="org/tiny",
+        commit="abc",
+        has_conv1d=False,
+        model_type="llama",
+        ranks={},
     )
     assert subject.base_id is None and subject.base == "org/tiny"
     del run["config"]["model"]["random_weights"]
@@ -258,7 +265,14 @@ def test_vllm_is_given_the_smallest_rank_that_it_takes(rank: int, folder: Path, 
     report = export_model(folder / "run", tmp_path / "out")
     record = SparsityRecord.read(tmp_path / "out")
     subject = Subject(
-        record=record, folder=None, origin=None, name="x", commit=None, has_conv1d=False, ranks={"a": 1, "b": rank}
+        record=record,
+        folder=None,
+        origin=None,
+        name="x",
+        commit=None,
+        has_conv1d=False,
+        model_type="llama",
+        ranks={"a": 1, "b": rank},
     )
     write_card(tmp_path / "out", subject, report)
     taken = re.findall(r"--max-lora-rank (\d+)", card(tmp_path / "out"))
@@ -270,6 +284,11 @@ def test_vllm_is_given_the_smallest_rank_that_it_takes(rank: int, folder: Path, 
     assert (f"rank {rank}, and vLLM's LoRA takes at most 512" in card(tmp_path / "out")) == (rank > VLLM_RANKS[-1])
     write_card(tmp_path / "out", replace(subject, has_conv1d=True), report)
     assert "vllm serve" not in card(tmp_path / "out")  # compressed layers of GPT-2
+    write_card(tmp_path / "out", replace(subject, model_type="mixtral"), report)
+    assert "vllm serve" not in card(tmp_path / "out")
+    assert "it is a mixtral model, whose experts a compressed export stores under names" in card(tmp_path / "out")
+    write_card(tmp_path / "out", replace(subject, model_type="mixtral"), replace(report, format="dense"))
+    assert "vllm serve FOLDER" in card(tmp_path / "out")
 
 
 def test_an_export_whose_adapter_was_removed_is_the_model_without_it(folder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
     """Runs the command, which gets a signal whenever a function of it is called."""
 
-    def run(owner: Any, name: str, number: signal.Signals) -> Result:
+    def run(owner: Any, name: str, number: signal.Signals, *options: str) -> Result:
         function = getattr(owner, name)
 
         def signalled(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,8 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, signalled)
-            return CliRunner().invoke(main, ["--config", f"{inputs}/run.yaml", "--output-dir", f"{tmp_path}/out"])
+            command = ["--config", f"{inputs}/run.yaml", "--output-dir", f"{tmp_path}/out", *options]
+            return CliRunner().invoke(main, command)
 
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield run
@@ -94,6 +95,26 @@ def test_a_run_that_left_before_training_is_resumed_from_the_beginning(
     options = ["--config", f"{inputs}/run.yaml", "--output-dir", f"{tmp_path}/out", "--resume"]
     assert CliRunner().invoke(main, options).exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_one_command_starts_a_run_resumes_it_and_leaves_it_alone_once_it_is_finished(
+    interrupted: Callable[..., Result], inputs: Path, tmp_path: Path
+) -> None:
+    out, flag = tmp_path / "out", "--resume-if-started"
+    command = ["--config", f"{inputs}/run.yaml", "--set", f"training.output_dir={out}", flag]
+    measures_nothing = ["--set", "evaluation.datasets=[]"]  # the end is seen without results, too
+    assert interrupted(output_module, "_write_config", signal.SIGTERM, flag, *measures_nothing).exit_code == 75
+    assert interrupted(SparseTrainer, "evaluate", signal.SIGTERM, flag, *measures_nothing).exit_code == 75
+    assert (out / "checkpoint-2").exists() and not (out / "model.safetensors").exists()
+    assert CliRunner().invoke(main, [*command, *measures_nothing]).exit_code == 0
+    assert [json.loads(line)["step"] for line in (out / "mask_history.jsonl").read_text().splitlines()] == [2]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = CliRunner().invoke(main, command)
+    said = f"{out} has the finished run: nothing is left to do. --overwrite instead would start it again.\n"
+    assert (again.exit_code, again.stdout) == (0, said)
+    other = CliRunner().invoke(main, [*command, "--set", "training.max_steps=4"])
+    assert other.exit_code == 2 and "training.max_steps=4 differs from 3" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_a_signal_during_the_final_save_lets_it_finish(

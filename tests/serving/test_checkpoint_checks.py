@@ -10,7 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 
 from ast_sparse import export_model
 from ast_sparse.errors import UserError
-from ast_sparse.serving.checkpoint_checks import CONV1D_MODELS, check_family, check_weights, compressed_layers
+from ast_sparse.export.vllm_families import CONV1D_MODELS
+from ast_sparse.serving.checkpoint_checks import check_family, check_weights, compressed_layers
 from ast_sparse.storage.files import read_json
 from tests.export.sparse_models import sparse_model
 

@@ -18,12 +18,14 @@ from ast_sparse.export.codec import Codec
 from ast_sparse.progress import progress_bar
 from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.model import densify_model
+from ast_sparse.sparsity.oneshot import inverse_factor
 from ast_sparse.sparsity.select import Prunable, decoder_blocks
 from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
 from ast_sparse.storage.files import SlorbPairs
 from ast_sparse.tables import layer_kind
 
 _ALPHAS = tuple(step / 10 for step in range(11))
+_DAMPING = 0.01  # as SparseGPT's default
 _FLOOR = 1e-4  # smallest root mean square of a column, as a share of the largest
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -126,8 +128,25 @@ class _Layer:
     def error(self, scale: Tensor | None = None) -> Tensor:
         """Squared error of the output on the calibration text after rounding, up to a factor."""
         rounded = self.round(scale)[0].float()
-        change = (rounded if scale is None else rounded / scale) - self.weight
-        return ((change @ self.hessian) * change).sum()
+        return self.squared_error((rounded if scale is None else rounded / scale) - self.weight).sum()
+
+    def squared_error(self, change: Tensor) -> Tensor:
+        """Squared error `[out]` of the outputs on the calibration text after a change of the weight, up to a factor."""
+        return ((change @ self.hessian) * change).sum(1)
+
+    def rounded_with_feedback(self, factor: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The weight and its scales by `Codec.round_with_feedback`; None if the Hessian is not positive definite.
+
+        Args:
+            factor: `[in]`, what the inputs of the present weight are multiplied by.
+        """
+        assert self.codec.round_with_feedback is not None
+        hessian = self.hessian * factor * factor[:, None]
+        try:
+            inverse = inverse_factor(hessian, hessian.diagonal() == 0, _DAMPING)
+        except ValueError:
+            return None
+        return self.codec.round_with_feedback(self.weight, self.dtype, hessian.diagonal(), inverse)
 
 
 @torch.no_grad()
@@ -251,10 +270,16 @@ def _write(layer: _Layer, done: Rounded, scale: Tensor | None = None) -> None:
     """Round a layer whose columns were already multiplied by `scale`, in place."""
     rounded, scales = layer.codec.rounded(layer.weight, layer.dtype, layer.importance(scale))
     if layer.statistics is not None:
-        factor = 1 if scale is None else 1 / scale
-        change, weight = (rounded.float() - layer.weight) * factor, layer.weight * factor
-        whole = ((weight @ layer.hessian) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        done.errors[layer.name] = float(((change @ layer.hessian) * change).sum() / whole)
+        factor = torch.ones_like(layer.statistics.squares) if scale is None else 1 / scale
+        weight = layer.weight * factor
+        error = layer.squared_error(rounded * factor - weight)
+        other = layer.rounded_with_feedback(factor)
+        if other is not None:  # each row as it is better
+            found = layer.squared_error(other[0] * factor - weight)
+            better, error = (found < error)[:, None], torch.minimum(error, found)
+            rounded, scales = (torch.where(better, *pair) for pair in zip(other, (rounded, scales), strict=True))
+        whole = layer.squared_error(weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        done.errors[layer.name] = float(error.sum() / whole)
     layer.weight.copy_(rounded)
     done.scales[layer.name] = scales.cpu()
 

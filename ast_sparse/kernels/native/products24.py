@@ -1,6 +1,5 @@
 """`x Wᵀ + b` and the decoding of a 2:4 weight W on a CPU, by the C kernels (`src/`)."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +12,14 @@ from torch.nn import Parameter
 from ast_sparse.kernels.native.library import DTYPES, Kernels, kernels
 
 _SERIAL = 1 << 17  # multiplications of a product that one thread does as fast as a team
-_MEASURED = 64  # tokens; the break-even is measured with them, and asked for only above `_FEW`
+_MEASURED = 512  # most tokens that the two ways are compared with: PyTorch's product needs many to be at its best
 _FEW = 16  # tokens that the kernels always take
 _BLOCK = 1 << 21  # entries of W that are decoded at a time, so that they stay in the cache
 
 _STRIDED = torch.strided
 
-# most tokens that the kernels take, by level, dtype, shape and threads: measured once in a process
-_break_even: dict[tuple[Any, ...], float] = {}
+# whether the kernels are the faster way, by level, dtype, shape, threads and tokens: measured once in a process
+_faster: dict[tuple[Any, ...], bool] = {}
 
 
 def takes(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None) -> bool:
@@ -67,7 +66,7 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
     rows, kept = values.shape
     tokens = x.numel() // (2 * kept)
     threads = torch.get_num_threads() if tokens * rows * kept > _SERIAL else 1
-    if forced is None and tokens > _FEW and tokens > _most_tokens(used, x, values, meta, threads):
+    if forced is None and tokens > _FEW and not _kernels_win(used, x, values, meta, threads):
         return _by_blocks(used, x, values, meta, bias)
     return _by_kernels(used, x, values, meta, bias, threads)
 
@@ -106,8 +105,10 @@ def _by_kernels(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Te
 
 def _by_blocks(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by decoding a block of rows at a time, and PyTorch's product with it."""
-    y = x.new_empty(*x.shape[:-1], values.shape[0])
     step = _rows_of_block(x)
+    if step >= values.shape[0]:
+        return F.linear(x, decode(used, values, meta), bias)
+    y = x.new_empty(*x.shape[:-1], values.shape[0])
     for start in range(0, values.shape[0], step):
         at = slice(start, start + step)
         y[..., at] = F.linear(x, decode(used, values[at], meta[at]), None if bias is None else bias[at])
@@ -127,29 +128,25 @@ def decode(used: Kernels, values: Tensor, meta: Tensor) -> Tensor:
     return dense
 
 
-def _most_tokens(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads: int) -> float:
-    """Tokens up to which the kernels are faster than decoding W for PyTorch's product.
+def _kernels_win(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads: int) -> bool:
+    """Whether the kernels are faster than decoding W for PyTorch's product.
 
-    Measured at the first call, with the first block of `_by_blocks`.
+    Measured at the first call with so many tokens, to the next power of two, on the first block of `_by_blocks`.
     """
-    key = (used.level, x.dtype, values.shape, threads)
-    most = _break_even.get(key)
-    if most is None:
-        sample = torch.ones(_MEASURED, x.shape[-1], dtype=x.dtype, device="cpu")
+    tokens = min(1 << (x.numel() // x.shape[-1] - 1).bit_length(), _MEASURED)
+    key = (used.level, x.dtype, values.shape, threads, tokens)
+    if key not in _faster:
+        sample = torch.ones(tokens, x.shape[-1], dtype=x.dtype, device="cpu")
         block = slice(0, _rows_of_block(x))
         values, meta = values[block], meta[block]
-        dense = decode(used, values, meta)
-        decoding = _seconds(lambda: decode(used, values, meta))
-        by_dense = _seconds(lambda: F.linear(sample, dense)) / _MEASURED
-        by_kernels = _seconds(lambda: _by_kernels(used, sample, values, meta, None, threads)) / _MEASURED
-        most = decoding / (by_kernels - by_dense) if by_kernels > by_dense else math.inf
-        _break_even[key] = most
-    return most
+        by_blocks = _seconds(lambda: _by_blocks(used, sample, values, meta, None))
+        _faster[key] = _seconds(lambda: _by_kernels(used, sample, values, meta, None, threads)) < by_blocks
+    return _faster[key]
 
 
 def _seconds(call: Callable[[], Any]) -> float:
     times = []
-    for _ in range(3):
+    for _ in range(4):  # the first one may find cold memory
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -151,23 +151,27 @@ def test_dense_products_are_used_above_the_break_even(monkeypatch: pytest.Monkey
     values, meta = pack24(weight)
     x, bias = torch.randn(2, 40, 64), torch.randn(48)
     monkeypatch.setattr(products24, "_BLOCK", 64 * 20)  # three blocks of rows
-    for most, exact in ((39.0, True), (1e9, False)):
-        monkeypatch.setattr(products24, "_most_tokens", lambda *_, most=most: most)
+    for win, exact in ((False, True), (True, False)):
+        monkeypatch.setattr(products24, "_kernels_win", lambda *_, win=win: win)
         found = linear24(x, values, meta, bias)
         torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
         used = products24.kernels()
         assert used is None or torch.equal(found, products24.linear(x, values, meta, bias, used)) is not exact
 
 
-def test_the_break_even_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_two_ways_are_compared_once_for_a_shape_and_a_power_of_two_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     values, meta = pack24(torch.zeros(32, 64))
-    used = library.of_level(library.usable_levels()[0])
-    seconds = iter([8.0, 1.0, 3.0])  # decoding, 64 tokens by a dense product, by the kernels
+    used, measured = library.of_level(library.usable_levels()[0]), []
+    seconds = iter([3.0, 2.0, 2.0, 3.0, 1.0, 1.0])  # by blocks, by the kernels
+    by_kernels = products24._by_kernels
     monkeypatch.setattr(products24, "_seconds", lambda call: (call(), next(seconds))[1])
-    monkeypatch.setattr(products24, "_break_even", {})
-    arguments = (used, torch.zeros(1, 64), values, meta, 1)
-    assert products24._most_tokens(*arguments) == 8 / (2 / 64)
-    assert products24._most_tokens(*arguments) == 8 / (2 / 64)
+    monkeypatch.setattr(products24, "_faster", {})
+    monkeypatch.setattr(products24, "_by_kernels", lambda *args: (measured.append(len(args[1])), by_kernels(*args))[1])
+    for tokens, wins in ((17, True), (32, True), (33, False), (64, False), (500, False), (4000, False)):
+        assert products24._kernels_win(used, torch.zeros(tokens, 64), values, meta, 1) is wins
+    assert measured == [32, 64, 512]  # PyTorch's product of a few tokens says nothing about many
 
 
 def test_what_the_kernels_do_not_serve_goes_the_plain_way_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,102 @@
+"""FSDP2's all-gather of masked weights: each process masks its rows before they are sent, so masks stay where they are.
+
+A module of a sharded model gets the weight `m ⊙ W` in the dtype that it computes in, and its gradient is that of the
+whole weight (1): the straight-through estimator needs no further code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from ast_sparse.distributed.pieces import distributed_like, local, reshard
+from ast_sparse.kernels.products import masked
+from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.sparsity.select import decoder_blocks
+
+
+class MaskedPiece(Tensor):
+    """A process's rows of a weight. FSDP2 calls the two methods, with these arguments, around every all-gather.
+
+    Attributes:
+        mask: bool, of the same rows; None while the layer is dense.
+    """
+
+    mask: Tensor | None = None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as Parameter: results are plain
+
+    def fsdp_pre_all_gather(
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> tuple[tuple[Tensor], None]:
+        """What is sent: `m ⊙ W` in the dtype of the forward pass, with as many rows on each process of the mesh."""
+        rows = self.as_subclass(Tensor)
+        rows = rows if mp_policy.param_dtype is None else rows.to(mp_policy.param_dtype)
+        if self.mask is not None:
+            rows = masked(rows, self.mask)
+        missing = -(-outer_size[0] // mesh.size()) - rows.shape[0]
+        if missing:
+            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+        return (rows,), None
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The gathered rows are the weight; with `out`, they are in its memory already."""
+        return None if out is not None else (outputs[0], ())
+
+
+def prepare_gathers(model: nn.Module) -> None:
+    """Let the weights of the linear layers in the blocks carry their masks into the all-gather, in place.
+
+    Dense ones do so too, because FSDP2 looks at a weight only once, before the first forward pass. Call it again when
+    layers have become sparse, or their weights have been replaced.
+    """
+    reshard(model)
+    for block in decoder_blocks(model).values():
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear) and isinstance(layer.weight, DTensor) and not layer.weight.is_meta:
+                _prepare(layer)
+
+
+def _prepare(layer: nn.Linear) -> None:
+    weight: Any = layer.weight
+    if not isinstance(weight._local_tensor, MaskedPiece):
+        weight._local_tensor = weight._local_tensor.as_subclass(MaskedPiece)
+    piece = weight._local_tensor
+    if not isinstance(layer, SparseLayer):
+        return
+    if piece.mask is None and layer.fixed_mask and weight.requires_grad:
+        weight.register_post_accumulate_grad_hook(_mask_gradient)
+    piece.mask = local(layer.mask)
+    layer.gathered_masked = True
+
+
+def _mask_gradient(weight: Any) -> None:
+    grad, mask = local(weight.grad), weight._local_tensor.mask
+    grad.copy_(masked(grad, mask))
+
+
+def distribute_masks(model: nn.Module, like: DTensor) -> set[nn.Parameter]:
+    """Replace the masks and start masks of a model by each process's rows of them; FSDP2 must ignore the result.
+
+    Args:
+        model: not sharded yet, the same on each process; on the meta device the rows are there too.
+        like: any tensor that is split as the weights will be.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in model.modules():
+        if isinstance(layer, SparseLayer):
+            for name in ("mask", "start_mask"):
+                whole = getattr(layer, name)
+                if whole not in made:
+                    made[whole] = nn.Parameter(distributed_like(whole, like), requires_grad=False)
+                setattr(layer, name, made[whole])
+    return set(made.values())
