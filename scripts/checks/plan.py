@@ -119,7 +119,7 @@ def plan(config: Path, out: Path, settings: list[str], processes: int = 1) -> tu
     options += ["--world-size", str(processes)] if processes > 1 else []
     command = [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(config), "--output-dir", str(out),
                "--dry-run", *options]  # fmt: skip
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     moment = re.search(r"at its peak, the (.+):", printed)
     total = re.search(r"\n  total +([\d.]+) GiB", printed)
     assert moment is not None and total is not None, printed
