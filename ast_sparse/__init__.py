@@ -17,6 +17,7 @@ _PUBLIC = {
     "EvaluationConfig": "config",
     "MixtureConfig": "config",
     "ModelConfig": "config",
+    "OptimizerConfig": "config",
     "RunConfig": "config",
     "SLoRBConfig": "config",
     "SparsityConfig": "config",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from ast_sparse.config import EvaluationConfig as EvaluationConfig
     from ast_sparse.config import MixtureConfig as MixtureConfig
     from ast_sparse.config import ModelConfig as ModelConfig
+    from ast_sparse.config import OptimizerConfig as OptimizerConfig
     from ast_sparse.config import RunConfig as RunConfig
     from ast_sparse.config import SLoRBConfig as SLoRBConfig
     from ast_sparse.config import SparsityConfig as SparsityConfig

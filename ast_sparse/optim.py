@@ -3,14 +3,16 @@
 Each placement is one pure update function in `kernels/updates.py`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ast_sparse.distributed.pieces import local
+from ast_sparse.kernels import moments8bit
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 
@@ -28,6 +30,9 @@ class SparseAdamW(torch.optim.Optimizer):
         mask_decay: λ of (3).
         decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17). Under `weight`, λ·γ is often
             below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight), and then the decay has no effect.
+        moments: `8bit` keeps the moments of masked groups in 8 bits (`kernels/moments8bit.py`, needs torchao). Those of
+            all other parameters stay in float32: gradients of an embedding are often 0, and a second moment that is
+            rounded to 0 makes the next step far too large.
 
     Attributes:
         kernels: `compiled` or `eager`, for the masked parameters; it may be changed before any step.
@@ -45,6 +50,7 @@ class SparseAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         mask_decay: float = 0.0,
         decay_placement: str = "momentum",
+        moments: Literal["float32", "8bit"] = "float32",
     ) -> None:
         if decay_placement not in PLACEMENTS:
             raise ValueError(f"decay_placement={decay_placement!r} is unknown. Use one of {', '.join(PLACEMENTS)}.")
@@ -59,6 +65,11 @@ class SparseAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         super().__init__(params, defaults)
         self._masks: dict[Tensor, Tensor] = {}
+        self._in_8bit: set[Tensor] = set()
+        if moments == "8bit":
+            moments8bit.allow_loading()
+            masked = (p for group in self.param_groups if group["is_masked"] for p in group["params"])
+            self._in_8bit = {parameter for parameter in masked if moments8bit.takes(parameter)}
         self.kernels: Kernels = "eager"
 
     def bind_masks(self, masks: Mapping[Tensor, Tensor]) -> None:
@@ -96,32 +107,53 @@ class SparseAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter in parameters:
-                self.state_of(parameter)
-            plain = []
-            for parameter in parameters:
-                if group["is_masked"] or parameter in self._masks:
-                    self._masked_step(parameter, group)
-                else:
-                    plain.append(parameter)
-            if plain:
-                self._plain_step(plain, group)
+            self._update([(p, p, p.grad) for p in group["params"] if p.grad is not None], group)
         return loss
+
+    def begin_offload(self, model: nn.Module) -> None:
+        """Called when training begins: in a run with `optimizer.offload`, the weights of the model leave the device."""
+
+    def end_offload(self) -> None:
+        """Called when training ends."""
+
+    def true_weights(self) -> AbstractContextManager[None]:
+        """Inside, every parameter holds its whole weight in its own precision; an offloaded run keeps others there."""
+        return nullcontext()
+
+    def _update(self, tensors: Sequence[tuple[Tensor, Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """Update parameters of one group.
+
+        Args:
+            tensors: each parameter, the weight that is updated (itself, or one elsewhere), and its gradient.
+        """
+        plain = []
+        for parameter, weight, grad in tensors:
+            state = self.state_of(parameter)
+            if group["is_masked"] or parameter in self._masks:
+                self._masked_step(weight, grad, self._masks.get(parameter), state, group)
+            else:
+                plain.append((weight, grad, state))
+        if plain:
+            self._plain_step(plain, group)
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter; zeros if it has not been updated yet."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg"], state["exp_avg_sq"] = self._zero_moments(parameter)
         return state
 
-    def _masked_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _zero_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        if parameter in self._in_8bit:
+            return moments8bit.zero_moments(parameter)
+        first, second = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+        return first, second
+
+    def _masked_step(
+        self, weight: Tensor, grad: Tensor, mask: Tensor | None, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         state["step"] += 1
-        mask = self._masks.get(parameter)
         if mask is None:
             if group["lr"] == 0:
                 return
@@ -130,17 +162,16 @@ class SparseAdamW(torch.optim.Optimizer):
             step=int(state["step"]), lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
             eps=group["eps"], weight_decay=group["weight_decay"], mask_decay=group["mask_decay"],
         )  # fmt: skip
-        assert parameter.grad is not None  # filtered in `step`
         update_weights(
-            group["decay_placement"], local(parameter), local(parameter.grad), local(mask),
+            group["decay_placement"], local(weight), local(grad), local(mask),
             local(state["exp_avg"]), local(state["exp_avg_sq"]), values, self.kernels,
         )  # fmt: skip
 
-    def _plain_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in parameters]
-        on_cpu = parameters[0].device.type == "cpu"
+    def _plain_step(self, tensors: list[tuple[Tensor, Tensor, dict[str, Tensor]]], group: dict[str, Any]) -> None:
+        states = [state for _, _, state in tensors]
+        on_cpu = tensors[0][0].device.type == "cpu"
         adamw(
-            parameters, [p.grad for p in parameters if p.grad is not None],
+            [weight for weight, _, _ in tensors], [grad for _, grad, _ in tensors],
             [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
             foreach=not on_cpu, fused=on_cpu,  # fused on a GPU needs `step` there, and a sync to read it
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],

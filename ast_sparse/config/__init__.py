@@ -4,10 +4,12 @@ from ast_sparse.config.data import DataConfig, MixtureConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
 from ast_sparse.config.model import ModelConfig
+from ast_sparse.config.optimizer import OptimizerConfig
 from ast_sparse.config.run import SECTIONS, RunConfig, load_config
 from ast_sparse.config.sparsity import UNSTRUCTURED, CalibrationConfig, SLoRBConfig, SparsityConfig
 
 __all__ = [
     "SECTIONS", "UNSTRUCTURED", "CalibrationConfig", "DataConfig", "DistillationConfig", "EvaluationConfig",
-    "MixtureConfig", "ModelConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "WatchConfig", "load_config",
+    "MixtureConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "WatchConfig",
+    "load_config",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from ast_sparse.config.data import DataConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
 from ast_sparse.config.model import ModelConfig
+from ast_sparse.config.optimizer import OptimizerConfig
 from ast_sparse.config.removed import removed_hint
 from ast_sparse.config.section import Section
 from ast_sparse.config.sparsity import CalibrationConfig, SLoRBConfig, SparsityConfig
@@ -29,6 +30,7 @@ class RunConfig:
     distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
     slorb: SLoRBConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -50,6 +52,7 @@ SECTIONS: dict[str, type[Section]] = {  # all but `training`, which has no datac
     "distillation": DistillationConfig,
     "slorb": SLoRBConfig,
     "calibration": CalibrationConfig,
+    "optimizer": OptimizerConfig,
     "evaluation": EvaluationConfig,
     "watch": WatchConfig,
 }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ast_sparse.kernels import moments8bit
 from ast_sparse.kernels.choice import Kernels, compile_kernel
 
 _BLOCK = 1 << 18  # elements of an eager block on a CPU
@@ -64,8 +65,13 @@ def update_weights(
     Args:
         placement: a key of `PLACEMENTS`.
         weight, grad, mask, first, second: of one shape, this process's pieces; mask bool, True = kept. For 16-bit
-            weights the compiled kernels compute in float32, the eager ones as torch's fused AdamW does.
+            weights the compiled kernels compute in float32, the eager ones as torch's fused AdamW does. The moments
+            may be 8-bit ones, which are coded again after each update.
     """
+    if moments8bit.is_8bit(first):
+        _update_8bit(placement, weight.detach(), grad.detach(), mask.detach(), first, second, values, kernels)
+        torch.autograd.graph.increment_version(weight)
+        return
     w, g, m, first_, second_ = (tensor.detach().contiguous() for tensor in (weight, grad, mask, first, second))
     (_update_eager if kernels == "eager" else _update_compiled)(placement, w, g, m, first_, second_, values)
     for target, result in ((weight.detach(), w), (first, first_), (second, second_)):
@@ -93,6 +99,35 @@ def _update_compiled(
     # vectors of booleans are slow in the inductor, vectors of bytes are not
     scalars = values.as_tensor(computed_in, weight.device)
     _compiled_update(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), u, v, scalars)
+
+
+def _update_8bit(
+    placement: str,
+    weight: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    first: Tensor,
+    second: Tensor,
+    values: StepValues,
+    kernels: Kernels,
+) -> None:
+    """One pass if compiled; otherwise block by block, so that the moments in float32 take the memory of one block."""
+    w, g, m = (tensor.contiguous().view(-1) for tensor in (weight, grad, mask))
+    if kernels == "compiled":
+        scalars = values.as_tensor(torch.float32, weight.device)
+        states = (*moments8bit.parts(first), *moments8bit.parts(second))
+        _compiled_8bit(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), *states, scalars)
+    else:
+        size = _BLOCK if weight.device.type == "cpu" else w.numel()
+        parts = (w.split(size), g.split(size), m.split(size))
+        codes = (moments8bit.blocks(first, size), moments8bit.blocks(second, size))
+        for w_, g_, m_, u, v in zip(*parts, *codes, strict=True):
+            first_, second_ = moments8bit.decoded(u), moments8bit.decoded(v)
+            PLACEMENTS[placement][0](w_, g_, m_, first_, second_, values)
+            u.copy_(first_)
+            v.copy_(second_)
+    if not weight.is_contiguous():
+        weight.copy_(w.view(weight.shape))
 
 
 def _momentum_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
@@ -177,5 +212,25 @@ def _compiled_update(update: Pure) -> Callable[..., Any]:
         decay = w_ * (1 - kept.to(values.dtype))  # faster than `torch.where` on the inductor's vectors
         for target, result in zip((w, first, second), update(w_, g_, decay, first_, second_, scalars), strict=True):
             target.copy_(result)
+
+    return compile_kernel(in_place)
+
+
+@cache
+def _compiled_8bit(update: Pure) -> Callable[..., Any]:
+    decode, encode = moments8bit.coding()
+
+    def in_place(
+        w: Tensor, g: Tensor, kept: Tensor, codes1: Tensor, scale1: Tensor, map1: Tensor, codes2: Tensor,
+        scale2: Tensor, map2: Tensor, values: Tensor,
+    ) -> None:  # fmt: skip
+        w_, g_ = w.to(values.dtype), g.to(values.dtype)
+        first, second = decode(codes1, map1, scale1), decode(codes2, map2, scale2)
+        decay = w_ * (1 - kept.to(values.dtype))
+        new, first, second = update(w_, g_, decay, first, second, values.unbind())
+        w.copy_(new)
+        for entries, map_, codes, scale in ((first, map1, codes1, scale1), (second, map2, codes2, scale2)):
+            for target, result in zip((codes, scale), encode(entries, map_), strict=True):
+                target.copy_(result)
 
     return compile_kernel(in_place)

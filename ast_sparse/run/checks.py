@@ -29,7 +29,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.training.checks.arguments import build_arguments
-from ast_sparse.training.checks.inputs import check_taught
+from ast_sparse.training.checks.inputs import check_optimizer_settings, check_taught
 from ast_sparse.training.checks.mixture import check_evaluations
 from ast_sparse.training.fsdp import check_sharding
 from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run
@@ -99,6 +99,7 @@ def checked_run(
         refuse_used(output)
     unread = _check_settings(config, args, output, dry_run)
     devices = hardware.world_size or args.world_size
+    check_optimizer_settings(config.optimizer, args, processes=devices)
     plan = make_plan(config, args, devices if dry_run else None)
     if unread is not None:
         plan = replace(plan, notes=(*plan.notes, f"text: not looked at, a plan needs none ({unread})"))

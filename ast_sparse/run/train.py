@@ -224,6 +224,7 @@ def _make_trainer(
             slorb_config=slorb_of(config),
             calibration_config=config.calibration,
             watch_config=config.watch,
+            optimizer_config=config.optimizer,
             calibration_dataset=_calibration(config, run.args, tokenizer, run.checkpoint, every_block),
             teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,

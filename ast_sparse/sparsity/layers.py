@@ -34,7 +34,7 @@ def out_by_in(tensor: Tensor, group_dim: int) -> Tensor:
 class _MaskedLinear(torch.autograd.Function):
     """The product with `m ⊙ W`; backward, its whole gradient (1), or the kept part if masks are fixed.
 
-    Without a mask the weight is masked already (`masked_gather.py`), and so will its gradient be.
+    Without a mask the weight is masked already (`masked_gather.py`, `offload.py`), and its gradient stays whole.
 
     The masked weight and the input in autocast's dtype are recomputed for the backward pass instead of being kept: over
     all layers, the masked weights would be as large as the model, and there would be a copy of the input per layer.
@@ -52,7 +52,8 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(input, weight, mask)
         kept = weight if mask is None else masked(weight, mask)
         if lower is not None:
-            input, kept, bias = input.to(lower), kept.to(lower), None if bias is None else bias.to(lower)
+            input, bias = input.to(lower), None if bias is None else bias.to(lower)
+        kept = kept.to(input.dtype)  # an offloaded weight may have 16 bits without autocast, too
         with torch.autocast(device, enabled=False):
             return linear(input, kept, bias, group_dim=group_dim)
 
@@ -80,7 +81,7 @@ class SparseLayer(nn.Module):
     """Base of SparseLinear and SparseConv1D. `group_dim` is the input dimension of the weight.
 
     Attributes:
-        weight: dense weight, trained.
+        weight: dense weight, trained; in an offloaded layer, the masked one in the dtype of the products.
         mask: bool, shape of the weight, True = kept; not trained.
         start_mask: the first mask, eight positions per byte along `group_dim`; for the initial flip rate.
         slorb: the low-rank adapter, or None.
@@ -88,6 +89,8 @@ class SparseLayer(nn.Module):
         fixed_mask: pruned weights get no gradient, because the mask will never change.
         dense_class: the class of the dense layer.
         kernels: `compiled` or `eager`; both compute the same masks and products.
+        is_offloaded: the weight is masked already, and the masks are in host memory (`offload.py`).
+        device_mask: a copy of a fixed mask beside the weight of an offloaded layer, for its gradient.
         gathered_masked: the forward pass gets `m ⊙ W` as weight, from FSDP2 (`masked_gather.py`).
     """
 
@@ -101,6 +104,8 @@ class SparseLayer(nn.Module):
     fixed_mask: bool
     dense_class: type[nn.Module]
     kernels: Kernels = "eager"
+    is_offloaded: bool = False
+    device_mask: Tensor | None = None
     gathered_masked: bool = False
 
     def masked_weight(self) -> Tensor:
@@ -109,7 +114,8 @@ class SparseLayer(nn.Module):
 
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
-        mask = None if self.gathered_masked else self.mask
+        mask: Tensor | None = self.device_mask if self.is_offloaded else self.mask
+        mask = None if self.gathered_masked else mask
         result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask)
         return cast(Tensor, result)
 

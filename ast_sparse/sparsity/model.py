@@ -257,6 +257,7 @@ def _layer_mask(
         seen = (statistics or {}).get(name)
         if METHODS[criterion].needs_text and seen is None:
             logger.warning_once(f"`{name}` got no input: its mask is refreshed by magnitude.")
+        seen = None if seen is None else seen.to(weight.device)  # offloaded weights are in host memory
         _, new = prune_weight(name, weight, criterion, layer.pattern, seen, calibration)
     return out_by_in(new, layer.group_dim)
 

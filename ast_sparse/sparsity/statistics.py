@@ -1,5 +1,6 @@
 """Second moments of the inputs of a model's layers, block by block or during a training step."""
 
+import copy
 import math
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,15 @@ class InputStatistics:
         self.mean_squares = torch.zeros(in_features, device=device)
         self.hessian = torch.zeros(in_features, in_features, device=device) if with_hessian else None
         self.sequences = 0
+
+    def to(self, device: torch.device) -> "InputStatistics":
+        """The same statistics on a device; themselves if they are there."""
+        if self.mean_squares.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.mean_squares = self.mean_squares.to(device)
+        moved.hessian = None if self.hessian is None else self.hessian.to(device)
+        return moved
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:

@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import ast_sparse
-from ast_sparse.config import DistillationConfig, MixtureConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.config import DistillationConfig, MixtureConfig, OptimizerConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.distributed.pieces import is_sharded, local
 from ast_sparse.distributed.ranks import any_rank, errors_shared, gather, wait_for_all
@@ -84,6 +84,7 @@ class CheckpointTrainer(Trainer):
     sparsity_config: SparsityConfig
     distillation_config: DistillationConfig | None
     slorb_config: SLoRBConfig | None
+    optimizer_config: OptimizerConfig
     sparsity_report: SparsityReport
     run_record: RunRecord
     _sparsity: SparsityCallback  # has the kernels of the run
@@ -158,6 +159,10 @@ class CheckpointTrainer(Trainer):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
             self.model_wrapped = self.model
 
+    def true_weights(self) -> AbstractContextManager[None]:
+        """Inside, the student has its whole weights; during a run with `optimizer.offload` the device has others."""
+        return nullcontext() if self.optimizer is None else sparse_optimizer(self.optimizer).true_weights()
+
     # ---- save ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -166,7 +171,12 @@ class CheckpointTrainer(Trainer):
         Raises:
             DivergenceError: weights are not finite; nothing is written.
         """
-        folder = Path(str(output_dir or self.args.output_dir))
+        with self.true_weights():
+            self._save_true_weights(Path(str(output_dir or self.args.output_dir)), _internal_call)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_true_weights(self, folder: Path, _internal_call: bool) -> None:
         self._check_finite()
         if _internal_call and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
             self._save_for_resume(folder)
@@ -176,8 +186,6 @@ class CheckpointTrainer(Trainer):
             with saved_with(student, self._given_settings):
                 save_sparse_model(student, folder, self.sparsity_config_dict())
             self._origin.complete(folder, self._tokenizer)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
         """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.
@@ -187,7 +195,7 @@ class CheckpointTrainer(Trainer):
         """
         report, student = None, self.whole_student()
         if self.args.should_save and student is not None:
-            with saved_with(student, self._given_settings):
+            with self.true_weights(), saved_with(student, self._given_settings):
                 kwargs = {"tokenizer": self._tokenizer, "record": self.sparsity_config_dict(), **kwargs}
                 report = export_model(student, out_dir, format, **kwargs)
         self.accelerator.wait_for_everyone()
@@ -304,7 +312,10 @@ class CheckpointTrainer(Trainer):
         return True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        model = cast(nn.Module, self.model) if model is None else model
+        with self.true_weights():
+            self._load_true_weights(resume_from_checkpoint, cast(nn.Module, self.model) if model is None else model)
+
+    def _load_true_weights(self, resume_from_checkpoint: str, model: nn.Module) -> None:
         stored, live = is_sharded_checkpoint(Path(resume_from_checkpoint)), is_sharded(model)
         if stored != live or (self.is_fsdp_enabled and not live):
             load_weights(Path(resume_from_checkpoint), model)
@@ -319,13 +330,19 @@ class CheckpointTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if self.is_fsdp_enabled or is_sharded_checkpoint(Path(best)):
-            self._load_from_checkpoint(best)
-        else:
-            super()._load_best_model()
+        with self.true_weights():
+            if self.is_fsdp_enabled or is_sharded_checkpoint(Path(best)):
+                self._load_from_checkpoint(best)
+            else:
+                super()._load_best_model()
         self._best_is_loaded = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sparse_optimizer(self.optimizer).begin_offload(self.student)  # before moments are read, to the host
+        with self.true_weights():
+            self._load_moments(checkpoint)
+
+    def _load_moments(self, checkpoint: str | None) -> None:
         if checkpoint is None or is_sharded_checkpoint(Path(checkpoint)) == is_sharded(self.student):
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -14,6 +14,7 @@ from ast_sparse.config import (
     CalibrationConfig,
     DistillationConfig,
     MixtureConfig,
+    OptimizerConfig,
     SLoRBConfig,
     SparsityConfig,
     WatchConfig,
@@ -35,7 +36,7 @@ from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback
 from ast_sparse.training.checkpointing import CheckpointTrainer
 from ast_sparse.training.checks.arguments import check_arguments
-from ast_sparse.training.checks.inputs import check_optimizer, check_replaced, check_taught
+from ast_sparse.training.checks.inputs import check_optimizer, check_optimizer_settings, check_replaced, check_taught
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
 from ast_sparse.training.eval_loss import HeldOutLoss, loss_of_parts
@@ -62,6 +63,7 @@ class SparseTrainer(CheckpointTrainer):
         slorb_config: SLoRB adapters; None for none.
         calibration_config: how many sequences a `sparsity.init` that needs text looks at, and SparseGPT's settings.
         watch_config: what happens when the loss is not finite or jumps; default `WatchConfig()`, which stops at NaN.
+        optimizer_config: where the state of the optimizer is kept; default `OptimizerConfig()`, on the device.
         mixture_config: shares of the domains of `train_dataset` and how they change; default: by size, constant.
         calibration_dataset: packed blocks or raw text for that; default the training data. False: start from magnitude
             masks, because masks and weights will come from a checkpoint.
@@ -96,6 +98,7 @@ class SparseTrainer(CheckpointTrainer):
         slorb_config: SLoRBConfig | None = None,
         calibration_config: CalibrationConfig | None = None,
         watch_config: WatchConfig | None = None,
+        optimizer_config: OptimizerConfig | None = None,
         mixture_config: MixtureConfig | None = None,
         calibration_dataset: Any = None,
         teacher_model: PreTrainedModel | str | None = None,
@@ -120,6 +123,8 @@ class SparseTrainer(CheckpointTrainer):
         self.sparsity_config = sparsity_config or SparsityConfig()
         self.distillation_config, self.slorb_config = distillation_config, slorb_config
         self.calibration_config = calibration_config or CalibrationConfig()
+        self.optimizer_config = optimizer_config or OptimizerConfig()
+        check_optimizer_settings(self.optimizer_config, args, optimizers[0])
         self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
         # 2. student and teacher, still dense, and their data
         models = self._take_models(model, teacher_model, args, processing_class, trust_remote_code)
@@ -316,7 +321,7 @@ class SparseTrainer(CheckpointTrainer):
             self.made_optimizer = True
             model = self.student if model is None else model
             decaying = set(self.get_decay_parameter_names(model))
-            self.optimizer = sparse_adamw(model, decaying, self.args, self.sparsity_config)
+            self.optimizer = sparse_adamw(model, decaying, self.args, self.sparsity_config, self.optimizer_config)
         return self.optimizer
 
     def train(
@@ -364,8 +369,9 @@ class SparseTrainer(CheckpointTrainer):
     def _kernels(self, stored: Kernels | None) -> Kernels:
         """The kernels of the run; eager on all ranks if one cannot compile, because their weights must stay equal."""
         weights, device = self.sparsity_report.pruned_parameters, self.args.device
+        device = torch.device("cpu") if self.optimizer_config.offload else device  # where weights are updated
         choice = choose_kernels(self.sparsity_config.kernels, weights, device, stored)
-        return "eager" if any_rank(choice == "eager", device) else choice
+        return "eager" if any_rank(choice == "eager", self.args.device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with a perplexity for each evaluation loss, and speed and memory for each training loss."""

@@ -9,6 +9,7 @@ from ast_sparse.config import SLoRBConfig
 from ast_sparse.schedules import slorb_step
 from ast_sparse.sparsity.model import restart_slorb
 from ast_sparse.sparsity.slorb import SLoRB
+from ast_sparse.training.callbacks.sparsity import sparse_optimizer
 
 
 class LateSLoRB(TrainerCallback):
@@ -31,7 +32,8 @@ class LateSLoRB(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.config is not None and state.global_step == slorb_step(self.config, state.max_steps):
-            restart_slorb(kwargs["model"], self.config.init)
+            with sparse_optimizer(kwargs["optimizer"]).true_weights():
+                restart_slorb(kwargs["model"], self.config.init)
 
     def drop_gradients(self, model: nn.Module, state: TrainerState) -> None:
         """Drop the gradients of what is not trained at this step, after the backward pass of a micro-batch."""

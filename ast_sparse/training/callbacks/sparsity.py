@@ -62,6 +62,7 @@ class SparsityCallback(TrainerCallback):
         optimizer = sparse_optimizer(kwargs["optimizer"])
         optimizer.bind_masks(masks_by_parameter(kwargs["model"]))
         optimizer.kernels = self.kernels
+        optimizer.begin_offload(kwargs["model"])
         use_kernels(kwargs["model"], self.kernels)
         self._waits = _STATE in (state.stateful_callbacks or {})
         if args.should_save:
@@ -87,7 +88,8 @@ class SparsityCallback(TrainerCallback):
             return
         self._wait(state, False)
         model: nn.Module = kwargs["model"]
-        rates = self._refresh(model, state.global_step, state.max_steps)
+        with sparse_optimizer(kwargs["optimizer"]).true_weights():
+            rates = self._refresh(model, state.global_step, state.max_steps)
         masks = {name: layer.mask for name, layer in sparse_layers(model).items()}
         total = sum(mask.numel() for mask in masks.values())
         values = {
@@ -108,6 +110,7 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        sparse_optimizer(kwargs["optimizer"]).end_offload()
         if self.config.is_gradual:  # a run that stops early is pruned to its pattern too
             refresh_masks(kwargs["model"], sparsity=self.config.final_sparsity)
         apply_masks(kwargs["model"])

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ast_sparse.config import OptimizerConfig
 from ast_sparse.data.tokens.vocabulary import Renamed, check_teacher_tokens, check_text_tokens, renamed_tokens
 from ast_sparse.errors import UserError
+from ast_sparse.kernels import moments8bit
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.storage.locate import load_tokenizer
+from ast_sparse.training.fsdp import sharding_plugin
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -36,6 +39,40 @@ def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, 
     for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
         if given.get(name) is not None:
             raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
+
+
+def check_optimizer_settings(
+    config: OptimizerConfig,
+    args: TrainingArguments,
+    optimizer: torch.optim.Optimizer | None = None,
+    processes: int | None = None,
+) -> None:
+    """Refuse settings of the optimizer that do not work in this run.
+
+    Args:
+        optimizer: one built by the user.
+        processes: of the run; default: those of `args`.
+
+    Raises:
+        UserError: a setting does not fit the optimizer, the processes or torch.compile, or a package is missing.
+    """
+    named = "optimizer.offload=True" if config.offload else f"optimizer.moments={config.moments!r}"
+    if config == OptimizerConfig():
+        return
+    if optimizer is not None:
+        raise UserError(f"{named} would be ignored: optimizers[0] has its own settings. Remove one of them.")
+    if sharding_plugin(args) is not None:
+        raise UserError(f"{named} does not work with FSDP2, which shards the state over the GPUs. Remove one of them.")
+    processes = args.world_size if processes is None else processes
+    if config.offload and processes > 1:
+        raise UserError(
+            f"{named} is for a single process, and this run has {processes}, each of which would keep all weights "
+            "in host memory. Remove it; set training.fsdp=true."
+        )
+    if config.offload and args.torch_compile:
+        raise UserError(f"{named} does not work with training.torch_compile=True. Remove one of them.")
+    if config.moments == "8bit" and not moments8bit.is_installed():
+        raise UserError(f"{named} needs torchao. Install it (`pip install 'ast-sparse[8bit]'`), or set float32.")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: PreTrainedModel) -> None:

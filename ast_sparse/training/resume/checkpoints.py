@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import SharedError, UserError, one_line, shown
+from ast_sparse.kernels import moments8bit
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_json, tensor_shapes, weight_files
@@ -115,6 +116,7 @@ def _state_fault(path: Path, stamp: tuple[int, ...]) -> str | None:
         return str(error).rstrip(".")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error):
         return "is damaged"
+    moments8bit.allow_loading()
     try:
         with safe_globals():  # allows numpy's random state, as Trainer does
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -25,7 +25,9 @@ from ast_sparse.training.resume.fingerprints import (
 )
 from ast_sparse.training.resume.older_runs import check_bos, stored_training
 from ast_sparse.training.resume.setting_classes import (
+    comparable_optimizers,
     depending,
+    is_own_optimizer,
     kind_of,
     optimizer_values,
     past_follows_length,
@@ -120,7 +122,7 @@ class RunRecord:
         settings = {
             **self._settings,
             **self.sections,
-            "optimizer": None if is_own else optimizer_values(trainer.optimizer),
+            "optimizer": trainer.optimizer_config.to_dict() if is_own else optimizer_values(trainer.optimizer),
             "training": {**training_values(trainer.args), **self._saving},
         }
         return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
@@ -162,6 +164,7 @@ def check_settings(
         "distillation": None if distillation is None else distillation.to_dict(),
         "calibration": config.calibration.to_dict(),
         "watch": config.watch.to_dict(),
+        "optimizer": config.optimizer.to_dict(),
         **run_settings(config),
         # a dry run sets `use_cpu`, which turns off `dataloader_pin_memory`
         "training": {**training_values(args), "use_cpu": use_cpu, "dataloader_pin_memory": pinned},
@@ -177,13 +180,16 @@ def check_settings(
 def _settings_differences(
     checkpoint: Path, saved: dict[str, Any] | None, now: Mapping[str, Any], strict: set[str]
 ) -> list[str]:
-    was: Settings = {"distillation": _stored_distillation(checkpoint)}
+    record = SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME))
+    was: Settings = {"distillation": record.distillation}
     if saved is None:
-        was["training"] = {} if now["settings"].get("optimizer") else plain(stored_training(checkpoint))
+        was["training"] = plain(stored_training(checkpoint)) if is_own_optimizer(now["settings"]["optimizer"]) else {}
         training = {key: now["settings"]["training"][key] for key in was["training"] or {}}
         return differences(checkpoint, was, {**now["settings"], "training": training}, strict)
     was |= saved["settings"]
-    return [*differences(checkpoint, was, now["settings"], strict), *_batch_differences(checkpoint, saved, now)]
+    was["optimizer"], own = comparable_optimizers(was.get("optimizer"), now["settings"]["optimizer"])
+    lines = differences(checkpoint, was, {**now["settings"], "optimizer": own}, strict)
+    return [*lines, *_batch_differences(checkpoint, saved, now)]
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
@@ -203,10 +209,6 @@ def _read(checkpoint: Path) -> dict[str, Any] | None:
     if saved.get("format_version") != _FORMAT_VERSION or not is_whole:
         raise UserError(f"{path} is damaged, or from a later version. Resume from another checkpoint.")
     return saved
-
-
-def _stored_distillation(checkpoint: Path) -> dict[str, Any] | None:
-    return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).distillation
 
 
 def differences(checkpoint: Path, was: Settings, now: Settings, strict: set[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.config import OptimizerConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.sparsity.oneshot import METHODS
 
 Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
@@ -23,12 +23,13 @@ Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
 _SECTIONS: dict[str, Kind] = {  # for fields that are not named below, including future ones
     "model": "same", "data": "same", "sparsity": "same", "distillation": "same", "slorb": "same",
     "calibration": "free", "evaluation": "free", "watch": "free",
-    "optimizer": "same",  # one that the user built
+    "optimizer": "same",  # OptimizerConfig, or the settings of one that the user built
 }  # fmt: skip
 _FIELDS: dict[str, Kind] = {
     "model.name_or_path": "content", "model.revision": "content", "model.gguf_file": "content",
     "model.teacher": "content", "model.attn_implementation": "free", "model.trust_remote_code": "free",
     "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
+    "optimizer.offload": "free",  # the same steps
     "sparsity.kernels": "free",  # a resume continues with those of the checkpoint
 }  # fmt: skip
 _TRAINING: dict[Kind, tuple[str, ...]] = {
@@ -127,6 +128,25 @@ def optimizer_values(optimizer: Any) -> dict[str, Any]:
     groups = optimizer.param_groups
     values = {key: plain([group.get(key) for group in groups]) for key in groups[0] if key not in _MOVING}
     return {**values, "lr": plain([group.get("initial_lr", group["lr"]) for group in groups])}
+
+
+def is_own_optimizer(settings: Mapping[str, Any]) -> bool:
+    """Whether settings are those of `OptimizerConfig`, and not `optimizer_values` of one that the user built."""
+    return "moments" in settings
+
+
+def comparable_optimizers(
+    was: dict[str, Any] | None, now: dict[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Settings of two optimizers by which they can be compared; None for SparseTrainer's own beside a user's.
+
+    Args:
+        was: None if it was SparseTrainer's own and the checkpoint is older than `OptimizerConfig`.
+    """
+    was = was or OptimizerConfig().to_dict()
+    if is_own_optimizer(was) == is_own_optimizer(now):
+        return was, now
+    return (None, now) if is_own_optimizer(was) else (was, None)
 
 
 def plain(value: Any) -> Any:

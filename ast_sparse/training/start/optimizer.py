@@ -1,13 +1,16 @@
 """The optimizer of a run: SparseAdamW and its groups of parameters."""
 
 from collections.abc import Collection
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ast_sparse.config import SparsityConfig
+from ast_sparse.config import OptimizerConfig, SparsityConfig
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.offload import OffloadedAdamW
 from ast_sparse.sparsity.slorb import SLoRB
 
 
@@ -33,15 +36,21 @@ def parameter_groups(model: nn.Module, decaying: Collection[str]) -> dict[str, l
 
 
 def sparse_adamw(
-    model: nn.Module, decaying: Collection[str], args: TrainingArguments, config: SparsityConfig
+    model: nn.Module,
+    decaying: Collection[str],
+    args: TrainingArguments,
+    config: SparsityConfig,
+    optimizer_config: OptimizerConfig | None = None,
 ) -> SparseAdamW:
     """SparseAdamW over four groups: masked, weight decay, no decay (norms, biases), SLoRB (never decays).
 
     Args:
         decaying: names of the parameters with weight decay.
     """
-    decays = {"masked", "decay"}
-    return SparseAdamW(
+    decays, settings = {"masked", "decay"}, optimizer_config or OptimizerConfig()
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    made = partial(OffloadedAdamW, half=half) if settings.offload else partial(SparseAdamW, moments=settings.moments)
+    return made(
         [
             {
                 "params": parameters,
