@@ -51,8 +51,8 @@ def _plain(value: object) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option(
     "--dry-run", is_flag=True,
-    help="Print layers, tokens, FLOPs, hours and memory per device, and stop; if the run does not fit, print settings "
-    "that fit and exit with 2.",
+    help="Print layers, tokens, FLOPs, hours and memory of a device and of its host, and stop; needs no weights, text "
+    "or tokenizer. If the run does not fit, print settings that fit and exit with 2.",
 )  # fmt: skip
 @click.option("--world-size", type=int, metavar="N", help="Dry run: number of devices; default: that of the launcher.")
 @click.option(

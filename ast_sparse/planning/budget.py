@@ -21,8 +21,7 @@ _GPU_GIB, _GPU_FLOPS, _GPU = 80, 989.4e12, "an H100 SXM"
 class Budget:
     """Memory and time of a plan."""
 
-    def __init__(self, plan: Plan, setup: Setup, hardware: Hardware, can_offload: bool = True) -> None:
-        self.can_offload = can_offload
+    def __init__(self, plan: Plan, setup: Setup, hardware: Hardware) -> None:
         self.plan = plan
         self.setup = setup
         self.on_cpu = setup.on_cpu
@@ -61,7 +60,7 @@ class Budget:
         assert self.plan.memory is not None
         student = self.plan.memory.student
         can_shard = not self.on_cpu and not any(isinstance(module, Conv1D) for module in student.modules())
-        can = dict(can_shard=can_shard, can_halve=not self.on_cpu, can_offload=not self.on_cpu and self.can_offload)
+        can = dict(can_shard=can_shard, can_halve=not self.on_cpu, can_offload=not self.on_cpu)
         fit = find_fit(self.plan.memory, self.setup, self.limit, **can)
         needs = f"The run needs {_shown(self.memory.total)} per device, and {_shown(self.limit)} can be used."
         if fit is None:

@@ -1,7 +1,7 @@
 """Host memory of a machine: what its processes hold there while models are read, while a run trains, and to save."""
 
 from ast_sparse.planning.setup import Setup
-from ast_sparse.planning.sizes import MASK_BYTES, MOMENT_BYTES, Sizes, Term
+from ast_sparse.planning.sizes import MASK_BYTES, Sizes, Term
 
 
 def host_memory(
@@ -23,6 +23,6 @@ def host_memory(
         terms["while the first process saves the model"] = Term.of(student.weights, 4) + masked
     if setup.offload:
         buffers = Term.of(student.tensor, 12 if setup.is_half else 16)
-        held = Term.of(student.weights, 4) + Term.of(student.trained, MOMENT_BYTES[setup.moments])
+        held = Term.of(student.weights, 4) + Term.of(student.trained, 8)
         terms["offloaded: masters, moments, masks, buffers"] = held + Term.of(student.masked, MASK_BYTES) + buffers
     return terms

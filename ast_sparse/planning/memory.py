@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ast_sparse.config import DistillationConfig
 from ast_sparse.planning.passes import Passes
 from ast_sparse.planning.setup import Setup
-from ast_sparse.planning.sizes import MASK_BYTES, MOMENT_BYTES, Sizes, Term
+from ast_sparse.planning.sizes import MASK_BYTES, MOMENTS_8BIT, Sizes, Term
 from ast_sparse.sparsity.model import sparse_layers
 
 _EAGER_BLOCK = 1 << 18  # elements that an eager update on a CPU takes at a time
@@ -89,21 +89,16 @@ class MemoryModel:
         }
         if setup.sharding == "fsdp2":
             moments["loss of a micro-batch"] = {**held, **gradients, **self._loss(setup)}
-            if setup.on_cpu:
-                moments["saving of the trained model"] = {
-                    **held,
-                    "the whole student, masked copies, masks": self._whole(),
-                }
-            moments["reduction of the last gradients"] = {**held, **gradients, **self._last_reduction(setup)}
+            whole = {"the whole student, masked copies, masks": self._whole()} if setup.on_cpu else {}
+            moments |= {"saving of the trained model": {**held, **whole}} if whole else {}
+            moments["reduction of the last gradients"] = {**held, **step, **self._last_reduction(setup)}
         if setup.eval_batch_size:
             counted = _counted(self.passes.evaluation(setup).activations, setup.eval_batch_size, setup.block_size)
             moments["evaluation"] = {**held, **self._gathered(setup, setup.is_half, is_step=False), **counted}
         if setup.measured_tokens:
             counted = _counted(self.passes.measurement(setup).activations, 1, setup.measured_tokens)
             if setup.offload:  # before the first and after the last step the masters are on the device
-                held = {
-                    name: term for name, term in self._held(replace(setup, offload=False)).items() if name != "moments"
-                }
+                held = {**self._held(replace(setup, offload=False)), "moments": Term(0)}
             moments["measurement of perplexities"] = {**held, **self._gathered(setup, False, is_step=False), **counted}
         return moments
 
@@ -111,17 +106,17 @@ class MemoryModel:
 
     def _held(self, setup: Setup) -> dict[str, Term]:
         pieces, ours = setup.pieces, self.sizes
-        masks = sum(layer.mask.nbytes + layer.start_mask.nbytes for layer in sparse_layers(self.student).values())
-        terms = {"weights (float32 masters)": Term.of(ours.weights, 4, pieces)}
         if setup.offload:
-            in_products = 2 if setup.is_half else 4
-            terms = {
-                "masked weights; embeddings, head and norms": Term.of(ours.masked, in_products) + Term.of(ours.plain, 4)
-            }
-            masks = ours.masked if self.fixed_masks else 0
+            in_products = Term.of(ours.masked, 2 if setup.is_half else 4)
+            terms = {"masked weights; embeddings, head, norms": in_products + Term.of(ours.plain, 4)}
+            if self.fixed_masks:
+                terms["masks"] = Term.of(ours.masked, 1)
         else:
-            terms["masks"] = Term(masks // pieces, Term.of(ours.masked, MASK_BYTES, pieces).how)
-            terms["moments"] = Term.of(ours.trained, MOMENT_BYTES[setup.moments], pieces)
+            moments = Term.of(ours.trained, 8, pieces)
+            if setup.moments == "8bit":
+                moments = Term.of(ours.masked, MOMENTS_8BIT) + Term.of(ours.plain, 8)
+            masks = Term.of(ours.masked, MASK_BYTES, pieces)
+            terms = {"weights (float32 masters)": Term.of(ours.weights, 4, pieces), "masks": masks, "moments": moments}
         terms["teacher"] = self._teacher(setup)
         terms["Hessians of a refresh"] = Term(self.hessians, "in² x 4 bytes of each layer")
         return terms
@@ -140,9 +135,9 @@ class MemoryModel:
         trained, accumulates = self.sizes.trained, setup.gradient_accumulation_steps > 1
         if setup.sharding == "none" and not accumulates:
             return {}
+        if setup.keeps_whole_gradients:  # there are no pieces until the last pass, where they take their place
+            return {"whole gradients between micro-batches": Term.of(trained, 4)}
         terms = {"gradients": Term.of(trained, 4, setup.pieces)}
-        if setup.keeps_whole_gradients:
-            terms["whole gradients between micro-batches"] = Term.of(trained, 4)
         if setup.sharding == "ddp" and accumulates:
             terms["buckets of DDP, which the last batch fills"] = Term.of(trained, 4)
         return terms

@@ -30,7 +30,7 @@ class Setup:
         measured_tokens: tokens in a window whose perplexity is measured; 0: nothing is measured.
         measured_by: the settings that turn off the measurements of this run; empty if nothing is measured.
         offload: masters, moments and masks are in host memory; the device has masked weights in 16 bits.
-        moments: their format: `float32` or `8bit`.
+        moments: format of the moments of masked weights; `8bit` only without sharding and offload.
         on_cpu: the devices are processes on a CPU.
         eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
     """

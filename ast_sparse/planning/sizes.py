@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 
-MOMENT_BYTES = {"float32": 8, "8bit": 2 + 8 / 256}  # both moments of a parameter; 8bit: a scale per 256 entries
+MOMENTS_8BIT = 2 + 8 / 256  # both moments of a masked weight: two bytes, and two scales for 256 of them
 MASK_BYTES = 1.125  # of a masked weight: a bool, and a bit of the first mask
 
 

@@ -30,8 +30,7 @@ def show_costs(run: CheckedRun, hardware: Hardware) -> None:
         run.echo(f"tokenizer: not looked at, a plan needs none ({unread})")
     devices = hardware.world_size or args.world_size
     run.echo(batch_line(args, devices, hardware))
-    can_offload = hasattr(config, "optimizer")
-    budget = Budget(run.plan, planned_setup(run, devices), hardware, can_offload)
+    budget = Budget(run.plan, planned_setup(run, devices), hardware)
     run.echo("\n".join(budget.lines()))
     budget.check()
 
@@ -40,7 +39,7 @@ def planned_setup(run: CheckedRun, devices: int) -> Setup:
     """What the run's settings mean for the memory of each of its devices."""
     config, args = run.config, run.args
     sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
-    evaluation, optimizer = config.evaluation, getattr(config, "optimizer", None)
+    evaluation = config.evaluation
     measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
     measured_by += ["evaluation.report=false"] if evaluation.report else []
     window = evaluation.seq_len or default_seq_len(run.plan.model_config)
@@ -52,8 +51,8 @@ def planned_setup(run: CheckedRun, devices: int) -> Setup:
         measured_tokens=window if measured_by else 0,
         measured_by=tuple(measured_by),
         on_cpu=bool(config.training.get("use_cpu")),
-        offload=bool(getattr(optimizer, "offload", False)),
-        moments=getattr(optimizer, "moments", "float32"),
+        offload=config.optimizer.offload,
+        moments=config.optimizer.moments,
         eager=config.sparsity.kernels == "eager",
     )
 
