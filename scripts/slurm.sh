@@ -1,33 +1,38 @@
 #!/usr/bin/env bash
-# One run on several nodes under Slurm, one task per GPU, sharded (FSDP2); a run that is preempted continues later.
+# One run on several nodes under Slurm, one task per GPU; a run that is preempted continues where it stopped.
 #   sbatch --nodes 2 scripts/slurm.sh --config configs/llama2_7b.yaml --output-dir runs/llama2_7b
+# Arguments go to ast-train. `training.fsdp: true` shards the model (FSDP2), otherwise it is DDP, as with torchrun.
+# Options of sbatch before the script replace the lines below: --gpus-per-node 4 --ntasks-per-node 4 --time 2:00:00
 # All nodes must see the output folder, the data and the cache of the tokenised text (HF_DATASETS_CACHE).
 #SBATCH --job-name=ast-train
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-resume=()
-for ((i = 1; i < $#; i++)); do
-    next=$((i + 1))
-    if [[ ${!i} == --output-dir && -e ${!next}/config.yaml ]]; then resume=(--resume); fi
-done
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# below the ports that Linux gives to outgoing connections
+export MASTER_ADDR=${nodes[0]} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # fewer holes in GPU memory
 
-# Without torchrun, USR1 reaches every rank 300 s before the end, and their exit code comes back.
+# srun starts the ranks without torchrun, so USR1 reaches each of them 300 s before the end, and their exit code comes
+# back. When one rank dies, the others wait for it: srun ends them after 60 s. It must not end them earlier, because
+# the exit code of a rank that is killed would hide 75.
 code=0
 # shellcheck disable=SC2016  # the variables are those of each task
-srun --wait=60 bash -c '
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --distribution=block --kill-on-bad-exit=0 --wait=60 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-    exec ast-train "$@"
-' ast-train "$@" --set training.fsdp=true "${resume[@]}" || code=$?
-if [[ $code -eq 75 ]]; then # saved after a request to stop
-    exec scontrol requeue "$SLURM_JOB_ID"
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    exec ast-train --resume-if-started "$@"
+' ast-train "$@" || code=$?
+if [[ $code -eq 75 ]]; then # stopped by a signal, and can be continued
+    if ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-100})); then exec scontrol requeue "$SLURM_JOB_ID"; fi
+    echo "Not queued again after $SLURM_RESTART_COUNT restarts: does --time leave enough for a checkpoint?" >&2
 fi
 exit "$code"

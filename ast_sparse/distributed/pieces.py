@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,6 +45,18 @@ def piece_for(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
+def rows_of(tensor: Tensor) -> slice:
+    """The rows of a whole tensor that are this process's piece: FSDP2 cuts dim 0; all rows of a plain tensor."""
+    rows = tensor.shape[0]
+    if isinstance(tensor, DTensor):
+        for dim, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):  # the other dimensions of a mesh hold copies
+                each = -(-rows // tensor.device_mesh.size(dim))
+                start = min(rows, tensor.device_mesh.get_local_rank(dim) * each)
+                return slice(start, min(rows, start + each))
+    return slice(0, rows)
+
+
 def distributed_like(tensor: Tensor, like: DTensor) -> DTensor:
     """A whole tensor that every process has, split as `like` is; each keeps a copy of its own rows."""
     placements = like.placements
@@ -70,5 +82,6 @@ def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
     """The sum over the processes that have a piece of `like`, equal on each; the values themselves if it is plain."""
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
-        torch.distributed.all_reduce(values, group=like.device_mesh.get_group())
+        mesh = like.device_mesh
+        torch.distributed.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))  # replicas have the same pieces
     return values

@@ -81,6 +81,8 @@ class PreemptionSignals:
         self.received, self._received_at = signal.Signals(number), time.monotonic()
         if self._at_once:
             self._stop_if_received()
+        if os.environ.get("RANK", "0") != "0":  # a scheduler signals all ranks
+            return
         what = "the step and its checkpoint" if self.is_training else "what is being written"
         # not `print`, which fails if the signal interrupted another print
         os.write(2, f"\n{self.received.name}: {what} will be finished; a second signal stops at once.\n".encode())

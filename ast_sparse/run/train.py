@@ -28,13 +28,13 @@ from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.sparsity.model import slorb_set_aside
 from ast_sparse.sparsity.oneshot import METHODS
-from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.storage.stage_results import WITHOUT_SLORB, Stages
 from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
+from ast_sparse.training.start.reading import load_student, load_teacher
 from ast_sparse.training.trainer import SparseTrainer
 
 logger = logging.get_logger(__name__)
@@ -150,8 +150,8 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     config, args, checkpoint = run.config, run.args, run.checkpoint
     every_block, train, held_out = _read_data(run, tokenizer)
     with library_bars(not args.disable_tqdm):
-        model = _random_student(config.model, args.seed) if config.model.random_weights else _load_dense(config.model)
-        teacher = _teacher(config)
+        model = _dense_student(run)
+        teacher = _teacher(config, args)
     check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
     rows = read_rows(run.output, config) if checkpoint is not None else {}
     measured.samples = read_samples(run.output, rows) if config.evaluation.report else {}
@@ -258,12 +258,11 @@ def _calibration(
         return calibration_blocks(settings.data, data.root, data.text_field, tokenizer, length, bos=data.bos)
 
 
-def _load_dense(model: ModelConfig) -> PreTrainedModel:
-    return load_causal_lm(model.name_or_path, **_load_options(model))
-
-
-def _random_student(model: ModelConfig, seed: int) -> PreTrainedModel:
-    return random_causal_lm(model.name_or_path, seed, **_load_options(model))
+def _dense_student(run: CheckedRun) -> PreTrainedModel:
+    """The dense student, whole: the trainer shards it."""
+    model = run.config.model
+    seed = run.args.seed if model.random_weights else None
+    return load_student(model.name_or_path, run.args, whole=True, seed=seed, **_load_options(model))
 
 
 def _load_options(model: ModelConfig) -> dict[str, Any]:
@@ -271,10 +270,10 @@ def _load_options(model: ModelConfig) -> dict[str, Any]:
     return {key: getattr(model, key) for key in keys}
 
 
-def _teacher(config: RunConfig) -> PreTrainedModel | str | None:
+def _teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel | str | None:
     """The teacher, or None if there is none or it is the dense model that the student starts from."""
     if config.distillation is None or not config.distillation.needs_teacher:
         return None
     if config.model.teacher is None and config.model.random_weights:
-        return _load_dense(config.model)
+        return load_teacher(config.model.name_or_path, args, **_load_options(config.model))
     return config.model.teacher

@@ -125,7 +125,7 @@ def random_causal_lm(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    _take_generation_config(model)
+    take_generation_config(model)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -191,7 +191,7 @@ def _load_weights(
     arguments: dict[str, Any],
 ) -> PreTrainedModel:
     if place.model_folder is not None:
-        _check_files(place.model_folder, place, config, arguments)
+        check_files(place.model_folder, place, config, arguments)
     # transformers would report every mask as an unexpected key: the keys are checked here instead.
     with named_errors("model", place), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -199,10 +199,10 @@ def _load_weights(
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    if unused := sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked)):
-        if place.folder is None and getattr(config, "quantization_config", None) is None:
-            check_leftovers(unused, model, place.name)  # the files of a local folder are checked above
-        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place.name, len(unused), unused[0])
+    unused = sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked))
+    if unused and place.folder is None and getattr(config, "quantization_config", None) is None:
+        check_leftovers(unused, model, place.name)  # the files of a local folder are checked above
+    warn_unused(unused, place.name)
     for name, stored, expected in sorted(info["mismatched_keys"], key=str):
         raise UserError(
             f"`{place.name}`: the tensor `{name}` has shape {tuple(stored)}, the model needs {tuple(expected)}. "
@@ -214,13 +214,19 @@ def _load_weights(
             "The checkpoint is incomplete, or was saved without its language-model head."
         )
     if place.gguf_file is not None:
-        _take_generation_config(model)
+        take_generation_config(model)
     make_plain(model, place.name)
     check_finite(model, repr(place.name))
     return model
 
 
-def _take_generation_config(model: Any) -> None:
+def warn_unused(names: list[str], place: str) -> None:
+    """Say that tensors of a checkpoint are not used."""
+    if names:
+        logger.warning("%s: %d tensors of the checkpoint are not used, e.g. %s", place, len(names), names[0])
+
+
+def take_generation_config(model: Any) -> None:
     """Give a model the generation_config.json of its source, which transformers reads only beside safetensors."""
     folder = source_folder(model.config)
     generation = None if folder is None else read_generation_config(folder)
@@ -228,7 +234,7 @@ def _take_generation_config(model: Any) -> None:
         model.generation_config = generation
 
 
-def _check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
+def check_files(folder: Path, place: Place, config: PreTrainedConfig, arguments: dict[str, Any]) -> None:
     """Raise UserError if the files do not match config.json: transformers would allocate or cast what differs."""
     own = {"trust_remote_code": arguments["trust_remote_code"]}
     with named_errors("model", place), torch.device("meta"), warnings.catch_warnings(action="ignore"):

@@ -168,9 +168,42 @@ def check_leftovers(stored: Iterable[str], model: nn.Module, name: str) -> None:
 
 def _reader(model: nn.Module) -> Callable[[str], bool]:
     """A function that says whether loading reads a stored tensor into the model, maybe under another name."""
+    state, rename = model.state_dict(), _renamer(model)
+    return lambda key: key in state or rename(key)[0] in state
+
+
+def _renamer(model: nn.Module) -> Callable[[str], tuple[str, str | None]]:
+    """A function that gives the name of a stored tensor in the model, and the pattern of a conversion it goes into."""
     state: Any = model.state_dict()
     conversions = get_model_conversion_mapping(cast(PreTrainedModel, model))
     renamings: Any = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters: Any = [each for each in conversions if isinstance(each, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", "") or None
-    return lambda key: key in state or rename_source_key(key, renamings, converters, prefix, state)[0] in state
+    return lambda key: rename_source_key(key, renamings, converters, prefix, state)
+
+
+def plain_names(stored: Iterable[str], model: nn.Module) -> dict[str, str] | None:
+    """The names in the model of stored tensors that loading takes as they are, `{stored: name}`.
+
+    Returns:
+        None if loading would rename, join or split one, or if two have the same name in the model. Only the prefix of
+        the base model may be missing, or be one too many.
+    """
+    state, rename = model.state_dict(), _renamer(model)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names: dict[str, str] = {}
+    for key in stored:
+        name, pattern = rename(key)
+        if name not in state and pattern is None:
+            continue
+        if pattern is not None or name.removeprefix(prefix) != key.removeprefix(prefix) or name in names.values():
+            return None
+        names[key] = name
+    return names
+
+
+def moves_only(model: nn.Module) -> bool:
+    """Whether the conversions that loading makes only move values, so that they can be made in any dtype."""
+    conversions: Any = get_model_conversion_mapping(cast(PreTrainedModel, model))
+    operations = [each for conversion in conversions for each in getattr(conversion, "operations", ())]
+    return all(type(each).__module__ == WeightConverter.__module__ for each in operations)

@@ -180,7 +180,8 @@ def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_
     inside = {p for block in decoder_blocks(teacher).values() for p in block.parameters()}
     outside = [p for p in teacher.parameters() if p not in inside]
     for tensor in (*outside, *teacher.buffers()):
-        tensor.data = tensor.data.to(device)
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
     # the root, so that the blocks overlap; not the decoder, which transformers recognises only by its class
     fully_shard(teacher, ignored_params=set(outside))
 

@@ -68,7 +68,7 @@ def interrupted(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("owner", "name", "number", "restart"),
     [
         (run_module, "build_datasets", signal.SIGUSR1, "start it again with the same command"),
-        (run_module, "load_causal_lm", signal.SIGTERM, "start it again with the same command"),
+        (run_module, "load_student", signal.SIGTERM, "start it again with the same command"),
         (output_module, "_write_config", signal.SIGTERM, "--resume starts it again"),
         (SparseTrainer, "get_train_dataloader", signal.SIGTERM, "--resume starts it again"),
     ],
@@ -196,6 +196,17 @@ def test_a_second_signal_stops_at_once_unless_a_launcher_passed_the_first_one_on
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.count("SIGUSR1: the step and its checkpoint will be finished") == 1
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("3", 0)])
+def test_only_the_first_rank_says_that_it_will_stop(monkeypatch: pytest.MonkeyPatch, rank: str, lines: int) -> None:
+    written: list[bytes] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(signals_module.os, "write", lambda _, text: written.append(text))
+    with preemption_signals() as caught:
+        caught.begin_training()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert caught.received is signal.SIGUSR1 and len(written) == lines
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, 0)])

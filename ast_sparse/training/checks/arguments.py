@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -69,8 +70,10 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
     """`TrainingArguments(**values)`, with each error in one line.
 
     Raises:
-        UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting.
+        UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting. The processes of a
+            launcher, which it connects, do not find each other.
     """
+    _check_restarted()
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
     _check_refused({name: values[name] for name in _REFUSED if name in values}, defaults)
     _check_ranges(values)
@@ -78,15 +81,31 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
         if name in values and values[name] != default:
             raise UserError(f"training.{name}={_short(values[name])}: {reason}")
     _check_choices(values, "metric_for_best_model")  # a SparseTrainer with compute_metrics has others
-    arguments = {**values, "output_dir": output_dir}
+    arguments = {"log_on_each_node": False, **values, "output_dir": output_dir}  # what is said, is said once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
             args = TrainingArguments(**arguments)
         except Exception as error:  # whatever its many checks, and those of accelerate, raise
+            if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+                raise UserError(
+                    f"The processes cannot connect with each other: {one_line(error, end='stop')} Check that all were "
+                    f"started, and reach MASTER_ADDR:MASTER_PORT={place}."
+                ) from error
             raise UserError(_named(error, values, arguments)) from None
     check_arguments(args)
     return args
+
+
+def _check_restarted() -> None:
+    """Raise UserError in a process that torchrun restarts with the store, and the addresses, of those that ended."""
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(
+            "torchrun restarted the processes with the addresses of those that ended, so they cannot connect. Set the "
+            "environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun --rdzv-backend c10d."
+        )
 
 
 def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ast_sparse.data.blocks.domains import DomainBlocks
@@ -22,6 +23,7 @@ from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.entries import text_files
 from ast_sparse.data.tokens.tokenise import tokenizer_key
+from ast_sparse.distributed.pieces import local, reshard, rows_of, sum_over_pieces
 
 _COLUMNS = ("attention_mask", "input_ids", "labels", "position_ids")
 _ROWS = 2048  # hashed at once
@@ -40,7 +42,11 @@ _NOT_THE_MODEL = (
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of names, shapes and weights: sums over the bits of all entries, and a sample of the entries."""
+    """Hash of names, shapes and weights: sums over the bits of all entries, and a sample of the entries.
+
+    It is the same for a sharded model as for the whole one; all processes must call this if it is sharded.
+    """
+    reshard(model)  # a forward pass may have left weights gathered
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
@@ -51,12 +57,36 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _add_bits(digest: Any, tensor: Tensor) -> None:
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_BITS.get(flat.element_size(), torch.uint8))
-    sums = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_CHUNK)])
-    taken = bits[:: max(1, len(bits) // _TAKEN)]
-    for part in (sums, taken.contiguous()):
+    piece = local(tensor.detach())
+    kind = _BITS.get(piece.element_size(), torch.uint8)
+    flat = piece.contiguous().view(-1)
+    bits = flat.view(kind) if flat.numel() else flat.new_empty(0, dtype=kind)
+    if not isinstance(tensor, DTensor):
+        parts = [part.sum(dtype=torch.int64) for part in bits.split(_CHUNK)]
+        sums, taken = torch.stack(parts), bits[:: max(1, len(bits) // _TAKEN)].contiguous()
+    else:
+        sums, taken = _sharded_bits(bits, tensor)
+    for part in (sums, taken):
         digest.update(part.cpu().numpy().tobytes())
+
+
+def _sharded_bits(bits: Tensor, tensor: DTensor) -> tuple[Tensor, Tensor]:
+    """Sums and sample of a whole tensor, from the bits of this process's rows."""
+    total = tensor.numel()
+    first = rows_of(tensor).start * (total // tensor.shape[0])  # place of the first entry in the whole
+    step = max(1, total // _TAKEN)
+    sums = torch.zeros(-(-total // _CHUNK), dtype=torch.int64, device=bits.device)
+    before = -first % _CHUNK  # entries in the chunk that another process may have begun
+    parts = [bits[:before], *bits[before:].split(_CHUNK)]
+    for number, part in enumerate(parts, start=(first + before) // _CHUNK - 1):
+        if part.numel():
+            sums[number] += part.sum(dtype=torch.int64)
+    taken = torch.zeros(-(-total // step), dtype=torch.int64, device=bits.device)
+    mine = bits[-first % step :: step]
+    start = -(-first // step)
+    taken[start : start + len(mine)] = mine
+    sums, taken = sum_over_pieces(torch.cat([sums, taken]), tensor).split([len(sums), len(taken)])
+    return sums, taken.to(bits.dtype)
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:

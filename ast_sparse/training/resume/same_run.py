@@ -4,14 +4,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from ast_sparse.config import SECTIONS, DistillationConfig, RunConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import errors_shared
 from ast_sparse.errors import UserError, shown
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, read_json, write_json
@@ -68,7 +68,7 @@ def run_settings(config: RunConfig) -> Settings:
 class RunRecord:
     """The record of a run in its checkpoints (`run.json`), and the comparison with the resumed run.
 
-    Only the first process hashes and compares; all processes raise the error that it finds.
+    Only the first process compares; all processes raise the error that it finds.
 
     Args:
         model: the dense model, before masks are made.
@@ -88,14 +88,13 @@ class RunRecord:
         self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
         self._content: dict[str, Any] = {}
-        if self._is_first:
-            self._content = {"model": weights_fingerprint(model), "model_config": config_values(model.config)}
+        self.add(model, "model")
 
-    def add_teacher(self, teacher: nn.Module) -> None:
-        """Record the content of the teacher; call this before the teacher is sharded."""
-        if self._is_first:
-            self._content["teacher"] = weights_fingerprint(teacher)
-            self._content["teacher_config"] = config_values(cast(PreTrainedModel, teacher).config)
+    def add(self, model: PreTrainedModel, name: str = "teacher") -> None:
+        """Record the content of a model, sharded or not; every process must call this."""
+        if self._is_first or is_sharded(model):
+            self._content[name] = weights_fingerprint(model)
+            self._content[f"{name}_config"] = config_values(model.config)
 
     def save(self, trainer: Any, folder: Path) -> None:
         """Write `run.json`; call this on the first process."""

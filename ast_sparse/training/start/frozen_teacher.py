@@ -1,7 +1,5 @@
 """The teacher of a run: loaded or copied, compared with the student, cast and frozen."""
 
-import copy
-
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
@@ -10,10 +8,11 @@ from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.data.tokens.vocabulary import Renamed
-from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.checks.inputs import check_vocabularies
 from ast_sparse.training.fsdp import shard_teacher
+from ast_sparse.training.start.reading import load_teacher, teacher_copy, teacher_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -46,26 +45,29 @@ def frozen_teacher(
     check_feature_settings(config, model.config, args)
     is_other, name = teacher is not None and teacher is not model, teacher if isinstance(teacher, str) else None
     if isinstance(teacher, str):
-        teacher = load_causal_lm(teacher, trust_remote_code=trust_remote_code)
-    elif teacher is None or teacher is model or args.bf16 or args.fp16:  # a given model is not cast in place
-        teacher = copy.deepcopy(model if teacher is None else teacher)
+        teacher = load_teacher(teacher, args, trust_remote_code=trust_remote_code)
+    elif teacher is None or teacher is model:
+        teacher = teacher_copy(model, args)
+    elif not _is_in(teacher, teacher_dtype(args)):  # a given model is not cast in place
+        teacher = teacher_copy(teacher, args)
     if is_other:
         note, renamed = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
         if note is not None and args.should_log:
             logger.warning(f"{note}.")
     check_feature_shapes(config, model.config, teacher.config)
     use_eager_attention(config, model, teacher, bool(args.should_log))
-    if args.bf16 or args.fp16:  # its matrix products run in this dtype anyway
-        for parameter in teacher.parameters():  # not `.to`: buffers, such as rotary frequencies, stay float32
-            parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float16)
     return teacher.requires_grad_(False).eval(), renamed
+
+
+def _is_in(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    return dtype is None or all(parameter.dtype == dtype for parameter in model.parameters())
 
 
 def place_teacher(
     teacher: PreTrainedModel, args: TrainingArguments, plugin: FullyShardedDataParallelPlugin | None
 ) -> None:
-    """Move the teacher to the device of the run, sharded if the student will be."""
+    """Move the teacher to the device of the run, sharded if the student will be; it may be there already."""
     if plugin is None:
         teacher.to(args.device)  # type: ignore[arg-type]
-    else:
+    elif not is_sharded(teacher):
         shard_teacher(teacher, args.device, bool(plugin.reshard_after_forward))

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ast_sparse.config import CalibrationConfig, DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.data.tokens.vocabulary import Renamed
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
-from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
@@ -20,6 +20,7 @@ from ast_sparse.training.checks.inputs import check_model
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 from ast_sparse.training.start.blocks import BlockMaker
 from ast_sparse.training.start.frozen_teacher import frozen_teacher
+from ast_sparse.training.start.reading import load_student
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,14 @@ def _dense_student(
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, Origin]:
     """A model that can be trained and saved, and its origin."""
-    model = load_causal_lm(model, trust_remote_code=trust_remote_code) if isinstance(model, str) else model
+    if isinstance(model, str):
+        model = load_student(model, args, whole=True, trust_remote_code=trust_remote_code)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
     origin = Origin.of(model)
     generation = getattr(model, "generation_config", None)
     check_saving(str(model.config.name_or_path), model.config, generation, tokenizer)
-    if sharding_plugin(args) is not None:
+    if sharding_plugin(args) is not None and not is_sharded(model):
         check_shardable(model)
     return model, origin
 
