@@ -31,6 +31,7 @@ from ast_sparse.sparsity.model import CHECKPOINTED, sparse_layers, sparsify_mode
 from ast_sparse.training.fsdp import without_weights
 from ast_sparse.training.resume.fingerprints import weights_fingerprint
 from ast_sparse.training.sharding import allocate_pieces, shard_student
+from tests.distributed import stage_facts
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
@@ -120,9 +121,6 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
     ),
     "sharded first, unstructured": lambda out, world: sharded_first(
         out, SparsityConfig(mask_interval=3, pattern="unstructured"), world
-    ),
-    "sharded first, gmp": lambda out, world: sharded_first(
-        out, SparsityConfig(schedule="gmp", mask_interval=2), world
     ),
     "late SLoRB": lambda out, world: make(
         out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16, start=0.5)
@@ -354,6 +352,9 @@ def main(out: Path) -> None:
         for masks in ("fixed", "moving")
     }
     facts["bf16"] = kinds(half(out / "bf16", RANKS))
+    facts["stages"] = stage_facts.facts()
+    stage_facts.train(out / "stages", RANKS)
+    facts["saved in pieces"] = stage_facts.saved(half(out / "half", RANKS), out / "stages")
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
     if os.environ["RANK"] == "0":
