@@ -14,7 +14,9 @@ import click
 from scripts.benchmarks.harness import Command, provenance, read_lines, table
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run", "step_profile"))
+BENCHMARKS = sorted(
+    path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run", "step_profile", "loading")
+)
 
 
 @click.command(cls=Command, help=__doc__)
