@@ -82,5 +82,6 @@ def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
     """The sum over the processes that have a piece of `like`, equal on each; the values themselves if it is plain."""
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
-        torch.distributed.all_reduce(values, group=like.device_mesh.get_group())
+        mesh = like.device_mesh
+        torch.distributed.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))  # replicas have the same pieces
     return values

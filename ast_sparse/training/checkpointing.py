@@ -106,7 +106,10 @@ class CheckpointTrainer(Trainer):
 
         Every process must call this; in a sharded run it is None on all but the first.
         """
-        return gathered(self.student, frame_of(self.student)) if is_sharded(self.student) else self.student
+        if not is_sharded(self.student):
+            return self.student
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return gathered(sharded, frame_of(sharded))
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""

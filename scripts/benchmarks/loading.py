@@ -21,7 +21,6 @@ from typing import Any
 import click
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 BEFORE_BYTES = 12  # a parameter and rank of the commit before: float32, its copy for the teacher, and moments of a step
@@ -79,8 +78,9 @@ def rank(model: str, out: Path) -> None:
             said["step"] = time.time()
 
     number, world = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    sharded: Any = True
     args = TrainingArguments(
-        str(out / "run"), max_steps=1, use_cpu=True, bf16=True, fsdp=True, report_to="none", disable_tqdm=True,
+        str(out / "run"), max_steps=1, use_cpu=True, bf16=True, fsdp=sharded, report_to="none", disable_tqdm=True,
         save_strategy="no", per_device_train_batch_size=1, logging_strategy="no",
     )  # fmt: skip
     ids = torch.randint(0, VOCAB, (world, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
@@ -105,7 +105,7 @@ def rank(model: str, out: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def held_bytes(model: nn.Module) -> int:
+def held_bytes(model: Any) -> int:
     """Bytes of the parameters and buffers of this process."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     pieces = (getattr(tensor, "_local_tensor", tensor) for tensor in tensors.values())
@@ -208,9 +208,7 @@ def run(parameters: float, ranks: int, against: str | None) -> None:
                 found = measure_side(package, smaller, ranks)
             rows.append(row(against, count, found))
             per_parameter.append(found["peak"] / count)
-    click.echo(
-        f"{ranks} gloo ranks, bytes of all together above those of imports; the file has 2 bytes a parameter"
-    )
+    click.echo(f"{ranks} gloo ranks, bytes of all together above those of imports; the file has 2 bytes a parameter")
     click.echo(format_table(headers, rows))
     if len(per_parameter) == 2:
         click.echo(f"Peak a parameter, this one / {against}: {per_parameter[0] / per_parameter[1]:.3f}")

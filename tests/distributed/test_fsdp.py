@@ -63,6 +63,19 @@ def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], t
     assert facts[0][name]["masks"] == expected["masks"]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+@pytest.mark.parametrize("masks", ["fixed", "moving"])
+def test_masked_weights_are_gathered_without_masks_and_loss_and_gradients_are_those_of_the_whole_model(
+    facts: list[dict[str, Any]], dtype: str, masks: str
+) -> None:
+    for rank, gathered in enumerate(fact["gathers"][f"{dtype}, {masks}"] for fact in facts):
+        assert gathered["bytes"] == (2 if dtype == "bf16" else 4)  # a parameter
+        assert gathered["dtypes"] == ["torch.bfloat16" if dtype == "bf16" else "torch.float32"]
+        assert gathered["masks"] and gathered["loss"], rank
+        assert gathered["unequal"] == []
+        assert (gathered["gradients of pruned"] == 0) == (masks == "fixed")
+
+
 def test_every_mask_fits_its_weight_after_each_refresh(facts: list[dict[str, Any]]) -> None:
     assert all(rank["masks fit"] == [True] * 3 for rank in facts)
 
