@@ -21,7 +21,7 @@ from ast_sparse.config import RunConfig
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.sources.documents import read_texts
 from ast_sparse.data.tokens.bos import find_bos
-from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.pieces import is_sharded, reshard
 from ast_sparse.errors import DivergenceError, UserError, did_you_mean
 from ast_sparse.evaluation.perplexity import (
     NOT_FINITE,
@@ -136,12 +136,14 @@ class Measured:
         settings = self.config.evaluation
         if not self.is_asked:
             return {}
-        model.to(self.device)  # type: ignore[arg-type]
+        if not is_sharded(model):  # it is there already, and its weights would lose their masks
+            model.to(self.device)  # type: ignore[arg-type]
         if settings.report and prompts:
             texts, bos = settings.prompts, self.config.data.bos
             self.samples[stage] = continue_prompts(model, tokenizer, texts, "evaluation.prompts", bos)
         results = self._measure(stage, model, tokenizer, held_out, self.show)
-        if self.leaves_device:
+        reshard(model)  # its weights are gathered otherwise, in the dtype of the forward pass
+        if self.leaves_device and not is_sharded(model):
             model.to("cpu")  # type: ignore[arg-type]
         return {name: cast(StageResult, asdict(result)) for name, result in results.items()}
 

@@ -27,15 +27,15 @@ BEFORE_BYTES = 12  # a parameter and rank of the commit before: float32, its cop
 TOKENS, VOCAB = 64, 32000
 
 
-def llama(parameters: float) -> Any:
+def llama(parameters: float, hidden: int = 512) -> Any:
     """The configuration of a LLaMA with about so many parameters."""
     from transformers import LlamaConfig
 
-    hidden, inner, heads = (2048, 5632, 32) if parameters > 5e8 else (512, 1408, 8)
+    hidden, inner, heads = (2048, 5632, 32) if parameters > 5e8 else (hidden, hidden * 11 // 4, 8)
     block = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
     blocks = max(1, round((parameters - 2 * VOCAB * hidden) / block))
     return LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
+        vocab_size=VOCAB if parameters else 64, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=TOKENS,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
@@ -84,17 +84,25 @@ def rank(model: str, out: Path) -> None:
         save_strategy="no", per_device_train_batch_size=1, logging_strategy="no",
     )  # fmt: skip
     ids = torch.randint(0, VOCAB, (world, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    trainer = ast_sparse.SparseTrainer  # the import takes memory and time that are not measured
+
+    def load(name: str) -> Any:
+        return ast_sparse.SparseTrainer(
+            name,
+            args,
+            sparsity_config=ast_sparse.SparsityConfig(),
+            distillation_config=ast_sparse.DistillationConfig(),
+            train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        )
+
     said: dict[str, Any] = {"pid": os.getpid(), "package": ast_sparse.__file__}
-    assert args.device.type == "cpu"  # starts the group of processes
+    tiny = str(out / f"tiny-{os.environ['RANK']}")
+    write_model(Path(tiny), llama(0, hidden=64))
+    load(tiny)  # what is imported on the way is not measured
     torch.distributed.barrier()
     (out / f"{number}.started").write_text(json.dumps(said))
     while not (out / "go").exists():
         time.sleep(0.01)
-    run = trainer(
-        model, args, sparsity_config=ast_sparse.SparsityConfig(), distillation_config=ast_sparse.DistillationConfig(),
-        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
-    )  # fmt: skip
+    run = load(model)
     said |= {"loaded": time.time(), "held": held_bytes(run.student) + held_bytes(run.teacher)}
     (out / f"{number}.loaded").write_text(json.dumps(said))
     torch.distributed.barrier()
