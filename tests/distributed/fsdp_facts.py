@@ -31,6 +31,7 @@ from ast_sparse.sparsity.model import CHECKPOINTED, sparse_layers, sparsify_mode
 from ast_sparse.training.fsdp import without_weights
 from ast_sparse.training.resume.fingerprints import weights_fingerprint
 from ast_sparse.training.sharding import allocate_pieces, shard_student
+from tests.distributed import stage_facts
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
@@ -354,6 +355,9 @@ def main(out: Path) -> None:
         for masks in ("fixed", "moving")
     }
     facts["bf16"] = kinds(half(out / "bf16", RANKS))
+    facts["stages"] = stage_facts.facts()
+    stage_facts.train(out / "stages", RANKS)
+    facts["saved in pieces"] = stage_facts.saved(half(out / "half", RANKS), out / "stages")
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
     if os.environ["RANK"] == "0":
