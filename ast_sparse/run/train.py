@@ -276,10 +276,12 @@ def _calibration(
 
 
 def _dense_student(run: CheckedRun) -> PreTrainedModel:
-    """The dense student, whole: the trainer shards it."""
-    model = run.config.model
+    """The dense student; in a sharded run each process has its rows of it, unless text decides the first masks."""
+    model, init = run.config.model, run.config.sparsity.init
+    # calibration runs the whole model, block by block, on every process
+    whole = METHODS[init].needs_text and run.checkpoint is None
     seed = run.args.seed if model.random_weights else None
-    return load_student(model.name_or_path, run.args, whole=True, seed=seed, **_load_options(model))
+    return load_student(model.name_or_path, run.args, whole=whole, seed=seed, **_load_options(model))
 
 
 def _load_options(model: ModelConfig) -> dict[str, Any]:
