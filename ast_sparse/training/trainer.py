@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -57,7 +58,7 @@ class SparseTrainer(CheckpointTrainer):
 
     Args:
         model: dense causal LM in float32, or the name of one. It is made sparse in place. If `shard_student` has
-            sharded it, `student` is another model with its weights, and `teacher_model` must be given.
+            sharded it, or in a sharded run a name was given, `student` is another model with its weights.
         args: plain `TrainingArguments`; a setting that AST would ignore is refused by name.
         sparsity_config: pattern and mask settings; default `SparsityConfig()`.
         distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the run has more
@@ -137,7 +138,8 @@ class SparseTrainer(CheckpointTrainer):
         # 3. masks
         sparsity, slorb, calibration = self.sparsity_config, self.slorb_config, self.calibration_config
         if is_sharded(model):
-            model, self.sparsity_report = sparsify_sharded(model, args, sparsity, slorb)
+            first = replace(sparsity, init="magnitude") if blocks.calibration is False else sparsity
+            model, self.sparsity_report = sparsify_sharded(model, args, first, slorb)
         else:
             self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
         check_optimizer(optimizers[0], model)

@@ -14,7 +14,8 @@ import click
 from scripts.benchmarks.harness import Command, provenance, read_lines, table
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("harness", "run", "step_profile"))
+OTHERS = ("harness", "run", "step_profile", "loading")  # loading has options of its own
+BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in OTHERS)
 
 
 @click.command(cls=Command, help=__doc__)

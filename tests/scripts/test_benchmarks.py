@@ -15,7 +15,7 @@ from scripts.benchmarks.step_profile import main
 from tests.processes import forked_commands
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
-NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile"})
+NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"run", "harness", "step_profile", "loading"})
 
 
 @pytest.fixture(scope="module", autouse=True)

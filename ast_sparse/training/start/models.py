@@ -68,7 +68,8 @@ def dense_models(
         UserError: a model cannot be read, trained, sharded or saved, teacher and student do not fit, or a baseline
             needs a different number of steps.
     """
-    student, origin = _dense_student(model, args, tokenizer, trust_remote_code)
+    calibrates = METHODS[sparsity.init].needs_text
+    student, origin = _dense_student(model, args, calibrates, tokenizer, trust_remote_code)
     count = student_parameters(student, sparsity, slorb)
     args, matched = match_flops(
         args, distillation, count, lambda: teacher_parameters(teacher or student, trust_remote_code)
@@ -89,12 +90,14 @@ def dense_models(
 def _dense_student(
     model: PreTrainedModel | str,
     args: TrainingArguments,
+    calibrates: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, Origin]:
     """A model that can be trained and saved, and its origin."""
     if isinstance(model, str):
-        model = load_student(model, args, whole=True, trust_remote_code=trust_remote_code)
+        # calibration runs the whole model, block by block, on every process
+        model = load_student(model, args, whole=calibrates, trust_remote_code=trust_remote_code)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
     origin = Origin.of(model)

@@ -1,0 +1,58 @@
+"""Models read tensor by tensor are those that transformers loads, to the bit, and fail with the same messages."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ast_sparse.errors import UserError
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.rows import copied, read_causal_lm
+from ast_sparse.storage.source_files import Source
+from ast_sparse.training.fsdp import without_weights
+from tests.families import family_model
+from tests.models import save_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("family", "is_direct"),
+    [("llama", True), ("gemma2", True), ("gpt2", True), ("opt", True), ("gpt_neox", False), ("mixtral", False)],
+)
+def test_weights_and_buffers_are_those_of_transformers(family: str, is_direct: bool, tmp_path: Path) -> None:
+    family_model(family).bfloat16().save_pretrained(tmp_path, max_shard_size="40kB")  # several files and an index
+    expected, read = load_causal_lm(tmp_path), read_causal_lm(tmp_path)
+    half = read_causal_lm(tmp_path, dtype=torch.bfloat16)
+    copy = copied(expected, without_weights(expected), torch.bfloat16)
+    assert (Source(tmp_path, None, {}).stored() is not None) == is_direct
+    assert read.config.to_dict() == expected.config.to_dict() and not read.training
+    assert expected.state_dict().keys() == read.state_dict().keys()
+    for name, parameter in expected.named_parameters(remove_duplicate=False):
+        assert torch.equal(read.get_parameter(name), parameter)
+        for cast in (half, copy):
+            assert cast.get_parameter(name).dtype == torch.bfloat16
+            assert torch.equal(cast.get_parameter(name), parameter.bfloat16())
+    for name, buffer in expected.named_buffers():
+        for model in (read, half, copy):
+            assert model.get_buffer(name).dtype == buffer.dtype and torch.equal(model.get_buffer(name), buffer)
+    assert [name for name, _ in read.named_parameters()] == [name for name, _ in expected.named_parameters()]  # ties
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "not finite"])
+def test_a_checkpoint_that_does_not_fit_has_the_same_error(fault: str, tmp_path: Path) -> None:
+    file = save_tiny_model(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "shape":
+        tensors[name] = tensors[name][:-4].contiguous()
+    else:
+        tensors[name][-1, -1] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    messages = []
+    for read in (load_causal_lm, read_causal_lm):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
+            read(file.parent)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
