@@ -22,6 +22,7 @@ from ast_sparse.export.export import export_model
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.resume.checkpoints import faults, last_checkpoint
 from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
+from tests.models import tiny_model
 from tests.processes import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,14 @@ def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], t
         calls, made = rank[name]["calls with logits"]
         assert calls >= len(expected["losses"]) and made == 0  # the loss is that of hidden states
     assert facts[0][name]["masks"] == expected["masks"]
+
+
+def test_no_gradient_of_a_whole_parameter_is_kept_between_micro_batches(facts: list[dict[str, Any]]) -> None:
+    trained = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    for rank in facts:
+        (least, losses), (most, others) = (rank["whole gradients"][name] for name in ("by default", "once a step"))
+        assert (least, most) == (0, 8 * trained)  # in float64
+        assert losses == pytest.approx(others, abs=1e-12)
 
 
 def test_every_mask_fits_its_weight_after_each_refresh(facts: list[dict[str, Any]]) -> None:
