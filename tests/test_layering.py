@@ -31,6 +31,7 @@ ORDER = (
     "distributed",
     "tables",
     "progress",
+    "peak",
     "errors",
 )
 RANK = {room: len(ORDER) - level for level, room in enumerate(ORDER)}

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from ast_sparse.distributed.pieces import reshard
 from ast_sparse.errors import one_line
 from ast_sparse.kernels.products import linear
 
@@ -117,7 +119,7 @@ def find_output_head(model: nn.Module) -> OutputHead:
         UnknownHeadError: it is not as an `OutputHead` does, or the head is not a plain `nn.Linear` without hooks.
     """
     head = _output_embeddings(model)
-    if type(head) is not nn.Linear:
+    if not _is_plain(head):
         raise UnknownHeadError(f"its head is {'not there' if head is None else type(head).__name__}")
     if _has_hooks(head):
         raise UnknownHeadError("its head has hooks")
@@ -149,6 +151,12 @@ def _output_embeddings(model: nn.Module) -> Any:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
 
 
+def _is_plain(head: Any) -> bool:
+    """Whether a head is an `nn.Linear`, or one that FSDP2 has sharded, and not of a class that may compute else."""
+    kind = type(head)
+    return kind is nn.Linear or (isinstance(head, FSDPModule) and kind.__bases__ == (FSDPModule, nn.Linear))
+
+
 def _has_hooks(head: nn.Linear) -> bool:
     """Whether anything but its own forward changes or sees its output; hooks of FSDP, which gather it, do not count."""
     hooks = (*head._forward_hooks.values(), *head._forward_pre_hooks.values())
@@ -170,6 +178,7 @@ def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor
     except Exception as error:  # whatever a model's code raises if it needs other inputs or logits
         raise UnknownHeadError(one_line(error)) from error
     finally:
+        reshard(model)  # what FSDP2 has gathered would be used again, even if other weights are loaded meanwhile
         for module in training:
             module.training = True
 

@@ -11,6 +11,13 @@ from torch import distributed as dist
 from ast_sparse.errors import SharedError, UserError
 
 
+def own_rank() -> tuple[int, int]:
+    """This process's rank, and the number of processes; (0, 1) outside a distributed run."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over the processes, the same on each; with one process, the values themselves.
 

@@ -100,13 +100,15 @@ def evaluate_text(
     windows: int | None = None,
     *,
     bos: str = "auto",
+    shared: bool = False,
     progress: bool = True,
     label: str = "Perplexity",
 ) -> PerplexityResult:
     """Perplexity over non-overlapping windows of the text; arguments as in `perplexity`.
 
     The model runs in eval mode, without gradients, on its own device and in its own dtype; the loss is float32.
-    Afterwards every module is back in its old mode. `label` is shown before the progress bar.
+    Afterwards every module is back in its old mode. `label` is shown before the progress bar. With `shared`, and always
+    for a model that FSDP2 has sharded, all processes call this, share the windows and return the same result.
 
     Raises:
         UserError: a text shorter than one window, a window below two tokens or beyond the model's positions, a token
@@ -120,7 +122,8 @@ def evaluate_text(
     check_streams(model, streams, seq_len, is_cut=bool(cuts), front=found.of_block)
     pairs = ((window.tokens, window.chosen) for window in cuts)
     total = sum(len(stream.tokens) for stream in streams)
-    return _measure(model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, progress=progress, label=label)
+    shown: dict[str, Any] = {"shared": shared, "progress": progress, "label": label}
+    return _measure(model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, **shown)
 
 
 def check_streams(
@@ -151,6 +154,7 @@ def evaluate_blocks(
     blocks: Sequence[Any],
     windows: int | None = None,
     *,
+    shared: bool = False,
     progress: bool = True,
     label: str = "Perplexity",
 ) -> PerplexityResult:
@@ -160,6 +164,7 @@ def evaluate_blocks(
         blocks: a data set or list of rows of one length: `{"input_ids": ...}`, lists of token ids, or int64 tensors.
             In rows with `labels` (chat data) only those that are not −100 are predicted.
         windows: how many to measure, from the first on; None: all.
+        shared: as in `evaluate_text`.
 
     Raises:
         UserError: no blocks, blocks of different lengths, a window the model cannot take, or nothing to predict.
@@ -171,7 +176,8 @@ def evaluate_blocks(
     count = min(len(blocks), windows or len(blocks))
     total = len(blocks) * seq_len
     pairs = _pairs(blocks, count, seq_len)
-    return _measure(model, pairs, count, seq_len=seq_len, total_tokens=total, progress=progress, label=label)
+    shown: dict[str, Any] = {"shared": shared, "progress": progress, "label": label}
+    return _measure(model, pairs, count, seq_len=seq_len, total_tokens=total, **shown)
 
 
 def _pairs(blocks: Sequence[Any], count: int, seq_len: int) -> Iterator[tuple[Any, int | Tensor]]:
@@ -273,11 +279,12 @@ def _measure(
     *,
     seq_len: int,
     total_tokens: int,
+    shared: bool,
     progress: bool,
     label: str,
 ) -> PerplexityResult:
     started = time.perf_counter()
-    sums = score(model, pairs, count, progress=progress, label=f"{label} at {seq_len:,}")
+    sums = score(model, pairs, count, shared=shared, progress=progress, label=f"{label} at {seq_len:,}")
     if not sums.tokens:
         raise UserError(f"Nothing in {count:,} held-out blocks is predicted: all labels are −100. Hold out more.")
     return PerplexityResult(

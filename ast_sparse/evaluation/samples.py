@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.distributed.pieces import is_sharded, reshard
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.evaluation.scoring import eval_mode
@@ -24,7 +25,8 @@ def continue_prompts(
 ) -> dict[str, str]:
     """What a model writes after each prompt, taking the likeliest token each time.
 
-    It stops at the end-of-text token or after 48 tokens; no chat template is applied.
+    It stops at the end-of-text token or after 48 tokens; no chat template is applied. If FSDP2 has sharded the model,
+    all processes must call this, and each gets all texts.
 
     Args:
         field: the setting the prompts come from, for messages.
@@ -35,7 +37,8 @@ def continue_prompts(
     """
     limit = max_positions(model.config)
     begin = find_bos(bos, tokenizer).tokens
-    found = {}
+    found: dict[str, str] = {}
+    together = is_sharded(model)  # then a process that has finished a text takes part in the passes of the others
     with eval_mode(model):
         for prompt in prompts:
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -55,6 +58,8 @@ def continue_prompts(
             )
             inputs = inputs.to(model.device)
             generate: Any = model.generate
-            tokens = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+            attended = torch.ones_like(inputs)
+            tokens = generate(inputs, attention_mask=attended, generation_config=settings, synced_gpus=together)
             found[prompt] = str(tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
+    reshard(model)
     return found

@@ -1,9 +1,10 @@
 """Losses of windows under a model, and how far it is from its teacher, a chunk of positions at a time."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ast_sparse.distillation.head import OutputHead, UnknownHeadError, find_output_head, hidden_states
 from ast_sparse.distillation.logits import Terms, loss_rows_
+from ast_sparse.distributed.pieces import is_sharded, reshard
+from ast_sparse.distributed.ranks import gather, own_rank
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.progress import progress_bar
 
@@ -39,6 +42,23 @@ class Sums:
         except OverflowError:
             return math.inf
 
+    @staticmethod
+    def over(parts: Sequence["Sums"]) -> "Sums":
+        """The sums over the windows of several processes, in their order; `bad_window` counts all windows."""
+        return Sums(
+            windows=sum(part.windows for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            nll=sum(part.nll for part in parts),
+            kl=sum(part.kl for part in parts),
+            agreed=sum(part.agreed for part in parts),
+            bad_window=_first(part.bad_window for part in parts),
+            bad_kl_window=_first(part.bad_kl_window for part in parts),
+        )
+
+
+def _first(windows: Iterable[int | None]) -> int | None:
+    return min((window for window in windows if window is not None), default=None)
+
 
 @torch.no_grad()
 def score(
@@ -47,6 +67,7 @@ def score(
     count: int,
     *,
     teacher: nn.Module | None = None,
+    shared: bool = False,
     progress: bool = True,
     label: str = "Perplexity",
 ) -> Sums:
@@ -55,24 +76,51 @@ def score(
     Both run in eval mode, without gradients, on their own devices and in their own dtypes. Logits exist for a
     chunk of positions in the model's dtype; losses and divergence are float32, summed in float64.
 
+    With several processes the windows can be shared: they go to the processes in turn, and each process returns the
+    sums over all of them. All processes must call this with the same windows. A model that FSDP2 has sharded is
+    gathered in every forward pass by all processes together, so its windows are always shared, and a process that has
+    no window left runs one again, which does not count.
+
     Args:
         windows: token ids (int64 tensor or list) and how many of them, from the end, are scored: at least one and fewer
             than there are tokens; or which of those after the first are scored (bool `[tokens − 1]`).
         count: how many windows there are, for the progress bar.
         teacher: has the model's tokens; extra ones at the end of either vocabulary are not compared.
+        shared: each process has the whole model, and they share the windows.
     """
-    sums = Sums()
+    sums, together = Sums(), any(is_sharded(each) for each in (model, teacher) if each is not None)
+    rank, ranks = own_rank() if shared or together else (0, 1)
     scored_by = _Scored(model), None if teacher is None else _Scored(teacher)
     with (
         eval_mode(model),
         eval_mode(teacher) if teacher is not None else nullcontext(),
         fast_forward(model, teacher),
-        progress_bar(windows, desc=label, total=count, unit="window", disable=not progress) as bar,
+        progress_bar(desc=label, total=count, unit="window", disable=not progress or rank > 0) as bar,
     ):
-        for tokens, scored in bar:
-            _add(sums, *scored_by, torch.as_tensor(tokens, dtype=torch.long), scored)
-            bar.set_postfix_str(f"ppl {sums.perplexity:.2f}")
-    return sums
+        for first, turn in _turns(windows, ranks):
+            if rank < len(turn):
+                tokens, scored = turn[rank]
+                _add(sums, *scored_by, torch.as_tensor(tokens, dtype=torch.long), scored, first + rank, together)
+            elif together:
+                tokens, scored = turn[0]
+                _add(Sums(), *scored_by, torch.as_tensor(tokens, dtype=torch.long), scored, first, together)
+            bar.update(len(turn))
+            bar.set_postfix_str(f"ppl {sums.perplexity:.2f}")  # of this process's windows
+    for each in (model, teacher) if together else ():
+        if each is not None:
+            reshard(each)
+    return Sums.over(gather(sums)) if ranks > 1 else sums
+
+
+def _turns(windows: Iterable[Any], ranks: int) -> Iterator[tuple[int, list[Any]]]:
+    """The windows in groups of one for each process, the last one maybe smaller, with the number of the first, from 1.
+
+    Every process reads all windows, so that an error in one of them is raised by all, and none waits for another.
+    """
+    iterator, first = iter(windows), 1
+    while turn := list(islice(iterator, ranks)):
+        yield first, turn
+        first += len(turn)
 
 
 @contextmanager
@@ -112,10 +160,22 @@ class _Scored:
             yield part if self.head is None else self.head.logits(part)
 
 
-def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, scored: int | Tensor) -> None:
+def _add(
+    sums: Sums,
+    model: _Scored,
+    teacher: _Scored | None,
+    tokens: Tensor,
+    scored: int | Tensor,
+    number: int,
+    together: bool,
+) -> None:
+    """Add window `number`; one of which nothing is scored runs only if other processes wait for it (`together`)."""
     chosen = slice(-scored, None) if isinstance(scored, int) else scored
     sums.windows += 1
     if not len(targets := tokens[1:][chosen]):
+        for each in (model, teacher) if together else ():
+            if each is not None:
+                list(each.parts(tokens, chosen))
         return
     sums.tokens += len(targets)
     theirs = iter(()) if teacher is None else teacher.parts(tokens, chosen)
@@ -129,12 +189,12 @@ def _add(sums: Sums, model: _Scored, teacher: _Scored | None, tokens: Tensor, sc
     loss = float(torch.stack(nll).sum())
     sums.nll += loss
     if sums.bad_window is None and not math.isfinite(loss):
-        sums.bad_window = sums.windows
+        sums.bad_window = number
     if teacher is not None:
         divergence = float(torch.stack(kl).sum())
         sums.kl += divergence
         if sums.bad_kl_window is None and not math.isfinite(divergence):
-            sums.bad_kl_window = sums.windows
+            sums.bad_kl_window = number
         sums.agreed += int(torch.stack(agreed).sum())
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from ast_sparse.distributed.ranks import errors_shared, gather, own_rank
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.save import split_state_dict
+from ast_sparse.storage.save_pieces import plain_pieces, stored_pieces
 from ast_sparse.storage.slorb_adapter import read_adapter
 from ast_sparse.storage.sparsity_record import has_adapter
 
@@ -34,8 +36,6 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
         UserError: the folder cannot be read, or the model read back differs.
     """
     weights, _, pairs = split_state_dict(model.state_dict())
-    fault = f"`{folder}` was written, but does not read back as the model that was trained"
-    fix = "Export a checkpoint of the run with ast-export, and report this."
     try:
         if _is_read_by_name(model, weights, folder, trust_remote_code):
             tied = _tied(model, weights)
@@ -46,11 +46,58 @@ def check_saved(model: PreTrainedModel, folder: Path, trust_remote_code: bool = 
             checkpoint = load_checkpoint(folder, dtype=model.dtype, trust_remote_code=trust_remote_code)
             wanted, found, read = weights, iter(checkpoint.model.state_dict().items()), checkpoint.slorb
     except UserError as error:
-        raise UserError(f"{fault}: {error} {fix}") from error
+        raise _unlike(folder, str(error)) from error
     if (name := differing(found, wanted)) is not None:
-        raise UserError(f"{fault}: `{name}` differs. {fix}")
+        raise _unlike(folder, f"`{name}` differs.")
     if not same_pairs(read, pairs, None):
-        raise UserError(f"{fault}: the SLoRB adapter differs. {fix}")
+        raise _unlike(folder, "the SLoRB adapter differs.")
+
+
+def check_saved_pieces(model: nn.Module, frame: PreTrainedModel, folder: Path, trust_remote_code: bool = False) -> bool:
+    """As `check_saved`, for a model that FSDP2 has sharded; all processes must call this.
+
+    The first process reads the files. It compares one weight at a time, which all processes gather.
+
+    Args:
+        frame: the model before it was sharded, without values.
+
+    Returns:
+        False, and nothing is compared, if loading converts the files: then gather the model.
+    """
+    pieces, pairs = plain_pieces(model)
+    stored, is_first = stored_pieces(pieces, frame), own_rank()[0] == 0
+    places: dict[str, Path] = {}
+    adapter: files.SlorbPairs = {}
+    with errors_shared():
+        try:
+            weights = {name: piece.meta() for name, piece in pieces.items()}
+            if is_first and stored is not None and _is_read_by_name(frame, weights, folder, trust_remote_code):
+                places = {name: file for file in files.weight_files(folder) for name in files.tensor_shapes(file)}
+                adapter = read_adapter(folder / files.ADAPTER_FOLDER) if has_adapter(folder) else {}
+        except UserError as error:
+            raise _unlike(folder, str(error)) from error
+    if stored is None or not gather(bool(places))[0]:
+        return False
+    fault = "the SLoRB adapter differs." if is_first and adapter.keys() != pairs.keys() else None
+    for name, piece in stored.items():
+        value = {name: piece.gathered()}  # by all, also after a fault
+        if is_first and fault is None and differing(_stored_one(places[name], name), value) is not None:
+            fault = f"`{name}` differs."
+    for layer, pair in pairs.items():
+        gathered = {layer: (pair[0].gathered(), pair[1].gathered())}
+        if is_first and fault is None and not same_pairs({layer: adapter[layer]}, gathered, None):
+            fault = "the SLoRB adapter differs."
+    with errors_shared():
+        if fault is not None:
+            raise _unlike(folder, fault)
+    return True
+
+
+def _unlike(folder: Path, fault: str) -> UserError:
+    return UserError(
+        f"`{folder}` was written, but does not read back as the model that was trained: {fault} "
+        "Export a checkpoint of the run with ast-export, and report this."
+    )
 
 
 def _is_read_by_name(
@@ -84,6 +131,11 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield name, tensors.get_tensor(name)
+
+
+def _stored_one(file: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as tensors:
+        yield name, tensors.get_tensor(name)
 
 
 def differing(found: Iterable[tuple[str, Tensor]], wanted: Mapping[str, Tensor]) -> str | None:

@@ -21,7 +21,8 @@ from ast_sparse.config import RunConfig
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.sources.documents import read_texts
 from ast_sparse.data.tokens.bos import find_bos
-from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.full_precision import computes_in_float32
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.errors import DivergenceError, UserError, did_you_mean
 from ast_sparse.evaluation.perplexity import (
     NOT_FINITE,
@@ -32,6 +33,7 @@ from ast_sparse.evaluation.perplexity import (
     wikitext2_rows,
 )
 from ast_sparse.evaluation.samples import continue_prompts
+from ast_sparse.kernels.cpu.heap import return_freed_memory
 from ast_sparse.storage.stage_results import StageResult, Stages
 from ast_sparse.tables import format_table
 from ast_sparse.training.fsdp import sharding_plugin
@@ -57,9 +59,12 @@ def check_finite(rows: Stages) -> None:
 class Measured:
     """Measures perplexities on `evaluation.datasets`; the texts are read here, before any model is loaded.
 
+    All processes of a run measure together: they share the windows, and have the same results. A model that is sharded
+    stays so.
+
     Args:
-        args: decide the device, whether there are progress bars, and whether a measured model goes back to the CPU, to
-            be sharded from there.
+        args: decide the device, whether there are progress bars, and whether a measured model that is whole goes back
+            to the CPU, to be sharded from there.
 
     Raises:
         UserError: a text is missing or cannot be read.
@@ -130,30 +135,34 @@ class Measured:
     ) -> dict[str, StageResult]:
         """The results of one stage by data set; `stage` and data set label the progress bar.
 
-        For a report the model also continues the prompts, unless `prompts` is False. It is moved to the device only if
-        something is measured.
+        For a report the model also continues the prompts, unless `prompts` is False. It computes in float32, as it is
+        saved. A whole model is moved to the device only if something is measured.
         """
         settings = self.config.evaluation
         if not self.is_asked:
             return {}
-        model.to(self.device)  # type: ignore[arg-type]
-        if settings.report and prompts:
-            texts, bos = settings.prompts, self.config.data.bos
-            self.samples[stage] = continue_prompts(model, tokenizer, texts, "evaluation.prompts", bos)
-        results = self._measure(stage, model, tokenizer, held_out, self.show)
-        if self.leaves_device:
+        is_whole = not is_sharded(model)
+        if is_whole:
+            model.to(self.device)  # type: ignore[arg-type]
+        with computes_in_float32(model):
+            if settings.report and prompts:
+                texts, bos = settings.prompts, self.config.data.bos
+                self.samples[stage] = continue_prompts(model, tokenizer, texts, "evaluation.prompts", bos)
+            results = self._measure(stage, model, tokenizer, held_out, self.show)
+        if is_whole and self.leaves_device:
             model.to("cpu")  # type: ignore[arg-type]
+        return_freed_memory(self.device)
         return {name: cast(StageResult, asdict(result)) for name, result in results.items()}
 
     def during_training(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Any
     ) -> dict[str, float]:
-        """Only the perplexities, by the names they are logged under; without a progress bar."""
+        """Only the perplexities, by the names they are logged under, in the precision of training; without a bar."""
         results = self._measure("training", model, tokenizer, held_out, show=False)
         for name, result in results.items():
             if fault := result.fault():
                 logger.warning(f"evaluation.steps, {name}: {fault}.")
-        reshard(model)
+        return_freed_memory(self.device)
         return {logged_key(name): result.perplexity for name, result in results.items()}
 
     def _measure(
@@ -163,7 +172,7 @@ class Measured:
         results: dict[str, PerplexityResult] = {}
         for name in settings.datasets:
             bos = self.config.data.bos
-            shown: dict[str, Any] = {"progress": show, "label": f"Perplexity, {stage}, {name}"}
+            shown: dict[str, Any] = {"shared": True, "progress": show, "label": f"Perplexity, {stage}, {name}"}
             if name == HELDOUT:
                 results[name] = evaluate_blocks(model, _as_one(held_out), settings.windows, **shown)
             else:

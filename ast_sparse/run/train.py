@@ -14,9 +14,10 @@ from ast_sparse.data.blocks.counted import with_counted_tokens
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks, build_datasets
 from ast_sparse.data.calibration import calibration_blocks
-from ast_sparse.distributed.ranks import wait_for_all
+from ast_sparse.distributed.pieces import is_sharded
+from ast_sparse.distributed.ranks import errors_shared, gather, wait_for_all
 from ast_sparse.errors import UserError, one_line
-from ast_sparse.export.readback import check_saved
+from ast_sparse.export.readback import check_saved, check_saved_pieces
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.memory import Setup, Sharding
 from ast_sparse.planning.plan import Hardware, Plan
@@ -37,6 +38,7 @@ from ast_sparse.storage.stage_results import WITHOUT_SLORB, Stages
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
+from ast_sparse.training.sharding import frame_of
 from ast_sparse.training.start.reading import load_student, load_teacher
 from ast_sparse.training.trainer import SparseTrainer
 
@@ -115,25 +117,36 @@ def _measure_result(
     config, output = run.config, run.output
     pattern = config.sparsity.pattern
     stage = f"retrained {pattern}"
-    student = trainer.whole_student()
-    if student is not None and run.args.should_save:
-        check_saved(student, output, config.model.trust_remote_code)
-    if student is not None:
-        rows[stage] = {}  # marks the run as finished, also if nothing is measured
-    if student is not None and measured.is_asked:  # in a sharded run, one process measures while the others wait
+    _check_saved(run, trainer)
+    rows[stage] = {}  # marks the run as finished, also if nothing is measured
+    if measured.is_asked:
+        trainer.shard_student()  # a finished run that is resumed was not trained, so not sharded
+        student = trainer.student
         rows[stage] = measured(stage, student, tokenizer, trainer.eval_dataset)
         with slorb_set_aside(student) as has_slorb:
             if has_slorb and config.evaluation.datasets:  # what a reader gets who loads the model alone
                 without = f"{stage}{WITHOUT_SLORB}"
                 rows[without] = measured(without, student, tokenizer, trainer.eval_dataset, prompts=False)
-    wait_for_all()
     if run.args.should_save:
         write_results(output, rows, measured)
         run.echo(results_table(rows))
         run.echo(f"Saved {pattern} model to {output}")
         if config.evaluation.report:
             run.echo(f"Wrote {write_report(output / REPORT, run_report(output))}")
+    wait_for_all()  # a launcher stops the process that writes when another one ends with an error
     check_finite(rows)
+
+
+def _check_saved(run: CheckedRun, trainer: SparseTrainer) -> None:
+    """Compare the student, which will be measured, with what was saved; on all processes."""
+    student: Any = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    trusted = run.config.model.trust_remote_code
+    if is_sharded(student) and check_saved_pieces(student, frame_of(student), run.output, trusted):
+        return
+    with errors_shared():
+        whole = trainer.whole_student()
+        if whole is not None and run.args.should_save:
+            check_saved(whole, run.output, trusted)
 
 
 def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
@@ -182,7 +195,8 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
         teacher = _teacher(config, args)
     check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
     rows = read_rows(run.output, config) if checkpoint is not None else {}
-    measured.samples = read_samples(run.output, rows) if config.evaluation.report else {}
+    samples = read_samples(run.output, rows) if config.evaluation.report else {}
+    rows, measured.samples = gather((rows, samples))[0]  # other nodes may not see the file, but all measure together
     stage = "random" if config.model.random_weights else "dense"
     if stage not in rows:
         rows[stage] = measured(stage, model, tokenizer, held_out)
@@ -200,9 +214,12 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
         is_one_shot = False  # the masks that the run started with are lost
     if stage not in rows and is_one_shot:
+        if measured.is_asked:
+            trainer.shard_student()
         rows[stage] = measured(stage, trainer.student, tokenizer, held_out)
     if args.should_save:
         write_results(run.output, rows, measured)
+    wait_for_all()
     check_finite(rows)
     return trainer, rows
 

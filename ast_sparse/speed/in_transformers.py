@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.quantizer import AstSparse24Config
+from ast_sparse.peak import peak_bytes, reset_peak
 from ast_sparse.speed.cases import Case
-from ast_sparse.speed.peak import peak_bytes, reset_peak
 from ast_sparse.storage import files
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.locate import Place, named_errors, quiet_transformers

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ast_sparse.errors import UserError
+from ast_sparse.peak import peak_bytes, reset_peak
 from ast_sparse.speed.cases import Case
-from ast_sparse.speed.peak import peak_bytes, reset_peak
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # before vLLM is imported
 _SPARE = 1.25  # factor for keys and values: blocks are not filled

@@ -60,6 +60,14 @@ def save_sparse_model(
     folder = Path(out_dir)
     weights, _, pairs = split_state_dict(model.state_dict() if state_dict is None else state_dict)
     save_weights(model, folder, weights)
+    write_sparsity(model, out_dir, pairs, config)
+
+
+def write_sparsity(
+    model: PreTrainedModel, out_dir: str | Path, pairs: files.SlorbPairs, config: dict[str, Any]
+) -> None:
+    """Write what a sparse model has beside its weights: SLoRB and `sparsity_config.json`; as `save_sparse_model`."""
+    folder = Path(out_dir)
     adapter = folder / files.ADAPTER_FOLDER
     if pairs:
         write_adapter(adapter, str(out_dir), pairs, common_group_dim(model, pairs))
@@ -81,16 +89,28 @@ def save_weights(
     for name, kept in getattr(model, "all_tied_weights_keys", {}).items():
         if name in weights and kept in weights:
             del weights[name]
+    write_plain(model, folder, weights, original_format)
+    write_checksums(folder)
+
+
+def write_plain(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], original_format: bool = True) -> None:
+    """As `save_weights`, with tied tensors once, and without checksums."""
+    remove_checksums(folder)
+    with saved_plain(model):
+        model.save_pretrained(folder, state_dict=weights, save_original_format=original_format)
+
+
+@contextmanager
+def saved_plain(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, saving undoes the conversions of plain weights alone; afterwards the configuration is as before."""
     before = model.config.dtype, model.config.architectures
     conversions: Any = getattr(model, "_weight_conversions", None)
-    remove_checksums(folder)
     try:
         cast(Any, model)._weight_conversions = plain_conversions(model)
-        model.save_pretrained(folder, state_dict=weights, save_original_format=original_format)
+        yield
     finally:
         model.config.dtype, model.config.architectures = before
         cast(Any, model)._weight_conversions = conversions
-    write_checksums(folder)
 
 
 def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:

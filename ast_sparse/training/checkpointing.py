@@ -28,6 +28,7 @@ from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.storage.save import save_sparse_model
+from ast_sparse.storage.save_pieces import save_pieces
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
@@ -108,7 +109,10 @@ class CheckpointTrainer(Trainer):
 
         Every process must call this; in a sharded run it is None on all but the first.
         """
-        return gathered(self.student, frame_of(self.student)) if is_sharded(self.student) else self.student
+        if not is_sharded(self.student):
+            return self.student
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return gathered(sharded, frame_of(sharded))
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""
@@ -185,11 +189,21 @@ class CheckpointTrainer(Trainer):
         if _internal_call and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
             self._save_for_resume(folder)
             return
-        student = self.whole_student()
+        student = None if self._saved_in_pieces(folder) else self.whole_student()
         if self.args.should_save and student is not None:
             with saved_with(student, self._given_settings):
                 save_sparse_model(student, folder, self.sparsity_config_dict())
+        if self.args.should_save and (self.args.process_index == 0 or not is_sharded(self.student)):
             self._origin.complete(folder, self._tokenizer)
+
+    def _saved_in_pieces(self, folder: Path) -> bool:
+        """Save a sharded model; False if it is not sharded, or has to be gathered for it."""
+        if not is_sharded(self.student):
+            return False
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        frame = frame_of(sharded)
+        with saved_with(frame, self._given_settings):
+            return save_pieces(sharded, frame, folder, self.sparsity_config_dict())
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
         """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.

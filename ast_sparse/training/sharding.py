@@ -4,6 +4,7 @@ accelerate takes a model as it is that is sharded already. So masks can stay out
 before it has weights, and it can be measured before it is trained.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,19 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 from transformers import PreTrainedModel, TrainingArguments
 
+from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.ranks import errors_shared
+from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masked_gather import distribute_masks, prepare_gathers
+from ast_sparse.sparsity.model import CHECKPOINTED, SparsityReport, sparsify_model
+from ast_sparse.sparsity.oneshot import METHODS
+from ast_sparse.sparsity.row_masks import fill_masks
+from ast_sparse.storage.finite import check_finite
 from ast_sparse.training.fsdp import mixed_precision, processes_of, sharding_plugin, without_weights
 
 _frames: "WeakKeyDictionary[nn.Module, PreTrainedModel]" = WeakKeyDictionary()
@@ -60,6 +69,40 @@ def shard_student(model: PreTrainedModel, args: TrainingArguments, mesh: DeviceM
     masks = distribute_masks(model, like)
     _shard_groups(model, plugin, {"mesh": mesh, "mp_policy": policy, "ignored_params": masks})
     prepare_gathers(model)
+
+
+def sparsify_sharded(
+    model: PreTrainedModel, args: TrainingArguments, sparsity: SparsityConfig, slorb: SLoRBConfig | None = None
+) -> tuple[PreTrainedModel, SparsityReport]:
+    """The sparse form of a dense model that `shard_student` has sharded, from each process's rows, by magnitude.
+
+    FSDP2 cannot take in the parameters of SLoRB later, so the result is another model. It has the weights of the given
+    one, which must not be used any more. Every process must call this.
+
+    Raises:
+        UserError: as `sparsify_model`, or `sparsity.init` needs text: such a model is made sparse before it is sharded.
+    """
+    if METHODS[sparsity.init].needs_text:
+        raise UserError(
+            f"sparsity.init={sparsity.init!r} needs the whole model. Do not shard it before SparseTrainer does.",
+            "sparsity.init",
+        )
+    with errors_shared():
+        check_finite(model)
+    reshard(model)
+    dense = {name.replace(CHECKPOINTED, ""): each for name, each in model.named_parameters(remove_duplicate=False)}
+    sparse = without_weights(frame_of(model))
+    report = sparsify_model(sparse, sparsity, slorb)
+    shard_student(sparse, args, cast(DTensor, next(iter(dense.values()))).device_mesh)
+    given = {weight: nn.Parameter(weight.detach(), weight.requires_grad) for weight in dense.values()}
+    for prefix, module in sparse.named_modules(remove_duplicate=False):
+        for name, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            weight = dense.get(f"{prefix}.{name}".replace(CHECKPOINTED, "").removeprefix("."))
+            if weight is not None:
+                setattr(module, name, given[weight])
+    allocate_pieces(sparse, args.device)  # masks and SLoRB
+    errors = fill_masks(sparse, sparsity, slorb)
+    return sparse.train(model.training), replace(report, errors=errors)
 
 
 def _checkpoint_blocks(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> None:

@@ -21,7 +21,7 @@ from ast_sparse.config import (
 )
 from ast_sparse.data.blocks.collator import DOMAIN, make_collator
 from ast_sparse.data.blocks.domains import DomainBlocks
-from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.pieces import is_sharded, reshard
 from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.fast_forward import fast_step
@@ -45,6 +45,7 @@ from ast_sparse.training.loader import block_loader, block_source, make_mixture
 from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, split_batch
 from ast_sparse.training.resume.checkpoints import resolve_checkpoint, stored_kernels
 from ast_sparse.training.resume.same_run import RunRecord
+from ast_sparse.training.sharding import sparsify_sharded
 from ast_sparse.training.start.blocks import BlockMaker, block_length
 from ast_sparse.training.start.frozen_teacher import place_teacher
 from ast_sparse.training.start.models import DenseModels, dense_models, first_masks
@@ -56,7 +57,8 @@ class SparseTrainer(CheckpointTrainer):
     """Trainer whose student is masked, distilled from its dense self, and saved exactly N:M.
 
     Args:
-        model: dense causal LM in float32, or the name of one. It is made sparse in place.
+        model: dense causal LM in float32, or the name of one. It is made sparse in place. If `shard_student` has
+            sharded it, `student` is another model with its weights, and `teacher_model` must be given.
         args: plain `TrainingArguments`; a setting that AST would ignore is refused by name.
         sparsity_config: pattern and mask settings; default `SparsityConfig()`.
         distillation_config: the loss (4); None trains on cross-entropy alone. With `match_flops` the run has more
@@ -135,7 +137,10 @@ class SparseTrainer(CheckpointTrainer):
         blocks = maker.of_run(train_dataset, eval_dataset, calibration_dataset, data_collator is not None)
         # 3. masks
         sparsity, slorb, calibration = self.sparsity_config, self.slorb_config, self.calibration_config
-        self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
+        if is_sharded(model):
+            model, self.sparsity_report = sparsify_sharded(model, args, sparsity, slorb)
+        else:
+            self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
         check_optimizer(optimizers[0], model)
         if packing == "documents":
             check_apart(model, self.teacher, processing_class, args, data_collator)

@@ -17,8 +17,8 @@ import click
 import torch
 
 from ast_sparse.cli.command import Command
+from ast_sparse.peak import peak_bytes, reset_peak, resident_bytes
 from ast_sparse.speed.outcomes import Spread
-from ast_sparse.speed.peak import peak_bytes, reset_peak, resident_bytes
 from ast_sparse.tables import format_table
 from scripts.provenance import provenance
 

@@ -45,17 +45,16 @@ RUNS = {
                                                      "training.fsdp_config.activation_checkpointing=true"],
 }  # fmt: skip
 CHILD = """
-import json, re, sys
+import sys
 from pathlib import Path
 import torch._dynamo
 from ast_sparse.config import load_config
+from ast_sparse.peak import highest_resident_bytes, resident_bytes
 from ast_sparse.run.train import run_training
-def status(name):
-    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-before = status("VmRSS")
+before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")
 run_training(load_config(sys.argv[1], sys.argv[3:]), output_dir=sys.argv[2])
-print("MEASURED", status("VmHWM") - before)
+print("MEASURED", highest_resident_bytes() - before)
 """
 
 

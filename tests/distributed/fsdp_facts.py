@@ -3,6 +3,7 @@
 Every run has a twin in one process, made by the same functions.
 """
 
+import copy
 import json
 import os
 import resource
@@ -11,19 +12,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
+from ast_sparse.distributed.pieces import local, piece_for, reshard
 from ast_sparse.errors import SharedError
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import Preempted, preemption_signals
 from ast_sparse.sparsity.masks import nm_mask
-from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.model import CHECKPOINTED, sparse_layers, sparsify_model
+from ast_sparse.training.fsdp import without_weights
+from ast_sparse.training.resume.fingerprints import weights_fingerprint
+from ast_sparse.training.sharding import allocate_pieces, shard_student
+from tests.distributed import stage_facts
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
@@ -43,12 +51,31 @@ def few_rows() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
+def sharded_first(out: Path, config: SparsityConfig, world: int, **values: Any) -> Any:
+    """A trainer whose model was sharded without weights, got its rows and ran while it was dense; `few_rows`."""
+    if world == 1:
+        return make(out, config, 1, model=few_rows(), **values)
+    whole = few_rows().double()
+    model = without_weights(whole)
+    fsdp: dict[str, Any] = {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}
+    shard_student(model, TrainingArguments(str(out), use_cpu=True, **fsdp))
+    allocate_pieces(model, torch.device("cpu"))
+    stored = whole.state_dict()
+    with torch.no_grad():  # a dense model that is measured first
+        for name, parameter in model.named_parameters():
+            local(parameter).copy_(piece_for(stored[name.replace(CHECKPOINTED, "")], parameter))
+        ids = torch.tensor(data()["input_ids"][:2])
+        torch.testing.assert_close(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert weights_fingerprint(model) == weights_fingerprint(whole)
+    return make(out, config, world, model=model, teacher=whole, **fsdp, **values)
+
+
 def make(
     out: Path, sparsity: SparsityConfig, world: int, *, model: Any = None, kind: str = "kl", slorb: Any = None,
-    dtype: torch.dtype = torch.float64, **args: Any,
+    dtype: torch.dtype = torch.float64, teacher: Any = None, **args: Any,
 ) -> Any:  # fmt: skip
     """A trainer of a tiny model, its batch split over the ranks."""
-    model = (model or tiny_model("llama")).to(dtype)
+    model = (model or tiny_model("llama")) if teacher is not None else (model or tiny_model("llama")).to(dtype)
     accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
         max_steps=6, per_device_train_batch_size=batch // world // accumulate, gradient_accumulation_steps=accumulate,
@@ -61,6 +88,7 @@ def make(
         sparsity_config=sparsity,
         distillation_config=DistillationConfig(kind=kind),
         slorb_config=slorb,
+        teacher_model=teacher,
         train_dataset=data(),
         eval_dataset=data(7, seed=5),
     )
@@ -88,6 +116,15 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
     "wanda": lambda out, world: make(out, SparsityConfig(mask_interval=3, criterion="wanda"), world),
     "unstructured": lambda out, world: make(out, SparsityConfig(mask_interval=3, pattern="unstructured"), world),
     "gmp": lambda out, world: make(out, SparsityConfig(schedule="gmp", mask_interval=2), world),
+    "sharded first": lambda out, world: sharded_first(
+        out, SparsityConfig(mask_interval=2, mask_decay=1e-2), world, slorb=SLoRBConfig(k=8)
+    ),
+    "sharded first, unstructured": lambda out, world: sharded_first(
+        out, SparsityConfig(mask_interval=3, pattern="unstructured"), world
+    ),
+    "sharded first, gmp": lambda out, world: sharded_first(
+        out, SparsityConfig(schedule="gmp", mask_interval=2), world
+    ),
     "late SLoRB": lambda out, world: make(
         out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16, start=0.5)
     ),
@@ -191,6 +228,61 @@ def half(out: Path, world: int) -> Any:
     )
 
 
+def gathers(half: bool, fixed: bool) -> dict[str, Any]:
+    """Loss and gradients of a sharded sparse model beside those of the same model whole, and what it gathered.
+
+    Only the first rank's tokens count, so no sum over ranks rounds.
+    """
+    whole = few_rows()
+    sparsify_model(whole, SparsityConfig(init="magnitude", mask_interval=0 if fixed else 2), SLoRBConfig(k=8))
+    model = copy.deepcopy(whole)
+    if half:
+        for parameter in whole.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+    shard_student(model, TrainingArguments("unused", use_cpu=True, fsdp=True, bf16=half))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    ids, first = torch.tensor(data()["input_ids"][:2]), float(os.environ["RANK"] == "0")
+    sent: list[Tensor] = []
+    # the name that FSDP2 calls, in torch 2.13 or before
+    function = next(
+        name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(torch.distributed, name)
+    )
+    gather = getattr(torch.distributed, function)
+
+    def recorded(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(input_tensor)
+        return gather(output_tensor, input_tensor, *args, **kwargs)
+
+    with mock.patch(f"torch.distributed.{function}", recorded), torch.no_grad():
+        model(input_ids=ids)
+    reshard(model)
+    losses = [each(input_ids=ids, labels=ids).loss for each in (model, whole)]
+    (losses[0] * first).backward()
+    losses[1].backward()
+    found, expected = dict(model.named_parameters()), dict(whole.named_parameters())
+    trained = [name for name, parameter in expected.items() if parameter.requires_grad]
+    grads = {name: found[name].grad.full_tensor() for name in trained}
+    rows = [-(-parameter.shape[0] // RANKS) * parameter[0].numel() for parameter in map(expected.get, trained)]
+    return {
+        "bytes": sum(each.nbytes for each in sent) / sum(rows),
+        "dtypes": sorted({str(each.dtype) for each in sent}),
+        "loss": torch.equal(*losses),
+        "unequal": [
+            name for name in trained if not torch.equal(grads[name], expected[name].grad.to(grads[name].dtype))
+        ],
+        "masks": all(
+            torch.equal(found[name].full_tensor(), mask) for name, mask in expected.items() if name.endswith("mask")
+        ),
+        "gradients of pruned": sum(
+            int(grads[f"{name}.weight"][~layer.mask].count_nonzero()) for name, layer in sparse_layers(whole).items()
+        ),
+    }
+
+
 def refused_for_space(out: Path) -> list[Any]:
     """A save that the file system refuses after a good one: the message, and the checkpoints that are left."""
     run = make(out, SparsityConfig(mask_interval=0), RANKS, save_strategy="steps", save_steps=3)
@@ -285,7 +377,15 @@ def main(out: Path) -> None:
     undisturbed.train()
     facts["undisturbed"] = found(undisturbed)
     facts["no space"] = refused_for_space(out / "full")
+    facts["gathers"] = {
+        f"{dtype}, {masks}": gathers(dtype == "bf16", masks == "fixed")
+        for dtype in ("bf16", "float32")
+        for masks in ("fixed", "moving")
+    }
     facts["bf16"] = kinds(half(out / "bf16", RANKS))
+    facts["stages"] = stage_facts.facts()
+    stage_facts.train(out / "stages", RANKS)
+    facts["saved in pieces"] = stage_facts.saved(half(out / "half", RANKS), out / "stages")
     gathered: list[Any] = [None] * RANKS
     torch.distributed.all_gather_object(gathered, facts)
     if os.environ["RANK"] == "0":

@@ -30,6 +30,7 @@ training:
   save_steps: 4
   use_cpu: true
   report_to: none
+evaluation: {{datasets: [heldout, {folder}/even.jsonl], windows: 3, steps: 8}}
 """
 
 
@@ -79,6 +80,16 @@ def test_two_ranks_follow_one_process_with_fixed_masks(folder: Path, kind: str, 
     if is_mixture:  # rows of the last held-out batch are distributed unevenly
         for key in ("eval_even_loss", "eval_odd_loss", "domain_share/odd", "domain_loss/even", "domain_epoch/odd"):
             assert len(logged(one, key)) >= 4 and logged(two, key) == pytest.approx(logged(one, key), abs=1e-5)
+    key = "heldout_perplexity"
+    assert logged(two, key) == pytest.approx(logged(one, key), rel=1e-5) and len(logged(one, key)) == 1
+    stages, shared = (json.loads((out / "results.json").read_text()) for out in (one, two))
+    for stage, results in stages.items():
+        for name, result in results.items():
+            found, tolerance = shared[stage][name], 1e-5 if stage.startswith("retrained") else 1e-6
+            assert found["perplexity"] == pytest.approx(result["perplexity"], rel=tolerance)
+            assert found["windows"] == result["windows"] == 3
+            assert found["predicted_tokens"] == result["predicted_tokens"]
+    assert len(stages) == 3
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=2e-5)

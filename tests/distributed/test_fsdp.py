@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
 
 from ast_sparse import SLoRBConfig, SparsityConfig, UserError
-from ast_sparse.evaluation.perplexity import evaluate_blocks
+from ast_sparse.evaluation.perplexity import evaluate_blocks, evaluate_text
 from ast_sparse.export.export import export_model
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.training.resume.checkpoints import faults, last_checkpoint
+from tests.distributed import stage_facts
 from tests.distributed.fsdp_facts import BEST, RANKS, RUNS, best, data, found, half, make
-from tests.models import tiny_model
+from tests.models import tiny_model, tiny_tokenizer
 from tests.processes import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     slorb = SLoRBConfig(k=16, start=0.5)
     one = make(out / "plain", SparsityConfig(mask_interval=0), 1, slorb=slorb, save_strategy="steps", save_steps=2)
     one.train()
+    (out / "stages").mkdir()
+    stage_facts.write_inputs(out / "stages")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     command = [sys.executable, *launch, "-m", "tests.distributed.fsdp_facts", str(out)]
     finished = run_command(command)
@@ -70,6 +74,19 @@ def test_no_gradient_of_a_whole_parameter_is_kept_between_micro_batches(facts: l
         (least, losses), (most, others) = (rank["whole gradients"][name] for name in ("by default", "once a step"))
         assert (least, most) == (0, 8 * trained)  # in float64
         assert losses == pytest.approx(others, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+@pytest.mark.parametrize("masks", ["fixed", "moving"])
+def test_masked_weights_are_gathered_without_masks_and_loss_and_gradients_are_those_of_the_whole_model(
+    facts: list[dict[str, Any]], dtype: str, masks: str
+) -> None:
+    for rank, gathered in enumerate(fact["gathers"][f"{dtype}, {masks}"] for fact in facts):
+        assert gathered["bytes"] == (2 if dtype == "bf16" else 4)  # a parameter
+        assert gathered["dtypes"] == ["torch.bfloat16" if dtype == "bf16" else "torch.float32"]
+        assert gathered["masks"] and gathered["loss"], rank
+        assert gathered["unequal"] == []
+        assert (gathered["gradients of pruned"] == 0) == (masks == "fixed")
 
 
 def test_every_mask_fits_its_weight_after_each_refresh(facts: list[dict[str, Any]]) -> None:
@@ -210,3 +227,109 @@ def test_a_save_without_space_ends_in_one_line_and_leaves_the_last_good_checkpoi
         assert message.startswith(f"Cannot write `{folder}/checkpoint-6`: ")
         assert message.endswith(f"Last good checkpoint: {folder}/checkpoint-3. Make room, then use --resume.")
     assert left == ["checkpoint-3"] and faults(folder / "checkpoint-3") == []
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+def test_ranks_that_share_windows_find_the_perplexities_of_one_process(
+    facts: list[dict[str, Any]], family: str, kind: str
+) -> None:
+    expected = stage_facts.perplexities(stage_facts.sparse_model(family))
+    assert expected["4 x 16"][1] == 4 and expected["without SLoRB"][0] != expected["None x 40"][0]
+    for rank in facts:
+        found = rank["stages"][f"{family}, {kind}"]
+        assert found.keys() == expected.keys()
+        for name, (perplexity, *counts) in expected.items():
+            assert found[name] == [pytest.approx(perplexity, rel=1e-6), *counts], name
+
+
+def test_a_sharded_model_trained_in_16_bits_is_measured_in_32_and_then_computes_in_16_again(
+    facts: list[dict[str, Any]],
+) -> None:
+    for family in ("llama", "mistral"):
+        for rank in facts:
+            before, after = rank["stages"][f"{family}, 16 bits"]
+            full = rank["stages"][f"{family}, sharded"]["1 x 32"][0]
+            assert before == after and 1e-6 < abs(before / full - 1) < 1e-2
+
+
+def test_a_sharded_model_continues_prompts_as_a_whole_one_does(facts: list[dict[str, Any]]) -> None:
+    for family in ("llama", "mistral"):
+        expected = stage_facts.samples(stage_facts.sparse_model(family))
+        assert all(rank["stages"][f"{family}, samples"] == expected for rank in facts)
+
+
+def test_the_bad_window_is_the_first_over_all_ranks(facts: list[dict[str, Any]]) -> None:
+    assert stage_facts.bad_windows(stage_facts.faulty_model()) == [2, 1, 6, None]
+    for rank in facts:
+        assert rank["stages"]["bad, whole"] == rank["stages"]["bad, sharded"] == [2, 1, 6, None]
+
+
+def test_ranks_that_share_windows_find_the_divergence_of_one_process(facts: list[dict[str, Any]]) -> None:
+    expected = stage_facts.against_teacher(stage_facts.sparse_model("llama"), tiny_model("llama", 1))
+    for rank in facts:
+        for kind in ("whole", "sharded"):
+            assert rank["stages"][f"teacher, {kind}"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_stages_of_a_sharded_run_are_measured_as_one_process_measures_what_is_saved(out: Path) -> None:
+    folder, figures = out / "stages", {}
+    stage_facts.train(folder, 1)
+    for world in (1, RANKS):
+        results = json.loads((folder / f"out-{world}" / "results.json").read_text())
+        figures[world] = {
+            (stage, name): [value["perplexity"], value["windows"], value["predicted_tokens"]]
+            for stage, row in results.items()
+            for name, value in row.items()
+        }
+    assert figures[1].keys() == figures[RANKS].keys() and len(figures[1]) == 8
+    for (stage, name), (perplexity, *counts) in figures[1].items():
+        tolerance = 1e-2 if stage.startswith("retrained") else 1e-6  # trained in bf16
+        assert figures[RANKS][stage, name] == [pytest.approx(perplexity, rel=tolerance), *counts], stage
+    saved = folder / f"out-{RANKS}"
+    loaded = {"": load_causal_lm(saved), " without SLoRB": AutoModelForCausalLM.from_pretrained(saved)}
+    for without, model in loaded.items():
+        text = evaluate_text(model, tiny_tokenizer(), stage_facts.TEXT, 16, 5, progress=False)
+        assert figures[RANKS][f"retrained 2:4{without}", "other.txt"][0] == pytest.approx(text.perplexity, rel=1e-6)
+    samples = [json.loads((folder / f"out-{world}" / "samples.json").read_text()) for world in (1, RANKS)]
+    assert all(samples[0][stage] == samples[1][stage] for stage in ("dense", "one-shot 2:4"))
+    logs = [
+        json.loads((folder / f"out-{world}" / "trainer_state.json").read_text())["log_history"] for world in (1, RANKS)
+    ]
+    during = [[log["heldout_perplexity"] for log in each if "heldout_perplexity" in log] for each in logs]
+    assert len(during[0]) == 1 and during[1] == pytest.approx(during[0], rel=1e-2)
+
+
+def test_a_sharded_model_is_saved_file_by_file_as_the_whole_one_would_be(
+    out: Path, facts: list[dict[str, Any]]
+) -> None:
+    assert all(rank["saved in pieces"]["saved"] for rank in facts)
+    whole, pieces = out / "stages" / "whole", out / "stages" / "pieces"
+    assert len(list(pieces.glob("model-*.safetensors"))) > 2
+    parts = [load_file(file) for file in pieces.glob("model-*.safetensors")]
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    expected = load_file(whole / "model.safetensors")
+    assert sum(map(len, parts)) == len(expected) and tensors.keys() == expected.keys()
+    assert all(
+        torch.equal(tensors[name].view(torch.int32), value.view(torch.int32)) for name, value in expected.items()
+    )
+    for name in ("config.json", "generation_config.json", "checksums.json", "sparsity_config.json"):
+        assert json.loads((pieces / name).read_text()) == json.loads((whole / name).read_text()), name
+    slorb = [load_file(folder / "slorb" / "adapter_model.safetensors") for folder in (whole, pieces)]
+    assert slorb[0].keys() == slorb[1].keys() and all(torch.equal(slorb[1][name], slorb[0][name]) for name in slorb[0])
+    index = json.loads((pieces / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+
+
+def test_a_saved_sharded_model_that_differs_or_cannot_be_written_ends_all_ranks(
+    out: Path, facts: list[dict[str, Any]]
+) -> None:
+    assert all(rank["saved in pieces"]["read back"] for rank in facts)
+    folder = out / "stages"
+    for number, rank in enumerate(facts):
+        damaged, missing, full = rank["saved in pieces"]["said"]
+        assert damaged.startswith(f"SharedError: `{folder}/damaged` was written, but does not read back as the model")
+        assert "differs. Export a checkpoint" in damaged
+        assert missing.startswith(f"SharedError: `{folder}/missing` was written, but does not read back as the model")
+        assert full.startswith("SharedError: " if number else ("OSError", "SafetensorError")), full

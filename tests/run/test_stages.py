@@ -79,13 +79,14 @@ def test_a_resumed_run_measures_the_same(folder: Path) -> None:
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in loud.items())
 
 
-class Placed:
+class Placed(torch.nn.Module):
     """Stands for a model, and writes down where it is put."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.places: list[str] = []
 
-    def to(self, device: Any) -> None:
+    def to(self, device: Any) -> None:  # type: ignore[override]
         self.places.append(str(device))
 
 

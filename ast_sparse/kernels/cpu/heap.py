@@ -1,7 +1,7 @@
-"""Memory that a training step on a CPU has freed, returned to the system.
+"""Memory that was freed but is kept by an allocator, returned to the system.
 
-glibc keeps freed temporaries, which fit few of the next tensors: for a 135M model that adds half of the memory of its
-activations.
+On a CPU, glibc keeps freed temporaries, which fit few of the next tensors: for a 135M model that adds half of the
+memory of its activations.
 """
 
 import ctypes
@@ -52,6 +52,17 @@ def freed_memory_given_back(blocks: Sequence[nn.Module], device: torch.device) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def return_freed_memory(device: torch.device) -> None:
+    """Return what torch keeps of freed memory on a GPU, or glibc on a CPU, after work that needed more than the next.
+
+    Does nothing on a CPU if `setting.is_enabled()` is False.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "cpu" and setting.is_enabled():
+        _malloc_trim()(0)
 
 
 @cache

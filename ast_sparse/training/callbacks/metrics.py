@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil  # a dependency of accelerate
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.peak import peak_bytes, reset_peak
 from ast_sparse.storage.files import finite_or_none
 from ast_sparse.storage.run_folder import METRICS, append_row, keep_rows_until
 
@@ -72,9 +72,10 @@ class SpeedCallback(TrainerCallback):
         self._tokens += tokens
 
     def log_values(self, args: TrainingArguments) -> dict[str, float]:
-        """Since the last call: `tokens_per_second` and, if the peak is known, `mfu`; `memory_gib` of this process.
+        """Since the last call: `tokens_per_second`, `mfu` if the speed of the GPU is known, and `memory_gib`.
 
-        All ranks must call this. Memory is the allocated peak on a GPU, or the resident memory on a CPU.
+        All ranks must call this. Memory is the most that this process had allocated on its GPU, or had resident on a
+        CPU, in steps and whatever came between them; where the system cannot count anew, since the process began.
         """
         ranks, on_gpu = args.world_size, args.device.type == "cuda"
         tokens = float(mean_over_ranks(torch.tensor(float(self._tokens), device=args.device))) * ranks
@@ -85,13 +86,15 @@ class SpeedCallback(TrainerCallback):
             peak = peak_flops(torch.cuda.get_device_name(args.device)) if on_gpu and args.bf16 else None
             if peak is not None:
                 found["mfu"] = tokens / seconds * self.flops_per_token / (ranks * peak)
-        used = torch.cuda.max_memory_allocated(args.device) if on_gpu else psutil.Process().memory_info().rss
+        used = peak_bytes(on_gpu)
+        reset_peak(on_gpu)
         return {**found, "memory_gib": used / 2**30}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._tokens, self._seconds, self._since, self._in_step = 0, 0.0, None, False
+        reset_peak(args.device.type == "cuda")  # of loading and measuring
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

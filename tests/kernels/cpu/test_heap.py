@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,14 @@ def test_malloc_trim_works_on_this_machine() -> None:
     with heap.freed_memory_given_back(list(decoder_blocks(model).values()), torch.device("cpu")):
         model(ids, labels=ids).loss.backward()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_freed_memory_is_returned_to_the_system_of_a_cpu_and_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("cuda"))
+    for enabled in (True, False):
+        monkeypatch.setattr(setting, "is_enabled", lambda enabled=enabled: enabled)
+        for device in ("cpu", "cuda", "meta"):
+            heap.return_freed_memory(torch.device(device))
+    assert calls == [0, "cuda", "cuda"]

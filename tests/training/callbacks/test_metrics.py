@@ -163,7 +163,9 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(metrics, "mean_over_ranks", lambda values: values)
     monkeypatch.setattr(metrics.torch, "tensor", lambda value, device: value)
     monkeypatch.setattr(metrics.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    peaks = [3 * 2**30]
+    monkeypatch.setattr(metrics, "peak_bytes", lambda on_gpu: peaks[-1] if on_gpu else 0)
+    monkeypatch.setattr(metrics, "reset_peak", lambda on_gpu: peaks.append(2**30))
     speed = SpeedCallback(flops_per_token=10**9)
     speed.count(1000)
     speed._seconds = 0.5
@@ -177,7 +179,21 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(monkeypatch: pytest.MonkeyPatc
     speed.count(1000)
     speed._seconds = 0.5
     assert "mfu" not in speed.log_values(Arguments())  # type: ignore[arg-type]
-    assert speed.log_values(Arguments()) == {"memory_gib": 3.0}  # type: ignore[arg-type]  # nothing since the last call
+    assert speed.log_values(Arguments()) == {"memory_gib": 1.0}  # type: ignore[arg-type]  # nothing since the last call
+
+
+def test_memory_is_the_peak_since_the_record_before(tmp_path: Path) -> None:
+    class Large(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                bytearray(300_000_000)
+
+    largest = bytearray(600_000_000)  # as a model that is measured before training
+    del largest
+    trainer(tmp_path, args=dict(max_steps=4), callbacks=[Large()]).train()
+    used = [row["memory_gib"] * 2**30 for row in rows(tmp_path) if "loss" in row]
+    assert used[2] - used[1] > 200e6 and used[2] - used[3] > 200e6
+    assert max(used) - min(used) < 500e6
 
 
 @pytest.mark.parametrize(
