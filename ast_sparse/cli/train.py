@@ -51,8 +51,8 @@ def _plain(value: object) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option(
     "--dry-run", is_flag=True,
-    help="Print layers, tokens, FLOPs, hours and memory per device, and stop; if the run does not fit, print settings "
-    "that fit and exit with 2.",
+    help="Print layers, tokens, FLOPs, hours and memory of a device and of its host, and stop; needs no weights, text "
+    "or tokenizer. If the run does not fit, print settings that fit and exit with 2.",
 )  # fmt: skip
 @click.option("--world-size", type=int, metavar="N", help="Dry run: number of devices; default: that of the launcher.")
 @click.option(
@@ -67,6 +67,15 @@ def _plain(value: object) -> str:
     help="Dry run: peak TFLOP/s of a device; default: that of this machine's GPU, otherwise an H100's 989.",
 )
 @click.option("--mfu", type=float, metavar="SHARE", help="Dry run: share of the peak that is used; default 0.35.")
+@click.option(
+    "--gpus-per-node", type=int, metavar="N",
+    help="Dry run: devices of a machine, whose host memory is planned; default: those of the launcher, otherwise 8.",
+)  # fmt: skip
+@click.option(
+    "--written-for", type=int, metavar="N",
+    help="Dry run: number of devices whose sequences per step are to be kept; default: that of the launcher, otherwise "
+    "1 and a machine's.",
+)  # fmt: skip
 @click.option("--output-dir", metavar="FOLDER", help="Output folder of the run; overrides training.output_dir.")
 def main(
     config_path: str,

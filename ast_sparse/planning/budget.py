@@ -6,8 +6,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.planning.fit import find_fit
-from ast_sparse.planning.memory import Memory, Setup
+from ast_sparse.planning.host import host_memory
+from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.plan import Hardware, Plan
+from ast_sparse.planning.setup import Setup
+from ast_sparse.planning.sizes import Term
 from ast_sparse.training.callbacks.metrics import peak_flops
 
 GIB = 2**30
@@ -48,7 +51,7 @@ class Budget:
 
     def lines(self) -> list[str]:
         """FLOPs, hours and memory as text."""
-        return [*self._cost_lines(), *self._memory_lines()]
+        return [*self._cost_lines(), *self._memory_lines(), *self._host_lines()]
 
     def check(self) -> None:
         """Raise UserError, with settings that fit, if the run needs more memory than a device has."""
@@ -57,7 +60,8 @@ class Budget:
         assert self.plan.memory is not None
         student = self.plan.memory.student
         can_shard = not self.on_cpu and not any(isinstance(module, Conv1D) for module in student.modules())
-        fit = find_fit(self.plan.memory, self.setup, self.limit, can_shard, can_halve=not self.on_cpu)
+        can = dict(can_shard=can_shard, can_halve=not self.on_cpu, can_offload=not self.on_cpu)
+        fit = find_fit(self.plan.memory, self.setup, self.limit, **can)
         needs = f"The run needs {_shown(self.memory.total)} per device, and {_shown(self.limit)} can be used."
         if fit is None:
             raise UserError(f"{needs} No settings make it fit. Use devices with more memory, or a smaller model.")
@@ -90,18 +94,39 @@ class Budget:
     def _memory_lines(self) -> list[str]:
         if self.memory is None:
             return [f"memory: unknown, because this model cannot run without data ({self.reason})"]
-        how = {"none": "", "ddp": ", DDP", "fsdp2": ", FSDP2"}[self.setup.sharding]
+        how = {"none": "", "ddp": ", DDP", "fsdp2": _sharded(self.setup)}[self.setup.sharding]
         whose = f"each of {self.setup.world_size} devices" if self.setup.world_size > 1 else "the device"
-        share = "" if self.on_cpu else f", {USABLE:.0%} of {self.device_bytes / GIB:.1f}"
-        beside = "; Python and its libraries come on top" if self.on_cpu else ""
-        rows = {**self.memory.items, "total": self.memory.total}
+        share = "" if self.on_cpu else f"{USABLE:.0%} of {self.device_bytes / GIB:.1f}"
+        beside = "Python and its libraries come on top" if self.on_cpu else ""
+        rows = {**self.memory.terms, "total": Term(self.memory.total)}
         return [
             f"memory of {whose}{how}, at its peak, the {self.memory.moment}:",
-            *(f"  {item:<40} {size / GIB:8.2f} GiB" for item, size in rows.items()),
-            f"  {'can be used':<40} {self.limit / GIB:8.2f} GiB{share}{beside}",
+            *(_row(item, term.size, term.how) for item, term in rows.items()),
+            _row("can be used", self.limit, f"{share}{beside}"),
             "in all at other moments:",
-            *(f"  {moment:<40} {size / GIB:8.2f} GiB" for moment, size in self.memory.others.items()),
+            *(_row(moment, size) for moment, size in self.memory.others.items()),
         ]
+
+    def _host_lines(self) -> list[str]:
+        if self.on_cpu or self.memory is None:
+            return []
+        model, processes = self.plan.memory, min(self.setup.world_size, self.hardware.node)
+        assert model is not None
+        terms = host_memory(self.setup, model.sizes, model.teacher_sizes, processes, model.calibrates)
+        several = "process" if processes == 1 else "processes"
+        return [
+            f"host memory of a machine with {processes} {several}; Python, its libraries and the text come on top:",
+            *(_row(item, term.size, term.how) for item, term in terms.items()),
+        ]
+
+
+def _sharded(setup: Setup) -> str:
+    replicas = setup.world_size // setup.pieces
+    return ", FSDP2" if replicas == 1 else f", FSDP2 in {setup.pieces} pieces, {replicas} replicas"
+
+
+def _row(name: str, size: float, how: str = "") -> str:
+    return f"  {name:<40} {size / GIB:8.2f} GiB  {how}".rstrip()
 
 
 def _shown(size: float) -> str:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ast_sparse.planning.memory import Memory, Setup
+from ast_sparse.planning.memory import Memory
+from ast_sparse.planning.setup import Setup
 
 _MOST_DEVICES = 1024
+_SYNCS = "training.accelerator_config.gradient_accumulation_kwargs.sync_each_batch=true"
 
 Step = Callable[[Setup], Setup]
 
@@ -29,16 +31,23 @@ class Fit:
             "training.per_device_eval_batch_size": "eval_batch_size",
         }
         changed = ["training.bf16=true"] if after.dtype != before.dtype else []
+        is_whole_again = after.sharding != "fsdp2" == before.sharding
         for name, field in names.items():
-            if (value := getattr(after, field)) != getattr(before, field):
+            value = getattr(after, field)
+            # a sharded run may have asked for it in fsdp_config, which goes away
+            if value != getattr(before, field) or (field == "gradient_checkpointing" and value and is_whole_again):
                 changed.append(f"{name}={str(value).lower()}")
         changed += ["training.fsdp=true"] if after.sharding == "fsdp2" != before.sharding else []
+        changed += ["training.fsdp=false", "training.fsdp_config=null"] if is_whole_again else []
+        changed += [_SYNCS] if after.keeps_whole_gradients != before.keeps_whole_gradients else []
+        changed += [f"optimizer.moments={after.moments}"] if after.moments != before.moments else []
+        changed += ["optimizer.offload=true"] if after.offload != before.offload else []
         changed += before.measured_by if before.measured_by != after.measured_by else []
         return changed + ([f"{after.world_size} devices"] if after.world_size != before.world_size else [])
 
 
 def find_fit(
-    memory: Callable[[Setup], Memory], setup: Setup, limit: float, can_shard: bool, can_halve: bool
+    memory: Callable[[Setup], Memory], setup: Setup, limit: float, can_shard: bool, can_halve: bool, can_offload: bool
 ) -> Fit | None:
     """The first combination of settings that fits, without the changes that are not needed.
 
@@ -47,13 +56,14 @@ def find_fit(
         limit: bytes that may be used.
         can_shard: whether the model can be sharded by FSDP2.
         can_halve: whether the devices compute in bf16.
+        can_offload: whether masters and moments may be in host memory.
 
     Returns:
         None if nothing fits.
     """
     for devices in _numbers_of_devices(setup.world_size, can_shard):
         applied: list[Step] = [] if devices == setup.world_size else [_with_devices(devices)]
-        for step in _steps(setup, devices, can_shard, can_halve):
+        for step in _steps(setup, devices, can_shard, can_halve, can_offload):
             applied.append(step)
             if memory(_apply(applied, setup)).total > limit:
                 continue
@@ -72,7 +82,7 @@ def _apply(steps: list[Step], setup: Setup) -> Setup:
     return setup
 
 
-def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iterator[Step]:
+def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_offload: bool) -> Iterator[Step]:
     """Changes that do not affect what is learned: for smaller batches, more of them are accumulated."""
     if can_halve and not setup.is_half:
         yield lambda now: replace(now, dtype=torch.bfloat16)
@@ -80,7 +90,9 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iter
         yield lambda now: replace(now, eval_batch_size=1)
     if not setup.gradient_checkpointing:
         yield lambda now: replace(now, gradient_checkpointing=True)
-    if can_shard and devices > 1 and setup.sharding != "fsdp2":
+    if setup.keeps_whole_gradients:
+        yield lambda now: replace(now, syncs_each_batch=True)
+    if can_shard and devices > 1 and setup.sharding != "fsdp2" and not setup.offload:
         yield lambda now: replace(now, sharding="fsdp2")
     size = setup.batch_size
     while size % 2 == 0:
@@ -88,8 +100,10 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool) -> Iter
         yield lambda now: replace(
             now, batch_size=now.batch_size // 2, gradient_accumulation_steps=2 * now.gradient_accumulation_steps
         )
-    if can_shard and devices > 1 and setup.measured_by:
-        yield lambda now: replace(now, measured_by=())
+    if can_offload and devices == 1 and not setup.offload:  # bit-equal, but slower than more devices
+        yield lambda now: replace(now, offload=True, sharding="none")
+    if setup.measured_by:
+        yield lambda now: replace(now, measured_by=(), measured_tokens=0)
 
 
 def _numbers_of_devices(first: int, can_shard: bool) -> Iterator[int]:
@@ -109,6 +123,7 @@ def _with_devices(number: int) -> Step:
             now,
             world_size=number,
             sharding=now.sharding if now.sharding == "fsdp2" else "ddp",
+            offload=False,
             gradient_accumulation_steps=steps // more if steps % more == 0 else steps,
         )
 

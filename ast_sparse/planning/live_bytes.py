@@ -1,7 +1,8 @@
 """The bytes of all tensors, real or fake, that are alive while a step runs."""
 
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +18,14 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes.
+        phase, peaks: the name of what runs now, which the caller sets, and the most bytes in each phase.
         gradients, peak_gradients: the bytes of gradients that `counted_gradients` reports, now and at the peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = self.gradients = self.peak_gradients = 0
+        self.phase, self.peaks = "", Counter[str]()
         self._sizes: dict[int, int] = {}
 
     def ignore(self, tensors: list[Tensor]) -> None:
@@ -45,6 +48,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes[storage._cdata] = storage.nbytes()
         self.now += storage.nbytes()
         weakref.finalize(storage, self._drop, storage._cdata)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
         if self.now > self.peak:
             self.peak, self.peak_gradients = self.now, self.gradients
 
@@ -53,13 +57,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def counted_gradients(model: nn.Module, live: LiveBytes, drop: bool) -> Iterator[None]:
-    """Report each new gradient to `live`; with `drop`, remove it instead, as if it were added to an existing one."""
+def counted_gradients(model: nn.Module, live: LiveBytes, passing: Collection[Tensor], reported: bool) -> Iterator[None]:
+    """Watch the gradients of a pass.
+
+    Args:
+        passing: parameters whose gradient is removed at once, as if it were added to an existing one.
+        reported: report the gradients of the others to `live`.
+    """
+    removed = set(passing)
 
     def count(parameter: Tensor) -> None:
-        if drop:
+        if parameter in removed:
             parameter.grad = None
-        else:
+        elif reported:
             live.gradients += parameter.nbytes
 
     handles = [p.register_post_accumulate_grad_hook(count) for p in model.parameters() if p.requires_grad]

@@ -1,97 +1,20 @@
-"""How much memory a device needs: what is always there, and what a step adds, measured by running it on fake tensors.
+"""How much memory a device needs at each moment of a run: what is always there, and what the moment adds.
 
-The step is the real one (student, teacher, loss, backward pass), on tensors that have shapes but no data. Live bytes
-are added up after every operation, so no formula depends on the architecture, the attention or the loss.
+Weights, masks, moments, gradients and gathered pieces are counted by their number; what a pass adds is found by running
+it on tensors without data (`passes.py`). How FSDP2 gathers and reduces follows torch's `_fsdp_param_group.py`.
 """
 
-import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedModel
 
 from ast_sparse.config import DistillationConfig
-from ast_sparse.distillation.features import needs_attention
-from ast_sparse.distillation.head import OutputHead
-from ast_sparse.kernels.fast_forward import fast_forward
-from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
-from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
-from ast_sparse.training.fsdp import sharding_plugin
-from ast_sparse.training.losses import MicroBatchLoss
+from ast_sparse.planning.passes import Passes
+from ast_sparse.planning.setup import Setup
+from ast_sparse.planning.sizes import MASK_BYTES, MOMENTS_8BIT, Sizes, Term
+from ast_sparse.sparsity.model import sparse_layers
 
-Sharding = Literal["none", "ddp", "fsdp2"]
-
-_MASKLESS = "ast_sparse_planned_sdpa"  # sdpa looks at data to decide if it needs a mask; fake tensors have no data
-AttentionInterface.register(_MASKLESS, sdpa_attention_forward)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The settings that decide how much memory training takes on one device.
-
-    Attributes:
-        batch_size, eval_batch_size: per device; an eval_batch_size of 0 means no evaluation.
-        gradient_accumulation_steps: micro-batches in a step.
-        block_size: tokens in a sequence.
-        dtype: of the matrix products: float32, or the dtype of autocast.
-        gradient_checkpointing: blocks keep only their input, and run again in the backward pass.
-        world_size: number of devices.
-        sharding: whether each device holds everything (`ddp`) or its piece (`fsdp2`) during training.
-        measured_by: the settings that turn off the measurements of this run, which need the whole student on one
-            device; empty if nothing is measured.
-        on_cpu: the devices are processes on a CPU, and a sharded student is gathered in their memory to be saved.
-    """
-
-    batch_size: int
-    eval_batch_size: int
-    gradient_accumulation_steps: int
-    block_size: int
-    dtype: torch.dtype
-    gradient_checkpointing: bool
-    world_size: int = 1
-    sharding: Sharding = "none"
-    measured_by: tuple[str, ...] = ()
-    on_cpu: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        args: TrainingArguments,
-        block_size: int,
-        world_size: int,
-        sharding: Sharding,
-        measured_by: tuple[str, ...] = (),
-        on_cpu: bool = False,
-    ) -> "Setup":
-        """The setup of a run's arguments."""
-        plugin = sharding_plugin(args)
-        evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no" or args.eval_on_start
-        return cls(
-            batch_size=args.per_device_train_batch_size,
-            eval_batch_size=args.per_device_eval_batch_size if evaluates else 0,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            block_size=block_size,
-            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
-            gradient_checkpointing=bool(
-                args.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing)
-            ),
-            world_size=world_size,
-            sharding=sharding,
-            measured_by=measured_by,
-            on_cpu=on_cpu,
-        )
-
-    @property
-    def is_half(self) -> bool:
-        """Whether matrix products run in 16 bits."""
-        return self.dtype != torch.float32
+_EAGER_BLOCK = 1 << 18  # elements that an eager update on a CPU takes at a time
 
 
 @dataclass(frozen=True)
@@ -99,26 +22,24 @@ class Memory:
     """Bytes by item at the moment when a device uses most memory.
 
     Attributes:
+        terms: bytes and formula by item.
         moment: the name of that moment.
         others: total bytes at the other moments.
     """
 
-    items: dict[str, int]
+    terms: dict[str, Term]
     moment: str
     others: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Bytes by item."""
+        return {name: term.size for name, term in self.terms.items()}
 
     @property
     def total(self) -> int:
         """Bytes of all items."""
         return sum(self.items.values())
-
-
-@dataclass(frozen=True)
-class _Peak:
-    """Bytes at the peak of a pass, without weights: gradients, and all else as activations."""
-
-    activations: int
-    gradients: int = 0
 
 
 class MemoryModel:
@@ -129,6 +50,7 @@ class MemoryModel:
         teacher: dense, on the meta device, or None.
         distillation: the loss.
         hessians: bytes of the Hessians for mask refreshes by SparseGPT.
+        calibrates: text decides the first masks.
 
     Raises:
         Exception: whatever a model's code raises if it cannot run without data.
@@ -140,203 +62,155 @@ class MemoryModel:
         teacher: PreTrainedModel | None,
         distillation: DistillationConfig | None,
         hessians: int = 0,
+        calibrates: bool = False,
     ) -> None:
-        self.distillation = distillation
-        self.hessians = hessians
-        if needs_attention(distillation):
-            for model in (student, teacher):
-                if model is not None:
-                    model.set_attn_implementation("eager")
-        student.config.use_cache = False  # as Trainer does
-        for model in (student, teacher):
-            if model is not None and model.config._attn_implementation == "sdpa":
-                model.set_attn_implementation(_MASKLESS)
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.student = self._fake(student)
-        self.teacher = teacher
-        self._peaks: dict[tuple[Any, ...], _Peak] = {}
+        self.hessians, self.calibrates = hessians, calibrates
+        self.passes = Passes(student, teacher, distillation)
+        self.student, self.teacher = student, teacher
+        self.sizes = Sizes.of(student)
+        self.fixed_masks = any(layer.fixed_mask for layer in sparse_layers(student).values())
+        self.teacher_sizes = None if teacher is None else Sizes.of(teacher)
 
     def __call__(self, setup: Setup) -> Memory:
         """The memory of one device at the moment of a run when it uses most."""
-        held, gathered = self._held(setup), self._gathered(setup)
-        gradients = _trained_bytes(self.student) // self._pieces(setup)
-        step, evaluation = self._step(setup), self._evaluation(setup)
-        activations = "activations, logits, temporaries"
-        moments = {
-            "forward and backward pass": {
-                **held,
-                **gathered,
-                "gradients": gradients if self._keeps_gradients(setup) else step.gradients,
-                activations: step.activations,
-            },
-            "update of the weights": {
-                **held,
-                "gradients": gradients,
-                "temporaries of the update": self._update_bytes() // self._pieces(setup),
-            },
-        }
-        if evaluation.activations:
-            moments["evaluation"] = {**held, **gathered, activations: evaluation.activations}
-        if setup.sharding == "fsdp2":
-            passing = _passing_bytes(self.student, setup.is_half)
-            moments["forward and backward pass"]["gradients before they are sharded"] = passing
-            whole = {**held, "the whole student in float32, its masks": _parameter_bytes(self.student)}
-            if setup.measured_by:
-                moments["measurement of the retrained model"] = whole
-            if setup.on_cpu:
-                masked = sum(layer.weight.nbytes for layer in sparse_layers(self.student).values())
-                moments["saving of the retrained model"] = {**whole, "masked copies of its weights": masked}
-        totals = {name: sum(items.values()) for name, items in moments.items()}
+        moments = self.moments(setup)
+        totals = {name: sum(term.size for term in terms.values()) for name, terms in moments.items()}
         moment = max(totals, key=lambda name: totals[name])
-        items = {name: size for name, size in moments[moment].items() if size}
-        return Memory(items, moment, {name: total for name, total in totals.items() if name != moment})
+        terms = {name: term for name, term in moments[moment].items() if term.size}
+        return Memory(terms, moment, {name: total for name, total in totals.items() if name != moment})
+
+    def moments(self, setup: Setup) -> dict[str, dict[str, Term]]:
+        """What a device holds at each moment, by item."""
+        held, gradients = self._held(setup), self._gradients(setup)
+        step = {"gradients": Term.of(self.sizes.trained, 4, setup.pieces)}
+        moments = {
+            "forward and backward pass": {**held, **gradients, **self._pass(setup)},
+            "update of the weights": {**held, **step, "temporaries": self._update(setup)},
+        }
+        if setup.sharding == "fsdp2":
+            moments["loss of a micro-batch"] = {**held, **gradients, **self._loss(setup)}
+            whole = {"the whole student, masked copies, masks": self._whole()} if setup.on_cpu else {}
+            moments |= {"saving of the trained model": {**held, **whole}} if whole else {}
+            moments["reduction of the last gradients"] = {**held, **step, **self._last_reduction(setup)}
+        if setup.eval_batch_size:
+            counted = _counted(self.passes.evaluation(setup).activations, setup.eval_batch_size, setup.block_size)
+            moments["evaluation"] = {**held, **self._gathered(setup, setup.is_half, is_step=False), **counted}
+        if setup.measured_tokens:
+            counted = _counted(self.passes.measurement(setup).activations, 1, setup.measured_tokens)
+            if setup.offload:  # before the first and after the last step the masters are on the device
+                held = {**self._held(replace(setup, offload=False)), "moments": Term(0)}
+            moments["measurement of perplexities"] = {**held, **self._gathered(setup, False, is_step=False), **counted}
+        return moments
 
     # ---- what is always there ------------------------------------------------------------------------------------
 
-    def _held(self, setup: Setup) -> dict[str, int]:
-        pieces = self._pieces(setup)
-        trained = _trained_bytes(self.student)
-        masks = sum(layer.mask.nbytes + layer.start_mask.nbytes for layer in sparse_layers(self.student).values())
-        teacher = 0
-        if self.teacher is not None:  # its embeddings and head are not sharded
-            outside = _outside_bytes(self.teacher, setup.is_half) if setup.sharding == "fsdp2" else 0
-            teacher = outside + (_compute_bytes(self.teacher, setup.is_half) - outside) // pieces
+    def _held(self, setup: Setup) -> dict[str, Term]:
+        pieces, ours = setup.pieces, self.sizes
+        if setup.offload:
+            in_products = Term.of(ours.masked, 2 if setup.is_half else 4)
+            terms = {"masked weights; embeddings, head, norms": in_products + Term.of(ours.plain, 4)}
+            if self.fixed_masks:
+                terms["masks"] = Term.of(ours.masked, 1)
+        else:
+            moments = Term.of(ours.trained, 8, pieces)
+            if setup.moments == "8bit":
+                moments = Term.of(ours.masked, MOMENTS_8BIT) + Term.of(ours.plain, 8)
+            masks = Term.of(ours.masked, MASK_BYTES, pieces)
+            terms = {"weights (float32 masters)": Term.of(ours.weights, 4, pieces), "masks": masks, "moments": moments}
+        terms["teacher"] = self._teacher(setup)
+        terms["Hessians of a refresh"] = Term(self.hessians, "in² x 4 bytes of each layer")
+        return terms
+
+    def _teacher(self, setup: Setup) -> Term:
+        if (theirs := self.teacher_sizes) is None:
+            return Term(0)
+        each = 2 if setup.is_half else 4
+        if setup.sharding != "fsdp2":
+            return Term.of(theirs.weights, each)
+        # its embeddings and head are not sharded
+        return Term.of(theirs.weights - theirs.outside, each, setup.pieces) + Term.of(theirs.outside, each)
+
+    def _gradients(self, setup: Setup) -> dict[str, Term]:
+        """Gradients that are there when a step's last pass begins, or that the pass makes."""
+        trained, accumulates = self.sizes.trained, setup.gradient_accumulation_steps > 1
+        if setup.sharding == "none" and not accumulates:
+            return {}
+        if setup.keeps_whole_gradients:  # there are no pieces until the last pass, where they take their place
+            return {"whole gradients between micro-batches": Term.of(trained, 4)}
+        terms = {"gradients": Term.of(trained, 4, setup.pieces)}
+        if setup.sharding == "ddp" and accumulates:
+            terms["buckets of DDP, which the last batch fills"] = Term.of(trained, 4)
+        return terms
+
+    # ---- what a moment adds --------------------------------------------------------------------------------------
+
+    def _pass(self, setup: Setup) -> dict[str, Term]:
+        """A forward and backward pass, under FSDP2 while blocks run."""
+        keeps = setup.gradient_accumulation_steps > 1 or setup.sharding != "none"  # DDP's buckets are always there
+        peak = self.passes.step(setup, keeps)
+        if setup.sharding != "fsdp2":
+            made = {} if keeps else {"gradients": Term(peak.gradients, "those made before the peak of the pass")}
+            return {**made, **_counted(peak.activations, setup.batch_size, setup.block_size)}
+        block, sent = self.sizes.block, max(self.sizes.block, self.sizes.last)
+        reduced = Term.of(block, 2 if setup.is_half else 4) + Term.of(sent, 4)
         return {
-            "weights (float32 masters)": trained // pieces,
-            "masks": masks // pieces,
-            "moments": 2 * trained // pieces,
-            "teacher": teacher,
-            "gradient buckets of DDP": trained if setup.sharding == "ddp" else 0,
-            "Hessians of a refresh": self.hessians,
+            **self._gathered(setup, setup.is_half),
+            "gradients of a block; those being sent": reduced,
+            **_counted(peak.in_blocks, setup.batch_size, setup.block_size),
         }
 
-    def _gathered(self, setup: Setup) -> dict[str, int]:
-        """What FSDP2 gathers during a pass: everything outside the student's blocks, and the current and next block.
+    def _gathered(self, setup: Setup, is_half: bool, is_step: bool = True) -> dict[str, Term]:
+        """What FSDP2 gathers while blocks run: the current and the next one.
 
-        The teacher's blocks, which are smaller, are gathered before the student's first one.
+        The teacher's blocks, which are smaller, are gathered before the student's first one. Masks stay in pieces: a
+        piece of the weight is masked and cast before it is sent. Embeddings that share the head's weight stay gathered
+        during a step, and the head does so in evaluation.
         """
         if setup.sharding != "fsdp2":
             return {}
-        outside = _outside_bytes(self.student, setup.is_half)
-        return {"gathered blocks and embeddings": outside + 2 * _block_bytes(self.student, setup.is_half)}
+        each, sizes = 2 if is_half else 4, self.sizes
+        stays = sizes.last if not (is_step and sizes.first) else 0
+        return {
+            "gathered head": Term.of(stays, each),
+            "gathered blocks: current and next": Term.of(2 * sizes.block, each),
+            "masked pieces on their way": Term.of(sizes.block, each, setup.pieces),
+        }
 
-    def _pieces(self, setup: Setup) -> int:
-        return setup.world_size if setup.sharding == "fsdp2" else 1
+    def _loss(self, setup: Setup) -> dict[str, Term]:
+        """The head is gathered, once as it comes and once as it is used."""
+        peak, each = self.passes.step(setup, True).at_loss, 2 if setup.is_half else 4
+        return {
+            "gathered head": Term.of(2 * self.sizes.last, each),
+            **_counted(peak, setup.batch_size, setup.block_size),
+        }
 
-    def _keeps_gradients(self, setup: Setup) -> bool:
-        """Whether gradients of an earlier micro-batch exist when a pass begins."""
-        return setup.gradient_accumulation_steps > 1 or setup.sharding == "fsdp2"
+    def _last_reduction(self, setup: Setup) -> dict[str, Term]:
+        """Embeddings come last in the backward pass: gathered, their whole gradients, and a float32 copy to send."""
+        last, each = self.sizes.first or self.sizes.last, 2 if setup.is_half else 4
+        return {
+            "gathered embeddings": Term.of(last, each),
+            "their gradients, and a copy to send": Term.of(last, each + 4),
+            "their reduced pieces": Term.of(last, 4, setup.pieces),
+        }
 
-    def _update_bytes(self) -> int:
-        """An upper bound: two temporaries of the largest weight; compiled kernels need none, eager CPU ones less."""
-        return 2 * max(p.nbytes for p in self.student.parameters() if p.requires_grad)
+    def _whole(self) -> Term:
+        """The student as the first process gathers it on the host to save it."""
+        return Term.of(self.sizes.weights, 4) + Term.of(self.sizes.masked, 4 + MASK_BYTES)
 
-    # ---- what a pass adds ----------------------------------------------------------------------------------------
+    def _update(self, setup: Setup) -> Term:
+        """Temporaries of SparseAdamW: on a GPU the square roots of all second moments without masks, at once.
 
-    def _step(self, setup: Setup) -> _Peak:
-        keeps = self._keeps_gradients(setup)
-        key = (setup.batch_size, setup.block_size, setup.dtype, setup.gradient_checkpointing, keeps)
-        if key not in self._peaks:
-            self._peaks[key] = self._run(setup, setup.batch_size, train=True, drop_gradients=keeps)
-        return self._peaks[key]
-
-    def _evaluation(self, setup: Setup) -> _Peak:
-        key = (setup.eval_batch_size, setup.block_size, setup.dtype)
-        if not setup.eval_batch_size:
-            return _Peak(0)
-        if key not in self._peaks:
-            with torch.no_grad():
-                self._peaks[key] = self._run(setup, setup.eval_batch_size, train=False, drop_gradients=False)
-        return self._peaks[key]
-
-    def _run(self, setup: Setup, batch_size: int, train: bool, drop_gradients: bool) -> _Peak:
-        teacher = None
-        if self.teacher is not None and train:  # its weights have the dtype of the matrix products
-            teacher = self._fake(copy.deepcopy(self.teacher), setup.dtype).requires_grad_(False).eval()
-        live = LiveBytes()
-        for model in (self.student, teacher):
-            live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
-        self.student.train(train)
-        # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
-        with _checkpointing(self.student, setup.gradient_checkpointing and train), \
-             fast_forward(*((self.student, teacher) if train else ())), \
-             self._mode, counted_gradients(self.student, live, drop_gradients), live:  # fmt: skip
-            ids = torch.zeros((batch_size, setup.block_size), dtype=torch.long)
-            loss = self._loss(teacher, {"input_ids": ids}, ids.clone(), setup)
-            if train:
-                loss.backward()
-        self.student.zero_grad()
-        return _Peak(live.peak - live.peak_gradients, live.peak_gradients)
-
-    def _fake(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The model with tensors that have no data; parameters get `dtype`, buffers and masks keep theirs."""
-        made: dict[Tensor, Tensor] = {}  # so that tied tensors stay tied
-        with self._mode:
-            for module in model.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for name, tensor in tensors.items():
-                        if tensor is not None and tensor not in made:
-                            made[tensor] = _without_data(tensor, dtype)
-                        if tensor is not None:
-                            tensors[name] = made[tensor]  # type: ignore[assignment]
-        return model
-
-    def _loss(self, teacher: PreTrainedModel | None, inputs: dict[str, Tensor], labels: Tensor, setup: Setup) -> Tensor:
-        """The loss of a step as SparseTrainer computes it; only cross-entropy in evaluation."""
-        heads = {}
-        for owner, model in (("student", self.student), ("teacher", teacher)):
-            linear = None if model is None else model.get_output_embeddings()
-            if type(linear) is nn.Linear:
-                heads[owner] = OutputHead(linear)  # scale and cap are left out: they take almost no memory
-        compute = MicroBatchLoss(teacher, self.distillation, heads)
-        with torch.autocast("cpu", setup.dtype, enabled=setup.is_half):
-            return compute(self.student, self.student, inputs, labels, needs_logits=False)[0]
+        A compiled update of masked weights needs none; an eager one three of the largest weight, on a CPU of a block.
+        """
+        sizes, pieces = self.sizes, setup.pieces
+        if setup.offload:
+            return Term(0)
+        masked = min(sizes.largest // pieces, _EAGER_BLOCK) if setup.on_cpu else sizes.largest // pieces
+        eager = Term.of(masked, 12) if setup.eager else Term(0)
+        roots = Term(0) if setup.on_cpu else Term.of(sizes.plain, 4, pieces)
+        return max(eager, roots, key=lambda term: term.size)
 
 
-def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(tensor, nn.Parameter):
-        return torch.empty_like(tensor, device="cpu")
-    kept = dtype if tensor.is_floating_point() else tensor.dtype
-    return nn.Parameter(torch.empty_like(tensor, device="cpu", dtype=kept), requires_grad=tensor.requires_grad)
-
-
-@contextmanager
-def _checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer versions have renamed it
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        try:
-            yield
-        finally:
-            model.gradient_checkpointing_disable()
-
-
-def _trained_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _parameter_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _block_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """Bytes of the largest decoder block in the dtype of its computation."""
-    return max(_compute_bytes(block, is_half) for block in decoder_blocks(model).values())
-
-
-def _outside_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """Bytes of embeddings, head and norms outside the decoder blocks, in the dtype of their computation."""
-    inside = nn.ModuleList(decoder_blocks(model).values())  # one module, so that shared weights are counted once
-    return _compute_bytes(model, is_half) - _compute_bytes(inside, is_half)
-
-
-def _passing_bytes(model: PreTrainedModel, is_half: bool) -> int:
-    """Bytes of one block's gradients, and of another's in float32 while they are reduced into the pieces."""
-    largest = max(_trained_bytes(block) for block in decoder_blocks(model).values())
-    return largest + (largest // 2 if is_half else largest)
-
-
-def _compute_bytes(module: nn.Module, is_half: bool) -> int:
-    return sum(p.nbytes // 2 if is_half and p.is_floating_point() else p.nbytes for p in module.parameters())
+def _counted(size: int, sequences: int, tokens: int) -> dict[str, Term]:
+    how = f"counted by running {sequences} x {tokens:,} tokens without data"
+    return {"activations, logits, temporaries": Term(size, how)}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from ast_sparse.training.checks.features import check_feature_settings, check_fe
 from ast_sparse.training.checks.inputs import check_vocabularies
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 
+_GPUS_PER_NODE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -40,20 +43,36 @@ class Hardware:
         peak_tflops: of a device, dense, in the precision of the run; None: that of this machine's GPU, or of an H100
             SXM if there is none.
         mfu: share of the peak that a run uses.
+        gpus_per_node: devices, and processes, of a machine; None: as many as the launcher starts there, 8 without one.
+        written_for: the number of devices whose batch is to be kept; None: that of the launcher, without one 1 and
+            the devices of a machine.
     """
 
     world_size: int | None = None
     device_memory: float | None = None
     peak_tflops: float | None = None
     mfu: float = 0.35
+    gpus_per_node: int | None = None
+    written_for: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "device_memory", "peak_tflops", "mfu"):
+        for name in ("world_size", "device_memory", "peak_tflops", "mfu", "gpus_per_node", "written_for"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be above 0.")
         if self.mfu > 1:
             raise UserError(f"--mfu {self.mfu} must be 1 or less: it is a share.")
+
+    @property
+    def node(self) -> int:
+        """Devices of a machine."""
+        return self.gpus_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or _GPUS_PER_NODE
+
+    def compared_with(self, launched: int) -> tuple[int, ...]:
+        """Numbers of devices that the settings may be written for, in a process that is one of `launched`."""
+        if self.written_for is not None:
+            return (self.written_for,)
+        return (launched,) if launched > 1 else (1, self.node)
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,10 @@ class Plan:
         lines = [*self.sparsity.lines(), *self.notes]
         per_step = f"{self.tokens_per_step:,} tokens per step"
         if self.steps is None:
-            lines.append(f"tokens: {per_step}; training.max_steps is not set, so the data decides the number of steps")
+            lines.append(
+                f"tokens: {per_step}; training.max_steps is not set, so the data decides the number of steps: "
+                "set it to plan them"
+            )
         else:
             lines.append(f"tokens: {self.steps:,} steps x {per_step} = {self.steps * self.tokens_per_step:,}")
         return lines
@@ -146,7 +168,8 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
         trusted = config.model.trust_remote_code
         settings = ModelConfig(name_or_path=name, trust_remote_code=trusted)
         dense = meta_model(settings, load_model_config(name, trust_remote_code=trusted))
-    return MemoryModel(student, dense, config.distillation, hessians)
+    calibrates = METHODS[config.sparsity.init].needs_text
+    return MemoryModel(student, dense, config.distillation, hessians, calibrates)
 
 
 def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> list[str]:

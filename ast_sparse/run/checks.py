@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks
-from ast_sparse.data.sources.entries import check_entries, check_sources
+from ast_sparse.data.sources.entries import MissingTextError, check_entries, check_sources
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import errors_shared, gather
-from ast_sparse.errors import UserError, shown
+from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
 from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
@@ -97,10 +97,12 @@ def checked_run(
     is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
     if not is_continued and not overwrite and not dry_run:
         refuse_used(output)
-    _check_settings(config, args, output)
+    unread = _check_settings(config, args, output, dry_run)
     devices = hardware.world_size or args.world_size
     check_optimizer_settings(config.optimizer, args, processes=devices)
     plan = make_plan(config, args, devices if dry_run else None)
+    if unread is not None:
+        plan = replace(plan, notes=(*plan.notes, f"text: not looked at, a plan needs none ({unread})"))
     changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
         config=config,
@@ -115,16 +117,27 @@ def checked_run(
     )
 
 
-def _check_settings(config: RunConfig, args: TrainingArguments, output: Path) -> None:
-    """Raise UserError if settings do not fit together, or if text is missing."""
+def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dry_run: bool) -> str | None:
+    """Why the text cannot be read, if it cannot and the run is a dry one.
+
+    Raises:
+        UserError: settings do not fit together, or text is missing.
+    """
+    unread = None
     if config.evaluation.report:
         check_report(output / REPORT, "evaluation.report")
-    check_sources(config.data)
-    check_entries(config.calibration.data or (), config.data.root, "calibration.data")
+    try:
+        check_sources(config.data)
+        check_entries(config.calibration.data or (), config.data.root, "calibration.data")
+    except MissingTextError as error:
+        if not dry_run:
+            raise
+        unread = one_line(error, end="open")
     check_evaluations(config.data.mixture, args)
     check_streaming(config, args)
     check_held_out(config, args)
     check_best(config, args)
+    return unread
 
 
 def _check_checkpoint(

@@ -18,12 +18,11 @@ from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import errors_shared, gather, wait_for_all
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.export.readback import check_saved, check_saved_pieces
-from ast_sparse.planning.budget import Budget
-from ast_sparse.planning.memory import Setup, Sharding
 from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.progress import library_bars
 from ast_sparse.report.page import run_report, write_report
 from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
+from ast_sparse.run.dry_run import show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
@@ -31,11 +30,9 @@ from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, re
 from ast_sparse.sparsity.model import slorb_set_aside
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.locate import load_tokenizer
-from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.storage.stage_results import WITHOUT_SLORB, Stages
-from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
 from ast_sparse.training.sharding import frame_of
@@ -82,7 +79,7 @@ def run_training(
     if run.args.should_log:
         echo("\n".join(run.plan.lines()))
     if dry_run:
-        _show_costs(run, hardware)
+        show_costs(run, hardware)
         return None
     measured = Measured(config, run.args)
     tokenizer = _tokenizer(config.model, run.plan)
@@ -159,31 +156,6 @@ def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
     )
     check_saving(model.name_or_path, plan.model_config, tokenizer=tokenizer)
     return tokenizer
-
-
-def _show_costs(run: CheckedRun, hardware: Hardware) -> None:
-    """Print the differences from the run that is resumed, and what the plan costs.
-
-    Raises:
-        UserError: the tokenizer cannot be read or saved, or a device has too little memory.
-    """
-    config, args = run.config, run.args
-    if args.should_log and run.changed:
-        run.echo("\n".join(run.changed))
-    if not has_config_alone(config.model):
-        _tokenizer(config.model, run.plan)
-    if not args.should_log:
-        return
-    devices = hardware.world_size or args.world_size
-    sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
-    evaluation = config.evaluation
-    measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
-    measured_by += ["evaluation.report=false"] if evaluation.report else []
-    on_cpu = bool(config.training.get("use_cpu"))
-    setup = Setup.of(args, config.data.block_size, devices, sharding, tuple(measured_by), on_cpu)
-    budget = Budget(run.plan, setup, hardware)
-    run.echo("\n".join(budget.lines()))
-    budget.check()
 
 
 def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Stages]:

@@ -36,7 +36,7 @@ ip addr add 10.77.0.254/24 dev nodes
 ip link set nodes up
 
 start_node() {
-  unshare --net --uts --pid --fork --mount --mount-proc --kill-child sleep infinity &
+  unshare --net --uts --pid --fork --mount --mount-proc --kill-child sleep infinity 2>/dev/null &
   local init=
   until init=$(pgrep --parent "$!" --exact sleep); do sleep 0.1; done
   node_init[$1]=$init

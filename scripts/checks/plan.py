@@ -1,8 +1,12 @@
 """How close is the memory that `ast-train --dry-run` plans to what runs take? Short runs on this machine's CPU.
 
-Each run is `ast-train` in its own process, or in two. Measured: the most memory that was resident (VmHWM), less what
-was resident once Python and the libraries were loaded. Planned: the total of the dry run. MALLOC_MMAP_THRESHOLD_ makes
+Runs in one process: `ast-train` trains MODEL. Measured: the most memory that was resident (VmHWM), less what was
+resident once Python and the libraries were loaded. Planned: the total of the dry run. MALLOC_MMAP_THRESHOLD_ makes
 glibc's malloc return freed blocks, which would otherwise be measured too.
+
+Runs in several processes: a random LLaMA of 30 million parameters with MODEL's tokenizer. Measured: the most that
+PyTorch's allocator had given out in one process from the start of training to its end, as it would on a GPU. Planned:
+the largest of the moments of training.
 
     python scripts/checks/plan.py MODEL TEXT [RUN ...]    # SmolLM2-135M as .gguf; JSONL with a `text` key; minutes
 """
@@ -16,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.tables import format_table
 
@@ -28,8 +34,6 @@ training: {{max_steps: 2, per_device_train_batch_size: 1, learning_rate: 1e-4, u
 evaluation: {{datasets: []}}
 """
 GPT2 = "model={name_or_path: FOLDER, random_weights: true}"
-SHARDED = "training.fsdp=true"
-PROCESSES = 2
 RUNS = {
     "1 x 256": [],
     "2 x 256": ["training.per_device_train_batch_size=2"],
@@ -40,10 +44,23 @@ RUNS = {
     "GPT-2, 1 x 512, no teacher": [GPT2, "distillation=null", "data.block_size=512"],
     "GPT-2, 1 x 512, checkpointing": [GPT2, "distillation=null", "data.block_size=512",
                                       "training.gradient_checkpointing=true"],
-    "2 processes, sharded, 1 x 256": [SHARDED],
-    "2 processes, sharded, 2 x 256, checkpointing": [SHARDED, "training.per_device_train_batch_size=2",
-                                                     "training.fsdp_config.activation_checkpointing=true"],
 }  # fmt: skip
+FSDP2, ACCUMULATED = "training.fsdp=true", "training.gradient_accumulation_steps=4"
+RECOMPUTED = "training.fsdp_config.activation_checkpointing=true"
+WHOLE = "training.accelerator_config.gradient_accumulation_kwargs.sync_each_batch=false"
+HYBRID = "training.parallelism_config={dp_replicate_size: 2, dp_shard_size: 2}"
+SEVERAL = {  # processes and settings
+    "2, sharded": (2, [FSDP2]),
+    "2, sharded, accumulated": (2, [FSDP2, ACCUMULATED]),
+    "2, sharded, accumulated, whole gradients": (2, [FSDP2, ACCUMULATED, WHOLE]),
+    "2, sharded, bf16, checkpointing": (2, [FSDP2, "training.bf16=true", RECOMPUTED]),
+    "2, sharded, SLoRB, evaluated": (2, [FSDP2, "slorb.k=16", "training.eval_on_start=true", "data.eval_share=0.1"]),
+    "2, DDP": (2, []),
+    "2, DDP, accumulated": (2, [ACCUMULATED]),
+    "4, sharded 2 x 2": (4, [FSDP2, HYBRID]),
+    "4, sharded 2 x 2, accumulated": (4, [FSDP2, HYBRID, ACCUMULATED]),
+}
+SMALL = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=4096)
 CHILD = """
 import sys
 from pathlib import Path
@@ -58,46 +75,91 @@ print("MEASURED", highest_resident_bytes() - before)
 """
 
 
-def run(config: Path, out: Path, settings: list[str]) -> int:
-    """Bytes that a real run took, or its largest process."""
+COUNTING_CHILD = """
+import sys, time
+import torch
+from torch.profiler import ProfilerActivity, profile
+from ast_sparse.config import load_config
+from ast_sparse.run.train import run_training
+from ast_sparse.training.trainer import SparseTrainer
+times, train = [], SparseTrainer.train
+def timed(*args, **options):
+    times.append(time.time_ns())
+    result = train(*args, **options)
+    times.append(time.time_ns())
+    return result
+SparseTrainer.train = timed
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    run_training(load_config(sys.argv[1], sys.argv[3:]), output_dir=sys.argv[2])
+now = peak = 0
+events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+for event in sorted(events, key=lambda event: event.start_ns()):
+    now += event.nbytes()
+    if times[0] <= event.start_ns() <= times[1]:
+        peak = max(peak, now)
+print("MEASURED", peak)
+"""
+
+
+def run(config: Path, out: Path, settings: list[str], processes: int = 1) -> float:
+    """GiB that a real run took, or its largest process."""
     child = config.with_name("child.py")
-    child.write_text(CHILD)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    command = [sys.executable, *(launch if SHARDED in settings else []), str(child), str(config), str(out), *settings]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    child.write_text(CHILD if processes == 1 else COUNTING_CHILD)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(child), str(config), str(out), *settings]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return max(int(size) for size in re.findall(r"MEASURED (\d+)", printed))
+    return max(int(size) for size in re.findall(r"MEASURED (\d+)", printed)) / 2**30
 
 
-def plan(config: Path, out: Path, settings: list[str]) -> tuple[float, str]:
-    """GiB of the dry run, and the moment of the peak."""
+def plan(config: Path, out: Path, settings: list[str], processes: int = 1) -> tuple[float, str]:
+    """GiB of the dry run, and the moment of the peak; in several processes without that of saving."""
     options = [option for setting in settings for option in ("--set", setting)]
-    options += ["--world-size", str(PROCESSES)] if SHARDED in settings else []
+    options += ["--world-size", str(processes)] if processes > 1 else []
     command = [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(config), "--output-dir", str(out),
                "--dry-run", *options]  # fmt: skip
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     moment = re.search(r"at its peak, the (.+):", printed)
     total = re.search(r"\n  total +([\d.]+) GiB", printed)
     assert moment is not None and total is not None, printed
-    return float(total[1]), moment[1]
+    moments = {moment[1]: float(total[1])}
+    others = printed.partition("in all at other moments:\n")[2]
+    moments |= {name: float(size) for name, size in re.findall(r"  (\S.*?) {2,}([\d.]+) GiB", others)}
+    if processes > 1:
+        moments.pop("saving of the trained model", None)
+    name = max(moments, key=lambda name: moments[name])
+    return moments[name], name
+
+
+def save_small(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A random LLaMA; in float16, so that what reads it makes tensors of its own, which the allocator sees."""
+    vocabulary = max(len(tokenizer), SMALL["vocab_size"])
+    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": vocabulary}))  # type: ignore[arg-type]
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main(model: str, text: str, names: list[str]) -> None:
     rows = []
-    if unknown := set(names) - RUNS.keys():
-        sys.exit(f"There is no run {unknown.pop()!r}. Choose from {', '.join(map(repr, RUNS))}.")
+    if unknown := set(names) - RUNS.keys() - SEVERAL.keys():
+        choices = ", ".join(map(repr, [*RUNS, *SEVERAL]))
+        sys.exit(f"There is no run {unknown.pop()!r}. Choose from {choices}.")
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.yaml"
         config.write_text(CONFIG.format(model=Path(model).absolute(), text=Path(text).absolute()))
-        gpt2 = Path(folder) / "gpt2"
+        gpt2, small = Path(folder) / "gpt2", Path(folder) / "small"
         gpt2.mkdir()
-        load_tokenizer(model).save_pretrained(gpt2)
+        tokenizer = load_tokenizer(model)
+        tokenizer.save_pretrained(gpt2)
+        save_small(tokenizer, small)
         dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         (gpt2 / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 50257, **dropout}))
-        for number, name in enumerate(names or RUNS):
-            settings = [setting.replace("FOLDER", str(gpt2)) for setting in RUNS[name]]
-            planned, moment = plan(config, Path(folder) / "plan", settings)
-            measured = run(config, Path(folder) / str(number), settings) / 2**30
+        for number, name in enumerate(names or [*RUNS, *SEVERAL]):
+            processes, settings = SEVERAL.get(name) or (1, RUNS[name])
+            settings = [setting.replace("FOLDER", str(gpt2)) for setting in settings]
+            settings += [f"model.name_or_path={small}"] if processes > 1 else []
+            planned, moment = plan(config, Path(folder) / "plan", settings, processes)
+            measured = run(config, Path(folder) / str(number), settings, processes)
             rows.append([name, f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}", moment])
             print(*rows[-1], sep="  ", flush=True)
     print(format_table(["run", "planned GiB", "measured GiB", "ratio", "planned for"], rows))

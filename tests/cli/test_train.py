@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from transformers import TrainingArguments
 
 from ast_sparse.cli.train import main
+from ast_sparse.planning.batch import batch_line
+from ast_sparse.planning.plan import Hardware
 from tests.models import save_tiny_model
 
 CONFIG = """
@@ -58,7 +61,8 @@ def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path)
     result = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=true")
     assert result.exit_code == 0, result.output
     assert "memory of each of 4 devices, FSDP2, at its peak, the " in result.stdout
-    assert "gathered blocks" in result.stdout and "measurement of the retrained model" in result.stdout
+    assert "  gathered " in result.stdout and "measurement of perplexities" in result.stdout
+    assert "host memory of a machine with 4 processes" in result.stdout
     unmeasured = dry_run(folder, "--world-size", "4", "--set", "training.fsdp=true", "--set", "evaluation.datasets=[]")
     assert "measurement" not in unmeasured.stdout
 
@@ -68,7 +72,7 @@ def test_a_run_that_does_not_fit_ends_with_the_settings_that_fit(folder: Path) -
     assert result.exit_code == 2
     assert "  total  " in result.stdout  # the plan is printed all the same
     assert result.stderr.count("\n") == 1 and "0.94 MiB can be used. It fits with training." in result.stderr
-    settings = re.findall(r"training\.\w+=\w+", result.stderr)
+    settings = re.findall(r"(?:training|optimizer)\.\w+=\w+", result.stderr)
     fitted = dry_run(folder, "--device-memory", "0.001", *[part for each in settings for part in ("--set", each)])
     assert fitted.exit_code == 0, fitted.output
     fits = dry_run(folder, "--device-memory", "1", "--set", "training.per_device_train_batch_size=8")
@@ -83,6 +87,33 @@ def test_a_folder_with_its_config_alone_is_enough_for_a_plan_and_not_for_a_run(f
     result = CliRunner().invoke(main, ["--config", str(folder / "run.yaml"), "--output-dir", str(folder / "out"),
                                        "--set", "training.bf16=false", "--set", "training.use_cpu=true"])  # fmt: skip
     assert result.exit_code == 2 and "holds no model.safetensors" in result.stderr
+
+
+def test_a_plan_needs_neither_text_nor_tokenizer(folder: Path) -> None:
+    (folder / "text.txt").unlink()
+    (folder / "model" / "tokenizer.json").unlink()
+    result = dry_run(folder)
+    assert result.exit_code == 0, result.output
+    assert "text: not looked at, a plan needs none (`data.train`: file" in result.stdout
+    assert "tokenizer: not looked at, a plan needs none (" in result.stdout
+    unknown = dry_run(folder, "--set", "training.max_steps=-1")
+    assert unknown.exit_code == 0 and "so the data decides the number of steps: set it to plan them" in unknown.stdout
+    assert "  total  " in unknown.stdout
+    run = CliRunner().invoke(main, ["--config", str(folder / "run.yaml"), "--output-dir", str(folder / "out"),
+                                    "--set", "training.use_cpu=true", "--set", "training.bf16=false"])  # fmt: skip
+    assert run.exit_code == 2 and "does not exist under" in run.stderr
+
+
+def test_the_accumulation_that_keeps_the_batch_is_said() -> None:
+    args = TrainingArguments("unused", per_device_train_batch_size=1, gradient_accumulation_steps=16, use_cpu=True)
+    on_64 = batch_line(args, 64, Hardware())
+    assert on_64 == (
+        "batch: 1 x 16 accumulated x 64 devices = 1,024 sequences per step; 16, as on 1 device, with no "
+        "training.gradient_accumulation_steps (64 devices take at least 64); 128, as on 8 devices, with "
+        "training.gradient_accumulation_steps=2"
+    )
+    assert batch_line(args, 8, Hardware(written_for=8)).endswith("x 8 devices = 128 sequences per step")
+    assert "128, as on 8 devices, with no " in batch_line(args, 48, Hardware(written_for=8))
 
 
 def test_a_model_that_reads_its_data_is_planned_without_its_memory(folder: Path) -> None:

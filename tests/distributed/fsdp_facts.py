@@ -122,9 +122,6 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
     "sharded first, unstructured": lambda out, world: sharded_first(
         out, SparsityConfig(mask_interval=3, pattern="unstructured"), world
     ),
-    "sharded first, gmp": lambda out, world: sharded_first(
-        out, SparsityConfig(schedule="gmp", mask_interval=2), world
-    ),
     "late SLoRB": lambda out, world: make(
         out, SparsityConfig(mask_interval=0), world, slorb=SLoRBConfig(k=16, start=0.5)
     ),

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.fit import find_fit
+from ast_sparse.planning.host import host_memory
 from ast_sparse.planning.live_bytes import LiveBytes
-from ast_sparse.planning.memory import Memory, MemoryModel, Setup
+from ast_sparse.planning.memory import Memory, MemoryModel
+from ast_sparse.planning.setup import Setup
+from ast_sparse.planning.sizes import Term
 from ast_sparse.sparsity.model import sparsify_model
 from tests.models import FAMILIES, VOCAB, tiny_config, tiny_model
 from tests.training.small_runs import trainer
@@ -101,8 +104,10 @@ def test_settings_move_the_peak_as_they_should() -> None:
     accumulated = model(replace(SETUP, gradient_accumulation_steps=2))
     assert accumulated.items["gradients"] == accumulated.items["weights (float32 masters)"]
     assert model(replace(SETUP, eval_batch_size=64)).moment == "evaluation"
-    several = model(replace(SETUP, world_size=4, sharding="ddp"))
-    assert several.items["gradient buckets of DDP"] == several.items["weights (float32 masters)"]
+    several = replace(SETUP, world_size=4, sharding="ddp")  # gradients are views of DDP's buckets
+    assert model(several).items["gradients"] == usual.items["weights (float32 masters)"]
+    buckets = model(replace(several, gradient_accumulation_steps=2)).items["buckets of DDP, which the last batch fills"]
+    assert buckets == usual.items["weights (float32 masters)"]
     sharded = model(replace(SETUP, world_size=4, sharding="fsdp2"))
     assert sharded.items["moments"] == usual.items["moments"] // 4
 
@@ -110,14 +115,23 @@ def test_settings_move_the_peak_as_they_should() -> None:
 def test_what_is_sharded_and_what_is_gathered_is_hand_computed() -> None:
     block = 3 * 32 * 48 + 2 * 32 * 32 + 2 * 32 * 16 + 2 * 32  # parameters; two blocks
     outside = VOCAB * 32 + 32  # of a head that is tied
-    masks = 7_680 + 7_680 // 8  # bytes of a block
-    sharded = replace(SETUP, world_size=4, sharding="fsdp2")
+    sharded = replace(SETUP, world_size=8, sharding="fsdp2", shard_size=4, gradient_accumulation_steps=2)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        items = memory_model("llama", DistillationConfig())(replace(sharded, dtype=dtype)).items
-        assert items["weights (float32 masters)"] == 4 * (2 * block + outside) // 4
+        model = memory_model("llama", DistillationConfig())
+        moments = model.moments(replace(sharded, dtype=dtype))
+        items = {name: term.size for name, term in moments["forward and backward pass"].items()}
+        assert items["weights (float32 masters)"] == items["gradients"] == 4 * (2 * block + outside) // 4
+        assert items["masks"] == (15_360 + 15_360 // 8) // 4
         assert items["teacher"] == size * outside + size * 2 * block // 4
-        assert items["gathered blocks and embeddings"] == size * outside + 2 * (size * block + masks)
-        assert items["gradients before they are sharded"] == (4 + size) * block
+        assert (
+            items["gathered head"] == size * outside and items["gathered blocks: current and next"] == 2 * size * block
+        )
+        assert items["masked pieces on their way"] == size * block // 4
+        assert items["gradients of a block; those being sent"] == size * block + 4 * max(block, outside)
+        last = {name: term.size for name, term in moments["reduction of the last gradients"].items()}
+        assert last["their gradients, and a copy to send"] == (size + 4) * outside
+        kept = model.moments(replace(sharded, dtype=dtype, syncs_each_batch=False))["forward and backward pass"]
+        assert kept["whole gradients between micro-batches"].size == 4 * (2 * block + outside)
 
 
 def test_blocks_are_recomputed_by_either_setting(tmp_path: Path) -> None:
@@ -131,18 +145,33 @@ def test_blocks_are_recomputed_by_either_setting(tmp_path: Path) -> None:
     assert Setup.of(usual, 64, 1, "none").gradient_checkpointing
 
 
-def test_a_sharded_run_that_measures_is_whole_at_its_end() -> None:
-    """The student is gathered for that, beside what every process holds."""
-    sharded = replace(SETUP, world_size=4, sharding="fsdp2")
-    model, moment = memory_model("llama", DistillationConfig()), "measurement of the retrained model"
-    without = model(sharded)
-    measured = model(replace(sharded, measured_by=("evaluation.datasets=[]",)))
-    held = sum(without.items[name] for name in ("weights (float32 masters)", "masks", "moments", "teacher"))
-    assert moment not in without.others
-    assert measured.others[moment] == held + 4 * 19_616 + 15_360 + 15_360 // 8
-    saved = model(replace(sharded, on_cpu=True))
-    whole = saved.total if "saving" in saved.moment else saved.others["saving of the retrained model"]
-    assert whole == measured.others[moment] + 4 * 15_360
+def test_a_sharded_student_is_measured_in_pieces_and_saved_whole_on_the_host() -> None:
+    sharded = replace(SETUP, world_size=4, sharding="fsdp2", measured_tokens=64)
+    model, moments = memory_model("llama", DistillationConfig()), {}
+    for on_cpu in (False, True):
+        moments = model.moments(replace(sharded, on_cpu=on_cpu))
+        assert moments["measurement of perplexities"]["gathered head"].size == 4 * (VOCAB * 32 + 32)
+        assert ("saving of the trained model" in moments) == on_cpu
+    whole = moments["saving of the trained model"]["the whole student, masked copies, masks"].size
+    assert whole == 4 * 19_616 + 4 * 15_360 + 15_360 + 15_360 // 8
+    host = host_memory(sharded, model.sizes, model.teacher_sizes, 4, reads_whole=False)
+    assert host["while the first process saves the model"].size == whole
+    assert host["while models are read"].size == 4 * 4 * VOCAB * 32  # a tensor at a time
+    whole_models = host_memory(replace(SETUP, world_size=4, sharding="ddp"), model.sizes, model.teacher_sizes, 4, False)
+    assert whole_models["while models are read"].size == 4 * (4 + 4) * 19_616
+
+
+def test_offloaded_masters_and_moments_are_on_the_host() -> None:
+    model = memory_model("llama", DistillationConfig())
+    offloaded = replace(SETUP, offload=True, dtype=torch.bfloat16, gradient_accumulation_steps=2)
+    items = {name: term.size for name, term in model.moments(offloaded)["forward and backward pass"].items()}
+    assert items["masked weights; embeddings, head, norms"] == 2 * 15_360 + 4 * (19_616 - 15_360)
+    assert items["gradients"] == 4 * 19_616 and "moments" not in items and "masks" not in items
+    host = host_memory(offloaded, model.sizes, model.teacher_sizes, 1, reads_whole=False)
+    masks, buffers = 15_360 + 15_360 // 8, 2 * (4 + 2) * VOCAB * 32
+    assert host["offloaded: masters, moments, masks, buffers"].size == 12 * 19_616 + masks + buffers
+    in_8_bits = model(replace(SETUP, moments="8bit")).items["moments"]
+    assert in_8_bits == int(15_360 * (2 + 2 * 4 / 256)) + 8 * (19_616 - 15_360)
 
 
 def counted(setup: Setup) -> Memory:
@@ -150,7 +179,9 @@ def counted(setup: Setup) -> Memory:
     activations = setup.batch_size * 100 // (3 if setup.gradient_checkpointing else 1)
     shards = setup.world_size if setup.sharding == "fsdp2" else 1
     whole = 300 if setup.measured_by else 0
-    return Memory({"held": 900 // shards, "activations": activations, "whole": whole}, "step")
+    held = 200 if setup.offload else 900 // shards
+    sizes = {"held": held, "activations": activations, "whole": whole}
+    return Memory({name: Term(size) for name, size in sizes.items()}, "step")
 
 
 MEASURES = ("evaluation.datasets=[]", "evaluation.report=false")
@@ -166,38 +197,86 @@ MEASURES = ("evaluation.datasets=[]", "evaluation.report=false")
              "training.gradient_accumulation_steps=8"],
         ),
         (replace(SETUP, batch_size=1, world_size=2, sharding="ddp"), 600, ["training.fsdp=true"]),
-        (replace(SETUP, batch_size=1), 400, ["training.fsdp=true", "4 devices"]),
+        (replace(SETUP, batch_size=1), 230, ["training.fsdp=true", "8 devices"]),
         (
-            replace(SETUP, batch_size=1, gradient_accumulation_steps=6, measured_by=MEASURES), 600,
-            ["training.gradient_accumulation_steps=3", "training.fsdp=true", *MEASURES, "2 devices"],
+            replace(SETUP, batch_size=1, gradient_accumulation_steps=8, measured_by=MEASURES, world_size=2,
+                    sharding="ddp"), 290,
+            ["training.gradient_checkpointing=true", "training.gradient_accumulation_steps=4", "training.fsdp=true",
+             *MEASURES, "4 devices"],
+        ),
+        (replace(SETUP, batch_size=1), 320, ["optimizer.offload=true"]),
+        (
+            replace(SETUP, batch_size=1, sharding="fsdp2", gradient_checkpointing=True), 250,
+            ["training.gradient_checkpointing=true", "training.fsdp=false", "training.fsdp_config=null",
+             "optimizer.offload=true"],
         ),
         (replace(SETUP, batch_size=1), 20, None),
     ],
 )  # fmt: skip
 def test_the_fix_is_the_least_that_fits(setup: Setup, limit: int, settings: list[str] | None) -> None:
-    fit = find_fit(counted, setup, limit, can_shard=True, can_halve=False)
+    fit = find_fit(counted, setup, limit, can_shard=True, can_halve=False, can_offload=True)
     assert (None if fit is None else fit.settings(setup)) == settings
     assert fit is None or fit.memory.total <= limit
 
 
 def test_bf16_is_a_fix_where_the_device_has_it_and_sharding_where_the_model_allows() -> None:
     def memory(setup: Setup) -> Memory:
-        return Memory({"all": 10 if setup.is_half else 20}, "step")
+        return Memory({"all": Term(10 if setup.is_half else 20)}, "step")
 
-    assert find_fit(memory, SETUP, 15, can_shard=False, can_halve=False) is None
-    fit = find_fit(memory, SETUP, 15, can_shard=False, can_halve=True)
+    assert find_fit(memory, SETUP, 15, can_shard=False, can_halve=False, can_offload=False) is None
+    fit = find_fit(memory, SETUP, 15, can_shard=False, can_halve=True, can_offload=False)
     assert fit is not None and fit.settings(SETUP) == ["training.bf16=true"]
 
 
 def test_the_same_pass_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, runs = memory_model("llama", None), []
-    kept = model._run
+    kept = model.passes._run
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         runs.append(args)
         return kept(*args, **kwargs)
 
-    monkeypatch.setattr(model, "_run", counting)
-    first, second = model(SETUP), model(replace(SETUP, world_size=8, sharding="ddp"))
+    monkeypatch.setattr(model.passes, "_run", counting)
+    accumulated = replace(SETUP, gradient_accumulation_steps=2)
+    first, second = model(accumulated), model(replace(accumulated, world_size=8, sharding="ddp"))
     assert len(runs) == 1 and second.total - first.total == first.items["weights (float32 masters)"]
     assert isinstance(model.student.lm_head.weight, Tensor) and model.student.lm_head.weight.grad is None
+
+
+def test_every_line_of_llama2_7b_on_eight_devices_is_that_of_a_hand_count() -> None:
+    """Untied embeddings of 32,000 x 4,096; blocks of 4 x 4,096² + 3 x 4,096 x 11,008 weights and two norms."""
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    teacher = copy.deepcopy(student)
+    sparsify_model(student, SparsityConfig())
+    setup = Setup(
+        batch_size=1, eval_batch_size=0, gradient_accumulation_steps=16, block_size=4096, dtype=torch.bfloat16,
+        gradient_checkpointing=True, world_size=8, sharding="fsdp2",
+    )  # fmt: skip
+    memory = MemoryModel(student, teacher, DistillationConfig(ce_weight=1.0, kl_weight=0.5, temperature=2.0))(setup)
+    embedding, masked = 32_000 * 4096, 4 * 4096**2 + 3 * 4096 * 11_008
+    block = masked + 2 * 4096
+    everything = 2 * embedding + 4096 + 32 * block
+    assert everything == 6_738_415_616
+    by_hand = {
+        "weights (float32 masters)": 4 * everything // 8,
+        "masks": 32 * (masked + masked // 8) // 8,
+        "moments": 8 * everything // 8,
+        "teacher": 2 * 32 * block // 8 + 2 * (2 * embedding + 4096),
+        "gradients": 4 * everything // 8,
+        "gathered blocks: current and next": 2 * 2 * block,
+        "masked pieces on their way": 2 * block // 8,
+        "gradients of a block; those being sent": (2 + 4) * block,
+    }
+    activations = "activations, logits, temporaries"
+    assert memory.moment == "forward and backward pass"
+    assert {name: size for name, size in memory.items.items() if name != activations} == by_hand
+    # in tensors of 4,096 tokens x 4,096 x 2 bytes: the input of each block; in the block that runs again two norms in
+    # float32, their outputs, q, k, v before and after rotation, attention and sums; the MLP's four, two gradients of it
+    tensors = 32 + 12 + 6 * 11_008 / 4096 + 1
+    assert memory.items[activations] == pytest.approx(tensors * 4096 * 4096 * 2, rel=0.05)
+    assert memory.terms["teacher"].how == "6,476,267,520 x 2 bytes / 8 + 262,148,096 x 2 bytes"

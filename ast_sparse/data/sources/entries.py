@@ -27,6 +27,10 @@ _REFUSED_SUFFIXES = {".arrow", ".bz2", ".csv", ".pdf", ".tar", ".tsv", ".xz", ".
 _FORMATS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "xml"}  # names of readers of `datasets`
 
 
+class MissingTextError(UserError):
+    """A file of text is missing or may not be read."""
+
+
 def check_sources(config: DataConfig) -> None:
     """Check that every file of `data.train` and `data.eval` is there and of a readable kind, without reading any.
 
@@ -149,16 +153,20 @@ def _resolve(entry: str, root: str | None, field: str) -> list[Path]:
     if glob.has_magic(entry) and not path.exists():
         files = sorted(match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file())
         if not files:
-            raise UserError(f"`{field}`: no file matches {entry} under {where}. Correct the pattern or `data.root`.")
+            raise MissingTextError(
+                f"`{field}`: no file matches {entry} under {where}. Correct the pattern or `data.root`."
+            )
     elif path.is_dir():
         raise UserError(f"`{field}`: {entry} is a folder under {where}. Name its files, for instance {entry}/*.jsonl.")
     elif not path.is_file():
-        raise UserError(f"`{field}`: file {entry} does not exist under {where}. Correct the name or `data.root`.")
+        raise MissingTextError(
+            f"`{field}`: file {entry} does not exist under {where}. Correct the name or `data.root`."
+        )
     else:
         files = [path]
     for file in files:
         if not os.access(file, os.R_OK):
-            raise UserError(f"`{field}`: {file} cannot be read: permission denied.")
+            raise MissingTextError(f"`{field}`: {file} cannot be read: permission denied.")
         if not file.stat().st_size:
             raise UserError(f"`{field}`: {file} is empty. Remove it from the list or give it text.")
     return files

@@ -1,0 +1,28 @@
+"""Host memory of a machine: what its processes hold there while models are read, while a run trains, and to save."""
+
+from ast_sparse.planning.setup import Setup
+from ast_sparse.planning.sizes import MASK_BYTES, Sizes, Term
+
+
+def host_memory(
+    setup: Setup, student: Sizes, teacher: Sizes | None, processes: int, reads_whole: bool
+) -> dict[str, Term]:
+    """Bytes on the host of one machine by moment; Python, its libraries and the text come on top.
+
+    Args:
+        student: with masks.
+        processes: on the machine, one a device.
+        reads_whole: each process of a sharded run reads the whole student, because text decides the first masks.
+    """
+    of_teacher = Term(0) if teacher is None else Term.of(teacher.weights, 2 if setup.is_half else 4)
+    terms = {"while models are read": (Term.of(student.weights, 4) + of_teacher).times(processes)}
+    if setup.sharding == "fsdp2":  # each process reads its rows onto its device, a tensor at a time
+        whole = Term.of(student.weights, 4)
+        terms = {"while models are read": (whole if reads_whole else Term.of(student.tensor, 4)).times(processes)}
+        masked = Term.of(student.masked, 4 + MASK_BYTES)
+        terms["while the first process saves the model"] = Term.of(student.weights, 4) + masked
+    if setup.offload:
+        buffers = Term.of(student.tensor, 12 if setup.is_half else 16)
+        held = Term.of(student.weights, 4) + Term.of(student.trained, 8)
+        terms["offloaded: masters, moments, masks, buffers"] = held + Term.of(student.masked, MASK_BYTES) + buffers
+    return terms

@@ -1,0 +1,107 @@
+"""The settings of a run that decide how much memory it takes on one device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from ast_sparse.training.fsdp import sharding_plugin
+
+Sharding = Literal["none", "ddp", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The settings that decide how much memory training takes on one device.
+
+    Attributes:
+        batch_size, eval_batch_size: per device; an eval_batch_size of 0 means no evaluation.
+        gradient_accumulation_steps: micro-batches in a step.
+        block_size: tokens in a sequence.
+        dtype: of the matrix products: float32, or the dtype of autocast.
+        gradient_checkpointing: blocks keep only their input, and run again in the backward pass.
+        world_size: number of devices.
+        sharding: whether each device holds everything (`ddp`) or its piece (`fsdp2`) during training.
+        shard_size: number of pieces under hybrid sharding, whose replicas are the other devices; None: one piece a
+            device.
+        syncs_each_batch: gradients of a sharded run are reduced after every micro-batch; otherwise whole ones are kept.
+        measured_tokens: tokens in a window whose perplexity is measured; 0: nothing is measured.
+        measured_by: the settings that turn off the measurements of this run; empty if nothing is measured.
+        offload: masters, moments and masks are in host memory; the device has masked weights in 16 bits.
+        moments: format of the moments of masked weights; `8bit` only without sharding and offload.
+        on_cpu: the devices are processes on a CPU.
+        eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
+    """
+
+    batch_size: int
+    eval_batch_size: int
+    gradient_accumulation_steps: int
+    block_size: int
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+    world_size: int = 1
+    sharding: Sharding = "none"
+    shard_size: int | None = None
+    syncs_each_batch: bool = True
+    measured_tokens: int = 0
+    measured_by: tuple[str, ...] = ()
+    offload: bool = False
+    moments: Literal["float32", "8bit"] = "float32"
+    on_cpu: bool = False
+    eager: bool = False
+
+    @classmethod
+    def of(
+        cls, args: TrainingArguments, block_size: int, world_size: int, sharding: Sharding, **others: Any
+    ) -> "Setup":
+        """The setup of a run's arguments; `others` are attributes that do not follow from them."""
+        plugin = sharding_plugin(args)
+        evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no" or args.eval_on_start
+        return cls(
+            batch_size=args.per_device_train_batch_size,
+            eval_batch_size=args.per_device_eval_batch_size if evaluates else 0,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            block_size=block_size,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+            gradient_checkpointing=bool(
+                args.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing)
+            ),
+            world_size=world_size,
+            sharding=sharding,
+            shard_size=_shard_size(args) if sharding == "fsdp2" else None,
+            syncs_each_batch=syncs_each_batch(args),
+            **others,
+        )
+
+    @property
+    def is_half(self) -> bool:
+        """Whether matrix products run in 16 bits."""
+        return self.dtype != torch.float32
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces into which student, moments and teacher are cut."""
+        return (self.shard_size or self.world_size) if self.sharding == "fsdp2" else 1
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether each device of a sharded run keeps whole gradients between micro-batches."""
+        return self.sharding == "fsdp2" and self.gradient_accumulation_steps > 1 and not self.syncs_each_batch
+
+
+def syncs_each_batch(args: TrainingArguments) -> bool:
+    """Whether a sharded run reduces its gradients after every micro-batch, which it does unless told otherwise."""
+    given = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    return bool(given.get("sync_each_batch", True))
+
+
+def _shard_size(args: TrainingArguments) -> int | None:
+    """`dp_shard_size` of `training.parallelism_config`; None without replicas."""
+    config = getattr(args, "parallelism_config", None)
+    sizes = [
+        (config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)) or 1
+        for name in ("dp_replicate_size", "dp_shard_size")
+    ]
+    return sizes[1] if sizes[0] > 1 else None
