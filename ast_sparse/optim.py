@@ -110,6 +110,13 @@ class SparseAdamW(torch.optim.Optimizer):
             self._update([(p, p, p.grad) for p in group["params"] if p.grad is not None], group)
         return loss
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`; step counts stay on the CPU, where an update reads them without a wait."""
+        super().load_state_dict(dict(state_dict))
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = state["step"].to("cpu")
+
     def begin_offload(self, model: nn.Module) -> None:
         """Called when training begins: in a run with `optimizer.offload`, the weights of the model leave the device."""
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ast_sparse.kernels.updates import PLACEMENTS
 from ast_sparse.optim import SparseAdamW
@@ -154,6 +155,19 @@ def test_saved_state_continues_bit_for_bit(placement: str) -> None:
     run(second, q, range(3, 6))
     assert torch.equal(through, q)
     assert all(torch.equal(whole.state[through][key], second.state[q][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_step_counts_that_were_read_onto_a_gpu_go_back_to_the_cpu() -> None:
+    """As Trainer reads a checkpoint on several processes; a step count on a GPU would be waited for at every update."""
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.empty(2, 8, device="cuda"))
+        optimizer = SparseAdamW([{"params": [parameter], "is_masked": True}])
+        optimizer.state_of(parameter)
+        read = optimizer.state_dict()
+        read["state"][0] = {key: torch.empty(value.shape, device="cuda") for key, value in read["state"][0].items()}
+        optimizer.load_state_dict(read)
+        devices = {key: value.device.type for key, value in optimizer.state[parameter].items()}
+    assert devices == {"step": "cpu", "exp_avg": "cuda", "exp_avg_sq": "cuda"}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.head import OutputHead
-from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, loss_rows_
-from ast_sparse.kernels.products import add_product, product
+from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, gradient_scale, loss_rows_
+from ast_sparse.kernels.products import add_product, product, product_in_float32
 
 _CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at the same time
 _MIN_CHUNK, _MAX_CHUNK = 64, 1024  # tokens; a smaller chunk reads the heads too often
@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             student = _Product(head, size, autocast)
             teacher = None if teacher_hidden is None or teacher_head is None else _Product(teacher_head, size)
-            grads = _Gradients(student, hidden, weight, bias, ctx.needs_input_grad)
+            grads = _Gradients(student, hidden, weight, bias, ctx.needs_input_grad, terms)
             total = torch.zeros((), dtype=grads.dtype, device=hidden.device)
             for part in rows.split(size):
                 inputs = student.inputs(hidden[part])
@@ -110,8 +110,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 if teacher is not None and teacher_hidden is not None:
                     reference = teacher.logits(teacher_hidden[part])
                 losses = loss_rows_(
-                    logits, reference, labels[part], terms, softcap=head.softcap, with_gradient=grads.are_needed
-                )
+                    logits, reference, labels[part], terms, softcap=head.softcap, with_gradient=grads.are_needed,
+                    scale=grads.scale,
+                )  # fmt: skip
                 total += losses.sum()
                 if by_position is not None:
                     by_position[part] = losses.to(by_position.dtype)
@@ -163,12 +164,22 @@ class _Product:
 
 
 class _Gradients:
-    """Gradients of the summed loss, in float32 or wider; None if they are not needed."""
+    """Gradients of the summed loss, in float32 or wider; None if they are not needed.
+
+    Attributes:
+        scale: factor of the gradients that `add` is given.
+    """
 
     def __init__(
-        self, product: _Product, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
+        self,
+        product: _Product,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        needed: tuple[bool, ...],
+        terms: Terms,
     ) -> None:
-        self.product = product
+        self.product, self.scale = product, gradient_scale(terms, product.weight.dtype)
         self.are_needed = any(needed)
         self.dtype = torch.promote_types(product.weight.dtype, torch.float32)
         self.by_hidden, self.by_weight, self.by_bias = (
@@ -181,13 +192,16 @@ class _Gradients:
 
         Args:
             rows: its positions, int64.
-            grad: `[rows, vocab]`, with respect to the products of the head.
+            grad: `[rows, vocab]`, `scale` times that with respect to the products of the head.
             inputs: `[rows, hidden]`, the inputs of the products.
         """
-        scale = self.product.head.scale
+        scale, is_scaled = self.product.head.scale / self.scale, self.scale != 1
         if self.by_hidden is not None:
-            self.by_hidden[rows] = product(grad, self.product.weight).to(self.dtype).mul_(scale)
-        if self.by_weight is not None:
+            by_hidden = product_in_float32 if is_scaled else product
+            self.by_hidden[rows] = by_hidden(grad, self.product.weight).to(self.dtype).mul_(scale)
+        if self.by_weight is not None and is_scaled:
+            self.by_weight.add_(product_in_float32(grad.t(), inputs), alpha=1 / self.scale)
+        elif self.by_weight is not None:
             add_product(self.by_weight, grad.t(), inputs)
         if self.by_bias is not None:
             self.by_bias.add_(grad.sum(0, dtype=self.dtype), alpha=scale)

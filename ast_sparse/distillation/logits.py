@@ -1,5 +1,6 @@
 """Distillation on the output distribution: cross-entropy, forward or reverse KL, soft CE (paper Sec. 3.3)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ast_sparse.config import DistillationConfig
 
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 256  # rows of float32 temporaries alive at once
+_LARGEST_KEPT = 16384.0  # of gradients in float16, whose largest number is 65504
 _BLOCK_ELEMENTS = 1 << 19  # logits that `loss_rows_` takes at once on a CPU, so that they stay in its cache
 
 
@@ -78,6 +80,20 @@ class Terms:
         return cls(config.kind, ce_weight, 0.0 if config.kind == "mobilebert" else kl_weight, config.temperature)
 
 
+def gradient_scale(terms: Terms, dtype: torch.dtype) -> float:
+    """A power of two that gradients are multiplied by where they are kept in a dtype; 1.0 except for float16.
+
+    Most of `p − onehot` is below 6e-8, the smallest float16, and the scaler of the loss multiplies only the gradient of
+    the whole loss. The largest entry is about `w_ce + w_kl · T`; under reverse KL it grows with the difference of the
+    log probabilities, taken to be below 64.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    slope = 16.0 if terms.kind == "reverse_kl" else 1.0
+    largest = terms.ce_weight + terms.kl_weight * max(terms.temperature, 1 / terms.temperature) * slope
+    return 2.0 ** math.floor(math.log2(_LARGEST_KEPT / max(largest, 1e-3)))
+
+
 class _DistillationLoss(torch.autograd.Function):
     """The loss summed over tokens; the gradient is computed in the forward pass."""
 
@@ -87,11 +103,12 @@ class _DistillationLoss(torch.autograd.Function):
     ) -> Tensor:
         work_dtype = torch.promote_types(student.dtype, torch.float32)
         grad = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        scale = gradient_scale(terms, student.dtype)
         total = torch.zeros((), dtype=work_dtype, device=student.device)
         for rows in (labels != IGNORE_INDEX).nonzero().squeeze(-1).split(_CHUNK_TOKENS):
             logits = student[rows]
             reference = None if teacher is None else teacher[rows]
-            losses = loss_rows_(logits, reference, labels[rows], terms, with_gradient=grad is not None)
+            losses = loss_rows_(logits, reference, labels[rows], terms, with_gradient=grad is not None, scale=scale)
             total += losses.sum()
             if by_position is not None:
                 by_position[rows] = losses.to(by_position.dtype)
@@ -99,18 +116,19 @@ class _DistillationLoss(torch.autograd.Function):
                 grad[rows] = logits
         if grad is not None:
             ctx.save_for_backward(grad)
+        ctx.scale = scale
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0].to(grad.dtype), None, None, None, None
+        return grad * (grads[0] / ctx.scale).to(grad.dtype), None, None, None, None
 
 
 def loss_rows_(
     logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, *, softcap: float | None = None,
-    with_gradient: bool = True,
+    with_gradient: bool = True, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """The loss of each row `[rows]`; all rows count. `logits` is overwritten, with the gradient if `with_gradient`.
 
@@ -121,6 +139,7 @@ def loss_rows_(
             `c · tanh(· / c)` instead, and the gradient is with respect to that input.
         teacher: `[rows, vocab]`, any float dtype, not changed; None if D has no weight.
         labels: `[rows]` int64, none of them −100.
+        scale: factor of the gradient (`gradient_scale`); 1.0 unless `logits` are in a 16-bit dtype.
     """
     work_dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
@@ -138,7 +157,7 @@ def loss_rows_(
         if slope is not None:
             block.mul_(slope)
         if with_gradient and block.dtype != logits.dtype:
-            logits[rows] = block
+            logits[rows] = block if scale == 1 else block.mul_(scale)
     return losses
 
 

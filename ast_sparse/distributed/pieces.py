@@ -1,13 +1,14 @@
 """Pieces of parameters that FSDP2 has split over the processes (DTensors); plain tensors are accepted too.
 
 FSDP2 cuts dim 0 into one piece per process, so that no group of a Linear's mask is cut. The last pieces may be shorter
-or empty.
+or empty. Under hybrid sharding there are several replicas: each piece is on one process of every replica.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -79,9 +80,41 @@ def pieces_as_whole(piece: Tensor, like: DTensor, shape: Sequence[int] | None = 
 
 
 def sum_over_pieces(values: Tensor, like: Tensor) -> Tensor:
-    """The sum over the processes that have a piece of `like`, equal on each; the values themselves if it is plain."""
+    """The sum over the processes that have the pieces of `like`, equal on each; the values themselves if it is plain.
+
+    Under hybrid sharding each replica sums its own.
+    """
     if isinstance(like, DTensor):
         values = values.to(local(like).device)
-        mesh = like.device_mesh
-        torch.distributed.all_reduce(values, group=mesh.get_group(mesh.ndim - 1))  # replicas have the same pieces
+        for dim, placement in enumerate(like.placements):
+            if isinstance(placement, Shard):
+                dist.all_reduce(values, group=like.device_mesh.get_group(dim))
     return values
+
+
+def differs_between_copies(values: Tensor, like: Tensor) -> Tensor:
+    """Whether values differ between the processes that should have equal ones, entry by entry, equal on each.
+
+    These are the processes that have the same piece of `like`: with a plain tensor all of them, under hybrid sharding
+    one of each replica, and without replicas none. One all-reduce, which does not wait for a device.
+
+    Args:
+        values: int64, from −2⁶² to 2⁶².
+    """
+    extremes = torch.stack([values, -values])
+    for group in _copies(like):
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    return extremes[0] != -extremes[1]
+
+
+def has_copies(like: Tensor) -> bool:
+    """Whether other processes have the same piece of a tensor, or the same plain tensor."""
+    return bool(_copies(like))
+
+
+def _copies(like: Tensor) -> list[dist.ProcessGroup | None]:
+    """The groups of processes that have equal pieces; None is the group of all processes."""
+    if isinstance(like, DTensor):
+        mesh = like.device_mesh
+        return [mesh.get_group(dim) for dim, each in enumerate(like.placements) if not isinstance(each, Shard)]
+    return [None] if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else []

@@ -65,3 +65,10 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         onednn.add_product(target, left, right)
     else:
         target.addmm_(left, right)
+
+
+def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of two matrices in float16, summed and returned in float32, where it does not overflow."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())

@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.config import UNSTRUCTURED, SparsityConfig
 from ast_sparse.kernels.nm_masks import nm_group_mask
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd; multiplication by it mixes bits well
+_ROW = 1024  # words of eight positions
 
 
 def nm_mask(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
@@ -112,3 +116,24 @@ def flip_rate(mask: Tensor, previous: Tensor) -> float:
     With the start mask as `previous` it is the initial flip rate. Shapes and dtype (bool) must agree.
     """
     return float((mask ^ previous).count_nonzero()) / mask.numel()
+
+
+def mask_fingerprint(mask: Tensor) -> Tensor:
+    """A 62-bit hash of a mask, on its device: `Σ xᵢⱼ aⱼ bᵢ mod 2⁶⁴`; words x have eight positions, a and b are odd.
+
+    Args:
+        mask: bool, any shape, maybe empty.
+
+    Returns:
+        int64 scalar, from −2⁶¹ to 2⁶¹.
+    """
+    flat = mask.flatten().view(torch.uint8)
+    words = F.pad(flat, (0, -len(flat) % (8 * _ROW))).view(torch.int64).view(-1, _ROW)
+    rows = (words * _factors(_ROW, mask.device)).sum(-1)
+    return (rows * _factors(len(rows), mask.device)).sum() >> 2
+
+
+def _factors(count: int, device: torch.device) -> Tensor:
+    """Odd int64 numbers that look random."""
+    mixed = torch.arange(1, count + 1, device=device).mul_(_GOLDEN)
+    return mixed.bitwise_xor_(mixed >> 29).mul_(_GOLDEN).bitwise_or_(1)

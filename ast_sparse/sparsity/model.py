@@ -11,13 +11,20 @@ from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.sparsity import Method
-from ast_sparse.distributed.pieces import local, piece_for, sum_over_pieces, whole
-from ast_sparse.errors import UserError
+from ast_sparse.distributed.pieces import (
+    differs_between_copies,
+    has_copies,
+    local,
+    piece_for,
+    sum_over_pieces,
+    whole,
+)
+from ast_sparse.errors import SharedError, UserError
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.progress import progress_bar
 from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.layers import SparseLayer, group_dim_of, make_dense, make_sparse, out_by_in, share_mask
-from ast_sparse.sparsity.masks import Pattern, gradual_mask
+from ast_sparse.sparsity.masks import Pattern, gradual_mask, mask_fingerprint
 from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, prune_weight, settle
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
@@ -210,6 +217,7 @@ def refresh_masks(
     *,
     sparsity: float | None = None,
     calibration_config: CalibrationConfig | None = None,
+    step: int | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Recompute every mask from |W| (paper Sec. 3.2), or by another criterion (Table 13); weights stay as they are.
 
@@ -217,9 +225,13 @@ def refresh_masks(
         statistics: for a method that needs text, by layer name, those of the current inputs.
         sparsity: share of pruned weights on the way to the pattern (IMP, GMP): pruned weights stay pruned.
         calibration_config: SparseGPT's damping and block size.
+        step: of a run, whose processes compare their new masks; all must call this.
 
     Returns:
         By layer name, the flip rate against the previous mask and the initial flip rate against the start mask.
+
+    Raises:
+        SharedError: processes that should have the same mask do not; on all of them.
     """
     layers = sparse_layers(model)
     flips = []
@@ -233,12 +245,35 @@ def refresh_masks(
         mask.copy_(new)  # in place: the optimizer and torch.compile refer to this tensor
     if not flips:
         return {}
-    entries = [layer.mask.numel() for layer in layers.values()]
-    counts = sum_over_pieces(torch.stack(flips), next(iter(layers.values())).mask).tolist()
-    return {
-        name: (now / total, initial / total)
-        for name, (now, initial), total in zip(layers, counts, entries, strict=True)
-    }
+    masks = {name: layer.mask for name, layer in layers.items()}
+    counts = _sums(torch.stack(flips), list(masks.values()), step is not None)
+    for name, (*_, unequal) in zip(masks, counts, strict=True):
+        if unequal:
+            raise SharedError(
+                f"Step {step}: the mask of `{name}` is not the same on all processes, whose weights must be equal. "
+                "Resume from the last checkpoint. If this happens again, test the memory and the devices of the nodes, "
+                "and install the same versions on all of them."
+            )
+    rates = zip(masks.items(), counts, strict=True)
+    return {name: (now / mask.numel(), initial / mask.numel()) for (name, mask), (now, initial, _) in rates}
+
+
+def _sums(flips: Tensor, masks: list[nn.Parameter], compared: bool) -> list[list[int]]:
+    """Flips summed over the pieces, and whether the masks of processes that should have equal ones differ.
+
+    Both come to the CPU at once, so that the comparison does not wait for the device.
+
+    Args:
+        flips: int64 `[layers, 2]`.
+        masks: of the layers.
+        compared: False: no mask differs.
+    """
+    differ = flips.new_zeros(len(masks))
+    if compared and has_copies(masks[0]):
+        prints = torch.stack([mask_fingerprint(local(mask)) for mask in masks])
+        differ = differs_between_copies(prints, masks[0]).to(flips)
+    counts: list[list[int]] = sum_over_pieces(torch.cat([flips, differ[:, None]], 1), masks[0]).tolist()
+    return counts
 
 
 def _layer_mask(

@@ -33,11 +33,13 @@ from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
 from ast_sparse.training.callbacks.watch import divergence
+from ast_sparse.training.checks.parallelism import hidden_from_accelerate
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
+from ast_sparse.training.start.reduction import reduce_every_batch
 
 # The table was checked against this version of transformers; a test compares it with the installed one.
 TRANSFORMERS_VERSION = "5.23.0"
@@ -146,9 +148,11 @@ class CheckpointTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
-        super().create_accelerator_and_postprocess()
+        with hidden_from_accelerate(self.args):
+            super().create_accelerator_and_postprocess()
         if (plugin := sharding_plugin(self.args)) is not None:
             use_plugin(self.accelerator, plugin, self.args)
+            reduce_every_batch(self.accelerator, self.args)
             self.is_fsdp_enabled = True
 
     def shard_student(self) -> None:

@@ -16,18 +16,21 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.training_args import ParallelMode
 
+from ast_sparse.distributed.mesh import process_grid
 from ast_sparse.distributed.pieces import local, piece_for
 from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import CHECKPOINTED, decoder_blocks
 from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.sharded import MODEL_FOLDER, OPTIMIZER_FOLDER, is_sharded_checkpoint, read_tensors
+from ast_sparse.training.checks.parallelism import grid_of
 
 _KEYS = (
     "version", "reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params",
@@ -102,12 +105,15 @@ def _check_keys(config: dict[str, Any]) -> None:
 
 
 def check_sharding(args: TrainingArguments) -> None:
-    """Raise UserError if sharding is asked for in a single process without a launcher."""
-    if sharding_plugin(args) is not None and args.parallel_mode != ParallelMode.DISTRIBUTED:
+    """Raise UserError if sharding is asked for without a launcher, or over another number of processes."""
+    if sharding_plugin(args) is None:
+        return
+    if args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise UserError(
             f"training.fsdp={args.fsdp} needs processes to shard over. {_LAUNCH} (`torchrun --nproc_per_node N`), or "
             "remove it."
         )
+    grid_of(args)
 
 
 def check_shardable(model: nn.Module) -> None:
@@ -167,23 +173,31 @@ def _prepare(prepare: Callable[..., Any], *objects: Any, **kwargs: Any) -> Any:
     return prepared
 
 
-def shard_teacher(teacher: PreTrainedModel, device: torch.device, reshard_after_forward: bool) -> None:
+def processes_of(args: TrainingArguments) -> DeviceMesh:
+    """The processes that models are sharded over: in one dimension, or replicas and the processes of each."""
+    return process_grid(args.device.type, *grid_of(args))
+
+
+def shard_teacher(
+    teacher: PreTrainedModel, device: torch.device, reshard_after_forward: bool, mesh: DeviceMesh
+) -> None:
     """Shard a frozen model block by block, in place; embeddings, last norm and head stay whole on every process.
 
     So a forward pass may start at the model or at its decoder, and the head may be called alone.
 
     Args:
         device: of training; never has more than one whole block.
+        mesh: as for the student; each replica has a whole teacher.
     """
     for block in decoder_blocks(teacher).values():
-        fully_shard(block, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     inside = {p for block in decoder_blocks(teacher).values() for p in block.parameters()}
     outside = [p for p in teacher.parameters() if p not in inside]
     for tensor in (*outside, *teacher.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     # the root, so that the blocks overlap; not the decoder, which transformers recognises only by its class
-    fully_shard(teacher, ignored_params=set(outside))
+    fully_shard(teacher, mesh=mesh, ignored_params=set(outside))
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.other import get_module_children_bottom_up
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
@@ -29,7 +29,7 @@ from ast_sparse.sparsity.model import CHECKPOINTED, SparsityReport, sparsify_mod
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.row_masks import fill_masks
 from ast_sparse.storage.finite import check_finite
-from ast_sparse.training.fsdp import mixed_precision, sharding_plugin, without_weights
+from ast_sparse.training.fsdp import mixed_precision, processes_of, sharding_plugin, without_weights
 
 _frames: "WeakKeyDictionary[nn.Module, PreTrainedModel]" = WeakKeyDictionary()
 
@@ -49,14 +49,13 @@ def shard_student(model: PreTrainedModel, args: TrainingArguments, mesh: DeviceM
     Args:
         model: dense or sparse, the same on each process.
         args: have FSDP2 on; activation checkpointing, dtypes and groups are as they say.
-        mesh: of one dimension, or of two: replicas, and the processes that a replica is split over. Default: all
-            processes in one dimension.
+        mesh: of one dimension, or of two: replicas, and the processes that a replica is split over. Default: as `args`
+            say.
     """
     plugin = sharding_plugin(args)
     assert plugin is not None, "FSDP2 is off"
     _frames[model] = without_weights(model)
-    if mesh is None:
-        mesh = init_device_mesh(args.device.type, (torch.distributed.get_world_size(),))
+    mesh = processes_of(args) if mesh is None else mesh
     plugin.set_auto_wrap_policy(model)
     if plugin.activation_checkpointing:
         _checkpoint_blocks(model, plugin)

@@ -51,6 +51,7 @@ from ast_sparse.training.start.blocks import BlockMaker, block_length
 from ast_sparse.training.start.frozen_teacher import place_teacher
 from ast_sparse.training.start.models import DenseModels, dense_models, first_masks
 from ast_sparse.training.start.optimizer import sparse_adamw
+from ast_sparse.training.start.reduction import prepare_ddp, reduce_over_replicas
 
 
 class SparseTrainer(CheckpointTrainer):
@@ -198,6 +199,8 @@ class SparseTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the tokens of the accumulated batch
         self._loss_shifts_labels = True  # ... and counts shifted labels, whatever the class of the model
         plugin = sharding_plugin(self.args)
+        if plugin is None:
+            prepare_ddp(self.accelerator, self.student, self.args)
         teacher = cast(PreTrainedModel | None, self.teacher)
         if teacher is not None:
             self.run_record.add(teacher)
@@ -309,6 +312,7 @@ class SparseTrainer(CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
+        reduce_over_replicas(self.student, self.accelerator.sync_gradients)
         faster: AbstractContextManager[None] = nullcontext()
         if not self.args.torch_compile:  # which does not see what a fast step changes
             blocks = list(decoder_blocks(self.student).values())

@@ -1,8 +1,11 @@
 """Does training on several processes do what one process does? Tiny models on gloo processes on a CPU.
 
-1. Frozen masks, 30 steps in float64: DDP and FSDP2 on 2 and 4 processes, with and without accumulation and SLoRB,
-   compared with one process: the largest difference of a loss.
-2. `ast-train` on 2 processes, 60 steps, killed (SIGKILL) at random moments, also during saves, and started again with
+1. 12 steps with masks that move, in float32 and bf16: DDP and FSDP2 on 2 and 4 processes and hybrid sharding (2
+   replicas on 2 processes each), with and without accumulation, SLoRB and activation checkpointing (each pair of
+   these settings), compared with one process: the largest difference of a loss, and the share of mask positions that
+   differ.
+2. A checkpoint of each kind of run is continued by each other kind: the same.
+3. `ast-train` on 2 processes, 60 steps, killed (SIGKILL) at random moments, also during saves, and started again with
    the same command until done: the largest difference of a weight from the uninterrupted run, and the share of zeros in
    the pruned layers. On 4 processes one of them is killed, and every third time all get SIGTERM instead.
 
@@ -13,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -21,9 +25,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ast_sparse import SLoRBConfig, SparsityConfig
@@ -32,8 +39,15 @@ from tests.models import generated_text, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BATCH, STEPS = 8, 30
-CASES = list(itertools.product((1, 2), (False, True)))  # accumulation, SLoRB
+BATCH, STEPS, SAVED = 16, 12, 4
+RUNS = {"ddp": (2, 4), "fsdp2": (2, 4), "hybrid": (4,)}  # processes
+# dtype, accumulation, SLoRB, activation checkpointing: every pair of values is in one of these
+CASES: list[tuple[str, int, bool, bool]] = [
+    ("float32", 1, False, False), ("float32", 4, True, True), ("bf16", 1, True, True), ("bf16", 4, False, True),
+    ("bf16", 4, True, False),
+]  # fmt: skip
+# largest differences; bf16 rounds what each process adds up, and FSDP2 casts all weights where one process casts some
+LOSS, MASKS = {"float32": 1e-5, "bf16": 5e-3}, {"float32": 0.0, "bf16": 0.1}
 CONFIG = """
 model: {{name_or_path: {root}/model}}
 data: {{train: {root}/text.txt, eval_share: 0.1, block_size: 16}}
@@ -56,40 +70,90 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def worker(engine: str, out: Path) -> None:
-    """Run the cases on the processes that torchrun has started, or on this one."""
+def trainer(engine: str, folder: Path, case: tuple[str, int, bool, bool], **args: Any) -> Any:
+    """A run on the processes that torchrun has started, or on this one."""
+    dtype, accumulation, slorb, recomputed = case
+    if engine == "hybrid":
+        args["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    if recomputed and engine in ("fsdp2", "hybrid"):
+        args["fsdp_config"] = {"activation_checkpointing": True}
+    elif recomputed:
+        args["gradient_checkpointing"] = True
+    AcceleratorState._reset_state()
+    return make(
+        folder, SparsityConfig(mask_interval=3, mask_decay=1e-2), int(os.environ.get("WORLD_SIZE", "1")), batch=BATCH,
+        slorb=SLoRBConfig(k=16) if slorb else None, dtype=torch.float32, gradient_accumulation_steps=accumulation,
+        max_steps=STEPS, bf16=dtype == "bf16", fsdp=engine in ("fsdp2", "hybrid"), **args,
+    )  # fmt: skip
+
+
+def worker(engine: str, out: Path, resume: str | None) -> None:
+    """Run the cases, or continue the checkpoint of another run."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    losses = []
-    for accumulation, slorb in CASES:
-        run = make(
-            out / f"{engine}-{world}-{accumulation}-{slorb}", SparsityConfig(mask_interval=0), world, batch=BATCH,
-            slorb=SLoRBConfig(k=16) if slorb else None, gradient_accumulation_steps=accumulation, max_steps=STEPS,
-            fsdp=engine == "fsdp2",
-        )  # fmt: skip
-        run.train()
-        losses.append(found(run)["losses"])
+    name, results = f"{engine}-{world}", []
+    if resume is None:
+        for case in CASES:
+            run = trainer(engine, out / name, case)
+            run.train()
+            results.append(found(run))
+    run = trainer(engine, out / name, CASES[0], save_strategy="steps", save_steps=SAVED)
+    run.train(resume_from_checkpoint=resume)
+    results.append(found(run))
     if int(os.environ.get("RANK", "0")) == 0:
-        (out / f"{engine}-{world}.json").write_text(json.dumps(losses))
+        (out / f"{name}.json").write_text(json.dumps(results))
+
+
+def work(engine: str, processes: int, out: Path, resume: Path | None = None) -> list[dict[str, Any]]:
+    """Losses and masks of every case, and of a run that saves checkpoints."""
+    start = launcher(processes) if processes > 1 else [sys.executable]
+    options = [] if resume is None else ["--resume", str(resume)]
+    done = subprocess.run([*start, __file__, "--worker", engine, "--out", str(out), *options], capture_output=True)
+    if done.returncode:
+        sys.exit(done.stderr.decode()[-3000:])
+    results: list[dict[str, Any]] = json.loads((out / f"{engine}-{processes}.json").read_text())
+    return results
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
+    """The largest difference of a loss, and the share of mask positions that differ."""
+    if len(ours["losses"]) != len(theirs["losses"]):
+        return math.inf, 1.0
+    loss = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    pairs = [(ours["masks"][name], mask) for name, mask in theirs["masks"].items()]
+    differ = sum(a != b for one, two in pairs for a, b in zip(one, two, strict=True))
+    return loss, differ / sum(len(mask) for _, mask in pairs)
 
 
 def compare(out: Path) -> bool:
-    """The first part; return whether all losses agree to 1e-5."""
-    subprocess.run([sys.executable, __file__, "--worker", "one", "--out", str(out)], check=True, capture_output=True)
-    expected = json.loads((out / "one-1.json").read_text())
-    good = True
-    for engine, processes in itertools.product(("ddp", "fsdp2"), (2, 4)):
-        command = [*launcher(processes), __file__, "--worker", engine, "--out", str(out)]
-        subprocess.run(command, check=True, capture_output=True)
-        for (accumulation, slorb), ours, theirs in zip(
-            CASES, json.loads((out / f"{engine}-{processes}.json").read_text()), expected, strict=True
-        ):
-            worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-            good &= worst <= 1e-5 and len(ours) == STEPS
-            print(
-                f"{engine:5}  {processes} processes  accumulation {accumulation}  SLoRB {'on ' if slorb else 'off'}  "
-                f"{len(ours)} steps  largest difference of a loss {worst:.1e}",
-                flush=True,
-            )
+    """The first two parts; return whether all losses and masks agree."""
+    expected, good = work("one", 1, out), True
+    for engine, numbers in RUNS.items():
+        for processes in numbers:
+            results = work(engine, processes, out)
+            for case, ours, theirs in zip([*CASES, CASES[0]], results, expected, strict=True):
+                loss, masks = difference(ours, theirs)
+                good &= loss <= LOSS[case[0]] and masks <= MASKS[case[0]]
+                print(
+                    f"{engine:6}  {processes} processes  {case[0]:7}  accumulation {case[1]}  SLoRB {case[2]:1}  "
+                    f"recomputed {case[3]:1}  {len(ours['losses'])} steps  largest difference of a loss {loss:.1e}  "
+                    f"of the masks {masks:.2%}",
+                    flush=True,
+                )
+    return good & relay(out, expected[-1])
+
+
+def relay(out: Path, expected: dict[str, Any]) -> bool:
+    """The second part: one process, FSDP2, hybrid, DDP and back again, each from a checkpoint of the one before."""
+    good, chain = True, (("one", 1), ("fsdp2", 4), ("hybrid", 4), ("one", 1), ("hybrid", 4), ("fsdp2", 2), ("ddp", 2))
+    for (first, ranks), (engine, processes) in itertools.pairwise(chain):
+        checkpoint = out / f"{first}-{ranks}" / f"checkpoint-{SAVED}"
+        loss, masks = difference(work(engine, processes, out, checkpoint)[0], expected)
+        good &= loss <= LOSS["float32"] and masks == 0
+        print(
+            f"{engine} on {processes} continues {first} on {ranks}: largest difference of a loss {loss:.1e}  "
+            f"of the masks {masks:.2%}",
+            flush=True,
+        )
     return good
 
 
@@ -122,7 +186,7 @@ def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
 
 
 def kill_until_done(out: Path, engine: str, processes: int, kills: int, rng: random.Random) -> bool:
-    """The second part for one engine; return whether the killed run gave the same model."""
+    """The third part for one engine; return whether the killed run gave the same model."""
     whole, name = f"{engine}-{processes}-undisturbed", f"{engine}-{processes}-killed"
     subprocess.run(command(out, whole, engine, processes), check=True, capture_output=True)
     moments = []
@@ -164,11 +228,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--resume", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     if args.worker:
-        worker(args.worker, args.out)
+        worker(args.worker, args.out, args.resume)
         return
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)

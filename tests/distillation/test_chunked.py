@@ -230,3 +230,40 @@ def test_loss_of_a_position_is_that_of_a_batch_where_it_alone_counts(config: Dis
     for each in found:
         torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-12)
         assert not each.requires_grad
+
+
+RARE = slice(VOCAB // 2, None)
+
+
+def rare(dtype: torch.dtype) -> Case:
+    """The second half of the vocabulary has probabilities of about 1e-9; values that float16 has."""
+    case = Case(dtype)
+    with torch.no_grad():
+        for head in (case.head.linear, case.teacher_head.linear):
+            head.bias[RARE] -= 18
+        for tensor in (case.hidden, case.teacher_hidden, *case.head.linear.parameters()):
+            tensor.copy_(tensor.half())
+    case.labels.clamp_(max=VOCAB // 2 - 1)
+    return case
+
+
+@pytest.mark.parametrize(
+    "config", [None, DistillationConfig(alpha=0.67), DistillationConfig(kind="reverse_kl")], ids=str
+)
+def test_in_float16_rare_tokens_keep_their_gradient(config: DistillationConfig | None) -> None:
+    case, factor = rare(torch.float32), 2.0**16 / 4096  # as a GradScaler and the tokens of a step make it
+    _, expected = case.plain(config)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = case.loss(config)
+    for ours, theirs in zip(torch.autograd.grad(factor * loss, case.inputs())[1:], expected[1:], strict=True):
+        error = (ours[RARE].double() / factor - theirs[RARE]).norm() / theirs[RARE].norm()
+        assert error < 0.03, error  # a logit of 18 is rounded to 1/64
+
+
+def test_float16_logits_get_the_gradient_of_a_loss_scale_that_float16_does_not_have() -> None:
+    case = rare(torch.float16)
+    student = case.head.logits(case.hidden).detach().requires_grad_()
+    whole = student.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(2.0**16 * plain_loss(whole, whole, case.labels, None), whole)
+    (grad,) = torch.autograd.grad(2.0**16 * distillation_loss(student, None, case.labels, None)[0], student)
+    torch.testing.assert_close(grad.double(), expected, rtol=0.01, atol=1e-6)

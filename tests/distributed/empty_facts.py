@@ -1,4 +1,7 @@
-"""Which steps change weights and masks; `test_empty.py` calls this on gloo ranks under torchrun."""
+"""Which steps change weights and masks; `test_empty.py` calls this on gloo ranks under torchrun.
+
+`replica_facts.py` is called here too, because starting ranks takes seconds.
+"""
 
 import json
 import sys
@@ -13,6 +16,7 @@ from ast_sparse import SparseTrainer, SparsityConfig
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import gather
 from ast_sparse.sparsity.model import sparse_layers
+from tests.distributed import replica_facts
 from tests.models import tiny_model
 from tests.training.small_runs import Rows, arguments
 
@@ -59,5 +63,6 @@ def run(folder: Path, ranks: int, **values: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    facts = gather({name: run(root / name, 2, **values) for name, values in SETTINGS.items()})
+    copies = replica_facts.facts(root)  # first, because FSDP2 sets environment variables that stay
+    facts = gather({**{name: run(root / name, 2, **values) for name, values in SETTINGS.items()}, "copies": copies})
     (root / "facts.json").write_text(json.dumps(facts))

@@ -72,10 +72,10 @@ def sharded_first(out: Path, config: SparsityConfig, world: int, **values: Any) 
 
 def make(
     out: Path, sparsity: SparsityConfig, world: int, *, model: Any = None, kind: str = "kl", slorb: Any = None,
-    teacher: Any = None, **args: Any,
+    dtype: torch.dtype = torch.float64, teacher: Any = None, **args: Any,
 ) -> Any:  # fmt: skip
-    """A trainer of a tiny model in float64, its batch split over the ranks."""
-    model = (model or tiny_model("llama")) if teacher is not None else (model or tiny_model("llama")).double()
+    """A trainer of a tiny model, its batch split over the ranks."""
+    model = (model or tiny_model("llama")) if teacher is not None else (model or tiny_model("llama")).to(dtype)
     accumulate, batch = args.pop("gradient_accumulation_steps", 1), args.pop("batch", BATCH)
     values: dict[str, Any] = dict(
         max_steps=6, per_device_train_batch_size=batch // world // accumulate, gradient_accumulation_steps=accumulate,
@@ -164,6 +164,33 @@ class MasksFit(TrainerCallback):
             layers = sparse_layers(kwargs["model"]).values()
             whole = [(layer.weight.full_tensor(), layer.mask.full_tensor()) for layer in layers]
             self.fits.append(all(torch.equal(nm_mask(weight.abs()), mask) for weight, mask in whole))
+
+
+class WholeGradients(TrainerCallback):
+    """Bytes of gradients of whole parameters that this rank keeps between micro-batches, at most."""
+
+    most = 0
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        modules = [module for module in kwargs["model"].modules() if isinstance(module, FSDPModule)]
+        groups = {group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups}
+        parameters = [each for group in groups for each in group.fsdp_params]
+        kept = [each.unsharded_accumulated_grad for each in parameters]  # in another dtype than the parameter
+        kept += [each.unsharded_param.grad for each in parameters]
+        self.most = max(self.most, sum(grad.nbytes for grad in kept if grad is not None))
+
+
+def accumulated(out: Path) -> dict[str, list[Any]]:
+    """Bytes of whole gradients, and losses, of a run that accumulates: by default, and reduced once a step."""
+    found_by: dict[str, list[Any]] = {}
+    once = {"gradient_accumulation_kwargs": {"sync_each_batch": False}}
+    for name, args in (("by default", {}), ("once a step", {"accelerator_config": once})):
+        run = make(out / name, SparsityConfig(mask_interval=0), RANKS, gradient_accumulation_steps=2, **args)
+        watched = WholeGradients()
+        run.add_callback(watched)
+        run.train()
+        found_by[name] = [watched.most, found(run)["losses"]]
+    return found_by
 
 
 def kinds(run: Any) -> dict[str, Any]:
@@ -329,6 +356,7 @@ def main(out: Path) -> None:
             facts["masks fit"] = fit.fits
             run.save_model()
             run.export(out / "exported", format="compressed")
+    facts["whole gradients"] = accumulated(out / "whole gradients")
     fixed = SparsityConfig(mask_interval=0)
     saved = make(out / "saved", fixed, RANKS, slorb=SLoRBConfig(k=16, start=0.5), save_strategy="steps", save_steps=2)
     saved.train()

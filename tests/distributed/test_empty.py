@@ -1,4 +1,4 @@
-"""Ranks agree on which steps have no counted token: if one rank has some, they train; if none has, nothing changes."""
+"""Two ranks agree on which steps have no counted token, and hold the same weights and masks, or stop."""
 
 import json
 import sys
@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 
 from tests.distributed.empty_facts import SETTINGS, run
+from tests.distributed.replica_facts import FAULTY
 from tests.processes import run_command
 
 
-def test_a_step_is_empty_only_if_no_rank_has_a_counted_token(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """Facts by rank, and what the ranks wrote to stderr."""
+    out = tmp_path_factory.mktemp("two")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launch, "-m", "tests.distributed.empty_facts", str(tmp_path)]
+    command = [sys.executable, *launch, "-m", "tests.distributed.empty_facts", str(out)]
     finished = run_command(command)
     assert finished.returncode == 0, finished.stderr[-5000:]
-    facts: list[dict[str, Any]] = json.loads((tmp_path / "facts.json").read_text())
+    return json.loads((out / "facts.json").read_text()), finished.stderr
+
+
+def test_a_step_is_empty_only_if_no_rank_has_a_counted_token(
+    finished: tuple[list[dict[str, Any]], str], tmp_path: Path
+) -> None:
+    facts, stderr = finished
     alone = run(tmp_path / "alone", 1)
     assert facts[0] == facts[1]
     for name in SETTINGS:
@@ -27,4 +37,33 @@ def test_a_step_is_empty_only_if_no_rank_has_a_counted_token(tmp_path: Path) -> 
     for name in ("ddp", "fsdp"):
         assert facts[0][name]["losses"] == pytest.approx(alone["losses"], abs=1e-5)
     assert len(alone["losses"]) == 3
-    assert finished.stderr.count("has no token that the loss counts") == len(SETTINGS)
+    assert stderr.count("has no token that the loss counts") == len(SETTINGS)
+
+
+def test_ddp_keeps_gradients_in_its_buckets_and_searches_for_no_unused_parameters(
+    finished: tuple[list[dict[str, Any]], str],
+) -> None:
+    for name in ("ddp", "accumulated"):
+        found = finished[0][0]["copies"][name]
+        is_view, memories, tensors = found["views"]
+        assert is_view and memories < tensors / 5, found
+        assert not found["searches"]
+
+
+def test_ranks_whose_masks_differ_after_a_refresh_stop_and_name_layer_and_step(
+    finished: tuple[list[dict[str, Any]], str],
+) -> None:
+    for rank in finished[0]:
+        said = rank["copies"]["stopped"]
+        assert said.startswith(f"after step 4: Step 4: the mask of `{FAULTY}` is not the same on all processes")
+        assert "Resume from the last checkpoint" in said
+
+
+def test_replicas_refresh_to_equal_masks_each_counted_once_and_compare_them(
+    finished: tuple[list[dict[str, Any]], str],
+) -> None:
+    for rank in finished[0]:
+        found = rank["copies"]["replicas"]
+        assert found["replicas"] == found["plain"]
+        assert max(now for now, _ in found["plain"].values()) > 0
+        assert found["stopped"].startswith(f"Step 7: the mask of `{FAULTY}` is not the same")

@@ -68,6 +68,14 @@ def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], t
     assert facts[0][name]["masks"] == expected["masks"]
 
 
+def test_no_gradient_of_a_whole_parameter_is_kept_between_micro_batches(facts: list[dict[str, Any]]) -> None:
+    trained = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    for rank in facts:
+        (least, losses), (most, others) = (rank["whole gradients"][name] for name in ("by default", "once a step"))
+        assert (least, most) == (0, 8 * trained)  # in float64
+        assert losses == pytest.approx(others, abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "float32"])
 @pytest.mark.parametrize("masks", ["fixed", "moving"])
 def test_masked_weights_are_gathered_without_masks_and_loss_and_gradients_are_those_of_the_whole_model(

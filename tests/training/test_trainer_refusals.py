@@ -56,7 +56,7 @@ def test_the_auxiliary_loss_of_a_router_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "what"),
-    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "tensor or context")],
+    [("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")],
 )
 def test_setups_of_accelerate_that_would_lose_masks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, what: str

@@ -133,13 +133,13 @@ class SparsityCallback(TrainerCallback):
 
     def _refresh(self, model: nn.Module, step: int, total_steps: int) -> dict[str, tuple[float, float]]:
         if self.config.is_gradual:
-            return refresh_masks(model, sparsity=sparsity_at(self.config, step, total_steps))
+            return refresh_masks(model, sparsity=sparsity_at(self.config, step, total_steps), step=step)
         statistics = None
         if self._recorder is not None:
             recorder, self._recorder = self._recorder, None
             recorder.stop()
             statistics = recorder.reduced_statistics()
-        return refresh_masks(model, self.config.criterion, statistics, calibration_config=self.calibration)
+        return refresh_masks(model, self.config.criterion, statistics, calibration_config=self.calibration, step=step)
 
 
 def sparse_optimizer(optimizer: Any) -> SparseAdamW:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
 from ast_sparse.errors import UserError, did_you_mean, one_line
+from ast_sparse.training.checks.parallelism import check_parallelism, parallelism_config
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
 
 # field: reason and fix; refused unless it has its default
@@ -32,7 +33,6 @@ _REFUSED = {
     "use_liger_kernel": "Liger replaces the loss that AST computes itself. Remove it.",
     "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
-    "parallelism_config": "tensor and context parallelism cut the groups of a mask. Remove it; set fsdp: true (FSDP2).",
     "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
     "auto_find_batch_size": "a run whose batch size changes is not repeatable. Set per_device_train_batch_size.",
 }
@@ -60,7 +60,6 @@ _CHOICES = {
 _ENGINES = {
     "DEEPSPEED": "DeepSpeed",
     "MEGATRON_LM": "Megatron-LM",
-    "PARALLELISM_CONFIG": "tensor or context parallelism",
 }
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 _ANY_STEPS = 1000  # used if only the data decides the number of steps
@@ -82,6 +81,8 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
             raise UserError(f"training.{name}={_short(values[name])}: {reason}")
     _check_choices(values, "metric_for_best_model")  # a SparseTrainer with compute_metrics has others
     arguments = {"log_on_each_node": False, **values, "output_dir": output_dir}  # what is said, is said once
+    if "parallelism_config" in values:
+        arguments["parallelism_config"] = parallelism_config(values["parallelism_config"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
@@ -147,7 +148,7 @@ def check_arguments(args: TrainingArguments) -> None:
                 f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
                 "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
             )
-    sharding_plugin(args)
+    check_parallelism(args, is_sharded=sharding_plugin(args) is not None)
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel does not carry masks. Start with "

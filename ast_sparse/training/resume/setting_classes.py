@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
 
+from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -38,7 +39,7 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
         "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
         "average_tokens_across_devices", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "tf32",
         "use_liger_kernel", "liger_kernel_config", "auto_find_batch_size", "seed", "data_seed", "ignore_data_skip",
-        "accelerator_config", "parallelism_config", "deepspeed", "dataloader_drop_last", "dataloader_in_order",
+        "accelerator_config", "deepspeed", "dataloader_drop_last", "dataloader_in_order",
         "remove_unused_columns", "label_names", "train_sampling_strategy", "length_column_name",
     ),
     "length": ("max_steps", "num_train_epochs"),
@@ -59,7 +60,7 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
         "torch_empty_cache_steps", "full_determinism", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
         "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-        "ddp_timeout", "fsdp", "fsdp_config", "debug", "skip_memory_metrics",
+        "ddp_timeout", "fsdp", "fsdp_config", "parallelism_config", "debug", "skip_memory_metrics",
     ),
     "unkept": ("hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
 }  # fmt: skip
@@ -159,4 +160,6 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, ParallelismConfig):  # without the sizes that other kinds of parallelism have
+        return {"dp_replicate_size": value.dp_replicate_size, "dp_shard_size": value.dp_shard_size}
     return plain(value.to_dict()) if hasattr(value, "to_dict") else str(value)

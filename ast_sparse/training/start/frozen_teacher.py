@@ -11,7 +11,7 @@ from ast_sparse.data.tokens.vocabulary import Renamed
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.checks.inputs import check_vocabularies
-from ast_sparse.training.fsdp import shard_teacher
+from ast_sparse.training.fsdp import processes_of, shard_teacher
 from ast_sparse.training.start.reading import load_teacher, teacher_copy, teacher_dtype
 
 logger = logging.get_logger(__name__)
@@ -70,4 +70,4 @@ def place_teacher(
     if plugin is None:
         teacher.to(args.device)  # type: ignore[arg-type]
     elif not is_sharded(teacher):
-        shard_teacher(teacher, args.device, bool(plugin.reshard_after_forward))
+        shard_teacher(teacher, args.device, bool(plugin.reshard_after_forward), processes_of(args))

@@ -11,7 +11,7 @@ from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.masked_gather import prepare_gathers
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.rows import Shard, copied, read_causal_lm
-from ast_sparse.training.fsdp import check_shardable, shard_teacher, sharding_plugin, without_weights
+from ast_sparse.training.fsdp import check_shardable, processes_of, shard_teacher, sharding_plugin, without_weights
 from ast_sparse.training.sharding import frame_of, shard_student
 
 
@@ -82,4 +82,5 @@ def _teacher_place(args: TrainingArguments) -> tuple[Shard | None, torch.device 
     if plugin is None:
         return None, None
     again = bool(plugin.reshard_after_forward)
-    return partial(shard_teacher, device=args.device, reshard_after_forward=again), args.device
+    mesh = processes_of(args)
+    return partial(shard_teacher, device=args.device, reshard_after_forward=again, mesh=mesh), args.device
