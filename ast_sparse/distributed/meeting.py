@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ast_sparse.errors import SharedError
+from ast_sparse.errors import SharedError, UserError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `env://` needs
 _JOIN = timedelta(minutes=30)  # for all processes to start
@@ -84,10 +84,25 @@ def launched() -> Meeting | None:
     given = tuple(os.environ.get(name, "") for name in _LAUNCHER)
     if not dist.is_available() or not all(given) or int(given[1]) < 2:
         return None
-    return _meeting(*given, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    check_restarted()
+    return _meeting(*given)
 
 
 @lru_cache(maxsize=1)
-def _meeting(rank: str, ranks: str, address: str, port: str, restart: str) -> Meeting:
+def _meeting(rank: str, ranks: str, address: str, port: str) -> Meeting:
     store, _, _ = next(iter(rendezvous("env://", timeout=_JOIN)))
-    return Meeting(dist.PrefixStore(f"ast_sparse {restart}", store), int(rank), int(ranks))
+    return Meeting(dist.PrefixStore("ast_sparse", store), int(rank), int(ranks))
+
+
+def check_restarted() -> None:
+    """Check that the processes do not meet in the store of processes that have ended.
+
+    Raises:
+        UserError: torchrun has restarted this process with that store.
+    """
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise UserError(
+            "torchrun restarted the processes with the addresses of those that ended, so they cannot connect. Set the "
+            "environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun --rdzv-backend c10d."
+        )

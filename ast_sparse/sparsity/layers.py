@@ -5,7 +5,8 @@ The mask is a boolean `Parameter`, so that it is saved with the weight. In a sha
 the mask that belong to its rows of the weight, and FSDP2 never sends them (`masked_gather.py`).
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.products import linear, masked, product
+from ast_sparse.sparsity.masked_piece import carry_mask
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
 
@@ -107,6 +109,13 @@ class SparseLayer(nn.Module):
     is_offloaded: bool = False
     device_mask: Tensor | None = None
     gathered_masked: bool = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As in `nn.Module`, which replaces the rows of a sharded weight (`.to`): the new ones carry the mask too."""
+        super()._apply(fn, recurse)
+        if self.gathered_masked:
+            carry_mask(self.weight, local(self.mask))
+        return self
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned positions exactly 0.0, in the layer's own layout, without gradients."""

@@ -6,51 +6,14 @@ whole weight (1): the straight-through estimator needs no further code.
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ast_sparse.distributed.pieces import distributed_like, local, reshard
 from ast_sparse.kernels.products import masked
 from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.sparsity.masked_piece import carry_mask
 from ast_sparse.sparsity.select import decoder_blocks
-
-
-class MaskedPiece(Tensor):
-    """A process's rows of a weight. FSDP2 calls the two methods, with these arguments, around every all-gather.
-
-    Attributes:
-        mask: bool, of the same rows; None while the layer is dense.
-    """
-
-    mask: Tensor | None = None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as Parameter: results are plain
-
-    def fsdp_pre_all_gather(
-        self,
-        mesh: DeviceMesh,
-        outer_size: torch.Size,
-        outer_stride: tuple[int, ...],
-        module: nn.Module,
-        mp_policy: MixedPrecisionPolicy,
-    ) -> tuple[tuple[Tensor], None]:
-        """What is sent: `m ⊙ W` in the dtype of the forward pass, with as many rows on each process of the mesh."""
-        rows = self.as_subclass(Tensor)
-        rows = rows if mp_policy.param_dtype is None else rows.to(mp_policy.param_dtype)
-        if self.mask is not None:
-            rows = masked(rows, self.mask)
-        missing = -(-outer_size[0] // mesh.size()) - rows.shape[0]
-        if missing:
-            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        return (rows,), None
-
-    def fsdp_post_all_gather(
-        self, outputs: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The gathered rows are the weight; with `out`, they are in its memory already."""
-        return None if out is not None else (outputs[0], ())
 
 
 def prepare_gathers(model: nn.Module) -> None:
@@ -68,14 +31,12 @@ def prepare_gathers(model: nn.Module) -> None:
 
 def _prepare(layer: nn.Linear) -> None:
     weight: Any = layer.weight
-    if not isinstance(weight._local_tensor, MaskedPiece):
-        weight._local_tensor = weight._local_tensor.as_subclass(MaskedPiece)
-    piece = weight._local_tensor
+    piece = carry_mask(weight, None)
     if not isinstance(layer, SparseLayer):
         return
     if piece.mask is None and layer.fixed_mask and weight.requires_grad:
         weight.register_post_accumulate_grad_hook(_mask_gradient)
-    piece.mask = local(layer.mask)
+    carry_mask(weight, local(layer.mask))
     layer.gathered_masked = True
 
 

@@ -257,6 +257,7 @@ def gathers(half: bool, fixed: bool) -> dict[str, Any]:
     with mock.patch(f"torch.distributed.{function}", recorded), torch.no_grad():
         model(input_ids=ids)
     reshard(model)
+    model.to("cpu")  # which gives each parameter new rows
     losses = [each(input_ids=ids, labels=ids).loss for each in (model, whole)]
     (losses[0] * first).backward()
     losses[1].backward()

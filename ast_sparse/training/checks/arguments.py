@@ -19,6 +19,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
+from ast_sparse.distributed.meeting import check_restarted
 from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.training.checks.parallelism import check_parallelism, parallelism_config
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
@@ -72,7 +73,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
         UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting. The processes of a
             launcher, which it connects, do not find each other.
     """
-    _check_restarted()
+    check_restarted()
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
     _check_refused({name: values[name] for name in _REFUSED if name in values}, defaults)
     _check_ranges(values)
@@ -97,16 +98,6 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
             raise UserError(_named(error, values, arguments)) from None
     check_arguments(args)
     return args
-
-
-def _check_restarted() -> None:
-    """Raise UserError in a process that torchrun restarts with the store, and the addresses, of those that ended."""
-    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if is_shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise UserError(
-            "torchrun restarted the processes with the addresses of those that ended, so they cannot connect. Set the "
-            "environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun --rdzv-backend c10d."
-        )
 
 
 def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
