@@ -39,7 +39,7 @@ from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
-from ast_sparse.training.start.reduction import reduce_every_batch
+from ast_sparse.training.start.reduction import accumulation_kept, reduce_every_batch
 
 # The table was checked against this version of transformers; a test compares it with the installed one.
 TRANSFORMERS_VERSION = "5.23.0"
@@ -148,7 +148,7 @@ class CheckpointTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
-        with hidden_from_accelerate(self.args):
+        with hidden_from_accelerate(self.args), accumulation_kept(self.args):
             super().create_accelerator_and_postprocess()
         if (plugin := sharding_plugin(self.args)) is not None:
             use_plugin(self.accelerator, plugin, self.args)

@@ -1,15 +1,20 @@
 """Does training on several processes do what one process does? Tiny models on gloo processes on a CPU.
 
-1. 12 steps with masks that move, in float32 and bf16: DDP and FSDP2 on 2 and 4 processes and hybrid sharding (2
-   replicas on 2 processes each), with and without accumulation, SLoRB and activation checkpointing (each pair of
-   these settings), compared with one process: the largest difference of a loss, and the share of mask positions that
-   differ.
-2. A checkpoint of each kind of run is continued by each other kind: the same.
-3. `ast-train` on 2 processes, 60 steps, killed (SIGKILL) at random moments, also during saves, and started again with
-   the same command until done: the largest difference of a weight from the uninterrupted run, and the share of zeros in
-   the pruned layers. On 4 processes one of them is killed, and every third time all get SIGTERM instead.
+cases: 12 steps with masks that move, in float32 and bf16: DDP and FSDP2 on 2 and 4 processes and hybrid sharding (2
+   replicas on 2 processes each), with and without accumulation, SLoRB and activation checkpointing (each pair of these
+   settings). Each is compared with its twin: one process that goes through the same micro-batches one after the other
+   (accumulation x processes), and casts what the run casts: FSDP2 casts every weight to bf16 and hands activations on
+   in bf16, which autocast does not, so its twin is FSDP2 on one process. In float32 it is also compared with one
+   process that has the whole batch at once. Printed: the largest difference of a loss, and the share of mask positions
+   that differ.
+relay: a checkpoint of each kind of run is continued by each other kind: the same.
+kills: `ast-train` on 2 processes, all killed (SIGKILL) at random moments, also during saves and while it starts, and
+   started again with the same command until done: the largest difference of a weight and of a loss from the
+   uninterrupted run, and the share of zeros in the pruned layers. On 4 processes one of them is killed, and every third
+   time all get SIGTERM instead. No process may be left, and none may run on.
 
-    python scripts/checks/distributed.py [--kills 4] [--seed 0]    # minutes on two cores
+    python scripts/checks/distributed.py [cases] [relay] [kills] [--engine fsdp2] [--processes 4] [--kills 4]
+    # minutes on two cores; without a part, all of them
 """
 
 import argparse
@@ -46,21 +51,25 @@ CASES: list[tuple[str, int, bool, bool]] = [
     ("float32", 1, False, False), ("float32", 4, True, True), ("bf16", 1, True, True), ("bf16", 4, False, True),
     ("bf16", 4, True, False),
 ]  # fmt: skip
-# largest differences; bf16 rounds what each process adds up, and FSDP2 casts all weights where one process casts some
-LOSS, MASKS = {"float32": 1e-5, "bf16": 5e-3}, {"float32": 0.0, "bf16": 0.1}
+RELAYED = ("float32", 1, True, False)
+PARTS = ("cases", "relay", "kills")
+LOSS = 1e-5  # of float32, and of sums in another order
+MARK = "AST_SPARSE_CHECK"  # variable in the environment of a run that is killed
+STEPS_KILLED, START_S, LONGEST_END_S = 150, 30.0, 60.0
 CONFIG = """
 model: {{name_or_path: {root}/model}}
 data: {{train: {root}/text.txt, eval_share: 0.1, block_size: 16}}
 sparsity: {{mask_interval: 5, mask_decay: 1e-2, exclude: [up_proj]}}
 slorb: {{k: 16}}
 training:
-  max_steps: 60
+  max_steps: {steps}
   per_device_train_batch_size: 2
   learning_rate: 1e-3
   save_steps: 5
   save_total_limit: 2
   use_cpu: true
   report_to: none
+  logging_steps: 1
   disable_tqdm: true
 evaluation: {{windows: 2}}
 """
@@ -70,8 +79,12 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def trainer(engine: str, folder: Path, case: tuple[str, int, bool, bool], **args: Any) -> Any:
-    """A run on the processes that torchrun has started, or on this one."""
+def trainer(engine: str, folder: Path, case: tuple[str, int, bool, bool], twin_of: int = 1, **args: Any) -> Any:
+    """A run on the processes that torchrun has started, or on this one.
+
+    Args:
+        twin_of: number of processes whose micro-batches this one process has.
+    """
     dtype, accumulation, slorb, recomputed = case
     if engine == "hybrid":
         args["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
@@ -82,32 +95,66 @@ def trainer(engine: str, folder: Path, case: tuple[str, int, bool, bool], **args
     AcceleratorState._reset_state()
     return make(
         folder, SparsityConfig(mask_interval=3, mask_decay=1e-2), int(os.environ.get("WORLD_SIZE", "1")), batch=BATCH,
-        slorb=SLoRBConfig(k=16) if slorb else None, dtype=torch.float32, gradient_accumulation_steps=accumulation,
-        max_steps=STEPS, bf16=dtype == "bf16", fsdp=engine in ("fsdp2", "hybrid"), **args,
+        slorb=SLoRBConfig(k=16) if slorb else None, dtype=torch.float32, max_steps=STEPS,
+        gradient_accumulation_steps=accumulation * twin_of, bf16=dtype == "bf16", fsdp=engine in ("fsdp2", "hybrid"),
+        **args,
     )  # fmt: skip
 
 
-def worker(engine: str, out: Path, resume: str | None) -> None:
-    """Run the cases, or continue the checkpoint of another run."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    name, results = f"{engine}-{world}", []
+def add_up_as(run: Any, processes: int, shards: int) -> None:
+    """Let a run in one process add up its gradients in the order of a run of `processes`, in replicas of `shards`.
+
+    Those sum inside a replica after each micro-batch, and over the replicas after the last one of a step.
+    """
+    step, count, last = run.training_step, itertools.count(), run.args.gradient_accumulation_steps - 1
+    inside: dict[Any, Any] = {}
+    replicas: list[dict[Any, Any]] = [{} for _ in range(processes // shards)]
+
+    def micro_batch(*args: Any, **kwargs: Any) -> Any:
+        loss, turn = step(*args, **kwargs), next(count) % (last + 1)
+        replica, shard = divmod(turn % processes, shards)
+        own = replicas[replica]
+        for weight in (each for each in run.student.parameters() if each.grad is not None):
+            inside[weight] = inside[weight] + weight.grad if shard else weight.grad
+            weight.grad = None
+            if shard == shards - 1:
+                own[weight] = own[weight] + inside[weight] if turn >= processes else inside[weight]
+            if turn == last:
+                weight.grad = sum(each[weight] for each in replicas[1:]) + replicas[0][weight]
+        return loss
+
+    run.training_step = micro_batch
+
+
+def worker(engine: str, out: Path, resume: str | None, twin_of: int, shards: int) -> None:
+    """Run the cases, or one that saves checkpoints or continues the checkpoint of another run."""
+    name, results = f"{engine}-{os.environ.get('WORLD_SIZE', '1')}", []
     if resume is None:
         for case in CASES:
-            run = trainer(engine, out / name, case)
+            run = trainer(engine, out / name, case, twin_of)
+            if twin_of > 1:
+                add_up_as(run, twin_of, shards)
             run.train()
             results.append(found(run))
-    run = trainer(engine, out / name, CASES[0], save_strategy="steps", save_steps=SAVED)
-    run.train(resume_from_checkpoint=resume)
-    results.append(found(run))
+    else:
+        run = trainer(engine, out / name, RELAYED, save_strategy="steps", save_steps=SAVED)
+        run.train(resume_from_checkpoint=resume or None)
+        results.append(found(run))
     if int(os.environ.get("RANK", "0")) == 0:
         (out / f"{name}.json").write_text(json.dumps(results))
 
 
-def work(engine: str, processes: int, out: Path, resume: Path | None = None) -> list[dict[str, Any]]:
-    """Losses and masks of every case, and of a run that saves checkpoints."""
-    start = launcher(processes) if processes > 1 else [sys.executable]
-    options = [] if resume is None else ["--resume", str(resume)]
-    done = subprocess.run([*start, __file__, "--worker", engine, "--out", str(out), *options], capture_output=True)
+def work(
+    engine: str, processes: int, out: Path, resume: str | None = None, twin_of: int = 1, shards: int = 1
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Losses and masks of every case; or of a run that saves checkpoints and continues `resume`, if it names one."""
+    start = [sys.executable] if engine == "one" else launcher(processes)
+    options = [] if resume is None else ["--resume", resume]
+    done = subprocess.run(
+        [*start, __file__, "--worker", engine, "--out", str(out), "--twin-of", str(twin_of), "--shards",
+         str(shards), *options],
+        capture_output=True,
+    )  # fmt: skip
     if done.returncode:
         sys.exit(done.stderr.decode()[-3000:])
     results: list[dict[str, Any]] = json.loads((out / f"{engine}-{processes}.json").read_text())
@@ -124,34 +171,38 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, flo
     return loss, differ / sum(len(mask) for _, mask in pairs)
 
 
-def compare(out: Path) -> bool:
-    """The first two parts; return whether all losses and masks agree."""
+def compare(out: Path, runs: list[tuple[str, int]]) -> bool:
+    """The first part; return whether all losses and masks agree."""
     expected, good = work("one", 1, out), True
-    for engine, numbers in RUNS.items():
-        for processes in numbers:
-            results = work(engine, processes, out)
-            for case, ours, theirs in zip([*CASES, CASES[0]], results, expected, strict=True):
-                loss, masks = difference(ours, theirs)
-                good &= loss <= LOSS[case[0]] and masks <= MASKS[case[0]]
-                print(
-                    f"{engine:6}  {processes} processes  {case[0]:7}  accumulation {case[1]}  SLoRB {case[2]:1}  "
-                    f"recomputed {case[3]:1}  {len(ours['losses'])} steps  largest difference of a loss {loss:.1e}  "
-                    f"of the masks {masks:.2%}",
-                    flush=True,
-                )
-    return good & relay(out, expected[-1])
+    for engine, processes in runs:
+        results = work(engine, processes, out)
+        shards = {"ddp": 1, "fsdp2": processes, "hybrid": 2}[engine]
+        twins = work("one" if engine == "ddp" else "fsdp2", 1, out, twin_of=processes, shards=shards)
+        for case, ours, twin, theirs in zip(CASES, results, twins, expected, strict=True):
+            loss, masks = difference(ours, twin)
+            plain_loss, plain_masks = difference(ours, theirs)
+            good &= loss <= LOSS and masks == 0
+            good &= case[0] != "float32" or (plain_loss <= LOSS and plain_masks == 0)
+            print(
+                f"{engine:6}  {processes} processes  {case[0]:7}  accumulation {case[1]}  SLoRB {case[2]:1}  "
+                f"recomputed {case[3]:1}  {len(ours['losses'])} steps  largest difference of a loss {loss:.1e} of the "
+                f"masks {masks:.3%}; from one process with the whole batch {plain_loss:.1e} and {plain_masks:.3%}",
+                flush=True,
+            )
+    return good
 
 
-def relay(out: Path, expected: dict[str, Any]) -> bool:
+def relay(out: Path) -> bool:
     """The second part: one process, FSDP2, hybrid, DDP and back again, each from a checkpoint of the one before."""
     good, chain = True, (("one", 1), ("fsdp2", 4), ("hybrid", 4), ("one", 1), ("hybrid", 4), ("fsdp2", 2), ("ddp", 2))
+    expected = work("one", 1, out, "")[0]
     for (first, ranks), (engine, processes) in itertools.pairwise(chain):
         checkpoint = out / f"{first}-{ranks}" / f"checkpoint-{SAVED}"
-        loss, masks = difference(work(engine, processes, out, checkpoint)[0], expected)
-        good &= loss <= LOSS["float32"] and masks == 0
+        loss, masks = difference(work(engine, processes, out, str(checkpoint))[0], expected)
+        good &= loss <= LOSS and masks == 0
         print(
             f"{engine} on {processes} continues {first} on {ranks}: largest difference of a loss {loss:.1e}  "
-            f"of the masks {masks:.2%}",
+            f"of the masks {masks:.3%}",
             flush=True,
         )
     return good
@@ -164,47 +215,93 @@ def command(out: Path, name: str, engine: str, processes: int) -> list[str]:
     return [*launcher(processes), "-m", "ast_sparse.cli.train", *config, *sharded, *batch]
 
 
-def stop(run: "subprocess.Popen[bytes]", kill: int, processes: int, rng: random.Random) -> str:
-    """Stop a run in one of three ways; return what was done."""
+def started_by(mark: str) -> list[psutil.Process]:
+    """The processes that are alive and have a mark in their environment, as every child of a marked one has."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def stop(run: "subprocess.Popen[bytes]", mark: str, kill: int, processes: int, rng: random.Random) -> str:
+    """Stop a run in one of three ways; return which."""
     if processes == 2:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        return ""
+        for process in [psutil.Process(run.pid), *started_by(mark)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        return "all killed"
     with contextlib.suppress(psutil.NoSuchProcess):
         ranks = psutil.Process(run.pid).children()
-        asked = ranks if kill % 3 == 2 else rng.sample(ranks, min(1, len(ranks)))
-        for process in asked:
-            process.send_signal(signal.SIGTERM if kill % 3 == 2 else signal.SIGKILL)
-    return ", all asked" if kill % 3 == 2 else ""
+        asks = kill % 3 == 2
+        chosen = rng.sample(range(len(ranks)), min(1, len(ranks)))
+        for process in ranks if asks else [ranks[each] for each in chosen]:
+            process.send_signal(signal.SIGTERM if asks else signal.SIGKILL)
+        return "all asked" if asks else f"process {chosen[0]} killed" if chosen else "too early"
+    return "too late"
 
 
-def wait_for_save(run: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Wait until a run begins a checkpoint, or ends."""
+def wait_for_moment(run: "subprocess.Popen[bytes]", folder: Path, kill: int, rng: random.Random) -> None:
+    """Wait for a random moment: in the save of a checkpoint, up to a second later, or since the start of the run."""
+    if kill % 4 == 3:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(0, START_S))
+        return
     known = {path.name for path in folder.glob("checkpoint-*")}
     while run.poll() is None and {path.name for path in folder.glob("checkpoint-*")} <= known:
         time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))
+
+
+def ended(run: "subprocess.Popen[bytes]", mark: str) -> str:
+    """Wait for the end of a run that was stopped; return what is wrong with it, or nothing."""
+    wrong = ""
+    try:
+        run.wait(LONGEST_END_S)
+    except subprocess.TimeoutExpired:
+        wrong = f", STILL RUNS after {LONGEST_END_S} s"
+    until = time.monotonic() + 5
+    while (left := started_by(mark)) and time.monotonic() < until:
+        time.sleep(0.1)
+    if left and not wrong:
+        wrong = f", {len(left)} PROCESSES LEFT"
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    run.wait()
+    return wrong
 
 
 def kill_until_done(out: Path, engine: str, processes: int, kills: int, rng: random.Random) -> bool:
     """The third part for one engine; return whether the killed run gave the same model."""
     whole, name = f"{engine}-{processes}-undisturbed", f"{engine}-{processes}-killed"
     subprocess.run(command(out, whole, engine, processes), check=True, capture_output=True)
-    moments = []
+    good, done = True, 0
     for kill in range(kills):
-        run = subprocess.Popen(
-            command(out, name, engine, processes), start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        wait_for_save(run, out / name)
-        time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))  # during the save, or some steps later
-        how = stop(run, kill, processes, rng)
-        if run.wait() == 0:
+        mark, log = f"{out}/{name} {kill}", out / f"{name}-{kill}.log"
+        begin = time.monotonic()
+        with log.open("wb") as stream:
+            run = subprocess.Popen(
+                command(out, name, engine, processes), start_new_session=True, stdout=stream, stderr=stream,
+                env={**os.environ, MARK: mark},
+            )  # fmt: skip
+        wait_for_moment(run, out / name, kill, rng)
+        how, asked = stop(run, mark, kill, processes, rng), time.monotonic()
+        wrong = ended(run, mark)
+        checkpoints = sorted((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        states = [path.name + ("" if (path / "trainer_state.json").exists() else "?") for path in checkpoints]
+        print(
+            f"{engine:5}  {processes} processes  {asked - begin:5.1f} s after its start: {how}, exit {run.returncode} "
+            f"after {time.monotonic() - asked:4.1f} s{wrong}; {', '.join(states) or 'no checkpoint'}",
+            flush=True,
+        )
+        good &= not wrong
+        if run.returncode == 0:
+            print(f"FINISHED before all kills: {kill} of {kills}")
+            good = False
             break
-        newest = max((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
-        if newest is None:
-            moments.append(f"none{how}")
-            continue
-        moments.append(newest.name + ("" if (newest / "trainer_state.json").exists() else "?") + how)
+        done += 1
     last = subprocess.run(command(out, name, engine, processes), capture_output=True, text=True)
     if last.returncode:
         print(last.stderr[-3000:])
@@ -213,36 +310,52 @@ def kill_until_done(out: Path, engine: str, processes: int, kills: int, rng: ran
     worst = max(float((first[key] - second[key]).abs().max()) for key in first)
     layers = json.loads((out / name / "sparsity_config.json").read_text())["layers"]
     zeros = [float((second[f"{layer}.weight"] == 0).double().mean()) for layer in layers]
+    rows = [[json.loads(line) for line in (out / each / "metrics.jsonl").open()] for each in (whole, name)]
+    steps = [{row["step"]: row["loss"] for row in each if "loss" in row} for each in rows]
+    losses = max(abs(steps[0][step] - steps[1].get(step, math.inf)) for step in steps[0])
     print(
-        f"{engine:5}  {processes} processes  60 steps  {len(moments)} kills, newest checkpoint at each: "
-        f"{'; '.join(moments)} "
-        f"(?: half written)  largest difference of a weight {worst:.1e}  zeros {min(zeros):.3%} to {max(zeros):.3%}",
+        f"{engine:5}  {processes} processes  {STEPS_KILLED} steps  {done} kills  (?: half written)  largest difference "
+        f"of a weight {worst:.1e}, of a logged loss {losses:.1e}  zeros {min(zeros):.3%} to {max(zeros):.3%}",
         flush=True,
     )
-    return worst <= 1e-5 and set(zeros) == {0.5}
+    return good and worst <= 1e-5 and losses <= 1e-5 and set(zeros) == {0.5}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=(*PARTS, []), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--engine", choices=RUNS, help="cases and kills of this one alone")
+    parser.add_argument("--processes", type=int, choices=(2, 4), help="cases and kills on so many alone")
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep runs and messages there; a new folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", help=argparse.SUPPRESS)
+    parser.add_argument("--twin-of", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--shards", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
     if args.worker:
-        worker(args.worker, args.out, args.resume)
+        worker(args.worker, args.out, args.resume, args.twin_of, args.shards)
         return
+    asked = [(engine, number) for engine, numbers in RUNS.items() for number in numbers]
+    asked = [each for each in asked if args.engine in (None, each[0]) and args.processes in (None, each[1])]
+    parts, good = args.parts or PARTS, True
     with tempfile.TemporaryDirectory() as name:
-        out = Path(name)
-        good = compare(out)
-        save_tiny_model(out / "model")
-        (out / "text.txt").write_text(generated_text(400))
-        (out / "run.yaml").write_text(CONFIG.format(root=out))
-        for engine, processes in itertools.product(("ddp", "fsdp2"), (2, 4)):
-            good &= kill_until_done(out, engine, processes, args.kills, random.Random(args.seed))
+        out = args.out or Path(name)
+        out.mkdir(parents=True, exist_ok=True)
+        if "cases" in parts:
+            good &= compare(out, asked)
+        if "relay" in parts:
+            good &= relay(out)
+        if "kills" in parts:
+            save_tiny_model(out / "model")
+            (out / "text.txt").write_text(generated_text(400))
+            (out / "run.yaml").write_text(CONFIG.format(root=out, steps=STEPS_KILLED))
+            for engine, processes in asked:
+                if engine != "hybrid":
+                    good &= kill_until_done(out, engine, processes, args.kills, random.Random(args.seed))
     print("all the same as one process" if good else "DIFFERENT")
     sys.exit(not good)
 

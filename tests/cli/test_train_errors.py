@@ -7,6 +7,7 @@ import pytest
 from tests.cli.refused_runs import base, name_of, refused
 
 BEST = ("training.eval_strategy=steps", "training.eval_steps=1")
+_ACCUMULATION = "training.accelerator_config.gradient_accumulation_kwargs"
 
 # one or several settings as after --set, and what the error says
 SETTINGS: list[tuple[str | list[str], str]] = [
@@ -129,6 +130,18 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.train_sampling_strategy=foo", r"training\.train_sampling_strategy='foo' is unknown"),
     ("training.torch_compile_backend=foo", r"training\.torch_compile_backend='foo' is unknown"),
     ("training.accelerator_config={{split_batchez: true}}", r"training\.accelerator_config=.*split_batchez"),
+    (
+        "training.accelerator_config.gradient_accumulation_kwargs.num_steps=4",
+        r"num_steps=4: set gradient_accumulation_steps",
+    ),
+    (
+        "training.accelerator_config.gradient_accumulation_kwargs.sync_each_batche=true",
+        r"'sync_each_batche' has no effect.*sync_each_batch",
+    ),
+    (
+        "training.accelerator_config.gradient_accumulation_kwargs.sync_each_batch=2",
+        r"sync_each_batch=2 is neither true nor false",
+    ),
     ("training.accelerator_config=none.json", r"training\.accelerator_config='none\.json': .*No such file"),
     # training: what AST would ignore
     ("training.optim=adafactor", r"training\.optim='adafactor': AST trains with its own SparseAdamW"),

@@ -126,6 +126,7 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_trackers(args.report_to)
     _check_schedule(args)
     _check_checkpointing(args)
+    _check_accumulation(args)
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
     if args.push_to_hub and args.hub_strategy not in ("end",):
@@ -239,6 +240,24 @@ def _check_checkpointing(args: TrainingArguments) -> None:
     for key in given:
         if key not in (*known, "preserve_rng_state"):
             raise UserError(f"{where}: there is no {key!r}. {_choose(key, known)}")
+
+
+def _check_accumulation(args: TrainingArguments) -> None:
+    """Refuse what accelerate would not take, and a number of micro-batches that the plan would not know."""
+    given = args.accelerator_config.gradient_accumulation_kwargs  # type: ignore[union-attr]
+    if given is None:
+        return
+    where, known = "training.accelerator_config.gradient_accumulation_kwargs", ("sync_each_batch",)
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}={_short(given)} is not a mapping. Write {{sync_each_batch: false}}.")
+    for key, value in given.items():
+        if key == "num_steps":
+            if value != 1:  # which Trainer itself writes there
+                raise UserError(f"{where}.num_steps={_short(value)}: set gradient_accumulation_steps instead.")
+        elif key not in known:
+            raise UserError(f"{where}: {key!r} has no effect. {_choose(key, known)}")
+        elif not isinstance(value, bool):
+            raise UserError(f"{where}.{key}={_short(value)} is neither true nor false. Correct or remove it.")
 
 
 def _choose(value: Any, known: Iterable[Any]) -> str:

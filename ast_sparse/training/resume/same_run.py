@@ -26,6 +26,7 @@ from ast_sparse.training.resume.fingerprints import (
 from ast_sparse.training.resume.older_runs import check_bos, stored_training
 from ast_sparse.training.resume.setting_classes import (
     comparable_optimizers,
+    comparable_training,
     depending,
     is_own_optimizer,
     kind_of,
@@ -241,8 +242,8 @@ def _changed(section: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> It
     made = {**SECTIONS, "training": TrainingArguments}.get(section)
     fields = () if made is None else dataclasses.fields(made)
     defaults = {item.name: plain(item.default) for item in fields if item.default is not dataclasses.MISSING}
-    if section == "distillation":
-        was, now = _with_weights(was), _with_weights(now)
+    comparable = {"distillation": _with_weights, "training": comparable_training}.get(section, dict)
+    was, now = comparable(was), comparable(now)
     for key, value in now.items():
         before = was.get(key, defaults.get(key))
         if before != value and not {str(before), str(value)} <= {"None", "{}"}:  # both mean that nothing is set

@@ -64,6 +64,8 @@ _TRAINING: dict[Kind, tuple[str, ...]] = {
     ),
     "unkept": ("hub_token", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
 }  # fmt: skip
+_ACCELERATOR, _ACCUMULATION, _SYNC = "accelerator_config", "gradient_accumulation_kwargs", "sync_each_batch"
+_SYNCS = f"{_ACCELERATOR}.{_ACCUMULATION}.{_SYNC}"  # `free`, in a setting that is `same`
 _KIND = {name: kind for kind, names in _TRAINING.items() for name in names}
 _MOVING = ("params", "initial_lr", "mask_decay")  # entries of an optimizer's group that change with the steps
 _EVALUATIONS = (
@@ -79,7 +81,7 @@ _ENDLESS = (
 def kind_of(section: str, key: str) -> Kind:
     """The class of a setting; `same` for a field of TrainingArguments that is not in the table."""
     if section == "training":
-        return _KIND.get(key, "same")
+        return "free" if key == _SYNCS else _KIND.get(key, "same")
     return _FIELDS.get(f"{section}.{key}", _SECTIONS[section])
 
 
@@ -148,6 +150,19 @@ def comparable_optimizers(
     if is_own_optimizer(was) == is_own_optimizer(now):
         return was, now
     return (None, now) if is_own_optimizer(was) else (was, None)
+
+
+def comparable_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`training_values` by which two runs can be compared: when gradients are reduced is a setting of its own.
+
+    The rest of accelerate's settings for accumulation has no effect: Trainer counts micro-batches itself. It also wrote
+    a number of its own there in older checkpoints.
+    """
+    config = values.get(_ACCELERATOR)
+    if not isinstance(config, Mapping):
+        return dict(values)
+    rest = {key: value for key, value in config.items() if key != _ACCUMULATION}
+    return {**values, _ACCELERATOR: rest, _SYNCS: (config.get(_ACCUMULATION) or {}).get(_SYNC)}
 
 
 def plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """How gradients are reduced over the processes: when under FSDP2, and into which memory under DDP."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -7,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 _SYNC = "sync_each_batch"  # of accelerate's settings for accumulation
 
@@ -19,6 +22,22 @@ def reduce_every_batch(accelerator: Accelerator, args: TrainingArguments) -> Non
     given = args.accelerator_config.gradient_accumulation_kwargs or {}  # type: ignore[union-attr]
     if _SYNC not in given:
         accelerator.gradient_state.plugin_kwargs[_SYNC] = True
+
+
+@contextmanager
+def accumulation_kept(args: TrainingArguments) -> Iterator[None]:
+    """Inside, Trainer has a copy of the settings for accumulation, because it writes into them.
+
+    With its entry they would differ from what a resumed run is given, and a second trainer would refuse them.
+    """
+    config = cast(AcceleratorConfig, args.accelerator_config)
+    given = config.gradient_accumulation_kwargs
+    if given is not None:
+        config.gradient_accumulation_kwargs = {key: value for key, value in given.items() if key != "num_steps"}
+    try:
+        yield
+    finally:
+        config.gradient_accumulation_kwargs = given
 
 
 def reduce_over_replicas(model: nn.Module, is_last: bool) -> None:

@@ -23,6 +23,7 @@ def base(root: Path) -> dict[str, Any]:
         "training": {
             "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
             "report_to": "none", "use_cpu": True, "save_steps": 1, "disable_tqdm": True, "logging_steps": 10,
+            "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}},
         },
         "evaluation": {"datasets": []},
     }  # fmt: skip

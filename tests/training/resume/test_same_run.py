@@ -88,6 +88,8 @@ def test_what_is_compared_together_or_by_content_is_refused(
 
 # ---- allowed and printed -------------------------------------------------------------------------------------------
 
+SYNCS = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+
 
 @pytest.mark.parametrize(
     ("settings", "line"),
@@ -98,6 +100,7 @@ def test_what_is_compared_together_or_by_content_is_refused(
         (["training.eval_strategy=steps", "training.eval_steps=1"], "training.eval_strategy 'no' -> 'steps'"),
         (["training.run_name=again"], "training.run_name null -> 'again'"),
         (["training.gradient_checkpointing=true"], "training.gradient_checkpointing False -> True"),
+        ([f"training.{SYNCS}=true"], f"training.{SYNCS} False -> True"),
         (["training.dataloader_num_workers=1"], "training.dataloader_num_workers 0 -> 1"),
         (["evaluation.prompts=[]"], "evaluation.prompts"),
         (["watch.spike=warn"], "watch.spike 'off' -> 'warn'"),
@@ -114,8 +117,10 @@ def test_what_leaves_the_weights_as_they_are_is_printed(root: Path, out: Path, s
     assert result.exit_code == 0 and f"resume: {line}" in result.stdout, result.output
     assert result.stdout.count(f"resume: {line}") == 1
     name, _, value = settings[0].partition("=")
-    section, key = name.split(".")
-    assert yaml.safe_load((out / "config.yaml").read_text())[section][key] == yaml.safe_load(value)
+    stored = yaml.safe_load((out / "config.yaml").read_text())
+    for key in name.split("."):
+        stored = stored[key]
+    assert stored == yaml.safe_load(value)
     whole, again = (load_file(folder / "model.safetensors") for folder in (root / "whole", out))
     assert all(torch.allclose(tensor, again[name], atol=1e-6) for name, tensor in whole.items())
 
