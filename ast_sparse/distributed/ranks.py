@@ -1,5 +1,6 @@
 """What the processes of a distributed run agree on."""
 
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from ast_sparse.distributed.meeting import launched
 from ast_sparse.errors import SharedError, UserError
 
 Result = TypeVar("Result")
+# what gloo and NCCL say of a process that has ended
+_LOST = re.compile(r"connection (closed|reset) by|broken pipe|remote process (has )?exited|was aborted", re.IGNORECASE)
 
 
 def rank() -> int:
@@ -89,6 +92,24 @@ def errors_shared() -> Iterator[None]:
         gather(_Failure(error))
     else:
         gather(None)
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """One line instead of what torch says on each process if one of them is killed.
+
+    Raises:
+        SharedError: a process has ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if own_rank()[1] == 1 or not _LOST.search(str(error)):
+            raise
+        raise SharedError(
+            "Another process has ended, so this one cannot go on. Its messages, or those of the launcher, say why; the "
+            "run continues from its last checkpoint when it is started again."
+        ) from error
 
 
 def wait_for_all() -> None:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
 from ast_sparse.config.yaml12 import dump_yaml, read_yaml
-from ast_sparse.distributed.ranks import gather
+from ast_sparse.distributed.ranks import gather, rank
 from ast_sparse.errors import UserError
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
@@ -82,7 +82,8 @@ def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None
     if resume is True and (last := checkpoint_to_continue(output)) is not None:
         return last
     if resume is True and gather((output / RESOLVED_CONFIG).exists())[0]:
-        logger.warning(f"{output} has a run without a complete checkpoint: it starts from the beginning.")
+        if rank() == 0:
+            logger.warning(f"{output} has a run without a complete checkpoint: it starts from the beginning.")
         return None
     return resolve_checkpoint(output, resume)
 

@@ -16,7 +16,7 @@ from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks, build_datasets
 from ast_sparse.data.calibration import calibration_blocks
 from ast_sparse.distributed.pieces import is_sharded
-from ast_sparse.distributed.ranks import errors_shared, gather, once_per_folder, wait_for_all
+from ast_sparse.distributed.ranks import errors_shared, gather, lost_processes, once_per_folder, wait_for_all
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.export.readback import check_saved, check_saved_pieces
 from ast_sparse.planning.plan import Hardware, Plan
@@ -44,6 +44,7 @@ logger = logging.get_logger(__name__)
 Made = TypeVar("Made")
 
 
+@lost_processes()
 def run_training(
     config: RunConfig,
     output_dir: str | None = None,

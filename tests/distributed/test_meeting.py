@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from ast_sparse.distributed import ranks as ranks_module
 from ast_sparse.distributed.meeting import Meeting
-from ast_sparse.distributed.ranks import errors_shared, gather, wait_for_all
+from ast_sparse.distributed.ranks import errors_shared, gather, lost_processes, wait_for_all
 from ast_sparse.errors import SharedError, UserError
 
 RANKS = 3
@@ -63,6 +63,25 @@ def test_processes_whose_store_has_gone_end_without_a_message_of_their_own() -> 
     with pytest.raises(SharedError, match="rank 0 has ended"):
         client.gather(None)
     assert client.is_first_to("say an error")
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks", "is_lost"),
+    [
+        ("[pair.cc:553] Connection closed by peer [127.0.0.1]:35225. This is typically caused by", 2, True),
+        ("[pair.cc:537] Read error [127.0.0.1]:57516: Connection reset by peer. This is", 2, True),
+        ("NCCL error: remote process exited or there was a network error, NCCL version 2.27", 2, True),
+        ("Connection reset by peer", 1, False),
+        ("mat1 and mat2 shapes cannot be multiplied", 2, False),
+    ],
+)
+def test_what_torch_says_of_a_killed_process_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, said: str, ranks: int, is_lost: bool
+) -> None:
+    monkeypatch.setattr(ranks_module, "own_rank", lambda: (0, ranks))
+    with pytest.raises(SharedError if is_lost else RuntimeError) as caught, lost_processes():
+        raise RuntimeError(said)
+    assert ("Another process has ended" in str(caught.value)) == is_lost
 
 
 def test_an_error_of_one_process_reaches_the_others_wherever_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
