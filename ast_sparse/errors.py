@@ -31,6 +31,10 @@ class SharedError(UserError):
     """An error raised on every process of a distributed run; only the first process prints it."""
 
 
+class LostProcessError(SharedError):
+    """Another process of the run has ended. Commands exit with 1: the settings are not to blame."""
+
+
 class DivergenceError(UserError):
     """Training, or the evaluation of a model, produced a loss or weights that are not finite."""
 

@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import click
 
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import LostProcessError, SharedError, UserError
 from ast_sparse.kernels.cpu import setting
 
 USER_ERROR_EXIT = 2
 INTERRUPT_EXIT = 130
+_FAILURE_EXIT = 1
 _PRINT_S = 1.0  # time for one process to print the error: a launcher ends the others as soon as one exits
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for people who write code; warnings stay
@@ -55,6 +56,8 @@ def settings_as_options(options: Mapping[str, str]) -> Iterator[None]:
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
+    except LostProcessError as error:
+        _fail(str(error), _FAILURE_EXIT, has_many=True)
     except UserError as error:
         _fail(str(error), USER_ERROR_EXIT, has_many=isinstance(error, SharedError))
     except click.ClickException as error:
@@ -69,7 +72,7 @@ def _fail(message: str, code: int, has_many: bool = False) -> NoReturn:
     Args:
         has_many: other processes have the same error.
     """
-    is_said = code == USER_ERROR_EXIT and _is_said(has_many)
+    is_said = code != INTERRUPT_EXIT and _is_said(has_many)
     if not is_said:
         click.echo(f"Error: {' '.join(message.split())}", err=True)
     if is_said or _has_others():

@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import LostProcessError, UserError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `env://` needs
 _JOIN = timedelta(minutes=30)  # for all processes to start
@@ -41,7 +41,7 @@ class Meeting:
         """The values of all processes in the order of their ranks, on every process; every process must call this.
 
         Raises:
-            SharedError: the store is gone, with the process that served it.
+            LostProcessError: the store is gone, with the process that served it.
             TimeoutError: a process did not come.
         """
         self._round += 1
@@ -56,7 +56,7 @@ class Meeting:
                 for key in [*keys, *(f"{place}, {done}{end}" for done in ("come", "read") for end in ("", ", all"))]:
                     self._store.delete_key(key)
         except dist.DistError as error:
-            raise SharedError("The process of rank 0 has ended. Its messages say why.") from error
+            raise LostProcessError("The process of rank 0 has ended. Its messages say why.") from error
         return values
 
     def is_first_to(self, what: str) -> bool:

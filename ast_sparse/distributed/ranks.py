@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ast_sparse.distributed.meeting import launched
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import LostProcessError, SharedError, UserError
 
 Result = TypeVar("Result")
 # what gloo and NCCL say of a process that has ended
@@ -99,14 +99,14 @@ def lost_processes() -> Iterator[None]:
     """One line instead of what torch says on each process if one of them is killed.
 
     Raises:
-        SharedError: a process has ended while this one waited for it.
+        LostProcessError: a process has ended while this one waited for it.
     """
     try:
         yield
     except RuntimeError as error:
         if own_rank()[1] == 1 or not _LOST.search(str(error)):
             raise
-        raise SharedError(
+        raise LostProcessError(
             "Another process has ended, so this one cannot go on. Its messages, or those of the launcher, say why; the "
             "run continues from its last checkpoint when it is started again."
         ) from error

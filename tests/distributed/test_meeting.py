@@ -12,7 +12,7 @@ from torch import distributed as dist
 from ast_sparse.distributed import ranks as ranks_module
 from ast_sparse.distributed.meeting import Meeting
 from ast_sparse.distributed.ranks import errors_shared, gather, lost_processes, wait_for_all
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import LostProcessError, SharedError, UserError
 
 RANKS = 3
 
@@ -60,7 +60,7 @@ def test_processes_whose_store_has_gone_end_without_a_message_of_their_own() -> 
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     client = Meeting(dist.TCPStore("localhost", server.port, is_master=False), 1, RANKS)
     del server
-    with pytest.raises(SharedError, match="rank 0 has ended"):
+    with pytest.raises(LostProcessError, match="rank 0 has ended"):
         client.gather(None)
     assert client.is_first_to("say an error")
 
@@ -79,7 +79,7 @@ def test_what_torch_says_of_a_killed_process_is_one_line(
     monkeypatch: pytest.MonkeyPatch, said: str, ranks: int, is_lost: bool
 ) -> None:
     monkeypatch.setattr(ranks_module, "own_rank", lambda: (0, ranks))
-    with pytest.raises(SharedError if is_lost else RuntimeError) as caught, lost_processes():
+    with pytest.raises(LostProcessError if is_lost else RuntimeError) as caught, lost_processes():
         raise RuntimeError(said)
     assert ("Another process has ended" in str(caught.value)) == is_lost
 
