@@ -5,9 +5,11 @@ cases: 12 steps with masks that move, in float32 and bf16: DDP and FSDP2 on 2 an
    settings). Each is compared with its twin: one process that goes through the same micro-batches one after the other
    (accumulation x processes), and casts what the run casts: FSDP2 casts every weight to bf16 and hands activations on
    in bf16, which autocast does not, so its twin is FSDP2 on one process. In float32 it is also compared with one
-   process that has the whole batch at once. Printed: the largest difference of a loss, and the share of mask positions
+   process that has the whole batch at once; in bf16 that run differs more, because each micro-batch's gradient is
+   rounded. Before the first refresh losses must be equal; afterwards too, and all masks, except where gloo sums over
+   four processes in an order of its own. Printed: the largest difference of a loss, and the share of mask positions
    that differ.
-relay: a checkpoint of each kind of run is continued by each other kind: the same.
+relay: a checkpoint of each kind of run is continued by each other kind: the same; and replicas write each piece once.
 kills: `ast-train` on 2 processes, all killed (SIGKILL) at random moments, also during saves and while it starts, and
    started again with the same command until done: the largest difference of a weight and of a loss from the
    uninterrupted run, and the share of zeros in the pruned layers. On 4 processes one of them is killed, and every third
@@ -37,14 +39,16 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from ast_sparse import SLoRBConfig, SparsityConfig
+from ast_sparse.storage.sharded import MODEL_FOLDER, OPTIMIZER_FOLDER
 from tests.distributed.fsdp_facts import found, make
 from tests.models import generated_text, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BATCH, STEPS, SAVED = 16, 12, 4
+BATCH, STEPS, STEPS_RELAY, SAVED = 16, 12, 14, 2
 RUNS = {"ddp": (2, 4), "fsdp2": (2, 4), "hybrid": (4,)}  # processes
 # dtype, accumulation, SLoRB, activation checkpointing: every pair of values is in one of these
 CASES: list[tuple[str, int, bool, bool]] = [
@@ -53,7 +57,12 @@ CASES: list[tuple[str, int, bool, bool]] = [
 ]  # fmt: skip
 RELAYED = ("float32", 1, True, False)
 PARTS = ("cases", "relay", "kills")
-LOSS = 1e-5  # of float32, and of sums in another order
+INTERVAL = 3  # steps between two refreshes of the masks
+LOSS = 1e-5  # largest difference
+# The same in bf16 if more than two processes sum in one group: the order is gloo's own. The last bit of a float32 sum
+# then turns the rounding of a few weights to bf16. With two processes, a twin that summed in another order differed by
+# 1.3e-4 and 0.1%, one that summed in the same order by 2e-7 and nothing.
+LOSS_REORDERED, MASKS_REORDERED = 3e-4, 0.003
 MARK = "AST_SPARSE_CHECK"  # variable in the environment of a run that is killed
 STEPS_KILLED, START_S, LONGEST_END_S = 150, 30.0, 60.0
 CONFIG = """
@@ -94,10 +103,11 @@ def trainer(engine: str, folder: Path, case: tuple[str, int, bool, bool], twin_o
         args["gradient_checkpointing"] = True
     AcceleratorState._reset_state()
     return make(
-        folder, SparsityConfig(mask_interval=3, mask_decay=1e-2), int(os.environ.get("WORLD_SIZE", "1")), batch=BATCH,
-        slorb=SLoRBConfig(k=16) if slorb else None, dtype=torch.float32, max_steps=STEPS,
-        gradient_accumulation_steps=accumulation * twin_of, bf16=dtype == "bf16", fsdp=engine in ("fsdp2", "hybrid"),
-        **args,
+        folder, SparsityConfig(mask_interval=INTERVAL, mask_decay=1e-2), int(os.environ.get("WORLD_SIZE", "1")),
+        batch=BATCH, slorb=SLoRBConfig(k=16) if slorb else None, dtype=torch.float32,
+        max_steps=args.pop("max_steps", STEPS),
+        gradient_accumulation_steps=accumulation * twin_of, bf16=dtype == "bf16",
+        fsdp=engine in ("fsdp2", "hybrid"), **args,
     )  # fmt: skip
 
 
@@ -137,7 +147,7 @@ def worker(engine: str, out: Path, resume: str | None, twin_of: int, shards: int
             run.train()
             results.append(found(run))
     else:
-        run = trainer(engine, out / name, RELAYED, save_strategy="steps", save_steps=SAVED)
+        run = trainer(engine, out / name, RELAYED, max_steps=STEPS_RELAY, save_strategy="steps", save_steps=SAVED)
         run.train(resume_from_checkpoint=resume or None)
         results.append(found(run))
     if int(os.environ.get("RANK", "0")) == 0:
@@ -181,7 +191,10 @@ def compare(out: Path, runs: list[tuple[str, int]]) -> bool:
         for case, ours, twin, theirs in zip(CASES, results, twins, expected, strict=True):
             loss, masks = difference(ours, twin)
             plain_loss, plain_masks = difference(ours, theirs)
-            good &= loss <= LOSS and masks == 0
+            first = max(abs(a - b) for a, b in zip(ours["losses"][:INTERVAL], twin["losses"], strict=False))
+            is_reordered = case[0] == "bf16" and processes == 4 and engine != "hybrid"
+            good &= loss <= (LOSS_REORDERED if is_reordered else LOSS) and first <= LOSS
+            good &= masks <= (MASKS_REORDERED if is_reordered else 0)
             good &= case[0] != "float32" or (plain_loss <= LOSS and plain_masks == 0)
             print(
                 f"{engine:6}  {processes} processes  {case[0]:7}  accumulation {case[1]}  SLoRB {case[2]:1}  "
@@ -192,17 +205,28 @@ def compare(out: Path, runs: list[tuple[str, int]]) -> bool:
     return good
 
 
+def surplus(checkpoint: Path) -> int:
+    """Bytes in the files of a sharded checkpoint beyond its pieces: replicas must not write what they share."""
+    found = 0
+    for folder in (checkpoint / MODEL_FOLDER, checkpoint / OPTIMIZER_FOLDER):
+        pieces = FileSystemReader(folder).read_metadata().storage_data.values()
+        found += sum(path.stat().st_size for path in folder.glob("*.distcp")) - sum(each.length for each in pieces)
+    return found
+
+
 def relay(out: Path) -> bool:
-    """The second part: one process, FSDP2, hybrid, DDP and back again, each from a checkpoint of the one before."""
+    """The second part: one process, FSDP2, hybrid, DDP and back again, each from a later checkpoint of the last."""
     good, chain = True, (("one", 1), ("fsdp2", 4), ("hybrid", 4), ("one", 1), ("hybrid", 4), ("fsdp2", 2), ("ddp", 2))
     expected = work("one", 1, out, "")[0]
-    for (first, ranks), (engine, processes) in itertools.pairwise(chain):
-        checkpoint = out / f"{first}-{ranks}" / f"checkpoint-{SAVED}"
+    for turn, ((first, ranks), (engine, processes)) in enumerate(itertools.pairwise(chain), 1):
+        checkpoint = out / f"{first}-{ranks}" / f"checkpoint-{SAVED * turn}"
         loss, masks = difference(work(engine, processes, out, str(checkpoint))[0], expected)
-        good &= loss <= LOSS and masks == 0
+        own = out / f"{engine}-{processes}" / f"checkpoint-{STEPS_RELAY}"
+        twice = surplus(own) if engine in ("fsdp2", "hybrid") else 0
+        good &= loss <= LOSS and masks == 0 and twice == 0
         print(
-            f"{engine} on {processes} continues {first} on {ranks}: largest difference of a loss {loss:.1e}  "
-            f"of the masks {masks:.3%}",
+            f"{engine} on {processes} continues {first} on {ranks} at step {SAVED * turn}: largest difference of a "
+            f"loss {loss:.1e} of the masks {masks:.3%}; bytes in its checkpoint beyond its pieces: {twice}",
             flush=True,
         )
     return good
@@ -228,7 +252,7 @@ def started_by(mark: str) -> list[psutil.Process]:
 def stop(run: "subprocess.Popen[bytes]", mark: str, kill: int, processes: int, rng: random.Random) -> str:
     """Stop a run in one of three ways; return which."""
     if processes == 2:
-        for process in [psutil.Process(run.pid), *started_by(mark)]:
+        for process in started_by(mark):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         return "all killed"
@@ -243,7 +267,7 @@ def stop(run: "subprocess.Popen[bytes]", mark: str, kill: int, processes: int, r
 
 
 def wait_for_moment(run: "subprocess.Popen[bytes]", folder: Path, kill: int, rng: random.Random) -> None:
-    """Wait for a random moment: in the save of a checkpoint, up to a second later, or since the start of the run."""
+    """Wait for a random moment: in the save of a checkpoint, some steps later, or since the start of the run."""
     if kill % 4 == 3:
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(rng.uniform(0, START_S))
@@ -251,7 +275,7 @@ def wait_for_moment(run: "subprocess.Popen[bytes]", folder: Path, kill: int, rng
     known = {path.name for path in folder.glob("checkpoint-*")}
     while run.poll() is None and {path.name for path in folder.glob("checkpoint-*")} <= known:
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 1))
+    time.sleep(rng.uniform(0, 0.05 if kill % 2 == 0 else 3))
 
 
 def ended(run: "subprocess.Popen[bytes]", mark: str) -> str:
@@ -288,7 +312,7 @@ def kill_until_done(out: Path, engine: str, processes: int, kills: int, rng: ran
             )  # fmt: skip
         wait_for_moment(run, out / name, kill, rng)
         how, asked = stop(run, mark, kill, processes, rng), time.monotonic()
-        wrong = ended(run, mark)
+        wrong = ended(run, mark) + (", A TRACEBACK" if "[rank" in log.read_text() else "")
         checkpoints = sorted((out / name).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         states = [path.name + ("" if (path / "trainer_state.json").exists() else "?") for path in checkpoints]
         print(
