@@ -14,7 +14,7 @@ from typing import Any
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ast_sparse.errors import LostProcessError
+from ast_sparse.errors import LostProcessError, SharedError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `env://` needs
 _JOIN = timedelta(minutes=30)  # for all processes to start
