@@ -5,12 +5,14 @@ A LLaMA of random bfloat16 weights is written to safetensors. N gloo ranks (FSDP
 package of another commit, in a git worktree, with fewer blocks if it would not fit into `--memory`.
 
 Memory is the sum over the ranks of `/proc/PID/smaps_rollup`, every 20 ms: proportional set size (PSS; shared pages
-count once) and resident set size (RSS; they count in each rank). What the ranks have after a warm-up with a tiny model
-(imports, torch itself) is printed, and subtracted from the other figures. glibc returns freed blocks at once, so that
-what is counted is in use. Student, masks and teacher would be on GPUs: what the host needs while loading is at most the
-peak without these tensors. One run of each side.
+count once) and resident set size (RSS; they count in each rank). What the ranks have after a warm-up with one block
+(imports, compiled code, torch itself) is printed, and subtracted from the other figures. glibc returns freed blocks at
+once, so that what is counted is in use. Student, masks and teacher would be on GPUs: what the host needs while loading
+is at most the peak without these tensors. One run of each side.
 """
 
+import copy
+import gc
 import json
 import os
 import subprocess
@@ -30,22 +32,29 @@ ROOT = Path(__file__).resolve().parents[2]
 NEED = 10  # bytes a parameter of all ranks together: float32 and masks of the student, the teacher, gathered weights
 BEFORE = 12  # bytes a parameter in each rank of the commit before: float32, its copy for the teacher, and a sharded one
 OTHER = 2**29  # bytes of each rank besides: imports, torch
-TOKENS, VOCAB = 64, 32000
+TOKENS, VOCAB, FEW = 64, 32000, 64
 SIZES = ("pss", "rss")
 
 
-def llama(parameters: float, hidden: int = 512) -> Any:
+def llama(parameters: float) -> Any:
     """The configuration of a LLaMA with about so many parameters."""
     from transformers import LlamaConfig
 
-    hidden, inner, heads = (2048, 5632, 32) if parameters > 5e8 else (hidden, hidden * 11 // 4, 8)
+    hidden, inner, heads = (2048, 5632, 32) if parameters > 5e8 else (512, 1408, 8)
     block = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
     blocks = max(1, round((parameters - 2 * VOCAB * hidden) / block))
     return LlamaConfig(
-        vocab_size=VOCAB if parameters else 64, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=TOKENS,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
+
+
+def smallest(config: Any) -> Any:
+    """The configuration of a model with one block of the same shapes, and few tokens."""
+    config = copy.deepcopy(config)
+    config.update({"num_hidden_layers": 1, "vocab_size": FEW})
+    return config
 
 
 def write_model(folder: Path, config: Any) -> int:
@@ -80,7 +89,7 @@ class Enough(Exception):
 def rank(model: str, out: Path) -> None:
     """Load, and compute a loss; says in files when, and the bytes of the tensors that a GPU would hold."""
     from datasets import Dataset
-    from transformers import TrainingArguments
+    from transformers import LlamaConfig, TrainingArguments
 
     import ast_sparse
 
@@ -121,9 +130,10 @@ def rank(model: str, out: Path) -> None:
         with suppress(Enough):
             trainer.train()
 
-    tiny = out / f"tiny-{number}"
-    write_model(tiny, llama(0, hidden=64))
-    load_and_run(str(tiny), 64)  # what is imported on the way is not measured
+    warm = out / f"warm-{number}"
+    write_model(warm, smallest(LlamaConfig.from_pretrained(model)))
+    load_and_run(str(warm), FEW)  # what is imported and compiled on the way is not measured
+    gc.collect()
     said.clear()
     said |= {"pid": os.getpid(), "package": ast_sparse.__file__}
     torch.distributed.barrier()
