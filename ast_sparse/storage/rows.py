@@ -7,7 +7,7 @@ another form (fused experts, codes, `.gguf`) is read by the first process, which
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +58,7 @@ def read_causal_lm(
         model = source.load(exact=shard is not None) if loads else source.frame
     if stored is None:
         return _cast(model, dtype, device) if shard is None else _sent(source, model, shard, dtype, device)
+    cast(Any, model)._weight_conversions = []  # none was made, so saving undoes none, as after `load_causal_lm`
     if shard is not None:
         shard(model)
     with together():
