@@ -156,8 +156,10 @@ def _from_files(model: PreTrainedModel, stored: Stored, name: str) -> _Piece:
                     read = tensors.get_tensor(own)
                 else:
                     rows = rows_of(like)
-                    empty = rows.start >= rows.stop
-                    read = like.new_empty((0, *like.shape[1:]), device="cpu") if empty else tensors.get_slice(own)[rows]
+                    if rows.start < rows.stop:
+                        read = tensors.get_slice(own)[rows]
+                    else:  # fewer rows than processes
+                        read = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
         check_values(read, key, key in parameters, repr(name))
