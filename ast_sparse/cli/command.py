@@ -87,8 +87,8 @@ def _has_others() -> bool:
 def _is_said(has_many: bool) -> bool:
     """Whether another process prints an error of the user."""
     if _has_others():
-        from ast_sparse.distributed.meeting import launched
+        from ast_sparse.distributed.meeting import is_first_of_launch_to
 
-        if (meeting := launched()) is not None:
-            return not meeting.is_first_to("say an error")
+        if (is_first := is_first_of_launch_to("say an error")) is not None:
+            return not is_first
     return has_many and os.environ.get("RANK", "0") != "0"

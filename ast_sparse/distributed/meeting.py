@@ -9,16 +9,17 @@ import os
 import pickle
 import time
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from ast_sparse.errors import SharedError, UserError
+from ast_sparse.errors import SharedError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what `env://` needs
 _JOIN = timedelta(minutes=30)  # for all processes to start
+_JOIN_AT_THE_END = timedelta(seconds=20)  # the same, for a process that will exit
+_joined: dict[tuple[str, ...], "Meeting"] = {}  # by what the launcher has set
 _LONGEST_S = 86_400.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
 
@@ -79,30 +80,42 @@ class Meeting:
             pause = min(1.5 * pause, _LONGEST_PAUSE_S)
 
 
-def launched() -> Meeting | None:
-    """The processes of this launch, once all of them have called this; None if a launcher has started only one."""
+def launched(join: timedelta = _JOIN) -> Meeting | None:
+    """The processes of this launch, once all of them have called this; None if a launcher has started only one.
+
+    Raises:
+        SharedError: as `check_restarted`.
+        DistError: not all of them called this within `join`.
+    """
     given = tuple(os.environ.get(name, "") for name in _LAUNCHER)
     if not dist.is_available() or not all(given) or int(given[1]) < 2:
         return None
     check_restarted()
-    return _meeting(*given)
+    if given not in _joined:
+        store, rank, ranks = next(iter(rendezvous("env://", timeout=join)))
+        _joined.clear()
+        _joined[given] = Meeting(dist.PrefixStore("ast_sparse", store), rank, ranks)
+    return _joined[given]
 
 
-@lru_cache(maxsize=1)
-def _meeting(rank: str, ranks: str, address: str, port: str) -> Meeting:
-    store, _, _ = next(iter(rendezvous("env://", timeout=_JOIN)))
-    return Meeting(dist.PrefixStore("ast_sparse", store), int(rank), int(ranks))
+def is_first_of_launch_to(what: str) -> bool | None:
+    """As `Meeting.is_first_to`, for a process that will exit; None if there are no others, or they do not answer."""
+    try:
+        meeting = launched(_JOIN_AT_THE_END)
+    except (SharedError, dist.DistError):
+        return None
+    return None if meeting is None else meeting.is_first_to(what)
 
 
 def check_restarted() -> None:
     """Check that the processes do not meet in the store of processes that have ended.
 
     Raises:
-        UserError: torchrun has restarted this process with that store.
+        SharedError: torchrun has restarted this process with that store.
     """
     is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if is_shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise UserError(
+        raise SharedError(
             "torchrun restarted the processes with the addresses of those that ended, so they cannot connect. Set the "
             "environment variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give torchrun --rdzv-backend c10d."
         )

@@ -5,6 +5,7 @@
 # a wrong configuration is not queued again. Needs root and Debian's slurm-wlm and munge; a quarter of an hour on two
 # cores.
 # usage: [CHECK_PYTHON=PYTHON] scripts/checks/slurm.sh [OPTIONS OF AST-TRAIN]    default: --set training.fsdp=true
+#   options       DDP keeps the bits with --set training.fsdp=false --set training.ddp_find_unused_parameters=true
 #   CHECK_PYTHON  of an environment with this project; default: .venv/bin/python, made by scripts/install.sh
 set -euo pipefail
 for program in slurmctld slurmd munged; do
@@ -53,6 +54,9 @@ fail() {
   tail -n 40 "$work"/*.out "$work"/slurm/slurmctld.log >&2
   exit 1
 }
+
+set -E
+trap 'fail "line $LINENO: $BASH_COMMAND"' ERR
 
 submit() { # NAME [OPTIONS OF SBATCH] -- [OPTIONS OF AST-TRAIN]; sets $job
   local name=$1 sbatch=()
@@ -113,14 +117,16 @@ same requeued
 [ "$(grep -c 'SIGTERM: saved' "$work/requeued.out")" = 1 ] || fail "requeued did not save when it was asked to leave"
 
 # Five minutes before its time limit a job gets USR1, as scripts/slurm.sh asks. Slurm looks at limits twice a minute:
-# the processes stand still until it has, so that training does not end before. The limit is in minutes.
+# the processes stand still until it has (it wakes them with the signal), so training does not end before.
 submit limited --
 wait_for_checkpoint limited
 pkill -STOP --full "$(started limited)"
-scontrol update "jobid=$job" "timelimit=$(($(date -d "1970-01-01 $(field RunTime)Z" +%s) / 60 + 5))"
-sleep 70
+scontrol update "jobid=$job" "timelimit=$(($(date -d "1970-01-01 $(field RunTime)Z" +%s) / 60 + 5))" # minutes
+until [ "$(field JobState)" = PENDING ]; do
+  ! over || fail "limited was not put back in the queue"
+  sleep 0.2
+done
 scontrol update "jobid=$job" timelimit=60 # once is enough
-pkill -CONT --full "$(started limited)"
 finish
 ended COMPLETED limited
 [ "$(grep -c 'SIGUSR1: saved' "$work/limited.out")" = 1 ] || fail "limited did not save before its time limit"

@@ -11,7 +11,7 @@ python=${TRL_PYTHON:-$out/venv/bin/python}
 if [ ! -x "$python" ]; then
   "${PYTHON:-python3}" -m venv "$out/venv"
   "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" torch
-  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" trl --editable "$root[slorb]"
+  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" trl --editable "${root}[slorb]"
 fi
 cd "$root"
 "$python" - "$out" <<'PY'

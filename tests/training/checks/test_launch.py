@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from ast_sparse.distributed.meeting import is_first_of_launch_to
 from ast_sparse.errors import UserError
 from ast_sparse.training.checks import arguments as arguments_module
 from ast_sparse.training.checks.arguments import build_arguments
@@ -39,6 +40,10 @@ def test_a_restart_that_would_get_the_old_addresses_is_refused(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") if refused else nullcontext():
         build_arguments({"use_cpu": True, "report_to": "none"}, str(tmp_path))
+    if refused:  # the process that says so does not ask the others
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}.items():
+            monkeypatch.setenv(name, value)
+        assert is_first_of_launch_to("say an error") is None
 
 
 def test_only_one_process_of_all_nodes_speaks_unless_another_is_wanted(tmp_path: Path) -> None:
