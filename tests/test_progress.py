@@ -11,7 +11,7 @@ import pytest
 import tqdm.auto
 from click.testing import CliRunner
 from datasets import Dataset
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.cli.data import main as ast_data
@@ -167,6 +167,16 @@ def test_a_trainer_prints_lines_and_the_records_of_its_log(tmp_path: Path, now: 
     run.remove_callback(ProgressCallback)
     assert not callbacks(run)
     assert callbacks(trainer(tmp_path)) == []  # disable_tqdm
+
+
+def test_log_records_are_printed_by_one_process_unless_each_node_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "process_index", 4)  # the first process of the second node
+    for on_each_node, printers in ((False, 0), (True, 1)):
+        run = trainer(tmp_path, args={"log_on_each_node": on_each_node})
+        assert run.is_local_process_zero() and not run.is_world_process_zero()
+        assert [type(each) for each in run.callback_handler.callbacks].count(PrinterCallback) == printers
 
 
 class Own(ProgressCallback):

@@ -114,7 +114,7 @@ def build_datasets(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
     Token shards are already tokenised and are read in place. With `data.eval` nothing is held out of training. Without
     it, and with `data.eval_share: 0`, there is no held-out text. `training_tokens` says how documents are held out.
-    With several processes call it under `main_process_first()`.
+    With several processes call it in `once_per_folder`.
 
     Returns:
         Training blocks, held-out blocks or None (rows `{"input_ids": block_size token ids}`, and `labels` for

@@ -12,6 +12,13 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
+
+
+def unwrapped_name(name: str) -> str:
+    """The name of a parameter or module as if no block were wrapped for activation checkpointing."""
+    return name.replace(f"{CHECKPOINTED}.", "")
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of a model are split over the processes."""

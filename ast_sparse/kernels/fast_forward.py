@@ -24,6 +24,7 @@ from transformers.activations import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.distributed.pieces import CHECKPOINTED
 from ast_sparse.kernels.cpu.heap import freed_memory_given_back
 from ast_sparse.kernels.gated_mlp import GatedMLP, find_gated_mlp
 from ast_sparse.kernels.products import linear
@@ -34,7 +35,6 @@ _FUSED = (NewGELUActivation, FastGELUActivation)  # tanh GELUs made of single op
 # Activation functions whose gradient needs the input; a ReLU's needs the output, so recomputing it saves nothing
 _SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GELU, nn.SiLU)
 
-_FSDP_CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
 
 _Forward = Callable[..., Tensor]
 
@@ -81,8 +81,7 @@ def fast_forward(*models: nn.Module | None) -> Iterator[None]:
 
 def _recomputes_blocks(model: nn.Module) -> bool:
     return any(
-        getattr(module, "gradient_checkpointing", False) or hasattr(module, _FSDP_CHECKPOINTED)
-        for module in model.modules()
+        getattr(module, "gradient_checkpointing", False) or hasattr(module, CHECKPOINTED) for module in model.modules()
     )
 
 

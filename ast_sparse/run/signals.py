@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 PREEMPTED_EXIT = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _REPEAT_S = 1.0  # a process may get one signal twice: from the scheduler, and passed on by the launcher
+_AGAIN_S = 0.05
 
 
 class Preempted(KeyboardInterrupt):
@@ -32,6 +34,7 @@ class PreemptionSignals:
         self.restart = "start it again with the same command"
         self.is_training = False
         self._received_at = 0.0
+        self._again: threading.Timer | None = None
         self._at_once = True
         self._owner = os.getpid()
 
@@ -74,10 +77,11 @@ class PreemptionSignals:
             if number == signal.SIGTERM:
                 os.kill(os.getpid(), number)
             return
-        if self.received is not None:
+        if self.received is not None and self._again is None:
             if time.monotonic() - self._received_at >= _REPEAT_S:
                 os._exit(128 + number)
             return
+        self._again = None
         self.received, self._received_at = signal.Signals(number), time.monotonic()
         if self._at_once:
             self._stop_if_received()
@@ -86,6 +90,23 @@ class PreemptionSignals:
         what = "the step and its checkpoint" if self.is_training else "what is being written"
         # not `print`, which fails if the signal interrupted another print
         os.write(2, f"\n{self.received.name}: {what} will be finished; a second signal stops at once.\n".encode())
+
+    def not_raised(self, what: Any) -> bool:
+        """A `sys.unraisablehook`: whether it is `Preempted`, which came where Python ignores exceptions (`__del__`).
+
+        Then the signal is sent again as soon as Python has left that place.
+        """
+        if not isinstance(what.exc_value, Preempted) or self.received is None:
+            return False
+        self._again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), self.received))
+        self._again.daemon = True
+        self._again.start()
+        return True
+
+    def end(self) -> None:
+        """Send nothing again: the handlers are gone."""
+        if self._again is not None:
+            self._again.cancel()
 
     def _stop_if_received(self) -> None:
         if self.received is not None:
@@ -99,9 +120,13 @@ def preemption_signals() -> Iterator[PreemptionSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
+    show = sys.unraisablehook
     before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
+    sys.unraisablehook = lambda what: None if signals.not_raised(what) else show(what)
     try:
         yield signals
     finally:
+        signals.end()
+        sys.unraisablehook = show
         for number, handler in before.items():
             signal.signal(number, handler)

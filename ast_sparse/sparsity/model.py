@@ -17,6 +17,7 @@ from ast_sparse.distributed.pieces import (
     local,
     piece_for,
     sum_over_pieces,
+    unwrapped_name,
     whole,
 )
 from ast_sparse.errors import SharedError, UserError
@@ -33,8 +34,6 @@ from ast_sparse.storage.finite import check_finite
 from ast_sparse.storage.quantized import make_plain
 
 logger = logging.get_logger(__name__)
-
-CHECKPOINTED = "_checkpoint_wrapped_module."  # part of names if FSDP wraps blocks for activation checkpointing
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 def _all_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    return {name.replace(CHECKPOINTED, ""): layer for name, layer in layers.items()}
+    return {unwrapped_name(name): layer for name, layer in layers.items()}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-_CHECKPOINTED = "_checkpoint_wrapped_module."  # part of names if blocks are wrapped for activation checkpointing
+from ast_sparse.distributed.pieces import unwrapped_name
 
 
 def frame_of_config(
@@ -34,11 +34,11 @@ def frame_of_config(
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names of the state dict, tied ones under each of their names."""
     named = model.named_parameters(remove_duplicate=False)
-    return {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in named}
+    return {unwrapped_name(name): parameter for name, parameter in named}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and stored buffers, by the names of the state dict."""
-    once = {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in model.named_parameters()}
+    once = {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
     every, stored = parameters_of(model), model.state_dict(keep_vars=True)
     return {**once, **{name: value for name, value in stored.items() if name not in every}}

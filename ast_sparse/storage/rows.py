@@ -54,6 +54,8 @@ def read_causal_lm(
     together: Callable[[], AbstractContextManager[None]] = nullcontext if shard is None else errors_shared
     with together():
         stored = source.stored()
+        if shard is not None and not all(gather(stored is not None)):
+            stored = None  # one node could not download the files
         loads = stored is None and (shard is None or dist.get_rank() == 0)
         model = source.load(exact=shard is not None) if loads else source.frame
     if stored is None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ast_sparse.distributed.pieces import local, pieces_as_whole, reshard, whole
+from ast_sparse.distributed.pieces import local, pieces_as_whole, reshard, unwrapped_name, whole
 from ast_sparse.distributed.ranks import gather, own_rank
 from ast_sparse.errors import SharedError, UserError, one_line
 from ast_sparse.progress import library_bars
@@ -24,7 +24,6 @@ from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.storage.save import saved_plain, write_plain, write_sparsity
 
 FILE_BYTES = 4 * 10**9  # of a weight file at most, unless a tensor is larger
-_CHECKPOINTED = "_checkpoint_wrapped_module."  # part of names if FSDP wraps blocks for activation checkpointing
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Piece:
 def plain_pieces(model: nn.Module) -> tuple[dict[str, Piece], dict[str, tuple[Piece, Piece]]]:
     """The weights of the plain model and the SLoRB pairs by layer, as in `split_state_dict`, of a sharded model."""
     reshard(model)
-    state = {name.replace(_CHECKPOINTED, ""): value for name, value in model.state_dict().items()}
+    state = {unwrapped_name(name): value for name, value in model.state_dict().items()}
     masked, adapted = files.sparse_keys(state)
     weights = {}
     for name, value in state.items():

@@ -212,11 +212,11 @@ class CheckpointTrainer(Trainer):
             What was written; None on ranks that do not write.
         """
         report, student = None, self.whole_student()
-        if self.args.should_save and student is not None:
-            with self.true_weights(), saved_with(student, self._given_settings):
-                kwargs = {"tokenizer": self._tokenizer, "record": self.sparsity_config_dict(), **kwargs}
-                report = export_model(student, out_dir, format, **kwargs)
-        wait_for_all()
+        with errors_shared():
+            if self.args.should_save and student is not None:
+                with self.true_weights(), saved_with(student, self._given_settings):
+                    kwargs = {"tokenizer": self._tokenizer, "record": self.sparsity_config_dict(), **kwargs}
+                    report = export_model(student, out_dir, format, **kwargs)
         return report
 
     def _check_finite(self) -> None:

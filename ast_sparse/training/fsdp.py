@@ -24,10 +24,10 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.training_args import ParallelMode
 
 from ast_sparse.distributed.mesh import process_grid
-from ast_sparse.distributed.pieces import local, piece_for
+from ast_sparse.distributed.pieces import local, piece_for, unwrapped_name
 from ast_sparse.errors import UserError, did_you_mean, one_line
 from ast_sparse.optim import SparseAdamW
-from ast_sparse.sparsity.model import CHECKPOINTED, decoder_blocks
+from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.sharded import MODEL_FOLDER, OPTIMIZER_FOLDER, is_sharded_checkpoint, read_tensors
 from ast_sparse.training.checks.parallelism import grid_of
@@ -200,12 +200,19 @@ def shard_teacher(
     fully_shard(teacher, mesh=mesh, ignored_params=set(outside))
 
 
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose parameters are on the meta device and take no memory."""
+def without_weights(model: PreTrainedModel, same_settings: bool = False) -> PreTrainedModel:
+    """A copy of a model whose parameters are on the meta device and take no memory.
+
+    Args:
+        same_settings: the copy has the configurations of the model itself, and sees what is changed in them later.
+    """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for module in model.modules() if same_settings else ():
+        kept = (getattr(module, name, None) for name in ("config", "generation_config"))
+        memo |= {id(each): each for each in kept if each is not None}
     return copy.deepcopy(model, memo)
 
 
@@ -237,7 +244,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     else:
         stored = {name: tensor for file in weight_files(checkpoint) for name, tensor in load_file(file).items()}
     for name, live in model.named_parameters():  # tied ones once
-        _fill(live, stored.get(name.replace(CHECKPOINTED, "")), f"{checkpoint}: `{name}`")
+        _fill(live, stored.get(unwrapped_name(name)), f"{checkpoint}: `{name}`")
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(stored[name])
@@ -250,9 +257,7 @@ def load_moments(checkpoint: Path, model: nn.Module, optimizer: SparseAdamW) -> 
     Raises:
         UserError: the checkpoint lacks the state of a parameter, or it has another shape.
     """
-    names: dict[Tensor, str] = {
-        parameter: name.replace(CHECKPOINTED, "") for name, parameter in model.named_parameters()
-    }
+    names: dict[Tensor, str] = {parameter: unwrapped_name(name) for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in parameters}
     if is_sharded_checkpoint(checkpoint):

@@ -21,11 +21,11 @@ from torch.distributed.tensor.placement_types import Replicate, Shard
 from transformers import PreTrainedModel, TrainingArguments
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
-from ast_sparse.distributed.pieces import reshard
+from ast_sparse.distributed.pieces import reshard, unwrapped_name
 from ast_sparse.distributed.ranks import errors_shared
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masked_gather import distribute_masks, prepare_gathers
-from ast_sparse.sparsity.model import CHECKPOINTED, SparsityReport, sparsify_model
+from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.row_masks import fill_masks
 from ast_sparse.storage.finite import check_finite
@@ -35,7 +35,7 @@ _frames: "WeakKeyDictionary[nn.Module, PreTrainedModel]" = WeakKeyDictionary()
 
 
 def frame_of(sharded: nn.Module) -> PreTrainedModel:
-    """The model as it was before `shard_student`, `without_weights`; not to be changed."""
+    """The model as it was before `shard_student`, `without_weights`, with its present settings; not to be changed."""
     return _frames[sharded]
 
 
@@ -54,7 +54,7 @@ def shard_student(model: PreTrainedModel, args: TrainingArguments, mesh: DeviceM
     """
     plugin = sharding_plugin(args)
     assert plugin is not None, "FSDP2 is off"
-    _frames[model] = without_weights(model)
+    _frames[model] = without_weights(model, same_settings=True)
     mesh = processes_of(args) if mesh is None else mesh
     plugin.set_auto_wrap_policy(model)
     if plugin.activation_checkpointing:
@@ -90,14 +90,14 @@ def sparsify_sharded(
     with errors_shared():
         check_finite(model)
     reshard(model)
-    dense = {name.replace(CHECKPOINTED, ""): each for name, each in model.named_parameters(remove_duplicate=False)}
+    dense = {unwrapped_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
     sparse = without_weights(frame_of(model))
     report = sparsify_model(sparse, sparsity, slorb)
     shard_student(sparse, args, cast(DTensor, next(iter(dense.values()))).device_mesh)
     given = {weight: nn.Parameter(weight.detach(), weight.requires_grad) for weight in dense.values()}
     for prefix, module in sparse.named_modules(remove_duplicate=False):
         for name, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            weight = dense.get(f"{prefix}.{name}".replace(CHECKPOINTED, "").removeprefix("."))
+            weight = dense.get(unwrapped_name(f"{prefix}.{name}").removeprefix("."))
             if weight is not None:
                 setattr(module, name, given[weight])
     allocate_pieces(sparse, args.device)  # masks and SLoRB

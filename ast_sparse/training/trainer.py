@@ -259,8 +259,7 @@ class SparseTrainer(CheckpointTrainer):
         """
         features, labels = split_batch(inputs)
         if model.training and self.teacher is not None:
-            taught_by = cast(PreTrainedModel, self.teacher).config
-            check_taught(inputs["input_ids"], self.student.config, taught_by, self._renamed)
+            check_taught(inputs["input_ids"], self.student.config, cast(Any, self.teacher).config, self._renamed)
         needs_logits = return_outputs and self._needs_logits
         held_out = None if model.training else self._held_out_loss
         by_domain = model.training and DOMAIN in inputs and self._parts is not None

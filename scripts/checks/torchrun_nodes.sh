@@ -4,7 +4,8 @@
 # again with the same command. All must end with the same bits. Needs root; about ten minutes on two cores.
 # usage: [CHECK_PYTHON=PYTHON] scripts/checks/torchrun_nodes.sh [OPTIONS OF AST-TRAIN]
 #   CHECK_PYTHON  of an environment with this project; default: .venv/bin/python, made by scripts/install.sh
-#   options       default: --set training.fsdp=true
+#   options       default: --set training.fsdp=true; DDP keeps the bits with
+#                 --set training.fsdp=false --set training.ddp_find_unused_parameters=true
 set -euo pipefail
 # shellcheck source=scripts/checks/nodes.sh
 . "$(dirname "$0")/nodes.sh"

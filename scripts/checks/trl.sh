@@ -9,9 +9,9 @@ root=$(cd "$(dirname "$0")/../.." && pwd) out=$1
 mkdir -p "$out"
 python=${TRL_PYTHON:-$out/venv/bin/python}
 if [ ! -x "$python" ]; then
-  "${PYTHON:-$root/.venv/bin/python}" -m venv "$out/venv"
+  "${PYTHON:-python3}" -m venv "$out/venv"
   "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" torch
-  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" trl --editable "$root[slorb]"
+  "$python" -m pip install --quiet --constraint "$root/scripts/constraints.txt" trl --editable "${root}[slorb]"
 fi
 cd "$root"
 "$python" - "$out" <<'PY'

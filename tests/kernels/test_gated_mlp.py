@@ -19,7 +19,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from ast_sparse.kernels import gated_mlp
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.gated_mlp import GatedMLP, find_gated_mlp
-from ast_sparse.planning.memory import LiveBytes
+from ast_sparse.planning.live_bytes import LiveBytes
 
 SIZES: dict[str, Any] = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2)
 LLAMA = GatedMLP(("gate_proj", "up_proj"), 0, "act_fn", "down_proj")

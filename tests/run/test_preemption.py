@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,20 @@ def test_a_signal_inside_a_held_block_waits_for_its_end(monkeypatch: pytest.Monk
         os.kill(os.getpid(), signal.SIGTERM)
         written.append("all")
     assert written == ["all"]
+
+
+def test_a_signal_where_python_ignores_exceptions_still_stops_the_run() -> None:
+    class Leaving:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            reached.append("handled here")
+
+    reached: list[str] = []
+    with preemption_signals() as caught, pytest.raises(Preempted, match="SIGUSR1: stopped before training"):
+        Leaving()
+        reached.append("goes on")
+        threading.Event().wait(20)
+    assert reached == ["goes on"] and caught.received is signal.SIGUSR1
 
 
 def test_handlers_are_those_from_before_when_the_block_ends() -> None:

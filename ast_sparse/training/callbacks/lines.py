@@ -1,8 +1,8 @@
-"""Progress of training if the log is not a terminal: lines instead of Trainer's bars."""
+"""Progress of training if the log is not a terminal: lines instead of Trainer's bars. Each is printed once."""
 
 from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ast_sparse.progress import progress_bar, shows_bars
@@ -37,8 +37,14 @@ class ProgressLines(ProgressCallback):
 
 
 def use_lines(trainer: Trainer) -> None:
-    """Make a trainer print lines if bars are not shown; a progress callback of the user stays."""
+    """Make a trainer print lines if bars are not shown; a progress callback of the user stays.
+
+    With `disable_tqdm`, Trainer prints the log records on every node: here only where `args.should_log` says so.
+    """
     callbacks = trainer.callback_handler.callbacks
     if not shows_bars() and any(type(callback) is ProgressCallback for callback in callbacks):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressLines())
+    if not trainer.args.should_log:
+        for callback in [each for each in callbacks if type(each) is PrinterCallback]:
+            trainer.remove_callback(callback)

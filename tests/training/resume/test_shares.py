@@ -1,6 +1,7 @@
 """Several processes divide the reading of a checkpoint, and all of them name the file that one finds damaged."""
 
 import os
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,17 @@ from torch import distributed as dist
 
 from ast_sparse.distributed import ranks as ranks_module
 from ast_sparse.distributed.meeting import Meeting
+from ast_sparse.errors import UserError
+from ast_sparse.run.output import checkpoint_to_resume
 from ast_sparse.storage import checksums
 from ast_sparse.storage.checksums import write_checksums
 from ast_sparse.training.resume import checkpoints as checkpoints_module
-from ast_sparse.training.resume.checkpoints import checkpoint_to_continue, faults, faults_and_stretches
+from ast_sparse.training.resume.checkpoints import (
+    checkpoint_to_continue,
+    faults,
+    faults_and_stretches,
+    resolve_checkpoint,
+)
 
 RANKS, TENSORS, SIDE = 3, 6, 600  # tensors of more than a MiB
 
@@ -86,3 +94,24 @@ def test_a_cut_or_missing_file_is_found_by_all(folder: Path, monkeypatch: pytest
     (folder / "optimizer.pt").unlink()
     assert in_processes(folder, monkeypatch)[0] == [None] * RANKS
     assert faults(folder) == ["optimizer.pt is missing"]
+
+
+def test_the_first_process_decides_where_others_see_an_older_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = shutil.copytree(folder, folder.with_name("checkpoint-3"))
+    seen = {0: [folder, older], 1: [older], 2: []}
+    store, local = dist.HashStore(), threading.local()
+    monkeypatch.setattr(ranks_module, "launched", lambda: local.meeting)
+    monkeypatch.setattr(checkpoints_module, "checkpoint_folders", lambda output: seen[local.meeting.rank])
+
+    def work(rank: int) -> list[Path | None]:
+        local.meeting = Meeting(store, rank, RANKS, longest_s=20)
+        return [checkpoint_to_resume(folder.parent, True), resolve_checkpoint(folder.parent, True)]
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        assert list(pool.map(work, range(RANKS))) == [[folder, folder]] * RANKS  # of ast-train, of SparseTrainer
+        seen[0] = []  # nothing to resume, so an older checkpoint that others still see is not used either
+        for each in [pool.submit(work, rank) for rank in range(RANKS)]:
+            with pytest.raises(UserError, match="Nothing to resume"):
+                each.result()

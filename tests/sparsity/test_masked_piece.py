@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ast_sparse.sparsity.masked_gather import MaskedPiece
+from ast_sparse.sparsity.masked_piece import MaskedPiece
 
 
 class ThreeProcesses:
