@@ -127,7 +127,7 @@ class Passes:
         student.train(train)
         passing = {p for p in student.parameters() if p.requires_grad} if drops else set()
         if sharded and shares_head(student):  # FSDP2 reduces it when the pass ends
-            passing.discard(student.get_input_embeddings().weight)  # type: ignore[arg-type]
+            passing.discard(student.get_input_embeddings().weight)
         # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
         with _checkpointing(student, checkpointed), \
              fast_forward(*((student, teacher) if train else ())), \

@@ -134,7 +134,7 @@ def given_out(config: RunConfig, out: Path) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run_training(config, output_dir=str(out), echo=no_echo)
     now = peak = 0
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profiler.profiler.kineto_results.events()
     events = [event for event in events if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
