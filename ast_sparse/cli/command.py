@@ -1,5 +1,6 @@
 """What every command shares: a user's error is printed as one line, with exit code 2."""
 
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ _PRINT_S = 1.0  # time for one process to print the error: a launcher ends the o
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hints for people who write code; warnings stay
 os.environ.setdefault("TQDM_DELAY", "1")  # no progress bar for anything shorter than a second
+for _noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, if it is installed, in every command
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 
 class _OneLine(click.Command):

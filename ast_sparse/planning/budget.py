@@ -112,7 +112,9 @@ class Budget:
             return []
         model, processes = self.plan.memory, min(self.setup.world_size, self.hardware.node)
         assert model is not None
-        terms = host_memory(self.setup, model.sizes, model.teacher_sizes, processes, model.calibrates)
+        terms = host_memory(
+            self.setup, model.sizes, model.teacher_sizes, processes, model.calibrates, model.saves_whole
+        )
         several = "process" if processes == 1 else "processes"
         return [
             f"host memory of a machine with {processes} {several}; Python, its libraries and the text come on top:",

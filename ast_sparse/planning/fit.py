@@ -39,6 +39,8 @@ class Fit:
                 changed.append(f"{name}={str(value).lower()}")
         changed += ["training.fsdp=true"] if after.sharding == "fsdp2" != before.sharding else []
         changed += ["training.fsdp=false", "training.fsdp_config=null"] if is_whole_again else []
+        if after.shard_size != before.shard_size:
+            changed.append(f"training.parallelism_config.dp_shard_size={after.shard_size}")
         changed += [_SYNCS] if after.keeps_whole_gradients != before.keeps_whole_gradients else []
         changed += [f"optimizer.moments={after.moments}"] if after.moments != before.moments else []
         changed += ["optimizer.offload=true"] if after.offload != before.offload else []
@@ -123,6 +125,7 @@ def _with_devices(number: int) -> Step:
             now,
             world_size=number,
             sharding=now.sharding if now.sharding == "fsdp2" else "ddp",
+            shard_size=now.shard_size and more * now.shard_size,  # as many replicas, in more pieces
             offload=False,
             gradient_accumulation_steps=steps // more if steps % more == 0 else steps,
         )

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel
 
 from ast_sparse.config import DistillationConfig
+from ast_sparse.planning.host import held_to_save
 from ast_sparse.planning.passes import Passes
 from ast_sparse.planning.setup import Setup
 from ast_sparse.planning.sizes import MASK_BYTES, MOMENTS_8BIT, Sizes, Term
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.storage.save_pieces import plain_pieces, stored_pieces
 
 _EAGER_BLOCK = 1 << 18  # elements that an eager update on a CPU takes at a time
 
@@ -68,6 +70,7 @@ class MemoryModel:
         self.passes = Passes(student, teacher, distillation)
         self.student, self.teacher = student, teacher
         self.sizes = Sizes.of(student)
+        self.saves_whole = stored_pieces(plain_pieces(student)[0], student) is None
         self.fixed_masks = any(layer.fixed_mask for layer in sparse_layers(student).values())
         self.teacher_sizes = None if teacher is None else Sizes.of(teacher)
 
@@ -89,17 +92,20 @@ class MemoryModel:
         }
         if setup.sharding == "fsdp2":
             moments["loss of a micro-batch"] = {**held, **gradients, **self._loss(setup)}
-            whole = {"the whole student, masked copies, masks": self._whole()} if setup.on_cpu else {}
-            moments |= {"saving of the trained model": {**held, **whole}} if whole else {}
             moments["reduction of the last gradients"] = {**held, **step, **self._last_reduction(setup)}
         if setup.eval_batch_size:
             counted = _counted(self.passes.evaluation(setup).activations, setup.eval_batch_size, setup.block_size)
             moments["evaluation"] = {**held, **self._gathered(setup, setup.is_half, is_step=False), **counted}
+        if setup.offload:  # before the first and after the last step the masters are on the device
+            held = {**self._held(replace(setup, offload=False)), "moments": Term(0)}
+        if setup.offload or (setup.sharding == "fsdp2" and setup.on_cpu):
+            moments["saving of the trained model"] = {**held, "to save": self._to_save(setup)}
         if setup.measured_tokens:
             counted = _counted(self.passes.measurement(setup).activations, 1, setup.measured_tokens)
-            if setup.offload:  # before the first and after the last step the masters are on the device
-                held = {**self._held(replace(setup, offload=False)), "moments": Term(0)}
             moments["measurement of perplexities"] = {**held, **self._gathered(setup, False, is_step=False), **counted}
+            if setup.sharding == "fsdp2" and self.calibrates:  # it is alone, and not sharded yet
+                dense = Term.of(self.sizes.weights - self.sizes.slorb, 4)
+                moments["measurement of the dense model"] = {"whole weights": dense, **counted}
         return moments
 
     # ---- what is always there ------------------------------------------------------------------------------------
@@ -193,9 +199,11 @@ class MemoryModel:
             "their reduced pieces": Term.of(last, 4, setup.pieces),
         }
 
-    def _whole(self) -> Term:
-        """The student as the first process gathers it on the host to save it."""
-        return Term.of(self.sizes.weights, 4) + Term.of(self.sizes.masked, 4 + MASK_BYTES)
+    def _to_save(self, setup: Setup) -> Term:
+        """What saving adds: in a sharded run on the host, otherwise masked copies."""
+        if setup.sharding == "fsdp2":
+            return held_to_save(self.sizes, self.saves_whole)
+        return Term.of(self.sizes.masked, 4)
 
     def _update(self, setup: Setup) -> Term:
         """Temporaries of SparseAdamW: on a GPU the square roots of all second moments without masks, at once.

@@ -105,7 +105,8 @@ class Passes:
         """Forward pass of a window whose perplexity is measured, in float32; nothing without measurements."""
         if not setup.measured_tokens:
             return Peak()
-        return self._once("evaluation", (1, setup.measured_tokens, torch.float32, False, False, "whole"))
+        form: Form = "gathered" if setup.sharding == "fsdp2" else "whole"
+        return self._once("evaluation", (1, setup.measured_tokens, torch.float32, False, False, form))
 
     def _once(self, kind: str, key: tuple[Any, ...]) -> Peak:
         if (kind, *key) not in self._peaks:
@@ -126,7 +127,7 @@ class Passes:
         student.train(train)
         passing = {p for p in student.parameters() if p.requires_grad} if drops else set()
         if sharded and shares_head(student):  # FSDP2 reduces it when the pass ends
-            passing.remove(student.get_input_embeddings().weight)  # type: ignore[arg-type]
+            passing.discard(student.get_input_embeddings().weight)
         # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
         with _checkpointing(student, checkpointed), \
              fast_forward(*((student, teacher) if train else ())), \

@@ -1,12 +1,12 @@
 """The settings of a run that decide how much memory it takes on one device."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from ast_sparse.training.checks.parallelism import grid_of, replicas_and_shards
 from ast_sparse.training.fsdp import sharding_plugin
 
 Sharding = Literal["none", "ddp", "fsdp2"]
@@ -24,8 +24,8 @@ class Setup:
         gradient_checkpointing: blocks keep only their input, and run again in the backward pass.
         world_size: number of devices.
         sharding: whether each device holds everything (`ddp`) or its piece (`fsdp2`) during training.
-        shard_size: number of pieces under hybrid sharding, whose replicas are the other devices; None: one piece a
-            device.
+        shard_size: number of pieces if `training.parallelism_config` sets it, replicas are the other devices; None: one
+            piece a device.
         syncs_each_batch: gradients of a sharded run are reduced after every micro-batch; otherwise whole ones are kept.
         measured_tokens: tokens in a window whose perplexity is measured; 0: nothing is measured.
         measured_by: the settings that turn off the measurements of this run; empty if nothing is measured.
@@ -56,7 +56,11 @@ class Setup:
     def of(
         cls, args: TrainingArguments, block_size: int, world_size: int, sharding: Sharding, **others: Any
     ) -> "Setup":
-        """The setup of a run's arguments; `others` are attributes that do not follow from them."""
+        """The setup of a run's arguments; `others` are attributes that do not follow from them.
+
+        Raises:
+            UserError: the sizes of `training.parallelism_config` do not give the number of devices.
+        """
         plugin = sharding_plugin(args)
         evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no" or args.eval_on_start
         return cls(
@@ -70,7 +74,7 @@ class Setup:
             ),
             world_size=world_size,
             sharding=sharding,
-            shard_size=_shard_size(args) if sharding == "fsdp2" else None,
+            shard_size=_shard_size(args, world_size) if sharding == "fsdp2" else None,
             syncs_each_batch=syncs_each_batch(args),
             **others,
         )
@@ -97,11 +101,6 @@ def syncs_each_batch(args: TrainingArguments) -> bool:
     return bool(given.get("sync_each_batch", True))
 
 
-def _shard_size(args: TrainingArguments) -> int | None:
-    """`dp_shard_size` of `training.parallelism_config`; None without replicas."""
-    config = getattr(args, "parallelism_config", None)
-    sizes = [
-        (config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)) or 1
-        for name in ("dp_replicate_size", "dp_shard_size")
-    ]
-    return sizes[1] if sizes[0] > 1 else None
+def _shard_size(args: TrainingArguments, devices: int) -> int | None:
+    """`dp_shard_size` of `training.parallelism_config`; None if it is not set."""
+    return None if replicas_and_shards(args) in (None, (1, 1)) else grid_of(args, devices)[1]

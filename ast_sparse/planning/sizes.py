@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
+from ast_sparse.sparsity.slorb import SLoRB
 
 MOMENTS_8BIT = 2 + 8 / 256  # both moments of a masked weight: two bytes, and two scales for 256 of them
 MASK_BYTES = 1.125  # of a masked weight: a bool, and a bit of the first mask
@@ -46,6 +47,7 @@ class Sizes:
         weights: all but masks.
         trained: those that the optimizer updates.
         masked: those with a mask.
+        slorb: those of SLoRB.
         outside: outside the decoder blocks: embeddings, head, last norm.
         block: of the largest decoder block.
         last: what FSDP2 gathers for the loss: the head, the last norm, and embeddings that share the head's weight.
@@ -58,6 +60,7 @@ class Sizes:
     weights: int
     trained: int
     masked: int
+    slorb: int
     outside: int
     block: int
     last: int
@@ -81,6 +84,7 @@ class Sizes:
             weights=weights,
             trained=_count(trained),
             masked=_count(masked),
+            slorb=sum(_count(module.parameters()) for module in model.modules() if isinstance(module, SLoRB)),
             outside=outside,
             block=max(_count(block.parameters()) for block in blocks),
             last=outside - first,

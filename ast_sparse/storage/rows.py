@@ -7,7 +7,7 @@ another form (fused experts, codes, `.gguf`) is read by the first process, which
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +60,7 @@ def read_causal_lm(
         model = source.load(exact=shard is not None) if loads else source.frame
     if stored is None:
         return _cast(model, dtype, device) if shard is None else _sent(source, model, shard, dtype, device)
+    cast(Any, model)._weight_conversions = []  # none was made, so saving undoes none, as after `load_causal_lm`
     if shard is not None:
         shard(model)
     with together():
@@ -155,8 +156,10 @@ def _from_files(model: PreTrainedModel, stored: Stored, name: str) -> _Piece:
                     read = tensors.get_tensor(own)
                 else:
                     rows = rows_of(like)
-                    empty = rows.start >= rows.stop
-                    read = like.new_empty((0, *like.shape[1:]), device="cpu") if empty else tensors.get_slice(own)[rows]
+                    if rows.start < rows.stop:
+                        read = tensors.get_slice(own)[rows]
+                    else:  # fewer rows than processes
+                        read = torch.empty((0, *like.shape[1:]), dtype=like.dtype)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
         check_values(read, key, key in parameters, repr(name))

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.fit import find_fit
-from ast_sparse.planning.host import host_memory
+from ast_sparse.planning.host import held_to_save, host_memory
 from ast_sparse.planning.live_bytes import LiveBytes
 from ast_sparse.planning.memory import Memory, MemoryModel
 from ast_sparse.planning.setup import Setup
@@ -28,6 +29,7 @@ SETUP = Setup(
 )  # fmt: skip
 
 
+@cache
 def memory_model(family: str, distillation: DistillationConfig | None, slorb: SLoRBConfig | None = None) -> MemoryModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
@@ -145,20 +147,31 @@ def test_blocks_are_recomputed_by_either_setting(tmp_path: Path) -> None:
     assert Setup.of(usual, 64, 1, "none").gradient_checkpointing
 
 
-def test_a_sharded_student_is_measured_in_pieces_and_saved_whole_on_the_host() -> None:
+def test_a_sharded_student_is_measured_in_pieces_and_saved_file_by_file() -> None:
     sharded = replace(SETUP, world_size=4, sharding="fsdp2", measured_tokens=64)
     model, moments = memory_model("llama", DistillationConfig()), {}
     for on_cpu in (False, True):
         moments = model.moments(replace(sharded, on_cpu=on_cpu))
         assert moments["measurement of perplexities"]["gathered head"].size == 4 * (VOCAB * 32 + 32)
         assert ("saving of the trained model" in moments) == on_cpu
-    whole = moments["saving of the trained model"]["the whole student, masked copies, masks"].size
-    assert whole == 4 * 19_616 + 4 * 15_360 + 15_360 + 15_360 // 8
+    assert moments["saving of the trained model"]["to save"].size == 4 * 19_616
     host = host_memory(sharded, model.sizes, model.teacher_sizes, 4, reads_whole=False)
-    assert host["while the first process saves the model"].size == whole
+    assert host["while the first process saves the model"].size == 4 * 19_616
     assert host["while models are read"].size == 4 * 4 * VOCAB * 32  # a tensor at a time
     whole_models = host_memory(replace(SETUP, world_size=4, sharding="ddp"), model.sizes, model.teacher_sizes, 4, False)
     assert whole_models["while models are read"].size == 4 * (4 + 4) * 19_616
+    large = replace(model.sizes, weights=2 * 10**9, slorb=10**8)  # 7.6 GB without SLoRB, in files of 4 GB
+    assert held_to_save(large, whole=False).size == 4 * 10**9 + 4 * 10**8
+    assert held_to_save(replace(large, tensor=15 * 10**8), whole=False).size == 4 * (15 * 10**8 + 10**8)
+    assert held_to_save(large, whole=True).size == 8 * 10**9 + 4 * 15_360 + 15_360 + 15_360 // 8
+
+
+def test_a_dense_model_that_text_decides_the_masks_of_is_measured_whole() -> None:
+    sharded = replace(SETUP, world_size=4, sharding="fsdp2", measured_tokens=64)
+    model = memory_model("llama", None)
+    assert "measurement of the dense model" not in model.moments(sharded)
+    model.calibrates = True
+    assert model.moments(sharded)["measurement of the dense model"]["whole weights"].size == 4 * 19_616
 
 
 def test_offloaded_masters_and_moments_are_on_the_host() -> None:
@@ -170,6 +183,8 @@ def test_offloaded_masters_and_moments_are_on_the_host() -> None:
     host = host_memory(offloaded, model.sizes, model.teacher_sizes, 1, reads_whole=False)
     masks, buffers = 15_360 + 15_360 // 8, 2 * (4 + 2) * VOCAB * 32
     assert host["offloaded: masters, moments, masks, buffers"].size == 12 * 19_616 + masks + buffers
+    saving = {name: term.size for name, term in model.moments(offloaded)["saving of the trained model"].items()}
+    assert saving["weights (float32 masters)"] + saving["to save"] == 4 * (19_616 + 15_360) and not saving["moments"]
     in_8_bits = model(replace(SETUP, moments="8bit")).items["moments"]
     assert in_8_bits == int(15_360 * (2 + 2 * 4 / 256)) + 8 * (19_616 - 15_360)
 
@@ -244,29 +259,33 @@ def test_the_same_pass_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_line_of_llama2_7b_on_eight_devices_is_that_of_a_hand_count() -> None:
-    """Untied embeddings of 32,000 x 4,096; blocks of 4 x 4,096² + 3 x 4,096 x 11,008 weights and two norms."""
+    """Untied embeddings of 32,000 x 4,096; blocks of 4 x 4,096² + 3 x 4,096 x 11,008 weights and two norms.
+
+    Here 2 of its 32 blocks, because a pass of all takes seconds.
+    """
+    blocks, tokens = 2, 4096
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=4096,
+        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=blocks,
+        num_attention_heads=32, max_position_embeddings=4096,
     )  # fmt: skip
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     teacher = copy.deepcopy(student)
     sparsify_model(student, SparsityConfig())
     setup = Setup(
-        batch_size=1, eval_batch_size=0, gradient_accumulation_steps=16, block_size=4096, dtype=torch.bfloat16,
+        batch_size=1, eval_batch_size=0, gradient_accumulation_steps=16, block_size=tokens, dtype=torch.bfloat16,
         gradient_checkpointing=True, world_size=8, sharding="fsdp2",
     )  # fmt: skip
     memory = MemoryModel(student, teacher, DistillationConfig(ce_weight=1.0, kl_weight=0.5, temperature=2.0))(setup)
     embedding, masked = 32_000 * 4096, 4 * 4096**2 + 3 * 4096 * 11_008
     block = masked + 2 * 4096
-    everything = 2 * embedding + 4096 + 32 * block
-    assert everything == 6_738_415_616
+    everything = 2 * embedding + 4096 + blocks * block
+    assert everything + 30 * block == 6_738_415_616
     by_hand = {
         "weights (float32 masters)": 4 * everything // 8,
-        "masks": 32 * (masked + masked // 8) // 8,
+        "masks": blocks * (masked + masked // 8) // 8,
         "moments": 8 * everything // 8,
-        "teacher": 2 * 32 * block // 8 + 2 * (2 * embedding + 4096),
+        "teacher": 2 * blocks * block // 8 + 2 * (2 * embedding + 4096),
         "gradients": 4 * everything // 8,
         "gathered blocks: current and next": 2 * 2 * block,
         "masked pieces on their way": 2 * block // 8,
@@ -277,6 +296,6 @@ def test_every_line_of_llama2_7b_on_eight_devices_is_that_of_a_hand_count() -> N
     assert {name: size for name, size in memory.items.items() if name != activations} == by_hand
     # in tensors of 4,096 tokens x 4,096 x 2 bytes: the input of each block; in the block that runs again two norms in
     # float32, their outputs, q, k, v before and after rotation, attention and sums; the MLP's four, two gradients of it
-    tensors = 32 + 12 + 6 * 11_008 / 4096 + 1
-    assert memory.items[activations] == pytest.approx(tensors * 4096 * 4096 * 2, rel=0.05)
-    assert memory.terms["teacher"].how == "6,476,267,520 x 2 bytes / 8 + 262,148,096 x 2 bytes"
+    tensors = blocks + 12 + 6 * 11_008 / 4096 + 1
+    assert memory.items[activations] == pytest.approx(tensors * tokens * 4096 * 2, rel=0.05)
+    assert memory.terms["teacher"].how == "404,766,720 x 2 bytes / 8 + 262,148,096 x 2 bytes"

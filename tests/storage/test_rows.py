@@ -26,6 +26,7 @@ def test_weights_and_buffers_are_those_of_transformers(family: str, is_direct: b
     copy = copied(expected, without_weights(expected), torch.bfloat16)
     assert (Source(tmp_path, None, {}).stored() is not None) == is_direct
     assert read.config.to_dict() == expected.config.to_dict() and not read.training
+    assert len(read._weight_conversions) == len(expected._weight_conversions)  # what saving undoes
     assert expected.state_dict().keys() == read.state_dict().keys()
     for name, parameter in expected.named_parameters(remove_duplicate=False):
         assert torch.equal(read.get_parameter(name), parameter)

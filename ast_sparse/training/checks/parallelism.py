@@ -78,21 +78,24 @@ def check_parallelism(args: TrainingArguments, is_sharded: bool) -> None:
         raise UserError(f"{_FIELD}: {said}: nothing is sharded. Remove it and training.fsdp; DDP (torchrun) does this.")
 
 
-def grid_of(args: TrainingArguments) -> tuple[int, int]:
+def grid_of(args: TrainingArguments, processes: int | None = None) -> tuple[int, int]:
     """Replicas and processes of each in a sharded run; by default one replica over all processes.
+
+    Args:
+        processes: of the run; default: those that the launcher has started.
 
     Raises:
         UserError: their product is not the number of processes.
     """
-    sizes = replicas_and_shards(args)
+    sizes, processes = replicas_and_shards(args), processes or args.world_size
     if sizes is None or sizes == (1, 1):
-        return 1, args.world_size
+        return 1, processes
     replicas, shards = sizes
-    if replicas * shards != args.world_size:
-        fits = f"Set {_SIZES[0]}: {args.world_size // shards}" if args.world_size % shards == 0 else "Change one"
+    if replicas * shards != processes:
+        fits = f"Set {_SIZES[0]}: {processes // shards}" if processes % shards == 0 else "Change one"
         raise UserError(
             f"{_FIELD}: {_SIZES[0]}={replicas} x {_SIZES[1]}={shards} is not the number of processes, "
-            f"{args.world_size}. {fits}, or start {replicas * shards} processes."
+            f"{processes}. {fits}, or start {replicas * shards} processes."
         )
     return replicas, shards
 

@@ -72,6 +72,8 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_with_one_that_does()
     )
     with pytest.raises(UserError, match=said):
         grid_of(run(SIZES, 16))
+    with pytest.raises(UserError, match=said):
+        grid_of(run(SIZES, 8), processes=16)  # of a plan
 
 
 @pytest.mark.parametrize(
