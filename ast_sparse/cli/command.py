@@ -60,7 +60,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except LostProcessError as error:
-        _fail(str(error), _FAILURE_EXIT, has_many=True)
+        _fail(str(error), _FAILURE_EXIT)  # the process that speaks for all may be the lost one
     except UserError as error:
         _fail(str(error), USER_ERROR_EXIT, has_many=isinstance(error, SharedError))
     except click.ClickException as error:
