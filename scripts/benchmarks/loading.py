@@ -2,13 +2,13 @@
 
 A LLaMA of random bfloat16 weights is written to safetensors. N gloo ranks (FSDP2, bfloat16) load it by name as
 `SparseTrainer` does, with its dense self as teacher, and go on to the first loss. Alternative: the same ranks with the
-package of another commit, in a git worktree, with fewer blocks if it would not fit into `--memory`.
+package of another commit, in a git worktree, with a smaller model if it would not fit into `--memory`.
 
 Memory is the sum over the ranks of `/proc/PID/smaps_rollup`, every 20 ms: proportional set size (PSS; shared pages
 count once) and resident set size (RSS; they count in each rank). What the ranks have after a warm-up with one block
 (imports, compiled code, torch itself) is printed, and subtracted from the other figures. glibc returns freed blocks at
 once, so that what is counted is in use. Student, masks and teacher would be on GPUs: what the host needs while loading
-is at most the peak without these tensors. One run of each side.
+is about the peak without these tensors, as they are at the end. One run of each side.
 """
 
 import copy
@@ -86,6 +86,7 @@ class Enough(Exception):
     """The first loss is there."""
 
 
+# long: most of it is the trainer that stops twice, and its arguments
 def rank(model: str, out: Path) -> None:
     """Load, and compute a loss; says in files when, and the bytes of the tensors that a GPU would hold."""
     from datasets import Dataset
