@@ -11,6 +11,7 @@ except metadata.PackageNotFoundError:  # run from a checkout that is not install
     __version__ = "0+unknown"
 
 _PUBLIC = {
+    "BasisConfig": "config",
     "DataConfig": "config",
     "CalibrationConfig": "config",
     "DistillationConfig": "config",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "WatchConfig": "config",
     "load_config": "config",
     "UserError": "errors",
+    "change_basis": "basis.change",
     "check_nm": "sparsity.masks",
     "flip_rate": "sparsity.masks",
     "nm_mask": "sparsity.masks",
@@ -61,6 +63,8 @@ __all__ = sorted(_PUBLIC)
 register_when_imported()  # `AutoModelForCausalLM.from_pretrained` then reads ast_sparse_24 checkpoints
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run `__getattr__`
+    from ast_sparse.basis.change import change_basis as change_basis
+    from ast_sparse.config import BasisConfig as BasisConfig
     from ast_sparse.config import CalibrationConfig as CalibrationConfig
     from ast_sparse.config import DataConfig as DataConfig
     from ast_sparse.config import DistillationConfig as DistillationConfig

@@ -22,6 +22,7 @@ ORDER = (
     "serving",
     "export",
     "distillation",
+    "basis",
     "sparsity",
     "storage",
     "optim",

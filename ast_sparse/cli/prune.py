@@ -10,12 +10,17 @@ import click
 from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import find_device
-from ast_sparse.config import CalibrationConfig, ModelConfig, SparsityConfig
+from ast_sparse.config import BasisConfig, CalibrationConfig, ModelConfig, SparsityConfig
+from ast_sparse.config.basis import check_basis
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.config.sparsity import METHOD_HELP
 from ast_sparse.tables import layer_kind
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
     from ast_sparse.sparsity.model import SparsityReport
 
 _OPTIONS = {  # the option for each setting
@@ -30,6 +35,7 @@ _OPTIONS = {  # the option for each setting
     "calibration.damping": "--damping",
     "calibration.block_size": "--block-size",
     "calibration.keep_zeros": "--keep-zeros",
+    "basis.rotation_steps": "--rotation-steps",
     "model.revision": "--revision",
     "model.gguf_file": "--gguf-file",
     "model.trust_remote_code": "--trust-remote-code",
@@ -69,6 +75,15 @@ _OPTIONS = {  # the option for each setting
     "--keep-zeros", is_flag=True,
     help="sparsegpt: weights that are already zero in a sparse MODEL stay zero; the other methods always keep them.",
 )  # fmt: skip
+@click.option(
+    "--permute", is_flag=True,
+    help="Reorder channels before pruning, so that no group has more strong inputs than it keeps; needs text.",
+)  # fmt: skip
+@click.option(
+    "--rotation-steps", type=int, default=0, show_default=True, metavar="N",
+    help="Learn a rotation of the channels in N steps before pruning, 100 for example; needs text. Tied embeddings are "
+    "untied.",
+)  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")
 @click.option(
@@ -98,14 +113,21 @@ def main(model: str, out: str, **options: Any) -> None:
             data=options["data"] or None,
             **{key: options[key] for key in ("samples", "seq_len", "seed", "damping", "block_size", "keep_zeros")},
         )
+        basis = BasisConfig(permute=options["permute"], rotation_steps=options["rotation_steps"])
+        check_basis(basis, sparsity)
         source = ModelConfig(
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
         )
-        _prune(source, Path(out).expanduser(), sparsity, calibration, options)
+        _prune(source, Path(out).expanduser(), sparsity, calibration, basis, options)
 
 
 def _prune(
-    source: ModelConfig, out: Path, sparsity: SparsityConfig, calibration: CalibrationConfig, options: dict[str, Any]
+    source: ModelConfig,
+    out: Path,
+    sparsity: SparsityConfig,
+    calibration: CalibrationConfig,
+    basis: BasisConfig,
+    options: dict[str, Any],
 ) -> None:
     from ast_sparse.export.export import export_model
     from ast_sparse.sparsity.model import sparsify_model
@@ -125,14 +147,16 @@ def _prune(
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
     chosen = METHODS[sparsity.init]
-    if chosen.needs_text:
+    if chosen.needs_text or basis.is_on:
         samples = calibration_text(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
     model = load_causal_lm(source.name_or_path, **place)
+    if basis.is_on and samples is not None:
+        _change_basis(model, basis, sparsity, calibration, samples, device)
     report = sparsify_model(
         model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
     )
     click.echo("\n".join([*report.lines(), *_errors(report, chosen.needs_text)]))
-    method: dict[str, Any] = {"method": sparsity.init}
+    method: dict[str, Any] = {"method": sparsity.init, **({"basis": basis.to_dict()} if basis.is_on else {})}
     if samples is not None:
         method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
     written = export_model(
@@ -146,6 +170,22 @@ def _prune(
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
+
+
+def _change_basis(
+    model: PreTrainedModel,
+    basis: BasisConfig,
+    sparsity: SparsityConfig,
+    calibration: CalibrationConfig,
+    samples: Tensor,
+    device: torch.device,
+) -> None:
+    from ast_sparse.basis.change import change_basis
+    from ast_sparse.sparsity.masks import Pattern
+
+    options: Any = {"seed": calibration.seed, "damping": calibration.damping, "device": device, "progress": True}
+    report = change_basis(model, basis, Pattern.of(sparsity), samples, **options)
+    click.echo("\n".join(report.lines()))
 
 
 def _errors(report: SparsityReport, needs_text: bool) -> list[str]:

@@ -1,5 +1,6 @@
 """The settings of a run: one frozen dataclass for each section, read from YAML."""
 
+from ast_sparse.config.basis import BasisConfig
 from ast_sparse.config.data import DataConfig, MixtureConfig
 from ast_sparse.config.distillation import DistillationConfig
 from ast_sparse.config.evaluation import EvaluationConfig, WatchConfig
@@ -9,7 +10,7 @@ from ast_sparse.config.run import SECTIONS, RunConfig, load_config
 from ast_sparse.config.sparsity import UNSTRUCTURED, CalibrationConfig, SLoRBConfig, SparsityConfig
 
 __all__ = [
-    "SECTIONS", "UNSTRUCTURED", "CalibrationConfig", "DataConfig", "DistillationConfig", "EvaluationConfig",
-    "MixtureConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "SLoRBConfig", "SparsityConfig", "WatchConfig",
-    "load_config",
+    "SECTIONS", "UNSTRUCTURED", "BasisConfig", "CalibrationConfig", "DataConfig", "DistillationConfig",
+    "EvaluationConfig", "MixtureConfig", "ModelConfig", "OptimizerConfig", "RunConfig", "SLoRBConfig",
+    "SparsityConfig", "WatchConfig", "load_config",
 ]  # fmt: skip

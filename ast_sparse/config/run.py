@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ast_sparse.config.basis import BasisConfig, check_basis
 from ast_sparse.config.convert import convert
 from ast_sparse.config.data import DataConfig
 from ast_sparse.config.distillation import DistillationConfig
@@ -30,10 +31,15 @@ class RunConfig:
     distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
     slorb: SLoRBConfig | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    basis: BasisConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        if self.basis is not None:
+            check_basis(self.basis, self.sparsity, self.distillation)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole configuration as plain YAML values, defaults included."""
@@ -52,6 +58,7 @@ SECTIONS: dict[str, type[Section]] = {  # all but `training`, which has no datac
     "distillation": DistillationConfig,
     "slorb": SLoRBConfig,
     "calibration": CalibrationConfig,
+    "basis": BasisConfig,
     "optimizer": OptimizerConfig,
     "evaluation": EvaluationConfig,
     "watch": WatchConfig,
@@ -87,7 +94,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _read_section(name: str, values: Any) -> Any:
-    if values is None and name in ("distillation", "slorb"):
+    if values is None and name in ("distillation", "slorb", "basis"):
         return None
     values = {} if values is None else values
     if not isinstance(values, dict):

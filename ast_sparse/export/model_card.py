@@ -314,7 +314,10 @@ def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
     commands = [] if config is None else ["ast-train --config run.yaml  # below"]
     if method is not None:
         base = shlex.quote(subject.base or "MODEL")
-        commands.append(f"ast-prune {base} OUT --method {method} --pattern {report.pattern}")
+        basis = record.get("one_shot", "basis") or {}
+        options = " --permute" if basis.get("permute") else ""
+        options += f" --rotation-steps {basis['rotation_steps']}" if basis.get("rotation_steps") else ""
+        commands.append(f"ast-prune {base} OUT --method {method} --pattern {report.pattern}{options}")
     if subject.folder is not None:
         source = shlex.quote(shareable(str(subject.folder)))
         commands.append(

@@ -89,6 +89,17 @@ def test_the_same_seed_prunes_alike_and_another_calibrates_on_other_text(folder:
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_reordered_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--method", "magnitude", "--permute", "--calibration", folder / "text.txt", *CALIBRATION)
+    result = run(folder / "llama", tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "reordered  residual channels, MLP neurons, values in heads" in result.stdout
+    layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
+    assert all(Pattern(2, 4).holds(layer.weight) for layer in layers.values())
+    recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]
+    assert recorded["basis"]["permute"] and recorded["calibration"]["samples"] == 4
+
+
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
     assert run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--exclude", "down_proj").exit_code == 0
     layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
@@ -116,6 +127,8 @@ ERRORS = {
     ),
     "one-short": (("--method", "wanda", "--calibration", "SHORT", "--seq-len", "64"), "fewer than one sequence of 64"),
     "device": (("--method", "magnitude", "--device", "gpu9"), "--device gpu9 cannot be used"),
+    "no-groups": (("--method", "magnitude", "--permute", "--pattern", "unstructured"), "='unstructured' has no groups"),
+    "rotation": (("--method", "magnitude", "--rotation-steps", "-1"), "--rotation-steps=-1 must be 0"),
     "no-layer": (("--method", "magnitude", "--include", "nothing"), "'nothing'"),
     "no-model": (("--method", "magnitude", "MODEL"), "There is no folder"),
 }  # fmt: skip

@@ -95,6 +95,12 @@ def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         ("sparsity: {decay_ramp: 2}", r"sparsity.decay_ramp=2.0 must lie between 0 and 1"),
         ("sparsity: {decay_placement: moment}", r"sparsity.decay_placement='moment' is text, expected 'momentum' or"),
         ("sparsity: {criterion: taylor}", r"sparsity.criterion='taylor' is text, expected 'magnitude'"),
+        ("basis: {rotation_steps: -1}", r"basis.rotation_steps=-1 must be 0 \(no rotation\) or more"),
+        (
+            "basis: {}\nsparsity: {pattern: unstructured}",
+            r"pattern='unstructured' has no groups to arrange channels in",
+        ),
+        ("basis: {}\ndistillation: {kind: squarehead}", r"distillation.kind='squarehead' compares hidden states with"),
         ("sparsity: []", r"Section 'sparsity' is \[\], not a mapping"),
         ("distillation: {alpha: 1.5}", r"distillation.alpha=1.5 must lie between 0 and 1"),
         ("distillation: {alpha: 0.5, kl_weight: 1}", r"alpha=0.5 and distillation.kl_weight=1.0 cannot be combined"),

@@ -23,7 +23,7 @@ Kind = Literal["same", "content", "free", "length", "batch", "unkept"]
 
 _SECTIONS: dict[str, Kind] = {  # for fields that are not named below, including future ones
     "model": "same", "data": "same", "sparsity": "same", "distillation": "same", "slorb": "same",
-    "calibration": "free", "evaluation": "free", "watch": "free",
+    "basis": "same", "calibration": "free", "evaluation": "free", "watch": "free",
     "optimizer": "same",  # OptimizerConfig, or the settings of one that the user built
 }  # fmt: skip
 _FIELDS: dict[str, Kind] = {

@@ -1,0 +1,1 @@
+"""Function-preserving changes of basis of a dense model before it is pruned."""
