@@ -19,7 +19,7 @@ def _fields() -> str:
             default = item.default if factory is dataclasses.MISSING else factory()
             shown = "required" if default is dataclasses.MISSING else f"default {_plain(default)}"
             lines.append(f"  {section}.{item.name} ({shown}): {item.metadata['help']}")
-    lines.append("  training.*: any field of transformers.TrainingArguments.")
+    lines.append("  training.*: any field of transformers.TrainingArguments; bf16: auto means on where it is fast.")
     return "\n".join(lines)
 
 

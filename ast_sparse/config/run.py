@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ast_sparse.config.basis import BasisConfig, check_basis
 from ast_sparse.config.convert import convert
@@ -23,7 +23,7 @@ from ast_sparse.errors import UserError, did_you_mean, kind_of, shown, shown_nam
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of `ast-train`. `training` is passed to `transformers.TrainingArguments` unchanged."""
+    """All settings of `ast-train`. `training` is passed to `transformers.TrainingArguments`, `bf16: auto` decided."""
 
     model: ModelConfig
     data: DataConfig
@@ -119,8 +119,8 @@ def _check_training(values: dict[str, Any]) -> dict[str, Any]:
     """Check names and types against `TrainingArguments`; its own checks run when it is built."""
     from transformers import TrainingArguments  # takes seconds: only when a config is read
 
-    # the annotation of `fsdp` is FSDP1's text and does not allow true
-    hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | None}
+    # the annotation of `fsdp` is FSDP1's text and does not allow true; `run/precision.py` decides bf16
+    hints = {**typing.get_type_hints(TrainingArguments), "fsdp": bool | None, "bf16": bool | Literal["auto"]}
     known = [item.name for item in dataclasses.fields(TrainingArguments) if item.init]
     for key in values:
         if key not in known:

@@ -5,6 +5,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.errors import UserError, one_line
+from ast_sparse.kernels.bf16 import multiplies_in_bf16
 from ast_sparse.planning.fit import find_fit
 from ast_sparse.planning.host import host_memory
 from ast_sparse.planning.memory import Memory
@@ -60,7 +61,8 @@ class Budget:
         assert self.plan.memory is not None
         student = self.plan.memory.student
         can_shard = not self.on_cpu and not any(isinstance(module, Conv1D) for module in student.modules())
-        can = dict(can_shard=can_shard, can_halve=not self.on_cpu, can_offload=not self.on_cpu)
+        can_halve = not self.on_cpu or multiplies_in_bf16(torch.device("cpu"))[0]
+        can = dict(can_shard=can_shard, can_halve=can_halve, can_offload=not self.on_cpu)
         fit = find_fit(self.plan.memory, self.setup, self.limit, **can)
         needs = f"The run needs {_shown(self.memory.total)} per device, and {_shown(self.limit)} can be used."
         if fit is None:

@@ -24,6 +24,7 @@ from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
 from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
+from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage.locate import load_model_config
@@ -79,9 +80,10 @@ def checked_run(
     """
     with errors_shared():
         output = output_folder(config, output_dir)
+        values = without_auto(config.training)
     # a plan needs no accelerator, but bf16 would be refused without one
-    values = {**config.training, "use_cpu": True} if dry_run else config.training
-    args = build_arguments(values, str(output))
+    forced = {"use_cpu": True} if dry_run else {}
+    args = build_arguments({**values, **forced}, str(output))
     with errors_shared():
         if not dry_run:
             check_sharding(args)
@@ -97,10 +99,16 @@ def checked_run(
         is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
         if not is_continued and not overwrite and not dry_run:
             refuse_used(output)
+        config, precision = decide_bf16(config, args.device, checkpoint, dry_run)
+    if precision is not None:
+        args = build_arguments({**config.training, **forced}, str(output))
+    with errors_shared():
         unread = _check_settings(config, args, output, dry_run)
         devices = hardware.world_size or args.world_size
         check_optimizer_settings(config.optimizer, args, processes=devices)
         plan = make_plan(config, args, devices if dry_run else None)
+        if precision is not None:
+            plan = replace(plan, notes=(*plan.notes, precision))
         if unread is not None:
             plan = replace(plan, notes=(*plan.notes, f"text: not looked at, a plan needs none ({unread})"))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)

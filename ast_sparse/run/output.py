@@ -13,6 +13,7 @@ from ast_sparse.config import RunConfig
 from ast_sparse.config.yaml12 import dump_yaml, read_yaml
 from ast_sparse.distributed.ranks import gather, rank
 from ast_sparse.errors import UserError
+from ast_sparse.run.precision import is_undecided
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
 from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
@@ -67,7 +68,10 @@ def check_finished(output: Path, config: RunConfig) -> None:
     """Raise UserError if a finished run had other settings: its result is not that of this configuration."""
     was = {name: plain(values) for name, values in read_yaml(output / RESOLVED_CONFIG).items()}
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingArguments)}
-    training = {**{name: defaults.get(name) for name in was.get("training") or {}}, **config.training}
+    before = was.get("training") or {}
+    training = {**{name: defaults.get(name) for name in before}, **config.training}
+    if is_undecided(config.training):  # the run has decided it
+        training["bf16"] = before.get("bf16", False)
     lengths = {"training.max_steps", "training.num_train_epochs"}
     differences(output, was, plain({**config.to_dict(), "training": training}), lengths)
 

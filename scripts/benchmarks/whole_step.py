@@ -117,15 +117,21 @@ def ours(
     model: PreTrainedModel,
     ids: torch.Tensor,
     checkpointing: bool = False,
+    bf16: bool = False,
     around: AbstractContextManager[Any] | None = None,
 ) -> list[float]:
-    """Seconds of each step of SparseTrainer, with or without activation checkpointing, inside the context `around`."""
+    """Seconds of each step of SparseTrainer, inside the context `around`.
+
+    Args:
+        bf16: with bf16 autocast; otherwise in float32.
+    """
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, max_steps=len(ids), per_device_train_batch_size=ids.shape[1], save_strategy="no",
             logging_strategy="no", report_to="none", disable_tqdm=True, learning_rate=OPTIONS["lr"],
             adam_beta2=OPTIONS["betas"][1], weight_decay=OPTIONS["weight_decay"], gradient_checkpointing=checkpointing,
+            bf16=bf16, use_cpu=ids.device.type == "cpu",
         )  # fmt: skip
         trainer = SparseTrainer(
             model, args,
@@ -144,8 +150,8 @@ def run(side: str, name: str, shape: tuple[int, int], device: torch.device) -> t
     with PeakMemory() as memory:
         model = new_model(name)
         ids = torch.randint(0, model.config.vocab_size, (STEPS + 1, *shape), device=device)
-        if side in OURS:
-            times = ours(model, ids, checkpointing=side != "ours")
+        if side in ("ours", "checkpointed", "bf16"):
+            times = ours(model, ids, checkpointing=side == "checkpointed", bf16=side == "bf16")
         else:
             times = plain(model, ids, has_loss=side == "plain")
     return sum(times[1:]) / STEPS, memory.above / 1e6

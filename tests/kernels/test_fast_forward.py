@@ -1,11 +1,15 @@
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+import ast_sparse.training.trainer as trainer_module
 from ast_sparse.kernels.cpu import onednn
-from ast_sparse.kernels.fast_forward import fast_forward
+from ast_sparse.kernels.fast_forward import fast_forward, fast_step
 from tests.models import tiny_model
 from tests.training.small_runs import trainer, weights
 
@@ -63,6 +67,39 @@ def test_twenty_steps_are_the_same_to_rounding_with_products_of_onednn(
         assert bool(calls) is faster
     assert len(histories[0]) == 20
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+
+class _Gradients(TrainerCallback):
+    """The gradients of the last step, before the update."""
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.last = {name: each.grad.clone() for name, each in named if each.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_in_bf16_on_a_cpu_is_as_near_to_float32_with_the_fast_paths_as_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    losses, gradients = [], []
+    monkeypatch.setattr(onednn, "_WORTHWHILE", 0)
+    for half, faster in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(onednn, "is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(trainer_module, "fast_step", fast_step if faster else lambda *_: nullcontext())
+        run = trainer(tmp_path / f"{half} {faster}", tiny_model(family), args=dict(max_steps=1, bf16=half))
+        callback = _Gradients()
+        run.add_callback(callback)
+        run.train()
+        losses.append(run.state.log_history[0]["loss"])
+        gradients.append(callback.last)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
+    exact, plain, fast = gradients
+    assert exact.keys() == fast.keys()
+    size = torch.stack([each.norm() for each in exact.values()]).norm()
+    for name, expected in exact.items():
+        assert fast[name].dtype == torch.float32
+        errors = [(each[name] - expected).norm() / size for each in (plain, fast)]
+        assert errors[1] <= 1.5 * errors[0] + 1e-3 and errors[1] < 1e-2, name
 
 
 def test_heads_and_layers_with_their_own_forward_are_not_changed() -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
 from ast_sparse.distributed.meeting import check_restarted
-from ast_sparse.errors import UserError, did_you_mean, one_line
+from ast_sparse.errors import UserError, did_you_mean, one_line, shown
 from ast_sparse.training.checks.parallelism import check_parallelism, parallelism_config
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
 
@@ -123,6 +123,11 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_ranges(values)
     for name in ("log_level", "log_level_replica", "train_sampling_strategy", "torch_compile_backend"):
         _check_choices(values, name)
+    if not isinstance(args.bf16, bool):  # any text would turn it on
+        raise UserError(
+            f"TrainingArguments has bf16={shown(args.bf16)}, which only configurations of ast-train know. Set True or "
+            "False."
+        )
     _check_trackers(args.report_to)
     _check_schedule(args)
     _check_checkpointing(args)

@@ -313,6 +313,14 @@ def stored_kernels(checkpoint: Path) -> Kernels:
     return SparsityRecord.from_dict(read_json(checkpoint / SPARSITY_CONFIG_NAME)).kernels
 
 
+def stored_bf16(checkpoint: Path) -> bool | None:
+    """Whether the run of a checkpoint computed in bf16; None if the checkpoint does not say, as older ones."""
+    path = checkpoint / RUN_RECORD
+    settings = read_json(path).get("settings") if path.is_file() else None
+    training = settings.get("training") if isinstance(settings, dict) else None
+    return bool(training.get("bf16")) if isinstance(training, dict) else None
+
+
 def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError if a pruned weight has a different shape in a checkpoint than in the trained model.
 
