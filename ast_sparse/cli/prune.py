@@ -36,10 +36,17 @@ _OPTIONS = {  # the option for each setting
     "calibration.block_size": "--block-size",
     "calibration.keep_zeros": "--keep-zeros",
     "basis.rotation_steps": "--rotation-steps",
+    "calibration.recovery_epochs": "--recovery-epochs",
+    "calibration.recovery_learning_rate": "--recovery-learning-rate",
+    "calibration.recovery_batch_size": "--recovery-batch-size",
     "model.revision": "--revision",
     "model.gguf_file": "--gguf-file",
     "model.trust_remote_code": "--trust-remote-code",
 }
+_CALIBRATION = (
+    "samples", "seq_len", "seed", "damping", "block_size", "keep_zeros", "recovery_epochs", "recovery_learning_rate",
+    "recovery_batch_size",
+)  # fmt: skip
 
 
 @click.command(cls=Command)
@@ -84,6 +91,16 @@ _OPTIONS = {  # the option for each setting
     help="Learn a rotation of the channels in N steps before pruning, 100 for example; needs text. Tied embeddings are "
     "untied.",
 )  # fmt: skip
+@click.option(
+    "--recovery-epochs", type=int, default=0, show_default=True,
+    help="wanda, sparsegpt: passes over the sequences that train each pruned block towards the dense block's outputs.",
+)  # fmt: skip
+@click.option(
+    "--recovery-learning-rate", type=float, default=2e-4, show_default=True, help="Learning rate of that training."
+)
+@click.option(
+    "--recovery-batch-size", type=int, default=4, show_default=True, help="Sequences in a batch of that training."
+)
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")
 @click.option(
@@ -111,7 +128,7 @@ def main(model: str, out: str, **options: Any) -> None:
         )
         calibration = CalibrationConfig(
             data=options["data"] or None,
-            **{key: options[key] for key in ("samples", "seq_len", "seed", "damping", "block_size", "keep_zeros")},
+            **{key: options[key] for key in _CALIBRATION},
         )
         basis = BasisConfig(permute=options["permute"], rotation_steps=options["rotation_steps"])
         check_basis(basis, sparsity)
@@ -142,7 +159,8 @@ def _prune(
     folder = Path(source.name_or_path).expanduser()
     check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
     meta = meta_student(source)
-    sparsify_model(meta, sparsity)  # checks shapes and names before weights are loaded
+    # checks settings, shapes and names before weights are loaded
+    sparsify_model(meta, sparsity, calibration_config=calibration)
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
@@ -195,7 +213,11 @@ def _errors(report: SparsityReport, needs_text: bool) -> list[str]:
         kinds.setdefault(layer_kind(name), []).append(error)
     of = "the outputs on the calibration text" if needs_text else "the weights"
     lines = [f"relative squared error of {of}, mean over the blocks:"]
-    return lines + [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]
+    lines += [f"  {kind}  {sum(errors) / len(errors):.4f}" for kind, errors in kinds.items()]
+    if report.recovered:
+        lines.append("relative squared error of a block's outputs, before and after its recovery:")
+        lines += [f"  {name}  {before:.4f} -> {after:.4f}" for name, (before, after) in report.recovered.items()]
+    return lines
 
 
 if __name__ == "__main__":

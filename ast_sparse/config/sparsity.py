@@ -166,11 +166,21 @@ class CalibrationConfig(Section):
         ),
     )
     seed: int = field(default=0, metadata=about("Random seed for choosing the sequences."))
+    recovery_epochs: int = field(
+        default=0,
+        metadata=about(
+            "Passes over the sequences that train each pruned block towards the dense block's outputs; 0: none."
+        ),
+    )
+    recovery_learning_rate: float = field(default=2e-4, metadata=about("Learning rate of that training."))
+    recovery_batch_size: int = field(default=4, metadata=about("Sequences in a batch of that training."))
 
     def _validate(self) -> None:
         self._require(self.data is None or len(self.data) > 0, "data", "names no source. List files, or remove it.")
-        for key in ("samples", "block_size"):
+        for key in ("samples", "block_size", "recovery_batch_size"):
             self._require(getattr(self, key) >= 1, key, "must be at least 1.")
         self._require(self.seq_len is None or self.seq_len >= 2, "seq_len", "must be at least 2 tokens.")
-        self._require(self.damping >= 0, "damping", "must be 0 or more.")
+        for key in ("damping", "recovery_epochs"):
+            self._require(getattr(self, key) >= 0, key, "must be 0 or more.")
+        self._require(0 < self.recovery_learning_rate < 1, "recovery_learning_rate", "must be above 0 and below 1.")
         self._require(0 <= self.seed < 2**32, "seed", "must lie between 0 and 4294967295.")

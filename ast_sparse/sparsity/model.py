@@ -27,6 +27,7 @@ from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.layers import SparseLayer, group_dim_of, make_dense, make_sparse, out_by_in, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask, mask_fingerprint
 from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, prune_weight, settle
+from ast_sparse.sparsity.recovery import BlockRecovery, check_recovery
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init
 from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
@@ -47,6 +48,7 @@ class SparsityReport:
         total_parameters: parameters of the dense model, tied ones once, without masks.
         without_slorb: the pruned layers without SLoRB in a run that has it, because PEFT could not load it there.
         errors: of one-shot pruning by layer name, as in `PrunedLayer`; empty on the meta device, and for IMP and GMP.
+        recovered: by block, the relative error of its outputs before and after block-wise recovery.
     """
 
     pattern: Pattern
@@ -55,6 +57,7 @@ class SparsityReport:
     total_parameters: int
     errors: dict[str, float] = field(default_factory=dict)
     without_slorb: tuple[str, ...] = ()
+    recovered: dict[str, tuple[float, float]] = field(default_factory=dict)
     pruned_parameters: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,11 +102,12 @@ def sparsify_model(
     """Give every selected layer its start mask by `sparsity.init`, and SLoRB if it is enabled, in place.
 
     Magnitude does not change the weights. With other methods pruned weights shrink below the smallest kept one of their
-    group, so that the mask survives the first refreshes, and SparseGPT changes the kept ones. On the meta device
+    group, so that the mask survives the first refreshes, and SparseGPT changes the kept ones. With
+    `calibration.recovery_epochs` each block is trained a little before the next one is pruned. On the meta device
     nothing is computed.
 
     Args:
-        calibration_config: SparseGPT's damping and block size.
+        calibration_config: SparseGPT's damping and block size, and the settings of recovery.
         samples: `[sequences, tokens]` int64, for a method that needs text.
         device: where the samples run, block by block; default: where the model is.
         progress: show a bar with the layers and their errors.
@@ -112,6 +116,8 @@ def sparsify_model(
         UserError: a shape does not fit, no layer is left, the model is already sparse, or samples are missing.
     """
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
+    calibration_config = calibration_config or CalibrationConfig()
+    check_recovery(sparsity_config.init, calibration_config)
     if sparse_layers(model):
         raise UserError("The model is already sparse. Load the dense model again, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
@@ -124,9 +130,12 @@ def sparsify_model(
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
     bare = tuple(name for name in selected if slorb is not None and not takes_slorb(model, name))
-    adapters, errors = {}, {}
+    is_recovered = calibration_config.recovery_epochs > 0 and not next(model.parameters()).is_meta
+    recovery = BlockRecovery(decoder_blocks(model), calibration_config) if is_recovered else None
+    adapters: dict[str, SLoRB] = {}
+    errors: dict[str, float] = {}
     for name, layer, result in _prune_layers(
-        model, selected, sparsity_config, calibration_config, samples, device, progress
+        model, selected, sparsity_config, calibration_config, samples, device, progress, recovery
     ):
         dim = group_dim_of(layer)
         dense = out_by_in(layer.weight, dim).clone() if slorb is not None and name not in bare else None
@@ -138,15 +147,24 @@ def sparsify_model(
             errors[name] = result.error
         make_sparse(layer, out_by_in(mask, dim), pattern, sparsity_config.fixed_masks)
         if slorb is not None and dense is not None:
-            init = slorb.init if slorb.start == 0 else "zero"  # until `restart_slorb`
-            start = slorb_init(dense, torch.where(mask, weight, 0), slorb.k, init)
-            adapters[name] = SLoRB(*start, slorb.train_projection)
+            start = torch.zeros_like(weight) if recovery is not None else torch.where(mask, weight, 0)
+            adapters[name] = _adapter(dense, start, slorb)
     for name, adapter in adapters.items():  # last, because calibration runs the pruned blocks without SLoRB
-        model.get_submodule(name).slorb = adapter
+        sparse = cast(SparseLayer, model.get_submodule(name))
+        sparse.slorb = adapter
+        if recovery is not None and slorb is not None:  # which changed the weights after they were pruned
+            weight = out_by_in(sparse.masked_weight(), sparse.group_dim)
+            adapter.S -= _adapter(weight, torch.zeros_like(weight), slorb).S.to(adapter.S.device)
     for name, others in same.items():
         for twin in others.values():
             share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
-    return SparsityReport(pattern, shapes, skipped, total, errors, bare)
+    recovered = {} if recovery is None else recovery.errors
+    return SparsityReport(pattern, shapes, skipped, total, errors, bare, recovered)
+
+
+def _adapter(dense: Tensor, start: Tensor, slorb: SLoRBConfig) -> SLoRB:
+    init = slorb.init if slorb.start == 0 else "zero"  # until `restart_slorb`
+    return SLoRB(*slorb_init(dense, start, slorb.k, init), slorb.train_projection)
 
 
 def _check_forwards(selected: Mapping[str, Prunable]) -> None:
@@ -161,10 +179,11 @@ def _prune_layers(
     model: nn.Module,
     selected: Mapping[str, Prunable],
     config: SparsityConfig,
-    calibration: CalibrationConfig | None,
+    calibration: CalibrationConfig,
     samples: Tensor | None,
     device: torch.device | None,
     progress: bool,
+    recovery: BlockRecovery | None,
 ) -> Iterator[tuple[str, Prunable, PrunedLayer]]:
     """Prune one layer at a time by `sparsity.init`; yields name, layer and result, which the caller writes back.
 
@@ -178,7 +197,7 @@ def _prune_layers(
         if samples is None:
             needs = f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples."
             raise UserError(needs, "sparsity.init")
-        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method.needs_hessian, device)
+        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method.needs_hessian, device, recovery)
     label = f"Pruning, {config.init} {pattern}"
     with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:
         for name, statistics in ((name, group[name]) for group in groups for name in group):

@@ -3,9 +3,9 @@
 import copy
 import math
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ast_sparse.errors import UserError
 
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block, without its hidden states
+Recover: TypeAlias = Callable[[str, nn.Module, Sequence[Tensor], Sequence[Tensor], Call], None]
 _WITHOUT_TEXT = "Use the method magnitude; to round to 4 bits, --calibration none."
 
 
@@ -161,6 +163,7 @@ def calibrate_blocks(
     samples: Tensor,
     with_hessian: bool,
     device: torch.device | None = None,
+    recover: Recover | None = None,
 ) -> Iterator[dict[str, InputStatistics | None]]:
     """Statistics of the layers, one decoder block at a time; None for a layer that no token reached.
 
@@ -174,6 +177,9 @@ def calibrate_blocks(
         samples: `[sequences, tokens]` int64.
         with_hessian: collect the Hessian for SparseGPT.
         device: where blocks run; default: where they are.
+        recover: called with a block once it is pruned: its name, the block on `device`, its inputs in the sparse model,
+            its outputs in the dense model, one tensor a sequence, and its other arguments. The hidden states of the
+            dense model are in memory then, too.
 
     Raises:
         UserError: the blocks do not run one after the other.
@@ -182,33 +188,42 @@ def calibrate_blocks(
     model.eval()
     try:
         hidden, calls = _block_inputs(model, blocks, samples)
+        dense = list(hidden) if recover is not None else []
         for index, (name, block) in enumerate(blocks.items()):
             home = next(block.parameters()).device
             place = device or home
             block.to(place)
             inside = {layer: module for layer, module in layers.items() if layer.startswith(f"{name}.")}
             call = _moved(calls[name], place)
+            _advance(dense, block, place, call)
             recorder = InputRecorder(inside, with_hessian)
             recorder.start()
             for sample in hidden:
-                _run(block, sample.to(place), call)
+                run_block(block, sample.to(place), call)
             recorder.stop()
             seen = recorder.statistics()
             yield {layer: seen.get(layer) for layer in inside}
+            if recover is not None:
+                recover(name, block, hidden, dense, call)
             if index + 1 < len(blocks):
-                for i, sample in enumerate(hidden):
-                    hidden[i] = _run(block, sample.to(place), call).to(sample.device)
+                _advance(hidden, block, place, call)
             block.to(home)
     finally:
         model.train(was_training)
 
 
+def _advance(hidden: list[Tensor], block: nn.Module, place: torch.device, call: Call) -> None:
+    """Replace hidden states by those after a block, one at a time: there is room for one copy of all."""
+    for i, sample in enumerate(hidden):
+        hidden[i] = run_block(block, sample.to(place), call).to(sample.device)
+
+
 def _block_inputs(
     model: nn.Module, blocks: Mapping[str, nn.Module], samples: Tensor
-) -> tuple[list[Tensor], dict[str, tuple[tuple[Any, ...], dict[str, Any]]]]:
+) -> tuple[list[Tensor], dict[str, Call]]:
     """The input of the first block for each sample, and the other arguments of every block: masks, positions."""
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    again: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    calls: dict[str, Call] = {}
+    again: dict[str, Call] = {}
     hidden: list[Tensor] = []
     first = next(iter(blocks))
 
@@ -256,7 +271,8 @@ def _block_inputs(
     return hidden, calls
 
 
-def _run(block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden states after a block."""
     output = block(hidden, *call[0], **call[1])
     return output[0] if isinstance(output, tuple | list) else output
 

@@ -123,7 +123,8 @@ def first_masks(
         maker: packs `dataset`.
         dataset: to calibrate on; False for magnitude masks.
     """
-    sparsity = sparsity if dataset is not False else replace(sparsity, init="magnitude")
+    if dataset is False:
+        return sparsify_model(model, replace(sparsity, init="magnitude"), slorb)
     if not METHODS[sparsity.init].needs_text:
         return sparsify_model(model, sparsity, slorb, calibration_config=calibration)
     return sparsify_model(
