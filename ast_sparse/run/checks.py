@@ -81,10 +81,8 @@ def checked_run(
     """
     with errors_shared():
         output = output_folder(config, output_dir)
-        values = without_auto(config.training)
-    # a plan needs no accelerator, but bf16 would be refused without one
-    forced = {"use_cpu": True} if dry_run else {}
-    args = build_arguments({**values, **forced}, str(output))
+    forced = {"use_cpu": True} if dry_run else {}  # a plan needs no accelerator, which bf16 would ask for
+    args = build_arguments({**without_auto(config.training), **forced}, str(output))
     with errors_shared():
         if not dry_run:
             check_sharding(args)
@@ -104,14 +102,11 @@ def checked_run(
     if precision is not None:
         args = build_arguments({**config.training, **forced}, str(output))
     with errors_shared():
-        unread = _check_settings(config, args, output, dry_run)
+        notes = (precision, _check_settings(config, args, output, dry_run))
         devices = hardware.world_size or args.world_size
         check_optimizer_settings(config.optimizer, args, processes=devices)
         plan = make_plan(config, args, devices if dry_run else None)
-        if precision is not None:
-            plan = replace(plan, notes=(*plan.notes, precision))
-        if unread is not None:
-            plan = replace(plan, notes=(*plan.notes, f"text: not looked at, a plan needs none ({unread})"))
+        plan = replace(plan, notes=(*plan.notes, *(note for note in notes if note is not None)))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
         config=config,
@@ -127,12 +122,12 @@ def checked_run(
 
 
 def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dry_run: bool) -> str | None:
-    """Why the text cannot be read, if it cannot and the run is a dry one.
+    """A note on why the text cannot be read, if it cannot and the run is a dry one.
 
     Raises:
         UserError: settings do not fit together, or text is missing.
     """
-    unread = None
+    note = None
     if config.evaluation.report:
         check_report(output / REPORT, "evaluation.report")
     check_recovery(config.sparsity.init, config.calibration)
@@ -142,12 +137,12 @@ def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dr
     except MissingTextError as error:
         if not dry_run:
             raise
-        unread = one_line(error, end="open")
+        note = f"text: not looked at, a plan needs none ({one_line(error, end='open')})"
     check_evaluations(config.data.mixture, args)
     check_streaming(config, args)
     check_held_out(config, args)
     check_best(config, args)
-    return unread
+    return note
 
 
 def _check_checkpoint(
