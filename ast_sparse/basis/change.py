@@ -1,15 +1,18 @@
 """Rewrite a dense causal LM in a basis in which N:M pruning loses less: it computes the same, with ordinary weights."""
 
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ast_sparse.basis.energies import measure_inputs
-from ast_sparse.basis.objective import lost_share
+from ast_sparse.basis.merge import fold_norms, restored_on_error, rotate, untie
+from ast_sparse.basis.objective import lost_share, turned_inputs
 from ast_sparse.basis.orders import find_orders, reorder
-from ast_sparse.basis.structure import Structure, find_structure, sample_logits
+from ast_sparse.basis.rotation import learn_rotation
+from ast_sparse.basis.structure import Structure, check_rotation, find_structure, sample_logits
 from ast_sparse.config import BasisConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
@@ -17,7 +20,7 @@ from ast_sparse.sparsity.masks import Pattern
 _CLOSE = 1e-4  # of the largest logit
 
 
-@dataclass(frozen=True)
+@dataclass
 class BasisReport:
     """What `change_basis` did.
 
@@ -25,28 +28,35 @@ class BasisReport:
         pattern: the pattern that the basis is for.
         width: channels of the residual stream.
         permuted: what was reordered: `residual channels`, `MLP neurons`, `values in heads`.
-        shares: share of the layers' importance in the positions that the pattern prunes, mean over the layers, by
-            stage: `before`, `permuted`.
+        rotated: what was rotated: `residual stream`, `values in heads`.
+        shares: share of what a layer computes that the pattern takes before weights are updated, mean over the layers,
+            by stage: `before`, `permuted`, `rotated`. With a rotation by SparseGPT's importance and Hessian, otherwise
+            by Wanda's.
+        added_parameters: of the output head, if it was tied to the embedding and is not any more.
         logit_error: largest difference of the logits of a sample, as a share of the largest logit.
         seconds: for everything.
     """
 
     pattern: Pattern
     width: int
-    permuted: tuple[str, ...]
-    shares: dict[str, float]
-    logit_error: float
-    seconds: float
+    permuted: tuple[str, ...] = ()
+    rotated: tuple[str, ...] = ()
+    shares: dict[str, float] = field(default_factory=dict)
+    added_parameters: int = 0
+    logit_error: float = 0.0
+    seconds: float = 0.0
 
     def lines(self) -> list[str]:
-        """A short text: what was done, what it gained, and the proof that the model computes the same."""
+        """A short text: what was done, what it gained and cost, and the proof that the model computes the same."""
+        lines = [f"basis for {self.pattern}, {self.width} residual channels, {self.seconds:.0f} s"]
+        lines += [f"  reordered  {', '.join(self.permuted)}"] if self.permuted else []
+        lines += [f"  rotated    {', '.join(self.rotated)}"] if self.rotated else []
+        if self.added_parameters:
+            size = 2 * self.added_parameters / 1e6
+            lines.append(f"  head       untied: {self.added_parameters:,} parameters more, {size:,.1f} MB in 16 bits")
         shares = " -> ".join(f"{share:.4f} ({stage})" for stage, share in self.shares.items())
-        return [
-            f"basis for {self.pattern}, {self.width} residual channels, {self.seconds:.0f} s",
-            f"  reordered  {', '.join(self.permuted) or 'nothing'}",
-            f"  share of the importance in pruned positions: {shares}",
-            f"  logits of a sample differ by {self.logit_error:.1e} of the largest",
-        ]
+        lines.append(f"  share that the pattern takes, mean over the layers: {shares}")
+        return [*lines, f"  logits of a sample differ by {self.logit_error:.1e} of the largest"]
 
 
 @torch.no_grad()
@@ -61,45 +71,77 @@ def change_basis(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> BasisReport:
-    """Reorder the channels of a dense model for an N:M pattern, in place, before it is pruned.
+    """Reorder and rotate the channels of a dense model for an N:M pattern, in place, before it is pruned.
 
-    The model stays an ordinary one of its architecture. Its logits on a sample are compared; if they differ, the
-    orders are undone exactly.
+    The model stays an ordinary one of its architecture. A rotation folds the gains of norms into the layers that read
+    them, and unties the output head. The logits of a sample are compared; if they differ, or anything else fails, the
+    model is as it was. For that a rotation keeps a copy of the weights in host memory.
 
     Args:
         model: dense, in float32 or wider.
         config: what is changed.
         pattern: of the masks that follow.
         samples: `[sequences, tokens]` int64, calibration text.
-        seed: unused without a rotation.
+        seed: of the rows and columns that the steps of a rotation look at.
         damping: share of the Hessian's mean diagonal that is added to the diagonal.
-        device: where the blocks run, one by one; default: where the model is.
+        device: where the blocks run, one by one, and the rotation is learned; default: where the model is.
         progress: show bars.
 
     Raises:
-        UserError: the pattern has no groups, the model is not understood or not in float32, or its logits change.
+        UserError: the pattern has no groups, the model is not understood, cannot be rotated or is not in float32, or
+            its logits change.
     """
-    if config.rotation_steps:
-        raise UserError("basis.rotation_steps is not ready yet. Set 0.", "basis.rotation_steps")
     start = time.perf_counter()
     _check(model, pattern)
     structure = find_structure(model, samples)
+    report = BasisReport(pattern, structure.width)
+    is_rotated = config.rotation_steps > 0
+    if is_rotated:
+        _check_rotation(model, structure, config, pattern)
     before = sample_logits(model, samples)
-    inputs = list(measure_inputs(model, structure, samples, False, damping, device, progress))
-    shares = {"before": lost_share(structure, inputs, pattern.n, pattern.m)}
-    permuted: tuple[str, ...] = ()
-    error = 0.0
-    if config.permute:
-        orders = find_orders(structure, inputs, pattern.n, pattern.m)
-        reorder(structure, orders)
-        inputs = [each.permuted(orders.channels, c) for each, c in zip(inputs, orders.columns, strict=True)]
-        shares["permuted"] = lost_share(structure, inputs, pattern.n, pattern.m)
-        permuted = _reordered(structure, pattern.m)
-        error = _difference(before, sample_logits(model, samples))
-        if error > _CLOSE:
-            reorder(structure, orders.inverse())
-            raise _changed(model, error, "It is as it was.")
-    return BasisReport(pattern, structure.width, permuted, shares, error, time.perf_counter() - start)
+    with restored_on_error(model, structure) if is_rotated else nullcontext():
+        if is_rotated:
+            report.added_parameters = untie(model, structure)
+            fold_norms(structure)
+        inputs = list(measure_inputs(model, structure, samples, is_rotated, damping, device, progress))
+        report.shares["before"] = lost_share(structure, inputs, pattern.n, pattern.m)
+        orders = find_orders(structure, inputs, pattern.n, pattern.m) if config.permute else None
+        if orders is not None:
+            reorder(structure, orders)
+            inputs = [each.permuted(orders.channels, c) for each, c in zip(inputs, orders.columns, strict=True)]
+            report.shares["permuted"] = lost_share(structure, inputs, pattern.n, pattern.m)
+            report.permuted = _reordered(structure, pattern.m)
+        if is_rotated:
+            rotation = learn_rotation(structure, inputs, pattern, config, seed, device, progress)
+            rotate(structure, rotation)
+            inputs = [turned_inputs(each, rotation.stream, r) for each, r in zip(inputs, rotation.heads, strict=True)]
+            report.shares["rotated"] = lost_share(structure, inputs, pattern.n, pattern.m)
+            has_heads = any(heads is not None for heads in rotation.heads)
+            report.rotated = ("residual stream", "values in heads") if has_heads else ("residual stream",)
+        report.logit_error = _difference(before, sample_logits(model, samples))
+        if report.logit_error > _CLOSE:
+            if orders is not None and not is_rotated:
+                reorder(structure, orders.inverse())
+            raise _changed(model, report.logit_error)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check_rotation(model: nn.Module, structure: Structure, config: BasisConfig, pattern: Pattern) -> None:
+    check_rotation(model, structure)
+    if structure.is_tied and not config.untie:
+        raise UserError(
+            f"basis.untie=False: {type(model).__name__} has tied embeddings, and a rotation needs an output head of "
+            f"its own ({structure.head.weight.numel():,} parameters more). Set basis.untie: true, or "
+            "basis.rotation_steps: 0.",
+            "basis.rotation_steps",
+        )
+    if structure.width % pattern.m:
+        raise UserError(
+            f"{type(model).__name__} cannot be rotated for {pattern}: its {structure.width} channels are not a "
+            f"multiple of {pattern.m}. Set basis.rotation_steps: 0.",
+            "basis.rotation_steps",
+        )
 
 
 def _check(model: nn.Module, pattern: Pattern) -> None:
@@ -123,10 +165,10 @@ def _difference(before: Tensor, after: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _changed(model: nn.Module, error: float, state: str) -> UserError:
+def _changed(model: nn.Module, error: float) -> UserError:
     return UserError(
         f"{type(model).__name__} computes something else in the new basis: its logits differ by {error:.1e} of the "
-        f"largest, more than {_CLOSE:.0e}. {state} Prune this model without a change of basis."
+        f"largest, more than {_CLOSE:.0e}. It is as it was. Prune this model without a change of basis."
     )
 
 

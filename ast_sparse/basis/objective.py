@@ -1,6 +1,7 @@
 """What a pattern takes from a layer, as a share of all that the layer computes: the objective of a change of basis."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,6 +42,22 @@ def diagonals(unit: Unit, inputs: Inputs) -> dict[str, Tensor]:
     reads = reads.diagonal() if reads.dim() == 2 else reads
     writes = writes.diagonal(dim1=-2, dim2=-1).flatten() if writes.dim() > 1 else writes
     return {**dict.fromkeys(unit.readers, reads), unit.writer_name: writes}
+
+
+@torch.no_grad()
+def turned_inputs(inputs: Inputs, stream: Tensor, heads: Tensor | None) -> Inputs:
+    """The statistics, with Hessians, in a rotated basis; only the diagonals that importances need.
+
+    Args:
+        stream: Q, `[width, width]`.
+        heads: R of the unit's values, `[kv heads, size, size]`; None: these are not rotated.
+    """
+    home, writes = inputs.inverse.device, inputs.writer_inverse
+    if heads is not None:
+        turning = heads[:, None].to(stream.device, torch.float32).expand(writes.shape)
+        writes = diagonal_in(writes.to(turning), turning).flatten().to(home)
+    stream = stream.float()
+    return replace(inputs, inverse=diagonal_in(inputs.inverse.to(stream), stream).to(home), writer_inverse=writes)
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ _CALIBRATION = (
 )  # fmt: skip
 @click.option(
     "--rotation-steps", type=int, default=0, show_default=True, metavar="N",
-    help="Learn a rotation of the channels in N steps before pruning, 100 for example; needs text. Tied embeddings are "
+    help="Learn a rotation of the channels in N steps before pruning, 60 for example; needs text. Tied embeddings are "
     "untied.",
 )  # fmt: skip
 @click.option(

@@ -22,7 +22,7 @@ class BasisConfig(Section):
         metadata=about("Steps in which a rotation of the residual stream and of the values is learned; 0: none."),
     )
     rotation_learning_rate: float = field(
-        default=3e-3, metadata=about("Learning rate of the rotation, in radians per step and plane at most.")
+        default=2e-3, metadata=about("Learning rate of the rotation, in radians per step and plane at most.")
     )
     rotation_share: float = field(
         default=0.15, metadata=about("Share of the rows or columns of a weight that a step of the rotation looks at.")

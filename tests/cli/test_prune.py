@@ -89,15 +89,20 @@ def test_the_same_seed_prunes_alike_and_another_calibrates_on_other_text(folder:
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_a_reordered_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
-    arguments = ("--method", "magnitude", "--permute", "--calibration", folder / "text.txt", *CALIBRATION)
-    result = run(folder / "llama", tmp_path / "out", *arguments)
+def test_a_rotated_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--method", "magnitude", "--permute", "--rotation-steps", "2", "--calibration", folder / "text.txt")
+    result = run(folder / "llama", tmp_path / "out", *arguments, *CALIBRATION)
     assert result.exit_code == 0, result.output
+    assert "untied: 4,096 parameters more" in result.stdout
     assert "reordered  residual channels, MLP neurons, values in heads" in result.stdout
     layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
     assert all(Pattern(2, 4).holds(layer.weight) for layer in layers.values())
     recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]
-    assert recorded["basis"]["permute"] and recorded["calibration"]["samples"] == 4
+    assert (
+        recorded["basis"]["permute"]
+        and recorded["basis"]["rotation_steps"] == 2
+        and recorded["calibration"]["samples"] == 4
+    )
 
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
