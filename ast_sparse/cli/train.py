@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -43,6 +45,13 @@ def _plain(value: object) -> str:
     help="Start the run, or continue it from the last complete checkpoint if the output folder has it already; if it "
     "is finished there, say so and exit with 0. For jobs that may be put back in the queue.",
 )  # fmt: skip
+@click.option(
+    "--find-lr", is_flag=False, flag_value="", default=None, metavar="[RATE,RATE,…]",
+    help="Compare learning rates, by default 1/4 to 4 times training.learning_rate: a short run with each from the "
+    "same start, with the schedule compressed to it, judged by held-out text. Writes find_lr.json alone; the run "
+    "itself is not started.",
+)  # fmt: skip
+@click.option("--find-lr-steps", type=int, metavar="N", help="Steps of each of these short runs; default 10.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @click.option(
     "--dry-run", is_flag=True,
@@ -77,6 +86,8 @@ def main(
     overrides: tuple[str, ...],
     resume: str | None,
     resume_if_started: bool,
+    find_lr: str | None,
+    find_lr_steps: int | None,
     overwrite: bool,
     dry_run: bool,
     output_dir: str | None,
@@ -91,38 +102,66 @@ def main(
     else exits with 75); continue with --resume. A second signal stops the run at once.
     """
     ways = {"--resume": resume is not None, "--resume-if-started": resume_if_started, "--overwrite": overwrite}
+    if find_lr is not None:
+        ways |= {"--find-lr": True, "--dry-run": dry_run}
+    elif find_lr_steps is not None:
+        raise click.UsageError("--find-lr-steps belongs to --find-lr. Add it, or remove it.")
     if len(given_ways := [name for name, is_given in ways.items() if is_given]) > 1:
         raise click.UsageError(f"{' and '.join(given_ways)} cannot be combined. Give one.")
+    rates = _rates(find_lr)
     given = {name: value for name, value in hardware.items() if value is not None}
     if given and not dry_run:
         raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} belongs to --dry-run. Add it, or remove it.")
-    with preemption_signals() as signals:
-        try:
-            from ast_sparse.config import load_config
-            from ast_sparse.distributed.ranks import errors_shared
-            from ast_sparse.planning.plan import Hardware
-            from ast_sparse.run.checks import IF_STARTED
-            from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
+    with preemption_signals() as signals, _exit_when_preempted():
+        from ast_sparse.config import load_config
+        from ast_sparse.distributed.ranks import errors_shared
+        from ast_sparse.planning.plan import Hardware
+        from ast_sparse.run.checks import IF_STARTED
+        from ast_sparse.run.find_lr import STEPS, find_rate
+        from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
 
-            with errors_shared():  # a node may see another file than the others
-                config = load_config(config_path, overrides)
-            run_training(
-                config,
-                output_dir=output_dir,
-                resume=IF_STARTED if resume_if_started else None if resume is None else (resume or True),
-                overwrite=overwrite,
-                dry_run=dry_run,
-                echo=click.echo,
-                signals=signals,
-                hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click has converted them to numbers
-            )
-        except Preempted as stop:
-            from ast_sparse.progress import close_bars
+        with errors_shared():  # a node may see another file than the others
+            config = load_config(config_path, overrides)
+        if find_lr is not None:
+            steps = STEPS if find_lr_steps is None else find_lr_steps
+            find_rate(config, output_dir, rates, steps, echo=click.echo, signals=signals)
+            return
+        run_training(
+            config,
+            output_dir=output_dir,
+            resume=IF_STARTED if resume_if_started else None if resume is None else (resume or True),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            echo=click.echo,
+            signals=signals,
+            hardware=Hardware(**given) if dry_run else None,  # type: ignore[arg-type]  # click has converted them to numbers
+        )
 
-            close_bars()
-            if str(stop) and os.environ.get("RANK", "0") == "0":  # all processes get the signal
-                click.echo(f"\n{stop}", err=True)  # not on the line of a progress bar
-            raise SystemExit(PREEMPTED_EXIT) from None
+
+def _rates(text: str | None) -> list[float] | None:
+    """The learning rates of `--find-lr`; None for the default ones."""
+    if not text:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(
+            f"--find-lr {text!r} is no list of numbers. Write them as --find-lr 1e-4,2e-4."
+        ) from None
+
+
+@contextmanager
+def _exit_when_preempted() -> Iterator[None]:
+    """Exit with 75, after the one line, if a signal has stopped the run."""
+    try:
+        yield
+    except Preempted as stop:
+        from ast_sparse.progress import close_bars
+
+        close_bars()
+        if str(stop) and os.environ.get("RANK", "0") == "0":  # all processes get the signal
+            click.echo(f"\n{stop}", err=True)  # not on the line of a progress bar
+        raise SystemExit(PREEMPTED_EXIT) from None
 
 
 if __name__ == "__main__":

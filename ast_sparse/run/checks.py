@@ -186,17 +186,27 @@ def check_best(config: RunConfig, args: TrainingArguments) -> None:
         by = "training.save_strategy='best'"
     else:
         return
+    check_choosing(config, by)
+
+
+def check_choosing(config: RunConfig, by: str, what: str = "a checkpoint") -> None:
+    """Raise UserError if held-out text is a test set, or text whose perplexity is reported.
+
+    Args:
+        by: the setting or option that chooses by it.
+        what: what it chooses.
+    """
     for where, entries in config.data.entries("eval").items():
         for entry in entries:
             if isinstance(entry, dict) and "test" in re.split(r"\W+", str(entry.get("split"))):
                 raise UserError(
-                    f"{where}: {shown(entry)} is a test set, and {by} would choose a checkpoint by it. Name another "
+                    f"{where}: {shown(entry)} is a test set, and {by} would choose {what} by it. Name another "
                     "split, or remove it, to hold out a share of the training text."
                 )
             if entry in config.evaluation.datasets:
                 raise UserError(
-                    f"{where}: {shown(entry)} is also in evaluation.datasets, and {by} would choose the reported "
-                    "checkpoint by it. Name other text in one of them."
+                    f"{where}: {shown(entry)} is also in evaluation.datasets, and {by} would choose {what} by text "
+                    "that is reported. Name other text in one of them."
                 )
 
 

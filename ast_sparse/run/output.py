@@ -16,7 +16,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.run.precision import is_undecided
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
-from ast_sparse.storage.run_folder import MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
+from ast_sparse.storage.run_folder import FOUND_RATES, MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
 from ast_sparse.storage.stage_results import RESULTS, Stages, is_result, write_stages
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
@@ -93,8 +93,8 @@ def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None
 
 
 def refuse_used(output: Path) -> None:
-    """Raise UserError if the folder is not empty."""
-    if output.is_dir() and any(output.iterdir()):
+    """Raise UserError if the folder has more than what `--find-lr` found."""
+    if output.is_dir() and any(path.name != FOUND_RATES for path in output.iterdir()):
         what = "a run" if (output / RESOLVED_CONFIG).exists() or checkpoint_folders(output) else "files"
         raise UserError(
             f"Output folder {str(output)!r} already has {what}. Continue it with --resume, replace it with "

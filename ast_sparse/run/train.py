@@ -86,7 +86,7 @@ def run_training(
         return None
     with errors_shared():
         measured = Measured(config, run.args)
-        tokenizer = _tokenizer(config.model, run.plan)
+        tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
     trainer, rows = _prepare(run, tokenizer, measured)
     _train(run, trainer, tokenizer, measured)
@@ -150,7 +150,7 @@ def _check_saved(run: CheckedRun, trainer: SparseTrainer) -> None:
             check_saved(whole, run.output, trusted)
 
 
-def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
+def checked_tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; also checks, in a temporary folder, that it can be saved."""
     tokenizer = load_tokenizer(
         model.name_or_path,
@@ -165,10 +165,10 @@ def _tokenizer(model: ModelConfig, plan: Plan) -> PreTrainedTokenizerBase:
 def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Measured) -> tuple[SparseTrainer, Stages]:
     """Prepare data, model and trainer, and measure the dense and the one-shot model."""
     config, args, checkpoint = run.config, run.args, run.checkpoint
-    every_block, train, held_out = _read_data(run, tokenizer)
+    every_block, train, held_out = read_data(run, tokenizer)
     with library_bars(not args.disable_tqdm):
-        model = _dense_student(run)
-        teacher = _teacher(config, args)
+        model = dense_student(run)
+        teacher = given_teacher(config, args)
     check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
     rows = read_rows(run.output, config) if checkpoint is not None else {}
     samples = read_samples(run.output, rows) if config.evaluation.report else {}
@@ -177,7 +177,7 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     if stage not in rows:
         rows[stage] = measured(stage, model, tokenizer, held_out)
         check_finite(rows)
-    trainer = _make_trainer(run, tokenizer, model, teacher, every_block, train, held_out)
+    trainer = make_trainer(run, tokenizer, model, teacher, every_block, train, held_out)
     trainer.run_record.sections = run_settings(config)
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
@@ -200,7 +200,7 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     return trainer, rows
 
 
-def _read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
+def read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Blocks, Any, Any]:
     """All training blocks; those of them to train on, and the held-out blocks, with tokens that the loss counts."""
     data, args = run.config.data, run.args
     with library_bars(not args.disable_tqdm):
@@ -234,7 +234,7 @@ def _cached(work: Callable[[], Made]) -> Made:
     return once_per_folder(Path(datasets.config.HF_DATASETS_CACHE), checked)
 
 
-def _make_trainer(
+def make_trainer(
     run: CheckedRun,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
@@ -242,11 +242,14 @@ def _make_trainer(
     every_block: Blocks,
     train: Any,
     held_out: Any,
+    *,
+    calibrates: bool = True,
 ) -> SparseTrainer:
     """The trainer, which makes the model sparse.
 
     Args:
         every_block: all blocks of the training text, for calibration; `train` has those with tokens that count.
+        calibrates: False for magnitude masks, because masks and weights will be replaced.
     """
     config = run.config
     try:
@@ -259,7 +262,7 @@ def _make_trainer(
             calibration_config=config.calibration,
             watch_config=config.watch,
             optimizer_config=config.optimizer,
-            calibration_dataset=_calibration(config, tokenizer, run.checkpoint, every_block),
+            calibration_dataset=calibrates and _calibration(config, tokenizer, run.checkpoint, every_block),
             teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
@@ -289,7 +292,7 @@ def _calibration(
     return _cached(lambda: calibration_blocks(sources, data.root, data.text_field, tokenizer, length, bos=data.bos))
 
 
-def _dense_student(run: CheckedRun) -> PreTrainedModel:
+def dense_student(run: CheckedRun) -> PreTrainedModel:
     """The dense student; in a sharded run each process has its rows of it, unless text decides the first masks."""
     model, init = run.config.model, run.config.sparsity.init
     # calibration runs the whole model, block by block, on every process
@@ -303,7 +306,7 @@ def _load_options(model: ModelConfig) -> dict[str, Any]:
     return {key: getattr(model, key) for key in keys}
 
 
-def _teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel | str | None:
+def given_teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel | str | None:
     """The teacher, or None if there is none or it is the dense model that the student starts from."""
     if config.distillation is None or not config.distillation.needs_teacher:
         return None

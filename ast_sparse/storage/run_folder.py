@@ -14,6 +14,7 @@ RESOLVED_CONFIG = "config.yaml"
 SAMPLES = "samples.json"
 METRICS = "metrics.jsonl"  # every record of the log
 MASK_HISTORY = "mask_history.jsonl"  # flip rates by layer
+FOUND_RATES = "find_lr.json"  # of ast-train --find-lr, before the run
 REPLAY = "replay"  # a folder of batches
 REPORT = "report"  # a folder
 
