@@ -86,8 +86,8 @@ def test_the_schedule_is_compressed_to_the_short_runs(folder: Path) -> None:
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 30, "min_lr_ratio": 0.1}
     )
     assert decay["lr_scheduler_kwargs"] == {"num_decay_steps": 3, "min_lr_ratio": 0.1}
-    config = replace(config_of(folder), distillation=DistillationConfig(match_flops=True))
-    assert find_lr._short(config, 10).distillation == DistillationConfig(match_flops=False)
+    config = replace(config_of(folder), distillation=DistillationConfig(alpha=0, match_flops=True))
+    assert find_lr._short(config, 10).distillation == DistillationConfig(alpha=0)
 
 
 def test_by_default_rates_surround_that_of_the_configuration(folder: Path) -> None:
