@@ -173,16 +173,17 @@ def _settle(layer: SparseLayer) -> None:
 
 
 def block_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of each token divided by the mean square of its target, mean over the tokens.
+    """Relative squared error of a block's outputs on a sequence, `‖Y − Ŷ‖² / ‖Y‖²`, in float32 or wider.
 
-    Without the division a few tokens with massive activations would be all of the loss.
+    The few tokens with massive activations weigh most, and they must: attention rests on them. A loss relative to each
+    token's own size loses them, and the model with them.
 
     Args:
-        outputs, targets: `[..., tokens, width]`; computed in float32 or wider.
+        outputs, targets: `[..., tokens, width]`.
     """
     targets = targets.to(_wide(targets.dtype))
-    error = (outputs.to(targets.dtype) - targets).square().mean(-1)
-    return (error / targets.square().mean(-1).clamp(min=_SMALLEST)).mean()
+    error = (outputs.to(targets.dtype) - targets).square().mean()
+    return error / targets.square().mean().clamp(min=_SMALLEST)
 
 
 def rate_at(step: int, steps: int) -> float:
