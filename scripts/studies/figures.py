@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,6 +11,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ast_sparse.report import plots
 from ast_sparse.report.plots import COLOURS, MARKERS, WIDE, finite, rounded
+from ast_sparse.run.stages import WIKITEXT2
+from scripts.studies.curves import curve_rows
 from scripts.studies.results import Outcome, Results, dataset_names, dense_results
 
 
@@ -29,7 +32,7 @@ def _perplexity(outcomes: Sequence[Outcome]) -> Figure | None:
     datasets = [name for name in dataset_names(outcomes) if any(name in outcome.final for outcome in outcomes)]
     if not datasets:
         return None
-    names = [outcome.name for outcome in outcomes]
+    names = [outcome.label for outcome in outcomes]
     size = (1.2 + 3.6 * len(datasets), 1.1 + 0.36 * len(names))
     figure, panels = plots.panels(1, len(datasets), size, sharey=True)
     for axes, dataset in zip(panels, datasets, strict=True):
@@ -73,7 +76,7 @@ def _bars(axes: Axes, values: Sequence[float | None], missing: Sequence[str], de
 
 def _flips(outcomes: Sequence[Outcome]) -> Figure | None:
     """Flip rate and initial flip rate at every mask refresh (paper Fig. 4)."""
-    return plots.flip_figure([(outcome.name, outcome.history) for outcome in outcomes])
+    return plots.flip_figure([(outcome.label, outcome.history) for outcome in outcomes])
 
 
 def _losses(outcomes: Sequence[Outcome]) -> Figure | None:
@@ -82,14 +85,69 @@ def _losses(outcomes: Sequence[Outcome]) -> Figure | None:
         return None
     tested = _tested_dataset(outcomes)
     figure, panels = plots.panels(1, 2 if tested else 1, (8.4 if tested else 4.6, 3.4))
-    plots.loss_panel(panels[0], [(outcome.name, outcome.logged("loss")) for outcome in outcomes])
+    plots.loss_panel(panels[0], [(outcome.label, outcome.logged("loss")) for outcome in outcomes])
     if tested:
         dataset = tested.removesuffix("_perplexity")
         label = "held-out perplexity" if dataset == "eval" else _perplexity_label(outcomes, dataset)
-        curves = [(outcome.name, outcome.logged(tested)) for outcome in outcomes]
+        curves = [(outcome.label, outcome.logged(tested)) for outcome in outcomes]
         plots.perplexity_panel(panels[1], curves, label, {"dense": _finite(dense_results(outcomes), dataset)})
     plots.legend(figure, panels[0])
     return figure
+
+
+def _curves(outcomes: Sequence[Outcome]) -> Figure | None:
+    """Perplexity against tokens and against minutes; of several seeds the geometric mean, and a band over their range.
+
+    A start far above where the curves end is cut off, so that those can be told apart. A curve without times is only in
+    the first panel.
+    """
+    rows = [row for row in curve_rows(outcomes) if finite(row["perplexity"]) is not None]
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    if not datasets:
+        return None
+    dataset = WIKITEXT2 if WIKITEXT2 in datasets else datasets[0]
+    rows = [row for row in rows if row["dataset"] == dataset]
+    figure, panels = plots.panels(1, 2, (8.4, 4.4), sharey=True)
+    dense = _finite(dense_results(outcomes), dataset)
+    for axes, (key, unit, label) in zip(panels, _CURVE_AXES, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+            _curve(axes, index, [row for row in rows if row["variant"] == name], key, unit)
+        if dense is not None:
+            axes.axhline(dense, color="black", linestyle="--", linewidth=1.2)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    panels[0].set_yscale("log")  # of both
+    ends = {(row["variant"], row["seed"]): row["perplexity"] for row in rows}
+    top = _HEADROOM * max(ends.values())
+    if panels[0].get_ylim()[1] > top:
+        panels[0].set_ylim(top=top)
+    plots.plain_ticks(panels[0], "y")
+    panels[0].set_ylabel(_perplexity_label(outcomes, dataset))
+    if dense is not None:
+        panels[0].annotate(
+            f"dense {rounded(dense)}", (0, dense), xycoords=("axes fraction", "data"), xytext=(3, 3),
+            textcoords="offset points",
+        )  # fmt: skip
+    plots.legend(figure, panels[0])
+    return figure
+
+
+def _curve(axes: Axes, index: int, rows: Sequence[dict[str, Any]], key: str, unit: float) -> None:
+    """One variant: a point for each step that all of its seeds measured; with the last perplexity in its name."""
+    seeds = {row["seed"] for row in rows}
+    places, means, ranges = [], [], []
+    for step in dict.fromkeys(row["step"] for row in rows):
+        same = [row for row in rows if row["step"] == step]
+        if len(same) == len(seeds) and all(row[key] is not None for row in same):
+            values = [row["perplexity"] for row in same]
+            places.append(fmean(row[key] for row in same) / unit)
+            means.append(geometric_mean(values))
+            ranges.append((min(values), max(values)))
+    if not means:
+        return
+    plots.line(axes, index, f"{rows[0]['variant']}: {rounded(means[-1])}", zip(places, means, strict=True))
+    if len(seeds) > 1:
+        axes.fill_between(places, *zip(*ranges, strict=True), color=COLOURS[index % len(COLOURS)], alpha=0.25, lw=0)
 
 
 def _alpha(outcomes: Sequence[Outcome]) -> Figure | None:
@@ -138,6 +196,10 @@ def _finite(results: Results, dataset: str) -> float | None:
     return finite(results[dataset]["perplexity"] if dataset in results else None)
 
 
+_HEADROOM = 2.5  # times the highest end of a curve
+_CURVE_AXES = (  # column of curves.csv, its unit, the label
+    ("tokens", 1000, "thousand tokens trained on"), ("seconds", 60, "minutes of work, the start included"),
+)  # fmt: skip
 _FIGURES: dict[str, Callable[[Sequence[Outcome]], Any]] = {
-    "perplexity": _perplexity, "flips": _flips, "losses": _losses, "alpha": _alpha,
+    "perplexity": _perplexity, "curves": _curves, "flips": _flips, "losses": _losses, "alpha": _alpha,
 }  # fmt: skip

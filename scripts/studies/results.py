@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_sparse.errors import UserError
+from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.run_folder import MASK_HISTORY
 from ast_sparse.storage.stage_results import RESULTS, StageResult
@@ -34,11 +35,31 @@ class Outcome:
     one_shot_name: str = ""
     state: dict[str, Any] = field(default_factory=dict)  # trainer_state.json
     history: list[dict[str, Any]] = field(default_factory=list)  # mask_history.jsonl
+    start_seconds: float | None = 0.0  # of pruning before training; None if that took time and was not recorded
 
     @property
     def name(self) -> str:
-        """The name of the variant."""
+        """The name of the variant, which its seeds share."""
         return self.variant.name
+
+    @property
+    def label(self) -> str:
+        """The name of the variant, and its seed if it has one."""
+        return self.variant.label
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of the training, or of the calibration if it was only pruned; None if it was only measured."""
+        config = self.variant.config
+        seeds = {"train": config.training.get("seed", 42), "prune": config.calibration.seed}  # 42: TrainingArguments
+        return seeds.get(self.variant.kind)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step of a training run; studies run in one process."""
+        config = self.variant.config
+        accumulated: int = config.training.get("gradient_accumulation_steps", 1)
+        return int(self.state.get("train_batch_size", 0)) * accumulated * config.data.block_size
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of each log entry that has `key`."""
@@ -87,7 +108,7 @@ def write_results(study: Study, outcomes: Sequence[Outcome], out: Path, made: di
         "command": shlex.join(["python", "scripts/studies/run.py", *map(hide, made["arguments"])]),
         **{key: made[key] for key in ("commit", "device", "versions")},
         "variants": [
-            {**{key: value for key, value in outcome.record.items() if key != "resolved"}, "seed": _seed(outcome)}
+            {**{key: value for key, value in outcome.record.items() if key != "resolved"}, "seed": outcome.seed}
             for outcome in outcomes
         ],
     }
@@ -101,8 +122,8 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     for outcome in outcomes:
         rows.append({
             "variant": outcome.name, "kind": outcome.variant.kind, **_perplexities(outcome.final, datasets),
-            **{f"one_shot_{_label(name)}": _value(outcome.one_shot, name) for name in datasets},
-            **_training_values(outcome), "seed": _seed(outcome), **_made_with(outcome),
+            **{f"one_shot_{short_name(name)}": perplexity_of(outcome.one_shot, name) for name in datasets},
+            **_training_values(outcome), "seed": outcome.seed, **_made_with(outcome),
         })  # fmt: skip
     return [*_reference_rows(outcomes, datasets), *rows]
 
@@ -112,9 +133,10 @@ def results_table(outcomes: Sequence[Outcome]) -> str:
     datasets = dataset_names(outcomes)
     rows = table_rows(outcomes)
     own_start = bool(_started_dense(outcomes)) and not _shares_one_shot(outcomes)
-    columns = {"variant": "variant", **{_label(name): _with_window(name, outcomes) for name in datasets}}
+    seed = {"seed": "seed"} if any(outcome.variant.seed is not None for outcome in outcomes) else {}
+    columns = {"variant": "variant", **seed, **{short_name(name): _with_window(name, outcomes) for name in datasets}}
     if own_start:
-        columns |= {f"one_shot_{_label(name)}": f"one-shot {_label(name)}" for name in datasets}
+        columns |= {f"one_shot_{short_name(name)}": f"one-shot {short_name(name)}" for name in datasets}
     columns |= {"steps": "steps", "train_seconds": "train s", "flops": "FLOPs"}
     for row in rows:
         flops = [row[key] for key in ("student_flops", "teacher_flops") if row.get(key) is not None]
@@ -127,6 +149,11 @@ def results_table(outcomes: Sequence[Outcome]) -> str:
 def dataset_names(outcomes: Sequence[Outcome]) -> list[str]:
     """Data sets that any of the variants was measured on."""
     return list(dict.fromkeys(name for outcome in outcomes for name in (*outcome.dense, *outcome.final)))
+
+
+def short_name(dataset: str) -> str:
+    """A column name: for a text file its name, without its folder."""
+    return Path(dataset).name
 
 
 def dense_results(outcomes: Sequence[Outcome]) -> Results:
@@ -146,7 +173,18 @@ def _read_outcome(variant: Variant, record: dict[str, Any], folder: Path) -> Out
         variant=variant, record=record, final=stages[starting["retr"]], dense=stages.get("dense", {}),
         one_shot=stages.get(starting["one-shot"], {}), one_shot_name=starting["one-shot"],
         state=read_json(folder / "trainer_state.json"), history=[json.loads(line) for line in lines],
+        start_seconds=_start_seconds(variant, folder),
     )  # fmt: skip
+
+
+def _start_seconds(variant: Variant, folder: Path) -> float | None:
+    """Seconds of the calibration, the change of basis and the pruning before training; the magnitude start is free."""
+    file = folder / "start" / "start.json"
+    if file.exists():
+        return float(read_json(file)["seconds"])
+    basis = variant.config.basis
+    is_free = not METHODS[variant.config.sparsity.init].needs_text and (basis is None or not basis.is_on)
+    return 0.0 if is_free else None
 
 
 def _reference_rows(outcomes: Sequence[Outcome], datasets: Sequence[str]) -> list[dict[str, Any]]:
@@ -164,7 +202,8 @@ def _reference_rows(outcomes: Sequence[Outcome], datasets: Sequence[str]) -> lis
 def _reference_row(
     name: str, kind: str, measured_by: Outcome, results: Results, datasets: Sequence[str]
 ) -> dict[str, Any]:
-    none = dict.fromkeys([*(f"one_shot_{_label(name)}" for name in datasets), *_training_values(measured_by), "seed"])
+    starts = [f"one_shot_{short_name(dataset)}" for dataset in datasets]
+    none = dict.fromkeys([*starts, *_training_values(measured_by), "seed"])
     return {"variant": name, "kind": kind, **_perplexities(results, datasets), **none, **_made_with(measured_by)}
 
 
@@ -186,18 +225,17 @@ def _is_same(one: Results, other: Results) -> bool:
 
 
 def _perplexities(results: Results, datasets: Sequence[str]) -> dict[str, Any]:
-    columns: dict[str, Any] = {_label(name): _value(results, name) for name in datasets}
+    columns: dict[str, Any] = {short_name(name): perplexity_of(results, name) for name in datasets}
     for key in ("windows", "seq_len"):
-        columns |= {f"{key}_{_label(name)}": results[name].get(key) if name in results else None for name in datasets}
+        for name in datasets:
+            columns[f"{key}_{short_name(name)}"] = results[name].get(key) if name in results else None
     return columns
 
 
 def _training_values(outcome: Outcome) -> dict[str, Any]:
     """Steps, tokens, time, FLOPs, flip rates and loss of a training run."""
-    state, config = outcome.state, outcome.variant.config
-    steps = state.get("global_step")
-    per_step = state.get("train_batch_size", 0) * config.training.get("gradient_accumulation_steps", 1)
-    tokens = steps * per_step * config.data.block_size if steps else None
+    steps = outcome.state.get("global_step")
+    tokens = steps * outcome.tokens_per_step if steps else None
     # for a resumed run, the trainer knows only the time of the last part
     seconds = outcome.last("train_runtime") if outcome.record.get("starts", 1) == 1 else None
     refresh = outcome.history[-1] if outcome.history else {}
@@ -220,13 +258,8 @@ def _made_with(outcome: Outcome) -> dict[str, Any]:
     return {"commit": record["commit"], "device": record["device"], **record["versions"]}
 
 
-def _seed(outcome: Outcome) -> int | None:
-    config = outcome.variant.config
-    seeds = {"train": config.training.get("seed", 42), "prune": config.calibration.seed}  # 42: of TrainingArguments
-    return seeds.get(outcome.variant.kind)
-
-
-def _value(results: Results, name: str) -> float | None:
+def perplexity_of(results: Results, name: str) -> float | None:
+    """The perplexity on a data set; None if it was not measured, or is not finite."""
     return results[name]["perplexity"] if name in results else None
 
 
@@ -235,14 +268,9 @@ def _number(results: Results, name: str) -> float:
     return math.inf if value is None or math.isnan(value) else value
 
 
-def _label(dataset: str) -> str:
-    """A column name: for a text file its name, without its folder."""
-    return Path(dataset).name
-
-
 def _with_window(dataset: str, outcomes: Sequence[Outcome]) -> str:
     result = next(outcome.final[dataset] for outcome in outcomes if dataset in outcome.final)
-    return f"{_label(dataset)} ({result['windows']} x {result['seq_len']})"
+    return f"{short_name(dataset)} ({result['windows']} x {result['seq_len']})"
 
 
 class _Placeholders:

@@ -23,6 +23,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.tables import format_table
 from scripts.provenance import provenance
+from scripts.studies.curves import write_curves
 from scripts.studies.results import read_outcomes, results_table, write_results
 from scripts.studies.variants import Study, Variant, commands, read_study
 
@@ -63,12 +64,13 @@ def main(
     """Run the variants of STUDY.yaml and make one table and figures of them.
 
     A study has `title`, `config` (the base configuration, relative to the study), `set` (settings of all variants),
-    `smoke` (further settings with --smoke), `figures` (perplexity, flips, losses, alpha), and `variants`: by name, the
-    settings that differ. With `run: prune` a variant is pruned one-shot (ast-prune with sparsity.init, sparsity.pattern
-    and calibration); with `run: eval` and `model:` a model is only measured.
+    `smoke` (further settings with --smoke), `seeds` (run each variant with each), `figures` (perplexity, curves, flips,
+    losses, alpha), and `variants`: by name, the settings that differ. With `run: prune` a variant is pruned one-shot
+    (ast-prune with sparsity.init, sparsity.pattern, calibration and basis); with `run: eval` and `model:` a model is
+    only measured.
 
     Finished variants are not run again, and an interrupted one continues from its last checkpoint. OUT gets a folder
-    and a record for each, results.csv, provenance.json and the figures as PNG.
+    and a record for each, results.csv, provenance.json and the figures as PNG; with evaluation.steps also curves.csv.
     """
     study = read_study(study_file, dict(_override(text) for text in overrides), smoke, _rows(rows))
     chosen = _chosen(study, only)
@@ -84,7 +86,7 @@ def main(
     failure = None
     try:
         for number, variant in enumerate(chosen, start=1):
-            click.echo(f"== variant {number} of {len(chosen)}: {variant.name}")
+            click.echo(f"== variant {number} of {len(chosen)}: {variant.label}")
             run_variant(study, variant, out)
     except VariantError as error:
         failure = error
@@ -107,7 +109,7 @@ def listing(study: Study) -> str:
         own = {key: value for key, value in variant.settings.items() if key not in common}
         shown = [f"model={variant.model}"] if variant.model else []
         shown += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in own.items()]
-        lines.append((variant.name, variant.kind, "  ".join(shown) or "-"))
+        lines.append((variant.label, variant.kind, "  ".join(shown) or "-"))
     shared = [f"  {key}={json.dumps(value, ensure_ascii=False)}" for key, value in common.items()]
     head = [study.title, f"base configuration: {study.config}"]
     return (
@@ -159,6 +161,7 @@ def report(study: Study, out: Path, arguments: list[str]) -> None:
     if not outcomes:
         return
     write_results(study, outcomes, out, {"root": ROOT, "arguments": arguments, **provenance()})
+    write_curves(outcomes, out / "curves.csv")
     if study.figures:
         from scripts.studies.figures import draw  # matplotlib is slow to import
 
@@ -276,7 +279,7 @@ def _run(variant: Variant, command: list[str]) -> None:
         name = command[0].replace("ast_sparse.cli.", "ast-")
         how = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
         raise VariantError(
-            f"{variant.name}: {name} {how}, see above. The study stops here. Start it again to continue.",
+            f"{variant.label}: {name} {how}, see above. The study stops here. Start it again to continue.",
             code if code > 0 else 128 - code,
         )
 
@@ -301,11 +304,11 @@ def _rows(texts: tuple[str, ...]) -> dict[str, str]:
 
 
 def _chosen(study: Study, only: tuple[str, ...]) -> list[Variant]:
-    known = [variant.name for variant in study.variants]
+    known = list(dict.fromkeys(name for variant in study.variants for name in (variant.name, variant.label)))
     for name in only:
         if name not in known:
             raise UserError(f"--only {name!r} is not a variant of {study.path}. Known: {', '.join(known)}.")
-    return [variant for variant in study.variants if not only or variant.name in only]
+    return [variant for variant in study.variants if not only or {variant.name, variant.label} & {*only}]
 
 
 if __name__ == "__main__":

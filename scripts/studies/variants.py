@@ -3,36 +3,45 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ast_sparse.config import RunConfig, load_config
+from ast_sparse.config import BasisConfig, RunConfig, load_config
 from ast_sparse.config.yaml12 import parse_yaml
 from ast_sparse.errors import UserError, kind_of
 from ast_sparse.run.stages import HELDOUT, WIKITEXT2
 from ast_sparse.sparsity.oneshot import METHODS
 
-KEYS = ("title", "config", "set", "smoke", "variants", "figures")
+KEYS = ("title", "config", "set", "smoke", "seeds", "variants", "figures")
 KINDS = ("train", "prune", "eval")
-FIGURES = ("perplexity", "flips", "losses", "alpha")
+FIGURES = ("perplexity", "curves", "flips", "losses", "alpha")
 _RESERVED = ("provenance",)  # its record would have the same name as a file of the study
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: a run of `kind` train, prune or eval, and its settings."""
+    """One row of the table: a run of `kind` train, prune or eval, and its settings.
+
+    Variants that differ only in `seed`, one of the study's `seeds`, have the same name.
+    """
 
     name: str
     kind: str
     model: str | None  # what `run: eval` measures, if it is not the base model
     settings: dict[str, Any]
     config: RunConfig
+    seed: int | None = None  # None: the seeds of its settings
+
+    @property
+    def label(self) -> str:
+        """Its name, and its seed if it has one."""
+        return _label(self.name, self.seed)
 
     @property
     def folder(self) -> str:
         """Its folder inside OUT."""
-        return _folder(self.name)
+        return _folder(self.label)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -70,17 +79,23 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
         raise UserError(f"{path}: `smoke` is missing. Give the settings of a small run below it, or remove --smoke.")
     given = [(name, *_parts(path, name, entry)) for name, entry in tree["variants"].items()]
     given += [(name, "eval", model, {}) for name, model in rows.items()]
-    _check_names(path, [name for name, *_ in given])
+    each: list[int] | list[None] = _seeds(tree, path)
+    seeds = {"train": each, "prune": each, "eval": [None]}
+    _check_names(path, [_label(name, seed) for name, kind, *_ in given for seed in seeds[kind]])
     variants = []
     for name, kind, model, own in given:
         settings = {**common, **own, **overrides}
         try:
             resolved = load_config(config, as_overrides(settings))
-            variant = Variant(name=name, kind=kind, model=model, settings=settings, config=resolved)
-            _check_commands(variant)
+            for seed in seeds[kind]:
+                own_seed = {} if seed is None else _seed_settings(settings, resolved, seed)
+                seeded = resolved if seed is None else _with_seed(resolved, own_seed)
+                own_settings = {**settings, **own_seed}
+                variant = Variant(name=name, kind=kind, model=model, settings=own_settings, config=seeded, seed=seed)
+                variants.append(variant)
+            _check_commands(variants[-1])
         except UserError as error:
             raise UserError(f"{path}, variant {name!r}: {error}") from None
-        variants.append(variant)
     return Study(path, tree.get("title", path.stem), config, tuple(variants), tuple(tree.get("figures") or ()))
 
 
@@ -112,13 +127,19 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
         "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
         "damping": settings.damping, "block-size": settings.block_size, "text-field": config.data.text_field,
     }  # fmt: skip
+    if settings.recovery_epochs:
+        for key in ("recovery_epochs", "recovery_learning_rate", "recovery_batch_size"):
+            options[key.replace("_", "-")] = getattr(settings, key)
+    if config.basis is not None and config.basis.rotation_steps:
+        options["rotation-steps"] = config.basis.rotation_steps
     lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
-    if METHODS[config.sparsity.init].needs_text:
+    if METHODS[config.sparsity.init].needs_text or (config.basis is not None and config.basis.is_on):
         lists["calibration"] = tuple(_calibration_files(config))
     repeated = [argument for key, values in lists.items() for value in values for argument in (f"--{key}", value)]
     single = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]
+    permute = ["--permute"] if config.basis is not None and config.basis.permute else []
     model = config.model.name_or_path
-    return ["ast_sparse.cli.prune", model, str(folder), *single, *repeated, *_model_options(config)]
+    return ["ast_sparse.cli.prune", model, str(folder), *single, *permute, *repeated, *_model_options(config)]
 
 
 def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
@@ -208,6 +229,38 @@ def _parts(path: Path, name: str, entry: Any) -> tuple[str, str | None, dict[str
     return kind, model, own
 
 
+def _seeds(tree: dict[str, Any], path: Path) -> list[int] | list[None]:
+    """The seeds that each variant is run with; [None] if the study names none."""
+    seeds = tree.get("seeds")
+    if seeds is None:
+        return [None]
+    are_numbers = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    if not are_numbers or not seeds or len({*seeds}) < len(seeds):
+        raise UserError(f"{path}: seeds={seeds!r} is not a list of different whole numbers, 0 or more. Correct it.")
+    return list(seeds)
+
+
+def _seed_settings(settings: Mapping[str, Any], config: RunConfig, seed: int) -> dict[str, Any]:
+    """`seed` for training and calibration; the held-out text, chosen by `data.seed`, is the same in all runs."""
+    seeded = {"training.seed": seed, "calibration.seed": seed}
+    if config.training.get("data_seed") is not None:
+        seeded["training.data_seed"] = seed
+    if twice := next((key for key in seeded if key in settings), None):
+        raise UserError(f"{twice}={settings[twice]!r} would be replaced by each of `seeds`. Remove one of them.")
+    return seeded
+
+
+def _with_seed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the settings of `_seed_settings`."""
+    training = {key.removeprefix("training."): seed for key, seed in settings.items() if key.startswith("training.")}
+    calibration = replace(config.calibration, seed=settings["calibration.seed"])
+    return replace(config, training={**config.training, **training}, calibration=calibration)
+
+
+def _label(name: str, seed: int | None) -> str:
+    return name if seed is None else f"{name}, seed {seed}"
+
+
 def _folder(name: str) -> str:
     return re.sub(r"[^\w.+=-]+", "_", name)
 
@@ -241,8 +294,19 @@ def _check_commands(variant: Variant) -> None:
             "whose results would be those of another model. Write them into config.json of the model."
         )
     if variant.kind == "prune":
+        _check_basis(variant.config.basis)
         _prune_command(variant.config, Path())
     model = variant.model or ""
     looks_local = model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf")
     if looks_local and not Path(model).expanduser().exists():
         raise UserError(f"model {model!r} does not exist. Correct it.")
+
+
+def _check_basis(basis: BasisConfig | None) -> None:
+    """Refuse settings of the change of basis that ast-prune has no option for."""
+    if basis is None or not basis.rotation_steps:
+        return
+    default = BasisConfig(permute=basis.permute, rotation_steps=basis.rotation_steps)
+    for key, value in basis.to_dict().items():
+        if value != getattr(default, key):
+            raise UserError(f"basis.{key}={value!r} does not reach `run: prune`. Remove it, or use `run: train`.")

@@ -20,6 +20,7 @@ from tests.processes import forked_commands
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHIPPED = {
     "table1", "table4", "table5", "table9", "table11", "table12", "table13", "table14", "patterns", "fig2", "fig4",
+    "recipes",
 }  # fmt: skip
 PNG = b"\x89PNG"
 BASE = """
