@@ -6,22 +6,23 @@ from ast_sparse.storage.save_pieces import FILE_BYTES
 
 
 def host_memory(
-    setup: Setup, student: Sizes, teacher: Sizes | None, processes: int, reads_whole: bool, saves_whole: bool = False
+    setup: Setup, student: Sizes, teacher: Sizes | None, processes: int, calibrates: bool, saves_whole: bool = False
 ) -> dict[str, Term]:
     """Bytes on the host of one machine by moment; Python, its libraries and the text come on top.
 
     Args:
         student: with masks.
         processes: on the machine, one a device.
-        reads_whole: each process of a sharded run reads the whole student, because text decides the first masks.
+        calibrates: text decides the first masks: one process has the whole dense student to make the start of.
         saves_whole: transformers converts the weights of this family when they are saved.
     """
     of_teacher = Term(0) if teacher is None else Term.of(teacher.weights, 2 if setup.is_half else 4)
     terms = {"while models are read": (Term.of(student.weights, 4) + of_teacher).times(processes)}
     if setup.sharding == "fsdp2":  # each process reads its rows onto its device, a tensor at a time
-        whole = Term.of(student.weights, 4)
-        terms = {"while models are read": (whole if reads_whole else Term.of(student.tensor, 4)).times(processes)}
+        terms = {"while models are read": Term.of(student.tensor, 4).times(processes)}
         terms["while the first process saves the model"] = held_to_save(student, saves_whole)
+    if calibrates:
+        terms["while one process makes the start"] = Term.of(student.weights, 4)
     if setup.offload:
         buffers = Term.of(student.tensor, 12 if setup.is_half else 16)
         held = Term.of(student.weights, 4) + Term.of(student.trained, 8)

@@ -52,7 +52,7 @@ class MemoryModel:
         teacher: dense, on the meta device, or None.
         distillation: the loss.
         hessians: bytes of the Hessians for mask refreshes by SparseGPT.
-        calibrates: text decides the first masks.
+        calibrates: the run makes a start, from text.
 
     Raises:
         Exception: whatever a model's code raises if it cannot run without data.
@@ -103,9 +103,6 @@ class MemoryModel:
         if setup.measured_tokens:
             counted = _counted(self.passes.measurement(setup).activations, 1, setup.measured_tokens)
             moments["measurement of perplexities"] = {**held, **self._gathered(setup, False, is_step=False), **counted}
-            if setup.sharding == "fsdp2" and self.calibrates:  # it is alone, and not sharded yet
-                dense = Term.of(self.sizes.weights - self.sizes.slorb, 4)
-                moments["measurement of the dense model"] = {"whole weights": dense, **counted}
         return moments
 
     # ---- what is always there ------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from ast_sparse.planning.plan import Hardware
 from ast_sparse.run.checks import CheckedRun, check_choosing, check_token_ids, checked_run
 from ast_sparse.run.output import output_folder
 from ast_sparse.run.signals import PreemptionSignals
-from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher, make_trainer, read_data
+from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher, make_trainer, read_data, start_samples
+from ast_sparse.run.warm_start import check_start, warm_start
 from ast_sparse.storage.files import finite_or_none, write_json
 from ast_sparse.storage.run_folder import FOUND_RATES
 from ast_sparse.training.trainer import SparseTrainer
@@ -106,6 +107,8 @@ def find_rate(
     with tempfile.TemporaryDirectory() as folder:  # for what a run writes on its way
         run = checked_run(short, folder, None, False, False, Hardware(), echo, signals)
         assert run is not None
+        with errors_shared():
+            check_start(config, run.plan.model_config)
         if run.args.should_log:
             echo("\n".join(run.plan.lines()))
         found, start = _compare(run, rates, steps, output)
@@ -195,9 +198,10 @@ def _compare(
         model, teacher = dense_student(mine), given_teacher(config, args)
         if before is None:
             check_token_ids(train, tokenizer, model, teacher, config.model.trust_remote_code)
-        calibrates = before is None
-        trainer = make_trainer(mine, tokenizer, model, teacher, every_block, train, held_out, calibrates=calibrates)
+        trainer = make_trainer(mine, tokenizer, model, teacher, train, held_out)
         if before is None:
+            if (samples := start_samples(mine, tokenizer, every_block)) is not None:
+                warm_start(mine, trainer, samples)
             start = _state(trainer.student)
             before = _held_out(trainer, chosen)
             if fault := before.fault():

@@ -103,7 +103,10 @@ def refuse_used(output: Path) -> None:
 
 
 def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, overwrite: bool) -> None:
-    """Prepare the output folder for this run: remove what is stale, write the configuration."""
+    """Prepare the output folder for this run: remove what is stale, write the configuration.
+
+    A start stays: it says itself what it was made from, and may be used again.
+    """
     if overwrite:
         _remove_run(output)
     if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
@@ -14,7 +15,8 @@ from ast_sparse.data.blocks.collator import document_borders
 from ast_sparse.data.blocks.counted import with_counted_tokens
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks, build_datasets
-from ast_sparse.data.calibration import calibration_blocks
+from ast_sparse.data.calibration import calibration_blocks, calibration_samples
+from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import errors_shared, gather, lost_processes, once_per_folder, wait_for_all
 from ast_sparse.errors import UserError, one_line
@@ -28,6 +30,7 @@ from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
+from ast_sparse.run.warm_start import check_start, load_options, needs_start, warm_start
 from ast_sparse.sparsity.model import slorb_set_aside
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.locate import load_tokenizer
@@ -85,6 +88,7 @@ def run_training(
         show_costs(run, hardware)
         return None
     with errors_shared():
+        check_start(config, run.plan.model_config)
         measured = Measured(config, run.args)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
@@ -177,14 +181,17 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     if stage not in rows:
         rows[stage] = measured(stage, model, tokenizer, held_out)
         check_finite(rows)
-    trainer = make_trainer(run, tokenizer, model, teacher, every_block, train, held_out)
+    trainer = make_trainer(run, tokenizer, model, teacher, train, held_out)
     trainer.run_record.sections = run_settings(config)
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
+    samples = start_samples(run, tokenizer, every_block)
     with run.signals.held():
         if args.should_save:
             clear_for_run(config, run.output, checkpoint, run.overwrite)
         run.signals.restart = "--resume starts it again"  # from the beginning, if there is no checkpoint
+    if samples is not None:  # now that all checks are passed, and the folder belongs to this run
+        warm_start(run, trainer, samples)
     stage = f"one-shot {config.sparsity.pattern}"
     is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern only during training
     if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:
@@ -239,18 +246,10 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     teacher: PreTrainedModel | str | None,
-    every_block: Blocks,
     train: Any,
     held_out: Any,
-    *,
-    calibrates: bool = True,
 ) -> SparseTrainer:
-    """The trainer, which makes the model sparse.
-
-    Args:
-        every_block: all blocks of the training text, for calibration; `train` has those with tokens that count.
-        calibrates: False for magnitude masks, because masks and weights will be replaced.
-    """
+    """The trainer, which makes the model sparse by magnitude; other masks come from a start or a checkpoint."""
     config = run.config
     try:
         return SparseTrainer(
@@ -262,7 +261,7 @@ def make_trainer(
             calibration_config=config.calibration,
             watch_config=config.watch,
             optimizer_config=config.optimizer,
-            calibration_dataset=calibrates and _calibration(config, tokenizer, run.checkpoint, every_block),
+            calibration_dataset=False,
             teacher_model=teacher,
             mixture_config=config.data.mixture if config.data.domains else None,
             train_dataset=train,
@@ -276,34 +275,28 @@ def make_trainer(
         raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
 
 
-def _calibration(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Path | None,
-    training: Blocks,
-) -> Blocks | bool:
-    """Blocks for the calibration of one-shot pruning; False if the masks come from a checkpoint."""
-    settings = config.calibration
-    if checkpoint is not None:
-        return False
-    if settings.data is None or not METHODS[config.sparsity.init].needs_text:
-        return training
-    sources, data, length = settings.data, config.data, settings.seq_len or config.data.block_size
-    return _cached(lambda: calibration_blocks(sources, data.root, data.text_field, tokenizer, length, bos=data.bos))
+def start_samples(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, training: Blocks) -> Tensor | None:
+    """Sequences that the start is calibrated on, `[samples, tokens]` int64; None if the run needs no start.
+
+    Args:
+        training: all blocks of the training text.
+    """
+    data, settings = run.config.data, run.config.calibration
+    if not needs_start(run.config, run.checkpoint):
+        return None
+    blocks, entries, length = training, settings.data, settings.seq_len or data.block_size
+    if entries is not None:
+        make = partial(calibration_blocks, entries, data.root, data.text_field, tokenizer, length, bos=data.bos)
+        blocks = _cached(make)
+    with errors_shared():
+        return calibration_samples(blocks, settings, find_bos(data.bos, tokenizer).of_block)
 
 
 def dense_student(run: CheckedRun) -> PreTrainedModel:
-    """The dense student; in a sharded run each process has its rows of it, unless text decides the first masks."""
-    model, init = run.config.model, run.config.sparsity.init
-    # calibration runs the whole model, block by block, on every process
-    whole = METHODS[init].needs_text and run.checkpoint is None
+    """The dense student; in a sharded run each process has its rows of it."""
+    model = run.config.model
     seed = run.args.seed if model.random_weights else None
-    return load_student(model.name_or_path, run.args, whole=whole, seed=seed, **_load_options(model))
-
-
-def _load_options(model: ModelConfig) -> dict[str, Any]:
-    keys = ("revision", "gguf_file", "attn_implementation", "trust_remote_code", "config_overrides")
-    return {key: getattr(model, key) for key in keys}
+    return load_student(model.name_or_path, run.args, seed=seed, **load_options(model))
 
 
 def given_teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel | str | None:
@@ -311,5 +304,5 @@ def given_teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel
     if config.distillation is None or not config.distillation.needs_teacher:
         return None
     if config.model.teacher is None and config.model.random_weights:
-        return load_teacher(config.model.name_or_path, args, **_load_options(config.model))
+        return load_teacher(config.model.name_or_path, args, **load_options(config.model))
     return config.model.teacher

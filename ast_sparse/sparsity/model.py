@@ -1,8 +1,8 @@
 """Operations on all pruned layers of a model: sparsify, refresh, apply, densify."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -21,16 +21,16 @@ from ast_sparse.distributed.pieces import (
     whole,
 )
 from ast_sparse.errors import SharedError, UserError
+from ast_sparse.kernels.bf16 import multiplies_in_bf16
 from ast_sparse.kernels.choice import Kernels
-from ast_sparse.progress import progress_bar
-from ast_sparse.schedules import sparsity_at
-from ast_sparse.sparsity.layers import SparseLayer, group_dim_of, make_dense, make_sparse, out_by_in, share_mask
+from ast_sparse.sparsity.layers import SparseLayer, make_dense, out_by_in, share_mask
 from ast_sparse.sparsity.masks import Pattern, gradual_mask, mask_fingerprint
-from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, prune_weight, settle
+from ast_sparse.sparsity.oneshot import METHODS, prune_weight
+from ast_sparse.sparsity.pruning import FinishedBlock, Pruning, prune_layers
 from ast_sparse.sparsity.recovery import BlockRecovery, check_recovery
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
-from ast_sparse.sparsity.slorb import SLoRB, slorb_init
-from ast_sparse.sparsity.statistics import InputStatistics, calibrate_blocks
+from ast_sparse.sparsity.slorb import slorb_init
+from ast_sparse.sparsity.statistics import InputStatistics
 from ast_sparse.storage.finite import check_finite
 from ast_sparse.storage.quantized import make_plain
 
@@ -98,6 +98,7 @@ def sparsify_model(
     samples: Tensor | None = None,
     device: torch.device | None = None,
     progress: bool = False,
+    finished: MutableMapping[str, FinishedBlock] | None = None,
 ) -> SparsityReport:
     """Give every selected layer its start mask by `sparsity.init`, and SLoRB if it is enabled, in place.
 
@@ -111,6 +112,8 @@ def sparsify_model(
         samples: `[sequences, tokens]` int64, for a method that needs text.
         device: where the samples run, block by block; default: where the model is.
         progress: show a bar with the layers and their errors.
+        finished: blocks by name that an earlier try with the same model, settings and text has pruned: they are taken
+            over. Every block that is pruned now is added. Only for methods that need text.
 
     Raises:
         UserError: a shape does not fit, no layer is left, the model is already sparse, or samples are missing.
@@ -130,41 +133,20 @@ def sparsify_model(
     pattern = Pattern.of(sparsity_config)
     slorb = slorb_config if slorb_config is not None and slorb_config.enabled else None
     bare = tuple(name for name in selected if slorb is not None and not takes_slorb(model, name))
-    is_recovered = calibration_config.recovery_epochs > 0 and not next(model.parameters()).is_meta
-    recovery = BlockRecovery(decoder_blocks(model), calibration_config) if is_recovered else None
-    adapters: dict[str, SLoRB] = {}
-    errors: dict[str, float] = {}
-    for name, layer, result in _prune_layers(
-        model, selected, sparsity_config, calibration_config, samples, device, progress, recovery
-    ):
-        dim = group_dim_of(layer)
-        dense = out_by_in(layer.weight, dim).clone() if slorb is not None and name not in bare else None
-        weight, mask = result.weight, result.mask
-        if not METHODS[sparsity_config.init].by_magnitude:
-            weight = settle(weight, mask, pattern)
-            layer.weight.copy_(out_by_in(weight, dim))
-        if not weight.is_meta and not sparsity_config.is_gradual:
-            errors[name] = result.error
-        make_sparse(layer, out_by_in(mask, dim), pattern, sparsity_config.fixed_masks)
-        if slorb is not None and dense is not None:
-            start = torch.zeros_like(weight) if recovery is not None else torch.where(mask, weight, 0)
-            adapters[name] = _adapter(dense, start, slorb)
-    for name, adapter in adapters.items():  # last, because calibration runs the pruned blocks without SLoRB
-        sparse = cast(SparseLayer, model.get_submodule(name))
-        sparse.slorb = adapter
-        if recovery is not None and slorb is not None:  # which changed the weights after they were pruned
-            weight = out_by_in(sparse.masked_weight(), sparse.group_dim)
-            adapter.S -= _adapter(weight, torch.zeros_like(weight), slorb).S.to(adapter.S.device)
+    recovery, home = None, next(model.parameters()).device
+    if calibration_config.recovery_epochs > 0 and home.type != "meta":
+        has_bf16, _ = multiplies_in_bf16(device or home)
+        recovery = BlockRecovery(decoder_blocks(model), calibration_config, has_bf16)
+    layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
+    pruning = Pruning(layers, sparsity_config, slorb, bare, recovery, finished)
+    for name, result in prune_layers(model, pruning, calibration_config, samples, device, progress):
+        pruning.put(name, result)
+    for name, adapter in pruning.adapters.items():  # last, because calibration runs the pruned blocks without SLoRB
+        model.get_submodule(name).slorb = adapter
     for name, others in same.items():
         for twin in others.values():
             share_mask(twin, cast(SparseLayer, model.get_submodule(name)))
-    recovered = {} if recovery is None else recovery.errors
-    return SparsityReport(pattern, shapes, skipped, total, errors, bare, recovered)
-
-
-def _adapter(dense: Tensor, start: Tensor, slorb: SLoRBConfig) -> SLoRB:
-    init = slorb.init if slorb.start == 0 else "zero"  # until `restart_slorb`
-    return SLoRB(*slorb_init(dense, start, slorb.k, init), slorb.train_projection)
+    return SparsityReport(pattern, shapes, skipped, total, pruning.errors, bare, pruning.recovered)
 
 
 def _check_forwards(selected: Mapping[str, Prunable]) -> None:
@@ -173,45 +155,6 @@ def _check_forwards(selected: Mapping[str, Prunable]) -> None:
             raise UserError(
                 f"`{name}` has its own forward, as in a model loaded with device_map. Load it without device_map."
             )
-
-
-def _prune_layers(
-    model: nn.Module,
-    selected: Mapping[str, Prunable],
-    config: SparsityConfig,
-    calibration: CalibrationConfig,
-    samples: Tensor | None,
-    device: torch.device | None,
-    progress: bool,
-    recovery: BlockRecovery | None,
-) -> Iterator[tuple[str, Prunable, PrunedLayer]]:
-    """Prune one layer at a time by `sparsity.init`; yields name, layer and result, which the caller writes back.
-
-    A layer with several names comes once. One that no token reached (an expert) is pruned by magnitude.
-    """
-    pattern, method = Pattern.of(config), METHODS[config.init]
-    layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
-    is_meta = next(model.parameters()).is_meta
-    groups: Iterable[Mapping[str, InputStatistics | None]] = [dict.fromkeys(layers)]
-    if method.needs_text and not is_meta:
-        if samples is None:
-            needs = f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples."
-            raise UserError(needs, "sparsity.init")
-        groups = calibrate_blocks(model, decoder_blocks(model), layers, samples, method.needs_hessian, device, recovery)
-    label = f"Pruning, {config.init} {pattern}"
-    with progress_bar(total=len(layers), desc=label, unit="layer", disable=not progress) as bar:
-        for name, statistics in ((name, group[name]) for group in groups for name in group):
-            layer = layers[name]
-            weight = out_by_in(layer.weight, group_dim_of(layer))
-            if statistics is None and method.needs_text and not is_meta:
-                logger.warning(f"No token of the calibration text reached `{name}`: it is pruned by magnitude.")
-            result = prune_layer(name, weight, config.init, pattern, statistics, calibration)
-            if config.is_gradual and not is_meta:  # the first round, or everything is kept
-                mask = gradual_mask(weight.abs(), pattern, sparsity_at(config, 0, config.rounds))
-                result = replace(result, mask=mask)
-            bar.set_postfix_str(f"{name} error {result.error:.4f}" if not is_meta else "", refresh=False)
-            yield name, layer, result
-            bar.update()
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:

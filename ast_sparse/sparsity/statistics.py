@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from ast_sparse.errors import UserError
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block, without its hidden states
-Recover: TypeAlias = Callable[[str, nn.Module, Sequence[Tensor], Sequence[Tensor], Call], None]
 _WITHOUT_TEXT = "Use the method magnitude; to round to 4 bits, --calibration none."
 
 
@@ -151,6 +150,33 @@ class InputRecorder:
         return hook
 
 
+class BlockSteps:
+    """What a caller of `calibrate_blocks` does with whole blocks; here nothing.
+
+    Attributes:
+        needs_targets: run the dense model beside the sparse one, for `finish`.
+    """
+
+    needs_targets = False
+
+    def restore(self, name: str, block: nn.Module) -> bool:
+        """Whether the block was pruned in an earlier try, and has been made so again."""
+        return False
+
+    def finish(
+        self, name: str, block: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor], call: Call
+    ) -> None:
+        """Called when the layers of a block are pruned.
+
+        Args:
+            name: of the block.
+            block: on the device where blocks run.
+            inputs: of the sparse model, `[1, tokens, width]` for each sequence, on the device of the model.
+            targets: outputs of the dense block from the dense model's inputs, shaped as `inputs`, if they are needed.
+            call: the other arguments of the block.
+        """
+
+
 class _Stop(Exception):
     """Ends a forward pass once the inputs of the first block are known."""
 
@@ -163,7 +189,7 @@ def calibrate_blocks(
     samples: Tensor,
     with_hessian: bool,
     device: torch.device | None = None,
-    recover: Recover | None = None,
+    steps: BlockSteps | None = None,
 ) -> Iterator[dict[str, InputStatistics | None]]:
     """Statistics of the layers, one decoder block at a time; None for a layer that no token reached.
 
@@ -177,18 +203,17 @@ def calibrate_blocks(
         samples: `[sequences, tokens]` int64.
         with_hessian: collect the Hessian for SparseGPT.
         device: where blocks run; default: where they are.
-        recover: called with a block once it is pruned: its name, the block on `device`, its inputs in the sparse model,
-            its outputs in the dense model, one tensor a sequence, and its other arguments. The hidden states of the
-            dense model are in memory then, too.
+        steps: what to do with whole blocks; a restored block yields nothing. If it needs targets, the hidden states of
+            the dense model are in memory, too.
 
     Raises:
         UserError: the blocks do not run one after the other.
     """
-    was_training = model.training
+    was_training, steps = model.training, steps or BlockSteps()
     model.eval()
     try:
         hidden, calls = _block_inputs(model, blocks, samples)
-        dense = list(hidden) if recover is not None else []
+        dense = list(hidden) if steps.needs_targets else []
         for index, (name, block) in enumerate(blocks.items()):
             home = next(block.parameters()).device
             place = device or home
@@ -196,20 +221,32 @@ def calibrate_blocks(
             inside = {layer: module for layer, module in layers.items() if layer.startswith(f"{name}.")}
             call = _moved(calls[name], place)
             _advance(dense, block, place, call)
-            recorder = InputRecorder(inside, with_hessian)
-            recorder.start()
-            for sample in hidden:
-                run_block(block, sample.to(place), call)
-            recorder.stop()
-            seen = recorder.statistics()
-            yield {layer: seen.get(layer) for layer in inside}
-            if recover is not None:
-                recover(name, block, hidden, dense, call)
+            if not steps.restore(name, block):
+                yield _inputs_of(block, inside, with_hessian, hidden, place, call)
+                steps.finish(name, block, hidden, dense, call)
             if index + 1 < len(blocks):
                 _advance(hidden, block, place, call)
             block.to(home)
     finally:
         model.train(was_training)
+
+
+def _inputs_of(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    with_hessian: bool,
+    hidden: list[Tensor],
+    place: torch.device,
+    call: Call,
+) -> dict[str, InputStatistics | None]:
+    """The statistics of a block's layers from all sequences."""
+    recorder = InputRecorder(layers, with_hessian)
+    recorder.start()
+    for sample in hidden:
+        run_block(block, sample.to(place), call)
+    recorder.stop()
+    seen = recorder.statistics()
+    return {layer: seen.get(layer) for layer in layers}
 
 
 def _advance(hidden: list[Tensor], block: nn.Module, place: torch.device, call: Call) -> None:

@@ -17,6 +17,7 @@ MASK_HISTORY = "mask_history.jsonl"  # flip rates by layer
 FOUND_RATES = "find_lr.json"  # of ast-train --find-lr, before the run
 REPLAY = "replay"  # a folder of batches
 REPORT = "report"  # a folder
+START = "start"  # a folder: what the run started from, if text decided it
 
 
 @dataclass(frozen=True, kw_only=True)

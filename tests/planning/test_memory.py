@@ -155,7 +155,7 @@ def test_a_sharded_student_is_measured_in_pieces_and_saved_file_by_file() -> Non
         assert moments["measurement of perplexities"]["gathered head"].size == 4 * (VOCAB * 32 + 32)
         assert ("saving of the trained model" in moments) == on_cpu
     assert moments["saving of the trained model"]["to save"].size == 4 * 19_616
-    host = host_memory(sharded, model.sizes, model.teacher_sizes, 4, reads_whole=False)
+    host = host_memory(sharded, model.sizes, model.teacher_sizes, 4, calibrates=False)
     assert host["while the first process saves the model"].size == 4 * 19_616
     assert host["while models are read"].size == 4 * 4 * VOCAB * 32  # a tensor at a time
     whole_models = host_memory(replace(SETUP, world_size=4, sharding="ddp"), model.sizes, model.teacher_sizes, 4, False)
@@ -166,12 +166,13 @@ def test_a_sharded_student_is_measured_in_pieces_and_saved_file_by_file() -> Non
     assert held_to_save(large, whole=True).size == 8 * 10**9 + 4 * 15_360 + 15_360 + 15_360 // 8
 
 
-def test_a_dense_model_that_text_decides_the_masks_of_is_measured_whole() -> None:
-    sharded = replace(SETUP, world_size=4, sharding="fsdp2", measured_tokens=64)
+def test_one_process_has_the_whole_model_to_make_a_start() -> None:
     model = memory_model("llama", None)
-    assert "measurement of the dense model" not in model.moments(sharded)
-    model.calibrates = True
-    assert model.moments(sharded)["measurement of the dense model"]["whole weights"].size == 4 * 19_616
+    for sharding in ("ddp", "fsdp2"):
+        setup = replace(SETUP, world_size=4, sharding=sharding)
+        plain, text = (host_memory(setup, model.sizes, None, 4, calibrates) for calibrates in (False, True))
+        assert {**plain, "while one process makes the start": text["while one process makes the start"]} == text
+        assert text["while one process makes the start"].size == 4 * 19_616
 
 
 def test_offloaded_masters_and_moments_are_on_the_host() -> None:
@@ -180,7 +181,7 @@ def test_offloaded_masters_and_moments_are_on_the_host() -> None:
     items = {name: term.size for name, term in model.moments(offloaded)["forward and backward pass"].items()}
     assert items["masked weights; embeddings, head, norms"] == 2 * 15_360 + 4 * (19_616 - 15_360)
     assert items["gradients"] == 4 * 19_616 and "moments" not in items and "masks" not in items
-    host = host_memory(offloaded, model.sizes, model.teacher_sizes, 1, reads_whole=False)
+    host = host_memory(offloaded, model.sizes, model.teacher_sizes, 1, calibrates=False)
     masks, buffers = 15_360 + 15_360 // 8, 2 * (4 + 2) * VOCAB * 32
     assert host["offloaded: masters, moments, masks, buffers"].size == 12 * 19_616 + masks + buffers
     saving = {name: term.size for name, term in model.moments(offloaded)["saving of the trained model"].items()}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
-import ast_sparse.sparsity.model as sparsify_module
+import ast_sparse.sparsity.pruning as pruning_module
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
@@ -142,7 +142,7 @@ def test_running_means_equal_one_sum_over_all_sequences() -> None:
 
 def test_a_layer_that_no_token_reaches_is_pruned_by_magnitude_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(sparsify_module.logger, "warning", said.append)
+    monkeypatch.setattr(pruning_module.logger, "warning", said.append)
     model = tiny_model("llama").eval()
     mlp = model.model.layers[0].mlp
     mlp.unused = nn.Linear(16, 16)

@@ -79,6 +79,7 @@ class RunRecord:
 
     Attributes:
         sections: settings that the trainer does not see; ast-train sets `run_settings`.
+        content: fingerprints, on the first process.
     """
 
     def __init__(
@@ -88,14 +89,14 @@ class RunRecord:
         self._settings, self._update_rule = plain(settings), update_rule
         self._saving = {name: plain(getattr(args, name)) for name in _CHANGED_BY_SIGNALS}
         self._is_first = args.process_index == 0
-        self._content: dict[str, Any] = {}
+        self.content: dict[str, Any] = {}
         self.add(model, "model")
 
     def add(self, model: PreTrainedModel, name: str = "teacher") -> None:
         """Record the content of a model, sharded or not; every process must call this."""
         if self._is_first or is_sharded(model):
-            self._content[name] = weights_fingerprint(model)
-            self._content[f"{name}_config"] = config_values(model.config)
+            self.content[name] = weights_fingerprint(model)
+            self.content[f"{name}_config"] = config_values(model.config)
 
     def save(self, trainer: Any, folder: Path) -> None:
         """Write `run.json`; call this on the first process."""
@@ -113,11 +114,11 @@ class RunRecord:
                     print(line)
 
     def _now(self, trainer: Any) -> dict[str, Any]:
-        if "train" not in self._content:
+        if "train" not in self.content:
             tokenizer = trainer.processing_class
-            self._content["tokenizer"] = None if tokenizer is None else tokenizer_values(tokenizer)
-            self._content["train"] = blocks_fingerprint(trainer.train_dataset)
-            self._content["eval"] = blocks_fingerprint(trainer.eval_dataset)
+            self.content["tokenizer"] = None if tokenizer is None else tokenizer_values(tokenizer)
+            self.content["train"] = blocks_fingerprint(trainer.train_dataset)
+            self.content["eval"] = blocks_fingerprint(trainer.eval_dataset)
         is_own = trainer.optimizer is None or trainer.made_optimizer
         settings = {
             **self._settings,
@@ -125,7 +126,7 @@ class RunRecord:
             "optimizer": trainer.optimizer_config.to_dict() if is_own else optimizer_values(trainer.optimizer),
             "training": {**training_values(trainer.args), **self._saving},
         }
-        return {"processes": trainer.args.world_size, "settings": settings, "content": self._content}
+        return {"processes": trainer.args.world_size, "settings": settings, "content": self.content}
 
     def _compare(self, trainer: Any, checkpoint: Path) -> list[str]:
         saved, now = _read(checkpoint), self._now(trainer)
