@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ast_sparse.basis.energies import measure_inputs
-from ast_sparse.basis.merge import fold_norms, restored_on_error, rotate, untie
+from ast_sparse.basis.merge import fold_norms, restored_on_error, rotate
 from ast_sparse.basis.objective import lost_share, turned_inputs
 from ast_sparse.basis.orders import find_orders, reorder
 from ast_sparse.basis.rotation import learn_rotation
@@ -16,6 +16,7 @@ from ast_sparse.basis.structure import Structure, check_rotation, find_structure
 from ast_sparse.config import BasisConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.storage.tied import untie_head
 
 _CLOSE = 1e-4  # of the largest logit
 
@@ -101,7 +102,7 @@ def change_basis(
     before = sample_logits(model, samples)
     with restored_on_error(model, structure) if is_rotated else nullcontext():
         if is_rotated:
-            report.added_parameters = untie(model, structure)
+            report.added_parameters = untie_head(model)
             fold_norms(structure)
         inputs = list(measure_inputs(model, structure, samples, is_rotated, damping, device, progress))
         report.shares["before"] = lost_share(structure, inputs, pattern.n, pattern.m)

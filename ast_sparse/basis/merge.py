@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ast_sparse.basis.structure import Structure, weight_of
+from ast_sparse.storage.tied import configs_of
 
 _ROWS = 8192  # multiplied at a time: float64 copies of a whole embedding would be large
 
@@ -34,7 +35,7 @@ def restored_on_error(model: Any, structure: Structure) -> Iterator[None]:
     The weights are kept in host memory, once more than the model, until the block ends.
     """
     saved = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in model.parameters()]
-    was_tied, configs = structure.is_tied, _configs(model)
+    was_tied, configs = structure.is_tied, configs_of(model)
     flags = [config.tie_word_embeddings for config in configs]
     keys = dict(getattr(model, "all_tied_weights_keys", {}))
     try:
@@ -49,25 +50,6 @@ def restored_on_error(model: Any, structure: Structure) -> Iterator[None]:
                 config.tie_word_embeddings = flag
             model.all_tied_weights_keys = keys
         raise
-
-
-def _configs(model: Any) -> list[Any]:
-    configs = {id(config): config for config in (model.config, model.config.get_text_config(decoder=True))}
-    return [config for config in configs.values() if hasattr(config, "tie_word_embeddings")]
-
-
-def untie(model: Any, structure: Structure) -> int:
-    """Give the output head a weight of its own; returns the number of parameters that this adds."""
-    if not structure.is_tied:
-        return 0
-    head = structure.head
-    name = next(name for name, module in model.named_modules() if module is head)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    for config in _configs(model):
-        config.tie_word_embeddings = False
-    keys = getattr(model, "all_tied_weights_keys", {})
-    model.all_tied_weights_keys = {key: value for key, value in keys.items() if key != f"{name}.weight"}
-    return int(head.weight.numel())
 
 
 @torch.no_grad()

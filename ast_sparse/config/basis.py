@@ -45,6 +45,11 @@ class BasisConfig(Section):
         """Whether anything is changed; calibration text is needed then."""
         return self.permute or self.rotation_steps > 0
 
+    @property
+    def unties(self) -> bool:
+        """Whether the output head gets a weight of its own, if it shares the embedding's."""
+        return self.rotation_steps > 0 and self.untie
+
 
 def check_basis(basis: BasisConfig, sparsity: SparsityConfig, distillation: DistillationConfig | None = None) -> None:
     """Raise UserError for settings that a change of basis cannot be combined with."""

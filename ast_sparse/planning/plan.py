@@ -23,6 +23,7 @@ from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.locate import load_model_config, load_tokenizer
 from ast_sparse.storage.meta import check_savable, has_config_alone, meta_model, student_config
 from ast_sparse.storage.packed import decode_on_load
+from ast_sparse.storage.tied import untie_head
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.checks.baselines import check_baseline
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes
@@ -134,6 +135,8 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     if distills and config.model.teacher is not None:
         notes += _check_teacher(config.model.teacher, model_config, config)
     model = meta_model(config.model, model_config)
+    if config.basis is not None and config.basis.unties:
+        untie_head(model)
     check_savable(config.model, model_config)
     if sharding_plugin(args) is not None:
         check_shardable(model)

@@ -28,7 +28,7 @@ from ast_sparse.run.checks import CheckedRun, check_choosing, check_token_ids, c
 from ast_sparse.run.output import output_folder
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher, make_trainer, read_data, start_samples
-from ast_sparse.run.warm_start import check_start, warm_start
+from ast_sparse.run.warm_start import warm_start
 from ast_sparse.storage.files import finite_or_none, write_json
 from ast_sparse.storage.run_folder import FOUND_RATES
 from ast_sparse.training.trainer import SparseTrainer
@@ -107,8 +107,6 @@ def find_rate(
     with tempfile.TemporaryDirectory() as folder:  # for what a run writes on its way
         run = checked_run(short, folder, None, False, False, Hardware(), echo, signals)
         assert run is not None
-        with errors_shared():
-            check_start(config, run.plan.model_config)
         if run.args.should_log:
             echo("\n".join(run.plan.lines()))
         found, start = _compare(run, rates, steps, output)

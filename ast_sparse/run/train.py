@@ -30,7 +30,7 @@ from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
-from ast_sparse.run.warm_start import check_start, load_options, needs_start, warm_start
+from ast_sparse.run.warm_start import load_options, needs_start, warm_start
 from ast_sparse.sparsity.model import slorb_set_aside
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.locate import load_tokenizer
@@ -88,7 +88,6 @@ def run_training(
         show_costs(run, hardware)
         return None
     with errors_shared():
-        check_start(config, run.plan.model_config)
         measured = Measured(config, run.args)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
@@ -296,7 +295,8 @@ def dense_student(run: CheckedRun) -> PreTrainedModel:
     """The dense student; in a sharded run each process has its rows of it."""
     model = run.config.model
     seed = run.args.seed if model.random_weights else None
-    return load_student(model.name_or_path, run.args, seed=seed, **load_options(model))
+    untied = run.config.basis is not None and run.config.basis.unties
+    return load_student(model.name_or_path, run.args, seed=seed, untied=untied, **load_options(model))
 
 
 def given_teacher(config: RunConfig, args: TrainingArguments) -> PreTrainedModel | str | None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ast_sparse.basis.change import change_basis
 from ast_sparse.config import ModelConfig, RunConfig
@@ -45,17 +45,6 @@ def needs_start(config: RunConfig, checkpoint: Path | None) -> bool:
     """Whether text decides the weights or masks that a run starts from; not if they come from a checkpoint."""
     changes = config.basis is not None and config.basis.is_on
     return checkpoint is None and (METHODS[config.sparsity.init].needs_text or changes)
-
-
-def check_start(config: RunConfig, model_config: PreTrainedConfig) -> None:
-    """Raise UserError if the student cannot take over the start: a rotation gives tied embeddings a head of its own."""
-    is_tied = bool(model_config.get_text_config().tie_word_embeddings)
-    if config.basis is not None and config.basis.rotation_steps > 0 and is_tied:
-        raise UserError(
-            f"basis.rotation_steps={config.basis.rotation_steps} unties the embeddings, which ast-train cannot do. "
-            "Rotate the model with ast-prune, or set basis.rotation_steps to 0.",
-            "basis.rotation_steps",
-        )
 
 
 def load_options(model: ModelConfig) -> dict[str, Any]:

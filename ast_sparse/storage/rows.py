@@ -23,6 +23,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.finite import check_values
 from ast_sparse.storage.frames import parameters_of, tensors_of
 from ast_sparse.storage.source_files import Source, Stored
+from ast_sparse.storage.tied import shared_names, untie_head
 
 Shard = Callable[[PreTrainedModel], None]  # splits a model in place, whose parameters are on the meta device
 _Piece = Callable[[str, Tensor], Tensor]  # this process's rows of a named tensor, given that tensor without values
@@ -35,6 +36,7 @@ def read_causal_lm(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     seed: int | None = None,
+    untied: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """The model of `load_causal_lm` in float32, with the same values, read tensor by tensor.
@@ -44,6 +46,7 @@ def read_causal_lm(
         dtype: of the parameters; buffers keep their own. Default: float32.
         device: of what is not split; default: the CPU.
         seed: random weights from the configuration, as in `random_causal_lm`.
+        untied: the output head gets a weight of its own if it shares the embedding's.
         options: `revision`, `gguf_file`, `attn_implementation`, `trust_remote_code` and `config_overrides`, as in
             `load_causal_lm`.
 
@@ -58,6 +61,8 @@ def read_causal_lm(
             stored = None  # one node could not download the files
         loads = stored is None and (shard is None or dist.get_rank() == 0)
         model = source.load(exact=shard is not None) if loads else source.frame
+        for each in (model, source.frame) if untied else ():
+            untie_head(each)
     if stored is None:
         return _cast(model, dtype, device) if shard is None else _sent(source, model, shard, dtype, device)
     cast(Any, model)._weight_conversions = []  # none was made, so saving undoes none, as after `load_causal_lm`
@@ -147,6 +152,9 @@ def _from_files(model: PreTrainedModel, stored: Stored, name: str) -> _Piece:
         by_tensor.setdefault(value, []).append(key)
     for keys in by_tensor.values():
         other |= dict.fromkeys(keys, next((key for key in keys if key in stored), keys[0]))
+    for key, twin in (pair, pair[::-1]) if (pair := shared_names(model)) is not None else ():
+        if other[key] not in stored:  # untied here
+            other[key] = other[twin]
 
     def piece(key: str, like: Tensor) -> Tensor:
         file, own = stored[other[key]]

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ast_sparse.basis.change import change_basis
 from ast_sparse.basis.energies import Inputs, measure_inputs
-from ast_sparse.basis.merge import Rotation, fold_norms, rotate, untie
+from ast_sparse.basis.merge import Rotation, fold_norms, rotate
 from ast_sparse.basis.objective import lost_share
 from ast_sparse.basis.rotation import learn_rotation, orthogonal, sampled_shares
 from ast_sparse.basis.structure import Structure, Unit, find_structure, weight_of
 from ast_sparse.config import BasisConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.storage.tied import untie_head
 from tests.basis.random_models import ROTATABLE, random_model, tokens
 
 ROTATE, P24 = BasisConfig(rotation_steps=8, rotation_learning_rate=1e-2), Pattern(2, 4)
@@ -46,7 +47,7 @@ def prepared(family: str = "llama", **values: Any) -> tuple[PreTrainedModel, Str
     """A model with folded norms, and what its Hessians say."""
     model = random_model(family, **values)
     structure = find_structure(model, tokens())
-    untie(model, structure)
+    untie_head(model)
     fold_norms(structure)
     return model, structure, list(measure_inputs(model, structure, tokens(), True, 0.01, None, False))
 

@@ -1,5 +1,6 @@
 """The start of a run whose first masks need text: made once, continued after a kill, and the same as in one process."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from ast_sparse.run.warm_start import BlockFiles
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.storage.files import read_json
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.rows import read_causal_lm
+from ast_sparse.storage.tied import untie_head
 from tests.models import generated_text, save_tiny_model, tiny_model
 
 CALIBRATION = CalibrationConfig(samples=4, recovery_epochs=1, recovery_learning_rate=1e-3)
@@ -139,7 +143,26 @@ def test_a_start_is_another_one_with_other_settings_and_trains_to_the_end(root: 
     assert read_json(root / "out/sparsity_config.json")["base_model"] == str(root / "model")
 
 
-def test_a_rotation_that_would_untie_embeddings_is_refused_before_anything_is_written(root: Path) -> None:
-    with pytest.raises(UserError, match=r"basis\.rotation_steps=2 unties the embeddings"):
-        run_training(config(root, basis=BasisConfig(rotation_steps=2)), str(root / "out"), echo=lambda line: None)
-    assert not (root / "out").exists()
+def test_a_rotated_student_is_untied_saved_so_and_resumed(root: Path) -> None:
+    settings = config(root, basis=BasisConfig(rotation_steps=2), save_strategy="steps", save_steps=1)
+    run_training(settings, str(root / "out"), echo=lambda line: None)
+    assert not read_json(root / "out/config.json")["tie_word_embeddings"]
+    weights = load_file(root / "out/model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    loaded = load_causal_lm(root / "out").state_dict()
+    assert torch.equal(loaded["lm_head.weight"], weights["lm_head.weight"])
+    dense, one_shot = (read_json(root / "out/results.json")[stage] for stage in ("dense", "one-shot 2:4"))
+    assert dense == one_shot == {}  # nothing is measured here, but both stages were passed
+    shutil.rmtree(root / "out/checkpoint-2")
+    (root / "out/model.safetensors").unlink()
+    run_training(settings, str(root / "out"), resume=True, echo=lambda line: None)
+    again = load_file(root / "out/model.safetensors")
+    assert again.keys() == weights.keys() and all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+def test_a_tied_checkpoint_is_read_into_an_untied_model(root: Path) -> None:
+    whole, read = load_causal_lm(root / "model"), read_causal_lm(root / "model", untied=True)
+    assert untie_head(whole) == whole.lm_head.weight.numel() and untie_head(whole) == 0
+    assert read.lm_head.weight is not read.model.embed_tokens.weight
+    found = read.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in whole.state_dict().items())

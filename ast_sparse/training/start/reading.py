@@ -11,33 +11,38 @@ from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.masked_gather import prepare_gathers
 from ast_sparse.storage.load import load_causal_lm, random_causal_lm
 from ast_sparse.storage.rows import Shard, copied, read_causal_lm
+from ast_sparse.storage.tied import untie_head
 from ast_sparse.training.fsdp import check_shardable, processes_of, shard_teacher, sharding_plugin, without_weights
 from ast_sparse.training.sharding import frame_of, shard_student
 
 
 def load_student(
-    name_or_path: str | Path, args: TrainingArguments, *, whole: bool = False, seed: int | None = None, **options: Any
-) -> PreTrainedModel:
+    name_or_path: str | Path, args: TrainingArguments, *, whole: bool = False, seed: int | None = None,
+    untied: bool = False, **options: Any,
+) -> PreTrainedModel:  # fmt: skip
     """The dense student in float32. In a sharded run each process reads its rows of it onto `args.device`.
 
     Args:
         whole: every process gets the whole model on the CPU, even in a sharded run.
         seed: random weights from the configuration; None: the weights are read.
+        untied: the output head gets a weight of its own if it shares the embedding's.
         options: other arguments of `load_causal_lm`.
 
     Raises:
         UserError: the model cannot be read, or not be sharded.
     """
     if whole or sharding_plugin(args) is None:
-        if seed is not None:
-            return random_causal_lm(name_or_path, seed, **options)
-        return load_causal_lm(name_or_path, **options)
+        random = seed is not None
+        model = random_causal_lm(name_or_path, seed, **options) if random else load_causal_lm(name_or_path, **options)
+        if untied:
+            untie_head(model)
+        return model
 
     def shard(model: PreTrainedModel) -> None:
         check_shardable(model)
         shard_student(model, args)
 
-    model = read_causal_lm(name_or_path, shard, device=args.device, seed=seed, **options)
+    model = read_causal_lm(name_or_path, shard, device=args.device, seed=seed, untied=untied, **options)
     prepare_gathers(model)
     return model
 
