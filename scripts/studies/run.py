@@ -64,8 +64,8 @@ def main(
     """Run the variants of STUDY.yaml and make one table and figures of them.
 
     A study has `title`, `config` (the base configuration, relative to the study), `set` (settings of all variants),
-    `smoke` (further settings with --smoke), `seeds` (run each variant with each), `figures` (perplexity, curves, flips,
-    losses, alpha), and `variants`: by name, the settings that differ. With `run: prune` a variant is pruned one-shot
+    `smoke` (further settings with --smoke), `seeds` (run each variant with each), `figures` (perplexity, flips, losses,
+    alpha, curves), and `variants`: by name, the settings that differ. With `run: prune` a variant is pruned one-shot
     (ast-prune with sparsity.init, sparsity.pattern, calibration and basis); with `run: eval` and `model:` a model is
     only measured.
 

@@ -15,7 +15,7 @@ from ast_sparse.sparsity.oneshot import METHODS
 
 KEYS = ("title", "config", "set", "smoke", "seeds", "variants", "figures")
 KINDS = ("train", "prune", "eval")
-FIGURES = ("perplexity", "curves", "flips", "losses", "alpha")
+FIGURES = ("perplexity", "flips", "losses", "alpha", "curves")
 _RESERVED = ("provenance",)  # its record would have the same name as a file of the study
 
 
