@@ -30,6 +30,8 @@ class SparseAdamW(torch.optim.Optimizer):
         mask_decay: λ of (3).
         decay_placement: `momentum` (20)-(23), `gradient` (18)-(19) or `weight` (16)-(17). Under `weight`, λ·γ is often
             below the rounding of float32 (6e-5 · 2e-5 ≈ 1e-9 of the weight), and then the decay has no effect.
+        decay_norm: `l2` decays pruned weights by λ·W as in (3), `l1` by λ·sign(W) in the same place (paper Sec. 12).
+            Under `l1` a weight near 0 swings around it, by at most a step.
         moments: `8bit` keeps the moments of masked groups in 8 bits (`kernels/moments8bit.py`, needs torchao). Those of
             all other parameters stay in float32: gradients of an embedding are often 0, and a second moment that is
             rounded to 0 makes the next step far too large.
@@ -51,9 +53,12 @@ class SparseAdamW(torch.optim.Optimizer):
         mask_decay: float = 0.0,
         decay_placement: str = "momentum",
         moments: Literal["float32", "8bit"] = "float32",
+        decay_norm: Literal["l2", "l1"] = "l2",
     ) -> None:
         if decay_placement not in PLACEMENTS:
             raise ValueError(f"decay_placement={decay_placement!r} is unknown. Use one of {', '.join(PLACEMENTS)}.")
+        if decay_norm not in ("l2", "l1"):
+            raise ValueError(f"decay_norm={decay_norm!r} is unknown. Use l2 or l1.")
         for name, value in dict(lr=lr, eps=eps, weight_decay=weight_decay, mask_decay=mask_decay).items():
             if not value >= 0:
                 raise ValueError(f"{name}={value} must be 0 or more.")
@@ -63,6 +68,8 @@ class SparseAdamW(torch.optim.Optimizer):
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, mask_decay=mask_decay,
             decay_placement=decay_placement, is_masked=False,
         )  # fmt: skip
+        if decay_norm != "l2":  # otherwise without the entry, as in the groups of older checkpoints
+            defaults["decay_norm"] = decay_norm
         super().__init__(params, defaults)
         self._masks: dict[Tensor, Tensor] = {}
         self._in_8bit: set[Tensor] = set()
@@ -168,6 +175,7 @@ class SparseAdamW(torch.optim.Optimizer):
         values = StepValues(
             step=int(state["step"]), lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
             eps=group["eps"], weight_decay=group["weight_decay"], mask_decay=group["mask_decay"],
+            is_l1=group.get("decay_norm") == "l1",
         )  # fmt: skip
         update_weights(
             group["decay_placement"], local(weight), local(grad), local(mask),

@@ -56,6 +56,33 @@ def test_masked_update_follows_the_equations(placement: str, weight_decay: float
         torch.testing.assert_close(parameter.flatten(), torch.tensor(slow, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("placement", "pruned"), [("momentum", -0.15), ("gradient", -0.26), ("weight", -0.2597)])
+def test_a_decay_by_the_sign_is_hand_computed(placement: str, pruned: float) -> None:
+    """First step, g = 0.1, λ = 0.03, γ = 0.01: v̂ is the square of what enters v, and u is 0.01.
+
+    momentum: ũ = 0.01 - 0.03, W = -0.25 + γ·0.02/(0.1·0.02). gradient: g̃ = 0.1 - 0.03, W = -0.25 - γ. weight: W =
+    -0.25 - γ + γ·0.03. Kept: momentum 0.5 - γ·0.01/(0.1·0.01), the others 0.5 - γ.
+    """
+    parameter = torch.nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
+    group = {"params": [parameter], "is_masked": True}
+    optimizer = SparseAdamW([group], 0.01, BETAS, 0.0, 0.0, 0.03, placement, decay_norm="l1")
+    optimizer.bind_masks({parameter: torch.tensor([True, False])})
+    parameter.grad = torch.tensor([0.1, 0.1], dtype=torch.float64)
+    optimizer.step()
+    kept = 0.4 if placement == "momentum" else 0.49
+    torch.testing.assert_close(parameter.data, torch.tensor([kept, pruned], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_a_state_from_before_the_decay_norm_is_loaded() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    plain, signed = SparseAdamW([parameter]), SparseAdamW([parameter], decay_norm="l1")
+    assert "decay_norm" not in plain.param_groups[0]  # so states of earlier versions have the same entries
+    signed.load_state_dict(signed.state_dict())
+    assert signed.param_groups[0]["decay_norm"] == "l1"
+    with pytest.raises(ValueError, match="decay_norm='l3' is unknown"):
+        SparseAdamW([parameter], decay_norm="l3")  # type: ignore[arg-type]
+
+
 def test_unmasked_parameters_get_torch_adamw() -> None:
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(7))]

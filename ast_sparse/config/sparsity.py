@@ -60,6 +60,17 @@ class SparsityConfig(Section):
         default="momentum",
         metadata=about("Where in AdamW the decay acts: momentum (20)-(23), gradient (18)-(19), weight (16)-(17)."),
     )
+    decay_norm: Literal["l2", "l1"] = field(
+        default="l2",
+        metadata=about("What decays pruned weights: l2: λ·W (3); l1: λ·sign(W), as in CAST (experimental)."),
+    )
+    forward: Literal["masked", "dense"] = field(
+        default="masked",
+        metadata=about(
+            "Weights in training steps: masked (1); dense: all of them, as in CAST (experimental). Evaluations and the "
+            "final model are masked in either case."
+        ),
+    )
     kernels: Literal["auto", "eager", "compiled"] = field(
         default="auto",
         metadata=about(
@@ -89,6 +100,9 @@ class SparsityConfig(Section):
         for key in ("criterion", "init") if self.is_gradual else ():
             problem = f"needs sparsity.schedule=constant: {self.schedule} prunes by magnitude. Remove one of them."
             self._require(getattr(self, key) == "magnitude", key, problem)
+        if self.forward == "dense":
+            problem = "needs masks that may change. Set schedule: constant, and mask_interval above 0."
+            self._require(not self.fixed_masks, "forward", problem)
         if self.schedule == "gmp":
             self._require(self.mask_interval > 0, "mask_interval", "leaves gmp no step to prune at. Set 1 or more.")
 

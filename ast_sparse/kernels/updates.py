@@ -21,7 +21,11 @@ _BLOCK = 1 << 18  # elements of an eager block on a CPU
 
 @dataclass(frozen=True)
 class StepValues:
-    """The scalars of one update; steps count from 1, and `mask_decay` is λ(t)."""
+    """The scalars of one update; steps count from 1, and `mask_decay` is λ(t).
+
+    Attributes:
+        is_l1: the decay is `λ·sign(W)` instead of `λ·W`.
+    """
 
     step: int
     lr: float
@@ -30,6 +34,7 @@ class StepValues:
     eps: float
     weight_decay: float
     mask_decay: float
+    is_l1: bool = False
 
     @property
     def correction1(self) -> float:
@@ -98,7 +103,7 @@ def _update_compiled(
     w, g, m, u, v = (tensor.view(-1) for tensor in (weight, grad, mask, first, second))
     # vectors of booleans are slow in the inductor, vectors of bytes are not
     scalars = values.as_tensor(computed_in, weight.device)
-    _compiled_update(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), u, v, scalars)
+    _compiled_update(PLACEMENTS[placement][1], values.is_l1)(w, g, m.view(torch.int8), u, v, scalars)
 
 
 def _update_8bit(
@@ -116,7 +121,7 @@ def _update_8bit(
     if kernels == "compiled":
         scalars = values.as_tensor(torch.float32, weight.device)
         states = (*moments8bit.parts(first), *moments8bit.parts(second))
-        _compiled_8bit(PLACEMENTS[placement][1])(w, g, m.view(torch.int8), *states, scalars)
+        _compiled_8bit(PLACEMENTS[placement][1], values.is_l1)(w, g, m.view(torch.int8), *states, scalars)
     else:
         size = _BLOCK if weight.device.type == "cpu" else w.numel()
         parts = (w.split(size), g.split(size), m.split(size))
@@ -133,25 +138,31 @@ def _update_8bit(
 def _momentum_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
     """(20)-(23): the decay enters the step and the second moment, never the first moment."""
     first.lerp_(g, 1 - values.beta1)
-    step = _plus_decay(first, w, mask, values.mask_decay)
+    step = _plus_decay(first, w, mask, values)
     correction = values.correction1  # AdamW with β1 = 0 uses its gradient as the first moment
     _adamw(w, step, torch.zeros_like(first), second, values, 0.0, values.lr / correction, correction)
 
 
 def _gradient_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
     """(18)-(19): `g̃ = g + λ (¬m ⊙ W)`, then plain AdamW on g̃."""
-    _adamw(w, _plus_decay(g, w, mask, values.mask_decay), first, second, values, values.beta1, values.lr)
+    _adamw(w, _plus_decay(g, w, mask, values), first, second, values, values.beta1, values.lr)
 
 
 def _weight_eager(w: Tensor, g: Tensor, mask: Tensor, first: Tensor, second: Tensor, values: StepValues) -> None:
     """(16)-(17): AdamW, and the decay directly on the weight."""
-    decay = _pruned(mask, w.dtype) * w
+    decay = _pruned(mask, w.dtype) * _decaying(w, values.is_l1)
     _adamw(w, g, first, second, values, values.beta1, values.lr)
     w.sub_(decay, alpha=values.lr * values.mask_decay)
 
 
-def _plus_decay(to: Tensor, w: Tensor, mask: Tensor, decay: float) -> Tensor:
-    return torch.addcmul(to, _pruned(mask, w.dtype), w, value=decay) if decay else to
+def _plus_decay(to: Tensor, w: Tensor, mask: Tensor, values: StepValues) -> Tensor:
+    decay = values.mask_decay
+    return torch.addcmul(to, _pruned(mask, w.dtype), _decaying(w, values.is_l1), value=decay) if decay else to
+
+
+def _decaying(w: Tensor, is_l1: bool) -> Tensor:
+    """What λ multiplies: the gradient of `|W|²/2` or of `|W|`."""
+    return w.sign() if is_l1 else w
 
 
 def _pruned(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,11 +216,12 @@ PLACEMENTS: dict[str, tuple[Eager, Pure]] = {
 
 
 @cache
-def _compiled_update(update: Pure) -> Callable[..., Any]:
+def _compiled_update(update: Pure, is_l1: bool) -> Callable[..., Any]:
     def in_place(w: Tensor, g: Tensor, kept: Tensor, first: Tensor, second: Tensor, values: Tensor) -> None:
         scalars = values.unbind()
         w_, g_, first_, second_ = (tensor.to(values.dtype) for tensor in (w, g, first, second))
-        decay = w_ * (1 - kept.to(values.dtype))  # faster than `torch.where` on the inductor's vectors
+        # faster than `torch.where` on the inductor's vectors
+        decay = _decaying(w_, is_l1) * (1 - kept.to(values.dtype))
         for target, result in zip((w, first, second), update(w_, g_, decay, first_, second_, scalars), strict=True):
             target.copy_(result)
 
@@ -217,7 +229,7 @@ def _compiled_update(update: Pure) -> Callable[..., Any]:
 
 
 @cache
-def _compiled_8bit(update: Pure) -> Callable[..., Any]:
+def _compiled_8bit(update: Pure, is_l1: bool) -> Callable[..., Any]:
     decode, encode = moments8bit.coding()
 
     def in_place(
@@ -226,7 +238,7 @@ def _compiled_8bit(update: Pure) -> Callable[..., Any]:
     ) -> None:  # fmt: skip
         w_, g_ = w.to(values.dtype), g.to(values.dtype)
         first, second = decode(codes1, map1, scale1), decode(codes2, map2, scale2)
-        decay = w_ * (1 - kept.to(values.dtype))
+        decay = _decaying(w_, is_l1) * (1 - kept.to(values.dtype))
         new, first, second = update(w_, g_, decay, first, second, values.unbind())
         w.copy_(new)
         for entries, map_, codes, scale in ((first, map1, codes1, scale1), (second, map2, codes2, scale2)):

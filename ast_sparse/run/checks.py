@@ -104,7 +104,7 @@ def checked_run(
     with errors_shared():
         notes = (precision, _check_settings(config, args, output, dry_run))
         devices = hardware.world_size or args.world_size
-        check_optimizer_settings(config.optimizer, args, processes=devices)
+        check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
         plan = make_plan(config, args, devices if dry_run else None)
         plan = replace(plan, notes=(*plan.notes, *(note for note in notes if note is not None)))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)

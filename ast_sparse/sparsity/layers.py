@@ -18,7 +18,7 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.products import linear, masked, product
-from ast_sparse.sparsity.masked_piece import carry_mask
+from ast_sparse.sparsity.masked_piece import carry_mask, runs_dense
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
 
@@ -94,6 +94,7 @@ class SparseLayer(nn.Module):
         is_offloaded: the weight is masked already, and the masks are in host memory (`offload.py`).
         device_mask: a copy of a fixed mask beside the weight of an offloaded layer, for its gradient.
         gathered_masked: the forward pass gets `m ⊙ W` as weight, from FSDP2 (`masked_gather.py`).
+        dense_forward: in training mode the whole weight is used; masks count for the decay and in evaluation.
     """
 
     group_dim: int
@@ -109,6 +110,7 @@ class SparseLayer(nn.Module):
     is_offloaded: bool = False
     device_mask: Tensor | None = None
     gathered_masked: bool = False
+    dense_forward: bool = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in `nn.Module`, which replaces the rows of a sharded weight (`.to`): the new ones carry the mask too."""
@@ -124,7 +126,7 @@ class SparseLayer(nn.Module):
     def masked_linear(self, input: Tensor) -> Tensor:
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
         mask: Tensor | None = self.device_mask if self.is_offloaded else self.mask
-        mask = None if self.gathered_masked else mask
+        mask = None if self.gathered_masked or runs_dense(self) else mask
         result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask)
         return cast(Tensor, result)
 
@@ -166,7 +168,9 @@ class SparseConv1D(SparseLayer, Conv1D):  # type: ignore[misc]  # Parameter ther
         return output if self.slorb is None else output + self.slorb(x)
 
 
-def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bool = False) -> SparseLayer:
+def make_sparse(
+    layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bool = False, dense_forward: bool = False
+) -> SparseLayer:
     """Turn an `nn.Linear` or `Conv1D` into its sparse form, in place.
 
     Args:
@@ -176,7 +180,7 @@ def make_sparse(layer: nn.Module, mask: Tensor, pattern: Pattern, fixed_mask: bo
     sparse = _sparse_class(layer, pattern, fixed_mask)
     sparse.mask = nn.Parameter(mask.contiguous(), requires_grad=False)
     sparse.start_mask = nn.Parameter(pack_bits(mask, sparse.group_dim), requires_grad=False)
-    sparse.slorb = None
+    sparse.slorb, sparse.dense_forward = None, dense_forward
     return sparse
 
 
@@ -184,6 +188,7 @@ def share_mask(twin: nn.Module, layer: SparseLayer) -> None:
     """Turn a dense layer that shares the weight of a sparse one into its sparse form, in place, with the same masks."""
     sparse = _sparse_class(twin, layer.pattern, layer.fixed_mask)
     sparse.mask, sparse.start_mask, sparse.slorb = layer.mask, layer.start_mask, layer.slorb
+    sparse.dense_forward = layer.dense_forward
 
 
 def _sparse_class(layer: nn.Module, pattern: Pattern, fixed_mask: bool) -> SparseLayer:
@@ -201,7 +206,7 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     del layer.mask, layer.start_mask, layer.slorb
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class
-    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked"):
+    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward"):
         vars(dense).pop(name, None)
     return dense
 

@@ -10,6 +10,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from ast_sparse.kernels.products import masked
 
 
+def runs_dense(layer: nn.Module) -> bool:
+    """Whether a layer computes with its whole weight now: in training with a dense forward pass."""
+    return layer.training and getattr(layer, "dense_forward", False)
+
+
 class MaskedPiece(Tensor):
     """A process's rows of a weight. FSDP2 calls the two methods, with these arguments, around every all-gather.
 
@@ -31,7 +36,7 @@ class MaskedPiece(Tensor):
         """What is sent: `m ⊙ W` in the dtype of the forward pass, with as many rows on each process of the mesh."""
         rows = self.as_subclass(Tensor)
         rows = rows if mp_policy.param_dtype is None else rows.to(mp_policy.param_dtype)
-        if self.mask is not None:
+        if self.mask is not None and not runs_dense(module):
             rows = masked(rows, self.mask)
         missing = -(-outer_size[0] // mesh.size()) - rows.shape[0]
         if missing:

@@ -85,7 +85,7 @@ class Pruning(BlockSteps):
             layer.weight.copy_(out_by_in(weight, dim))
         if not weight.is_meta and not self.sparsity.is_gradual:
             self.errors[name] = result.error
-        make_sparse(layer, out_by_in(mask, dim), self.pattern, self.sparsity.fixed_masks)
+        self._make_sparse(layer, out_by_in(mask, dim))
         if dense is not None and self._recovery is not None:
             self._dense[name] = dense
         elif dense is not None:
@@ -115,7 +115,7 @@ class Pruning(BlockSteps):
             module = self.layers[layer]
             dim = group_dim_of(module)
             bits = unpack_bits(state.tensors[f"{layer}.start_mask"].to(module.weight.device), dim)
-            make_sparse(module, bits.narrow(dim, 0, module.weight.shape[dim]), self.pattern, self.sparsity.fixed_masks)
+            self._make_sparse(module, bits.narrow(dim, 0, module.weight.shape[dim]))
             if f"{layer}.slorb.S" in state.tensors:
                 start = (state.tensors[f"{layer}.slorb.{key}"].to(module.weight.device) for key in ("S", "X"))
                 assert self._slorb is not None, "the settings are those of the earlier try"
@@ -127,6 +127,9 @@ class Pruning(BlockSteps):
         if state.recovered is not None:
             self.recovered[name] = state.recovered
         return True
+
+    def _make_sparse(self, layer: Prunable, mask: Tensor) -> None:
+        make_sparse(layer, mask, self.pattern, self.sparsity.fixed_masks, self.sparsity.forward == "dense")
 
     def _inside(self, block: str) -> list[str]:
         return [layer for layer in self.layers if layer.startswith(f"{block}.")]

@@ -128,7 +128,7 @@ class SparseTrainer(CheckpointTrainer):
         self.distillation_config, self.slorb_config = distillation_config, slorb_config
         self.calibration_config = calibration_config or CalibrationConfig()
         self.optimizer_config = optimizer_config or OptimizerConfig()
-        check_optimizer_settings(self.optimizer_config, args, optimizers[0])
+        check_optimizer_settings(self.optimizer_config, args, optimizers[0], sparsity=self.sparsity_config)
         self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
         # 2. student and teacher, still dense, and their data
         models = self._take_models(model, teacher_model, args, processing_class, trust_remote_code)

@@ -8,7 +8,7 @@ from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
 def twin(placement: str, w, g, mask, first, second, values: StepValues) -> list[torch.Tensor]:
     """(16)-(23) on whole tensors in float64, with no regard to speed."""
     w, g, first, second = (tensor.double() for tensor in (w, g, first, second))
-    pruned = torch.where(mask, 0, w)
+    pruned = torch.where(mask, 0, w.sign() if values.is_l1 else w)
     if placement == "gradient":
         g = g + values.mask_decay * pruned
     first = values.beta1 * first + (1 - values.beta1) * g
@@ -41,6 +41,25 @@ def test_updates_equal_the_equations_in_float64(
             for got, wanted in zip((w, first, second), expected, strict=True):
                 torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
             assert torch.equal(g, before[0]) and torch.equal(mask, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_decay_by_the_sign_equals_the_equations_in_float64(placement: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    w, g, first, second = torch.randn(4, 6, 8, generator=generator, dtype=dtype).unbind()
+    second.square_()
+    w[0, :2] = 0  # its sign is 0
+    mask = torch.rand(6, 8, generator=generator) < 0.5
+    values = StepValues(3, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.05, is_l1=True)
+    expected = twin(placement, w, g, mask, first, second, values)
+    compiled = [tensor.clone() for tensor in (w, first, second)]
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-13
+    update_weights(placement, w, g, mask, first, second, values, "eager")
+    torch.testing.assert_close([t.double() for t in (w, first, second)], expected, rtol=tolerance, atol=tolerance)
+    if placement == "momentum" and dtype == torch.float32:  # one compilation; the rest of the update is the same
+        update_weights(placement, compiled[0], g, mask, compiled[1], compiled[2], values, "compiled")
+        torch.testing.assert_close([t.double() for t in compiled], expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kernels", ["eager", "compiled"])

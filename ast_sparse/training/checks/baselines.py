@@ -22,6 +22,10 @@ def check_baseline(sparsity: SparsityConfig, slorb: SLoRBConfig | None, args: Tr
             f"training.load_best_model_at_end=True with sparsity.schedule={sparsity.schedule} would bring back a "
             "checkpoint of lower sparsity than the pattern. Remove one of them."
         )
+    if sparsity.forward == "dense" and slorb is not None and slorb.enabled:
+        raise UserError(
+            "sparsity.forward=dense with slorb would count pruned weights twice: SLoRB stands in for them. Remove one."
+        )
     if METHODS[sparsity.criterion].needs_text and args.torch_compile:
         raise UserError(
             f"training.torch_compile=True hides the inputs that sparsity.criterion={sparsity.criterion} looks at. "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from ast_sparse.config import OptimizerConfig
+from ast_sparse.config import OptimizerConfig, SparsityConfig
 from ast_sparse.data.tokens.vocabulary import Renamed, check_teacher_tokens, check_text_tokens, renamed_tokens
 from ast_sparse.errors import UserError
 from ast_sparse.kernels import moments8bit
@@ -46,6 +46,7 @@ def check_optimizer_settings(
     args: TrainingArguments,
     optimizer: torch.optim.Optimizer | None = None,
     processes: int | None = None,
+    sparsity: SparsityConfig | None = None,
 ) -> None:
     """Refuse settings of the optimizer that do not work in this run.
 
@@ -71,6 +72,8 @@ def check_optimizer_settings(
         )
     if config.offload and args.torch_compile:
         raise UserError(f"{named} does not work with training.torch_compile=True. Remove one of them.")
+    if config.offload and sparsity is not None and sparsity.forward == "dense":
+        raise UserError(f"{named} keeps masked weights on the device: not with sparsity.forward=dense. Remove one.")
     if config.moments == "8bit" and not moments8bit.is_installed():
         raise UserError(f"{named} needs torchao. Install it (`pip install 'ast-sparse[8bit]'`), or set float32.")
 

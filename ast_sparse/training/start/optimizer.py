@@ -65,4 +65,5 @@ def sparse_adamw(
         eps=args.adam_epsilon,
         # without mask decay, `gradient` is plain AdamW, which IMP and GMP train with
         decay_placement="gradient" if config.is_gradual else config.decay_placement,
+        decay_norm=config.decay_norm,
     )
