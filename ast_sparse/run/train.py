@@ -184,13 +184,13 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     trainer.run_record.sections = run_settings(config)
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
-    samples = start_samples(run, tokenizer, every_block)
+    text = start_samples(run, tokenizer, every_block)
     with run.signals.held():
         if args.should_save:
             clear_for_run(config, run.output, checkpoint, run.overwrite)
         run.signals.restart = "--resume starts it again"  # from the beginning, if there is no checkpoint
-    if samples is not None:  # now that all checks are passed, and the folder belongs to this run
-        warm_start(run, trainer, samples)
+    if text is not None:  # now that all checks are passed, and the folder belongs to this run
+        warm_start(run, trainer, text)
     stage = f"one-shot {config.sparsity.pattern}"
     is_one_shot = not config.sparsity.is_gradual  # imp and gmp reach the pattern only during training
     if checkpoint is not None and not METHODS[config.sparsity.init].by_magnitude:

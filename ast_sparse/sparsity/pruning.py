@@ -117,9 +117,9 @@ class Pruning(BlockSteps):
             bits = unpack_bits(state.tensors[f"{layer}.start_mask"].to(module.weight.device), dim)
             self._make_sparse(module, bits.narrow(dim, 0, module.weight.shape[dim]))
             if f"{layer}.slorb.S" in state.tensors:
-                start = (state.tensors[f"{layer}.slorb.{key}"].to(module.weight.device) for key in ("S", "X"))
+                s, x = (state.tensors[f"{layer}.slorb.{key}"].to(module.weight.device) for key in ("S", "X"))
                 assert self._slorb is not None, "the settings are those of the earlier try"
-                self.adapters[layer] = SLoRB(*start, self._slorb.train_projection)
+                self.adapters[layer] = SLoRB(s, x, self._slorb.train_projection)
         for key, parameter in block.named_parameters(remove_duplicate=False):
             if f"{name}.{key}" in state.tensors:
                 parameter.copy_(state.tensors[f"{name}.{key}"])

@@ -147,7 +147,8 @@ def _curve(axes: Axes, index: int, rows: Sequence[dict[str, Any]], key: str, uni
         return
     plots.line(axes, index, f"{rows[0]['variant']}: {rounded(means[-1])}", zip(places, means, strict=True))
     if len(seeds) > 1:
-        axes.fill_between(places, *zip(*ranges, strict=True), color=COLOURS[index % len(COLOURS)], alpha=0.25, lw=0)
+        lowest, highest = zip(*ranges, strict=True)
+        axes.fill_between(places, lowest, highest, color=COLOURS[index % len(COLOURS)], alpha=0.25, lw=0)
 
 
 def _alpha(outcomes: Sequence[Outcome]) -> Figure | None:
