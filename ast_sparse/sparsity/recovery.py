@@ -28,6 +28,7 @@ _BETAS = (0.9, 0.95)  # few steps: a longer memory would not be filled
 _WARM_UP = 0.1  # share of the steps in which the learning rate rises
 _LAST = 0.1  # of the learning rate, at the end
 _SMALLEST = 1e-12  # of what is divided by
+_SAME = 1e-4  # largest difference, as a share of the largest output, that rounding makes
 _MEASURED = 8  # sequences on which a block's error is measured, before and after
 
 
@@ -117,11 +118,13 @@ class BlockRecovery:
         batches = [batch.tolist() for epoch in epochs for batch in epoch.split(settings.recovery_batch_size)]
         optimizer = torch.optim.AdamW(trained, settings.recovery_learning_rate, _BETAS, weight_decay=0)
         before = self._error(block, inputs, targets, call)
+        together = len(inputs) > 1 and runs_together(block, torch.cat([each.to(device) for each in inputs[:2]]), call)
         for step, batch in enumerate(batches):
             optimizer.param_groups[0]["lr"] = settings.recovery_learning_rate * rate_at(step, len(batches))
-            for index in batch:  # one by one: the other arguments of a block are those of one sequence
-                loss = self._loss(block, inputs[index].to(device), targets[index].to(device), call)
-                (loss / (len(batch) * max(before, _SMALLEST))).backward()
+            for part in [batch] if together else [[index] for index in batch]:
+                given, wanted = (torch.cat([each[i].to(device) for i in part]) for each in (inputs, targets))
+                loss = self._loss(block, given, wanted, call) * len(part) / len(batch)
+                (loss / max(before, _SMALLEST)).backward()
             for parameter in trained:
                 if parameter in layers and parameter.grad is not None:
                     parameter.grad *= layers[parameter].mask
@@ -172,18 +175,33 @@ def _settle(layer: SparseLayer) -> None:
     layer.weight.copy_(out_by_in(settle(weight, mask, layer.pattern), layer.group_dim))
 
 
+@torch.no_grad()
+def runs_together(block: nn.Module, sequences: Tensor, call: Call) -> bool:
+    """Whether a block gives several sequences at once, `[sequences, tokens, width]`, what it gives each alone.
+
+    Its other arguments are those of one sequence, and in some architectures they do not fit several.
+    """
+    call, sequences = tree_map(_widened, call), sequences.to(_wide(sequences.dtype))
+    alone = torch.cat([run_block(block, each[None], call) for each in sequences])
+    try:
+        together = run_block(block, sequences, call)
+    except (RuntimeError, ValueError):  # shapes
+        return False
+    return together.shape == alone.shape and bool((together - alone).abs().max() <= _SAME * alone.abs().max())
+
+
 def block_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Relative squared error of a block's outputs on a sequence, `‖Y − Ŷ‖² / ‖Y‖²`, in float32 or wider.
+    """Relative squared error of a block's outputs, `‖Y − Ŷ‖² / ‖Y‖²`, mean over the sequences; in float32 or wider.
 
     The few tokens with massive activations weigh most, and they must: attention rests on them. A loss relative to each
     token's own size loses them, and the model with them.
 
     Args:
-        outputs, targets: `[..., tokens, width]`.
+        outputs, targets: `[sequences, tokens, width]`.
     """
     targets = targets.to(_wide(targets.dtype))
-    error = (outputs.to(targets.dtype) - targets).square().mean()
-    return error / targets.square().mean().clamp(min=_SMALLEST)
+    error = (outputs.to(targets.dtype) - targets).square().mean((1, 2))
+    return (error / targets.square().mean((1, 2)).clamp(min=_SMALLEST)).mean()
 
 
 def rate_at(step: int, steps: int) -> float:

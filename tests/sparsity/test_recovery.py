@@ -14,7 +14,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import refresh_masks, sparse_layers, sparsify_model
-from ast_sparse.sparsity.recovery import BlockRecovery, block_loss, rate_at
+from ast_sparse.sparsity.recovery import BlockRecovery, block_loss, rate_at, runs_together
 from tests.models import tiny_model
 
 SETTINGS = CalibrationConfig(recovery_epochs=3, recovery_learning_rate=1e-2, recovery_batch_size=2)
@@ -91,6 +91,22 @@ def test_a_block_is_trained_as_in_a_loop_written_out() -> None:
     with torch.no_grad():
         losses = [float(block_loss(block(each), wanted)) for each, wanted in zip(inputs, targets, strict=True)]
     assert after == pytest.approx(sum(losses) / len(losses)) and after < before_error
+
+
+@pytest.mark.parametrize("fits", ["several", "one", "one, without an error"])
+def test_sequences_run_together_only_where_that_gives_the_same(fits: str) -> None:
+    block, inputs, _ = sparse_block()
+    shift = {"several": torch.randn(1, 6, 8), "one": torch.randn(6, 8).flatten()[None], "one, without an error": None}[
+        fits
+    ]
+
+    class Shifted(nn.Module):
+        def forward(self, hidden: Tensor, shift: Tensor | None) -> Tensor:
+            if fits == "one":
+                return block((hidden.flatten() + shift).view(1, 6, 8))
+            return block(hidden - hidden.mean(0) if shift is None else hidden + shift)
+
+    assert runs_together(Shifted(), torch.cat(inputs[:2]), ((shift,), {})) == (fits == "several")
 
 
 def test_the_loss_is_relative_to_all_tokens_together() -> None:
