@@ -119,7 +119,9 @@ def train(folder: Path, world: int, **training: Any) -> None:
     tree: dict[str, Any] = {
         "model": {"name_or_path": str(folder / "model")},
         "data": {"root": str(folder), "train": "text.txt", "eval_share": 0.1, "block_size": 16},
-        "sparsity": {"mask_interval": 2},
+        "basis": {"rotation_steps": 2},  # unties the head
+        "sparsity": {"mask_interval": 2, "init": "sparsegpt"},
+        "calibration": {"samples": 8, "recovery_epochs": 1},
         "slorb": {"k": 16},
         "training": {
             "max_steps": 3, "per_device_train_batch_size": 6 // world, "learning_rate": 3e-3, "report_to": "none",
