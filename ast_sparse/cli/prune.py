@@ -93,7 +93,7 @@ _CALIBRATION = (
 )  # fmt: skip
 @click.option(
     "--recovery-epochs", type=int, default=0, show_default=True,
-    help="Passes over the sequences that train each pruned block towards the dense block's outputs.",
+    help="Passes over the text that train each pruned block towards the outputs of the dense one; needs text.",
 )  # fmt: skip
 @click.option(
     "--recovery-learning-rate", type=float, default=2e-4, show_default=True, help="Learning rate of that training."

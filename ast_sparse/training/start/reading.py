@@ -32,8 +32,10 @@ def load_student(
         UserError: the model cannot be read, or not be sharded.
     """
     if whole or sharding_plugin(args) is None:
-        random = seed is not None
-        model = random_causal_lm(name_or_path, seed, **options) if random else load_causal_lm(name_or_path, **options)
+        if seed is None:
+            model = load_causal_lm(name_or_path, **options)
+        else:
+            model = random_causal_lm(name_or_path, seed, **options)
         if untied:
             untie_head(model)
         return model
