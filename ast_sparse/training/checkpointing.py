@@ -39,6 +39,7 @@ from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
+from ast_sparse.training.start.preparation import prepare_again
 from ast_sparse.training.start.reduction import accumulation_kept, reduce_every_batch
 
 # The table was checked against this version of transformers; a test compares it with the installed one.
@@ -159,6 +160,12 @@ class CheckpointTrainer(Trainer):
         """Shard the student now if it will be sharded and is not yet."""
         if self.is_fsdp_enabled and not is_sharded(self.student):
             shard_student(self.student, self.args)
+
+    def _begin_training(self) -> None:
+        """Shard the student if it will be; otherwise let training prepare it, whatever an evaluation has left."""
+        self.shard_student()
+        if not self.is_fsdp_enabled:
+            prepare_again(self)
 
     def prepare_student(self) -> None:
         """Make the student ready for an evaluation: in a sharded run accelerate takes it only with the optimizer."""

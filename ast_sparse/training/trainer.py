@@ -354,7 +354,7 @@ class SparseTrainer(CheckpointTrainer):
             self._metrics.on_train_begin(self.args, self.state, self.control)
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
-        self.shard_student()
+        self._begin_training()
         with self._settings_of_trainer():
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         # the mean over the steps that have a loss, as in the log

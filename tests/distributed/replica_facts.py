@@ -1,5 +1,6 @@
 """What two gloo ranks that hold the same weights do; `empty_facts.py` calls this under torchrun."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.errors import SharedError
 from ast_sparse.sparsity.model import refresh_masks, sparse_layers, sparsify_model
 from tests.models import tiny_model
-from tests.training.small_runs import trainer
+from tests.training.small_runs import blocks, trainer
 
 FAULTY = "model.layers.1.mlp.up_proj"
 INTERVAL = 2
@@ -46,17 +47,28 @@ def damage(model: Any) -> None:
     weight.copy_(torch.where(mask, 0, 1))
 
 
-def under_ddp(folder: Path, **args: Any) -> dict[str, Any]:
+def digest(model: torch.nn.Module) -> str:
+    """Of all bits of weights and masks."""
+    tensors = model.state_dict().values()
+    return sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def under_ddp(folder: Path, evaluates_first: bool = False, **args: Any) -> dict[str, Any]:
     AcceleratorState._reset_state()
-    run = trainer(folder, sparsity=SparsityConfig(mask_interval=INTERVAL, mask_decay=1e-2), args=args)
+    sparsity = SparsityConfig(mask_interval=INTERVAL, mask_decay=1e-2)
+    run = trainer(folder, sparsity=sparsity, eval_dataset=blocks(3, seed=1), args=args)
     grads = Gradients()
     run.add_callback(grads)
+    if evaluates_first:
+        run.evaluate()
+        run.predict(blocks(3, seed=2))
     run.train()
     ddp = run.model_wrapped
     return {
         "searches": ddp.find_unused_parameters,
         "views": [ddp.gradient_as_bucket_view, grads.memories, grads.tensors],
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+        "weights": digest(run.student),
     }
 
 
@@ -96,6 +108,7 @@ def facts(root: Path) -> dict[str, Any]:
     return {
         "ddp": under_ddp(root / "views"),
         "accumulated": under_ddp(root / "views", gradient_accumulation_steps=2, max_steps=3),
+        "evaluated first": under_ddp(root / "views", evaluates_first=True),
         "stopped": stopped(root / "stopped"),
         "replicas": replicas(torch.distributed.get_rank()),
     }

@@ -43,11 +43,16 @@ def test_a_step_is_empty_only_if_no_rank_has_a_counted_token(
 def test_ddp_keeps_gradients_in_its_buckets_and_searches_for_no_unused_parameters(
     finished: tuple[list[dict[str, Any]], str],
 ) -> None:
-    for name in ("ddp", "accumulated"):
+    for name in ("ddp", "accumulated", "evaluated first"):
         found = finished[0][0]["copies"][name]
         is_view, memories, tensors = found["views"]
         assert is_view and memories < tensors / 5, found
         assert not found["searches"]
+
+
+def test_under_ddp_an_evaluation_before_training_changes_nothing(finished: tuple[list[dict[str, Any]], str]) -> None:
+    weights = [rank["copies"][name]["weights"] for rank in finished[0] for name in ("ddp", "evaluated first")]
+    assert len(weights) == 4 and len(set(weights)) == 1
 
 
 def test_ranks_whose_masks_differ_after_a_refresh_stop_and_name_layer_and_step(

@@ -20,6 +20,7 @@ from ast_sparse.training.checks.inputs import check_model
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 from ast_sparse.training.start.blocks import BlockMaker
 from ast_sparse.training.start.frozen_teacher import frozen_teacher
+from ast_sparse.training.start.preparation import forget_preparation
 from ast_sparse.training.start.reading import load_student
 
 
@@ -100,6 +101,7 @@ def _dense_student(
         model = load_student(model, args, whole=calibrates, trust_remote_code=trust_remote_code)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
+    forget_preparation(model)  # of another trainer
     origin = Origin.of(model)
     generation = getattr(model, "generation_config", None)
     check_saving(str(model.config.name_or_path), model.config, generation, tokenizer)
