@@ -76,7 +76,7 @@ def measure_inputs(
         UserError: a layer got no input, or the blocks cannot be run one by one.
     """
     layers = {name: layer for unit in structure.units for name, layer in unit.linears.items()}
-    runs = calibrate_blocks(model, decoder_blocks(model), layers, samples, with_hessian, device)
+    runs = calibrate_blocks(model, decoder_blocks(model), layers, samples, with_hessian, device, changes=False)
     label = "Measuring inputs"
     with progress_bar(total=len(structure.blocks), desc=label, unit="block", disable=not progress) as bar:
         for units, found in zip(structure.blocks.values(), runs, strict=True):

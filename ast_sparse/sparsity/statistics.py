@@ -190,12 +190,13 @@ def calibrate_blocks(
     with_hessian: bool,
     device: torch.device | None = None,
     steps: BlockSteps | None = None,
+    changes: bool = True,
 ) -> Iterator[dict[str, InputStatistics | None]]:
     """Statistics of the layers, one decoder block at a time; None for a layer that no token reached.
 
     When the caller asks for the next block, this one is run again, so that the next one is calibrated on the output of
-    the pruned layers. In memory at a time: one block on `device`, the activations between two blocks, and the
-    statistics of one block.
+    the pruned layers, unless it says that it changes nothing. In memory at a time: one block on `device`, the
+    activations between two blocks, and the statistics of one block.
 
     Args:
         blocks: the decoder blocks, in the order in which they run.
@@ -205,6 +206,7 @@ def calibrate_blocks(
         device: where blocks run; default: where they are.
         steps: what to do with whole blocks; a restored block yields nothing. If it needs targets, the hidden states of
             the dense model are in memory, too.
+        changes: False: blocks stay as they are, and are run once.
 
     Raises:
         UserError: the blocks do not run one after the other.
@@ -221,10 +223,11 @@ def calibrate_blocks(
             inside = {layer: module for layer, module in layers.items() if layer.startswith(f"{name}.")}
             call = _moved(calls[name], place)
             _advance(dense, block, place, call)
-            if not steps.restore(name, block):
-                yield _inputs_of(block, inside, with_hessian, hidden, place, call)
+            is_restored = steps.restore(name, block)
+            if not is_restored:
+                yield _inputs_of(block, inside, with_hessian, hidden, place, call, advances=not changes)
                 steps.finish(name, block, hidden, dense, call)
-            if index + 1 < len(blocks):
+            if index + 1 < len(blocks) and (changes or is_restored):
                 _advance(hidden, block, place, call)
             block.to(home)
     finally:
@@ -238,12 +241,15 @@ def _inputs_of(
     hidden: list[Tensor],
     place: torch.device,
     call: Call,
+    advances: bool,
 ) -> dict[str, InputStatistics | None]:
-    """The statistics of a block's layers from all sequences."""
+    """The statistics of a block's layers from all sequences, whose hidden states may be replaced by its outputs."""
     recorder = InputRecorder(layers, with_hessian)
     recorder.start()
-    for sample in hidden:
-        run_block(block, sample.to(place), call)
+    for i, sample in enumerate(hidden):
+        output = run_block(block, sample.to(place), call)
+        if advances:
+            hidden[i] = output.to(sample.device)
     recorder.stop()
     seen = recorder.statistics()
     return {layer: seen.get(layer) for layer in layers}

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
 import ast_sparse.sparsity.pruning as pruning_module
+import ast_sparse.sparsity.statistics as statistics_module
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
@@ -39,14 +40,28 @@ def layer_inputs(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in seen]).double()
 
 
+@pytest.mark.parametrize("changes", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_of_untouched_blocks_are_those_of_the_whole_model(family: str) -> None:
+def test_statistics_of_untouched_blocks_are_those_of_the_whole_model(
+    family: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[nn.Module] = []
+    run_block = statistics_module.run_block
+    monkeypatch.setattr(
+        statistics_module, "run_block", lambda block, *args: runs.append(block) or run_block(block, *args)
+    )
     model, tokens = tiny_model(family).eval(), samples()
     layers, _ = select_layers(model)
     found: dict[str, InputStatistics | None] = {}
-    for statistics in calibrate_blocks(model, decoder_blocks(model), layers, tokens, with_hessian=True):
+    for statistics in calibrate_blocks(
+        model, decoder_blocks(model), layers, tokens, with_hessian=True, changes=changes
+    ):
         found |= statistics
     assert list(found) == list(layers)
+    blocks = decoder_blocks(model).values()
+    assert [runs.count(block) for block in blocks] == [
+        3 if block is [*blocks][-1] or not changes else 6 for block in blocks
+    ]
     for name in layers:
         inputs = layer_inputs(model, name, tokens)
         statistics = found[name]
