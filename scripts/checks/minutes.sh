@@ -10,7 +10,7 @@ model=$1 data=$2 out=$3
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 export PATH="$root/.venv/bin:$PATH"
 SECONDS=0
-ast-prune "$model" "$out/one_shot" --method sparsegpt --permute --recovery-epochs 2 --recovery-learning-rate 1e-3 \
+ast-prune "$model" "$out/one_shot" --method sparsegpt --permute --recovery-epochs 2 --recovery-learning-rate 2e-3 \
   --dtype float32 --overwrite --calibration "$data/redpajama_sample/c4-rp.jsonl" --samples 32 --seq-len 512
 one_shot=$SECONDS
 SECONDS=0
