@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ast_sparse.distillation.logits import IGNORE_INDEX
+from ast_sparse.distributed.pieces import reshard
 from ast_sparse.distributed.ranks import mean_over_ranks
 from ast_sparse.errors import UserError
+from ast_sparse.training.checkpointing import CheckpointTrainer
 
 
 class HeldOutLoss:
@@ -86,3 +88,58 @@ def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix:
     if not all(isinstance(loss, float) for loss in losses.values()):
         return None
     return math.fsum(loss * sizes[name] for name, loss in losses.items() if loss is not None) / sum(sizes.values())
+
+
+class EvaluationTrainer(CheckpointTrainer):
+    """Trainer whose evaluations give the loss over all tokens, each counted once."""
+
+    _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
+    _needs_logits = True  # if outputs are returned
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer; the loss is the mean over all tokens, each counted once."""
+        self.prepare_student()
+        self._held_out_loss = HeldOutLoss(dataloader, self.args)
+        try:
+            with self._settings_of_trainer():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            self._held_out_loss.replace_in(output.metrics, metric_key_prefix)
+        finally:
+            self._held_out_loss = None
+            reshard(self.student)
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As in Trainer; logits are computed only if they are needed."""
+        self._needs_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._needs_logits = True
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in Trainer; for a mapping there is also the loss over all its parts.
+
+        Raises:
+            UserError: no token of the data is counted, so there is no loss.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss = loss_of_parts(metrics, parts, metric_key_prefix)
+        if loss is not None:
+            metrics[f"{metric_key_prefix}_loss"] = loss
+            self.log({f"{metric_key_prefix}_loss": loss})
+        return metrics

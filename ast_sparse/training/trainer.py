@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from ast_sparse.config import (
     CalibrationConfig,
@@ -22,7 +22,7 @@ from ast_sparse.config import (
 )
 from ast_sparse.data.blocks.collator import DOMAIN, make_collator
 from ast_sparse.data.blocks.domains import DomainBlocks
-from ast_sparse.distributed.pieces import is_sharded, reshard
+from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.fast_forward import fast_step
@@ -35,12 +35,11 @@ from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback
-from ast_sparse.training.checkpointing import CheckpointTrainer
 from ast_sparse.training.checks.arguments import check_arguments
 from ast_sparse.training.checks.inputs import check_optimizer, check_optimizer_settings, check_replaced, check_taught
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
-from ast_sparse.training.eval_loss import HeldOutLoss, loss_of_parts
+from ast_sparse.training.eval_loss import EvaluationTrainer
 from ast_sparse.training.fsdp import check_sharding, sharding_plugin
 from ast_sparse.training.loader import block_loader, block_source, make_mixture
 from ast_sparse.training.losses import DomainLosses, MicroBatchLoss, find_heads, split_batch
@@ -54,7 +53,7 @@ from ast_sparse.training.start.optimizer import sparse_adamw
 from ast_sparse.training.start.reduction import prepare_ddp, reduce_over_replicas
 
 
-class SparseTrainer(CheckpointTrainer):
+class SparseTrainer(EvaluationTrainer):
     """Trainer whose student is masked, distilled from its dense self, and saved exactly N:M.
 
     Args:
@@ -88,8 +87,6 @@ class SparseTrainer(CheckpointTrainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
-    _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
-    _needs_logits = True  # if outputs are returned
 
     # long: 26 lines are its arguments
     def __init__(
@@ -277,38 +274,6 @@ class SparseTrainer(CheckpointTrainer):
                 loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in Trainer; the loss is the mean over all tokens, each counted once."""
-        self.prepare_student()
-        self._held_out_loss = HeldOutLoss(dataloader, self.args)
-        try:
-            with self._settings_of_trainer():
-                output = super().evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                )
-            self._held_out_loss.replace_in(output.metrics, metric_key_prefix)
-        finally:
-            self._held_out_loss = None
-            reshard(self.student)
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """As in Trainer; logits are computed only if they are needed."""
-        self._needs_logits = not prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._needs_logits = True
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As in Trainer; the loss is judged when all micro-batches of the step are done."""
         reduce_over_replicas(self.student, self.accelerator.sync_gradients)
@@ -359,22 +324,6 @@ class SparseTrainer(CheckpointTrainer):
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As in Trainer; for a mapping there is also the loss over all its parts.
-
-        Raises:
-            UserError: no token of the data is counted, so there is no loss.
-        """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        parts = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = loss_of_parts(metrics, parts, metric_key_prefix)
-        if loss is not None:
-            metrics[f"{metric_key_prefix}_loss"] = loss
-            self.log({f"{metric_key_prefix}_loss": loss})
-        return metrics
 
     def _kernels(self, stored: Kernels | None) -> Kernels:
         """The kernels of the run; eager on all ranks if one cannot compile, because their weights must stay equal."""
