@@ -103,7 +103,7 @@ def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokeniz
     if steps is not None:
         measure = partial(measured.during_training, tokenizer=tokenizer, held_out=trainer.eval_dataset)
         trainer.add_callback(PerplexityCallback(steps, measure, trainer.log))
-    trainer.add_callback(PreemptionCallback(run.signals))
+    trainer.add_callback(PreemptionCallback(run.signals, trainer.watch))
     with write_errors(run.output):
         trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
         run.signals.finish()

@@ -39,6 +39,7 @@ from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
+from ast_sparse.training.start.model_calls import compilation_hidden
 from ast_sparse.training.start.preparation import prepare_again
 from ast_sparse.training.start.reduction import accumulation_kept, reduce_every_batch
 
@@ -71,6 +72,9 @@ TRAINER_INTERNALS = (
     Internal("_load_best_model", (), "the best checkpoint may be sharded"),
     Internal("_load_optimizer_and_scheduler", ("checkpoint",), "sharded and whole runs load each other's moments"),
     Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
+    Internal("_get_grad_norm", ("model", "grad_norm"), "the watch judges the norm that clipping has computed"),
+    Internal("_tr_loss", None, "the sum of losses since the last log record, for `finite_loss`"),
+    Internal("_globalstep_last_logged", None, "the step of that record"),
 )
 # The same for the configuration of a model.
 CONFIG_INTERNALS = (Internal("_attn_implementation", None, "read, to say which attention was replaced by eager"),)
@@ -149,7 +153,7 @@ class CheckpointTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
-        with hidden_from_accelerate(self.args), accumulation_kept(self.args):
+        with hidden_from_accelerate(self.args), accumulation_kept(self.args), compilation_hidden(self.args):
             super().create_accelerator_and_postprocess()
         if (plugin := sharding_plugin(self.args)) is not None:
             use_plugin(self.accelerator, plugin, self.args)

@@ -23,6 +23,7 @@ from ast_sparse.distillation.head import (
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.distributed.ranks import mean_over_ranks
 from ast_sparse.errors import UserError
+from ast_sparse.training.fsdp import sharding_plugin
 
 logger = logging.get_logger(__name__)
 
@@ -58,8 +59,8 @@ def find_heads(
     heads = {}
     for owner, model in models.items():
         try:
-            if args.torch_compile:
-                raise UnknownHeadError("training.torch_compile hides it")
+            if args.torch_compile and sharding_plugin(args) is not None:
+                raise UnknownHeadError("training.torch_compile hides it in a sharded run")
             heads[owner] = find_output_head(model)
         except UnknownHeadError as reason:
             if args.should_log:

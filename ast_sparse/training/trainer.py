@@ -34,7 +34,7 @@ from ast_sparse.training.callbacks.lines import use_lines
 from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
-from ast_sparse.training.callbacks.watch import WatchCallback
+from ast_sparse.training.callbacks.watch import WatchCallback, filter_replaced, finite_loss
 from ast_sparse.training.checks.arguments import check_arguments
 from ast_sparse.training.checks.inputs import check_optimizer, check_optimizer_settings, check_replaced, check_taught
 from ast_sparse.training.checks.mixture import check_mixture
@@ -48,6 +48,7 @@ from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import sparsify_sharded
 from ast_sparse.training.start.blocks import BlockMaker, block_length
 from ast_sparse.training.start.frozen_teacher import place_teacher
+from ast_sparse.training.start.model_calls import CompiledDecoders, borders_known, compiles_decoders
 from ast_sparse.training.start.models import DenseModels, dense_models, first_masks
 from ast_sparse.training.start.optimizer import sparse_adamw
 from ast_sparse.training.start.reduction import prepare_ddp, reduce_over_replicas
@@ -87,6 +88,8 @@ class SparseTrainer(EvaluationTrainer):
 
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
+    _compiled: AbstractContextManager[None] = nullcontext()  # in which the models are called
+    _filters_losses = False  # during training, if `logging_nan_inf_filter` is set
 
     # long: 26 lines are its arguments
     def __init__(
@@ -204,6 +207,9 @@ class SparseTrainer(EvaluationTrainer):
             place_teacher(teacher, self.args, plugin)
         heads = find_heads(self.student, teacher, self.distillation_config, self.args)
         self._loss = MicroBatchLoss(teacher, self.distillation_config, heads)
+        if compiles_decoders(self.args):
+            backend, mode = self.args.torch_compile_backend, self.args.torch_compile_mode
+            self._compiled = CompiledDecoders((self.student, teacher), backend, mode)
 
     def _prepare_order(self) -> None:
         """Set the order of blocks that are read in place; Trainer orders all other data."""
@@ -222,15 +228,15 @@ class SparseTrainer(EvaluationTrainer):
         batch; `log_values` and `correct_loss` change a log record before Trainer keeps it.
         """
         taught_by = 0 if self.teacher is None else teacher_parameters(cast(PreTrainedModel, self.teacher))
-        self._watch = WatchCallback(self._watch_config)
+        self.watch = WatchCallback(self._watch_config)
         self._sparsity = SparsityCallback(
-            self.sparsity_config, self.log, self.calibration_config, self.slorb_config, lambda: self._watch.is_empty
+            self.sparsity_config, self.log, self.calibration_config, self.slorb_config, lambda: self.watch.is_empty
         )
         self._late_slorb = LateSLoRB(self.slorb_config)
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, self._matched)
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
-        own = [self._watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
+        own = [self.watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
         if self._mixture is not None and isinstance(self.train_dataset, DomainBlocks):
             own.append(MixtureCallback(self._mixture, self._mixture_config, self.log))
         return own
@@ -261,7 +267,8 @@ class SparseTrainer(EvaluationTrainer):
         held_out = None if model.training else self._held_out_loss
         by_domain = model.training and DOMAIN in inputs and self._parts is not None
         by_position = torch.zeros(labels.numel(), device=labels.device) if by_domain or held_out else None
-        loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits, by_position)
+        with borders_known(features), self._compiled:
+            loss, tokens, outputs = self._loss(model, self.student, features, labels, needs_logits, by_position)
         if by_position is not None and held_out is not None:
             held_out.add(by_position, labels)
         elif by_position is not None:
@@ -284,9 +291,17 @@ class SparseTrainer(EvaluationTrainer):
         with faster:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
-        self._watch.add(inputs, loss)
+        self.watch.add(inputs, loss)
         self._speed.count(int(inputs["input_ids"].numel()))
-        return loss
+        if not self._filters_losses:
+            return loss
+        return finite_loss(loss, self._tr_loss, self.state.global_step - self._globalstep_last_logged)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in Trainer; the watch sees it too, so that gradients are read once."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.see_norm(norm)
+        return norm
 
     # ---- train, evaluate, log ------------------------------------------------------------------------------------
 
@@ -320,7 +335,7 @@ class SparseTrainer(EvaluationTrainer):
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         self._begin_training()
-        with self._settings_of_trainer():
+        with self._settings_of_trainer(), filter_replaced(self.args) as self._filters_losses:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
@@ -336,10 +351,10 @@ class SparseTrainer(EvaluationTrainer):
         """As in Trainer, with a perplexity for each evaluation loss, and speed and memory for each training loss."""
         if "loss" in logs:
             logs.update(self._speed.log_values(self.args))
-            logs.update(self._watch.log_values(), **self._domain_losses.log_values())
-            self._watch.correct_loss(logs)
+            logs.update(self.watch.log_values(), **self._domain_losses.log_values())
+            self.watch.correct_loss(logs)
         if "train_loss" in logs:
-            self._watch.correct_loss(logs, "train_loss")
+            self.watch.correct_loss(logs, "train_loss")
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)

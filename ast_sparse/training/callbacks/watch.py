@@ -7,6 +7,8 @@ import json
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,13 @@ class WatchCallback(TrainerCallback):
     moments and step counts as they are; the masks wait for the next step that has such tokens (`SparsityCallback`),
     while λ, learning rate and data move on.
 
+    The device is read once a step. What others have to know of all ranks goes with it: see `ask`.
+
     Attributes:
         is_empty: whether the last step had no such token.
         empty: number of such steps so far.
+        ask: a question that each rank answers before an update; None asks nothing.
+        agreed: whether any rank has said yes at the last step.
     """
 
     def __init__(self, config: WatchConfig) -> None:
@@ -73,6 +79,9 @@ class WatchCallback(TrainerCallback):
         self.is_empty = False
         self._in_a_row = 0
         self._tokens: Tensor | None = None
+        self._norm: Any = None
+        self.ask: Callable[[], bool] | None = None
+        self.agreed = False
         self._steps = [0, 0]  # since the last log record, and since this call of train() began
         self._empty_steps = [0, 0]  # those of them without a counted token
 
@@ -82,6 +91,10 @@ class WatchCallback(TrainerCallback):
         self._batches.append(inputs)
         self._loss = loss if self._loss is None else self._loss + loss
         self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def see_norm(self, norm: Any) -> None:
+        """Take the norm of the step's gradients before clipping, as Trainer has computed it: a tensor or a number."""
+        self._norm = norm
 
     def log_values(self) -> dict[str, float]:
         """For the log: `skipped_steps` so far, if steps may be skipped; `empty_steps`, once there is one."""
@@ -115,7 +128,7 @@ class WatchCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._batches, self._loss, self._tokens = [], None, None
+        self._batches, self._loss, self._tokens, self._norm = [], None, None, None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,9 +140,11 @@ class WatchCallback(TrainerCallback):
         """
         if self._loss is None or self._tokens is None:
             return
-        norm = _gradient_norm(kwargs["model"], kwargs["optimizer"]).to(self._loss)
-        loss, norm, tokens = mean_over_ranks(torch.stack([self._loss, norm, self._tokens])).tolist()
-        self.is_empty = tokens == 0
+        norm = _gradient_norm(self._norm, kwargs["optimizer"], self._loss)
+        answer = self._loss.new_full((), float(self.ask is not None and self.ask()))  # not copied: that would wait
+        values = torch.stack([self._loss, norm, self._tokens, answer])
+        loss, norm, tokens, answers = mean_over_ranks(values).tolist()
+        self.is_empty, self.agreed = tokens == 0, answers > 0
         self._steps = [steps + 1 for steps in self._steps]
         if self.is_empty:
             self._pass_over(args, state.global_step + 1, kwargs["optimizer"])
@@ -165,7 +180,7 @@ class WatchCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._batches, self._loss, self._tokens = [], None, None
+        self._batches, self._loss, self._tokens, self._norm = [], None, None, None
         if self.config.spike != "off" or self.config.nan == "skip" or self.empty:
             saved: Any = {"losses": list(self._losses), "skipped": self.skipped, "in_a_row": self._in_a_row}
             saved = {**saved, "empty": self.empty} if self.empty else saved
@@ -174,7 +189,7 @@ class WatchCallback(TrainerCallback):
     def _reset(self, saved: dict[str, Any]) -> None:
         self._losses = deque(saved.get("losses", ()), self.config.spike_window)
         self.skipped, self._in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
-        self.empty, self.is_empty = saved.get("empty", 0), False
+        self.empty, self.is_empty, self.agreed = saved.get("empty", 0), False, False
         self._steps, self._empty_steps = [0, 0], [0, 0]
 
     def _verdict(self, loss: float, norm: float) -> tuple[str, str]:
@@ -246,6 +261,33 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
         ]
 
 
+@contextmanager
+def filter_replaced(args: TrainingArguments) -> Iterator[bool]:
+    """Inside, `logging_nan_inf_filter` is off, because Trainer waits for every loss to apply it.
+
+    Yields:
+        Whether it was on, so that `finite_loss` has to take its place.
+    """
+    was_on, args.logging_nan_inf_filter = bool(args.logging_nan_inf_filter), False
+    try:
+        yield was_on
+    finally:
+        args.logging_nan_inf_filter = was_on
+
+
+def finite_loss(loss: Tensor, total: Tensor, steps: int) -> Tensor:
+    """What Trainer adds to the logged loss with `logging_nan_inf_filter`, chosen on the device.
+
+    Args:
+        loss: of a micro-batch.
+        total: the sum since the last log record; `steps`: the finished steps since then.
+
+    Returns:
+        The loss; if it is not finite, `total / (1 + steps)`.
+    """
+    return torch.where(torch.isfinite(loss), loss, total / (1 + steps))
+
+
 def _drop_update(optimizer: Any) -> None:
     """Leave the optimizer nothing to do: weights do not decay, moments and step counts do not change."""
     for group in optimizer.param_groups:
@@ -253,8 +295,8 @@ def _drop_update(optimizer: Any) -> None:
             parameter.grad = None
 
 
-def _gradient_norm(model: torch.nn.Module, optimizer: Any) -> Tensor:
-    """The norm after clipping, which turns a norm that is not finite into NaN."""
-    if getattr(optimizer, "scaler", None) is not None:  # fp16 overflows now and then, and its scaler handles that
-        return torch.zeros(())
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+def _gradient_norm(norm: Any, optimizer: Any, like: Tensor) -> Tensor:
+    """The norm before clipping, on the device of `like`; 0 where it is not judged."""
+    if norm is None or getattr(optimizer, "scaler", None) is not None:
+        return torch.zeros_like(like)  # fp16 overflows now and then, and its scaler handles that
+    return whole(norm).to(like) if isinstance(norm, Tensor) else like.new_full((), float(norm))

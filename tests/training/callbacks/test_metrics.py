@@ -211,7 +211,7 @@ def test_the_peak_is_known_by_the_name_of_the_gpu(name: str, peak: float | None)
 
 def test_without_the_callbacks_the_weights_are_the_same(tmp_path: Path) -> None:
     whole, bare = trainer(tmp_path / "whole"), trainer(tmp_path / "bare")
-    for callback in (bare._watch, bare._speed, bare._metrics):
+    for callback in (bare.watch, bare._speed, bare._metrics):
         bare.remove_callback(callback)
     whole.train(), bare.train()
     expected, got = weights(whole.model), weights(bare.model)
