@@ -78,6 +78,13 @@ class SparsityConfig(Section):
             "compiler works. A resumed run uses what its checkpoint used."
         ),
     )
+    fast_forward: Literal["auto", "on", "off"] = field(
+        default="auto",
+        metadata=about(
+            "Whether training steps compute norms, activations and gates again in the backward pass, which takes less "
+            "memory; auto: on a CPU, and on a GPU if the plan of the run needs it."
+        ),
+    )
     include: tuple[str, ...] = field(default=(), metadata=about("Prune only matching layers; * is a wildcard."))
     exclude: tuple[str, ...] = field(default=(), metadata=about("Keep matching layers dense; * is a wildcard."))
 

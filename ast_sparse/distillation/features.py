@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.logits import IGNORE_INDEX
+from ast_sparse.kernels.waits import waits
 from ast_sparse.sparsity.model import decoder_blocks
 
-Positions = tuple[Tensor, ...]  # index of the counted positions of a [batch, seq] tensor: rows and columns, int64
+# the counted positions of a [batch, seq] tensor: the index of rows and columns, int64; on a GPU, which would wait for
+# their number, a bool mask
+Positions = tuple[Tensor, ...] | Tensor
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def feature_loss(student: Features, teacher: Features, labels: Tensor, config: D
 
 
 def counted_positions(labels: Tensor) -> Positions:
-    """The positions whose shifted label `[batch, seq]` is not −100: rows and columns, int64."""
-    return (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    """The positions whose shifted label `[batch, seq]` is not −100."""
+    counted = labels != IGNORE_INDEX
+    return counted if waits(labels) else counted.nonzero(as_tuple=True)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
@@ -147,7 +151,8 @@ def relative_hidden_loss(student: Tensor, teacher: Tensor, positions: Positions)
     """
     ours, theirs = _counted(student, teacher, positions)
     size = theirs.square().sum().clamp(min=torch.finfo(theirs.dtype).tiny)
-    return len(ours) * ((ours - theirs).square().sum() / size)
+    count = positions.sum() if isinstance(positions, Tensor) else len(ours)
+    return count * ((ours - theirs).square().sum() / size)
 
 
 def attention_mse(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
@@ -162,7 +167,7 @@ def attention_mse(student: Tensor, teacher: Tensor, positions: Positions) -> Ten
         ValueError: shapes differ.
     """
     ours, theirs = _counted(student.transpose(1, 2), teacher.transpose(1, 2), positions)
-    return (ours - theirs).square().sum() / ours.shape[1:].numel()
+    return (ours - theirs).square().sum() / (student.shape[1] * student.shape[-1])
 
 
 def attention_kl(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:
@@ -173,12 +178,21 @@ def attention_kl(student: Tensor, teacher: Tensor, positions: Positions) -> Tens
     """
     ours, theirs = _counted(student.transpose(1, 2), teacher.transpose(1, 2), positions)
     log_ours = ours.clamp(min=torch.finfo(ours.dtype).tiny).log()
-    return (torch.xlogy(theirs, theirs) - theirs * log_ours).sum() / ours.shape[1]
+    return (torch.xlogy(theirs, theirs) - theirs * log_ours).sum() / student.shape[1]
 
 
 def _counted(student: Tensor, teacher: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """Both features at the positions that count, `[count, ...]`; the teacher's without gradient."""
+    """Both features at the positions that count, `[count, ...]`; the teacher's without gradient.
+
+    With a mask they are `[batch, seq, ...]`, and 0 elsewhere: there every loss of this module is 0.
+    """
     if student.shape != teacher.shape:
         raise ValueError(f"teacher features {tuple(teacher.shape)}, student {tuple(student.shape)}.")
     dtype = torch.promote_types(student.dtype, torch.float32)
-    return student[positions].to(dtype), teacher.detach()[positions].to(dtype)
+    both = student, teacher.detach()
+    if isinstance(positions, Tensor):
+        mask = positions.view(*positions.shape, *[1] * (student.dim() - positions.dim()))
+        ours, theirs = (torch.where(mask, each.to(dtype), 0) for each in both)
+    else:
+        ours, theirs = (each[positions].to(dtype) for each in both)
+    return ours, theirs

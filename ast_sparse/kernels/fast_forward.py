@@ -25,6 +25,7 @@ from transformers.activations import (
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.distributed.pieces import CHECKPOINTED
+from ast_sparse.kernels.cpu import onednn
 from ast_sparse.kernels.cpu.heap import freed_memory_given_back
 from ast_sparse.kernels.gated_mlp import GatedMLP, find_gated_mlp
 from ast_sparse.kernels.products import linear
@@ -39,9 +40,25 @@ _SMOOTH = (GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation, nn.GEL
 _Forward = Callable[..., Tensor]
 
 
+def is_used(setting: str, device: torch.device, needs_memory: bool = False) -> bool:
+    """Whether training steps on a device use `fast_forward`.
+
+    On a GPU each of its operations is launched from Python, and small models wait for that; what it saves is memory.
+
+    Args:
+        setting: `sparsity.fast_forward`: auto, on or off.
+        needs_memory: the run is planned not to fit on the device without it.
+    """
+    return setting == "on" or (setting == "auto" and (device.type == "cpu" or needs_memory))
+
+
 @contextmanager
 def fast_step(
-    student: nn.Module, teacher: nn.Module | None, blocks: Sequence[nn.Module], device: torch.device
+    student: nn.Module,
+    teacher: nn.Module | None,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    is_fast: bool = True,
 ) -> Iterator[None]:
     """Inside, a training step computes the same, faster and in less memory: `fast_forward` of both models, and on some
     CPUs freed memory is returned to the system between the student's blocks.
@@ -49,8 +66,9 @@ def fast_step(
     Args:
         blocks: the student's decoder blocks in order.
         device: where the step runs.
+        is_fast: False leaves both models as they are.
     """
-    with fast_forward(student, teacher), freed_memory_given_back(blocks, device):
+    with fast_forward(*((student, teacher) if is_fast else ())), freed_memory_given_back(blocks, device):
         yield
 
 
@@ -59,24 +77,34 @@ def fast_forward(*models: nn.Module | None) -> Iterator[None]:
     """Inside, the models compute the same by faster operations, which keep less; outside nothing changes.
 
     The backward pass of a step must be inside too, because activation checkpointing runs the forward pass again there.
-    A model with activation checkpointing, its own or FSDP's, recomputes whole blocks and nothing else. Output heads are
-    not changed, because the loss calls them on hidden states.
+    Nothing is recomputed in a model with activation checkpointing, its own or FSDP's, which recomputes whole blocks,
+    nor in a frozen one, nor without gradients, where nothing is kept for a backward pass: there only single operations
+    are faster, fused GELUs and the products of `kernels/products.py`. Output heads are not changed, because the loss
+    calls them on hidden states.
     """
     with ExitStack() as stack:
         recompute = Recomputation()
-        if not all(model is None or _recomputes_blocks(model) for model in models):
+        given = [model for model in models if model is not None]
+        kept = given if torch.is_grad_enabled() else []
+        recomputed = [model for model in kept if not _is_frozen(model) and not _recomputes_blocks(model)]
+        if recomputed:
             stack.enter_context(recompute)
-        for model in models:
-            modules = [] if model is None else list(model.modules())
+        for model in given:
+            again = recompute if model in recomputed else None
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore
-            again = None if model is None or _recomputes_blocks(model) else recompute
-            for module in modules:
+            for module in list(model.modules()):
                 if module is not head and "forward" not in vars(module):
                     faster = _faster(module, again)
                     if faster is not None:
                         module.forward = faster
                         stack.callback(delattr, module, "forward")
         yield
+
+
+def _is_frozen(model: nn.Module) -> bool:
+    """Whether a model has parameters, and none of them is trained."""
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    return bool(trained) and not any(trained)
 
 
 def _recomputes_blocks(model: nn.Module) -> bool:
@@ -88,10 +116,8 @@ def _recomputes_blocks(model: nn.Module) -> bool:
 def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
     """A faster forward for a module, or None if it keeps its own."""
     kind, own = type(module), module.forward
-    if kind is nn.Linear:
-        return lambda input: linear(input, module.weight, module.bias)
-    if kind is Conv1D:
-        return lambda x: linear(x, module.weight, module.bias, group_dim=0)
+    if kind in (nn.Linear, Conv1D):
+        return _faster_product(module)
     if kind in _FUSED:
         return _gelu_tanh if recompute is None else _recomputed(recompute, _gelu_tanh, _gelu_tanh)
     if recompute is None:
@@ -103,6 +129,17 @@ def _faster(module: Any, recompute: Recomputation | None) -> _Forward | None:
         return _recomputed(recompute, own, keeping_the_input)
     mlp = find_gated_mlp(module)
     return None if mlp is None else _gated_product_recomputed(recompute, mlp, module)
+
+
+def _faster_product(module: Any) -> _Forward | None:
+    """The forward of a linear layer by `products.linear`; None where that is PyTorch's."""
+    if not onednn.is_faster():
+        return None
+    if type(module) is nn.Linear:
+        return lambda input: linear(input, module.weight, module.bias)
+    if type(module) is Conv1D:
+        return lambda x: linear(x, module.weight, module.bias, group_dim=0)
+    return None
 
 
 def _recomputed(recompute: Recomputation, usual: _Forward, function: _Forward) -> _Forward:

@@ -31,6 +31,7 @@ class Fit:
             "training.per_device_eval_batch_size": "eval_batch_size",
         }
         changed = ["training.bf16=true"] if after.dtype != before.dtype else []
+        changed += ["sparsity.fast_forward=on"] if after.fast_forward != before.fast_forward else []
         is_whole_again = after.sharding != "fsdp2" == before.sharding
         for name, field in names.items():
             value = getattr(after, field)
@@ -90,6 +91,8 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
         yield lambda now: replace(now, dtype=torch.bfloat16)
     if setup.eval_batch_size > 1:
         yield lambda now: replace(now, eval_batch_size=1)
+    if not setup.fast_forward and not setup.gradient_checkpointing:
+        yield lambda now: replace(now, fast_forward=True)
     if not setup.gradient_checkpointing:
         yield lambda now: replace(now, gradient_checkpointing=True)
     if setup.keeps_whole_gradients:

@@ -91,7 +91,7 @@ class Passes:
             keeps_gradients: whether gradients are there when it begins, or are sent away when they are made; they are
                 then not counted, except under FSDP2 those of embeddings that are also the head.
         """
-        kept = (setup.gradient_checkpointing, keeps_gradients, _form(setup))
+        kept = (setup.gradient_checkpointing, keeps_gradients, _form(setup), setup.fast_forward)
         return self._once("step", (setup.batch_size, setup.block_size, setup.dtype, *kept))
 
     def evaluation(self, setup: Setup) -> Peak:
@@ -115,7 +115,15 @@ class Passes:
         return self._peaks[kind, *key]
 
     def _run(
-        self, train: bool, batch_size: int, length: int, dtype: torch.dtype, checkpointed: bool, drops: bool, form: Form
+        self,
+        train: bool,
+        batch_size: int,
+        length: int,
+        dtype: torch.dtype,
+        checkpointed: bool,
+        drops: bool,
+        form: Form,
+        is_fast: bool = False,
     ) -> Peak:
         student, sharded = self._student(dtype, form), form == "gathered"
         teacher = None
@@ -130,7 +138,7 @@ class Passes:
             passing.discard(student.get_input_embeddings().weight)
         # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
         with _checkpointing(student, checkpointed), \
-             fast_forward(*((student, teacher) if train else ())), \
+             fast_forward(*((student, teacher) if is_fast else ())), \
              self._mode, counted_gradients(student, live, passing, not sharded), \
              _phases(student, live), live:  # fmt: skip
             ids = torch.zeros((batch_size, length), dtype=torch.long)

@@ -33,6 +33,7 @@ class Setup:
         moments: format of the moments of masked weights; `8bit` only without sharding and offload.
         on_cpu: the devices are processes on a CPU.
         eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
+        fast_forward: a step recomputes norms, activations and gates, unless it recomputes whole blocks.
     """
 
     batch_size: int
@@ -51,6 +52,7 @@ class Setup:
     moments: Literal["float32", "8bit"] = "float32"
     on_cpu: bool = False
     eager: bool = False
+    fast_forward: bool = True
 
     @classmethod
     def of(

@@ -23,6 +23,7 @@ from ast_sparse.distributed.ranks import errors_shared, gather
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
+from ast_sparse.run.memory_choices import needs_memory_plan
 from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
 from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
@@ -105,7 +106,7 @@ def checked_run(
         notes = (precision, _check_settings(config, args, output, dry_run))
         devices = hardware.world_size or args.world_size
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
-        plan = make_plan(config, args, devices if dry_run else None)
+        plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
         plan = replace(plan, notes=(*plan.notes, *(note for note in notes if note is not None)))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(

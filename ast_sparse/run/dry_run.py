@@ -1,5 +1,7 @@
 """The end of a dry run: what the planned run costs, and whether it fits."""
 
+from dataclasses import replace
+
 from ast_sparse.config import RunConfig
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.evaluation.perplexity import default_seq_len
@@ -8,6 +10,7 @@ from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.planning.setup import Setup, Sharding
 from ast_sparse.run.checks import CheckedRun
+from ast_sparse.run.memory_choices import choose_fast_forward
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
@@ -30,7 +33,10 @@ def show_costs(run: CheckedRun, hardware: Hardware) -> None:
         run.echo(f"tokenizer: not looked at, a plan needs none ({unread})")
     devices = hardware.world_size or args.world_size
     run.echo(batch_line(args, devices, hardware))
-    budget = Budget(run.plan, planned_setup(run, devices), hardware)
+    setup = planned_setup(run, devices)
+    is_fast, line = choose_fast_forward(config, run.plan, setup, hardware)
+    run.echo(line)
+    budget = Budget(run.plan, replace(setup, fast_forward=is_fast), hardware)
     run.echo("\n".join(budget.lines()))
     budget.check()
 

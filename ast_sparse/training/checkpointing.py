@@ -155,6 +155,8 @@ class CheckpointTrainer(Trainer):
         """As in Trainer, with FSDP2 if it is asked for, also between CPU processes."""
         with hidden_from_accelerate(self.args), accumulation_kept(self.args), compilation_hidden(self.args):
             super().create_accelerator_and_postprocess()
+        # a copy from pinned memory, which nobody has to wait for
+        self.accelerator.dataloader_config.non_blocking = bool(self.args.dataloader_pin_memory)
         if (plugin := sharding_plugin(self.args)) is not None:
             use_plugin(self.accelerator, plugin, self.args)
             reduce_every_batch(self.accelerator, self.args)

@@ -25,7 +25,7 @@ from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.kernels.choice import Kernels, choose_kernels
-from ast_sparse.kernels.fast_forward import fast_step
+from ast_sparse.kernels.fast_forward import fast_step, is_used
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.storage.origin import hub_commit, settings_kept
 from ast_sparse.training.callbacks.flops import FlopsCallback, teacher_parameters
@@ -36,7 +36,13 @@ from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback, filter_replaced, finite_loss
 from ast_sparse.training.checks.arguments import check_arguments
-from ast_sparse.training.checks.inputs import check_optimizer, check_optimizer_settings, check_replaced, check_taught
+from ast_sparse.training.checks.inputs import (
+    TaughtCollator,
+    check_optimizer,
+    check_optimizer_settings,
+    check_replaced,
+    raise_untaught,
+)
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
 from ast_sparse.training.eval_loss import EvaluationTrainer
@@ -81,6 +87,11 @@ class SparseTrainer(EvaluationTrainer):
         packing: `documents` keeps the documents of a block apart, for student and teacher; `joined` does not.
         processing_class: the tokenizer, saved with every checkpoint.
         trust_remote_code: run code that comes with a model or teacher given by name.
+
+    Attributes:
+        watch: judges every step before its update.
+        fast_forward: whether steps recompute norms, activations and gates to take less memory. With
+            `sparsity.fast_forward=auto` it is off on a GPU, unless the plan of ast-train needs it; it may be set.
 
     Raises:
         UserError: a setting, shape or vocabulary does not fit; one line names it.
@@ -129,6 +140,7 @@ class SparseTrainer(EvaluationTrainer):
         self.calibration_config = calibration_config or CalibrationConfig()
         self.optimizer_config = optimizer_config or OptimizerConfig()
         check_optimizer_settings(self.optimizer_config, args, optimizers[0], sparsity=self.sparsity_config)
+        self.fast_forward = is_used(self.sparsity_config.fast_forward, args.device)
         self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
         # 2. student and teacher, still dense, and their data
         models = self._take_models(model, teacher_model, args, processing_class, trust_remote_code)
@@ -245,9 +257,16 @@ class SparseTrainer(EvaluationTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; blocks of shards and mixtures come in their own order, each read when it is trained on."""
-        if self._mixture is None:
-            return super().get_train_dataloader()
-        return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
+        given = self.data_collator
+        if self.teacher is not None:
+            configs = self.student.config, cast(PreTrainedModel, self.teacher).config
+            self.data_collator = TaughtCollator(given, *configs, self._renamed)
+        try:
+            if self._mixture is None:
+                return super().get_train_dataloader()
+            return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
+        finally:
+            self.data_collator = given
 
     def compute_loss(
         self,
@@ -260,9 +279,8 @@ class SparseTrainer(EvaluationTrainer):
 
         Returned outputs have logits, except in evaluation without metrics, where nothing needs them and they are None.
         """
+        raise_untaught(inputs)
         features, labels = split_batch(inputs)
-        if model.training and self.teacher is not None:
-            check_taught(inputs["input_ids"], self.student.config, cast(Any, self.teacher).config, self._renamed)
         needs_logits = return_outputs and self._needs_logits
         held_out = None if model.training else self._held_out_loss
         by_domain = model.training and DOMAIN in inputs and self._parts is not None
@@ -287,7 +305,7 @@ class SparseTrainer(EvaluationTrainer):
         faster: AbstractContextManager[None] = nullcontext()
         if not self.args.torch_compile:  # which does not see what a fast step changes
             blocks = list(decoder_blocks(self.student).values())
-            faster = fast_step(self.student, self.teacher, blocks, self.args.device)
+            faster = fast_step(self.student, self.teacher, blocks, self.args.device, self.fast_forward)
         with faster:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)

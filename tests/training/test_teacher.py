@@ -96,7 +96,8 @@ def test_text_with_tokens_that_the_teacher_lacks_is_refused(tmp_path: Path) -> N
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     run = trainer(tmp_path, student, teacher_model=str(tmp_path / "teacher"), processing_class=tokenizer)
-    ids = torch.tensor([[1, 2, 3, VOCAB - 1]])
-    run.compute_loss(run.model, {"input_ids": ids, "labels": ids})
+    make_batch = run.get_train_dataloader().collate_fn
+    run.compute_loss(run.model, make_batch([{"input_ids": [1, 2, 3, VOCAB - 1]}]))
+    refused = make_batch([{"input_ids": [2, 3, 4, VOCAB]}])  # it may be read ahead by a run that ends before it
     with pytest.raises(UserError, match=f"has the token {VOCAB}, and model.teacher .*/teacher' has {VOCAB} embeddings"):
-        run.compute_loss(run.model, {"input_ids": ids + 1, "labels": ids})
+        run.compute_loss(run.model, refused)

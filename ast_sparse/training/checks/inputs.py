@@ -14,6 +14,8 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.training.fsdp import sharding_plugin
 
+_UNTAUGHT = "untaught"  # an entry of a batch
+
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise UserError for half-precision weights, or if the model adds a loss that is not part of (4)."""
@@ -138,6 +140,37 @@ def check_taught(
             f"The training text has the token {largest}, and model.teacher {str(teacher.name_or_path)!r} has {rows} "
             "embeddings. Leave out text with tokens that were added to the student, or choose another teacher."
         )
+
+
+class TaughtCollator:
+    """A collator that also checks that the teacher knows the tokens of a batch, while they are in host memory.
+
+    It may run ahead of training, or in a worker, so it does not raise: the batch gets a text as `untaught`, and
+    `raise_untaught` raises it when the batch is trained on.
+
+    Args:
+        collator: makes the batches.
+        student, teacher, renamed: as for `check_taught`.
+    """
+
+    def __init__(
+        self, collator: Any, student: PreTrainedConfig, teacher: PreTrainedConfig, renamed: Renamed | None
+    ) -> None:
+        self._collator, self._models, self._renamed = collator, (student, teacher), renamed
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self._collator(rows)
+        try:
+            check_taught(batch["input_ids"], *self._models, self._renamed)
+        except UserError as error:
+            batch[_UNTAUGHT] = str(error)
+        return batch
+
+
+def raise_untaught(batch: Mapping[str, Any]) -> None:
+    """Raise UserError if a batch of `TaughtCollator` has a token that the teacher does not know."""
+    if _UNTAUGHT in batch:
+        raise UserError(batch[_UNTAUGHT])
 
 
 def find_tokenizer(name_or_path: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

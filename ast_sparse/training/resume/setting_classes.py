@@ -32,6 +32,7 @@ _FIELDS: dict[str, Kind] = {
     "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
     "optimizer.offload": "free",  # the same steps
     "sparsity.kernels": "free",  # a resume continues with those of the checkpoint
+    "sparsity.fast_forward": "free",  # speed and memory
 }  # fmt: skip
 _TRAINING: dict[Kind, tuple[str, ...]] = {
     "same": (

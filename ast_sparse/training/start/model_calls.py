@@ -9,6 +9,7 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
+from ast_sparse.kernels.waits import waits
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.training.fsdp import sharding_plugin
 
@@ -90,11 +91,6 @@ def borders_known(inputs: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = own
-
-
-def waits(tensor: Tensor) -> bool:
-    """Whether the host would wait for a value of the tensor."""
-    return tensor.device.type != "cpu"
 
 
 def _no_borders(position_ids: Tensor) -> None:
