@@ -335,7 +335,7 @@ def preempted(out: Path) -> list[Any]:
     for asked in (Asked(1, 2, signal.SIGUSR1), Asked(0, 3, signal.SIGTERM), None):
         run = make(out, SparsityConfig(mask_interval=2), RANKS)
         with preemption_signals() as signals:
-            for callback in (asked, PreemptionCallback(signals)):
+            for callback in (asked, PreemptionCallback(signals, run.watch)):
                 if callback is not None:
                     run.add_callback(callback)
             try:

@@ -1,0 +1,90 @@
+"""Decoders that run compiled, with the loss outside their graphs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+import ast_sparse.training.trainer as trainer_module
+from ast_sparse.training.start.model_calls import CompiledDecoders
+from tests.models import VOCAB, tiny_config
+from tests.training.small_runs import blocks, trainer, weights
+
+
+def small_model() -> PreTrainedModel:
+    config = tiny_config("llama")
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+class Graphs:
+    """A backend that runs a graph as it is, and notes the shapes of the tensors in it."""
+
+    def __init__(self) -> None:
+        self.shapes: list[list[tuple[int, ...]]] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        self.shapes.append([tuple(value.shape) for value in values if isinstance(value, torch.Tensor)])
+        return graph.forward
+
+
+def test_compiled_decoders_train_and_evaluate_to_the_same_losses_without_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = Graphs()
+    monkeypatch.setattr(
+        trainer_module, "CompiledDecoders", lambda models, _, mode: CompiledDecoders(models, graphs, mode)
+    )
+    counters.clear()
+    found = []
+    for backend in (None, "eager"):
+        args = dict(
+            max_steps=2, gradient_accumulation_steps=2, torch_compile_backend=backend, per_device_eval_batch_size=4
+        )
+        run = trainer(tmp_path / str(backend), small_model(), args=args, eval_dataset=blocks(count=8, seed=7))
+        outputs: list[Any] = []
+        run.model.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(output.logits))
+        run.train()
+        losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        found.append(([*losses, run.evaluate()["eval_loss"]], weights(run.student)))
+        assert outputs and set(outputs) == {None}
+        assert not any("forward" in vars(module) for module in (run.student.model, run.teacher.model))
+    (plain, plain_weights), (compiled, compiled_weights) = found
+    assert len(plain) == 3 and compiled == pytest.approx(plain, rel=1e-6)
+    for name, tensor in plain_weights.items():
+        torch.testing.assert_close(compiled_weights[name], tensor, rtol=1e-5, atol=1e-6)
+    # one graph each for the student's training, the teacher, and the student's evaluation
+    assert len(graphs.shapes) == 3 and not counters["graph_break"]
+    for shapes in graphs.shapes:
+        assert (4, 16, 32) in shapes
+        assert not any(shape[-1:] == (VOCAB,) for shape in shapes)
+    assert run.model_wrapped is run.model and "full logits" not in caplog.text
+
+
+def test_a_compiled_decoder_runs_inside_ddp(tmp_path: Path) -> None:
+    ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for backend in (None, "eager"):
+        run = trainer(
+            tmp_path / str(backend), small_model(), distillation_config=None, args=dict(torch_compile_backend=backend)
+        )
+        model: Any = run.model.train()
+        if backend is not None:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            model = DistributedDataParallel(model)
+        try:
+            run.compute_loss(model, {"input_ids": ids, "labels": ids}).backward()
+        finally:
+            if backend is not None:
+                dist.destroy_process_group()
+        gradients.append({name: each.grad for name, each in run.model.named_parameters() if each.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
