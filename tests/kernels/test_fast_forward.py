@@ -8,8 +8,10 @@ from transformers import TrainerCallback
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 import ast_sparse.training.trainer as trainer_module
+from ast_sparse import SparsityConfig
 from ast_sparse.kernels.cpu import onednn
-from ast_sparse.kernels.fast_forward import fast_forward, fast_step
+from ast_sparse.kernels.fast_forward import fast_forward, fast_step, is_used
+from ast_sparse.kernels.recompute import Recomputation
 from tests.models import tiny_model
 from tests.training.small_runs import trainer, weights
 
@@ -112,3 +114,47 @@ def test_heads_and_layers_with_their_own_forward_are_not_changed(monkeypatch: py
         assert "forward" not in vars(model.lm_head)
         assert "forward" in vars(model.model.layers[0].mlp.down_proj)
     assert [module for module in model.modules() if "forward" in vars(module)] == [layer]
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "needs_memory", "expected"),
+    [
+        ("auto", "cpu", False, True), ("auto", "cuda", False, False), ("auto", "cuda", True, True),
+        ("on", "cuda", False, True), ("off", "cpu", True, False), ("off", "cuda", True, False),
+    ],
+)  # fmt: skip
+def test_auto_recomputes_on_a_cpu_and_where_memory_is_short(
+    setting: str, device: str, needs_memory: bool, expected: bool
+) -> None:
+    assert is_used(setting, torch.device(device), needs_memory) is expected
+
+
+def test_frozen_models_and_passes_without_gradients_have_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recomputation, "__enter__", lambda self: pytest.fail("hooks of saved tensors"))
+    monkeypatch.setattr(onednn, "is_faster", lambda: False)
+    student, teacher = tiny_model("llama"), tiny_model("gpt2").requires_grad_(False)
+    with fast_forward(teacher):
+        changed = [type(module) for module in teacher.modules() if "forward" in vars(module)]
+        assert changed == [NewGELUActivation] * 2
+    with torch.no_grad(), fast_forward(student, teacher):
+        assert not any("forward" in vars(module) for module in student.modules())
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+    with fast_forward(teacher):
+        assert "forward" in vars(teacher.transformer.h[0].attn.c_attn)
+
+
+def test_a_run_without_it_changes_no_module_and_trains_to_the_same_losses(tmp_path: Path) -> None:
+    losses, changed = [], []
+    for setting in ("auto", "off"):
+        sparsity = SparsityConfig(mask_interval=2, fast_forward=setting)
+        run = trainer(tmp_path / setting, sparsity=sparsity, args=dict(max_steps=2))
+        assert run.fast_forward is (setting == "auto")
+        count: list[int] = []
+        run.model.register_forward_hook(
+            lambda model, *_, count=count: count.append(sum("forward" in vars(each) for each in model.modules()))
+        )
+        run.train()
+        changed.append(max(count))
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert changed[0] > changed[1] == 1  # the head, whose place the loss takes
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
