@@ -4,7 +4,9 @@ One Triton kernel does it (`ast_sparse.kernels.gpu.loss_rows`), or, where that c
 PyTorch, or PyTorch's operations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -19,13 +21,30 @@ from ast_sparse.kernels.gpu.dispatch import is_interpreted, setting
 _LOWEST = -1e38  # below every logit; the difference of two of them is finite, and e to its power is 0
 _EAGER_ELEMENTS = 1 << 22  # logits of one model that PyTorch's operations take at once; they make a dozen copies
 
+_planned: ContextVar[bool] = ContextVar("planned", default=False)
+
+
+@contextmanager
+def planned_for_gpu(enabled: bool = True) -> Iterator[None]:
+    """In the block, losses of CPU tensors without data take the memory that they would take on a GPU."""
+    token = _planned.set(enabled)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def is_planned_for_gpu() -> bool:
+    """Whether memory is planned for a GPU, so that kernels need not run."""
+    return _planned.get()
+
 
 def counts_in_place(device: torch.device) -> bool:
     """Whether ignored positions stay among the others on a device, instead of being left out.
 
     Leaving them out saves their products, but needs their number, for which the CPU would have to wait for a GPU.
     """
-    return device.type == "cuda" or (device.type == "cpu" and is_interpreted())
+    return device.type == "cuda" or (device.type == "cpu" and (is_interpreted() or is_planned_for_gpu()))
 
 
 def write_rows(
@@ -52,6 +71,8 @@ def write_rows(
         softcap, teacher_softcap: c of `c · tanh(· / c)`, which makes logits of `logits` and of `teacher`.
         scale: `gradient_scale`; 1.0 unless `grads` are in float16.
     """
+    if is_planned_for_gpu():
+        return  # the kernel allocates nothing
     if loss_rows.takes(logits, teacher, labels):
         loss_rows.loss_rows(
             logits, teacher, labels, losses, grads, kind=terms.kind, ce_weight=terms.ce_weight,

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ast_sparse.distillation.gpu_rows import write_rows
+from ast_sparse.distillation.gpu_rows import is_planned_for_gpu, write_rows
 from ast_sparse.distillation.head import HeadProducts, OutputHead
 from ast_sparse.distillation.terms import IGNORE_INDEX, Terms, gradient_scale
 from ast_sparse.kernels.products import product_into
@@ -59,6 +59,7 @@ def loss_of_slices(
         if grads.by_weight is not None:  # an inf in an ignored row times its gradient, 0, would be NaN
             states = states.masked_fill(ignored[rows], 0)
         inputs = student.inputs(states)
+        del states
         logits = student.products(inputs)
         reference, softcap = None, None
         if teacher is not None and teacher_hidden is not None:
@@ -101,6 +102,8 @@ class SliceGradients:
             grad: `[rows, vocab]`, `scale` times that with respect to the products of the head.
             inputs: `[rows, hidden]`, the inputs of the products.
         """
+        if is_planned_for_gpu():
+            return  # products are written where they stay
         is_first = rows.start == 0
         if self.by_hidden is not None:
             product_into(self.by_hidden[rows], grad, self.student.weight)
