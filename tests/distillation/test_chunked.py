@@ -362,7 +362,7 @@ def test_slices_are_large_even_and_of_about_one_size() -> None:
 def test_the_function_of_rows_is_one_graph() -> None:
     terms, softcap = Terms("reverse_kl", 0.3, 0.7, 2.0), 3.0
     rows = rows_function(terms, softcap, None, 4.0)
-    compiled = torch.compile(rows, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(rows, backend="eager", fullgraph=True, dynamic=True)
     student, teacher, labels = torch.randn(5, 16), torch.randn(5, 13), torch.tensor([1, -100, 15, 3, -100])
     losses, grads, expected, gradient = torch.empty(5), torch.empty(5, 16), torch.empty(5), student.clone()
     write_rows(student, teacher, labels, expected, gradient.copy_(student), terms, softcap=softcap, scale=4.0)

@@ -175,7 +175,7 @@ def fault(device: torch.device) -> str | None:
 
 
 def missing(device: torch.device) -> str | None:
-    """Why Triton cannot be used on a device, in one line; None if nothing is known against it."""
+    """What a device lacks for any Triton kernel of this package, in one line; None if nothing is known to."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed."
     if device.type == "cuda" and torch.version.hip is not None:

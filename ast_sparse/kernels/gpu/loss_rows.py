@@ -29,7 +29,8 @@ def takes(student: Tensor, teacher: Tensor | None, labels: Tensor) -> bool:
         UserError: the environment variable has an unknown value.
     """
     device = student.device
-    if not (device.type == "cuda" or (device.type == "cpu" and is_interpreted())):
+    on_gpu = device.type == "cuda" or (device.type == "cpu" and is_interpreted())
+    if not on_gpu or torch.compiler.is_compiling():
         return False
     logits = [student] if teacher is None else [student, teacher]
     if any(type(each) not in (Tensor, torch.nn.Parameter) or each.device != device for each in (*logits, labels)):
