@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ast_sparse.config import DistillationConfig
-from ast_sparse.distillation.head import OutputHead
-from ast_sparse.distillation.logits import IGNORE_INDEX, Terms, gradient_scale, loss_rows_
+from ast_sparse.distillation.gpu_rows import counts_in_place
+from ast_sparse.distillation.head import HeadProducts, OutputHead
+from ast_sparse.distillation.logits import loss_rows_
+from ast_sparse.distillation.sliced import loss_of_slices
+from ast_sparse.distillation.terms import IGNORE_INDEX, Terms, gradient_scale
 from ast_sparse.kernels.products import add_product, product, product_in_float32
 
 _CHUNK_ELEMENTS = 1 << 24  # logits of one model that exist at the same time
@@ -33,11 +36,13 @@ def chunked_distillation_loss(
     """`w_ce · CE + w_kl · D` of (4), summed over tokens, from hidden states; no `[tokens, vocab]` tensor is made.
 
     It equals `distillation_loss` of the logits that the heads compute from the hidden states: D is chosen by
-    `config.kind`, and positions whose label is −100 cost nothing. If one model has more columns than the other (padding
-    of the vocabulary), D compares the distributions over the columns that both have. Products run in the dtype of
-    autocast, or without autocast in the dtype of each head; the loss is in float32 or wider. The gradient is computed
-    in the forward pass, so `backward` can be called once. The head's weight gets one only if it requires it, the
-    teacher none.
+    `config.kind`. If one model has more columns than the other (padding of the vocabulary), D compares the
+    distributions over the columns that both have. Products run in the dtype of autocast, or without autocast in the
+    dtype of each head; the loss is in float32 or wider. The gradient is computed in the forward pass, so `backward` can
+    be called once. The head's weight gets one only if it requires it, the teacher none.
+
+    Positions whose label is −100 cost nothing on a CPU. On a GPU they cost the products of other positions, but not the
+    loss: leaving them out would need their number, and the CPU would have to wait for it.
 
     Args:
         student_hidden: `[..., hidden]`, any float dtype: the input of the student's head.
@@ -94,13 +99,24 @@ class _ChunkedLoss(torch.autograd.Function):
         terms: Terms,
         by_position: Tensor | None,
     ) -> Tensor:
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
-        size = _chunk_size(len(rows), len(weight))
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        if counts_in_place(hidden.device):
+            with torch.autocast(device, enabled=False):
+                losses, slices = loss_of_slices(
+                    hidden, teacher_hidden, labels, head, teacher_head, terms, ctx.needs_input_grad[:3], autocast
+                )
+            if by_position is not None:
+                by_position.copy_(losses)
+            ctx.factors = slices.factors
+            ctx.save_for_backward(slices.by_hidden, slices.by_weight, slices.by_bias)
+            return losses.sum()
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+        size = _chunk_size(len(rows), len(weight))
         with torch.autocast(device, enabled=False):
-            student = _Product(head, size, autocast)
-            teacher = None if teacher_hidden is None or teacher_head is None else _Product(teacher_head, size)
+            student = HeadProducts(head, size, autocast)
+            teacher = None if teacher_hidden is None or teacher_head is None else HeadProducts(teacher_head, size)
             grads = _Gradients(student, hidden, weight, bias, ctx.needs_input_grad, terms)
             total = torch.zeros((), dtype=grads.dtype, device=hidden.device)
             for part in rows.split(size):
@@ -118,15 +134,18 @@ class _ChunkedLoss(torch.autograd.Function):
                     by_position[part] = losses.to(by_position.dtype)
                 grads.add(part, logits, inputs)
                 del logits, reference  # free them before the next chunk
+        ctx.factors = (1.0, 1.0, 1.0)
         ctx.save_for_backward(grads.by_hidden, grads.by_weight, grads.by_bias)
-        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place, because the head's gradient is as large as the head. Autograd refuses a second backward pass.
-        scaled = (None if each is None else each.mul_(grads[0]) for each in ctx.saved_tensors)
+        scaled = (
+            None if each is None else each.mul_(grads[0] if factor == 1 else grads[0] * factor)
+            for each, factor in zip(ctx.saved_tensors, ctx.factors, strict=True)
+        )
         cast = (None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True))
         return *cast, None, None, None, None, None, None
 
@@ -135,32 +154,6 @@ def _chunk_size(tokens: int, vocab: int) -> int:
     """Tokens in a chunk, so that all chunks have about the same size."""
     largest = min(max(_CHUNK_ELEMENTS // vocab, _MIN_CHUNK), _MAX_CHUNK)
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / largest))))
-
-
-class _Product:
-    """The product of a head for one chunk at a time, in one buffer, in the dtype of the head or of autocast."""
-
-    def __init__(self, head: OutputHead, size: int, autocast: torch.dtype | None = None) -> None:
-        weight, bias = head.linear.weight.detach(), head.linear.bias
-        self.head = head
-        self.weight = weight.to(autocast or weight.dtype)
-        self.bias = None if bias is None else (bias.detach() * head.scale).to(self.weight.dtype)
-        self.buffer = self.weight.new_empty(size, len(weight))
-
-    def inputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[rows, hidden]` in the dtype of the product, with the scale of the head."""
-        hidden = hidden.to(self.weight.dtype)
-        return hidden if self.head.scale == 1 else hidden * self.head.scale
-
-    def products(self, inputs: Tensor) -> Tensor:
-        """`[rows, vocab]`, the logits before the soft cap; valid until the next call."""
-        products = product(inputs, self.weight.t(), out=self.buffer[: len(inputs)])
-        return products if self.bias is None else products.add_(self.bias)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[rows, vocab]`; valid until the next call."""
-        products, softcap = self.products(self.inputs(hidden)), self.head.softcap
-        return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
 
 
 class _Gradients:
@@ -172,7 +165,7 @@ class _Gradients:
 
     def __init__(
         self,
-        product: _Product,
+        product: HeadProducts,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,

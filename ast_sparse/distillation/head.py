@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ast_sparse.distributed.pieces import reshard
 from ast_sparse.errors import one_line
-from ast_sparse.kernels.products import linear
+from ast_sparse.kernels.products import linear, product
 
 _PROBE_LIMIT = 50.0  # the largest probed logit, where the soft cap of models that have one is clearly visible
 _PROBE_SMALL = 1e-6  # a value x with tanh(x) = x up to rounding
@@ -41,6 +41,41 @@ class OutputHead:
     def belongs_to(self, model: nn.Module) -> bool:
         """Whether this is still the head of the model, and nothing but FSDP observes or changes its output."""
         return self.linear is _output_embeddings(model) and not _has_hooks(self.linear)
+
+
+class HeadProducts:
+    """The products of a head for some tokens at a time, in one buffer, in the dtype of the head or of autocast.
+
+    Args:
+        size: the most tokens.
+        autocast: the dtype of autocast, or None.
+        align: entries that the stride of a row is a multiple of.
+    """
+
+    def __init__(self, head: OutputHead, size: int, autocast: torch.dtype | None = None, align: int = 1) -> None:
+        weight, bias = head.linear.weight.detach(), head.linear.bias
+        self.head = head
+        self.weight = weight.to(autocast or weight.dtype)
+        self.bias = None if bias is None else (bias.detach() * head.scale).to(self.weight.dtype)
+        self.buffer = self.weight.new_empty(size, -(-len(weight) // align) * align)[:, : len(weight)]
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[rows, hidden]` in the dtype of the product, with the scale of the head."""
+        hidden = hidden.to(self.weight.dtype)
+        return hidden if self.head.scale == 1 else hidden * self.head.scale
+
+    def products(self, inputs: Tensor) -> Tensor:
+        """`[rows, vocab]`, the logits before the soft cap; valid until the next call."""
+        out = self.buffer[: len(inputs)]
+        if self.bias is not None and out.is_cuda:  # in one kernel
+            return torch.addmm(self.bias, inputs, self.weight.t(), out=out)
+        products = product(inputs, self.weight.t(), out=out)
+        return products if self.bias is None else products.add_(self.bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[rows, vocab]`; valid until the next call."""
+        products, softcap = self.products(self.inputs(hidden)), self.head.softcap
+        return products if softcap is None else products.div_(softcap).tanh_().mul_(softcap)
 
 
 class UnknownHeadError(Exception):

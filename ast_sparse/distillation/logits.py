@@ -1,7 +1,5 @@
 """Distillation on the output distribution: cross-entropy, forward or reverse KL, soft CE (paper Sec. 3.3)."""
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation.gpu_rows import counts_in_place, write_rows
+from ast_sparse.distillation.terms import IGNORE_INDEX, Terms, gradient_scale
 
-IGNORE_INDEX = -100
 _CHUNK_TOKENS = 256  # rows of float32 temporaries alive at once
-_LARGEST_KEPT = 16384.0  # of gradients in float16, whose largest number is 65504
 _BLOCK_ELEMENTS = 1 << 19  # logits that `loss_rows_` takes at once on a CPU, so that they stay in its cache
 
 
@@ -62,38 +60,6 @@ def distillation_loss(
     return loss, (labels != IGNORE_INDEX).sum()
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The terms of the loss of one position."""
-
-    kind: str
-    ce_weight: float
-    kl_weight: float  # 0 if D uses no logits
-    temperature: float
-
-    @classmethod
-    def of(cls, config: DistillationConfig | None) -> "Terms":
-        """The terms of a config; None means plain cross-entropy."""
-        if config is None:
-            return cls("kl", 1.0, 0.0, 1.0)
-        ce_weight, kl_weight = config.weights
-        return cls(config.kind, ce_weight, 0.0 if config.kind == "mobilebert" else kl_weight, config.temperature)
-
-
-def gradient_scale(terms: Terms, dtype: torch.dtype) -> float:
-    """A power of two that gradients are multiplied by where they are kept in a dtype; 1.0 except for float16.
-
-    Most of `p − onehot` is below 6e-8, the smallest float16, and the scaler of the loss multiplies only the gradient of
-    the whole loss. The largest entry is about `w_ce + w_kl · T`; under reverse KL it grows with the difference of the
-    log probabilities, taken to be below 64.
-    """
-    if dtype != torch.float16:
-        return 1.0
-    slope = 16.0 if terms.kind == "reverse_kl" else 1.0
-    largest = terms.ce_weight + terms.kl_weight * max(terms.temperature, 1 / terms.temperature) * slope
-    return 2.0 ** math.floor(math.log2(_LARGEST_KEPT / max(largest, 1e-3)))
-
-
 class _DistillationLoss(torch.autograd.Function):
     """The loss summed over tokens; the gradient is computed in the forward pass."""
 
@@ -102,8 +68,16 @@ class _DistillationLoss(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, by_position: Tensor | None
     ) -> Tensor:
         work_dtype = torch.promote_types(student.dtype, torch.float32)
+        scale = ctx.scale = gradient_scale(terms, student.dtype)
+        if counts_in_place(student.device):
+            grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+            losses = torch.empty(len(student), dtype=work_dtype, device=student.device)
+            write_rows(student, teacher, labels, losses, grad, terms, scale=scale)
+            if by_position is not None:
+                by_position.copy_(losses)
+            ctx.save_for_backward(grad)
+            return losses.sum()
         grad = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        scale = gradient_scale(terms, student.dtype)
         total = torch.zeros((), dtype=work_dtype, device=student.device)
         for rows in (labels != IGNORE_INDEX).nonzero().squeeze(-1).split(_CHUNK_TOKENS):
             logits = student[rows]
@@ -116,7 +90,6 @@ class _DistillationLoss(torch.autograd.Function):
                 grad[rows] = logits
         if grad is not None:
             ctx.save_for_backward(grad)
-        ctx.scale = scale
         return total
 
     @staticmethod
@@ -132,7 +105,7 @@ def loss_rows_(
 ) -> Tensor:  # fmt: skip
     """The loss of each row `[rows]`; all rows count. `logits` is overwritten, with the gradient if `with_gradient`.
 
-    On a CPU the rows are taken in blocks that stay in the cache.
+    On a CPU the rows are taken in blocks that stay in the cache, on a GPU as in `write_rows`.
 
     Args:
         logits: `[rows, vocab]`, any float dtype; computed in float32 or wider. With `softcap` c, the input of
@@ -144,6 +117,10 @@ def loss_rows_(
     work_dtype = torch.promote_types(logits.dtype, torch.float32)
     size = max(1, _BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     losses = torch.empty(len(logits), dtype=work_dtype, device=logits.device)
+    if counts_in_place(logits.device):
+        grads = logits if with_gradient else None
+        write_rows(logits, teacher, labels, losses, grads, terms, softcap=softcap, scale=scale)
+        return losses
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         block = logits[rows].to(work_dtype)

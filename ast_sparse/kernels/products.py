@@ -4,11 +4,17 @@
 they use oneDNN, with results equal within rounding.
 """
 
+import logging
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ast_sparse.errors import one_line
 from ast_sparse.kernels.cpu import onednn
+
+logger = logging.getLogger(__name__)
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -72,3 +78,36 @@ def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left.float(), right.float())
+
+
+def product_into(target: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+    """`target = left @ right`, or `target += left @ right`, summed and kept in the dtype of `target`.
+
+    On a GPU this is one kernel, also for matrices of 16 bits and a target in float32.
+    """
+    if left.dtype == target.dtype:
+        if add:
+            add_product(target, left, right)
+        elif (result := product(left, right, out=target)) is not target:
+            target.copy_(result)
+    elif left.is_cuda and _adds_in_float32(left.dtype, target.dtype, left.device):
+        if add:
+            torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
+        else:
+            torch.mm(left, right, out_dtype=target.dtype, out=target)
+    else:
+        result = product_in_float32(left, right) if left.dtype == torch.float16 else product(left, right)
+        (target.add_ if add else target.copy_)(result)
+
+
+@cache
+def _adds_in_float32(dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
+    """Whether products of matrices of a 16-bit dtype can be added to one in float32 on a GPU; tried once."""
+    ones, target = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
+    try:
+        torch.mm(ones, ones, out_dtype=wide, out=target)
+        torch.addmm(target, ones, ones, out_dtype=wide, out=target)
+        return bool((target == 32).all())
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # other versions of PyTorch, other libraries
+        logger.warning(f"Gradients of the output head are rounded to {str(dtype)[6:]} on {device}: {one_line(error)}")
+        return False

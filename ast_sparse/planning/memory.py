@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedModel
 
 from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation.gpu_rows import planned_for_gpu
 from ast_sparse.planning.host import held_to_save
 from ast_sparse.planning.passes import Passes
 from ast_sparse.planning.setup import Setup
@@ -84,6 +85,10 @@ class MemoryModel:
 
     def moments(self, setup: Setup) -> dict[str, dict[str, Term]]:
         """What a device holds at each moment, by item."""
+        with planned_for_gpu(not setup.on_cpu):
+            return self._moments(setup)
+
+    def _moments(self, setup: Setup) -> dict[str, dict[str, Term]]:
         held, gradients = self._held(setup), self._gradients(setup)
         step = {"gradients": Term.of(self.sizes.trained, 4, setup.pieces)}
         moments = {

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.features import needs_attention
+from ast_sparse.distillation.gpu_rows import is_planned_for_gpu
 from ast_sparse.distillation.head import OutputHead
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
@@ -109,10 +110,11 @@ class Passes:
         return self._once("evaluation", (1, setup.measured_tokens, torch.float32, False, False, form))
 
     def _once(self, kind: str, key: tuple[Any, ...]) -> Peak:
-        if (kind, *key) not in self._peaks:
+        name = (kind, is_planned_for_gpu(), *key)
+        if name not in self._peaks:
             with torch.set_grad_enabled(kind == "step"):
-                self._peaks[kind, *key] = self._run(kind == "step", *key)
-        return self._peaks[kind, *key]
+                self._peaks[name] = self._run(kind == "step", *key)
+        return self._peaks[name]
 
     def _run(
         self,

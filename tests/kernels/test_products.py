@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ast_sparse.kernels.cpu import onednn, setting
-from ast_sparse.kernels.products import add_product, linear, masked, product
+from ast_sparse.kernels.products import add_product, linear, masked, product, product_into
 from tests.sparsity.small_layers import sparse_linear
 
 
@@ -48,3 +48,15 @@ def test_products_are_those_of_pytorch_to_the_bit_if_the_setting_is_plain(monkey
     expected = torch.addmm(total, x, weight.t())
     add_product(total, x, weight.t())
     assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_is_written_or_added_where_it_stays(dtype: torch.dtype) -> None:
+    left, right = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype)
+    wide = torch.full((9, 3), 2.0, dtype=torch.promote_types(dtype, torch.float32))
+    expected, tolerance = left.double() @ right.double(), 2 * torch.finfo(dtype).eps * 7
+    product_into(wide[:5], left, right)
+    torch.testing.assert_close(wide[:5].double(), expected, rtol=tolerance, atol=tolerance)
+    product_into(wide[:5], left, right, add=True)
+    torch.testing.assert_close(wide[:5].double(), 2 * expected, rtol=tolerance, atol=2 * tolerance)
+    assert (wide[5:] == 2).all()

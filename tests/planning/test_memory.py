@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.distillation import sliced
+from ast_sparse.distillation.gpu_rows import planned_for_gpu
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.fit import find_fit
 from ast_sparse.planning.host import held_to_save, host_memory
@@ -82,7 +84,7 @@ def test_a_planned_step_holds_what_a_real_one_does(
     with live, run._settings_of_trainer(), fast_forward(*models):  # as `train` and `training_step` do
         run.compute_loss(run.model, {"input_ids": ids, "labels": ids}).backward()
     planned = memory_model(family, DistillationConfig(), SLoRBConfig(k=16))(
-        replace(SETUP, gradient_checkpointing=checkpointing, fast_forward=is_fast)
+        replace(SETUP, gradient_checkpointing=checkpointing, fast_forward=is_fast, on_cpu=True)
     )
     assert planned.moment == "forward and backward pass"
     passing = ("activations, logits, temporaries", "gradients")
@@ -97,10 +99,24 @@ def test_a_gated_mlp_of_one_product_is_planned_as_it_runs(monkeypatch: pytest.Mo
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     sparsify_model(model, SparsityConfig())
-    made_again = MemoryModel(model, None, None)(SETUP).total
+    setup = replace(SETUP, on_cpu=True)  # where the loss takes less than the block
+    made_again = MemoryModel(model, None, None)(setup).total
     monkeypatch.setattr("ast_sparse.kernels.fast_forward.find_gated_mlp", lambda module: None)
-    kept = MemoryModel(model, None, None)(SETUP).total
+    kept = MemoryModel(model, None, None)(setup).total
     assert kept - made_again == 4 * 2 * (4 * 64) * 48  # the gated product of either block, float32
+
+
+def test_on_a_gpu_the_loss_holds_a_slice_of_logits_of_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = replace(SETUP, batch_size=32, dtype=torch.bfloat16, gradient_checkpointing=True)
+    monkeypatch.setattr(sliced, "_MIN_TOKENS", 1)
+
+    def at_loss(tokens: int) -> int:
+        monkeypatch.setattr(sliced, "_ELEMENTS", tokens * VOCAB)
+        with planned_for_gpu():
+            return memory_model.__wrapped__("llama", DistillationConfig()).passes.step(setup, True).at_loss
+
+    inputs = 1024 * 32 * 4  # of the student's head, without ignored positions
+    assert at_loss(2048) - at_loss(1024) == 2 * 1024 * VOCAB * 2 + inputs
 
 
 def test_settings_move_the_peak_as_they_should() -> None:

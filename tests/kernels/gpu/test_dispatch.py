@@ -17,10 +17,12 @@ from ast_sparse.kernels.linear24 import linear24
 from ast_sparse.sparsity.masks import nm_mask
 
 
-def test_a_product_on_the_cpu_neither_uses_nor_imports_triton() -> None:
+def test_products_and_losses_on_the_cpu_neither_use_nor_import_triton() -> None:
     code = (
         "import sys, torch; from ast_sparse.kernels.linear24 import linear24;"
+        "from ast_sparse.distillation.logits import distillation_loss;"
         "linear24(torch.ones(1, 8), torch.ones(2, 4), torch.full((2, 1), 68, dtype=torch.uint8));"
+        "distillation_loss(torch.ones(1, 8), None, torch.tensor([3]), None);"
         "print('triton' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
