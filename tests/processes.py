@@ -124,7 +124,7 @@ def forked_commands() -> Iterator[None]:
 
 
 _FORKING = """
-import accelerate, json, os, sys, torch.distributed.tensor, traceback
+import accelerate, json, os, sys, torch.distributed.tensor, torchao, traceback
 
 for line in sys.stdin:
     code, arguments, *output = json.loads(line)

@@ -26,6 +26,8 @@ FAMILIES = (
     "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "recurrent_gemma",
     "rwkv", "seed_oss", "smollm3", "stablelm", "starcoder2", "xlstm", "zamba", "zamba2",
 )  # fmt: skip
+# by family, not by test: what a model of this structure reads directly is found once
+each_family = pytest.mark.parametrize("family", FAMILIES, scope="module")
 IDS = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -39,7 +41,7 @@ def same(found: Tensor, expected: Tensor, share: float = 1e-6) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=share * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_what_is_trained_is_what_is_written_and_read(tmp_path: Path, family: str) -> None:
     model = family_model(family)
     sparsify_model(model, SparsityConfig())
@@ -58,7 +60,7 @@ def test_what_is_trained_is_what_is_written_and_read(tmp_path: Path, family: str
     same(logits(packed), expected, share=4e-6)  # its products add in another order
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_a_step_of_rate_0_leaves_the_model_as_it_was(tmp_path: Path, family: str) -> None:
     args = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, max_steps=1, learning_rate=0.0, per_device_train_batch_size=2,

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ast_sparse.cli.data import main as ast_data
 from ast_sparse.progress import LineBar, library_bars, lines_for_bars, progress_bar
 from ast_sparse.training.callbacks.lines import ProgressLines
 from tests.models import generated_text, save_tiny_model
+from tests.processes import Started
 from tests.training.small_runs import blocks, trainer
 
 Log = pytest.CaptureFixture[str]
@@ -198,9 +198,9 @@ def test_ast_train_into_a_file_leaves_few_lines(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("sparsity: {mask_interval: 1}\n")
     command = [sys.executable, "-m", "ast_sparse.cli.train", "--config", str(tmp_path / "run.yaml")]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    with (tmp_path / "log").open("wb") as stream:
-        subprocess.run([*command, "--output-dir", str(tmp_path / "out")], stdout=stream, stderr=stream, check=True)
-    text = (tmp_path / "log").read_bytes().decode()
+    log = tmp_path / "log"
+    assert Started([*command, "--output-dir", str(tmp_path / "out")], output=(log, log)).wait() == 0
+    text = log.read_bytes().decode()
     assert "\r" not in text and "Saved 2:4 model" in text and text.count("%|") == 0
     assert sum("elapsed" in line for line in text.splitlines()) < 10
 

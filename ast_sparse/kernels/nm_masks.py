@@ -15,7 +15,7 @@ _BLOCK = 1 << 18  # elements of an eager block on a CPU, so that temporaries sta
 
 
 def nm_group_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """The eager mask, one block of rows at a time.
+    """The eager mask, one block of rows at a time; on the meta device only its shape.
 
     Args:
         scores: `[rows, columns]`, any real dtype, no NaN; the size of `dim` is a multiple of `m`.
@@ -25,6 +25,8 @@ def nm_group_mask(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     """
     dim %= 2
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if mask.is_meta:
+        return mask
     size = scores.shape[0] or 1
     if scores.device.type == "cpu" and scores.numel():
         unit = m if dim == 0 else 1

@@ -247,8 +247,10 @@ def prune_layer(
     statistics: InputStatistics | None = None,
     calibration: CalibrationConfig | None = None,
 ) -> PrunedLayer:
-    """`prune_weight`, and the error of the layer's output; arguments and exceptions are the same."""
+    """`prune_weight`, and the error of the layer's output (meta device: 0); arguments and exceptions are the same."""
     new, mask = prune_weight(name, weight, method, pattern, statistics, calibration)
+    if weight.is_meta:
+        return PrunedLayer(new, mask, 0.0)
     change = weight - torch.where(mask, new, 0)
     if statistics is None or not METHODS[method].needs_text:
         error = _relative(change.square(), weight.square())
@@ -262,8 +264,6 @@ def prune_layer(
 
 
 def _relative(error: Tensor, whole: Tensor) -> float:
-    if error.is_meta:
-        return 0.0
     return float(error.sum() / whole.sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 

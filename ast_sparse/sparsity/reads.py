@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import json
 import logging
 import re
 from collections import Counter
@@ -16,6 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ast_sparse.sparsity.layers import SparseLayer
 
 _TOKENS = 8
 _TORCH_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
@@ -27,6 +32,15 @@ _LIKE = (
 _FUSED = ("mamba_ssm",)  # packages with kernels that take weights of linear layers as arguments
 _MOST_KNOWN = 64  # structures that are remembered
 _KNOWN: dict[Hashable, set[str]] = {}
+# What differs between a model that was built and the same one loaded. The copy that runs is in evaluation mode without
+# data; its dtype does not count; hub kernels replace `forward` itself, and transformers `tie_weights` while it loads.
+_OF_NO_FORWARD = frozenset(
+    (
+        *("training", "name_or_path", "_name_or_path", "architectures", "transformers_version", "dtype"),
+        *("quantization_config", "quantization_method", "is_quantized", "_is_hf_initialized", "_use_kernels"),
+        "tie_weights",
+    )
+)
 _SOURCE = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|is_meta|requires_grad)\b)")
 
 
@@ -43,10 +57,11 @@ def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict
     Returns:
         By name of the layer, the class of the module that contains it.
     """
-    key = _structure(model, layers)
+    key = _structure(model)
     found = _KNOWN.get(key) if key is not None else None
     if found is None:
-        found = _find(model, layers)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        found = _find(model, {**linears, **layers} if key is not None else layers)  # known for any selection
         if key is not None:
             if len(_KNOWN) >= _MOST_KNOWN:
                 _KNOWN.pop(next(iter(_KNOWN)))
@@ -61,33 +76,54 @@ def _find(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
-def _structure(model: nn.Module, layers: Mapping[str, nn.Module]) -> Hashable | None:
+def _structure(model: nn.Module) -> Hashable | None:
     """What the result depends on, so that a model of the same structure need not run again; None if that is unclear.
 
     It names every module with its class and that class's functions, its plain attributes, and the shapes of its
     parameters and buffers and which of them are shared. A module with hooks, or with a method of its own, is unclear.
+    A sparse layer counts as the dense one that it was. Where a model was loaded from makes no difference.
     """
     seen: dict[int, int] = {}
-    parts: list[Hashable] = [tuple(layers), repr(getattr(model, "config", None))]
+    parts: list[Hashable] = [_settings(getattr(model, "config", None))]
+    inside_sparse: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
-        own = vars(module)
+        if name.startswith(inside_sparse):
+            continue  # SLoRB
+        own, kind, tensors = vars(module), type(module), {**module._parameters, **module._buffers}
         has_method = "forward" in own or any(inspect.ismethod(value) for value in own.values())
         if has_method or module._forward_hooks or module._forward_pre_hooks:
             return None
         plain = {key: value for key, value in own.items() if isinstance(value, bool | int | float | str)}
-        plain.pop("training", None)  # the copy that runs is in evaluation mode
+        if isinstance(module, SparseLayer):
+            kind, inside_sparse = module.dense_class, (*inside_sparse, f"{name}.")
+            tensors = {key: value for key, value in tensors.items() if key in ("weight", "bias")}
+            plain = {key: value for key, value in plain.items() if key not in SparseLayer.__annotations__}
         shapes = tuple(
             (key, None if value is None else (seen.setdefault(id(value), len(seen)), value.shape))
-            for key, value in (*module._parameters.items(), *module._buffers.items())
+            for key, value in tensors.items()
         )
-        parts.append((name, type(module), _functions(type(module)), tuple(sorted(plain.items())), shapes))
+        attributes = tuple(sorted((key, value) for key, value in plain.items() if key not in _OF_NO_FORWARD))
+        parts.append((name, kind, _functions(kind), attributes, shapes))
     return tuple(parts)
+
+
+def _settings(config: Any) -> str:
+    """A model's configuration, as text; a file has its settings in another order."""
+    if not isinstance(config, PreTrainedConfig):
+        return repr(config)
+    settings = {key: value for key, value in config.to_dict().items() if key not in _OF_NO_FORWARD}
+    return json.dumps(settings, sort_keys=True, default=repr)
 
 
 def _functions(kind: type) -> tuple[Callable[..., Any], ...]:
     """The functions of a class and its bases outside torch: a patched one makes another structure."""
     bases = (base for base in kind.__mro__ if not base.__module__.startswith("torch."))
-    return tuple(value for base in bases for value in vars(base).values() if inspect.isfunction(value))
+    return tuple(
+        value
+        for base in bases
+        for key, value in vars(base).items()
+        if inspect.isfunction(value) and key not in _OF_NO_FORWARD
+    )
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -8,8 +8,8 @@ cd "$(dirname "$0")/../.."
 root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-build() { "$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$1" .; }
-CC=no-such-compiler build "$work/pure"
+build() { "$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$@" .; }
+CC=no-such-compiler build "$work/pure" --no-build-isolation # .venv has setuptools, for torch
 ls "$work"/pure/ast_sparse-*-py3-none-any.whl >/dev/null
 build "$work"
 platform=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_platform().replace("-", "_").replace(".", "_"))')

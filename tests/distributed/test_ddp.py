@@ -1,20 +1,19 @@
 """Two gloo ranks under torchrun train as one process does."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ast_sparse.training.resume.checkpoints import checkpoint_folders, faults
 from tests.models import generated_text, save_tiny_model
-from tests.processes import run_command
+from tests.processes import Started, run_command
 
 CONFIG = """
 model: {{name_or_path: {folder}/model}}
@@ -111,36 +110,19 @@ def test_two_ranks_end_sparse_with_moving_masks_and_resume(folder: Path) -> None
     assert len(said) == 1 and "sparsity.mask_interval=3 differs from 2" in said[0]
 
 
-TROUBLED = """
-import os
-from ast_sparse.cli.train import main
-from ast_sparse.training.trainer import SparseTrainer
-
-compute_loss = SparseTrainer.compute_loss
-
-def troubled(self, model, *args, **kwargs):
-    loss = compute_loss(self, model, *args, **kwargs)
-    is_troubled = model.training and os.environ["RANK"] == "1" and self.state.global_step == 1
-    return loss * float("nan") if is_troubled else loss
-
-SparseTrainer.compute_loss = troubled
-main()
-"""
-
-
-def test_ranks_skip_the_same_step_and_save_the_same_step_when_one_gets_a_signal(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "troubled.py").write_text(TROUBLED)
+def test_ranks_skip_the_same_step_and_save_the_same_step_when_one_gets_a_signal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIDS", str(tmp_path))
     out = tmp_path / "out"
-    started = [part.replace("ast_sparse.cli.train", str(tmp_path / "troubled.py")) for part in command(folder, 2, 2)]
-    started.pop(started.index(str(tmp_path / "troubled.py")) - 1)  # -m
+    started = [part.replace("ast_sparse.cli.train", "tests.distributed.troubled") for part in command(folder, 2, 2)]
     for setting in ("training.max_steps=5000", "training.save_strategy=no", "watch.nan=skip"):
         started += ["--set", setting]
-    launcher = subprocess.Popen([*started, "--output-dir", str(out)], stderr=subprocess.PIPE, text=True)
+    launcher = Started([*started, "--output-dir", str(out)])
     while not (out / "mask_history.jsonl").exists() and launcher.poll() is None:
         time.sleep(0.01)
-    ranks = psutil.Process(launcher.pid).children()
-    assert len(ranks) == 2
-    ranks[1].send_signal(signal.SIGUSR1)
+    assert (tmp_path / "0").exists()
+    os.kill(int((tmp_path / "1").read_text()), signal.SIGUSR1)
     _, errors = launcher.communicate(timeout=120)
     (saved,) = checkpoint_folders(out)
     assert launcher.returncode != 0 and f"saved {saved}; --resume continues from there" in errors, errors

@@ -28,3 +28,8 @@ def test_eager_blocks_equal_one_mask_of_the_whole(monkeypatch: pytest.MonkeyPatc
     scores = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
     assert torch.equal(nm_group_mask(scores, 2, 4), slow_mask(scores, 2, 4))
     assert torch.equal(nm_group_mask(scores, 4, 8, 0), slow_mask(scores.t(), 4, 8).t())
+
+
+def test_on_the_meta_device_a_mask_has_only_its_shape() -> None:
+    mask = nm_group_mask(torch.empty(8, 12, device="meta"), 2, 4)
+    assert mask.is_meta and mask.shape == (8, 12) and mask.dtype == torch.bool

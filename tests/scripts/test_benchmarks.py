@@ -1,7 +1,6 @@
 """scripts/benchmarks: every file runs, and a goal is met if the 20th percentile meets it."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -10,7 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from scripts.benchmarks import reference_step
 from scripts.benchmarks.harness import PeakMemory, Result, Settings, Spread, interleave, table
+from scripts.benchmarks.harness import main as command_line
+from scripts.benchmarks.run import main as run_all
 from scripts.benchmarks.step_profile import main
 from tests.processes import forked_commands
 
@@ -41,9 +43,8 @@ def test_the_profile_shows_the_operations_of_both_sides() -> None:
 
 def test_run_writes_what_the_table_shows(tmp_path: Path) -> None:
     lines = tmp_path / "results.jsonl"
-    command = [sys.executable, str(FOLDER / "run.py"), "mask_refresh", "--quick", "--out", str(lines)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = CliRunner().invoke(run_all, ["matrix_product", "--quick", "--out", str(lines)])
+    assert run.exit_code == 0, run.stderr
     results = [json.loads(line) for line in lines.read_text().splitlines()]
     assert results
     for result in results:
@@ -73,8 +74,12 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     assert 45e6 < peak.above < 60e6 < peak.total
 
 
-def test_a_reference_that_is_none_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "reference_step.py"), "--quick", "--reference", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert f"--reference {tmp_path} has no file adamw.py." in run.stderr and "Traceback" not in run.stderr
+def test_a_reference_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reference_step.py", "--quick", "--reference", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        command_line(reference_step.measure)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"--reference {tmp_path} has no file adamw.py." in shown and "Traceback" not in shown

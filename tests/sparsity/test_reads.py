@@ -1,15 +1,18 @@
 """A model of a structure that has been tried is not run again, and any other one is."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from ast_sparse import SLoRBConfig, SparsityConfig
 from ast_sparse.sparsity import reads
+from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.sparsity.select import select_layers
 from tests.models import tiny_model
 
@@ -33,6 +36,19 @@ def test_a_second_model_of_the_same_structure_is_not_run(runs: list[nn.Module]) 
     first, second = (select_layers(tiny_model("llama", seed)) for seed in (0, 1))
     assert len(runs) == 1
     assert list(first[0]) == list(second[0]) and first[1] == second[1]
+
+
+def test_a_sparse_model_one_with_slorb_and_a_loaded_one_are_of_the_structure_of_the_dense_one(
+    runs: list[nn.Module], tmp_path: Path
+) -> None:
+    model = tiny_model("mistral")
+    dense, _ = select_layers(model)
+    assert set(select_layers(model, SparsityConfig(exclude=("q_proj",)))[0]) < set(dense)
+    model.save_pretrained(tmp_path)
+    sparsify_model(model, SparsityConfig(), SLoRBConfig(k=16))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(select_layers(model)[0]) == set(select_layers(loaded)[0]) == set(dense)
+    assert len(runs) == 1
 
 
 def test_another_family_is_run(runs: list[nn.Module]) -> None:
@@ -94,9 +110,8 @@ def test_an_attribute_a_shape_a_shared_weight_and_a_hook_are_not_the_same_struct
     keys = []
     for change in (None, attribute, shape, shared, hook):
         model: Any = tiny_model("llama")
-        layers = {"model.layers.0.mlp.up_proj": model.model.layers[0].mlp.up_proj}
         if change is not None:
             change(model.model.layers[0].mlp)
-        keys.append(reads._structure(model, layers))
+        keys.append(reads._structure(model))
     assert keys.pop() is None  # a hook may read whatever it likes
     assert len(set(keys)) == 4
