@@ -91,8 +91,8 @@ def _chunk_size() -> tuple[Any, str]:
 # ---- masked products -------------------------------------------------------------------------------------------------
 
 
-def layer(is_sparse: bool, micro_batches: int, checkpointing: bool) -> float:
-    """Bytes a weight and micro-batch of a step: forward and backward pass with bf16 autocast, into float32 gradients.
+def layer(is_sparse: bool, micro_batches: int, checkpointing: bool) -> tuple[float, float]:
+    """Bytes a weight, and kernels, of a micro-batch: forward and backward with bf16 autocast, into float32 gradients.
 
     The step before has been made, and the optimizer has changed the weight since.
     """
@@ -114,7 +114,8 @@ def layer(is_sparse: bool, micro_batches: int, checkpointing: bool) -> float:
         with traffic:
             for _ in range(micro_batches):
                 micro_batch()
-    return traffic.total().bytes / linear.weight.numel() / micro_batches
+    total = traffic.total()
+    return total.bytes / linear.weight.numel() / micro_batches, total.kernels / micro_batches
 
 
 def _make_sparse(linear: nn.Linear) -> None:

@@ -13,8 +13,6 @@ from unittest.mock import patch
 
 import click
 
-os.environ |= {"TRITON_INTERPRET": "1", "AST_SPARSE_CPU": "plain", "HF_HUB_OFFLINE": "1"}  # before torch
-
 # layers, tokens of a micro-batch, vocabulary
 SHAPES = {"SmolLM2-135M, 8 x 2048": (30, 8 * 2048, 49152), "LLaMA2-7B, 1 x 4096": (32, 4096, 32000)}
 QUICK = {"tiny": (1, 4096, 32000)}
@@ -29,9 +27,9 @@ def counts(is_quick: bool) -> dict[str, dict[str, float]]:
     for accumulation in (1, 4):
         for checkpointing in (False, True):
             name = f"accumulation {accumulation}{', checkpointing' if checkpointing else ''}"
-            found[name] = {
-                side: layer(side == "masked", accumulation, checkpointing) for side in ("masked", "dense")
-            }  # fmt: skip
+            for side in ("masked", "dense"):
+                moved, kernels = layer(side == "masked", accumulation, checkpointing)
+                found.setdefault(name, {}).update({side: moved, f"kernels, {side}": kernels})
     found["rows of FSDP2"] = {"masked": rows(True), "dense": rows(False)}
     found["loss"], found["plain loss"] = loss_counts("ours"), loss_counts("plain")
     with patch.dict(os.environ, AST_SPARSE_GPU="plain"):
@@ -60,6 +58,8 @@ def use_code(checkout: Path) -> None:
 @click.option("--code", type=click.Path(exists=True, path_type=Path), help="Checkout whose ast_sparse is counted.")
 @click.option("--quick", is_flag=True, help="One tiny micro-batch.")
 def main(code: Path | None, quick: bool) -> None:
+    # before torch is imported
+    os.environ |= {"TRITON_INTERPRET": "1", "AST_SPARSE_CPU": "plain", "AST_SPARSE_GPU": "auto", "HF_HUB_OFFLINE": "1"}
     if code is not None:
         use_code(code)
     from scripts.counts.cases import as_on_gpu

@@ -1,7 +1,7 @@
 """Kernels of a whole micro-batch: of SparseTrainer, of plain distillation with transformers, and of the models alone.
 
 The models are LLaMAs with toy widths and a real number of layers; student and teacher are equally large. bf16 autocast,
-accumulation of `ACCUMULATION` micro-batches, in the third step, when every buffer is there.
+accumulation of `ACCUMULATION` micro-batches, in the second step, when every buffer is there.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from scripts.counts.cases import (
 )
 from scripts.counts.operations import Traffic, is_arithmetic
 
-ACCUMULATION, STEPS, BATCH = 4, 3, 2
+ACCUMULATION, STEPS, BATCH = 4, 2, 2
 VOCAB = 128
 
 
