@@ -4,14 +4,16 @@ Ours beside dense layers, plain distillation with transformers, and the code bef
 counts of `results/traffic_before.json` with their commit. `scripts/counts/` counts, on the CPU with toy widths, in a
 process of its own; its files say what counts. Counts are exact, so each ratio has one value. They are not times.
 
-- Masked products: one layer, one token, bf16 autocast, float32 gradients; bytes a weight and micro-batch.
-- Rows of FSDP2: what a process does with its rows before they are sent, beside the cast of a dense layer. The mask
-  itself is one byte beside its six, so 1.17 is the least; no goal.
-- Loss: from hidden states, without the products with the heads; bytes a logit (of one model).
-- Kernels: the second step of SparseTrainer with four micro-batches a step, LLaMAs with toy widths and the layers of the
-  model that is named, the loss in as many chunks as there. "Models alone" are student and teacher of transformers up to
-  their hidden states, forward and backward; "beyond models" is what is launched more than that. It can be negative,
-  because a kept masked weight also saves the cast of the weight that a dense layer makes.
+Masked products: one layer, one token, bf16 autocast, float32 gradients; bytes a weight and micro-batch. Rows of FSDP2
+are what a process does with its rows before they are sent, beside the cast of a dense layer: the mask itself is one
+byte beside its six, so 1.17 is the least, and there is no goal.
+
+Loss: from hidden states, without the products with the heads; bytes a logit (of one model).
+
+Kernels: the second step of SparseTrainer with four micro-batches a step, LLaMAs with toy widths and the layers of the
+model that is named, the loss in as many chunks as there. "Models alone" are student and teacher of transformers up to
+their hidden states, forward and backward; "beyond models" is what is launched more than that. It can be negative,
+because a kept masked weight also saves the cast of the weight that a dense layer makes.
 """
 
 import json
