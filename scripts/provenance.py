@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import transformers
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def provenance() -> dict[str, Any]:
-    """Commit, device and versions."""
-    commit, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+
+def provenance(checkout: Path = ROOT) -> dict[str, Any]:
+    """Commit of a checkout, device and versions."""
+    commit, changed = _git(checkout, "rev-parse", "--short", "HEAD"), _git(checkout, "status", "--porcelain", "-uno")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "commit": (commit or "unknown") + ("+changes" if changed else ""),
@@ -21,8 +23,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
+def _git(root: Path, *arguments: str) -> str:
     try:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
     except OSError:

@@ -30,10 +30,12 @@ class Settings:
     Attributes:
         quick: tiny shapes and one pair, to see that everything runs; the results mean nothing.
         reference: checkout of the public AST code, for the benchmarks that compare with it.
+        before: checkout of an earlier commit, for `traffic`.
     """
 
     quick: bool = False
     reference: Path | None = None
+    before: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +59,7 @@ class Result:
     """One row of the table: a ratio to an alternative measured in the same run, and the goal it must not exceed.
 
     Attributes:
-        unit: `s`, or `MB` of peak memory.
+        unit: `s`, `MB` of peak memory, `B` or `kernels`.
         goal: the highest ratio allowed; it is met if the 20th percentile meets it. None: only reported.
         reason: why nothing was measured on this device.
         notes: what else a reader needs, for example measured bytes.
@@ -187,10 +189,11 @@ def main(measure: Callable[[Settings], Iterator[Result]]) -> None:
     @click.command(cls=Command, help=sys.modules["__main__"].__doc__)
     @click.option("--quick", is_flag=True, help="Tiny shapes, one pair: only to see that it runs.")
     @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
+    @click.option("--before", type=click.Path(exists=True, path_type=Path), help="Checkout of an earlier commit.")
     @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Append the results as JSON lines.")
-    def command(quick: bool, reference: Path | None, out: Path | None) -> None:
+    def command(quick: bool, reference: Path | None, before: Path | None, out: Path | None) -> None:
         results = []
-        for result in measure(Settings(quick, reference)):
+        for result in measure(Settings(quick, reference, before)):
             results.append(result)
             click.echo(f"{' | '.join(result.row())} | {result.verdict}", err=True)
         click.echo(table(results))

@@ -22,12 +22,13 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
 @click.argument("names", nargs=-1, type=click.Choice(BENCHMARKS))
 @click.option("--quick", is_flag=True, help="Tiny shapes, one pair: does everything run? No results without --out.")
 @click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Checkout of the public AST code.")
+@click.option("--before", type=click.Path(exists=True, path_type=Path), help="Checkout of an earlier commit (traffic).")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Results as JSON lines; default results/DEVICE.jsonl.",
 )
-def main(names: tuple[str, ...], quick: bool, reference: Path | None, out: Path | None) -> int:
+def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Path | None, out: Path | None) -> int:
     if out is None and not quick:
         out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', provenance()['device'])}.jsonl"
     results, failed = [], []
@@ -37,6 +38,7 @@ def main(names: tuple[str, ...], quick: bool, reference: Path | None, out: Path 
             command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(lines)]
             command += ["--quick"] if quick else []
             command += ["--reference", str(reference)] if reference is not None else []
+            command += ["--before", str(before)] if before is not None else []
             click.echo(f"== {name}", err=True)
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode or not lines.exists():
                 failed.append(name)
