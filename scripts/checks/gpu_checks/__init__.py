@@ -1,0 +1,1 @@
+"""The checks of `scripts/checks/gpu.py`: one file a subject."""
