@@ -41,6 +41,12 @@ def show_costs(run: CheckedRun, hardware: Hardware) -> None:
     budget.check()
 
 
+def fast_forward_here(run: CheckedRun) -> tuple[bool, str]:
+    """What `choose_fast_forward` says of a run that starts now, on the devices that it has."""
+    setup = replace(planned_setup(run, run.args.world_size), on_cpu=run.args.device.type == "cpu")
+    return choose_fast_forward(run.config, run.plan, setup, Hardware())
+
+
 def planned_setup(run: CheckedRun, devices: int) -> Setup:
     """What the run's settings mean for the memory of each of its devices."""
     config, args = run.config, run.args

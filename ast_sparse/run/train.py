@@ -1,7 +1,6 @@
 """One run of `ast-train`: check, prepare, measure the dense and the one-shot model, train, save, measure again."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +25,7 @@ from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.progress import library_bars
 from ast_sparse.report.page import run_report, write_report
 from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
-from ast_sparse.run.dry_run import planned_setup, show_costs
-from ast_sparse.run.memory_choices import choose_fast_forward
+from ast_sparse.run.dry_run import fast_forward_here, show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
@@ -93,12 +91,9 @@ def run_training(
         measured = Measured(config, run.args)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
-    setup = replace(planned_setup(run, run.args.world_size), on_cpu=run.args.device.type == "cpu")
-    is_fast, line = choose_fast_forward(run.config, run.plan, setup, hardware)
     if run.args.should_log:
-        echo(line)
+        echo(fast_forward_here(run)[1])
     trainer, rows = _prepare(run, tokenizer, measured)
-    trainer.fast_forward = is_fast
     _train(run, trainer, tokenizer, measured)
     _measure_result(run, trainer, tokenizer, measured, rows)
     return run.output
@@ -258,7 +253,7 @@ def make_trainer(
     """The trainer, which makes the model sparse by magnitude; other masks come from a start or a checkpoint."""
     config = run.config
     try:
-        return SparseTrainer(
+        trainer = SparseTrainer(
             model,
             run.args,
             sparsity_config=config.sparsity,
@@ -279,6 +274,8 @@ def make_trainer(
         )
     except OSError as error:  # of the output folder, which Trainer creates, or of the hub
         raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
+    trainer.fast_forward = fast_forward_here(run)[0]
+    return trainer
 
 
 def start_samples(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, training: Blocks) -> Tensor | None:

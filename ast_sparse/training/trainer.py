@@ -100,7 +100,6 @@ class SparseTrainer(EvaluationTrainer):
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
     _compiled: AbstractContextManager[None] = nullcontext()  # in which the models are called
-    _filters_losses = False  # during training, if `logging_nan_inf_filter` is set
 
     # long: 26 lines are its arguments
     def __init__(
@@ -355,6 +354,7 @@ class SparseTrainer(EvaluationTrainer):
         self._begin_training()
         with self._settings_of_trainer(), filter_replaced(self.args) as self._filters_losses:
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        self._filters_losses = False
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 

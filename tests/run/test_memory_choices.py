@@ -12,6 +12,7 @@ from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.plan import Hardware
 from ast_sparse.planning.setup import Setup
 from ast_sparse.planning.sizes import Term
+from ast_sparse.run import dry_run as dry_run_module
 from ast_sparse.run.memory_choices import choose_fast_forward, needs_memory_plan
 
 SETUP = Setup(
@@ -69,3 +70,12 @@ def test_a_run_plans_its_memory_only_to_choose_on_a_gpu() -> None:
     assert not needs_memory_plan(config("auto"), args("cpu"))
     assert not needs_memory_plan(config("on"), args("cuda"))
     assert not needs_memory_plan(config("auto"), args("cuda", gradient_checkpointing=True))
+
+
+def test_a_run_on_a_gpu_that_does_not_fit_without_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(
+        config=config("auto"), plan=plan(9999.0), args=SimpleNamespace(world_size=1, device=torch.device("cuda"))
+    )
+    monkeypatch.setattr(dry_run_module, "planned_setup", lambda run, devices: replace(SETUP, on_cpu=True))
+    is_on, line = dry_run_module.fast_forward_here(run)  # type: ignore[arg-type]
+    assert is_on and "without it the run needs 9999.0 of" in line

@@ -110,7 +110,8 @@ def test_the_counter_sees_a_wait(wait: Callable[[Tensor], Any]) -> None:
 def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, watch_config=WatchConfig(nan="skip"),
-        args=dict(max_steps=6, logging_steps=3, gradient_accumulation_steps=2), train_dataset=blocks(64),
+        args=dict(max_steps=6, logging_steps=3, gradient_accumulation_steps=2, save_strategy="steps", save_steps=6),
+        train_dataset=blocks(64),
     )  # fmt: skip
     raw: list[float] = []
     inner, add = run.compute_loss, run.watch.add
@@ -132,6 +133,8 @@ def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, rel=1e-6)
     assert run.args.logging_nan_inf_filter
+    saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert saved.logging_nan_inf_filter
 
 
 def test_a_signal_of_another_process_comes_with_the_read_back_of_the_step(

@@ -262,6 +262,16 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
 
 
 @contextmanager
+def filter_as_given(args: TrainingArguments, was_on: bool) -> Iterator[None]:
+    """Inside `filter_replaced`, the settings as they were given: for what is saved of them."""
+    now, args.logging_nan_inf_filter = args.logging_nan_inf_filter, was_on or args.logging_nan_inf_filter
+    try:
+        yield
+    finally:
+        args.logging_nan_inf_filter = now
+
+
+@contextmanager
 def filter_replaced(args: TrainingArguments) -> Iterator[bool]:
     """Inside, `logging_nan_inf_filter` is off, because Trainer waits for every loss to apply it.
 
