@@ -51,6 +51,7 @@ def _top(x, top):
     return larger, larger - top
 
 
+# long: the two passes of one kernel, which share a dozen numbers
 @triton.jit(do_not_specialize=["labels", "losses"])
 def distil_rows(
     student, teacher, grads, labels, losses, student_stride, teacher_stride, grads_stride, width, common,
