@@ -353,6 +353,24 @@ def test_slices_wait_for_nothing_and_take_few_kernels(monkeypatch: pytest.Monkey
     assert counts[0].total() <= 12
 
 
+@pytest.mark.usefixtures("in_slices")
+def test_where_the_kernel_cannot_run_one_function_is_compiled_for_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions: list[Any] = []
+
+    def compile_kernel(function: Any) -> Any:
+        functions.append(function)
+        return function
+
+    monkeypatch.setattr(gpu_rows, "_compiles", lambda logits: True)
+    monkeypatch.setattr(gpu_rows, "compile_kernel", compile_kernel)
+    gpu_rows.compiled_rows.cache_clear()
+    try:
+        check(Case(softcap=2.0), DistillationConfig(alpha=0.67))
+    finally:
+        gpu_rows.compiled_rows.cache_clear()
+    assert len(functions) == 1
+
+
 def test_slices_are_large_even_and_of_about_one_size() -> None:
     assert sliced.slice_size(4096, 32000) == 2048 and sliced.slice_size(4096, 128256) == 1024
     assert sliced.slice_size(8 * 2048, 49152) == 1280 and sliced.slice_size(5, 49152) == 5

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ast_sparse.kernels import products
 from ast_sparse.kernels.cpu import onednn, setting
 from ast_sparse.kernels.products import add_product, linear, masked, product, product_into
 from tests.sparsity.small_layers import sparse_linear
@@ -60,3 +61,12 @@ def test_a_product_is_written_or_added_where_it_stays(dtype: torch.dtype) -> Non
     product_into(wide[:5], left, right, add=True)
     torch.testing.assert_close(wide[:5].double(), 2 * expected, rtol=tolerance, atol=2 * tolerance)
     assert (wide[5:] == 2).all()
+
+
+def test_a_device_that_cannot_add_16_bit_products_in_float32_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    products._adds_in_float32.cache_clear()
+    device = torch.device("cpu")  # PyTorch has these products for GPUs only
+    assert not any(products._adds_in_float32(torch.bfloat16, torch.float32, device) for _ in range(2))
+    [record] = caplog.records
+    assert record.message.startswith("Gradients of the output head are rounded to bfloat16 on cpu: ")
+    assert "\n" not in record.message

@@ -25,8 +25,8 @@ class Case:
 
     kind: str = "kl"
     dtype: torch.dtype = FP32
-    width: int = 300  # two steps, the second ragged
-    teacher: int | None = 300
+    width: int = 500  # two steps, the second ragged
+    teacher: int | None = 500
     ce_weight: float = 0.33
     kl_weight: float = 0.67
     temperature: float = 1.0
@@ -43,10 +43,13 @@ class Case:
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
         generator = torch.Generator().manual_seed(self.width)
+        # logits grow from column to column, differently in both models, so that each step has larger ones
         student = 3 * torch.randn(3, self.width, generator=generator) + self.offset
+        student += torch.linspace(0, 9, self.width)
         teacher = None
         if self.teacher is not None:
             teacher = 3 * torch.randn(3, self.teacher, generator=generator) - self.offset
+            teacher += torch.linspace(0, 5, self.teacher)
             teacher = teacher.to(self.teacher_dtype or self.dtype)
         common = min(self.width, self.teacher or self.width)
         labels = torch.tensor([common - 1, -100, common // 3])
