@@ -156,7 +156,7 @@ def fault(device: torch.device) -> str | None:
 
     Tried once a process and device, on a small weight.
     """
-    reason = _missing(device)
+    reason = missing(device)
     if reason is None:
         try:
             from ast_sparse.kernels.gpu import prefill
@@ -174,7 +174,8 @@ def fault(device: torch.device) -> str | None:
     return reason
 
 
-def _missing(device: torch.device) -> str | None:
+def missing(device: torch.device) -> str | None:
+    """What a device lacks for any Triton kernel of this package, in one line; None if nothing is known to."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed."
     if device.type == "cuda" and torch.version.hip is not None:
