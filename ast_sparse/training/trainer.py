@@ -355,7 +355,7 @@ class SparseTrainer(CheckpointTrainer):
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         self._begin_training()
-        with self._settings_of_trainer():
+        with self._settings_of_trainer(), self._sparsity.masked_weights(self.student):
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))

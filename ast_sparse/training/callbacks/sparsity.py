@@ -1,6 +1,7 @@
 """What happens to masks around an optimizer step (paper Sec. 3.2, Algorithm 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import decay_at, is_refresh_due, slorb_step, sparsity_at
-from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
+from ast_sparse.sparsity.model import (
+    apply_masks,
+    masks_by_parameter,
+    refresh_masks,
+    sparse_layers,
+    twins,
+    use_kernels,
+    use_masked_weights,
+)
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
@@ -54,6 +63,18 @@ class SparsityCallback(TrainerCallback):
         self.kernels: Kernels = "eager"
         self._recorder: InputRecorder | None = None
         self._waits = False  # whether a refresh that was due waits
+
+    @contextmanager
+    def masked_weights(self, model: nn.Module) -> Iterator[None]:
+        """Around a training: masked weights are kept or made as set, and no memory is used for them afterwards.
+
+        `auto` keeps them: a run that has a plan has decided already.
+        """
+        use_masked_weights(model, "made" if self.config.masked_weights == "made" else "kept")
+        try:
+            yield
+        finally:
+            use_masked_weights(model, "made")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
