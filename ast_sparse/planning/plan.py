@@ -112,11 +112,14 @@ class Plan:
         return lines
 
 
-def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None = None) -> Plan:
+def make_plan(
+    config: RunConfig, args: TrainingArguments, world_size: int | None = None, counts_memory: bool = False
+) -> Plan:
     """Build the model on the meta device, select its layers, and count.
 
     Args:
-        world_size: number of devices to plan for, memory included; None to plan a run that starts now, without memory.
+        world_size: number of devices to plan for, memory included; None to plan a run that starts now.
+        counts_memory: include the memory of such a run.
 
     Raises:
         UserError: the model cannot be found or built, its files are damaged, a shape does not fit the pattern or
@@ -145,7 +148,8 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
     args, matched = match_flops(args, config.distillation, student, lambda: teacher_parameters(teacher, trusted))
     check_baseline(config.sparsity, config.slorb, args)
     taught_by = teacher_parameters(teacher, trusted) if distills else 0
-    dense = copy.deepcopy(model) if world_size is not None and distills else None
+    counts_memory = counts_memory or world_size is not None
+    dense = copy.deepcopy(model) if counts_memory and distills else None
     report = sparsify_model(model, config.sparsity, config.slorb)
     devices = world_size or args.world_size
     notes += [] if matched is None else [f"steps: {matched}"]
@@ -160,7 +164,7 @@ def make_plan(config: RunConfig, args: TrainingArguments, world_size: int | None
         flops_per_token=6 * student + 2 * taught_by,
         model_config=model_config,
         notes=tuple(notes),
-        memory=None if world_size is None else _memory_model(config, model, dense),
+        memory=_memory_model(config, model, dense) if counts_memory else None,
     )  # fmt: skip
 
 

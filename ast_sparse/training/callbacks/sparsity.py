@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.choice import Kernels
@@ -25,6 +26,8 @@ from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
 from ast_sparse.training.checks.baselines import check_steps
+
+logger = logging.get_logger(__name__)
 
 _STATE = "ast_sparse.refresh_waits"  # not a class name, as in `watch.py`
 
@@ -85,6 +88,11 @@ class SparsityCallback(TrainerCallback):
         optimizer.kernels = self.kernels
         optimizer.begin_offload(kwargs["model"])
         use_kernels(kwargs["model"], self.kernels)
+        layers = sparse_layers(kwargs["model"]).values()
+        of_no_effect = any(layer.is_offloaded or layer.gathered_masked or layer.dense_forward for layer in layers)
+        if (args.bf16 or args.fp16) and not (of_no_effect or args.torch_compile):
+            kept = self.config.masked_weights != "made"
+            logger.info(f"Masked weights in 16 bits are {'kept' if kept else 'made again in every product'}.")
         self._waits = _STATE in (state.stateful_callbacks or {})
         if args.should_save:
             keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)
