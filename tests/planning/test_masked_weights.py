@@ -138,6 +138,7 @@ def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytes
     def fails(setup: Setup) -> Memory:
         raise RuntimeError("needs data")
 
+    assert plan.model_config.use_cache and plan.model_config._attn_implementation == "sdpa"  # as a run needs them
     unknown: Any = replace(plan, memory=fails)
     assert decide_by_memory(config, args, unknown) == (config, None)
     assert decide_by_memory(config, args, replace(plan, memory=None)) == (config, None)

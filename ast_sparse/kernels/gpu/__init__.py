@@ -1,1 +1,1 @@
-"""The 2:4 product on NVIDIA GPUs, in Triton. Not measured on a GPU yet."""
+"""Triton kernels for NVIDIA GPUs. Not measured on a GPU yet."""
