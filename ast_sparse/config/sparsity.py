@@ -85,6 +85,14 @@ class SparsityConfig(Section):
             "memory; auto: on a CPU, and on a GPU if the plan of the run needs it."
         ),
     )
+    masked_weights: Literal["auto", "kept", "made"] = field(
+        default="auto",
+        metadata=about(
+            "Masked weights of a run in 16 bits on one device or with DDP: kept: a 16-bit copy of each, 2 bytes a "
+            "weight; made: again in every product, slower; auto: kept, unless only made fits into the device's memory. "
+            "Results are the same."
+        ),
+    )
     include: tuple[str, ...] = field(default=(), metadata=about("Prune only matching layers; * is a wildcard."))
     exclude: tuple[str, ...] = field(default=(), metadata=about("Keep matching layers dense; * is a wildcard."))
 

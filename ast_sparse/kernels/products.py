@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ast_sparse.errors import one_line
 from ast_sparse.kernels.cpu import onednn
+from ast_sparse.kernels.gpu import masked_cast
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,22 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, values, 0)
     bits = (-mask.view(torch.int8)).to(integer)  # all ones where kept
     return bits.bitwise_and_(values.detach().view(integer)).view(values.dtype)
+
+
+def masked_as(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`masked(values, mask)` in another dtype; bit for bit `torch.where(mask, values, 0).to(dtype)`.
+
+    On a GPU this is one pass (`gpu/masked_cast.py`). Elsewhere values are cast first if that makes them smaller: what
+    is rounded to inf or NaN and pruned is 0.0 in either order.
+
+    Args:
+        values: any float dtype; mask: bool of its shape, True = kept.
+    """
+    if masked_cast.takes(values, mask, dtype):
+        return masked_cast.masked_cast(values, mask, dtype)
+    if dtype.itemsize < values.element_size():
+        return masked(values.to(dtype), mask)
+    return masked(values, mask).to(dtype)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group_dim: int = 1) -> Tensor:

@@ -8,6 +8,7 @@ from ast_sparse.errors import UserError, one_line
 from ast_sparse.kernels.bf16 import multiplies_in_bf16
 from ast_sparse.planning.fit import find_fit
 from ast_sparse.planning.host import host_memory
+from ast_sparse.planning.masked_weights import settle_masked_weights
 from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.planning.setup import Setup
@@ -30,9 +31,11 @@ class Budget:
         self.hardware = hardware
         self.memory: Memory | None = None
         self.reason = ""  # why the memory is unknown
+        self.masked_weights: str | None = None  # the line on them
         assert plan.memory is not None
         try:
-            self.memory = plan.memory(setup)
+            self.setup, self.masked_weights = settle_masked_weights(plan.memory, setup, self.limit)
+            self.memory = plan.memory(self.setup)
         except Exception as error:  # whatever a model's code raises if it needs data
             self.reason = one_line(error, 200)
 
@@ -52,7 +55,8 @@ class Budget:
 
     def lines(self) -> list[str]:
         """FLOPs, hours and memory as text."""
-        return [*self._cost_lines(), *self._memory_lines(), *self._host_lines()]
+        chosen = [] if self.masked_weights is None else [self.masked_weights]
+        return [*self._cost_lines(), *chosen, *self._memory_lines(), *self._host_lines()]
 
     def check(self) -> None:
         """Raise UserError, with settings that fit, if the run needs more memory than a device has."""

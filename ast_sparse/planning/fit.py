@@ -32,6 +32,8 @@ class Fit:
         }
         changed = ["training.bf16=true"] if after.dtype != before.dtype else []
         changed += ["sparsity.fast_forward=on"] if after.fast_forward != before.fast_forward else []
+        copies_go = before.masked_weights == "kept" and after.masked_weights == "made"  # `auto` decides by itself
+        changed += ["sparsity.masked_weights=made"] if copies_go else []
         is_whole_again = after.sharding != "fsdp2" == before.sharding
         for name, field in names.items():
             value = getattr(after, field)
@@ -89,6 +91,8 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
     """Changes that do not affect what is learned: for smaller batches, more of them are accumulated."""
     if can_halve and not setup.is_half:
         yield lambda now: replace(now, dtype=torch.bfloat16)
+    if setup.masked_weights in ("auto", "kept"):
+        yield lambda now: replace(now, masked_weights="made")
     if setup.eval_batch_size > 1:
         yield lambda now: replace(now, eval_batch_size=1)
     if not setup.fast_forward and not setup.gradient_checkpointing:

@@ -27,12 +27,15 @@ from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
 from ast_sparse.planning.setup import Setup
 from ast_sparse.planning.sizes import shares_head
+from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.sparsity.masked_copy import MaskedCopy
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 from ast_sparse.training.losses import MicroBatchLoss
 
-# The student in a pass: `whole` makes masked copies of its weights; `gathered` has all of them in the dtype of the
-# products, as FSDP2 gathers them; `offloaded` has those of masked layers in it.
-Form = Literal["whole", "gathered", "offloaded"]
+# The student in a pass: `whole` makes masked copies of its weights; `kept` has them from the step's first pass on;
+# `gathered` has all weights in the dtype of the products, as FSDP2 gathers them; `offloaded` has those of masked layers
+# in it.
+Form = Literal["whole", "kept", "gathered", "offloaded"]
 
 _LOSS, _BLOCKS = "loss", "blocks"
 _MASKLESS = "ast_sparse_planned_sdpa"  # sdpa looks at data to decide if it needs a mask; fake tensors have no data
@@ -92,7 +95,8 @@ class Passes:
             keeps_gradients: whether gradients are there when it begins, or are sent away when they are made; they are
                 then not counted, except under FSDP2 those of embeddings that are also the head.
         """
-        kept = (setup.gradient_checkpointing, keeps_gradients, _form(setup), setup.fast_forward)
+        form = "kept" if setup.keeps_masked_weights else _form(setup)
+        kept = (setup.gradient_checkpointing, keeps_gradients, form, setup.fast_forward)
         return self._once("step", (setup.batch_size, setup.block_size, setup.dtype, *kept))
 
     def evaluation(self, setup: Setup) -> Peak:
@@ -132,6 +136,7 @@ class Passes:
         if self.teacher is not None and train:  # its weights have the dtype of the matrix products
             teacher = self._fake(self.teacher, dtype).requires_grad_(False).eval()
         live = LiveBytes()
+        live.ignore([] if form != "kept" else [each.values for each in self._keep_masked_weights(student, dtype)])
         for model in (student, teacher):
             live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
         student.train(train)
@@ -152,7 +157,7 @@ class Passes:
     def _student(self, dtype: torch.dtype, form: Form) -> PreTrainedModel:
         """The student as a pass sees it."""
         student = self._fake(self.student, dtype if form == "gathered" else torch.float32)
-        if form == "whole":
+        if form in ("whole", "kept"):
             return student
         for layer in sparse_layers(student).values():
             if layer.weight.dtype != dtype:
@@ -161,6 +166,15 @@ class Passes:
                     layer.weight.grad_dtype = torch.float32
             layer.masked_linear = partial(F.linear, weight=layer.weight, bias=layer.bias)  # type: ignore[method-assign]
         return student
+
+    def _keep_masked_weights(self, student: PreTrainedModel, dtype: torch.dtype) -> "list[_Copy]":
+        """Give the sparse layers copies of their masked weights, as an earlier pass would have left them."""
+        layers = [module for module in student.modules() if isinstance(module, SparseLayer)]
+        with self._mode:
+            copies = {layer.weight: _Copy(torch.empty_like(layer.weight, dtype=dtype)) for layer in layers}
+        for layer in layers:
+            layer.masked_copy = copies[layer.weight]
+        return list(copies.values())
 
     def _fake(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         """A copy with tensors that have no data; parameters get `dtype`, buffers and masks keep theirs."""
@@ -193,6 +207,17 @@ class Passes:
         compute = MicroBatchLoss(teacher, self.distillation, heads)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return compute(student, student, inputs, labels, needs_logits=False)[0]
+
+
+class _Copy(MaskedCopy):
+    """A copy that is up to date."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values
+
+    def of(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.values
 
 
 def _form(setup: Setup) -> Form:

@@ -162,7 +162,7 @@ def make_plan(
         tokens_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
         * config.data.block_size,
         flops_per_token=6 * student + 2 * taught_by,
-        model_config=model_config,
+        model_config=copy.deepcopy(model_config),  # a memory model changes that of the models
         notes=tuple(notes),
         memory=_memory_model(config, model, dense) if with_memory else None,
     )  # fmt: skip

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
+from ast_sparse.config import RunConfig
+from ast_sparse.evaluation.perplexity import default_seq_len
 from ast_sparse.training.checks.parallelism import grid_of, replicas_and_shards
 from ast_sparse.training.fsdp import sharding_plugin
 
@@ -34,6 +36,8 @@ class Setup:
         on_cpu: the devices are processes on a CPU.
         eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
         fast_forward: a step recomputes norms, activations and gates, unless it recomputes whole blocks.
+        masked_weights: whether masked weights are kept in 16 bits, or made in every product; `auto` counts as `kept`;
+            None: neither, in a forward pass that is dense or compiled.
     """
 
     batch_size: int
@@ -53,6 +57,40 @@ class Setup:
     on_cpu: bool = False
     eager: bool = False
     fast_forward: bool = True
+    masked_weights: Literal["auto", "kept", "made"] | None = "made"
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, args: TrainingArguments, model_config: PreTrainedConfig | None, devices: int
+    ) -> "Setup":
+        """The setup of a configuration on a number of devices.
+
+        Args:
+            model_config: of the student; None: nothing is measured.
+
+        Raises:
+            UserError: the sizes of `training.parallelism_config` do not give the number of devices.
+        """
+        sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
+        evaluation, masked_weights = config.evaluation, config.sparsity.masked_weights
+        measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
+        measured_by += ["evaluation.report=false"] if evaluation.report else []
+        window = 0
+        if model_config is not None and measured_by:
+            window = evaluation.seq_len or default_seq_len(model_config)
+        return cls.of(
+            args,
+            config.data.block_size,
+            devices,
+            sharding,
+            measured_tokens=window,
+            measured_by=tuple(measured_by),
+            on_cpu=bool(config.training.get("use_cpu")),
+            offload=config.optimizer.offload,
+            moments=config.optimizer.moments,
+            eager=config.sparsity.kernels == "eager",
+            masked_weights=None if args.torch_compile or config.sparsity.forward == "dense" else masked_weights,
+        )
 
     @classmethod
     def of(
@@ -85,6 +123,16 @@ class Setup:
     def is_half(self) -> bool:
         """Whether matrix products run in 16 bits."""
         return self.dtype != torch.float32
+
+    @property
+    def has_masked_weights(self) -> bool:
+        """Whether a device makes masked weights in 16 bits, and so may keep them."""
+        return self.masked_weights is not None and self.is_half and self.sharding != "fsdp2" and not self.offload
+
+    @property
+    def keeps_masked_weights(self) -> bool:
+        """Whether a device keeps them over a step."""
+        return self.has_masked_weights and self.masked_weights != "made"
 
     @property
     def pieces(self) -> int:

@@ -23,7 +23,7 @@ from ast_sparse.distributed.ranks import errors_shared, gather
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
-from ast_sparse.run.memory_choices import needs_memory_plan
+from ast_sparse.run.memory_choices import decide_by_memory, needs_memory_plan
 from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
 from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
@@ -103,23 +103,18 @@ def checked_run(
     if precision is not None:
         args = build_arguments({**config.training, **forced}, str(output))
     with errors_shared():
-        notes = (precision, _check_settings(config, args, output, dry_run))
+        note = _check_settings(config, args, output, dry_run)
         devices = hardware.world_size or args.world_size
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
         plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
-        plan = replace(plan, notes=(*plan.notes, *(note for note in notes if note is not None)))
+        config, chosen = decide_by_memory(config, args, plan)
+        notes = (*(each for each in (precision, note) if each is not None), *chosen)
+        plan = replace(plan, notes=(*plan.notes, *notes))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
-        config=config,
-        args=args,
-        output=output,
-        checkpoint=checkpoint,
-        overwrite=overwrite,
-        plan=plan,
-        changed=changed,
-        echo=echo,
-        signals=signals,
-    )
+        config=config, args=args, output=output, checkpoint=checkpoint, overwrite=overwrite, plan=plan, changed=changed,
+        echo=echo, signals=signals,
+    )  # fmt: skip
 
 
 def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dry_run: bool) -> str | None:

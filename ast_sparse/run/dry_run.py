@@ -4,17 +4,15 @@ from dataclasses import replace
 
 from ast_sparse.config import RunConfig
 from ast_sparse.errors import UserError, one_line
-from ast_sparse.evaluation.perplexity import default_seq_len
 from ast_sparse.planning.batch import batch_line
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.plan import Hardware, Plan
-from ast_sparse.planning.setup import Setup, Sharding
+from ast_sparse.planning.setup import Setup
 from ast_sparse.run.checks import CheckedRun
 from ast_sparse.run.memory_choices import choose_fast_forward
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.meta import has_config_alone
 from ast_sparse.storage.origin import check_saving
-from ast_sparse.training.fsdp import sharding_plugin
 
 
 def show_costs(run: CheckedRun, hardware: Hardware) -> None:
@@ -41,32 +39,9 @@ def show_costs(run: CheckedRun, hardware: Hardware) -> None:
     budget.check()
 
 
-def fast_forward_here(run: CheckedRun) -> tuple[bool, str]:
-    """What `choose_fast_forward` says of a run that starts now, on the devices that it has."""
-    setup = replace(planned_setup(run, run.args.world_size), on_cpu=run.args.device.type == "cpu")
-    return choose_fast_forward(run.config, run.plan, setup, Hardware())
-
-
 def planned_setup(run: CheckedRun, devices: int) -> Setup:
     """What the run's settings mean for the memory of each of its devices."""
-    config, args = run.config, run.args
-    sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
-    evaluation = config.evaluation
-    measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
-    measured_by += ["evaluation.report=false"] if evaluation.report else []
-    window = evaluation.seq_len or default_seq_len(run.plan.model_config)
-    return Setup.of(
-        args,
-        config.data.block_size,
-        devices,
-        sharding,
-        measured_tokens=window if measured_by else 0,
-        measured_by=tuple(measured_by),
-        on_cpu=bool(config.training.get("use_cpu")),
-        offload=config.optimizer.offload,
-        moments=config.optimizer.moments,
-        eager=config.sparsity.kernels == "eager",
-    )
+    return Setup.of_run(run.config, run.args, run.plan.model_config, devices)
 
 
 def _check_tokenizer(config: RunConfig, plan: Plan) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run does to take less memory, chosen by its plan."""
+"""What a run does to take less memory, decided by its plan: `sparsity.fast_forward` and `sparsity.masked_weights`."""
 
 from dataclasses import replace
 
@@ -13,9 +13,32 @@ _SETTING = "sparsity.fast_forward"
 
 
 def needs_memory_plan(config: RunConfig, args: TrainingArguments) -> bool:
-    """Whether a run that starts now has to plan its memory to choose."""
-    is_chosen = args.gradient_checkpointing or args.torch_compile or config.sparsity.fast_forward != "auto"
-    return args.device.type != "cpu" and not is_chosen
+    """Whether a run that starts now has to plan its memory to decide, which takes seconds: only on GPUs."""
+    return _leaves_fast_forward(config, args) or _leaves_masked_weights(config, args)
+
+
+def decide_by_memory(config: RunConfig, args: TrainingArguments, plan: Plan) -> tuple[RunConfig, tuple[str, ...]]:
+    """The configuration of a run that starts now without what was left to its memory, and lines that say why.
+
+    Without enough memory, copies of masked weights are given up first; if that is not enough, a step recomputes.
+
+    Args:
+        plan: with its memory model, if `needs_memory_plan`.
+    """
+    if plan.memory is None or not needs_memory_plan(config, args):
+        return config, ()
+    setup = Setup.of_run(config, args, plan.model_config, args.world_size)
+    is_fast, line = choose_fast_forward(config, plan, setup, Hardware())
+    sparsity, lines = config.sparsity, []
+    if _leaves_fast_forward(config, args):
+        sparsity = replace(sparsity, fast_forward="on" if is_fast else "off")
+        lines.append(line)
+    budget = Budget(plan, replace(setup, fast_forward=is_fast), Hardware())
+    choice = budget.setup.masked_weights
+    if _leaves_masked_weights(config, args) and choice in ("kept", "made") and budget.masked_weights is not None:
+        sparsity = replace(sparsity, masked_weights=choice)
+        lines.append(budget.masked_weights)
+    return replace(config, sparsity=sparsity), tuple(lines)
 
 
 def choose_fast_forward(config: RunConfig, plan: Plan, setup: Setup, hardware: Hardware) -> tuple[bool, str]:
@@ -41,3 +64,13 @@ def choose_fast_forward(config: RunConfig, plan: Plan, setup: Setup, hardware: H
     shown = f"{budget.memory.total / 2**30:.1f} of {budget.limit / 2**30:.1f} GiB"
     why = f"the run fits without it, {shown}" if fits else f"without it the run needs {shown}"
     return not fits, f"fast_forward: {'off' if fits else 'on'} ({_SETTING}=auto: {why})"
+
+
+def _leaves_fast_forward(config: RunConfig, args: TrainingArguments) -> bool:
+    is_chosen = args.gradient_checkpointing or args.torch_compile or config.sparsity.fast_forward != "auto"
+    return args.device.type == "cuda" and not is_chosen
+
+
+def _leaves_masked_weights(config: RunConfig, args: TrainingArguments) -> bool:
+    left = config.sparsity.masked_weights == "auto" and args.device.type == "cuda"
+    return left and Setup.of_run(config, args, None, args.world_size).has_masked_weights

@@ -25,7 +25,7 @@ from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.progress import library_bars
 from ast_sparse.report.page import run_report, write_report
 from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_token_ids, checked_run, slorb_of
-from ast_sparse.run.dry_run import fast_forward_here, show_costs
+from ast_sparse.run.dry_run import show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import PreemptionSignals
@@ -91,8 +91,6 @@ def run_training(
         measured = Measured(config, run.args)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
-    if run.args.should_log:
-        echo(fast_forward_here(run)[1])
     trainer, rows = _prepare(run, tokenizer, measured)
     _train(run, trainer, tokenizer, measured)
     _measure_result(run, trainer, tokenizer, measured, rows)
@@ -253,7 +251,7 @@ def make_trainer(
     """The trainer, which makes the model sparse by magnitude; other masks come from a start or a checkpoint."""
     config = run.config
     try:
-        trainer = SparseTrainer(
+        return SparseTrainer(
             model,
             run.args,
             sparsity_config=config.sparsity,
@@ -274,8 +272,6 @@ def make_trainer(
         )
     except OSError as error:  # of the output folder, which Trainer creates, or of the hub
         raise UserError(f"training: {one_line(error)}. Correct training.output_dir.") from error
-    trainer.fast_forward = fast_forward_here(run)[0]
-    return trainer
 
 
 def start_samples(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, training: Blocks) -> Tensor | None:

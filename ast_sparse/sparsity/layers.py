@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.nm_masks import magnitude_mask
-from ast_sparse.kernels.products import linear, masked, product
+from ast_sparse.kernels.products import linear, masked, masked_as, product
+from ast_sparse.sparsity.masked_copy import MaskedCopy
 from ast_sparse.sparsity.masked_piece import carry_mask, runs_dense
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.slorb import SLoRB
@@ -38,36 +39,38 @@ class _MaskedLinear(torch.autograd.Function):
 
     Without a mask the weight is masked already (`masked_gather.py`, `offload.py`), and its gradient stays whole.
 
-    The masked weight and the input in autocast's dtype are recomputed for the backward pass instead of being kept: over
-    all layers, the masked weights would be as large as the model, and there would be a copy of the input per layer.
+    `copy` is `m ⊙ W` in autocast's dtype if the layer keeps it (`masked_copy.py`). Otherwise the masked weight is made
+    again for the backward pass, as the input in autocast's dtype always is: there would be a copy of it per layer.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor | None, group_dim: int, fixed: bool
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        group_dim: int,
+        fixed: bool,
+        copy: Tensor | None,
     ) -> Tensor:
-        device = input.device.type
-        lower = None  # as in autocast, float64 stays
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            lower = torch.get_autocast_dtype(device)
+        lower = _lower_dtype(input)
         ctx.group_dim, ctx.fixed, ctx.bias_dtype = group_dim, fixed, None if bias is None else bias.dtype
-        ctx.save_for_backward(input, weight, mask)
-        kept = weight if mask is None else masked(weight, mask)
+        ctx.save_for_backward(input, weight, mask, copy)
         if lower is not None:
             input, bias = input.to(lower), None if bias is None else bias.to(lower)
-        kept = kept.to(input.dtype)  # an offloaded weight may have 16 bits without autocast, too
-        with torch.autocast(device, enabled=False):
+        kept = _kept(weight, mask, copy, input.dtype)
+        with torch.autocast(input.device.type, enabled=False):
             return linear(input, kept, bias, group_dim=group_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mask = ctx.saved_tensors
+        input, weight, mask, copy = ctx.saved_tensors
         grad, rows = (each.reshape(-1, each.shape[-1]) for each in (grads[0], input))
         by_rows = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            kept = weight if mask is None else masked(weight, mask)
-            kept = out_by_in(kept.to(grad.dtype), ctx.group_dim)
+            kept = out_by_in(_kept(weight, mask, copy, grad.dtype), ctx.group_dim)
             by_rows = product(grad, kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
             rows = rows.to(grad.dtype)
@@ -76,7 +79,21 @@ class _MaskedLinear(torch.autograd.Function):
             by_weight = masked(by_weight, mask) if ctx.fixed and mask is not None else by_weight
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0).to(ctx.bias_dtype)
-        return by_rows, by_weight, None, by_bias, None, None
+        return by_rows, by_weight, None, by_bias, None, None, None
+
+
+def _kept(weight: Tensor, mask: Tensor | None, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`m ⊙ W` in the dtype of a product; an offloaded weight may have 16 bits without autocast, too."""
+    if copy is not None:
+        return copy.to(dtype)
+    return weight.to(dtype) if mask is None else masked_as(weight, mask, dtype)
+
+
+def _lower_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the products of an input; as in autocast, float64 stays."""
+    device = input.device.type
+    lowers = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lowers else None
 
 
 class SparseLayer(nn.Module):
@@ -95,6 +112,7 @@ class SparseLayer(nn.Module):
         device_mask: a copy of a fixed mask beside the weight of an offloaded layer, for its gradient.
         gathered_masked: the forward pass gets `m ⊙ W` as weight, from FSDP2 (`masked_gather.py`).
         dense_forward: in training mode the whole weight is used; masks count for the decay and in evaluation.
+        masked_copy: keeps `m ⊙ W` in 16 bits for training under autocast; None: each product makes it.
     """
 
     group_dim: int
@@ -111,13 +129,25 @@ class SparseLayer(nn.Module):
     device_mask: Tensor | None = None
     gathered_masked: bool = False
     dense_forward: bool = False
+    masked_copy: MaskedCopy | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in `nn.Module`, which replaces the rows of a sharded weight (`.to`): the new ones carry the mask too."""
+        self._forget_copy()
         super()._apply(fn, recurse)
         if self.gathered_masked:
             carry_mask(self.weight, local(self.mask))
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As in `nn.Module`; a change of the mode forgets the copy of the masked weight."""
+        if mode != self.training:
+            self._forget_copy()
+        return super().train(mode)
+
+    def _forget_copy(self) -> None:
+        if self.masked_copy is not None:
+            self.masked_copy.forget()
 
     def masked_weight(self) -> Tensor:
         """The weight with pruned positions exactly 0.0, in the layer's own layout, without gradients."""
@@ -127,8 +157,16 @@ class SparseLayer(nn.Module):
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
         mask: Tensor | None = self.device_mask if self.is_offloaded else self.mask
         mask = None if self.gathered_masked or runs_dense(self) else mask
-        result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask)
+        copy = None if mask is None else self._kept_copy(input)
+        result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask, copy)
         return cast(Tensor, result)
+
+    def _kept_copy(self, input: Tensor) -> Tensor | None:
+        """`m ⊙ W` in the 16 bits of autocast, up to date; None where it is not kept."""
+        if torch.compiler.is_compiling() or self.masked_copy is None or not self.training or self.is_offloaded:
+            return None
+        lower = _lower_dtype(input)
+        return None if lower is None or lower.itemsize != 2 else self.masked_copy.of(self.weight, self.mask, lower)
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
@@ -206,7 +244,7 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     del layer.mask, layer.start_mask, layer.slorb
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class
-    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward"):
+    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward", "masked_copy"):
         vars(dense).pop(name, None)
     return dense
 

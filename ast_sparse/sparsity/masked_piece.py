@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ast_sparse.kernels.products import masked
+from ast_sparse.kernels.products import masked_as
 
 
 def runs_dense(layer: nn.Module) -> bool:
@@ -35,9 +35,8 @@ class MaskedPiece(Tensor):
     ) -> tuple[tuple[Tensor], None]:
         """What is sent: `m ⊙ W` in the dtype of the forward pass, with as many rows on each process of the mesh."""
         rows = self.as_subclass(Tensor)
-        rows = rows if mp_policy.param_dtype is None else rows.to(mp_policy.param_dtype)
-        if self.mask is not None and not runs_dense(module):
-            rows = masked(rows, self.mask)
+        dtype, mask = mp_policy.param_dtype or rows.dtype, None if runs_dense(module) else self.mask
+        rows = rows.to(dtype) if mask is None else masked_as(rows, mask, dtype)
         missing = -(-outer_size[0] // mesh.size()) - rows.shape[0]
         if missing:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])

@@ -24,6 +24,7 @@ from ast_sparse.errors import SharedError, UserError
 from ast_sparse.kernels.bf16 import multiplies_in_bf16
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.sparsity.layers import SparseLayer, make_dense, out_by_in, share_mask
+from ast_sparse.sparsity.masked_copy import MaskedCopy, MaskedWeights
 from ast_sparse.sparsity.masks import Pattern, gradual_mask, mask_fingerprint
 from ast_sparse.sparsity.oneshot import METHODS, prune_weight
 from ast_sparse.sparsity.pruning import FinishedBlock, Pruning, prune_layers
@@ -302,6 +303,18 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Set which kernels the sparse layers of a model use."""
     for layer in _all_sparse_layers(model).values():
         layer.kernels = kernels
+
+
+def use_masked_weights(model: nn.Module, choice: MaskedWeights) -> None:
+    """Set whether the sparse layers of a model keep `m ⊙ W` in 16 bits while they are trained under autocast.
+
+    `kept` takes 2 bytes a weight, from the first forward pass in training mode until the model is evaluated, or
+    `made` is set. Results are equal to the bit. `masked_copy.py` says when a copy is written again.
+    """
+    layers = _all_sparse_layers(model).values()
+    copies = {layer.weight: MaskedCopy() for layer in layers} if choice == "kept" else {}
+    for layer in layers:
+        layer.masked_copy = copies.get(layer.weight)
 
 
 def masks_by_parameter(model: nn.Module) -> dict[Tensor, Tensor]:

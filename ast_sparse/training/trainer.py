@@ -352,7 +352,11 @@ class SparseTrainer(EvaluationTrainer):
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         self._begin_training()
-        with self._settings_of_trainer(), filter_replaced(self.args) as self._filters_losses:
+        with (
+            self._settings_of_trainer(),
+            self._sparsity.masked_weights(self.student),
+            filter_replaced(self.args) as self._filters_losses,
+        ):
             output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
         self._filters_losses = False
         # the mean over the steps that have a loss, as in the log

@@ -94,6 +94,10 @@ def test_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
         ("sparsity: {mask_decay: -0.1}", r"sparsity.mask_decay=-0.1 must be 0 or more"),
         ("sparsity: {decay_ramp: 2}", r"sparsity.decay_ramp=2.0 must lie between 0 and 1"),
         ("sparsity: {decay_placement: moment}", r"sparsity.decay_placement='moment' is text, expected 'momentum' or"),
+        (
+            "sparsity: {masked_weights: true}",
+            r"sparsity.masked_weights=True is true or false, expected 'auto' or 'kept'",
+        ),
         ("sparsity: {criterion: taylor}", r"sparsity.criterion='taylor' is text, expected 'magnitude'"),
         ("basis: {rotation_steps: -1}", r"basis.rotation_steps=-1 must be 0 \(no rotation\) or more"),
         (

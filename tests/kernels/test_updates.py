@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import metrics
 
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.updates import PLACEMENTS, StepValues, update_weights
@@ -28,8 +30,10 @@ def test_updates_equal_the_equations_in_float64(
     generator = torch.Generator().manual_seed(1)
     cases = [((13, 20), torch.float32, 2e-6), ((13, 20), torch.float64, 1e-13), ((7, 4), torch.bfloat16, 2e-2)]
     cases = cases if kernels == "eager" or placement == "momentum" else cases[:1]  # each dtype is compiled separately
-    for shape, dtype, tolerance in cases:
-        for step in (1, 7):  # new values of a step compile nothing again
+    metrics.reset()
+    graphs = counters["stats"]["unique_graphs"]
+    for (rows, columns), dtype, tolerance in cases:
+        for step, shape in ((1, (rows, columns)), (7, (rows + 3, columns))):
             w, g = torch.randn(2, *shape, generator=generator, dtype=dtype).unbind()
             first, second = torch.randn(2, *shape, generator=generator, dtype=dtype).mul_(0.1).unbind()
             second.square_()
@@ -41,6 +45,9 @@ def test_updates_equal_the_equations_in_float64(
             for got, wanted in zip((w, first, second), expected, strict=True):
                 torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
             assert torch.equal(g, before[0]) and torch.equal(mask, before[1])
+    graphs = counters["stats"]["unique_graphs"] - graphs
+    assert metrics.generated_kernel_count == graphs  # an update is one kernel
+    assert graphs <= len(cases)  # one for each dtype, none for new values of a step or another shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,6 +1,6 @@
 """Whether a run recomputes to take less memory."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ast_sparse import SparsityConfig
+from ast_sparse.planning.budget import USABLE
 from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.plan import Hardware
 from ast_sparse.planning.setup import Setup
 from ast_sparse.planning.sizes import Term
-from ast_sparse.run import dry_run as dry_run_module
-from ast_sparse.run.memory_choices import choose_fast_forward, needs_memory_plan
+from ast_sparse.run import memory_choices
+from ast_sparse.run.memory_choices import choose_fast_forward, decide_by_memory, needs_memory_plan
 
 SETUP = Setup(
     batch_size=1, eval_batch_size=0, gradient_accumulation_steps=1, block_size=8, dtype=torch.bfloat16,
@@ -23,7 +24,13 @@ GIB = 2**30
 
 
 def config(setting: Any, **training: Any) -> Any:
-    return SimpleNamespace(sparsity=SparsityConfig(fast_forward=setting), training=training)
+    return SimpleNamespace(sparsity=SparsityConfig(fast_forward=setting, masked_weights="kept"), training=training)
+
+
+@dataclass
+class Settings:
+    sparsity: SparsityConfig
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def plan(without: float, has_memory: bool = True) -> Any:
@@ -72,10 +79,22 @@ def test_a_run_plans_its_memory_only_to_choose_on_a_gpu() -> None:
     assert not needs_memory_plan(config("auto"), args("cuda", gradient_checkpointing=True))
 
 
-def test_a_run_on_a_gpu_that_does_not_fit_without_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(
-        config=config("auto"), plan=plan(9999.0), args=SimpleNamespace(world_size=1, device=torch.device("cuda"))
+def test_a_run_on_a_gpu_gives_up_copies_first_and_then_recomputes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(setup: Setup) -> Memory:
+        size = 10 + 2 * setup.keeps_masked_weights + 4 * (not setup.fast_forward)
+        return Memory({"all": Term(int(GIB * size))}, "step")
+
+    given: Any = (
+        Settings(SparsityConfig()),
+        SimpleNamespace(device=torch.device("cuda"), gradient_checkpointing=False, torch_compile=False, world_size=1),
+        SimpleNamespace(memory=memory, model_config=None),
     )
-    monkeypatch.setattr(dry_run_module, "planned_setup", lambda run, devices: replace(SETUP, on_cpu=True))
-    is_on, line = dry_run_module.fast_forward_here(run)  # type: ignore[arg-type]
-    assert is_on and "without it the run needs 9999.0 of" in line
+    half = replace(SETUP, masked_weights="auto")
+    monkeypatch.setattr(Setup, "of_run", lambda *_: half)
+    found = {}
+    for size in (17, 15, 13, 11):
+        monkeypatch.setattr(memory_choices, "Hardware", lambda size=size: Hardware(device_memory=size / USABLE))
+        decided, lines = decide_by_memory(*given)
+        found[size] = (decided.sparsity.fast_forward, decided.sparsity.masked_weights)
+        assert len(lines) == 2
+    assert found == {17: ("off", "kept"), 15: ("off", "made"), 13: ("on", "kept"), 11: ("on", "made")}

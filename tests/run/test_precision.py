@@ -87,6 +87,7 @@ def test_a_plan_is_for_a_gpu_unless_the_cpu_trains(
     planned = train(folder, tmp_path / "out", "--dry-run").stdout
     assert "precision: bf16 autocast (training.bf16=auto: planned for a GPU with bf16" in planned
     half = train(folder, tmp_path / "out", "--dry-run", "--set", "training.bf16=true").stdout
+    assert "masked weights: a 16-bit copy of each is kept (sparsity.masked_weights=auto: the memory is enough)" in half
     memory = [[line for line in text.splitlines() if "GiB" in line] for text in (planned, half)]
     assert memory[0] and memory[0] == memory[1]
     assert "precision: float32" in train(folder, tmp_path / "out", "--dry-run", "--set", "training.use_cpu=true").stdout

@@ -1,21 +1,33 @@
 """What happens to masks around an optimizer step (paper Sec. 3.2, Algorithm 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import decay_at, is_refresh_due, slorb_step, sparsity_at
-from ast_sparse.sparsity.model import apply_masks, masks_by_parameter, refresh_masks, sparse_layers, twins, use_kernels
+from ast_sparse.sparsity.model import (
+    apply_masks,
+    masks_by_parameter,
+    refresh_masks,
+    sparse_layers,
+    twins,
+    use_kernels,
+    use_masked_weights,
+)
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
 from ast_sparse.training.checks.baselines import check_steps
+
+logger = logging.get_logger(__name__)
 
 _STATE = "ast_sparse.refresh_waits"  # not a class name, as in `watch.py`
 
@@ -55,6 +67,18 @@ class SparsityCallback(TrainerCallback):
         self._recorder: InputRecorder | None = None
         self._waits = False  # whether a refresh that was due waits
 
+    @contextmanager
+    def masked_weights(self, model: nn.Module) -> Iterator[None]:
+        """Around a training: masked weights are kept or made as set, and no memory is used for them afterwards.
+
+        `auto` keeps them: a run that has a plan has decided already.
+        """
+        use_masked_weights(model, "made" if self.config.masked_weights == "made" else "kept")
+        try:
+            yield
+        finally:
+            use_masked_weights(model, "made")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -64,6 +88,11 @@ class SparsityCallback(TrainerCallback):
         optimizer.kernels = self.kernels
         optimizer.begin_offload(kwargs["model"])
         use_kernels(kwargs["model"], self.kernels)
+        layers = sparse_layers(kwargs["model"]).values()
+        of_no_effect = any(layer.is_offloaded or layer.gathered_masked or layer.dense_forward for layer in layers)
+        if (args.bf16 or args.fp16) and not (of_no_effect or args.torch_compile):
+            kept = self.config.masked_weights != "made"
+            logger.info(f"Masked weights in 16 bits are {'kept' if kept else 'made again in every product'}.")
         self._waits = _STATE in (state.stateful_callbacks or {})
         if args.should_save:
             keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)

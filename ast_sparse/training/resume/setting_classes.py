@@ -31,6 +31,7 @@ _FIELDS: dict[str, Kind] = {
     "model.teacher": "content", "model.attn_implementation": "free", "model.trust_remote_code": "free",
     "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
     "optimizer.offload": "free",  # the same steps
+    "sparsity.masked_weights": "free",  # the same results
     "sparsity.kernels": "free",  # a resume continues with those of the checkpoint
     "sparsity.fast_forward": "free",  # speed and memory
 }  # fmt: skip

@@ -1,0 +1,38 @@
+"""`sparsity.masked_weights: auto` decided by the memory of a device."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ast_sparse.planning.memory import Memory
+from ast_sparse.planning.setup import Setup
+
+_KEPT = "a 16-bit copy of each is kept"
+_MADE = "made again in every product"
+
+
+def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit: float) -> tuple[Setup, str | None]:
+    """The setup with `kept` or `made` instead of `auto`, and a line that says which and why.
+
+    Copies are kept unless a device has too little memory for them and enough without them. On a CPU they are kept.
+
+    Args:
+        memory: the memory that one device needs with a setup.
+        limit: bytes that may be used.
+
+    Returns:
+        The setup as it is, and None, if the setting has no effect: products in float32, or a sharded, offloaded,
+        compiled or dense forward pass.
+    """
+    if not setup.has_masked_weights:
+        return setup, None
+    asked = f"sparsity.masked_weights={setup.masked_weights}"
+    if setup.masked_weights != "auto":
+        return setup, f"masked weights: {_KEPT if setup.masked_weights == 'kept' else _MADE} ({asked})"
+    kept, made = (replace(setup, masked_weights=choice) for choice in ("kept", "made"))
+    if setup.on_cpu:
+        return kept, f"masked weights: {_KEPT} ({asked}: always on a CPU)"
+    if memory(kept).total <= limit:
+        return kept, f"masked weights: {_KEPT} ({asked}: the memory is enough)"
+    if memory(made).total <= limit:
+        return made, f"masked weights: {_MADE} ({asked}: the memory is not enough for copies)"
+    return made, f"masked weights: {_MADE} ({asked}: the memory is not enough in either case)"

@@ -1,0 +1,145 @@
+"""Masked weights that are kept in 16 bits: what they take, and what `auto` makes of it."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ast_sparse import DistillationConfig, SparsityConfig
+from ast_sparse.config import load_config
+from ast_sparse.kernels.fast_forward import fast_forward
+from ast_sparse.planning import budget as budgets
+from ast_sparse.planning.fit import find_fit
+from ast_sparse.planning.live_bytes import LiveBytes
+from ast_sparse.planning.masked_weights import settle_masked_weights
+from ast_sparse.planning.memory import Memory
+from ast_sparse.planning.plan import make_plan
+from ast_sparse.planning.setup import Setup
+from ast_sparse.planning.sizes import Term
+from ast_sparse.run.memory_choices import decide_by_memory, needs_memory_plan
+from ast_sparse.sparsity.model import sparse_layers, use_masked_weights
+from tests.models import save_tiny_model, tiny_model
+from tests.planning.test_memory import SETUP, memory_model
+from tests.training.small_runs import arguments, trainer
+
+HALF = replace(SETUP, dtype=torch.bfloat16, masked_weights="kept")
+AUTO = replace(HALF, masked_weights="auto")
+ITEM = "masked weights kept in 16 bits"
+PASSING = ("activations, logits, temporaries", "gradients")
+
+
+def test_copies_take_two_bytes_a_masked_weight_where_they_are_kept() -> None:
+    model = memory_model("llama", None)
+    moments = model.moments(replace(HALF, eval_batch_size=4))
+    assert {name for name, items in moments.items() if items.get(ITEM, Term(0)).size == 2 * 15_360} == {
+        "forward and backward pass", "update of the weights"
+    }  # fmt: skip
+    assert model(AUTO).items == model(HALF).items
+    for setup in (
+        replace(HALF, masked_weights="made"), replace(HALF, dtype=torch.float32), replace(HALF, offload=True),
+        replace(HALF, masked_weights=None),
+        replace(HALF, sharding="fsdp2", world_size=2),
+    ):  # fmt: skip
+        assert not any(items.get(ITEM, Term(0)).size for items in model.moments(setup).values())
+
+
+@pytest.mark.parametrize(("checkpointing", "choice"), [(True, "kept"), (False, "kept"), (False, "made")])
+def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, checkpointing: bool, choice: Any) -> None:
+    run = trainer(tmp_path, tiny_model("llama"), args=dict(bf16=True, gradient_checkpointing=checkpointing))
+    if checkpointing:
+        run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    run.model.train()
+    use_masked_weights(run.model, choice)
+    ids = torch.randint(0, 100, (4, 64))
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        run.compute_loss(run.model, dict(batch))  # the first pass of a step writes the copies
+    live = LiveBytes()
+    copies = [layer.masked_copy for layer in sparse_layers(run.model).values()]
+    live.ignore([each._written.values for each in copies if each is not None and each._written is not None])
+    live.ignore([tensor for model in (run.model, run.teacher) for tensor in (*model.parameters(), *model.buffers())])
+    with live, run._settings_of_trainer(), fast_forward(run.model, run.teacher), torch.autocast("cpu", torch.bfloat16):
+        run.compute_loss(run.model, batch).backward()
+    setup = replace(HALF, gradient_checkpointing=checkpointing, masked_weights=choice)
+    planned = memory_model("llama", DistillationConfig())(setup)
+    assert sum(planned.items.get(name, 0) for name in PASSING) == pytest.approx(live.peak, rel=0.05)
+
+
+def counted(setup: Setup) -> Memory:
+    kept = 100 * setup.keeps_masked_weights
+    return Memory({"all": Term(1000 // (2 if setup.is_half else 1) + kept)}, "step")
+
+
+@pytest.mark.parametrize(
+    ("setup", "limit", "choice", "line"),
+    [
+        (HALF, 1, "kept", "a 16-bit copy of each is kept (sparsity.masked_weights=kept)"),
+        (replace(HALF, masked_weights="made"), 1e9, "made", "in every product (sparsity.masked_weights=made)"),
+        (AUTO, 600, "kept", "is kept (sparsity.masked_weights=auto: the memory is enough)"),
+        (AUTO, 599, "made", "in every product (sparsity.masked_weights=auto: the memory is not enough for copies)"),
+        (AUTO, 499, "made", "the memory is not enough in either case)"),
+        (replace(AUTO, on_cpu=True), 1, "kept", "always on a CPU)"),
+        (replace(SETUP, masked_weights="auto"), 1, "auto", None),
+        (replace(HALF, masked_weights=None), 1, None, None),
+        (replace(HALF, sharding="fsdp2"), 1, "kept", None),
+    ],
+)  # fmt: skip
+def test_auto_keeps_them_unless_only_that_does_not_fit(
+    setup: Setup, limit: float, choice: str | None, line: str | None
+) -> None:
+    settled, said = settle_masked_weights(counted, setup, limit)
+    assert settled == replace(setup, masked_weights=choice)
+    assert said is None if line is None else said is not None and said.endswith(line)
+
+
+def test_a_run_that_asks_for_copies_and_has_no_memory_for_them_is_told_to_make_them() -> None:
+    can = dict(can_shard=False, can_halve=True, can_offload=False)
+    fit = find_fit(counted, HALF, 550, **can)
+    assert fit is not None and fit.settings(HALF) == ["sparsity.masked_weights=made"]
+    single = replace(SETUP, masked_weights="auto")  # `auto` will see by itself
+    fit = find_fit(counted, single, 550, **can)
+    assert fit is not None and fit.settings(single) == ["training.bf16=true"]
+
+
+CONFIG = """
+model: {{name_or_path: {folder}/model}}
+data: {{train: {folder}/text.txt, block_size: 16, eval_share: 0}}
+evaluation: {{datasets: []}}
+training: {{bf16: true}}
+"""
+
+
+def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
+    config = load_config(tmp_path / "run.yaml")
+    config = replace(config, sparsity=SparsityConfig(fast_forward="off"))
+    args: Any = arguments(tmp_path, bf16=True)
+    assert not needs_memory_plan(config, args)  # on a CPU
+    monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+    assert needs_memory_plan(config, args)
+    for other in (dict(masked_weights="kept"), dict(forward="dense")):
+        assert not needs_memory_plan(replace(config, sparsity=SparsityConfig(fast_forward="off", **other)), args)
+    plan = make_plan(config, args, with_memory=True)
+    assert plan.memory is not None
+    settings = Setup.of_run(config, args, plan.model_config, 1)
+    made = plan.memory(replace(settings, masked_weights="made")).total
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    decided, (line,) = decide_by_memory(config, args, plan)
+    assert decided.sparsity.masked_weights == "kept" and "the memory is enough" in str(line)
+    properties.total_memory = (made + 1000) / budgets.USABLE
+    decided, (line,) = decide_by_memory(config, args, plan)
+    assert decided.sparsity.masked_weights == "made" and "not enough for copies" in str(line)
+
+    def fails(setup: Setup) -> Memory:
+        raise RuntimeError("needs data")
+
+    assert plan.model_config.use_cache and plan.model_config._attn_implementation == "sdpa"  # as a run needs them
+    unknown: Any = replace(plan, memory=fails)
+    assert decide_by_memory(config, args, unknown) == (config, ())
+    assert decide_by_memory(config, args, replace(plan, memory=None)) == (config, ())
