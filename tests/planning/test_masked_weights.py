@@ -63,7 +63,7 @@ def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, checkpointing
     live.ignore([tensor for model in (run.model, run.teacher) for tensor in (*model.parameters(), *model.buffers())])
     with live, run._settings_of_trainer(), fast_forward(run.model, run.teacher), torch.autocast("cpu", torch.bfloat16):
         run.compute_loss(run.model, batch).backward()
-    setup = replace(HALF, gradient_checkpointing=checkpointing, masked_weights=choice)
+    setup = replace(HALF, gradient_checkpointing=checkpointing, masked_weights=choice, on_cpu=True)
     planned = memory_model("llama", DistillationConfig())(setup)
     assert sum(planned.items.get(name, 0) for name in PASSING) == pytest.approx(live.peak, rel=0.05)
 
