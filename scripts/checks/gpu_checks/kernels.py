@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ast_sparse import SparseAdamW, refresh_masks
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.nm_masks import magnitude_mask
-from ast_sparse.sparsity import model as sparse_model
 from ast_sparse.sparsity.layers import make_sparse
+from ast_sparse.sparsity.masked_copy import MaskedWeights
 from ast_sparse.sparsity.masks import Pattern, nm_mask
-from ast_sparse.sparsity.model import masks_by_parameter, use_kernels
+from ast_sparse.sparsity.model import masks_by_parameter, use_kernels, use_masked_weights
 from scripts.checks.gpu_checks.bench import (
     Bench,
     Line,
@@ -202,17 +202,18 @@ def masked_linear(bench: Bench) -> Iterator[Line]:
     for rows, columns in bench.pick(((4096, 4096), (11008, 4096), (4096, 11008)), ((16, 32),)):
         dense, kept, made = _matrices(3, rows, columns, bench.device)
         mask = nm_mask(dense.weight.detach().abs())
-        for layer, how in ((kept, "kept"), (made, "made")):
+        choices: tuple[tuple[Any, MaskedWeights], ...] = ((kept, "kept"), (made, "made"))
+        for layer, how in choices:
             with torch.no_grad():
                 layer.weight.copy_(dense.weight)
             make_sparse(layer, mask, Pattern(2, 4))
-            getattr(sparse_model, "use_masked_weights", _as_always)(layer, how)
+            use_masked_weights(layer, how)
         with torch.no_grad():
             dense.weight.mul_(mask)
         x = bench.random(tokens, columns).requires_grad_()
         grad = bench.random(tokens, rows, dtype=torch.bfloat16)
         case = f"{rows}x{columns}, {tokens} tokens"
-        for layer, how in ((kept, "kept"), (made, "made")):
+        for layer, how in choices:
             yield _same(f"{case}, values, {how}", layer, dense, x, grad)
         sides = {
             "ours": partial(micro_batch, kept, x, grad), "nn.Linear": partial(micro_batch, dense, x, grad),
@@ -223,10 +224,6 @@ def masked_linear(bench: Bench) -> Iterator[Line]:
         ratios = {name: times[name] / max(times["nn.Linear"], 1e-9) for name in ("first of a step", "made")}
         yield compared(bench, f"{case}, time", times, "nn.Linear", 1.08, other_ratios=ratios)
         yield info(f"{case}, peak", bytes={name: bench.peak(call) for name, call in sides.items()})
-
-
-def _as_always(layer: nn.Module, how: str) -> None:
-    """Where there is no such choice."""
 
 
 def micro_batch(layer: nn.Module, x: Tensor, grad: Tensor, is_new: bool = False) -> tuple[Tensor, Tensor, Tensor]:

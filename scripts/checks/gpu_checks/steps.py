@@ -4,7 +4,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -215,12 +214,6 @@ def memory(bench: Bench) -> Iterator[Line]:
         yield cost(bench, f"{case}, GiB outside torch", found["outside"] / GIB, 2.0)
 
 
-def _choices(is_dry: bool) -> dict[str, Any]:
-    """What SparseTrainer chooses on a GPU by default, of the choices that there are."""
-    chosen = {"masked_weights": "kept", "fast_forward": is_dry}
-    return {field.name: chosen[field.name] for field in fields(Setup) if field.name in chosen}
-
-
 def _planned(is_dry: bool, shape: Shape) -> dict[str, Any]:
     """The plan's bytes, by item; no device is needed."""
     name, rows, length = shape
@@ -228,7 +221,7 @@ def _planned(is_dry: bool, shape: Shape) -> dict[str, Any]:
     sparsify_model(student, SparsityConfig())
     setup = Setup(
         batch_size=rows, eval_batch_size=0, gradient_accumulation_steps=1, block_size=length, dtype=torch.bfloat16,
-        gradient_checkpointing=False, on_cpu=is_dry, **_choices(is_dry),
+        gradient_checkpointing=False, on_cpu=is_dry, masked_weights="kept", fast_forward=is_dry,
     )  # fmt: skip
     plan = MemoryModel(student, teacher, DistillationConfig(alpha=ALPHA))(setup)
     return {"total": plan.total, "moment": plan.moment, "items": plan.items}
