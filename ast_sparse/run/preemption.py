@@ -15,9 +15,9 @@ class PreemptionCallback(TrainerCallback):
     """Saves and stops when any rank has received a signal; add it last, and catch `Preempted` around `train()`.
 
     Trainer saves as usual, after the other work of the step (masks, logs, evaluation), so the resumed run is bit for
-    bit the same as an uninterrupted one. With transformers' `enable_jit_checkpoint` it would not be: it saves before
-    masks are refreshed and between the backward pass and the update, each rank on its own, ignores SIGUSR1, and ends
-    as if training were complete.
+    bit the same as an uninterrupted one (on a GPU under `full_determinism`). With transformers' `enable_jit_checkpoint`
+    it would not be: it saves before masks are refreshed and between the backward pass and the update, each rank on its
+    own, ignores SIGUSR1, and ends as if training were complete.
 
     Several processes agree by the watch's read-back of the step, so that a step waits for its device once. A signal
     that comes after it, during the update, is seen at the next step. A single process sees it at once.

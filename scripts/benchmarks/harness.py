@@ -98,8 +98,11 @@ class Result:
         def shown(spread: Spread | None) -> str:
             return "-" if spread is None else f"{spread.median * scale:.4g} {'ms' if self.unit == 's' else self.unit}"
 
-        ratio = self.ratio and f"{self.ratio.median:.3f} ({self.ratio.p20:.3f}-{self.ratio.p80:.3f})"
-        return [self.question, self.case, self.against, shown(self.ours), shown(self.alternative), ratio or "-"]
+        ratio = "-"
+        if self.ratio is not None:
+            middle, low, high = (f"{each:.3f}" for each in (self.ratio.median, self.ratio.p20, self.ratio.p80))
+            ratio = middle if low == high else f"{middle} ({low}-{high})"  # counts have no spread
+        return [self.question, self.case, self.against, shown(self.ours), shown(self.alternative), ratio]
 
 
 def interleave(

@@ -29,8 +29,9 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
     help="Results as JSON lines; default results/DEVICE.jsonl.",
 )
 def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Path | None, out: Path | None) -> int:
+    made_with = provenance()  # before the results are written: they are files of the repository
     if out is None and not quick:
-        out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', provenance()['device'])}.jsonl"
+        out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', made_with['device'])}.jsonl"
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in names or BENCHMARKS:
@@ -48,7 +49,6 @@ def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Pa
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with out.open("a", encoding="utf-8") as file:
                     file.write(lines.read_text(encoding="utf-8"))
-    made_with = provenance()
     click.echo(f"{made_with['device']}, commit {made_with['commit']}, {made_with['versions']}")
     click.echo(table(results))
     if failed:

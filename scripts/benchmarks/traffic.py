@@ -60,13 +60,13 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 def products(ours: Counts, before: Counts, name: str) -> Iterator[Result]:
     """Rows about masked weights."""
-    about: dict[str, Any] = dict(question="masked products", unit="B")
+    about: dict[str, Any] = dict(question="masked products, a weight", unit="B")
     for case in [each for each in ours if each.startswith("accumulation")]:
         masked = [ours[case]["masked"]]
         yield Result.of(masked, [ours[case]["dense"]], case=case, against="nn.Linear", goal=PRODUCTS_GOAL, **about)
         yield Result.of(masked, [before[case]["masked"]], case=case, against=name, **about)
         launched = [[counts[case]["kernels, masked"]] for counts in (ours, before)]
-        yield Result.of(*launched, case=case, against=name, question=about["question"], unit="kernels")
+        yield Result.of(*launched, case=case, against=name, question="masked products", unit="kernels")
     case = "rows of FSDP2"
     masked = [ours[case]["masked"]]
     yield Result.of(masked, [ours[case]["dense"]], case=case, against="cast of dense rows", **about)
@@ -102,7 +102,7 @@ def kernels(ours: Counts, before: Counts, name: str, shape: str) -> Iterator[Res
     case = f"micro-batch, {shape}"
     here, there = ours[case], before[case]
     alone, plain = ours[f"models alone, {shape}"]["kernels"], ours[f"plain {case}"]["kernels"]
-    about: dict[str, Any] = dict(question="kernels", unit="kernels")
+    about: dict[str, Any] = dict(question="kernels of a micro-batch", unit="kernels")
     total, were = [here["kernels"]], [there["kernels"]]
     notes = {"chunks of the loss": here["chunks"], "before": there["chunks"]}
     yield Result.of(total, were, case=shape, against=name, goal=KERNELS_GOAL, notes=notes, **about)

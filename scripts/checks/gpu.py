@@ -2,22 +2,33 @@
 
     python scripts/checks/gpu.py [--seconds 540] [--only NAME] [--out FILE] [--dry]
 
-Random weights, fixed seeds, no network, no model files. Each check runs in a process of its own, in the order of worth.
-One JSON line at once for each case: check, case, measured, expected, verdict. Verdicts: `met`; `missed` (a time or a
-size is above its goal); `wrong` (a result); `failed` (an error); `skipped`, with the reason; `info` (nothing is
-expected); `dry`. Then a summary. The exit code is 1 if anything is wrong or failed.
+Random weights, fixed seeds, no network, no model files. Each check runs in a process of its own, the most useful first.
+Standard output has a JSON line at once for each case (check, case, measured, expected, verdict), then a summary.
+Everything else, such as the logs of training, is on standard error.
+
+Verdicts:
+    met      as expected
+    missed   right, but a time, a size or a count is above its goal
+    wrong    a result is not as expected
+    failed   an error, a crash, or too slow
+    skipped  not run; the reason is there
+    info     nothing is expected
+    dry      a time or a size without a GPU, which means nothing
+The exit code is 1 if anything is wrong or failed, otherwise 0.
 
 Times: CUDA events, 5 warm-ups, 20 interleaved pairs, medians, an emptied L2 cache where it matters. Needs torch >= 2.11
 for CUDA, triton, transformers, accelerate, and datasets for the checks that train; what is missing is named, and its
 checks are skipped. liger_kernel is compared with if it is there.
 
-`--dry` runs everything at tiny sizes without a GPU: Triton in its interpreter, gloo instead of NCCL. Its times mean
-nothing.
+`--dry` runs everything at tiny sizes without a GPU: Triton in its interpreter, gloo instead of NCCL.
+
+scripts/checks/README.md has the list of checks, and says how to add what a machine gave to the repository.
 """
 
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +45,7 @@ FOLDER = "scripts.checks.gpu_checks"
 BASE = ("torch", "triton")
 MODELS = (*BASE, "transformers")
 TRAINING = (*MODELS, "accelerate", "datasets")
+BY_WEIGHT = ("wrong", "failed", "missed", "skipped")  # verdicts that are not as expected
 
 
 @dataclass(frozen=True)
@@ -97,9 +109,13 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=540.0, help="After this no check begins, and none goes on.")
+    parser.add_argument("--seconds", type=float, default=540.0, help="After this (540) the rest is skipped by name.")
     parser.add_argument(
-        "--only", action="append", metavar="NAME", choices=[check.name for check in CHECKS], help="Only this check."
+        "--only",
+        action="append",
+        metavar="NAME",
+        choices=[check.name for check in CHECKS],
+        help=f"Only this check; may be given several times: {', '.join(check.name for check in CHECKS)}.",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="Append the lines there, with device and versions.")
     parser.add_argument("--commit", help="For --out, where git cannot say it.")
@@ -213,7 +229,7 @@ class Output:
         self._path, self._about = path, about
         self._file: TextIO | None = None
         self._verdicts: dict[str, list[str]] = {}
-        self._shown: list[str] = []
+        self._shown: dict[str, list[str]] = {verdict: [] for verdict in BY_WEIGHT}
         self.is_bad, self.seconds = False, dict[str, float]()
 
     def __enter__(self) -> "Output":
@@ -234,18 +250,22 @@ class Output:
             self._file.flush()
         verdict = line["verdict"]
         self._verdicts.setdefault(check.name, []).append(verdict)
-        if verdict in ("missed", "wrong", "failed", "skipped"):
+        if verdict in BY_WEIGHT:
             what = line.get("reason") or f"{line.get('measured')}, expected {line.get('expected')}"
-            self._shown.append(f"{verdict:7}  {check.name}, {line.get('case', 'all of it')}: {what}"[:300])
+            self._shown[verdict].append(f"{verdict:7}  {check.name}, {line.get('case', 'all of it')}: {what}"[:300])
         self.is_bad |= verdict in ("wrong", "failed")
 
     def write_summary(self) -> None:
-        """A line for each check, then what is not as expected."""
+        """A line for each check, then what is not as expected, the gravest first, and how many of each there are."""
         for check in CHECKS:
             if verdicts := self._verdicts.get(check.name):
                 counts = ", ".join(f"{verdicts.count(each)} {each}" for each in dict.fromkeys(verdicts))
                 print(f"{check.number:3}  {check.name:18} {self.seconds.get(check.name, 0):6.1f} s  {counts}")
-        print("\n".join(self._shown or ["Everything is as expected."]), flush=True)
+        for line in itertools.chain.from_iterable(self._shown.values()):
+            print(line)
+        found = ", ".join(f"{len(lines)} {verdict}" for verdict, lines in self._shown.items())
+        is_dry = any("dry" in verdicts for verdicts in self._verdicts.values())
+        print(f"{found}.{' Times and sizes were not measured.' if is_dry else ''}", flush=True)
 
 
 if __name__ == "__main__":

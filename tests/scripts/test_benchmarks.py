@@ -56,6 +56,8 @@ def test_a_goal_holds_when_the_20th_percentile_meets_it() -> None:
     about = dict(question="q", case="c", against="x")
     ours, alternative = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0] * 6
     assert Result.of(ours, alternative, **about).ratio == Spread(1.0, 1.75, 2.5)
+    assert Result.of(ours, alternative, **about).row()[-1] == "1.750 (1.000-2.500)"
+    assert Result.of([-1.0], [4.0], **about).row()[-1] == "-0.250"  # a count
     assert Result.of(ours, alternative, goal=1.0, **about).verdict == "met: <= 1"
     assert Result.of(ours, alternative, goal=0.9, **about).verdict == "missed: <= 0.9"
     assert Result(reason="no GPU", **about).verdict == "not applicable: no GPU"

@@ -20,6 +20,7 @@ from scripts.checks.gpu_checks import bench as benches
 from scripts.checks.gpu_checks import kernels, linear24, losses, machine, steps
 from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, launched, right, worst
 
+NONE = "0 wrong, 0 failed, 0 missed, 0 skipped."
 NAMES = [check.name for check in gpu.CHECKS]
 WITH_MODELS = ("accelerate", "click", "datasets", "huggingface_hub", "peft", "safetensors", "transformers", "yaml")
 
@@ -42,7 +43,7 @@ def test_every_check_runs_and_is_right(tmp_path: Path) -> None:
     assert all(line["commit"] == "abc" and line["versions"]["torch"] == torch.__version__ for line in lines)
     printed = done.stdout.splitlines()
     assert [line["case"] for line in lines] == [json.loads(line)["case"] for line in printed[1 : len(lines) + 1]]
-    assert printed[-1] == "Everything is as expected." and len(printed) == len(lines) + len(NAMES) + 2
+    assert printed[-1] == f"{NONE} Times and sizes were not measured." and len(printed) == len(lines) + len(NAMES) + 2
 
 
 def test_products_with_compressed_weights_need_torch_and_triton_only(tmp_path: Path) -> None:
@@ -162,7 +163,19 @@ def test_wrong_and_failed_lines_decide_the_exit_code(capsys: pytest.CaptureFixtu
             output.write(check, {"case": "a", "verdict": verdict})
             output.write_summary()
         assert output.is_bad is is_bad
-    assert "wrong    machine, a: None, expected None" in capsys.readouterr().out
+        last = NONE if verdict == "met" else NONE.replace(f"0 {verdict}", f"1 {verdict}")
+        assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_the_summary_begins_with_what_is_gravest(capsys: pytest.CaptureFixture[str]) -> None:
+    with gpu.Output(None, {}) as output:
+        for verdict in ("skipped", "missed", "met", "failed", "wrong", "missed"):
+            output.write(gpu.CHECKS[0], {"case": "a", "verdict": verdict, "measured": 2, "expected": "1"})
+        output.write_summary()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[-6:-1]] == ["wrong", "failed", "missed", "missed", "skipped"]
+    assert printed[-6] == "wrong    machine, a: 2, expected 1"
+    assert printed[-1] == "1 wrong, 1 failed, 2 missed, 1 skipped."
 
 
 def test_an_error_beyond_rounding_is_wrong() -> None:

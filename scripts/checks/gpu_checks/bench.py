@@ -172,7 +172,7 @@ def counted(case: str, found: float, most: float, **measured: Any) -> Line:
     return {
         "case": case,
         "measured": _rounded({"found": found, **measured}),
-        "expected": f"{most:g}",
+        "expected": f"<= {most:g}",
         "verdict": verdict,
     }
 

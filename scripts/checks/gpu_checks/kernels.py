@@ -143,7 +143,7 @@ def update(bench: Bench) -> Iterator[Line]:
         for placement, optimizer in sides.items():
             optimizer.step()  # compiles
             times = bench.times({"ours": optimizer.step, "AdamW": dense.step})
-            yield compared(bench, f"update of {count} x {size}², {placement}", times, "AdamW", 1.1)
+            yield compared(bench, f"update of {count} x {size}x{size}, {placement}", times, "AdamW", 1.1)
             if not bench.is_dry:
                 names = _kernels_of(optimizer.step)
                 kinds = sorted(set(names))

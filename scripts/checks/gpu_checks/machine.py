@@ -17,8 +17,8 @@ def machine(bench: Bench) -> Iterator[Line]:
     size = bench.pick(1 << 28, 1 << 10)
     source, target = bench.random(size), torch.empty(size, device=bench.device)
     milliseconds = bench.times({"copy": partial(target.copy_, source)})["copy"]
-    yield info("copy", milliseconds=milliseconds, rate=2 * source.nbytes / milliseconds * 1e3)
+    yield info("copy", milliseconds=milliseconds, rate=2 * source.nbytes / milliseconds * 1e3, unit="bytes a second")
     size = bench.pick(8192, 32)
     a, b = (bench.random(size, size, dtype=torch.bfloat16) for _ in range(2))
     milliseconds = bench.times({"product": partial(torch.mm, a, b)})["product"]
-    yield info("product", milliseconds=milliseconds, rate=2 * size**3 / milliseconds * 1e3)
+    yield info("product", milliseconds=milliseconds, rate=2 * size**3 / milliseconds * 1e3, unit="FLOP a second")
