@@ -124,13 +124,7 @@ def forked_commands() -> Iterator[None]:
 
 
 _FORKING = """
-import accelerate, json, os, sys, torch.distributed.tensor, traceback
-
-before = dict(os.environ)
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, as torchao does: a test may need the interpreter
-import torchao
-os.environ.clear()
-os.environ.update(before)
+import accelerate, json, os, sys, torch.distributed.tensor, torchao, traceback
 
 for line in sys.stdin:
     code, arguments, *output = json.loads(line)
