@@ -169,6 +169,14 @@ def run_python(code: str, *arguments: object, check: bool = True) -> subprocess.
     return subprocess.CompletedProcess([code], status, *texts)
 
 
+def run_interpreted(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process in which Triton interprets its kernels; it decides that when it is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def _run_module(
     module: str,
     arguments: list[str],

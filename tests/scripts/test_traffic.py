@@ -14,7 +14,7 @@ from scripts.benchmarks import traffic as benchmark
 from scripts.benchmarks.harness import Settings
 from scripts.counts.inductor import compiled_total
 from scripts.counts.operations import Total, Traffic
-from tests.processes import run_python
+from tests.processes import run_interpreted
 
 A, B = torch.randn(8, 16), torch.randn(8, 16)  # 128 entries, 512 bytes
 ROW, INDEX = torch.randn(16), torch.tensor([1, 5, 2])
@@ -98,9 +98,6 @@ def test_a_gradient_of_rows_fills_all_rows() -> None:
 
 
 INTERPRETED = """
-import os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-assert "triton" not in sys.modules
 import torch, triton, triton.language as tl
 from scripts.counts.interpreter import counted_kernels
 from scripts.counts.operations import Traffic
@@ -127,7 +124,7 @@ print(traffic.triton, traffic.kernels["scaled"], traffic.read["scaled"], traffic
 
 
 def test_kernels_in_the_interpreter_count_what_their_masks_let_through() -> None:
-    launches, kernels, read, written = map(int, run_python(INTERPRETED).stdout.split())
+    launches, kernels, read, written = map(int, run_interpreted(INTERPRETED).stdout.split())
     assert launches == kernels == 1
     assert read == 3 * (13 * 2 + 4 + 4) and written == 3 * (13 * 4 + 4)  # three rows; one address of `count`
 

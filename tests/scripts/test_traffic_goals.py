@@ -3,12 +3,11 @@
 import json
 
 from scripts.benchmarks.traffic import LOSS_GOALS, PRODUCTS_GOAL
-from tests.processes import run_python
+from tests.processes import run_interpreted
 
 COUNT = """
-import json, os, sys
-os.environ |= {"TRITON_INTERPRET": "1", "AST_SPARSE_CPU": "plain", "AST_SPARSE_GPU": "auto"}
-assert "triton" not in sys.modules  # it decides when it is imported whether it interprets
+import json, os
+os.environ |= {"AST_SPARSE_CPU": "plain", "AST_SPARSE_GPU": "auto"}
 from scripts.counts import cases
 
 cases.as_on_gpu()
@@ -21,7 +20,7 @@ print(json.dumps({**found, "eager": cases.loss_counts("ours")}))
 
 
 def test_masked_products_and_the_loss_stay_within_their_goals() -> None:
-    found = json.loads(run_python(COUNT).stdout)
+    found = json.loads(run_interpreted(COUNT).stdout)
     assert len(found["products"]) == 4 and max(found["products"]) <= PRODUCTS_GOAL
     assert found["rows"] == 7  # float32 and mask read, 16 bits written
     assert found["loss"]["launches of Triton"] == 1 and found["loss"]["bytes a logit"] <= LOSS_GOALS["Triton"]
