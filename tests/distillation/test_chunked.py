@@ -404,6 +404,23 @@ def test_slices_are_large_even_and_of_about_one_size() -> None:
     assert sliced.slice_size(0, 100) == 1
 
 
+def test_the_numbers_of_the_loss_are_constants_of_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        scalars.append(sum(isinstance(each, Tensor) and each.dim() == 0 for each in inputs))
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options, **others: compiled(function, backend=backend, **others)
+    )
+    kernel = gpu_rows.compiled_rows.__wrapped__(Terms("kl", 0.3, 0.7, 2.0), 3.0, None, 4.0)
+    student, teacher, labels = torch.randn(5, 18), torch.randn(5, 14), torch.tensor([1, -100, 15, 3, -100])
+    kernel(student, teacher, labels, torch.empty(5), student)
+    assert scalars == [0]
+
+
 def test_the_function_of_rows_is_one_graph() -> None:
     terms, softcap = Terms("reverse_kl", 0.3, 0.7, 2.0), 3.0
     rows = rows_function(terms, softcap, None, 4.0)
