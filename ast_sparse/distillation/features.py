@@ -126,7 +126,7 @@ def feature_loss(student: Features, teacher: Features, labels: Tensor, config: D
 def counted_positions(labels: Tensor) -> Positions:
     """The positions whose shifted label `[batch, seq]` is not −100."""
     counted = labels != IGNORE_INDEX
-    return counted if waits(labels) else counted.nonzero(as_tuple=True)
+    return counted if waits(labels.device) else counted.nonzero(as_tuple=True)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, positions: Positions) -> Tensor:

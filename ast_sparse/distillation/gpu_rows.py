@@ -1,7 +1,7 @@
 """The loss of rows of logits on a GPU, where ignored rows stay among the others: nothing waits for the device.
 
 One Triton kernel does it (`ast_sparse.kernels.gpu.loss_rows`), or, where that cannot be used, one compiled by
-PyTorch, or PyTorch's operations.
+PyTorch, or PyTorch's operations in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ast_sparse.distillation.blocks_in_place import block_loss_
 from ast_sparse.distillation.terms import IGNORE_INDEX, Terms
 from ast_sparse.kernels.choice import compile_kernel, compiler_fault
 from ast_sparse.kernels.gpu import loss_rows
 from ast_sparse.kernels.gpu.dispatch import is_interpreted, setting
+from ast_sparse.kernels.waits import waits
 
 _LOWEST = -1e38  # below every logit; the difference of two of them is finite, and e to its power is 0
 _EAGER_ELEMENTS = 1 << 22  # logits of one model that PyTorch's operations take at once; they make a dozen copies
@@ -42,9 +44,10 @@ def is_planned_for_gpu() -> bool:
 def counts_in_place(device: torch.device) -> bool:
     """Whether ignored positions stay among the others on a device, instead of being left out.
 
-    Leaving them out saves their products, but needs their number, for which the CPU would have to wait for a GPU.
+    Leaving them out saves their products, but needs their number, for which the CPU would have to wait for a GPU
+    (`waits`). A CPU does the same where it stands for a GPU.
     """
-    return device.type == "cuda" or (device.type == "cpu" and (is_interpreted() or is_planned_for_gpu()))
+    return waits(device) or is_interpreted() or is_planned_for_gpu()
 
 
 def write_rows(
@@ -83,11 +86,26 @@ def write_rows(
         compiled_rows(terms, softcap, teacher_softcap, scale)(logits, teacher, labels, losses, grads)
     else:
         size = max(1, _EAGER_ELEMENTS // logits.shape[-1])
-        rows = rows_function(terms, softcap, teacher_softcap, scale)
         for start in range(0, len(logits), size):
             part = slice(start, start + size)
-            given = [None if each is None else each[part] for each in (logits, teacher, labels, losses, grads)]
-            rows(*given)
+            reference, out = (None if each is None else each[part] for each in (teacher, grads))
+            given = (logits[part], reference, labels[part], losses[part], out)
+            _write_eagerly(*given, terms, softcap, teacher_softcap, scale)
+
+
+def _write_eagerly(
+    logits: Tensor, teacher: Tensor | None, labels: Tensor, losses: Tensor, grads: Tensor | None, terms: Terms,
+    softcap: float | None, teacher_softcap: float | None, scale: float,
+) -> None:  # fmt: skip
+    """`write_rows` of a few rows; ignored rows are computed with some label, and then made 0."""
+    ignored, last = labels == IGNORE_INDEX, logits.shape[-1] - 1
+    block = logits.to(losses.dtype, copy=True)
+    if teacher is not None:
+        teacher = _capped(teacher.to(losses.dtype), teacher_softcap)[0]
+    loss = block_loss_(block, teacher, labels.clamp(0, last), terms, softcap=softcap, with_gradient=grads is not None)
+    losses.copy_(loss.masked_fill_((labels < 0) | (labels > last), float("nan")).masked_fill_(ignored, 0))
+    if grads is not None:
+        grads.copy_(block if scale == 1 else block.mul_(scale)).masked_fill_(ignored.unsqueeze(-1), 0)
 
 
 def _compiles(logits: Tensor) -> bool:
@@ -107,7 +125,7 @@ def compiled_rows(
 def rows_function(
     terms: Terms, softcap: float | None = None, teacher_softcap: float | None = None, scale: float = 1.0
 ) -> Callable[..., None]:
-    """A function of logits, teacher, labels, losses and grads that does what `write_rows` says."""
+    """A function of logits, teacher, labels, losses and grads that does what `write_rows` says, for a compiler."""
 
     def rows(logits: Tensor, teacher: Tensor | None, labels: Tensor, losses: Tensor, grads: Tensor | None) -> None:
         dtype, ignored = losses.dtype, labels == IGNORE_INDEX

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ast_sparse.config import DistillationConfig
+from ast_sparse.distillation.blocks_in_place import block_loss_
 from ast_sparse.distillation.gpu_rows import counts_in_place, write_rows
 from ast_sparse.distillation.terms import IGNORE_INDEX, Terms, gradient_scale
 
@@ -125,54 +125,7 @@ def loss_rows_(
         rows = slice(start, start + size)
         block = logits[rows].to(work_dtype)
         reference = None if teacher is None else teacher[rows].to(work_dtype)
-        slope = None
-        if softcap is not None:
-            block.div_(softcap).tanh_()
-            slope = 1 - block.square() if with_gradient else None
-            block.mul_(softcap)
-        losses[rows] = _block_loss_(block, reference, labels[rows], terms, with_gradient)
-        if slope is not None:
-            block.mul_(slope)
+        losses[rows] = block_loss_(block, reference, labels[rows], terms, softcap=softcap, with_gradient=with_gradient)
         if with_gradient and block.dtype != logits.dtype:
             logits[rows] = block if scale == 1 else block.mul_(scale)
     return losses
-
-
-def _block_loss_(logits: Tensor, teacher: Tensor | None, labels: Tensor, terms: Terms, with_gradient: bool) -> Tensor:
-    """As `loss_rows_`, for all rows at once. ∂CE/∂z = p_s − onehot."""
-    index = labels.unsqueeze(-1)
-    log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    loss = log_p.gather(-1, index).squeeze(-1) * -terms.ce_weight
-    grad, is_p = None, False  # whether the soft loss has turned log p_s into p_s
-    if teacher is not None:
-        width = min(logits.shape[-1], teacher.shape[-1])
-        log_t = F.log_softmax(teacher[:, :width] / terms.temperature, dim=-1)
-        is_p = terms.temperature == 1 and width == logits.shape[-1]
-        log_s = log_p if is_p else F.log_softmax(log_p[:, :width] / terms.temperature, dim=-1)
-        soft_loss, grad = _soft_loss_(log_s, log_t, terms)
-        loss = loss + soft_loss
-    if with_gradient:
-        p = log_p if is_p else log_p.exp_()
-        p.mul_(terms.ce_weight).scatter_add_(-1, index, p.new_full(index.shape, -terms.ce_weight))
-        if grad is not None:
-            p[:, : grad.shape[-1]].add_(grad)
-    return loss
-
-
-def _soft_loss_(log_s: Tensor, log_t: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """`kl_weight · D` of each row, and its gradient with respect to the student's logits; `log_s` becomes p_s.
-
-    Forward: ∂/∂z = weight · T · (p_s − p_t). Reverse: weight · T · p_s ⊙ (log p_s − log p_t − KL). Soft CE, which is
-    the forward KL plus the teacher's entropy, without T²: weight · (p_s − p_t) / T.
-    """
-    weight, temperature = terms.kl_weight, terms.temperature
-    scale = weight if terms.kind == "tinybert" else weight * temperature**2
-    if terms.kind == "reverse_kl":
-        difference = log_t.neg_().add_(log_s)
-        p_s = log_s.exp_()
-        kl = torch.linalg.vecdot(p_s, difference)
-        return scale * kl, difference.sub_(kl.unsqueeze(-1)).mul_(p_s).mul_(scale / temperature)
-    p_t = log_t.exp()
-    compared = log_s.neg() if terms.kind == "tinybert" else log_t.sub_(log_s)
-    loss = torch.linalg.vecdot(p_t, compared)
-    return scale * loss, torch.sub(log_s.exp_(), p_t, out=p_t).mul_(scale / temperature)

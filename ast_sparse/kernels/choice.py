@@ -21,14 +21,17 @@ WORTHWHILE = 10_000_000
 def compile_kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`torch.compile` of a pure function for all sizes; one worker, because a kernel is one small graph.
 
+    Numbers that the function has from outside are constants of the kernel; those that change come in a tensor.
+
     Args:
         options: more settings of the inductor.
     """
     compiled = torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1, **options})
 
     def kernel(*args: Any) -> Any:
-        # dynamo limits the graphs of one source line: patterns, placements, dtypes and ranks of tensors share it
-        with torch._dynamo.config.patch(recompile_limit=64):
+        # dynamo limits the graphs of one source line: patterns, placements, dtypes and ranks of tensors share it.
+        # Without the second setting it makes tensors of floats, in float64 and in host memory.
+        with torch._dynamo.config.patch(recompile_limit=64, specialize_float=True):
             return compiled(*args)
 
     return kernel

@@ -1,11 +1,11 @@
 """Which values the host has to wait for."""
 
-from torch import Tensor
+import torch
 
 
-def waits(tensor: Tensor) -> bool:
-    """Whether reading a value of the tensor, or making something of a size that depends on one, waits for a device.
+def waits(device: torch.device) -> bool:
+    """Whether reading a value of a tensor there, or making something of a size that depends on one, waits for it.
 
     Code that would wait in every micro-batch takes another way there, and stays as it is on a CPU.
     """
-    return tensor.device.type != "cpu"
+    return device.type != "cpu"

@@ -249,19 +249,19 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     return dense
 
 
-_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
 def pack_bits(mask: Tensor, dim: int) -> Tensor:
     """Eight bool positions along `dim` into one uint8; the last byte is filled with zeros."""
     bits = mask.movedim(dim, -1)
     bits = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
-    return (bits * values).sum(-1, dtype=torch.uint8).movedim(-1, dim).contiguous()
+    return (bits << _places(mask)).sum(-1, dtype=torch.uint8).movedim(-1, dim).contiguous()
 
 
 def unpack_bits(packed: Tensor, dim: int) -> Tensor:
     """The bool positions of `pack_bits`, eight for each byte along `dim`."""
-    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=packed.device)
-    bits = packed.movedim(dim, -1).unsqueeze(-1) & values != 0
-    return bits.flatten(-2).movedim(-1, dim)
+    bits = (packed.movedim(dim, -1).unsqueeze(-1) >> _places(packed)).bitwise_and_(1)
+    return bits.view(torch.bool).flatten(-2).movedim(-1, dim)
+
+
+def _places(like: Tensor) -> Tensor:
+    """The places of the bits of a byte, made on the device: a copy of them from the host would wait for it."""
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

@@ -318,6 +318,33 @@ def test_slices_treat_ignored_positions_frozen_heads_and_float16_as_chunks_do() 
     assert loss == 0 == tokens and not torch.autograd.grad(loss, case.head.linear.weight)[0].any()
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_rows_in_place_equal_those_of_the_function_that_is_compiled(
+    config: DistillationConfig | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(3)
+    labels, terms = torch.tensor([3, -100, 15, 0, -100, 16]), Terms.of(config)
+    for width, softcap in ((13, None), (16, 1.5), (19, None)):
+        student = (3 * torch.randn(6, 16)).to(dtype)
+        teacher = (3 * torch.randn(6, width)).to(dtype) if terms.kl_weight else None
+        student[1, 2], student[4] = float("inf"), float("nan")  # ignored
+        kept = None if teacher is None else teacher.clone()
+        results = []
+        for in_place in (True, False):
+            losses, grads = torch.empty(6, dtype=torch.promote_types(dtype, torch.float32)), student.clone()
+            given = (grads, teacher, labels, losses, grads)
+            if in_place:
+                write_rows(*given, terms, softcap=softcap, teacher_softcap=softcap, scale=4.0)
+            else:
+                rows_function(terms, softcap, softcap, 4.0)(*given)
+            results.append((losses, grads[:5]))  # the gradient of a label that is no column is not defined
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, equal_nan=True)
+        assert results[0][0][[1, 4]].tolist() == [0, 0] and results[0][0][5].isnan() and not results[0][1][[1, 4]].any()
+        assert teacher is None or torch.equal(teacher, kept)
+
+
 class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
     """The operations that would be kernels on a GPU, or would wait for one."""
 
@@ -375,6 +402,23 @@ def test_slices_are_large_even_and_of_about_one_size() -> None:
     assert sliced.slice_size(4096, 32000) == 2048 and sliced.slice_size(4096, 128256) == 1024
     assert sliced.slice_size(8 * 2048, 49152) == 1280 and sliced.slice_size(5, 49152) == 5
     assert sliced.slice_size(0, 100) == 1
+
+
+def test_the_numbers_of_the_loss_are_constants_of_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        scalars.append(sum(isinstance(each, Tensor) and each.dim() == 0 for each in inputs))
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options, **others: compiled(function, backend=backend, **others)
+    )
+    kernel = gpu_rows.compiled_rows.__wrapped__(Terms("kl", 0.3, 0.7, 2.0), 3.0, None, 4.0)
+    student, teacher, labels = torch.randn(5, 18), torch.randn(5, 14), torch.tensor([1, -100, 15, 3, -100])
+    kernel(student, teacher, labels, torch.empty(5), student)
+    assert scalars == [0]
 
 
 def test_the_function_of_rows_is_one_graph() -> None:

@@ -13,7 +13,9 @@ from scripts.counts import cases
 cases.as_on_gpu()
 ways = [(accumulation, checkpointing) for accumulation in (1, 4) for checkpointing in (False, True)]
 ratios = [cases.layer(True, *way)[0] / cases.layer(False, *way)[0] for way in ways]
-print(json.dumps({"products": ratios, "rows": cases.rows(True), "loss": cases.loss_counts("ours")}))
+found = {"products": ratios, "rows": cases.rows(True), "loss": cases.loss_counts("ours")}
+os.environ["AST_SPARSE_GPU"] = "plain"
+print(json.dumps({**found, "eager": cases.loss_counts("ours")}))
 """
 
 
@@ -23,3 +25,5 @@ def test_masked_products_and_the_loss_stay_within_their_goals() -> None:
     assert found["rows"] == 7  # float32 and mask read, 16 bits written
     assert found["loss"]["launches of Triton"] == 1 and found["loss"]["bytes a logit"] <= LOSS_GOALS["Triton"]
     assert found["loss"]["bytes a weight of the head and chunk"] < 0.1
+    eager = found["eager"]  # of a GPU without Triton and without a compiler
+    assert eager["launches of Triton"] == 0 and eager["bytes a logit"] <= 150

@@ -14,7 +14,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 import ast_sparse.distillation.features as features_module
 import ast_sparse.training.callbacks.watch as watch_module
 import ast_sparse.training.start.model_calls as calls_module
-from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig, WatchConfig
+from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig, WatchConfig, refresh_masks
 from ast_sparse.distillation.features import (
     attention_kl,
     attention_mse,
@@ -25,12 +25,23 @@ from ast_sparse.distillation.features import (
 from ast_sparse.run import preemption as preemption_module
 from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import Preempted, PreemptionSignals
+from ast_sparse.sparsity.layers import make_sparse
+from ast_sparse.sparsity.masks import Pattern, nm_mask
 from ast_sparse.training.start.model_calls import borders_known
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 from tests.training.small_runs import blocks, trainer
 from tests.training.syncs import Syncs, outside_micro_batches
 
 LOSS_ON_A_CPU = "distillation/chunked.py"  # where rows without a label are left out, which a GPU does in another way
+
+
+def test_a_refresh_of_all_masks_reads_back_once() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 8) for _ in range(3)))
+    for layer in model:
+        make_sparse(layer, nm_mask(torch.rand_like(layer.weight)), Pattern(2, 4))
+    with Syncs() as syncs:
+        refresh_masks(model)
+    assert len(syncs.found) == 1, syncs.found
 
 
 class Steps(TrainerCallback):

@@ -85,7 +85,7 @@ def borders_known(inputs: Mapping[str, Any]) -> Iterator[None]:
     positions, own = inputs.get("position_ids"), masking_utils.find_packed_sequence_indices
     if positions is None:
         masking_utils.find_packed_sequence_indices = _no_borders
-    elif waits(positions):
+    elif waits(positions.device):
         masking_utils.find_packed_sequence_indices = _borders
     try:
         yield
