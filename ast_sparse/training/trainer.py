@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -41,6 +42,7 @@ from ast_sparse.training.checks.inputs import (
     check_optimizer,
     check_optimizer_settings,
     check_replaced,
+    check_taught,
     raise_untaught,
 )
 from ast_sparse.training.checks.mixture import check_mixture
@@ -100,6 +102,7 @@ class SparseTrainer(EvaluationTrainer):
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
     _compiled: AbstractContextManager[None] = nullcontext()  # in which the models are called
+    _checks_text = True  # in `compute_loss`, which waits for the device, if `get_train_dataloader` is another one
 
     # long: 26 lines are its arguments
     def __init__(
@@ -256,16 +259,25 @@ class SparseTrainer(EvaluationTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; blocks of shards and mixtures come in their own order, each read when it is trained on."""
+        if self._mixture is not None:
+            return block_loader(self.train_dataset, self._mixture, self._taught_collator(), self.args)
         given = self.data_collator
-        if self.teacher is not None:
-            configs = self.student.config, cast(PreTrainedModel, self.teacher).config
-            self.data_collator = TaughtCollator(given, *configs, self._renamed)
+        self.data_collator = collator = self._taught_collator()
         try:
-            if self._mixture is None:
-                return super().get_train_dataloader()
-            return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = given
+        if isinstance(collator, TaughtCollator):
+            collator.raises = isinstance(loader, DataLoaderDispatcher) and self.args.world_size > 1
+        return loader
+
+    def _taught_collator(self) -> Any:
+        """The collator of the training text, which also checks that the teacher knows its tokens."""
+        if self.teacher is None:
+            return self.data_collator
+        self._checks_text = False
+        configs = self.student.config, cast(PreTrainedModel, self.teacher).config
+        return TaughtCollator(self.data_collator, *configs, self._renamed)
 
     def compute_loss(
         self,
@@ -279,6 +291,8 @@ class SparseTrainer(EvaluationTrainer):
         Returned outputs have logits, except in evaluation without metrics, where nothing needs them and they are None.
         """
         raise_untaught(inputs)
+        if self._checks_text and model.training and self.teacher is not None:
+            check_taught(inputs["input_ids"], self.student.config, cast(Any, self.teacher).config, self._renamed)
         features, labels = split_batch(inputs)
         needs_logits = return_outputs and self._needs_logits
         held_out = None if model.training else self._held_out_loss

@@ -151,7 +151,13 @@ class TaughtCollator:
     Args:
         collator: makes the batches.
         student, teacher, renamed: as for `check_taught`.
+
+    Attributes:
+        raises: it raises at once, because one process makes the batches of all and joins them, which a text does not
+            survive.
     """
+
+    raises = False
 
     def __init__(
         self, collator: Any, student: PreTrainedConfig, teacher: PreTrainedConfig, renamed: Renamed | None
@@ -163,6 +169,8 @@ class TaughtCollator:
         try:
             check_taught(batch["input_ids"], *self._models, self._renamed)
         except UserError as error:
+            if self.raises:
+                raise
             batch[_UNTAUGHT] = str(error)
         return batch
 
