@@ -32,7 +32,7 @@ from ast_sparse.storage.save_pieces import save_pieces
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
-from ast_sparse.training.callbacks.watch import divergence, filter_as_given
+from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.checks.parallelism import hidden_from_accelerate
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.loader import load_data_state, save_data_state
@@ -102,7 +102,6 @@ class CheckpointTrainer(Trainer):
     _compared: Path | None = None  # the checkpoint that this run was compared with
     _origin: Origin  # of the student
     _best_is_loaded = False
-    _filters_losses = False  # during training, if `logging_nan_inf_filter` is set
     _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
 
     @property
@@ -284,7 +283,7 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save and folder.is_dir():  # left by an interrupted save, maybe with more processes
             shutil.rmtree(folder)
         wait_for_all()
-        with write_errors(folder.parent, folder), filter_as_given(self.args, self._filters_losses):
+        with write_errors(folder.parent, folder):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException as error:

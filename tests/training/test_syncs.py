@@ -46,6 +46,18 @@ class Steps(TrainerCallback):
         self.syncs.found = []
 
 
+class Filter(TrainerCallback):
+    """What callbacks see of `logging_nan_inf_filter`."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def on_train_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        self.seen.append(args.logging_nan_inf_filter)
+
+    on_step_end = on_save = on_train_begin
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (features_module, calls_module):
@@ -113,7 +125,8 @@ def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -
         args=dict(max_steps=6, logging_steps=3, gradient_accumulation_steps=2, save_strategy="steps", save_steps=6),
         train_dataset=blocks(64),
     )  # fmt: skip
-    raw: list[float] = []
+    seen, raw = [], []  # type: ignore[var-annotated]
+    run.add_callback(Filter(seen))
     inner, add = run.compute_loss, run.watch.add
 
     def troubled(*args: Any, **kwargs: Any) -> Any:
@@ -133,8 +146,17 @@ def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, rel=1e-6)
     assert run.args.logging_nan_inf_filter
+    assert seen == [True] * 8  # trackers note the settings when training begins
     saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
     assert saved.logging_nan_inf_filter
+
+
+def test_a_run_that_diverges_leaves_the_setting_of_the_filter(tmp_path: Path) -> None:
+    run = trainer(tmp_path, args=dict(gradient_accumulation_steps=2))
+    run.watch.add = lambda *_: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert run.args.logging_nan_inf_filter and not run._filters_losses
 
 
 def test_a_signal_of_another_process_comes_with_the_read_back_of_the_step(

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ast_sparse.config import OptimizerConfig, SparsityConfig
@@ -153,8 +155,8 @@ class TaughtCollator:
         student, teacher, renamed: as for `check_taught`.
 
     Attributes:
-        raises: it raises at once, because one process makes the batches of all and joins them, which a text does not
-            survive.
+        raises: it raises at once, because one process makes the batches of all and joins them, where the text would
+            be lost.
     """
 
     raises = False
@@ -173,6 +175,13 @@ class TaughtCollator:
                 raise
             batch[_UNTAUGHT] = str(error)
         return batch
+
+
+def raising_if_joined(loader: DataLoader[Any], collator: Any, processes: int) -> DataLoader[Any]:
+    """The loader; its `TaughtCollator`, if it has one, raises at once where batches of several processes are joined."""
+    if isinstance(collator, TaughtCollator):
+        collator.raises = isinstance(loader, DataLoaderDispatcher) and processes > 1
+    return loader
 
 
 def raise_untaught(batch: Mapping[str, Any]) -> None:
