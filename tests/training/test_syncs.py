@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.masking_utils import find_packed_sequence_indices
 
 import ast_sparse.distillation.features as features_module
@@ -209,3 +209,26 @@ def test_a_mask_of_positions_gives_the_losses_of_their_index() -> None:
             value = loss(student, theirs, positions)
             results.append((value.detach(), torch.autograd.grad(value, student)[0]))
         torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_that_are_read_in_place_go_to_the_device_without_a_wait_before_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copies = trainer(tmp_path), []
+
+    class Pinned(Tensor):
+        def is_pinned(self, *_: Any) -> bool:
+            return True
+
+        def to(self, *args: Any, **kwargs: Any) -> Tensor:
+            copies.append((*args, kwargs))
+            return self.as_subclass(Tensor).to(*args)
+
+    device = torch.device("meta")
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: device))
+    rows = [{"input_ids": torch.ones(2, 4).as_subclass(Pinned), "labels": torch.ones(2, 4)} for _ in range(3)]
+    iterator = iter(rows)
+    batches, tokens = run.get_batch_samples(iterator, 2, device)
+    assert len(batches) == 2 and next(iterator) is rows[2]
+    assert tokens.device == device and all(each.device == device for batch in batches for each in batch.values())
+    assert copies == [(device, {"non_blocking": True})] * 2
