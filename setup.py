@@ -6,7 +6,6 @@ pure. An editable install compiles nothing: the kernels are compiled when they a
 """
 
 import importlib.util
-import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -34,12 +33,8 @@ class BuildKernels(build_py):
         folder = Path(self.build_lib) / NATIVE
         for left in folder.glob("*.so"):  # of another build
             left.unlink()
-        file = folder / compiling.packaged_name()
         try:
-            try:
-                shutil.copy(compiling.library_file(), file)  # the cache may have it
-            except compiling.BuildError:  # or it cannot be written
-                compiling.compile_library(file)
+            compiling.package_library(folder / compiling.packaged_name())
             self.distribution.compiled = True
         except compiling.BuildError as error:
             self.warn(f"The wheel has no compiled kernels: {error}.")

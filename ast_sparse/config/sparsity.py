@@ -82,7 +82,7 @@ class SparsityConfig(Section):
         default="auto",
         metadata=about(
             "Whether training steps compute norms, activations and gates again in the backward pass, which takes less "
-            "memory; auto: on a CPU, and on a GPU if the plan of the run needs it."
+            "memory; auto: on a CPU, where it is faster, and on a GPU only if the run does not fit without it."
         ),
     )
     masked_weights: Literal["auto", "kept", "made"] = field(

@@ -54,15 +54,17 @@ def choose_fast_forward(config: RunConfig, plan: Plan, setup: Setup, hardware: H
     if setting != "auto":
         return setting == "on", f"fast_forward: {setting} ({_SETTING})"
     if setup.on_cpu:
-        return True, f"fast_forward: on ({_SETTING}=auto: on a CPU)"
+        return True, f"fast_forward: on ({_SETTING}=auto: faster on a CPU)"
     if setup.gradient_checkpointing:
         return False, f"fast_forward: off ({_SETTING}=auto: whole blocks are recomputed)"
     budget = None if plan.memory is None else Budget(plan, replace(setup, fast_forward=False), hardware)
     if budget is None or budget.memory is None:
         return False, f"fast_forward: off ({_SETTING}=auto: the memory of the run is unknown)"
     fits = budget.memory.total <= budget.limit
-    shown = f"{budget.memory.total / 2**30:.1f} of {budget.limit / 2**30:.1f} GiB"
-    why = f"the run fits without it, {shown}" if fits else f"without it the run needs {shown}"
+    needs, can = (f"{size / 2**30:.1f}" for size in (budget.memory.total, budget.limit))
+    why = f"the run fits without recomputation, {needs} of {can} GiB"
+    if not fits:
+        why = f"without recomputation the run needs {needs} GiB, and {can} can be used"
     return not fits, f"fast_forward: {'off' if fits else 'on'} ({_SETTING}=auto: {why})"
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -32,7 +32,7 @@ from ast_sparse.storage.save_pieces import save_pieces
 from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
-from ast_sparse.training.callbacks.watch import divergence, filter_as_given
+from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.checks.parallelism import hidden_from_accelerate
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.loader import load_data_state, save_data_state
@@ -73,6 +73,7 @@ TRAINER_INTERNALS = (
     Internal("_load_optimizer_and_scheduler", ("checkpoint",), "sharded and whole runs load each other's moments"),
     Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
     Internal("_get_grad_norm", ("model", "grad_norm"), "the watch judges the norm that clipping has computed"),
+    Internal("_prepare_input", ("data",), "batches are copied without a wait"),
     Internal("_tr_loss", None, "the sum of losses since the last log record, for `finite_loss`"),
     Internal("_globalstep_last_logged", None, "the step of that record"),
 )
@@ -102,7 +103,6 @@ class CheckpointTrainer(Trainer):
     _compared: Path | None = None  # the checkpoint that this run was compared with
     _origin: Origin  # of the student
     _best_is_loaded = False
-    _filters_losses = False  # during training, if `logging_nan_inf_filter` is set
     _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
 
     @property
@@ -162,6 +162,18 @@ class CheckpointTrainer(Trainer):
             use_plugin(self.accelerator, plugin, self.args)
             reduce_every_batch(self.accelerator, self.args)
             self.is_fsdp_enabled = True
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in Trainer; batches of blocks that are read in place go to the device here, before they are counted."""
+        return super().get_batch_samples(map(self._prepare_input, epoch_iterator), num_batches, device)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As in Trainer, but nobody waits for a copy from pinned memory."""
+        if isinstance(data, Tensor) and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def shard_student(self) -> None:
         """Shard the student now if it will be sharded and is not yet."""
@@ -284,7 +296,7 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save and folder.is_dir():  # left by an interrupted save, maybe with more processes
             shutil.rmtree(folder)
         wait_for_all()
-        with write_errors(folder.parent, folder), filter_as_given(self.args, self._filters_losses):
+        with write_errors(folder.parent, folder):
             try:
                 super()._save_checkpoint(model, trial)
             except BaseException as error:

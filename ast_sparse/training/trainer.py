@@ -34,14 +34,16 @@ from ast_sparse.training.callbacks.lines import use_lines
 from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
-from ast_sparse.training.callbacks.watch import WatchCallback, filter_replaced, finite_loss
+from ast_sparse.training.callbacks.watch import WatchCallback, finite_loss
 from ast_sparse.training.checks.arguments import check_arguments
 from ast_sparse.training.checks.inputs import (
     TaughtCollator,
     check_optimizer,
     check_optimizer_settings,
     check_replaced,
+    check_taught,
     raise_untaught,
+    raising_if_joined,
 )
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
@@ -100,6 +102,8 @@ class SparseTrainer(EvaluationTrainer):
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     made_optimizer = False  # its settings are those of `args`
     _compiled: AbstractContextManager[None] = nullcontext()  # in which the models are called
+    _filters_losses = False  # during training, if `logging_nan_inf_filter` is set
+    _checks_text = True  # in `compute_loss`, which waits for the device, if `get_train_dataloader` is another one
 
     # long: 26 lines are its arguments
     def __init__(
@@ -256,16 +260,22 @@ class SparseTrainer(EvaluationTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; blocks of shards and mixtures come in their own order, each read when it is trained on."""
+        if self._mixture is not None:
+            return block_loader(self.train_dataset, self._mixture, self._taught_collator(), self.args)
         given = self.data_collator
-        if self.teacher is not None:
-            configs = self.student.config, cast(PreTrainedModel, self.teacher).config
-            self.data_collator = TaughtCollator(given, *configs, self._renamed)
+        self.data_collator = collator = self._taught_collator()
         try:
-            if self._mixture is None:
-                return super().get_train_dataloader()
-            return block_loader(self.train_dataset, self._mixture, self.data_collator, self.args)
+            return raising_if_joined(super().get_train_dataloader(), collator, self.args.world_size)
         finally:
             self.data_collator = given
+
+    def _taught_collator(self) -> Any:
+        """The collator of the training text, which also checks that the teacher knows its tokens."""
+        if self.teacher is None:
+            return self.data_collator
+        self._checks_text = False
+        configs = self.student.config, cast(PreTrainedModel, self.teacher).config
+        return TaughtCollator(self.data_collator, *configs, self._renamed)
 
     def compute_loss(
         self,
@@ -279,6 +289,8 @@ class SparseTrainer(EvaluationTrainer):
         Returned outputs have logits, except in evaluation without metrics, where nothing needs them and they are None.
         """
         raise_untaught(inputs)
+        if self._checks_text and model.training and self.teacher is not None:
+            check_taught(inputs["input_ids"], self.student.config, cast(Any, self.teacher).config, self._renamed)
         features, labels = split_batch(inputs)
         needs_logits = return_outputs and self._needs_logits
         held_out = None if model.training else self._held_out_loss
@@ -312,12 +324,14 @@ class SparseTrainer(EvaluationTrainer):
         self._speed.count(int(inputs["input_ids"].numel()))
         if not self._filters_losses:
             return loss
+        self.args.logging_nan_inf_filter = False  # Trainer looks now; trackers, callbacks and checkpoints see it as set
         return finite_loss(loss, self._tr_loss, self.state.global_step - self._globalstep_last_logged)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in Trainer; the watch sees it too, so that gradients are read once."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.watch.see_norm(norm)
+        self.args.logging_nan_inf_filter = self._filters_losses
         return norm
 
     # ---- train, evaluate, log ------------------------------------------------------------------------------------
@@ -352,13 +366,12 @@ class SparseTrainer(EvaluationTrainer):
             self._flops.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         self._begin_training()
-        with (
-            self._settings_of_trainer(),
-            self._sparsity.masked_weights(self.student),
-            filter_replaced(self.args) as self._filters_losses,
-        ):
-            output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        self._filters_losses = False
+        self._filters_losses = bool(self.args.logging_nan_inf_filter)
+        try:
+            with self._settings_of_trainer(), self._sparsity.masked_weights(self.student):
+                output = super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
+        finally:
+            self.args.logging_nan_inf_filter, self._filters_losses = self._filters_losses, False
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 

@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 build() { "$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$@" .; }
 CC=no-such-compiler build "$work/pure" --no-build-isolation # .venv has setuptools, for torch
 ls "$work"/pure/ast_sparse-*-py3-none-any.whl >/dev/null
-build "$work"
+AST_SPARSE_CACHE=${AST_SPARSE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ast_sparse} build "$work" # that of the tests
 platform=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_platform().replace("-", "_").replace(".", "_"))')
 ls "$work"/ast_sparse-*-py3-none-"$platform".whl >/dev/null
 "$root/.venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$work/site" "$work"/ast_sparse-*.whl

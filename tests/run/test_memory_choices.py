@@ -45,9 +45,11 @@ def plan(without: float, has_memory: bool = True) -> Any:
 @pytest.mark.parametrize(
     ("given", "without", "setup", "is_on", "why"),
     [
-        ("auto", 9.0, SETUP, False, "off (sparsity.fast_forward=auto: the run fits without it, 9.0 of 9.2 GiB)"),
-        ("auto", 9.5, SETUP, True, "on (sparsity.fast_forward=auto: without it the run needs 9.5 of 9.2 GiB)"),
-        ("auto", 99.0, replace(SETUP, on_cpu=True), True, "on (sparsity.fast_forward=auto: on a CPU)"),
+        ("auto", 9.0, SETUP, False,
+         "off (sparsity.fast_forward=auto: the run fits without recomputation, 9.0 of 9.2 GiB)"),
+        ("auto", 9.5, SETUP, True,
+         "on (sparsity.fast_forward=auto: without recomputation the run needs 9.5 GiB, and 9.2 can be used)"),
+        ("auto", 99.0, replace(SETUP, on_cpu=True), True, "on (sparsity.fast_forward=auto: faster on a CPU)"),
         ("auto", 99.0, replace(SETUP, gradient_checkpointing=True), False,
          "off (sparsity.fast_forward=auto: whole blocks are recomputed)"),
         ("on", 9.0, SETUP, True, "on (sparsity.fast_forward)"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.masking_utils import find_packed_sequence_indices
 
 import ast_sparse.distillation.features as features_module
@@ -55,6 +55,18 @@ class Steps(TrainerCallback):
         if state.global_step:
             self.found.append(self.syncs.found)
         self.syncs.found = []
+
+
+class Filter(TrainerCallback):
+    """What callbacks see of `logging_nan_inf_filter`."""
+
+    def __init__(self, seen: list[bool]) -> None:
+        self.seen = seen
+
+    def on_train_begin(self, args: Any, *others: Any, **kwargs: Any) -> None:
+        self.seen.append(args.logging_nan_inf_filter)
+
+    on_step_end = on_save = on_train_begin
 
 
 @pytest.fixture
@@ -124,7 +136,8 @@ def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -
         args=dict(max_steps=6, logging_steps=3, gradient_accumulation_steps=2, save_strategy="steps", save_steps=6),
         train_dataset=blocks(64),
     )  # fmt: skip
-    raw: list[float] = []
+    seen, raw = [], []  # type: ignore[var-annotated]
+    run.add_callback(Filter(seen))
     inner, add = run.compute_loss, run.watch.add
 
     def troubled(*args: Any, **kwargs: Any) -> Any:
@@ -144,8 +157,17 @@ def test_losses_that_are_not_finite_are_logged_as_trainer_does(tmp_path: Path) -
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, rel=1e-6)
     assert run.args.logging_nan_inf_filter
+    assert seen == [True] * 8  # trackers note the settings when training begins
     saved = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
     assert saved.logging_nan_inf_filter
+
+
+def test_a_run_that_diverges_leaves_the_setting_of_the_filter(tmp_path: Path) -> None:
+    run = trainer(tmp_path, args=dict(gradient_accumulation_steps=2))
+    run.watch.add = lambda *_: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert run.args.logging_nan_inf_filter and not run._filters_losses
 
 
 def test_a_signal_of_another_process_comes_with_the_read_back_of_the_step(
@@ -198,3 +220,26 @@ def test_a_mask_of_positions_gives_the_losses_of_their_index() -> None:
             value = loss(student, theirs, positions)
             results.append((value.detach(), torch.autograd.grad(value, student)[0]))
         torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_that_are_read_in_place_go_to_the_device_without_a_wait_before_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copies = trainer(tmp_path), []
+
+    class Pinned(Tensor):
+        def is_pinned(self, *_: Any) -> bool:
+            return True
+
+        def to(self, *args: Any, **kwargs: Any) -> Tensor:
+            copies.append((*args, kwargs))
+            return self.as_subclass(Tensor).to(*args)
+
+    device = torch.device("meta")
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: device))
+    rows = [{"input_ids": torch.ones(2, 4).as_subclass(Pinned), "labels": torch.ones(2, 4)} for _ in range(3)]
+    iterator = iter(rows)
+    batches, tokens = run.get_batch_samples(iterator, 2, device)
+    assert len(batches) == 2 and next(iterator) is rows[2]
+    assert tokens.device == device and all(each.device == device for batch in batches for each in batch.values())
+    assert copies == [(device, {"non_blocking": True})] * 2

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
-from ast_sparse import DistillationConfig, UserError
+from ast_sparse import DistillationConfig, SparseTrainer, UserError
 from ast_sparse.storage.load import load_causal_lm
 from tests.models import VOCAB, tiny_config, tiny_model, tiny_tokenizer
-from tests.training.small_runs import padded, trainer
+from tests.training.small_runs import arguments, blocks, padded, trainer
 
 
 def test_a_given_teacher_is_not_cast_in_place(tmp_path: Path) -> None:
@@ -89,15 +91,51 @@ def test_a_teacher_with_another_tokenizer_of_the_same_size_is_refused(tmp_path: 
         trainer(tmp_path, load_causal_lm(str(tmp_path / "student")), teacher_model=name)
 
 
-def test_text_with_tokens_that_the_teacher_lacks_is_refused(tmp_path: Path) -> None:
+def taught_by_less(tmp_path: Path, kind: type[SparseTrainer] = SparseTrainer, rows: Any = None) -> SparseTrainer:
+    """A run whose teacher lacks the tokens from `VOCAB` on."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_tokens(["<tool>"] + [f"<spare{i}>" for i in range(VOCAB - len(tokenizer))])
     student = padded(tiny_model("llama"), len(tokenizer))
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
-    run = trainer(tmp_path, student, teacher_model=str(tmp_path / "teacher"), processing_class=tokenizer)
+    return kind(
+        student,
+        arguments(tmp_path),
+        distillation_config=DistillationConfig(),
+        teacher_model=str(tmp_path / "teacher"),
+        processing_class=tokenizer,
+        train_dataset=blocks() if rows is None else rows,
+    )
+
+
+REFUSED = f"has the token {VOCAB}, and model.teacher .*/teacher' has {VOCAB} embeddings"
+
+
+def test_text_with_tokens_that_the_teacher_lacks_is_refused(tmp_path: Path) -> None:
+    run = taught_by_less(tmp_path)
     make_batch = run.get_train_dataloader().collate_fn
     run.compute_loss(run.model, make_batch([{"input_ids": [1, 2, 3, VOCAB - 1]}]))
     refused = make_batch([{"input_ids": [2, 3, 4, VOCAB]}])  # it may be read ahead by a run that ends before it
-    with pytest.raises(UserError, match=f"has the token {VOCAB}, and model.teacher .*/teacher' has {VOCAB} embeddings"):
+    with pytest.raises(UserError, match=REFUSED):
         run.compute_loss(run.model, refused)
+
+
+def test_batches_that_one_process_makes_for_all_are_refused_when_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 8}).to_iterable_dataset()
+    run = taught_by_less(tmp_path, rows=rows)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    make_batch = run.get_train_dataloader().collate_fn
+    with pytest.raises(UserError, match=REFUSED):  # joined with the batch of another process, it would lose its text
+        make_batch([{"input_ids": [2, 3, 4, VOCAB]}])
+
+
+def test_batches_of_another_loader_are_checked_too(tmp_path: Path) -> None:
+    class OwnLoader(SparseTrainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            rows: Any = [{"input_ids": [2, 3, 4, VOCAB]}] * 4
+            return DataLoader(rows, collate_fn=self.data_collator)
+
+    with pytest.raises(UserError, match=REFUSED):
+        taught_by_less(tmp_path, OwnLoader).train()

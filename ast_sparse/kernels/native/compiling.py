@@ -46,12 +46,21 @@ def library_file() -> Path:
     return file
 
 
-def compile_library(file: Path) -> None:
-    """Compile the kernels for this machine to this file.
+def package_library(file: Path) -> None:
+    """Write the kernels for this machine to this file, for a wheel.
+
+    They are compiled now. Only a cache that `$AST_SPARSE_CACHE` names is used, because a wheel goes to other machines,
+    and the cache of a home folder may be as old as that.
 
     Raises:
         BuildError: as for `library_file`.
     """
+    if os.environ.get(VARIABLE):
+        try:
+            shutil.copyfile(library_file(), file)
+            return
+        except (BuildError, OSError) as error:
+            logger.info(f"The C kernels are not taken from {os.environ[VARIABLE]}: {error}.")
     _compile(_compiler(), file)
 
 

@@ -7,8 +7,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,32 +260,8 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
         ]
 
 
-@contextmanager
-def filter_as_given(args: TrainingArguments, was_on: bool) -> Iterator[None]:
-    """Inside `filter_replaced`, the settings as they were given: for what is saved of them."""
-    now, args.logging_nan_inf_filter = args.logging_nan_inf_filter, was_on or args.logging_nan_inf_filter
-    try:
-        yield
-    finally:
-        args.logging_nan_inf_filter = now
-
-
-@contextmanager
-def filter_replaced(args: TrainingArguments) -> Iterator[bool]:
-    """Inside, `logging_nan_inf_filter` is off, because Trainer waits for every loss to apply it.
-
-    Yields:
-        Whether it was on, so that `finite_loss` has to take its place.
-    """
-    was_on, args.logging_nan_inf_filter = bool(args.logging_nan_inf_filter), False
-    try:
-        yield was_on
-    finally:
-        args.logging_nan_inf_filter = was_on
-
-
 def finite_loss(loss: Tensor, total: Tensor, steps: int) -> Tensor:
-    """What Trainer adds to the logged loss with `logging_nan_inf_filter`, chosen on the device.
+    """What Trainer adds to the logged loss with `logging_nan_inf_filter`, chosen on the device: Trainer waits for each.
 
     Args:
         loss: of a micro-batch.

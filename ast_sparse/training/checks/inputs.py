@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ast_sparse.config import OptimizerConfig, SparsityConfig
@@ -151,7 +153,13 @@ class TaughtCollator:
     Args:
         collator: makes the batches.
         student, teacher, renamed: as for `check_taught`.
+
+    Attributes:
+        raises: it raises at once, because one process makes the batches of all and joins them, where the text would
+            be lost.
     """
+
+    raises = False
 
     def __init__(
         self, collator: Any, student: PreTrainedConfig, teacher: PreTrainedConfig, renamed: Renamed | None
@@ -163,8 +171,17 @@ class TaughtCollator:
         try:
             check_taught(batch["input_ids"], *self._models, self._renamed)
         except UserError as error:
+            if self.raises:
+                raise
             batch[_UNTAUGHT] = str(error)
         return batch
+
+
+def raising_if_joined(loader: DataLoader[Any], collator: Any, processes: int) -> DataLoader[Any]:
+    """The loader; its `TaughtCollator`, if it has one, raises at once where batches of several processes are joined."""
+    if isinstance(collator, TaughtCollator):
+        collator.raises = isinstance(loader, DataLoaderDispatcher) and processes > 1
+    return loader
 
 
 def raise_untaught(batch: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, check_inside, read_js
 from ast_sparse.storage.sharded import is_sharded_checkpoint, shard_stretches
 from ast_sparse.storage.sharded import tensor_shapes as sharded_shapes
 from ast_sparse.storage.sparsity_record import SparsityRecord
+from ast_sparse.training.resume.setting_classes import kind_of
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +42,6 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _MOST_EPOCHS = 10**9
-_MAY_DIFFER = ("kernels", "masked_weights")  # only a warning, or nothing: results are the same
 _SMALL = 2**20  # bytes of a file's entry that is read at once
 _ZIP_LENGTHS = 26  # where an entry's header says how long its name and its extra field are
 _STATE = ("optimizer.pt", "scheduler.pt")  # in a sharded run, the optimizer is in the shards
@@ -269,6 +269,8 @@ def check_same_run(
 ) -> None:
     """Raise UserError if a checkpoint has other sparsity or SLoRB settings, or other pruned layers.
 
+    Settings that do not change the weights may differ: some are decided by the memory of the machine.
+
     Args:
         sparsity, slorb, layers: settings and names of the pruned layers of the resumed run.
     """
@@ -284,7 +286,7 @@ def check_same_run(
             (f"{section}.{key}", was[section][key], value)
             for section in defaults
             for key, value in now[section].items()
-            if was[section][key] != value and key not in _MAY_DIFFER
+            if was[section][key] != value and kind_of(section, key) != "free"
         ]
         other_layers = saved.checkpoint_layers() ^ set(layers)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ast_sparse.kernels.native import compiling
-from ast_sparse.kernels.native.compiling import BuildError, cache_folder, library_file, packaged_name
+from ast_sparse.kernels.native.compiling import BuildError, cache_folder, library_file, package_library, packaged_name
 
 SEVEN = '__attribute__((visibility("default"))) int seven(void) { return 7; }\n'
 
@@ -137,3 +137,29 @@ def test_the_cache_is_where_other_programs_have_theirs(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "ast_sparse"
     assert not os.path.exists(tmp_path / "home")
+
+
+def test_a_wheel_takes_a_library_only_from_a_cache_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, file = library_file(), tmp_path / "wheel.so"
+    monkeypatch.delenv("AST_SPARSE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "cache").rename(tmp_path / "home" / "ast_sparse")
+    library_file().write_bytes(b"damaged")
+    package_library(file)
+    assert ctypes.CDLL(str(file)).seven() == 7
+    monkeypatch.setenv("AST_SPARSE_CACHE", str(tmp_path / "named"))
+    library_file()
+    monkeypatch.setattr(compiling, "_compile", None)
+    package_library(tmp_path / "again.so")
+    assert (tmp_path / "again.so").read_bytes() == (tmp_path / "named" / compiled.name).read_bytes()
+
+
+def test_a_cache_that_cannot_be_read_does_not_stop_a_wheel(tmp_path: Path) -> None:
+    cached = library_file()
+    cached.unlink()
+    cached.mkdir()  # as a file that may not be read, also for root
+    package_library(tmp_path / "wheel.so")
+    assert ctypes.CDLL(str(tmp_path / "wheel.so")).seven() == 7

@@ -220,3 +220,11 @@ def test_a_run_of_an_earlier_version_that_pruned_a_router_gets_the_reason_why_it
         check_same_run(tmp_path, SparsityConfig(), None, ["a"])
     with pytest.raises(UserError, match=r"include/exclude of the run\.$"):  # from another model
         check_same_run(tmp_path, SparsityConfig(), None, ["a", "b"])
+
+
+def test_settings_of_speed_and_memory_may_be_others(tmp_path: Path) -> None:
+    """As a run decides them by the memory of its machine."""
+    folder = checkpoint(tmp_path, 10)
+    (folder / "sparsity_config.json").write_text(recorded(fast_forward="on", masked_weights="made", kernels="eager"))
+    check_same_run(folder, SparsityConfig(), None, ["a", "b"])
+    check_same_run(folder, SparsityConfig(fast_forward="off", masked_weights="kept"), None, ["a", "b"])
