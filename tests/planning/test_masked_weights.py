@@ -126,7 +126,7 @@ def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytes
     plan = make_plan(config, args, with_memory=True)
     assert plan.memory is not None
     settings = Setup.of_run(config, args, plan.model_config, 1)
-    made = plan.memory(replace(settings, masked_weights="made")).total
+    made = plan.memory(replace(settings, masked_weights="made", fast_forward=False)).total
     properties = SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
