@@ -317,7 +317,7 @@ class SparseTrainer(EvaluationTrainer):
         if not self.args.torch_compile:  # which does not see what a fast step changes
             blocks = list(decoder_blocks(self.student).values())
             faster = fast_step(self.student, self.teacher, blocks, self.args.device, self.fast_forward)
-        with faster:
+        with faster, self._compiled:  # blocks that are computed again in the backward pass must be the same
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._late_slorb.drop_gradients(self.student, self.state)
         self.watch.add(inputs, loss)

@@ -25,7 +25,8 @@ class CompiledDecoders:
 
     So the loss is computed from hidden states, and the compiled graphs have no logits. A decoder is one graph, under
     DDP one for each of its buckets; a model without a decoder of its own has its blocks compiled, one after the other.
-    Outside the context the models are as they were: what is generated or measured with them compiles nothing.
+    Outside the context the models are as they were: what is generated or measured with them compiles nothing. It may be
+    entered again inside itself.
 
     Args:
         models: causal LMs, not their wrappers.
@@ -45,7 +46,7 @@ class CompiledDecoders:
             part.forward = compiled
 
     def __exit__(self, *args: object) -> None:
-        while self._before:
+        for _ in self._compiled:
             part, own = self._before.pop()
             if own is None:
                 del part.forward

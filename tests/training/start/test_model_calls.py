@@ -88,3 +88,13 @@ def test_a_compiled_decoder_runs_inside_ddp(tmp_path: Path) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_the_backward_pass_computes_blocks_again_compiled(tmp_path: Path) -> None:
+    """As transformers 5.17 does: it checkpoints the call of a block, which looks up `forward` a second time."""
+    run = trainer(tmp_path, small_model(), args=dict(max_steps=1, torch_compile_backend="eager"))
+    part, _ = run._compiled._compiled[0]
+    seen: list[bool] = []
+    run.model.lm_head.weight.register_hook(lambda gradient: seen.append("forward" in vars(part)))
+    run.train()
+    assert seen == [True] and "forward" not in vars(part)
