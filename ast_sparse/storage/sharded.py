@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage import files
@@ -56,9 +56,18 @@ _KNOWN = {
 
 class _MetadataReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is not part of a description of tensors")
         return super().find_class(module, name)
+
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """What is read instead of `getattr`: Python 3.11.2 pickles a member of an enumeration as `getattr(kind, name)`."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"an attribute of {kind!r} is not part of a description of tensors")
+    return kind[name]
 
 
 def is_sharded_checkpoint(folder: Path) -> bool:
