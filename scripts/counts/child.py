@@ -22,6 +22,7 @@ def counts(is_quick: bool) -> dict[str, dict[str, float]]:
     """All counts of the code, by case."""
     from scripts.counts import micro_batch
     from scripts.counts.cases import compiled_loss, layer, loss_counts, rows
+    from scripts.counts.decoder import micro_batch_launches
 
     found: dict[str, dict[str, float]] = {}
     for accumulation in (1, 4):
@@ -40,6 +41,8 @@ def counts(is_quick: bool) -> dict[str, dict[str, float]]:
         found[f"plain micro-batch, {name}"] = micro_batch.plain(layers, has_loss=True)
         found[f"models alone, {name}"] = micro_batch.plain(layers, has_loss=False)
         found[f"loss, {name}"] = micro_batch.loss_kernels(tokens, vocab)
+        compiled = {} if name in QUICK else micro_batch_launches(name, layers, tokens, vocab)
+        found[f"compiled micro-batch, {name}"] = compiled
     return found
 
 

@@ -5,10 +5,16 @@ accumulation of `ACCUMULATION` micro-batches, in the second step, when every buf
 """
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from scripts.counts.cases import (
@@ -51,8 +57,12 @@ def batch(chunks: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (BATCH, chunks + 1))
 
 
-def ours(layers: int, tokens: int, vocab: int) -> dict[str, float]:
-    """A micro-batch of SparseTrainer; its loss has as many chunks as with so many tokens and so large a vocabulary."""
+def ours(layers: int, tokens: int, vocab: int, compiled: bool = False) -> dict[str, float]:
+    """A micro-batch of SparseTrainer; its loss has as many chunks as with so many tokens and so large a vocabulary.
+
+    Args:
+        compiled: train with `torch_compile`, and count only what is outside the compiled graphs.
+    """
     from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
 
     chunks = chunks_of(tokens, vocab)
@@ -64,11 +74,12 @@ def ours(layers: int, tokens: int, vocab: int) -> dict[str, float]:
             with traffic:
                 return super().training_step(*args, **kwargs)
 
-    with in_chunks(chunks), counting() as traffic, tempfile.TemporaryDirectory() as folder:
+    graphs_hidden = _graphs_hidden() if compiled else nullcontext()
+    with graphs_hidden, in_chunks(chunks), counting() as traffic, tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, save_strategy="no", bf16=True,
             gradient_accumulation_steps=ACCUMULATION, logging_strategy="no", report_to="none", disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=True, torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None,
         )  # fmt: skip
         ids = [row.tolist() for _ in range(STEPS * ACCUMULATION) for row in batch(chunks)]
         trainer = Counted(
@@ -79,6 +90,41 @@ def ours(layers: int, tokens: int, vocab: int) -> dict[str, float]:
             trainer.fast_forward = False
         trainer.train()
     return {**kernels(traffic), "chunks": chunks}
+
+
+def _uncounted(function: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _graphs_hidden() -> Iterator[None]:
+    """Inside, decoders of SparseTrainer run as compiled graphs whose operations are not counted."""
+    from ast_sparse.training import trainer
+    from ast_sparse.training.start.model_calls import CompiledDecoders
+
+    graphs = 0
+
+    def hidden(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+
+        return make_boxed_func(_uncounted(graph))
+
+    class Hidden(CompiledDecoders):
+        def __init__(self, models: Any, _: str, mode: str | None) -> None:
+            super().__init__(models, aot_autograd(fw_compiler=hidden, bw_compiler=hidden), mode)
+            # a counter would also have Dynamo compile nothing
+            self._compiled = [(part, _uncounted(forward)) for part, forward in self._compiled]
+
+    torch._dynamo.reset()
+    with patch.object(trainer, "CompiledDecoders", Hidden):
+        yield
+    if graphs != 3:  # the student forward and backward, the teacher
+        raise ValueError(f"Training compiled {graphs} graphs instead of 3.")
 
 
 def plain(layers: int, has_loss: bool) -> dict[str, float]:

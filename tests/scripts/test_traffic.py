@@ -1,6 +1,7 @@
 """scripts/counts: bytes and kernels beside values computed by hand, and the table of scripts/benchmarks/traffic.py."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from ast_sparse.errors import UserError
 from scripts.benchmarks import traffic as benchmark
 from scripts.benchmarks.harness import Settings
-from scripts.counts.inductor import compiled_total
+from scripts.counts.inductor import called, compiled_total, launches, planned
 from scripts.counts.operations import Total, Traffic
 from tests.processes import run_interpreted
 
@@ -137,6 +138,39 @@ def test_the_inductor_counts_each_operand_of_a_kernel_once() -> None:
 
     assert compiled_total(normalised, x) == Total(1, 64 * 100 * 4 * 2, 0)
     assert bool((x == 1).all())
+
+
+def test_the_inductor_masks_a_weight_in_one_kernel_and_leaves_products_to_pytorch() -> None:
+    def layer(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = torch.where(mask, weight, 0).to(torch.bfloat16)
+        return (x @ kept.t()).float()
+
+    x = torch.ones(32, 64, dtype=torch.bfloat16)
+    weight, mask = torch.ones(48, 64, requires_grad=True), torch.ones(48, 64, dtype=torch.bool)
+    with planned(launches) as (backend, found):
+        y = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(x, weight, mask)
+        y.backward(torch.ones_like(y))
+    # backward: cast of the gradient, product, cast and mask
+    assert found == [Counter({"Triton": 2, "mm": 1}), Counter({"Triton": 2, "mm": 1})]
+    assert weight.grad is not None and weight.grad.shape == weight.shape
+
+
+def test_whatever_written_code_calls_counts_unless_it_is_known_to_be_free() -> None:
+    lines = [
+        "import torch",
+        "kernel = async_compile.triton('kernel', 'a.run()')",
+        "def call(self, args):",
+        "    buf0 = empty_strided_cuda((4, 4), (4, 1), torch.float32)",
+        "    kernel.run(buf0, 16, stream=get_raw_stream(0))",
+        "    extern_kernels.mm(reinterpret_tensor(buf0, (4, 4), (1, 4), 0), buf0, out=buf0)",
+        "    buf1 = torch.ops.aten._some_attention.default(buf0)",
+        "    buf2 = buf0[0:4].view(2, 8).sum(dim=0).view([1, 8])",
+        "    return (unheard_of(buf2), )",
+        "def benchmark(): kernel.run()",
+    ]
+    assert called("\n".join(lines)) == {"Triton": 1, "mm": 1, "_some_attention": 1, "sum": 1, "unheard_of": 1}
+    with pytest.raises(ValueError, match="branches"):
+        called("\n".join([*lines[:4], "    for _ in range(2): kernel.run()"]))
 
 
 def counts_of(masked: float, triton: float, kernels: float) -> dict[str, dict[str, float]]:
