@@ -256,7 +256,7 @@ class Output:
         self.is_bad |= verdict in ("wrong", "failed")
 
     def write_summary(self) -> None:
-        """A line for each check, then what is not as expected, the gravest first, and how many of each there are."""
+        """A line for each check, then what is not as expected, the worst first, and how many of each there are."""
         for check in CHECKS:
             if verdicts := self._verdicts.get(check.name):
                 counts = ", ".join(f"{verdicts.count(each)} {each}" for each in dict.fromkeys(verdicts))

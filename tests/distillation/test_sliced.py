@@ -83,7 +83,7 @@ def test_rows_in_place_equal_those_of_the_function_that_is_compiled(
                 write_rows(*given, terms, softcap=softcap, teacher_softcap=softcap, scale=4.0)
             else:
                 rows_function(terms, softcap, softcap, 4.0)(*given)
-            results.append((losses, grads[:5]))  # the gradient of a label that is no column is not defined
+            results.append((losses, grads[:5]))  # the gradient of a label that is not a column is not defined
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, equal_nan=True)
         assert results[0][0][[1, 4]].tolist() == [0, 0] and results[0][0][5].isnan() and not results[0][1][[1, 4]].any()

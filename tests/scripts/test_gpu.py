@@ -167,7 +167,7 @@ def test_wrong_and_failed_lines_decide_the_exit_code(capsys: pytest.CaptureFixtu
         assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-def test_the_summary_begins_with_what_is_gravest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_begins_with_what_is_worst(capsys: pytest.CaptureFixture[str]) -> None:
     with gpu.Output(None, {}) as output:
         for verdict in ("skipped", "missed", "met", "failed", "wrong", "missed"):
             output.write(gpu.CHECKS[0], {"case": "a", "verdict": verdict, "measured": 2, "expected": "1"})

@@ -156,22 +156,34 @@ def fault(device: torch.device) -> str | None:
 
     Tried once a process and device, on a small weight.
     """
-    reason = missing(device)
-    if reason is None:
-        try:
-            from ast_sparse.kernels.gpu import prefill
-
-            values = torch.arange(1, 65, device=device, dtype=torch.float16).view(8, 8)
-            meta = torch.full((8, 2), 0xE4, device=device, dtype=torch.uint8)
-            with torch.cuda.device_of(values):
-                decoded = prefill.decode(values, meta)
-            if not torch.equal(decoded, unpack24(values, meta)):
-                reason = "a kernel returns wrong results"
-        except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
-            reason = f"{type(error).__name__}: {one_line(error)}"
+    reason = tried(device, _wrong)
     if reason is not None:
         logger.warning(f"2:4 products decode the weights in every call on {device}: {reason}")
     return reason
+
+
+def _wrong(device: torch.device) -> bool:
+    from ast_sparse.kernels.gpu import prefill
+
+    values = torch.arange(1, 65, device=device, dtype=torch.float16).view(8, 8)
+    meta = torch.full((8, 2), 0xE4, device=device, dtype=torch.uint8)
+    with torch.cuda.device_of(values):
+        decoded = prefill.decode(values, meta)
+    return not torch.equal(decoded, unpack24(values, meta))
+
+
+def tried(device: torch.device, is_wrong: Callable[[torch.device], bool]) -> str | None:
+    """Why a kernel cannot be used on a device, in one line; None if it can.
+
+    Args:
+        is_wrong: runs the kernel on a small example and returns whether its result is wrong.
+    """
+    if (reason := missing(device)) is not None:
+        return reason
+    try:
+        return "the kernel returns wrong results." if is_wrong(device) else None
+    except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
+        return f"{type(error).__name__}: {one_line(error)}"
 
 
 def missing(device: torch.device) -> str | None:

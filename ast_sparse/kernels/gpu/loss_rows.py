@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ast_sparse.errors import one_line
-from ast_sparse.kernels.gpu.dispatch import is_interpreted, missing, setting
+from ast_sparse.kernels.gpu.dispatch import is_interpreted, setting, tried
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,8 @@ def loss_rows(
     Args:
         student: `[rows, vocab]`, its products before the soft cap.
         teacher: `[rows, vocab of the teacher]`, likewise; None for the cross-entropy alone.
-        labels: `[rows]` int64. Where −100 the loss and the gradient are 0, whatever the logits are. The loss of another
-            label that is no column is NaN.
+        labels: `[rows]` int64. Where −100 the loss and the gradient are 0, whatever the logits are. A label that is
+            neither −100 nor a column gives NaN.
         losses: `[rows]` float32, contiguous, overwritten.
         grads: `[rows, vocab]` of a dtype that `takes` accepts, overwritten with `scale` times the gradient with respect
             to `student`; it may be `student`. None if no gradient is needed.
@@ -102,19 +101,14 @@ def fault(device: torch.device) -> str | None:
 
     Tried once a process and device, on a small example.
     """
-    reason = missing(device)
-    if reason is None:
-        try:
-            reason = _wrong(device)
-        except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
-            reason = f"{type(error).__name__}: {one_line(error)}"
+    reason = tried(device, _wrong)
     if reason is not None:
         logger.warning(f"The distillation loss takes PyTorch's operations on {device}: {reason}")
     return reason
 
 
-def _wrong(device: torch.device) -> str | None:
-    """What is wrong with the loss and gradient of two rows, one of which is ignored."""
+def _wrong(device: torch.device) -> bool:
+    """Whether loss or gradient of two rows, one of which is ignored, are wrong."""
     student = torch.linspace(-2, 2, 20, device=device).view(2, 10)
     teacher, labels = student.flip(1).contiguous(), torch.tensor([3, -100]).to(device)
     losses, grads = torch.empty(2, device=device), torch.empty_like(student)
@@ -124,4 +118,4 @@ def _wrong(device: torch.device) -> str | None:
     grad = log_s.exp() - (F.one_hot(labels[:1], 10) + log_t.exp()) / 2
     found, expected = torch.cat([losses, grads.flatten()]), torch.cat([loss.view(1), loss.new_zeros(1), grad.flatten()])
     expected = torch.cat([expected, expected.new_zeros(10)])
-    return None if torch.allclose(found, expected, rtol=1e-4, atol=1e-5) else "the kernel returns wrong results."
+    return not torch.allclose(found, expected, rtol=1e-4, atol=1e-5)

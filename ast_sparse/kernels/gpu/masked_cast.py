@@ -10,8 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ast_sparse.errors import one_line
-from ast_sparse.kernels.gpu.dispatch import is_interpreted, missing, setting
+from ast_sparse.kernels.gpu.dispatch import is_interpreted, setting, tried
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,14 @@ def fault(device: torch.device) -> str | None:
 
     Tried once a process and device, on a few numbers.
     """
-    reason = missing(device)
-    if reason is None:
-        try:
-            values = torch.tensor([1.0, -2.5, 1 + 3 * 2.0**-9, -0.0], device=device)
-            mask = torch.tensor([True, False, True, True], device=device)
-            wanted = torch.where(mask, values, 0).to(torch.bfloat16)
-            if not torch.equal(masked_cast(values, mask, torch.bfloat16), wanted):
-                reason = "the kernel returns wrong results"
-        except Exception as error:  # no C compiler, a driver that is too old: anything that Triton raises
-            reason = f"{type(error).__name__}: {one_line(error)}"
+    reason = tried(device, _wrong)
     if reason is not None:
         logger.warning(f"Weights are masked by several kernels instead of one on {device}: {reason}")
     return reason
+
+
+def _wrong(device: torch.device) -> bool:
+    values = torch.tensor([1.0, -2.5, 1 + 3 * 2.0**-9, -0.0], device=device)
+    mask = torch.tensor([True, False, True, True], device=device)
+    wanted = torch.where(mask, values, 0).to(torch.bfloat16)
+    return not torch.equal(masked_cast(values, mask, torch.bfloat16), wanted)
