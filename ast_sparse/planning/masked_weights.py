@@ -13,7 +13,7 @@ _MADE = "made again in every product"
 def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit: float) -> tuple[Setup, str | None]:
     """The setup with `kept` or `made` instead of `auto`, and a line that says which and why.
 
-    Copies are kept unless a device has too little memory for them and enough without them. On a CPU they are kept.
+    Copies are kept if a device has enough memory for them, and always on a CPU.
 
     Args:
         memory: the memory that one device needs with a setup.
