@@ -50,6 +50,7 @@ def choose_fast_forward(config: RunConfig, plan: Plan, setup: Setup, hardware: H
     """
     setting = config.sparsity.fast_forward
     if config.training.get("torch_compile") or config.training.get("torch_compile_backend"):
+        # the compiler recomputes such things too, so the plan counts them as recomputed
         return True, "fast_forward: off (torch.compile chooses what is recomputed)"
     if setting != "auto":
         return setting == "on", f"fast_forward: {setting} ({_SETTING})"
