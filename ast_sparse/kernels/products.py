@@ -97,6 +97,18 @@ def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.float(), right.float())
 
 
+def product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`left @ right` of two matrices in another dtype.
+
+    On a GPU a product of 16 bits is summed and written in float32 by one kernel, without being rounded in between.
+    """
+    if left.dtype == dtype:
+        return product(left, right)
+    if left.is_cuda and dtype == torch.float32 and _adds_in_float32(left.dtype, dtype, left.device):
+        return torch.mm(left, right, out_dtype=dtype)
+    return product(left, right).to(dtype)
+
+
 def product_into(target: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
     """`target = left @ right`, or `target += left @ right`, summed and kept in the dtype of `target`.
 
@@ -117,14 +129,19 @@ def product_into(target: Tensor, left: Tensor, right: Tensor, *, add: bool = Fal
         (target.add_ if add else target.copy_)(result)
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiled graph asks when it is traced
 def _adds_in_float32(dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
     """Whether products of matrices of a 16-bit dtype can be added to one in float32 on a GPU; tried once."""
+    return _added_in_float32(dtype, wide, device)
+
+
+@cache
+def _added_in_float32(dtype: torch.dtype, wide: torch.dtype, device: torch.device) -> bool:
     ones, target = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
     try:
         torch.mm(ones, ones, out_dtype=wide, out=target)
         torch.addmm(target, ones, ones, out_dtype=wide, out=target)
         return bool((target == 32).all())
     except (RuntimeError, TypeError, NotImplementedError) as error:  # other versions of PyTorch, other libraries
-        logger.warning(f"Gradients of the output head are rounded to {str(dtype)[6:]} on {device}: {one_line(error)}")
+        logger.warning(f"Gradients of weights are rounded to {str(dtype)[6:]} on {device}: {one_line(error)}")
         return False

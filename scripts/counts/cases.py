@@ -42,7 +42,7 @@ def as_on_gpu() -> None:
     from ast_sparse.kernels import products
 
     logits._BLOCK_ELEMENTS = 1 << 60
-    for name, function in {"masked": _where, "product_into": _product_into}.items():
+    for name, function in {"masked": _where, "product_as": _product_as, "product_into": _product_into}.items():
         own = getattr(products, name, None)
         for module in list(sys.modules.values()):
             is_ours = getattr(module, "__name__", "").startswith("ast_sparse.")
@@ -52,6 +52,15 @@ def as_on_gpu() -> None:
 
 def _where(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0)
+
+
+def _product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """On a GPU one product, whatever the dtypes are."""
+    if torch.compiler.is_compiling():  # `decoder.py` counts what is in graphs
+        return torch.mm(left, right).to(dtype)
+    with _disable_current_modes():
+        left, right = left.to(dtype), right.to(dtype)
+    return torch.mm(left, right)
 
 
 def _product_into(target: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:

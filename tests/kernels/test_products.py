@@ -1,10 +1,14 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ast_sparse.kernels import products
 from ast_sparse.kernels.cpu import onednn, setting
-from ast_sparse.kernels.products import add_product, linear, masked, product, product_into
+from ast_sparse.kernels.products import add_product, linear, masked, product, product_as, product_into
 from tests.sparsity.small_layers import sparse_linear
 
 
@@ -61,12 +65,34 @@ def test_a_product_is_written_or_added_where_it_stays(dtype: torch.dtype) -> Non
     product_into(wide[:5], left, right, add=True)
     torch.testing.assert_close(wide[:5].double(), 2 * expected, rtol=tolerance, atol=2 * tolerance)
     assert (wide[5:] == 2).all()
+    found = product_as(left, right, wide.dtype)
+    assert found.dtype == wide.dtype
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gpu_writes_the_product_of_16_bits_in_float32_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_adds_in_float32", lambda dtype, wide, device: True)
+    called: list[tuple[str, torch.dtype]] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                called.append((str(func), result.dtype))
+            return result
+
+    with FakeTensorMode():
+        left, right = (torch.empty(size, dtype=torch.bfloat16, device="cuda") for size in ((5, 7), (7, 3)))
+        with Calls():
+            product_as(left, right, torch.float32)
+            product_as(left, right, torch.bfloat16)
+    assert called == [("aten.mm.dtype", torch.float32), ("aten.mm.default", torch.bfloat16)]
 
 
 def test_a_device_that_cannot_add_16_bit_products_in_float32_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    products._adds_in_float32.cache_clear()
+    products._added_in_float32.cache_clear()
     device = torch.device("cpu")  # PyTorch has these products for GPUs only
     assert not any(products._adds_in_float32(torch.bfloat16, torch.float32, device) for _ in range(2))
     [record] = caplog.records
-    assert record.message.startswith("Gradients of the output head are rounded to bfloat16 on cpu: ")
+    assert record.message.startswith("Gradients of weights are rounded to bfloat16 on cpu: ")
     assert "\n" not in record.message
