@@ -20,8 +20,8 @@ def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit
         limit: bytes that may be used.
 
     Returns:
-        The setup as it is, and None, if the setting has no effect: products in float32, or a sharded, offloaded,
-        compiled or dense forward pass.
+        The setup as it is, and None, if the setting has no effect: products in float32, or a sharded, offloaded or
+        dense forward pass, or CUDA graphs.
     """
     if not setup.has_masked_weights:
         return setup, None
@@ -31,6 +31,8 @@ def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit
     kept, made = (replace(setup, masked_weights=choice) for choice in ("kept", "made"))
     if setup.on_cpu:
         return kept, f"masked weights: {_KEPT} ({asked}: always on a CPU)"
+    if made.keeps_masked_weights:
+        return kept, f"masked weights: {_KEPT} ({asked}: the compiled graphs would hold what they make)"
     if memory(kept).total <= limit:
         return kept, f"masked weights: {_KEPT} ({asked}: the memory is enough)"
     if memory(made).total <= limit:

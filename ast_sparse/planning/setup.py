@@ -10,6 +10,7 @@ from ast_sparse.config import RunConfig
 from ast_sparse.evaluation.perplexity import default_seq_len
 from ast_sparse.training.checks.parallelism import grid_of, replicas_and_shards
 from ast_sparse.training.fsdp import sharding_plugin
+from ast_sparse.training.start.model_calls import graphs_read_copies
 
 Sharding = Literal["none", "ddp", "fsdp2"]
 
@@ -37,7 +38,8 @@ class Setup:
         eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
         fast_forward: a step recomputes norms, activations and gates, unless it recomputes whole blocks.
         masked_weights: whether masked weights are kept in 16 bits, or made in every product; `auto` counts as `kept`;
-            None: neither, in a forward pass that is dense or compiled.
+            None: neither, in a forward pass that is dense or a CUDA graph.
+        in_graphs: products are in compiled graphs, which hold what they make from the forward to the backward pass.
     """
 
     batch_size: int
@@ -58,6 +60,7 @@ class Setup:
     eager: bool = False
     fast_forward: bool = True
     masked_weights: Literal["auto", "kept", "made"] | None = "made"
+    in_graphs: bool = False
 
     @classmethod
     def of_run(
@@ -72,7 +75,8 @@ class Setup:
             UserError: the sizes of `training.parallelism_config` do not give the number of devices.
         """
         sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
-        evaluation, masked_weights = config.evaluation, config.sparsity.masked_weights
+        evaluation, is_dense = config.evaluation, config.sparsity.forward == "dense"
+        has_choice = not is_dense and (not args.torch_compile or graphs_read_copies(args.torch_compile_mode))
         measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
         measured_by += ["evaluation.report=false"] if evaluation.report else []
         window = 0
@@ -89,7 +93,8 @@ class Setup:
             offload=config.optimizer.offload,
             moments=config.optimizer.moments,
             eager=config.sparsity.kernels == "eager",
-            masked_weights=None if args.torch_compile or config.sparsity.forward == "dense" else masked_weights,
+            masked_weights=config.sparsity.masked_weights if has_choice else None,
+            in_graphs=bool(args.torch_compile) and not is_dense,
         )
 
     @classmethod
@@ -125,14 +130,20 @@ class Setup:
         return self.dtype != torch.float32
 
     @property
+    def makes_masked_weights(self) -> bool:
+        """Whether a device makes masked weights in 16 bits by itself."""
+        return self.is_half and self.sharding != "fsdp2" and not self.offload
+
+    @property
     def has_masked_weights(self) -> bool:
-        """Whether a device makes masked weights in 16 bits, and so may keep them."""
-        return self.masked_weights is not None and self.is_half and self.sharding != "fsdp2" and not self.offload
+        """Whether a device may keep them over a step."""
+        return self.masked_weights is not None and self.makes_masked_weights
 
     @property
     def keeps_masked_weights(self) -> bool:
-        """Whether a device keeps them over a step."""
-        return self.has_masked_weights and self.masked_weights != "made"
+        """Whether the masked weights of all layers are there at the same time."""
+        is_kept = self.masked_weights in ("auto", "kept")
+        return self.makes_masked_weights and (is_kept or (self.in_graphs and not self.gradient_checkpointing))
 
     @property
     def pieces(self) -> int:

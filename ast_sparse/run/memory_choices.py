@@ -75,5 +75,7 @@ def _leaves_fast_forward(config: RunConfig, args: TrainingArguments) -> bool:
 
 
 def _leaves_masked_weights(config: RunConfig, args: TrainingArguments) -> bool:
-    left = config.sparsity.masked_weights == "auto" and args.device.type == "cuda"
-    return left and Setup.of_run(config, args, None, args.world_size).has_masked_weights
+    if config.sparsity.masked_weights != "auto" or args.device.type != "cuda":
+        return False
+    setup = Setup.of_run(config, args, None, args.world_size)
+    return setup.has_masked_weights and not replace(setup, masked_weights="made").keeps_masked_weights

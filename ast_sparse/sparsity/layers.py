@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.kernels.nm_masks import magnitude_mask
-from ast_sparse.kernels.products import linear, masked, masked_as, product
+from ast_sparse.kernels.products import linear, masked, masked_as, product, product_as
 from ast_sparse.sparsity.masked_copy import MaskedCopy
 from ast_sparse.sparsity.masked_piece import carry_mask, runs_dense
 from ast_sparse.sparsity.masks import Pattern
@@ -74,8 +74,8 @@ class _MaskedLinear(torch.autograd.Function):
             by_rows = product(grad, kept).view(input.shape).to(input.dtype)
         if ctx.needs_input_grad[1]:
             rows = rows.to(grad.dtype)
-            by_weight = product(rows.t(), grad) if ctx.group_dim == 0 else product(grad.t(), rows)
-            by_weight = by_weight.to(weight.dtype)
+            left, right = (rows.t(), grad) if ctx.group_dim == 0 else (grad.t(), rows)
+            by_weight = product_as(left, right, weight.dtype)
             by_weight = masked(by_weight, mask) if ctx.fixed and mask is not None else by_weight
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0).to(ctx.bias_dtype)
@@ -91,9 +91,11 @@ def _kept(weight: Tensor, mask: Tensor | None, copy: Tensor | None, dtype: torch
 
 def _lower_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives the products of an input; as in autocast, float64 stays."""
-    device = input.device.type
-    lowers = torch.is_autocast_enabled(device) and input.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if lowers else None
+    return _autocast_dtype(input.device.type) if input.dtype != torch.float64 else None
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class SparseLayer(nn.Module):
@@ -113,6 +115,7 @@ class SparseLayer(nn.Module):
         gathered_masked: the forward pass gets `m ⊙ W` as weight, from FSDP2 (`masked_gather.py`).
         dense_forward: in training mode the whole weight is used; masks count for the decay and in evaluation.
         masked_copy: keeps `m ⊙ W` in 16 bits for training under autocast; None: each product makes it.
+        graph_copy: what it keeps, for compiled graphs, which cannot ask whether it is up to date; None: they make it.
     """
 
     group_dim: int
@@ -130,6 +133,7 @@ class SparseLayer(nn.Module):
     gathered_masked: bool = False
     dense_forward: bool = False
     masked_copy: MaskedCopy | None = None
+    graph_copy: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in `nn.Module`, which replaces the rows of a sharded weight (`.to`): the new ones carry the mask too."""
@@ -157,16 +161,23 @@ class SparseLayer(nn.Module):
         """`input (m ⊙ W)ᵀ + b`; gradients of the weight by STE (1). Input `[..., in]`."""
         mask: Tensor | None = self.device_mask if self.is_offloaded else self.mask
         mask = None if self.gathered_masked or runs_dense(self) else mask
-        copy = None if mask is None else self._kept_copy(input)
+        copy = None if mask is None else self._kept_copy(_lower_dtype(input))
         result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask, copy)
         return cast(Tensor, result)
 
-    def _kept_copy(self, input: Tensor) -> Tensor | None:
+    def _kept_copy(self, dtype: torch.dtype | None) -> Tensor | None:
         """`m ⊙ W` in the 16 bits of autocast, up to date; None where it is not kept."""
-        if torch.compiler.is_compiling() or self.masked_copy is None or not self.training or self.is_offloaded:
+        if torch.compiler.is_compiling():
+            copy = self.graph_copy if self.training else None
+            return None if copy is None or copy.dtype != dtype else copy
+        if self.masked_copy is None or not self.training or self.is_offloaded:
             return None
-        lower = _lower_dtype(input)
-        return None if lower is None or lower.itemsize != 2 else self.masked_copy.of(self.weight, self.mask, lower)
+        return None if dtype is None or dtype.itemsize != 2 else self.masked_copy.of(self.weight, self.mask, dtype)
+
+    def set_graph_copy(self) -> None:
+        """Let `graph_copy` be up to date for products under the autocast that is on now; None where it is not kept."""
+        has_mask = not (self.gathered_masked or runs_dense(self))
+        self.graph_copy = self._kept_copy(_autocast_dtype(self.weight.device.type)) if has_mask else None
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:

@@ -9,9 +9,10 @@ import importlib
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.counts.cases import autocast
@@ -58,6 +59,7 @@ def micro_batch_launches(name: str, layers: int, tokens: int, vocab: int) -> dic
 
 def planned_launches(config: dict[str, Any], blocks: int, rows: int, length: int) -> Graphs:
     """Launches of each graph, by kind, of a model with so many blocks."""
+    from ast_sparse.sparsity import layers
     from ast_sparse.training.start.model_calls import CompiledDecoders, borders_known
 
     found: Graphs = {}
@@ -65,7 +67,9 @@ def planned_launches(config: dict[str, Any], blocks: int, rows: int, length: int
     for side, graphs in {"student": ("student, forward", "student, backward"), "teacher": ("teacher",)}.items():
         model = _model(config, blocks, side == "student")
         torch._dynamo.reset()
-        with planned(launches) as (backend, counts), CompiledDecoders([model], backend, None):
+        with planned(launches) as (backend, counts), \
+             CompiledDecoders([model], backend, None), \
+             patch.object(layers, "product_as", _product_as, create=True):  # fmt: skip
             with borders_known({}), autocast(), nullcontext() if side == "student" else torch.no_grad():
                 hidden = model.model(ids, use_cache=False).last_hidden_state
             if side == "student":
@@ -74,9 +78,21 @@ def planned_launches(config: dict[str, Any], blocks: int, rows: int, length: int
     return found
 
 
+def _product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product that code which finds itself on a GPU takes."""
+    return torch.mm(left, right) if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
+
+
+class _Copy:
+    """A kept masked weight that is never written. Writing it is counted outside the graphs."""
+
+    def of(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(weight, dtype=dtype)
+
+
 def _model(config: dict[str, Any], blocks: int, is_student: bool) -> LlamaForCausalLM:
     """A model whose tensors have no values."""
-    from ast_sparse.sparsity.layers import make_sparse
+    from ast_sparse.sparsity.layers import SparseLayer, make_sparse
     from ast_sparse.sparsity.masks import Pattern
 
     with torch.device("meta"):
@@ -84,6 +100,9 @@ def _model(config: dict[str, Any], blocks: int, is_student: bool) -> LlamaForCau
         for layer in [each for each in model.model.layers.modules() if type(each) is nn.Linear] if is_student else []:
             make_sparse(layer, torch.empty(layer.weight.shape, dtype=torch.bool), Pattern(2, 4))
     model = model.to_empty(device="cpu").train(is_student)
+    for layer in model.modules():
+        if isinstance(layer, SparseLayer):
+            layer.masked_copy = _Copy()
     if not is_student:
         for parameter in model.requires_grad_(False).parameters():  # buffers stay in float32
             parameter.data = parameter.data.bfloat16()

@@ -1,5 +1,6 @@
 """Masked weights that are kept in 16 bits: what they take, and what `auto` makes of it."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,10 @@ def test_copies_take_two_bytes_a_masked_weight_where_they_are_kept() -> None:
         "forward and backward pass", "update of the weights"
     }  # fmt: skip
     assert model(AUTO).items == model(HALF).items
+    for choice in ("made", None):  # a compiled graph holds them too, unless it recomputes blocks
+        in_graphs = replace(HALF, masked_weights=choice, in_graphs=True)
+        assert model(in_graphs).items == model(HALF).items
+        assert ITEM not in model(replace(in_graphs, gradient_checkpointing=True)).items
     for setup in (
         replace(HALF, masked_weights="made"), replace(HALF, dtype=torch.float32), replace(HALF, offload=True),
         replace(HALF, masked_weights=None),
@@ -81,6 +86,8 @@ def counted(setup: Setup) -> Memory:
         (AUTO, 600, "kept", "is kept (sparsity.masked_weights=auto: the memory is enough)"),
         (AUTO, 599, "made", "in every product (sparsity.masked_weights=auto: the memory is not enough for copies)"),
         (AUTO, 499, "made", "the memory is not enough in either case)"),
+        (replace(AUTO, in_graphs=True), 599, "kept", "auto: the compiled graphs would hold what they make)"),
+        (replace(AUTO, in_graphs=True, gradient_checkpointing=True), 599, "made", "not enough for copies)"),
         (replace(AUTO, on_cpu=True), 1, "kept", "always on a CPU)"),
         (replace(SETUP, masked_weights="auto"), 1, "auto", None),
         (replace(HALF, masked_weights=None), 1, None, None),
@@ -123,6 +130,12 @@ def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytes
     assert needs_memory_plan(config, args)
     for other in (dict(masked_weights="kept"), dict(forward="dense")):
         assert not needs_memory_plan(replace(config, sparsity=SparsityConfig(fast_forward="off", **other)), args)
+    for mode, recomputes, has_choice in ((None, False, True), (None, True, True), ("reduce-overhead", True, False)):
+        compiled = copy.copy(args)
+        compiled.torch_compile, compiled.torch_compile_mode = True, mode
+        compiled.gradient_checkpointing = recomputes
+        assert Setup.of_run(config, compiled, None, 1).has_masked_weights == has_choice
+        assert needs_memory_plan(config, compiled) == (has_choice and recomputes)  # otherwise graphs hold them anyway
     plan = make_plan(config, args, with_memory=True)
     assert plan.memory is not None
     settings = Setup.of_run(config, args, plan.model_config, 1)

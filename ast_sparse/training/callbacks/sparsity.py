@@ -26,6 +26,7 @@ from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.statistics import InputRecorder
 from ast_sparse.storage.run_folder import MASK_HISTORY, append_row, keep_rows_until
 from ast_sparse.training.checks.baselines import check_steps
+from ast_sparse.training.start.model_calls import graphs_read_copies
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +91,8 @@ class SparsityCallback(TrainerCallback):
         use_kernels(kwargs["model"], self.kernels)
         layers = sparse_layers(kwargs["model"]).values()
         of_no_effect = any(layer.is_offloaded or layer.gathered_masked or layer.dense_forward for layer in layers)
-        if (args.bf16 or args.fp16) and not (of_no_effect or args.torch_compile):
+        of_no_effect |= bool(args.torch_compile) and not graphs_read_copies(args.torch_compile_mode)
+        if (args.bf16 or args.fp16) and not of_no_effect:
             kept = self.config.masked_weights != "made"
             logger.info(f"Masked weights in 16 bits are {'kept' if kept else 'made again in every product'}.")
         self._waits = _STATE in (state.stateful_callbacks or {})

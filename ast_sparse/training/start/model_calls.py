@@ -1,7 +1,8 @@
 """How student and teacher are called in a micro-batch: without a wait for the device, and compiled if that is asked."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,14 +11,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments, masking_utils
 
 from ast_sparse.kernels.waits import waits
+from ast_sparse.sparsity.layers import SparseLayer
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.training.fsdp import sharding_plugin
+
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of `torch.compile`
 
 
 def compiles_decoders(args: TrainingArguments) -> bool:
     """Whether a run compiles the decoders of its models by `CompiledDecoders`; a sharded run leaves it to accelerate,
     which compiles the whole student."""
     return bool(args.torch_compile) and sharding_plugin(args) is None
+
+
+def graphs_read_copies(mode: str | None) -> bool:
+    """Whether compiled decoders read the masked weights that layers keep; a mode with CUDA graphs makes them in these,
+    because it copies every input that is not where it was."""
+    return mode not in _CUDA_GRAPHS
 
 
 class CompiledDecoders:
@@ -27,6 +37,9 @@ class CompiledDecoders:
     DDP one for each of its buckets; a model without a decoder of its own has its blocks compiled, one after the other.
     Outside the context the models are as they were: what is generated or measured with them compiles nothing. It may be
     entered again inside itself.
+
+    A graph cannot ask whether a kept masked weight is up to date, so that is asked before each call of a decoder
+    (`SparseLayer.graph_copy`).
 
     Args:
         models: causal LMs, not their wrappers.
@@ -38,12 +51,13 @@ class CompiledDecoders:
         options = {**options, "backend": backend}
         parts = [part for model in models if model is not None for part in _decoder(model)]
         self._compiled = [(part, torch.compile(part.forward, **options)) for part in parts]
+        self._reads_copies = graphs_read_copies(mode)
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
         for part, compiled in self._compiled:
             self._before.append((part, vars(part).get("forward")))
-            part.forward = compiled
+            part.forward = _with_copies(part, compiled) if self._reads_copies else compiled
 
     def __exit__(self, *args: object) -> None:
         for _ in self._compiled:
@@ -52,6 +66,25 @@ class CompiledDecoders:
                 del part.forward
             else:
                 part.forward = own
+        for part, _ in [] if self._before else self._compiled:
+            for layer in _sparse_layers(part):
+                layer.graph_copy = None
+
+
+def _with_copies(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward pass that reads the masked weights which sparse layers keep."""
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for layer in _sparse_layers(part):
+            layer.set_graph_copy()
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def _sparse_layers(part: nn.Module) -> list[SparseLayer]:
+    return [module for module in part.modules() if isinstance(module, SparseLayer)]
 
 
 def _decoder(model: PreTrainedModel) -> list[nn.Module]:

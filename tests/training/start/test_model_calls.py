@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import ast_sparse.training.trainer as trainer_module
+from ast_sparse import SparsityConfig
+from ast_sparse.sparsity.model import sparse_layers, sparsify_model, use_masked_weights
 from ast_sparse.training.start.model_calls import CompiledDecoders
 from tests.models import VOCAB, tiny_config
 from tests.training.small_runs import blocks, trainer, weights
@@ -28,8 +31,11 @@ class Graphs:
 
     def __init__(self) -> None:
         self.shapes: list[list[tuple[int, ...]]] = []
+        self.masked: list[bool] = []  # whether a graph makes a masked weight
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
+        parts = [part for part in graph.modules() if isinstance(part, GraphModule)]
+        self.masked.append(any(node.target is torch.where for part in parts for node in part.graph.nodes))
         values = [node.meta.get("example_value") for node in graph.graph.nodes]
         self.shapes.append([tuple(value.shape) for value in values if isinstance(value, torch.Tensor)])
         return graph.forward
@@ -46,8 +52,9 @@ def test_compiled_decoders_train_and_evaluate_to_the_same_losses_without_logits(
     found = []
     for backend in (None, "eager"):
         args = dict(
-            max_steps=2, gradient_accumulation_steps=2, torch_compile_backend=backend, per_device_eval_batch_size=4
-        )
+            max_steps=2, gradient_accumulation_steps=2, torch_compile_backend=backend, per_device_eval_batch_size=4,
+            bf16=True,
+        )  # fmt: skip
         run = trainer(tmp_path / str(backend), small_model(), args=args, eval_dataset=blocks(count=8, seed=7))
         outputs: list[Any] = []
         run.model.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(output.logits))
@@ -62,10 +69,37 @@ def test_compiled_decoders_train_and_evaluate_to_the_same_losses_without_logits(
         torch.testing.assert_close(compiled_weights[name], tensor, rtol=1e-5, atol=1e-6)
     # one graph each for the student's training, the teacher, and the student's evaluation
     assert len(graphs.shapes) == 3 and not counters["graph_break"]
+    assert graphs.masked == [False, False, True]  # in training they are kept
+    assert all(layer.graph_copy is None for layer in sparse_layers(run.student).values())
     for shapes in graphs.shapes:
         assert (4, 16, 32) in shapes
         assert not any(shape[-1:] == (VOCAB,) for shape in shapes)
     assert run.model_wrapped is run.model and "full logits" not in caplog.text
+
+
+@pytest.mark.parametrize("mode, reads", [(None, True), ("reduce-overhead", False)])
+def test_copies_are_given_to_graphs_that_read_them_where_they_are(mode: str | None, reads: bool) -> None:
+    model = small_model()
+    sparsify_model(model, SparsityConfig())
+    use_masked_weights(model, "kept")
+    layer = next(iter(sparse_layers(model).values()))
+    seen: list[torch.Tensor | None] = []
+    decoders = CompiledDecoders([model], "inductor", mode)
+    decoders._compiled = [(model.model, lambda: seen.append(layer.graph_copy))]  # in place of a compiled one
+    with decoders:
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                model.model()
+            with torch.no_grad():
+                layer.weight.mul_(2)
+        model.model()  # without autocast
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            model.model()
+    assert [each is not None for each in seen] == [reads, reads, False, False]
+    if seen[0] is not None and seen[1] is not None:
+        assert torch.equal(seen[1], 2 * seen[0]) and seen[0].any()
+    assert layer.graph_copy is None
 
 
 def test_a_compiled_decoder_runs_inside_ddp(tmp_path: Path) -> None:
