@@ -1,4 +1,5 @@
-"""Checks 8 and 9: whole training steps beside plain distillation, and planned memory beside the memory of a run."""
+"""Checks 8, 9 and 13: whole training steps beside plain distillation, the same compiled, and planned memory beside the
+memory of a run."""
 
 import tempfile
 from collections import Counter
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback, TrainingArguments
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig, sparsify_model
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.planning.setup import Setup
-from scripts.checks.gpu_checks.bench import Bench, Clock, Line, cost, info, launched, right, waits
+from scripts.checks.gpu_checks.bench import Bench, Clock, Line, compared, cost, info, launched, right, waits
 from scripts.checks.gpu_checks.shapes import matrix_flops, new_model, token_ids
 
 ALPHA = 0.67
@@ -56,22 +58,24 @@ def whole_step(bench: Bench) -> Iterator[Line]:
     yield from _semi_structured(bench)
 
 
-def ours(is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int) -> dict[str, Any]:
+def ours(is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int, compiles: bool = False) -> dict[str, Any]:
     """The mean time of a step with SparseTrainer, its peak, and what it spends its time on."""
     watch = Watch(is_dry, warmups, steps, profiled)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(is_dry, shape, warmups + steps + profiled + 1, folder)
+        trainer = _trainer(is_dry, shape, warmups + steps + profiled + 1, folder, compiles)
         trainer.add_callback(watch)
         loss = trainer.train().training_loss
-    return {**watch.found(), **_memory(is_dry), "loss": loss}
+    return {**watch.found(), **_memory(is_dry), "loss": loss, "breaks": dict(counters["graph_break"])}
 
 
-def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str) -> SparseTrainer:
+def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str, compiles: bool) -> SparseTrainer:
     name, rows, length = shape
+    backend = ("eager" if is_dry else "inductor") if compiles else None
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=rows, bf16=True, use_cpu=is_dry,
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, learning_rate=OPTIONS["lr"],
         adam_beta2=OPTIONS["betas"][1], weight_decay=OPTIONS["weight_decay"],
+        torch_compile_backend=backend,
     )  # fmt: skip
     return SparseTrainer(
         new_model(name, torch.device("cpu" if is_dry else "cuda:0")), args,
@@ -193,6 +197,28 @@ def _semi_structured(bench: Bench) -> Iterator[Line]:
             yield info(case, absent=f"{type(error).__name__}: {error}"[:300])
             continue
         yield info(case, ratio=times["semi-structured"] / times["dense"], milliseconds=times)
+
+
+# ---- 13: compiled steps ----------------------------------------------------------------------------------------------
+
+
+def compiled_step(bench: Bench) -> Iterator[Line]:
+    """The steps of SparseTrainer with `torch_compile` beside those without; each side in a process of its own."""
+    shape = _shapes(bench)[0]
+    case, steps = "{}, {} x {}".format(*shape), bench.pick((WARMUPS, STEPS, PROFILED), (1, 2, 1))
+    found = {
+        name: bench.in_child(ours, bench.is_dry, shape, *steps, compiles)
+        for name, compiles in {"ours": True, "eager": False}.items()
+    }
+    times = {name: each["milliseconds"] for name, each in found.items()}
+    losses = {name: each["loss"] for name, each in found.items()}
+    apart = abs(losses["ours"] - losses["eager"]) / losses["eager"]
+    yield right(f"{case}, mean loss", apart <= 1e-2, "equal within 1e-2", **losses)
+    yield right(f"{case}, breaks of graphs", not found["ours"]["breaks"], "none", breaks=found["ours"]["breaks"])
+    yield compared(bench, f"{case}, time", times, "eager", 1.0)
+    peaks = {name: each["allocated"] for name, each in found.items()}
+    yield cost(bench, f"{case}, memory", None if bench.is_dry else peaks["ours"] / peaks["eager"], 1.0, bytes=peaks)
+    yield info(f"{case}, where a compiled step spends its time", **found["ours"]["profile"])
 
 
 # ---- 9: memory -----------------------------------------------------------------------------------------------------
