@@ -89,8 +89,8 @@ class SparsityConfig(Section):
         default="auto",
         metadata=about(
             "Masked weights of a run in 16 bits on one device or with DDP. kept: a 16-bit copy of each, 2 bytes a "
-            "weight; made: made again in every product, which is slower; auto: kept if the memory of a GPU is enough, "
-            "and on a CPU. Results are the same."
+            "weight; made: made again whenever they are needed, which is slower; auto: kept if the memory of a GPU is "
+            "enough, and on a CPU. Results are the same."
         ),
     )
     include: tuple[str, ...] = field(default=(), metadata=about("Prune only matching layers; * is a wildcard."))

@@ -104,7 +104,8 @@ def product_as(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if left.dtype == dtype:
         return product(left, right)
-    if left.is_cuda and dtype == torch.float32 and _adds_in_float32(left.dtype, dtype, left.device):
+    widens = left.is_cuda and left.dtype.itemsize == 2 and dtype == torch.float32
+    if widens and _adds_in_float32(left.dtype, dtype, left.device):
         return torch.mm(left, right, out_dtype=dtype)
     return product(left, right).to(dtype)
 

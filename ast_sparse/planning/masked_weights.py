@@ -7,7 +7,7 @@ from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.setup import Setup
 
 _KEPT = "a 16-bit copy of each is kept"
-_MADE = "made again in every product"
+_MADE = "made again whenever they are needed"
 
 
 def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit: float) -> tuple[Setup, str | None]:
@@ -31,7 +31,7 @@ def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit
     kept, made = (replace(setup, masked_weights=choice) for choice in ("kept", "made"))
     if setup.on_cpu:
         return kept, f"masked weights: {_KEPT} ({asked}: always on a CPU)"
-    if made.keeps_masked_weights:
+    if made.holds_masked_weights:
         return kept, f"masked weights: {_KEPT} ({asked}: the compiled graphs would hold what they make)"
     if memory(kept).total <= limit:
         return kept, f"masked weights: {_KEPT} ({asked}: the memory is enough)"

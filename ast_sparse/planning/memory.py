@@ -91,9 +91,11 @@ class MemoryModel:
     def _moments(self, setup: Setup) -> dict[str, dict[str, Term]]:
         held, gradients = self._held(setup), self._gradients(setup)
         step = {"gradients": Term.of(self.sizes.trained, 4, setup.pieces)}
-        kept = {"masked weights kept in 16 bits": Term.of(self.sizes.masked, 2 * setup.keeps_masked_weights)}
+        masked = "masked weights in 16 bits"
+        passing = {masked: Term.of(self.sizes.masked, 2 * setup.holds_masked_weights)}
+        kept = {masked: Term.of(self.sizes.masked, 2 * setup.keeps_masked_weights)}
         moments = {
-            "forward and backward pass": {**held, **kept, **gradients, **self._pass(setup)},
+            "forward and backward pass": {**held, **passing, **gradients, **self._pass(setup)},
             "update of the weights": {**held, **kept, **step, "temporaries": self._update(setup)},
         }
         if setup.sharding == "fsdp2":

@@ -95,7 +95,7 @@ class Passes:
             keeps_gradients: whether gradients are there when it begins, or are sent away when they are made; they are
                 then not counted, except under FSDP2 those of embeddings that are also the head.
         """
-        form = "kept" if setup.keeps_masked_weights else _form(setup)
+        form = "kept" if setup.holds_masked_weights else _form(setup)
         kept = (setup.gradient_checkpointing, keeps_gradients, form, setup.fast_forward)
         return self._once("step", (setup.batch_size, setup.block_size, setup.dtype, *kept))
 

@@ -37,7 +37,7 @@ class Setup:
         on_cpu: the devices are processes on a CPU.
         eager: masks and updates are computed by PyTorch operations, not by compiled kernels.
         fast_forward: a step recomputes norms, activations and gates, unless it recomputes whole blocks.
-        masked_weights: whether masked weights are kept in 16 bits, or made in every product; `auto` counts as `kept`;
+        masked_weights: whether masked weights are kept in 16 bits, or made when needed; `auto` counts as `kept`;
             None: neither, in a forward pass that is dense or a CUDA graph.
         in_graphs: products are in compiled graphs, which hold what they make from the forward to the backward pass.
     """
@@ -76,7 +76,7 @@ class Setup:
         """
         sharding: Sharding = "fsdp2" if sharding_plugin(args) is not None else "ddp" if devices > 1 else "none"
         evaluation, is_dense = config.evaluation, config.sparsity.forward == "dense"
-        has_choice = not is_dense and (not args.torch_compile or graphs_read_copies(args.torch_compile_mode))
+        reads = not args.torch_compile or graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode)
         measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
         measured_by += ["evaluation.report=false"] if evaluation.report else []
         window = 0
@@ -93,8 +93,8 @@ class Setup:
             offload=config.optimizer.offload,
             moments=config.optimizer.moments,
             eager=config.sparsity.kernels == "eager",
-            masked_weights=config.sparsity.masked_weights if has_choice else None,
-            in_graphs=bool(args.torch_compile) and not is_dense,
+            masked_weights=config.sparsity.masked_weights if reads and not is_dense else None,
+            in_graphs=bool(args.torch_compile),
         )
 
     @classmethod
@@ -141,9 +141,14 @@ class Setup:
 
     @property
     def keeps_masked_weights(self) -> bool:
-        """Whether the masked weights of all layers are there at the same time."""
-        is_kept = self.masked_weights in ("auto", "kept")
-        return self.makes_masked_weights and (is_kept or (self.in_graphs and not self.gradient_checkpointing))
+        """Whether a device keeps them over a step."""
+        return self.has_masked_weights and self.masked_weights != "made"
+
+    @property
+    def holds_masked_weights(self) -> bool:
+        """Whether those of all layers are there at the end of a forward pass."""
+        in_graphs = self.in_graphs and not self.gradient_checkpointing
+        return self.keeps_masked_weights or (in_graphs and self.makes_masked_weights)
 
     @property
     def pieces(self) -> int:

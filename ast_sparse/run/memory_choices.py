@@ -78,4 +78,4 @@ def _leaves_masked_weights(config: RunConfig, args: TrainingArguments) -> bool:
     if config.sparsity.masked_weights != "auto" or args.device.type != "cuda":
         return False
     setup = Setup.of_run(config, args, None, args.world_size)
-    return setup.has_masked_weights and not replace(setup, masked_weights="made").keeps_masked_weights
+    return setup.has_masked_weights and not replace(setup, masked_weights="made").holds_masked_weights

@@ -255,7 +255,10 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     del layer.mask, layer.start_mask, layer.slorb
     dense = cast(nn.Module, layer)
     dense.__class__ = layer.dense_class
-    for name in ("pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward", "masked_copy"):
+    for name in (
+        "pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward", "masked_copy",
+        "graph_copy",
+    ):  # fmt: skip
         vars(dense).pop(name, None)
     return dense
 

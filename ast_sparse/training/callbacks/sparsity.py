@@ -91,10 +91,11 @@ class SparsityCallback(TrainerCallback):
         use_kernels(kwargs["model"], self.kernels)
         layers = sparse_layers(kwargs["model"]).values()
         of_no_effect = any(layer.is_offloaded or layer.gathered_masked or layer.dense_forward for layer in layers)
-        of_no_effect |= bool(args.torch_compile) and not graphs_read_copies(args.torch_compile_mode)
+        if args.torch_compile:
+            of_no_effect |= not graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode)
         if (args.bf16 or args.fp16) and not of_no_effect:
             kept = self.config.masked_weights != "made"
-            logger.info(f"Masked weights in 16 bits are {'kept' if kept else 'made again in every product'}.")
+            logger.info(f"Masked weights in 16 bits are {'kept' if kept else 'made again whenever they are needed'}.")
         self._waits = _STATE in (state.stateful_callbacks or {})
         if args.should_save:
             keep_rows_until(Path(str(args.output_dir)) / MASK_HISTORY, state.global_step)

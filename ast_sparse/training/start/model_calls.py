@@ -24,10 +24,14 @@ def compiles_decoders(args: TrainingArguments) -> bool:
     return bool(args.torch_compile) and sharding_plugin(args) is None
 
 
-def graphs_read_copies(mode: str | None) -> bool:
-    """Whether compiled decoders read the masked weights that layers keep; a mode with CUDA graphs makes them in these,
-    because it copies every input that is not where it was."""
-    return mode not in _CUDA_GRAPHS
+def graphs_read_copies(backend: Any, mode: str | None) -> bool:
+    """Whether compiled decoders read the masked weights that layers keep. CUDA graphs make them themselves, because
+    they would be recorded again whenever a copy is somewhere else.
+
+    Args:
+        backend, mode: as `torch.compile` takes them; without a mode accelerate's environment variable counts.
+    """
+    return backend != "cudagraphs" and TorchDynamoPlugin(backend="eager", mode=mode).mode not in _CUDA_GRAPHS
 
 
 class CompiledDecoders:
@@ -51,7 +55,7 @@ class CompiledDecoders:
         options = {**options, "backend": backend}
         parts = [part for model in models if model is not None for part in _decoder(model)]
         self._compiled = [(part, torch.compile(part.forward, **options)) for part in parts]
-        self._reads_copies = graphs_read_copies(mode)
+        self._reads_copies = graphs_read_copies(backend, mode)
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
@@ -66,9 +70,10 @@ class CompiledDecoders:
                 del part.forward
             else:
                 part.forward = own
-        for part, _ in [] if self._before else self._compiled:
-            for layer in _sparse_layers(part):
-                layer.graph_copy = None
+        if not self._before:
+            for part, _ in self._compiled:
+                for layer in _sparse_layers(part):
+                    layer.graph_copy = None
 
 
 def _with_copies(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

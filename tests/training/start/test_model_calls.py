@@ -59,6 +59,7 @@ def test_compiled_decoders_train_and_evaluate_to_the_same_losses_without_logits(
         outputs: list[Any] = []
         run.model.register_forward_hook(lambda module, args, output, seen=outputs: seen.append(output.logits))
         run.train()
+        assert all(layer.graph_copy is None for layer in sparse_layers(run.student).values())
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         found.append(([*losses, run.evaluate()["eval_loss"]], weights(run.student)))
         assert outputs and set(outputs) == {None}
@@ -70,21 +71,31 @@ def test_compiled_decoders_train_and_evaluate_to_the_same_losses_without_logits(
     # one graph each for the student's training, the teacher, and the student's evaluation
     assert len(graphs.shapes) == 3 and not counters["graph_break"]
     assert graphs.masked == [False, False, True]  # in training they are kept
-    assert all(layer.graph_copy is None for layer in sparse_layers(run.student).values())
     for shapes in graphs.shapes:
         assert (4, 16, 32) in shapes
         assert not any(shape[-1:] == (VOCAB,) for shape in shapes)
     assert run.model_wrapped is run.model and "full logits" not in caplog.text
 
 
-@pytest.mark.parametrize("mode, reads", [(None, True), ("reduce-overhead", False)])
-def test_copies_are_given_to_graphs_that_read_them_where_they_are(mode: str | None, reads: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "mode", "variable", "reads"),
+    [
+        ("inductor", None, None, True),
+        ("inductor", "reduce-overhead", None, False),
+        ("inductor", None, "max-autotune", False),
+        ("cudagraphs", None, None, False),
+    ],
+)
+def test_copies_are_given_to_graphs_that_read_them_where_they_are(
+    backend: str, mode: str | None, variable: str | None, reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", variable or "default")
     model = small_model()
     sparsify_model(model, SparsityConfig())
     use_masked_weights(model, "kept")
     layer = next(iter(sparse_layers(model).values()))
     seen: list[torch.Tensor | None] = []
-    decoders = CompiledDecoders([model], "inductor", mode)
+    decoders = CompiledDecoders([model], backend, mode)
     decoders._compiled = [(model.model, lambda: seen.append(layer.graph_copy))]  # in place of a compiled one
     with decoders:
         for _ in range(2):
@@ -92,6 +103,8 @@ def test_copies_are_given_to_graphs_that_read_them_where_they_are(mode: str | No
                 model.model()
             with torch.no_grad():
                 layer.weight.mul_(2)
+    assert layer.graph_copy is None
+    with decoders:
         model.model()  # without autocast
         model.eval()
         with torch.autocast("cpu", torch.bfloat16):
@@ -99,7 +112,6 @@ def test_copies_are_given_to_graphs_that_read_them_where_they_are(mode: str | No
     assert [each is not None for each in seen] == [reads, reads, False, False]
     if seen[0] is not None and seen[1] is not None:
         assert torch.equal(seen[1], 2 * seen[0]) and seen[0].any()
-    assert layer.graph_copy is None
 
 
 def test_a_compiled_decoder_runs_inside_ddp(tmp_path: Path) -> None:
@@ -109,12 +121,15 @@ def test_a_compiled_decoder_runs_inside_ddp(tmp_path: Path) -> None:
         run = trainer(
             tmp_path / str(backend), small_model(), distillation_config=None, args=dict(torch_compile_backend=backend)
         )
+        use_masked_weights(run.student, "kept")
         model: Any = run.model.train()
         if backend is not None:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             model = DistributedDataParallel(model)
         try:
-            run.compute_loss(model, {"input_ids": ids, "labels": ids}).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = run.compute_loss(model, {"input_ids": ids, "labels": ids})
+            loss.backward()
         finally:
             if backend is not None:
                 dist.destroy_process_group()
