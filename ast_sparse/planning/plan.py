@@ -153,7 +153,7 @@ def make_plan(
     report = sparsify_model(model, config.sparsity, config.slorb)
     devices = world_size or args.world_size
     notes += [] if matched is None else [f"steps: {matched}"]
-    if _makes_start(config):
+    if makes_start(config):
         size = 4 * report.pruned_parameters / 2**30
         notes.append(f"start: made once from {config.calibration.samples} sequences, about {size:.1f} GiB in start/")
     return Plan(
@@ -168,7 +168,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def _makes_start(config: RunConfig) -> bool:
+def makes_start(config: RunConfig) -> bool:
     """Whether text decides what a new run starts from."""
     changes = config.basis is not None and config.basis.is_on
     return METHODS[config.sparsity.init].needs_text or changes
@@ -184,7 +184,7 @@ def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrained
         trusted = config.model.trust_remote_code
         settings = ModelConfig(name_or_path=name, trust_remote_code=trusted)
         dense = meta_model(settings, load_model_config(name, trust_remote_code=trusted))
-    return MemoryModel(student, dense, config.distillation, hessians, _makes_start(config))
+    return MemoryModel(student, dense, config.distillation, hessians, makes_start(config))
 
 
 def _check_teacher(name: str, student: PreTrainedConfig, config: RunConfig) -> list[str]:
@@ -213,7 +213,7 @@ def _tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase | None:
 
 def _check_windows(config: RunConfig, model_config: PreTrainedConfig) -> None:
     asked = {"data.block_size": config.data.block_size, "evaluation.seq_len": config.evaluation.seq_len}
-    if _makes_start(config):
+    if makes_start(config):
         asked["calibration.seq_len"] = config.calibration.seq_len
     _check_lengths(asked, model_config, repr(config.model.name_or_path))
 

@@ -19,12 +19,20 @@ from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import Blocks
 from ast_sparse.data.sources.entries import MissingTextError, check_entries, check_sources
 from ast_sparse.distributed.pieces import whole
-from ast_sparse.distributed.ranks import errors_shared, gather
+from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.planning.plan import Hardware, Plan, make_plan
 from ast_sparse.report.page import check_report
+from ast_sparse.run.disk import Disk
 from ast_sparse.run.memory_choices import decide_by_memory, needs_memory_plan
-from ast_sparse.run.output import check_finished, checkpoint_to_resume, output_folder, refuse_used, run_state
+from ast_sparse.run.output import (
+    check_finished,
+    checkpoint_to_resume,
+    output_folder,
+    refuse_used,
+    run_state,
+    size_of_run,
+)
 from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
@@ -110,6 +118,9 @@ def checked_run(
         config, chosen = decide_by_memory(config, args, plan)
         notes = (*(each for each in (precision, note) if each is not None), *chosen)
         plan = replace(plan, notes=(*plan.notes, *notes))
+        disk, starts = Disk.of(config, args, plan), checkpoint is None and not dry_run and rank() == 0
+        room = disk.check(output, size_of_run(output) if overwrite else 0) if starts else disk.line()
+        plan = replace(plan, notes=(*plan.notes, room))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
         config=config, args=args, output=output, checkpoint=checkpoint, overwrite=overwrite, plan=plan, changed=changed,

@@ -27,6 +27,8 @@ from ast_sparse.training.resume.same_run import differences, plain
 
 logger = logging.get_logger(__name__)
 
+_WEIGHTS = "model*.safetensors*"
+
 
 def output_folder(config: RunConfig, output_dir: str | None) -> Path:
     """`output_dir`, or `training.output_dir`.
@@ -122,9 +124,15 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for name in (REPLAY, REPORT):
         shutil.rmtree(output / name, ignore_errors=True)
-    for weights in output.glob("model*.safetensors*"):
+    for weights in output.glob(_WEIGHTS):
         weights.unlink()
     shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
+
+
+def size_of_run(output: Path) -> int:
+    """Bytes of the checkpoints and weights that a new run in the folder removes first."""
+    files = [path for folder in checkpoint_folders(output) for path in folder.rglob("*")] + [*output.glob(_WEIGHTS)]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _remove_newer(checkpoint: Path) -> None:

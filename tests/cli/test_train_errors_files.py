@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,11 @@ def test_a_broken_file_is_named(root: Path, text: str, message: str) -> None:
 )
 def test_a_wrong_file_or_folder_is_named(root: Path, arguments: list[str], message: str) -> None:
     refused(root, message, base(root), *(argument.format(root=root) for argument in arguments))
+
+
+def test_a_run_that_the_disk_has_no_room_for_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    refused(root, r"out' has 0\.0 GiB free, and the run needs about", base(root), "--output-dir", root / "out")
 
 
 def test_missing_rights_are_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""The disk that a run takes in its output folder, and whether it is there when the run starts."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from ast_sparse.config import RunConfig
+from ast_sparse.errors import UserError
+from ast_sparse.planning.plan import Plan, makes_start
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run writes.
+
+    Attributes:
+        model: of the trained model and, if there is one, the start.
+        checkpoint: of one checkpoint.
+        checkpoints: how many are there at the same time: the oldest goes when a new one is complete.
+    """
+
+    model: int
+    checkpoint: int
+    checkpoints: int
+
+    @classmethod
+    def of(cls, config: RunConfig, args: TrainingArguments, plan: Plan) -> "Disk":
+        """What a configuration needs; SLoRB, the tokenizer and records are left out."""
+        weights, pruned = plan.sparsity.total_parameters, plan.sparsity.pruned_parameters
+        moments = 0 if args.save_only_model else 8 * weights
+        if moments and config.optimizer.moments == "8bit":
+            moments -= 6 * pruned
+        masks = pruned + pruned // 8  # now, and at the start
+        start = 4 * pruned if makes_start(config) else 0
+        return cls(4 * weights + start, 4 * weights + masks + moments, _checkpoints(args, plan.steps))
+
+    def line(self) -> str:
+        """What is needed, in words."""
+        size = f"{self.needed / _GIB:.1f} GiB"
+        if not self.checkpoints:
+            return f"disk: about {size} for the model"
+        many = "a checkpoint" if self.checkpoints == 1 else f"{self.checkpoints} checkpoints"
+        return f"disk: about {size} for the model and {many} of {self.checkpoint / _GIB:.1f} GiB"
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the same time."""
+        return self.model + self.checkpoints * self.checkpoint
+
+    def check(self, output: Path, replaced: int) -> str:
+        """`line`, with what is free if that is not enough for all checkpoints.
+
+        Args:
+            output: the folder, which need not exist.
+            replaced: bytes in it that the run removes first.
+
+        Raises:
+            UserError: not even the model and one checkpoint have room.
+        """
+        there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free + replaced
+        if free < self.model + min(self.checkpoints, 1) * self.checkpoint:
+            raise UserError(
+                f"training.output_dir={str(output)!r} has {free / _GIB:.1f} GiB free, and the run needs "
+                f"{self.line().removeprefix('disk: ')}. Make room, or give another --output-dir."
+            )
+        if free < self.needed:
+            return f"{self.line()}, but {free / _GIB:.1f} GiB are free: make room, or lower training.save_total_limit"
+        return self.line()
+
+
+def _checkpoints(args: TrainingArguments, steps: int | None) -> int:
+    if args.save_strategy == "no":
+        return 0
+    most = math.inf if args.save_total_limit is None else args.save_total_limit + 1
+    saves: float = 1 if args.save_total_limit is None else most
+    if args.save_strategy == "steps" and steps is not None:
+        interval = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * steps))
+        saves = math.ceil(steps / interval)
+    return int(min(saves, most))
