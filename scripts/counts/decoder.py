@@ -8,7 +8,7 @@ all its blocks, the teacher in bfloat16 without gradients. Widths are true. Tens
 import importlib
 from collections import Counter
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -100,9 +100,9 @@ def _model(config: dict[str, Any], blocks: int, is_student: bool) -> LlamaForCau
         for layer in [each for each in model.model.layers.modules() if type(each) is nn.Linear] if is_student else []:
             make_sparse(layer, torch.empty(layer.weight.shape, dtype=torch.bool), Pattern(2, 4))
     model = model.to_empty(device="cpu").train(is_student)
-    for layer in model.modules():
-        if isinstance(layer, SparseLayer):
-            layer.masked_copy = _Copy()
+    for module in model.modules():
+        if isinstance(module, SparseLayer):
+            module.masked_copy = cast(Any, _Copy())
     if not is_student:
         for parameter in model.requires_grad_(False).parameters():  # buffers stay in float32
             parameter.data = parameter.data.bfloat16()
