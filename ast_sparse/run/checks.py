@@ -30,8 +30,8 @@ from ast_sparse.run.output import (
     checkpoint_to_resume,
     output_folder,
     refuse_used,
+    replaced_bytes,
     run_state,
-    size_of_run,
 )
 from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
@@ -119,7 +119,7 @@ def checked_run(
         notes = (*(each for each in (precision, note) if each is not None), *chosen)
         plan = replace(plan, notes=(*plan.notes, *notes))
         disk, starts = Disk.of(config, args, plan), checkpoint is None and not dry_run and rank() == 0
-        room = disk.check(output, size_of_run(output) if overwrite else 0) if starts else disk.line()
+        room = disk.check(output, replaced_bytes(output, overwrite)) if starts else disk.line()
         plan = replace(plan, notes=(*plan.notes, room))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(

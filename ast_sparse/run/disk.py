@@ -57,7 +57,7 @@ class Disk:
 
         Args:
             output: the folder, which need not exist.
-            replaced: bytes in it that the run removes first.
+            replaced: bytes in it that the run replaces.
 
         Raises:
             UserError: not even the model and one checkpoint have room.
@@ -77,9 +77,9 @@ class Disk:
 def _checkpoints(args: TrainingArguments, steps: int | None) -> int:
     if args.save_strategy == "no":
         return 0
-    most = math.inf if args.save_total_limit is None else args.save_total_limit + 1
-    saves: float = 1 if args.save_total_limit is None else most
-    if args.save_strategy == "steps" and steps is not None:
-        interval = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * steps))
-        saves = math.ceil(steps / interval)
-    return int(min(saves, most))
+    most = None if args.save_total_limit is None else args.save_total_limit + 1
+    if args.save_strategy != "steps" or steps is None:
+        return most or 1
+    interval = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * steps))
+    saves = math.ceil(steps / interval)
+    return saves if most is None else min(saves, most)

@@ -16,7 +16,16 @@ from ast_sparse.errors import UserError
 from ast_sparse.run.precision import is_undecided
 from ast_sparse.run.stages import Measured
 from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
-from ast_sparse.storage.run_folder import FOUND_RATES, MASK_HISTORY, METRICS, REPLAY, REPORT, RESOLVED_CONFIG, SAMPLES
+from ast_sparse.storage.run_folder import (
+    FOUND_RATES,
+    MASK_HISTORY,
+    METRICS,
+    REPLAY,
+    REPORT,
+    RESOLVED_CONFIG,
+    SAMPLES,
+    START,
+)
 from ast_sparse.storage.stage_results import RESULTS, Stages, is_result, write_stages
 from ast_sparse.training.resume.checkpoints import (
     checkpoint_folders,
@@ -129,9 +138,10 @@ def _remove_run(output: Path) -> None:
     shutil.rmtree(output / ADAPTER_FOLDER, ignore_errors=True)
 
 
-def size_of_run(output: Path) -> int:
-    """Bytes of the checkpoints and weights that a new run in the folder removes first."""
-    files = [path for folder in checkpoint_folders(output) for path in folder.rglob("*")] + [*output.glob(_WEIGHTS)]
+def replaced_bytes(output: Path, overwrite: bool) -> int:
+    """Bytes in the folder that a new run replaces: its start, and with `overwrite` checkpoints and weights too."""
+    folders = [output / START, *(checkpoint_folders(output) if overwrite else ())]
+    files = [path for folder in folders for path in folder.rglob("*")] + [*(output.glob(_WEIGHTS) if overwrite else ())]
     return sum(path.stat().st_size for path in files if path.is_file())
 
 

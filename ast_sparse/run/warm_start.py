@@ -24,10 +24,10 @@ from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.distributed.pieces import local, rows_of, unwrapped_name
 from ast_sparse.distributed.ranks import errors_shared, gather, once_per_folder, rank
 from ast_sparse.errors import UserError, one_line
+from ast_sparse.planning.plan import makes_start
 from ast_sparse.run.checks import CheckedRun, slorb_of
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
-from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.pruning import FinishedBlock
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.storage.checksums import check_checksums, write_checksums
@@ -43,8 +43,7 @@ _FORMAT_VERSION = 1
 
 def needs_start(config: RunConfig, checkpoint: Path | None) -> bool:
     """Whether text decides the weights or masks that a run starts from; not if they come from a checkpoint."""
-    changes = config.basis is not None and config.basis.is_on
-    return checkpoint is None and (METHODS[config.sparsity.init].needs_text or changes)
+    return checkpoint is None and makes_start(config)
 
 
 def load_options(model: ModelConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from ast_sparse.errors import UserError
 from ast_sparse.run.disk import Disk
+from ast_sparse.run.output import replaced_bytes
 
 GIB = 2**30
 WEIGHTS, PRUNED = 134_515_008, 106_168_320  # of SmolLM2-135M
@@ -53,7 +54,16 @@ def test_checkpoints_that_are_there_at_the_same_time(settings: dict[str, Any], c
     assert found.checkpoints == count and found.needed == found.model + count * found.checkpoint
 
 
-def test_a_run_without_room_is_refused_and_one_with_too_little_is_told(
+def test_a_new_run_gets_the_room_of_what_it_replaces(tmp_path: Path) -> None:
+    for name, size in {"start/block.safetensors": 3, "checkpoint-2/optimizer.pt": 50, "model.safetensors": 700}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert replaced_bytes(tmp_path, overwrite=False) == 3
+    assert replaced_bytes(tmp_path, overwrite=True) == 753
+    assert replaced_bytes(tmp_path / "none", overwrite=True) == 0
+
+
+def test_a_run_without_room_is_refused_and_one_with_too_little_is_warned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, folder = disk(), tmp_path / "not" / "there"
