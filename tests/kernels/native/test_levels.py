@@ -58,3 +58,28 @@ def test_results_depend_neither_on_threads_nor_on_other_rows(level: str, dtype: 
     assert all(torch.equal(product(0, rows, threads), whole) for threads in (2, 3, 8))
     for first, last in [(0, 1), (1, 4), (5, 83), (82, 83)]:
         assert torch.equal(product(first, last, 1), whole[:, first:last])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_of_many_tokens_is_that_of_a_few_at_a_time(level: str, dtype: torch.dtype) -> None:
+    """Whether threads share the tokens or the rows, and where a long product is cut."""
+    random = torch.Generator().manual_seed(0)
+    rows, columns, gap = 37, 136, 5
+    x = torch.randn(261, columns + gap, generator=random).to(dtype)
+    values = torch.randn(rows, columns // 2, generator=random).to(dtype)
+    nibbles = NIBBLES[torch.randint(6, (rows, columns // 8, 2), generator=random)]
+    meta, kernels = nibbles[..., 0] | nibbles[..., 1] << 4, of_level(level)
+
+    def product(first: int, tokens: int, threads: int) -> torch.Tensor:
+        y = torch.full((tokens + 1, rows), torch.nan, dtype=dtype)  # the last row stays
+        pointers = (values.data_ptr(), meta.data_ptr(), None, y.data_ptr())
+        sizes, start = (tokens, rows, columns, threads), x[first:].data_ptr()
+        assert kernels.linear(kernels.index, DTYPES.index(dtype), start, columns + gap, *pointers, *sizes) == 0
+        assert y[-1].isnan().all()
+        return y[:-1]
+
+    few = torch.cat([product(first, 9, 1) for first in range(0, 261, 9)])
+    for tokens in (63, 64, 65, 68, 127, 128, 129, 132, 133, 193, 257, 260, 261):
+        for threads in (1, 2, 3):
+            assert torch.equal(product(0, tokens, threads), few[:tokens]), (tokens, threads)

@@ -10,6 +10,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define ON_STACK (64 << 10)
 #define PREPARED_ALONE (64 << 10) /* entries of x */
+#define TOKENS_OF_ONE 64          /* of a piece for one thread: x as it is prepared for more leaves the second cache */
 
 static const ast24_level *const levels[] = {
 #ifdef AST24_HAS_AVX512
@@ -70,8 +71,11 @@ static void share(
 }
 
 typedef struct {
-  ast24_product product;
+  ast24_product product; /* of all tokens, or a piece of them */
   const ast24_way *way;
+  int threads;  /* that share the rows of a piece */
+  int64_t most; /* tokens of a piece */
+  int *failed;
 } product_call;
 
 static void prepare_part(const void *what, int64_t first, int64_t last) {
@@ -84,31 +88,51 @@ static void rows_part(const void *what, int64_t first, int64_t last) {
   call->way->rows(&call->product, first, last);
 }
 
-/* y = x Wᵀ + b. 0: done; 1: out of memory. */
+/* y[first:last], piece by piece */
+static void tokens_part(const void *what, int64_t first, int64_t last) {
+  product_call call = *(const product_call *)what;
+  ast24_product *p = &call.product;
+  const int64_t itemsize = p->dtype == AST24_FLOAT32 ? 4 : 2;
+  p->x = (const char *)p->x + first * p->x_stride * itemsize;
+  p->y = (char *)p->y + first * p->rows * itemsize;
+  p->tokens = ast24_least(last - first, call.most);
+  const int64_t bytes = call.way->operand(p);
+  _Alignas(64) char on_stack[ON_STACK];
+  char *operand = bytes <= ON_STACK ? on_stack : aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+  if (!operand) {
+    __atomic_store_n(call.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  p->operand = operand;
+  for (int64_t left = last - first; left > 0; left -= p->tokens) {
+    const int64_t behind = left - call.most;
+    p->tokens = behind > 0 && behind <= AST24_FEW ? call.most / 2 : ast24_least(left, call.most);
+    share(prepare_part, &call, p->padded, 64, p->tokens * p->padded > PREPARED_ALONE ? call.threads : 1);
+    share(rows_part, &call, p->rows, 16, call.threads);
+    p->x = (const char *)p->x + p->tokens * p->x_stride * itemsize;
+    p->y = (char *)p->y + p->tokens * p->rows * itemsize;
+  }
+  if (operand != on_stack) free(operand);
+}
+
+/* y = x Wᵀ + b. 0: done; 1: out of memory.
+
+   If there are enough tokens, each thread takes some of them. It waits for no other, and what it prepares stays in its
+   own cache. Else threads share the rows. */
 EXPORT int ast24_linear(
     int level, int dtype, const void *x, int64_t x_stride, const void *values, const void *meta, const void *bias,
     void *y, int64_t tokens, int64_t rows, int64_t columns, int threads) {
-  const ast24_way *way = levels[level]->ways[dtype];
-  const int64_t itemsize = dtype == AST24_FLOAT32 ? 4 : 2, padded = (columns + 63) / 64 * 64;
-  product_call call = {
-      {dtype, ast24_least(tokens, AST24_MOST_TOKENS), rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
-      way};
-  ast24_product *p = &call.product;
-  const int64_t bytes = way->operand(p);
-  _Alignas(64) char on_stack[ON_STACK];
-  void *operand = bytes <= ON_STACK ? on_stack : aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
-  if (!operand) return 1;
-  p->operand = operand;
-  for (int64_t token = 0; token < tokens; token += p->tokens) {
-    const int64_t left = tokens - token, behind = left - AST24_MOST_TOKENS;
-    p->tokens = behind > 0 && behind <= AST24_FEW ? AST24_MOST_TOKENS / 2 : ast24_least(left, AST24_MOST_TOKENS);
-    p->x = (const char *)x + token * x_stride * itemsize;
-    p->y = (char *)y + token * rows * itemsize;
-    share(prepare_part, &call, padded, 64, p->tokens * padded > PREPARED_ALONE ? threads : 1);
-    share(rows_part, &call, rows, 16, threads);
-  }
-  if (operand != on_stack) free(operand);
-  return 0;
+  const int64_t padded = (columns + 63) / 64 * 64;
+  const int by_tokens = tokens >= (int64_t)threads * TOKENS_OF_ONE;
+  int failed = 0;
+  const product_call call = {
+      {dtype, tokens, rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
+      levels[level]->ways[dtype], by_tokens ? 1 : threads, by_tokens ? TOKENS_OF_ONE : AST24_MOST_TOKENS, &failed};
+  if (by_tokens)
+    share(tokens_part, &call, tokens, 16, threads);
+  else
+    tokens_part(&call, 0, tokens);
+  return failed;
 }
 
 typedef struct {
