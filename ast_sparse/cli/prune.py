@@ -146,7 +146,7 @@ def _prune(
     basis: BasisConfig,
     options: dict[str, Any],
 ) -> None:
-    from ast_sparse.export.export import export_model
+    from ast_sparse.export.export import DTYPES, export_model
     from ast_sparse.sparsity.model import sparsify_model
     from ast_sparse.sparsity.oneshot import METHODS
     from ast_sparse.storage.load import load_causal_lm
@@ -154,11 +154,13 @@ def _prune(
     from ast_sparse.storage.meta import meta_student
     from ast_sparse.storage.origin import hub_commit
     from ast_sparse.storage.save import check_out_dir
+    from ast_sparse.storage.space import check_space
 
     device = find_device(options["device"])
     folder = Path(source.name_or_path).expanduser()
     check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
     meta = meta_student(source)
+    check_space(out, meta.num_parameters() * DTYPES[options["dtype"]].itemsize)
     # checks settings, shapes and names before weights are loaded
     sparsify_model(meta, sparsity, calibration_config=calibration)
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
@@ -178,15 +180,9 @@ def _prune(
     if samples is not None:
         method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
     written = export_model(
-        model,
-        out,
-        "dense",
-        dtype=options["dtype"],
-        overwrite=options["overwrite"],
-        tokenizer=tokenizer,
-        progress=True,
+        model, out, "dense", dtype=options["dtype"], overwrite=options["overwrite"], tokenizer=tokenizer, progress=True,
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
-    )
+    )  # fmt: skip
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
 
 

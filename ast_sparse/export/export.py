@@ -30,6 +30,7 @@ from ast_sparse.storage.load import load_checkpoint
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.save import check_out_dir, finished_folder, save_weights
 from ast_sparse.storage.slorb_adapter import common_group_dim, write_adapter
+from ast_sparse.storage.space import check_space
 from ast_sparse.storage.sparsity_record import SparsityRecord
 
 __all__ = ["DTYPES", "ExportReport", "export_model"]
@@ -80,8 +81,8 @@ def export_model(
         device: where calibration runs, block by block; default: where the model is.
 
     Raises:
-        UserError: the source is not a model or not N:M, the output folder is taken, or the files read back differ;
-            or the finished export cannot be uploaded.
+        UserError: the source is not a model or not N:M, the output folder is taken or has no room, or the files read
+            back differ; or the finished export cannot be uploaded.
     """
     out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
     _check_samples(format, samples, adapter, adapter_samples)
@@ -90,6 +91,7 @@ def export_model(
         model_or_dir, folder, pattern, record or {}, trust_remote_code, adapter, adapter_samples, in_float32=rounds
     )
     plan = plan_layers(source, format, DTYPES[dtype])
+    check_space(out, plan.stored_bytes(source))
     model = source.model
     generation = getattr(model, "generation_config", None)
     check_saving(str(folder or type(model).__name__), model.config, generation, tokenizer)

@@ -32,6 +32,22 @@ class LayerPlan:
     dtypes: dict[str, torch.dtype]
     rounded: Rounded | None = None
 
+    def stored_bytes(self, source: Source) -> int:
+        """Bytes of all weights as they are written, without SLoRB."""
+        total = 0
+        tied = getattr(source.model, "all_tied_weights_keys", {})
+        for name, weight in source.weights.items():
+            itemsize = self.dtypes[name].itemsize if weight.is_floating_point() else weight.element_size()
+            group_dim = self.pruned.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if name in tied and tied[name] in source.weights:
+                continue
+            if self.codec is None or group_dim is None:
+                total += weight.numel() * itemsize
+            else:
+                rows, columns = weight.shape[1 - group_dim], weight.shape[group_dim]
+                total += self.codec.stored_bytes(rows, columns, itemsize)
+        return total
+
 
 def plan_layers(source: Source, format: str, dtype: torch.dtype) -> LayerPlan:
     """Decide layer by layer; UserError if a layer that is recorded as N:M is not, or if none is."""

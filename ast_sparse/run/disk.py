@@ -1,7 +1,6 @@
 """The disk that a run takes in its output folder, and whether it is there when the run starts."""
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from transformers import TrainingArguments
 from ast_sparse.config import RunConfig
 from ast_sparse.errors import UserError
 from ast_sparse.planning.plan import Plan, makes_start
-
-_GIB = 2**30
+from ast_sparse.storage.space import GIB, free_bytes
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class Disk:
 
     def line(self) -> str:
         """What is needed, in words."""
-        size = f"{self.needed / _GIB:.1f} GiB"
+        size = f"{self.needed / GIB:.1f} GiB"
         if not self.checkpoints:
             return f"disk: about {size} for the model"
         many = "a checkpoint" if self.checkpoints == 1 else f"{self.checkpoints} checkpoints"
-        return f"disk: about {size} for the model and {many} of {self.checkpoint / _GIB:.1f} GiB"
+        return f"disk: about {size} for the model and {many} of {self.checkpoint / GIB:.1f} GiB"
 
     @property
     def needed(self) -> int:
@@ -62,15 +60,14 @@ class Disk:
         Raises:
             UserError: not even the model and one checkpoint have room.
         """
-        there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(there).free + replaced
+        free = free_bytes(output) + replaced
         if free < self.model + min(self.checkpoints, 1) * self.checkpoint:
             raise UserError(
-                f"training.output_dir={str(output)!r} has {free / _GIB:.1f} GiB free, and the run needs "
+                f"training.output_dir={str(output)!r} has {free / GIB:.1f} GiB free, and the run needs "
                 f"{self.line().removeprefix('disk: ')}. Make room, or give another --output-dir."
             )
         if free < self.needed:
-            return f"{self.line()}, but {free / _GIB:.1f} GiB are free: make room, or lower training.save_total_limit"
+            return f"{self.line()}, but {free / GIB:.1f} GiB are free: make room, or lower training.save_total_limit"
         return self.line()
 
 

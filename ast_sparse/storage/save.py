@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ast_sparse.errors import UserError
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import remove_checksums, write_checksums
 from ast_sparse.storage.quantized import plain_conversions
@@ -153,7 +154,10 @@ def finished_folder(out_dir: Path) -> Iterator[Path]:
         if replaced.is_dir() and not out_dir.exists():
             replaced.rename(out_dir)
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"Cannot write `{out_dir}`: {error}. Check the space and the permissions there.") from error
+        if isinstance(error, OSError | SafetensorError):
+            reason = one_line(error, end="open")
+            raise UserError(
+                f"Cannot write `{out_dir}`: {reason}. Check the space and the permissions there."
+            ) from error
         raise
     shutil.rmtree(replaced, ignore_errors=True)

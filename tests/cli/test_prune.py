@@ -1,7 +1,9 @@
 """ast-prune as a user calls it."""
 
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,6 +153,16 @@ def test_a_wrong_value_is_one_line_and_leaves_nothing_behind(case: str, folder: 
     lines = [line for line in result.stderr.splitlines() if line and not re.search(r"%\||examples/s", line)]
     assert len(lines) == 1 and lines[0].startswith("Error: ") and expected in lines[0], result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_without_room_is_refused_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(folder / "llama")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * model.num_parameters() - 1))
+    result = run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--dtype", "float32")
+    assert result.exit_code == 2 and "GiB free, and the model needs about" in result.stderr
+    assert result.stderr.count("\n") == 1 and not result.stdout and not list(tmp_path.iterdir())
 
 
 def test_an_output_folder_in_use_is_refused_unless_overwritten(folder: Path, tmp_path: Path) -> None:
