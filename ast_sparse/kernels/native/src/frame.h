@@ -48,9 +48,9 @@ typedef struct {
   void *dense;
 } ast24_matrix;
 
-/* How one dtype is multiplied. Threads share `prepare` by columns, then `rows` by rows; the result of a row and a token
-   must depend neither on first and last nor on other tokens' values. Sums are in float32 and rounded once, after the
-   bias was added. */
+/* How one dtype is multiplied. Each thread has tokens of its own, or all share `prepare` by columns, then `rows` by rows.
+   The result of a row and a token must depend neither on first and last nor on other tokens' values. Sums are in float32
+   and rounded once, after the bias was added. */
 typedef struct {
   int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
   void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
