@@ -159,7 +159,13 @@ class SLoRBConfig(Section):
     _name = "slorb"
     enabled: bool = field(default=True, metadata=about("Whether sparse layers get the adapter."))
     k: int = field(default=16, metadata=about("Columns in a group; must divide in_features."))
-    init: Literal["mean", "zero"] = field(default="mean", metadata=about("mean: S from pruned weights (6); zero: 0."))
+    init: Literal["mean", "zero", "svd"] = field(
+        default="mean",
+        metadata=about(
+            "mean: S from pruned weights (6); zero: 0; svd: S and X make up for as much of the layer's error on the "
+            "calibration text as their rank allows. After SparseGPT, choose svd or zero."
+        ),
+    )
     train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
     start: float = field(
         default=0.0,
@@ -171,6 +177,14 @@ class SLoRBConfig(Section):
     def _validate(self) -> None:
         self._require(self.k >= 1, "k", "must be at least 1.")
         self._require(0 <= self.start < 1, "start", "must be 0 or more and below 1.")
+        self._require(
+            self.start == 0 or self.init != "svd", "init", "is made while the model is pruned. Set slorb.start to 0."
+        )
+
+    @property
+    def init_by_groups(self) -> Literal["mean", "zero"]:
+        """How S begins where no text is read; zero if it is set later: by `restart_slorb`, or from a start's files."""
+        return "mean" if self.init == "mean" and self.start == 0 else "zero"
 
 
 @dataclass(frozen=True, kw_only=True)

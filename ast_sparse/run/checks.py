@@ -37,6 +37,7 @@ from ast_sparse.run.precision import decide_bf16, without_auto
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.recovery import check_recovery
+from ast_sparse.sparsity.slorb import check_slorb
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.training.checks.arguments import build_arguments
@@ -138,6 +139,7 @@ def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dr
     if config.evaluation.report:
         check_report(output / REPORT, "evaluation.report")
     check_recovery(config.sparsity.init, config.calibration)
+    check_slorb(config.sparsity.init, config.slorb)
     try:
         check_sources(config.data)
         check_entries(config.calibration.data or (), config.data.root, "calibration.data")

@@ -153,7 +153,7 @@ def _key(config: RunConfig, fingerprint: str | None, samples: Tensor) -> str:
         "calibration": config.calibration.to_dict(),
         "basis": None if config.basis is None else config.basis.to_dict(),
         "sparsity": [sparsity.pattern, sparsity.init, list(sparsity.include), list(sparsity.exclude)],
-        "slorb": None if slorb is None else [slorb.k, slorb.init, slorb.start == 0],
+        "slorb": None if slorb is None else [slorb.k, slorb.init, slorb.start == 0, slorb.train_projection],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

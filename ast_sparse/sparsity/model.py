@@ -30,7 +30,7 @@ from ast_sparse.sparsity.oneshot import METHODS, prune_weight
 from ast_sparse.sparsity.pruning import FinishedBlock, Pruning, prune_layers
 from ast_sparse.sparsity.recovery import BlockRecovery, check_recovery
 from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
-from ast_sparse.sparsity.slorb import slorb_init
+from ast_sparse.sparsity.slorb import check_slorb, slorb_init
 from ast_sparse.sparsity.statistics import InputStatistics
 from ast_sparse.storage.finite import check_finite
 from ast_sparse.storage.quantized import make_plain
@@ -122,6 +122,8 @@ def sparsify_model(
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     calibration_config = calibration_config or CalibrationConfig()
     check_recovery(sparsity_config.init, calibration_config)
+    if not next(model.parameters()).is_meta:
+        check_slorb(sparsity_config.init, slorb_config)
     if sparse_layers(model):
         raise UserError("The model is already sparse. Load the dense model again, or call `densify_model` first.")
     selected, skipped = select_layers(model, sparsity_config)
@@ -140,9 +142,9 @@ def sparsify_model(
         recovery = BlockRecovery(decoder_blocks(model), calibration_config, has_bf16)
     layers = {name: layer for layer, name in {layer: name for name, layer in selected.items()}.items()}
     pruning = Pruning(layers, sparsity_config, slorb, bare, recovery, finished)
-    for name, result in prune_layers(model, pruning, calibration_config, samples, device, progress):
-        pruning.put(name, result)
-    for name, adapter in pruning.adapters.items():  # last, because calibration runs the pruned blocks without SLoRB
+    for name, result, seen in prune_layers(model, pruning, calibration_config, samples, device, progress):
+        pruning.put(name, result, seen)
+    for name, adapter in pruning.adapters.items():  # last, because only svd's is there while later blocks calibrate
         model.get_submodule(name).slorb = adapter
     for name, others in same.items():
         for twin in others.values():

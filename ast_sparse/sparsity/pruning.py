@@ -16,7 +16,7 @@ from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, settle
 from ast_sparse.sparsity.recovery import BlockRecovery
 from ast_sparse.sparsity.select import Prunable, decoder_blocks
-from ast_sparse.sparsity.slorb import SLoRB, slorb_init
+from ast_sparse.sparsity.slorb import SLoRB, slorb_init, slorb_svd
 from ast_sparse.sparsity.statistics import BlockSteps, Call, InputStatistics, calibrate_blocks
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,9 @@ class Pruning(BlockSteps):
         finished: blocks of an earlier try; every pruned block is added.
 
     Attributes:
-        adapters: SLoRB by layer name, to be attached when all blocks are pruned.
+        adapters: SLoRB by layer name, to be attached when all blocks are pruned; `slorb.init=svd` is in the layer at
+            once, so that recovery trains it and the next blocks are calibrated with it.
+        needs_hessian: also if the method does not.
         errors: by layer name.
         recovered: by block name.
     """
@@ -70,11 +72,12 @@ class Pruning(BlockSteps):
         self.errors: dict[str, float] = {}
         self.recovered: dict[str, tuple[float, float]] = {}
         self.needs_targets = recovery is not None
+        self.needs_hessian = slorb is not None and slorb.init == "svd"
         self._slorb, self._bare, self._recovery = slorb, bare, recovery
         self._dense: dict[str, Tensor] = {}  # of the block that is being pruned, if it will be recovered
 
-    def put(self, name: str, result: PrunedLayer) -> None:
-        """Make a layer sparse with the result of pruning it."""
+    def put(self, name: str, result: PrunedLayer, statistics: InputStatistics | None) -> None:
+        """Make a layer sparse with the result of pruning it on inputs with these statistics."""
         layer = self.layers[name]
         dim = group_dim_of(layer)
         has_slorb = self._slorb is not None and name not in self._bare
@@ -86,10 +89,16 @@ class Pruning(BlockSteps):
         if not weight.is_meta and not self.sparsity.is_gradual:
             self.errors[name] = result.error
         self._make_sparse(layer, out_by_in(mask, dim))
-        if dense is not None and self._recovery is not None:
+        if dense is None or self._slorb is None:
+            return
+        start = torch.where(mask, weight, 0)
+        if self._slorb.init == "svd" and not weight.is_meta:
+            hessian = None if statistics is None else statistics.hessian
+            self._add_adapter(name, *slorb_svd(dense, start, self._slorb.k, hessian))
+        elif self._recovery is not None:
             self._dense[name] = dense
-        elif dense is not None:
-            self._add_adapter(name, dense, torch.where(mask, weight, 0))
+        else:
+            self._add_adapter(name, *self._by_groups(dense, start))
 
     def finish(
         self, name: str, block: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor], call: Call
@@ -101,7 +110,8 @@ class Pruning(BlockSteps):
         for layer, dense in self._dense.items():
             sparse = self.layers[layer]
             assert isinstance(sparse, SparseLayer), "every layer of the block was put"
-            self._add_adapter(layer, dense, out_by_in(sparse.masked_weight(), sparse.group_dim))
+            start = out_by_in(sparse.masked_weight(), sparse.group_dim)
+            self._add_adapter(layer, *self._by_groups(dense, start))
         self._dense = {}
         if self.finished is not None:
             self.finished[name] = self._state(name, block)
@@ -118,8 +128,7 @@ class Pruning(BlockSteps):
             self._make_sparse(module, bits.narrow(dim, 0, module.weight.shape[dim]))
             if f"{layer}.slorb.S" in state.tensors:
                 s, x = (state.tensors[f"{layer}.slorb.{key}"].to(module.weight.device) for key in ("S", "X"))
-                assert self._slorb is not None, "the settings are those of the earlier try"
-                self.adapters[layer] = SLoRB(s, x, self._slorb.train_projection)
+                self._add_adapter(layer, s, x)
         for key, parameter in block.named_parameters(remove_duplicate=False):
             if f"{name}.{key}" in state.tensors:
                 parameter.copy_(state.tensors[f"{name}.{key}"])
@@ -134,10 +143,17 @@ class Pruning(BlockSteps):
     def _inside(self, block: str) -> list[str]:
         return [layer for layer in self.layers if layer.startswith(f"{block}.")]
 
-    def _add_adapter(self, name: str, dense: Tensor, start: Tensor) -> None:
+    def _by_groups(self, dense: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         assert self._slorb is not None, "only layers with SLoRB keep their dense weight"
-        init = self._slorb.init if self._slorb.start == 0 else "zero"  # until `restart_slorb`
-        self.adapters[name] = SLoRB(*slorb_init(dense, start, self._slorb.k, init), self._slorb.train_projection)
+        return slorb_init(dense, start, self._slorb.k, self._slorb.init_by_groups)
+
+    def _add_adapter(self, name: str, s: Tensor, x: Tensor) -> None:
+        assert self._slorb is not None, "a block that was finished before has the same settings"
+        self.adapters[name] = adapter = SLoRB(s, x, self._slorb.train_projection)
+        if self._slorb.init == "svd":
+            layer = self.layers[name]
+            assert isinstance(layer, SparseLayer), "it was put"
+            layer.slorb = adapter
 
     def _state(self, name: str, block: nn.Module) -> FinishedBlock:
         """A copy of what a block is now."""
@@ -158,8 +174,8 @@ def prune_layers(
     samples: Tensor | None,
     device: torch.device | None,
     progress: bool,
-) -> Iterator[tuple[str, PrunedLayer]]:
-    """Prune one layer at a time by `sparsity.init`; yields name and result, which the caller puts into the model.
+) -> Iterator[tuple[str, PrunedLayer, InputStatistics | None]]:
+    """Prune one layer at a time by `sparsity.init`; yields what the caller puts into the model.
 
     A layer that no token reached (an expert) is pruned by magnitude. Arguments as in `sparsify_model`.
     """
@@ -171,7 +187,8 @@ def prune_layers(
             needs = f"sparsity.init={config.init!r} needs text to calibrate on. Give calibration samples."
             raise UserError(needs, "sparsity.init")
         blocks = decoder_blocks(model)
-        groups = calibrate_blocks(model, blocks, layers, samples, method.needs_hessian, device, pruning)
+        with_hessian = method.needs_hessian or pruning.needs_hessian
+        groups = calibrate_blocks(model, blocks, layers, samples, with_hessian, device, pruning)
     label = f"Pruning, {config.init} {pattern}"
     done = sum(name.startswith(f"{block}.") for block in pruning.finished or () for name in layers)
     with progress_bar(total=len(layers), initial=done, desc=label, unit="layer", disable=not progress) as bar:
@@ -185,5 +202,5 @@ def prune_layers(
                 mask = gradual_mask(weight.abs(), pattern, sparsity_at(config, 0, config.rounds))
                 result = replace(result, mask=mask)
             bar.set_postfix_str(f"{name} error {result.error:.4f}" if not is_meta else "", refresh=False)
-            yield name, result
+            yield name, result, statistics
             bar.update()

@@ -21,6 +21,7 @@ from ast_sparse.config.sparsity import Method
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import SparseLayer, out_by_in
 from ast_sparse.sparsity.oneshot import METHODS, settle
+from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.sparsity.statistics import Call, run_block
 
 logger = logging.get_logger(__name__)
@@ -35,8 +36,8 @@ _MEASURED = 8  # sequences on which a block's error is measured, before and afte
 class BlockRecovery:
     """Trains a pruned block towards the outputs of the dense block.
 
-    The weights of pruned layers are trained, and vectors: norms and biases. Weights that several blocks share are not,
-    because the blocks before were trained with them as they are.
+    The weights of pruned layers are trained, SLoRB that they have, and vectors: norms and biases. Weights that several
+    blocks share are not, because the blocks before were trained with them as they are.
 
     Args:
         blocks: all decoder blocks by name.
@@ -72,7 +73,9 @@ class BlockRecovery:
         """
         layers: dict[Tensor, SparseLayer] = {}
         layers.update((layer.weight, layer) for layer in block.modules() if isinstance(layer, SparseLayer))
-        trained = [each for each in block.parameters() if self._is_trained(each, layers)]
+        adapters = [module for module in block.modules() if isinstance(module, SLoRB)]
+        added = {each for adapter in adapters for each in adapter.parameters() if each.requires_grad}
+        trained = [each for each in block.parameters() if each in added or self._is_trained(each, layers)]
         if not trained:
             return
         before = [each.detach().clone() for each in trained]

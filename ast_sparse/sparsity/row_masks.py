@@ -35,7 +35,7 @@ def fill_masks(model: nn.Module, sparsity: SparsityConfig, slorb: SLoRBConfig | 
         kept = torch.where(mask, weight, 0)
         squares.append(torch.stack([(weight - kept).square().sum(), weight.square().sum()]))
         if layer.slorb is not None and slorb is not None:
-            start, projection = slorb_init(weight, kept, layer.slorb.k, slorb.init if slorb.start == 0 else "zero")
+            start, projection = slorb_init(weight, kept, layer.slorb.k, slorb.init_by_groups)
             local(layer.slorb.S).copy_(start)
             local(layer.slorb.X).copy_(piece_for(projection, layer.slorb.X))
     if sparsity.is_gradual or not layers:

@@ -5,7 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ast_sparse.config import SLoRBConfig
+from ast_sparse.config.sparsity import Method
+from ast_sparse.errors import UserError
 from ast_sparse.kernels.products import linear
+from ast_sparse.sparsity.oneshot import METHODS
 
 
 def slorb_init(
@@ -36,6 +40,54 @@ def slorb_init(
         return dense_weight.new_zeros(out_features, groups), x
     pruned = dense_weight - start_weight
     return pruned.unflatten(1, (groups, k)).sum(-1) / k, x
+
+
+def slorb_svd(dense_weight: Tensor, start_weight: Tensor, k: int, hessian: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Start values of the adapter that bring the layer's outputs on calibration text closest to those of the dense one.
+
+    With D the difference of the two weights and H the sum of the inputs' outer products, S X is the matrix of rank in/k
+    with the smallest `tr((D - S X) H (D - S X)ᵀ)`: U Uᵀ D, with U the first eigenvectors of `D H Dᵀ`. S and X get the
+    same norm. X is not the one of (5).
+
+    Args:
+        dense_weight, start_weight, k: as in `slorb_init`.
+        hessian: `[in, in]`, up to a factor; None: all inputs count alike.
+
+    Returns:
+        S `[out, in/k]` and X `[in/k, in]`, dtype of the weight, computed in float32 or wider.
+    """
+    out_features, in_features = dense_weight.shape
+    wide = torch.promote_types(dense_weight.dtype, torch.float32)
+    lost, rank = dense_weight.to(wide) - start_weight.to(wide), in_features // k
+    hessian = torch.eye(in_features, dtype=wide, device=lost.device) if hessian is None else hessian.to(lost)
+    if out_features <= in_features:
+        left = _first_eigenvectors(lost @ hessian @ lost.t(), rank)
+    else:  # the same vectors from the smaller matrix
+        values, vectors = torch.linalg.eigh(hessian)
+        seen = lost @ (vectors * values.clamp(min=0).sqrt())
+        left = torch.linalg.qr(seen @ _first_eigenvectors(seen.t() @ seen, rank)).Q
+    s, x = lost.new_zeros(out_features, rank), lost.new_zeros(rank, in_features)
+    s[:, : left.shape[1]], x[: left.shape[1]] = left, left.t() @ lost
+    balance = (x.norm() / s.norm()).sqrt()
+    if balance > 0:
+        s, x = s * balance, x / balance
+    return s.to(dense_weight.dtype), x.to(dense_weight.dtype)
+
+
+def check_slorb(init: Method, slorb: SLoRBConfig | None) -> None:
+    """Raise UserError if SLoRB is to be made from calibration text, and pruning reads none."""
+    if slorb is not None and slorb.enabled and slorb.init == "svd" and not METHODS[init].needs_text:
+        raise UserError(
+            f"slorb.init=svd needs text, and sparsity.init={init!r} reads none. Choose sparsegpt or wanda, or set "
+            "slorb.init to mean.",
+            "slorb.init",
+            "sparsity.init",
+        )
+
+
+def _first_eigenvectors(matrix: Tensor, count: int) -> Tensor:
+    """Eigenvectors of a symmetric matrix as columns, those of the largest eigenvalues first; all if there are fewer."""
+    return torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :count]
 
 
 class SLoRB(nn.Module):

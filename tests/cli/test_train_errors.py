@@ -57,6 +57,8 @@ SETTINGS: list[tuple[str | list[str], str]] = [
         ["distillation={{alpha: 0, match_flops: true}}", "model.teacher=/nowhere/t"],
         r"model\.teacher='/nowhere/t': There is no folder",
     ),
+    ("slorb={{init: svd, start: 0.5}}", r"slorb\.init='svd' is made while the model is pruned\. Set slorb\.start to 0"),
+    ("slorb={{k: 8, init: svd}}", r"slorb\.init=svd needs text, and sparsity\.init='magnitude' reads none\. Choose"),
     ("slorb=true", r"Section 'slorb' is True"),
     ("slorb.k=7", r"slorb\.k=7 does not divide in_features=32"),
     ("slorb.k=0", r"slorb\.k=0 must be at least 1"),

@@ -42,7 +42,7 @@ def config(root: Path, init: str = "sparsegpt", basis: BasisConfig | None = None
         model=ModelConfig(name_or_path=str(root / "model")),
         data=DataConfig(root=str(root), train="text.txt", eval_share=0.1, block_size=16),  # type: ignore[arg-type]
         sparsity=SparsityConfig(init=init, mask_interval=1),  # type: ignore[arg-type]
-        slorb=SLoRBConfig(k=8),
+        slorb=SLoRBConfig(k=8, init="svd" if init == "sparsegpt" else "mean"),
         calibration=CALIBRATION,
         basis=basis,
         training=given,

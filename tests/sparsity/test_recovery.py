@@ -148,6 +148,24 @@ def test_slorb_makes_up_for_what_is_lost_after_recovery() -> None:
         torch.testing.assert_close(layer.slorb.S.float(), lost.unflatten(1, (-1, 8)).sum(-1) / 8, rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize(("family", "init"), [("llama", "wanda"), ("gpt2", "sparsegpt")])
+def test_slorb_from_the_inputs_makes_up_for_more_and_is_recovered_too(family: str, init: str) -> None:
+    dense, tokens = tiny_model(family).eval(), samples()
+    config, slow = SparsityConfig(init=init), replace(SETTINGS, recovery_learning_rate=1e-3)  # type: ignore[arg-type]
+    errors, adapters = [], []
+    for settings in (CalibrationConfig(), slow):
+        for slorb in (None, SLoRBConfig(k=8, init="svd")):
+            model = tiny_model(family).eval()
+            sparsify_model(model, config, slorb, calibration_config=settings, samples=tokens)
+            with torch.no_grad():
+                errors.append((model(input_ids=tokens).logits - dense(input_ids=tokens).logits).square().mean())
+        adapters.append([layer.slorb for layer in sparse_layers(model).values()])
+    plain, adapted, recovered, both = errors
+    assert adapted < 0.95 * plain and both < 0.95 * recovered and both < 0.95 * adapted
+    started, trained = ([each.S @ each.X for each in layers if each is not None] for layers in adapters)
+    assert not any(torch.equal(one, other) for one, other in zip(started, trained, strict=True))
+
+
 def test_weights_that_two_blocks_share_are_not_trained() -> None:
     block, inputs, targets = sparse_block()
     before = block.linear.weight.detach().clone()

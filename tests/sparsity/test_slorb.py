@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ast_sparse.sparsity.masks import nm_mask
-from ast_sparse.sparsity.slorb import SLoRB, slorb_init
+from ast_sparse.sparsity.slorb import SLoRB, slorb_init, slorb_svd
 
 
 @pytest.mark.parametrize("k", [4, 8, 16])
@@ -47,3 +47,48 @@ def test_projection_is_trained_only_if_asked() -> None:
 def test_k_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"slorb\.k=5 does not divide in_features=32"):
         slorb_init(torch.randn(6, 32), torch.zeros(6, 32), 5)
+
+
+def pruned_on_inputs(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, what is left of it, and inputs of very different sizes; in float64."""
+    generator = torch.Generator().manual_seed(out_features)
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
+    sizes = torch.logspace(-2, 2, in_features, dtype=torch.float64)
+    inputs = torch.randn(200, in_features, generator=generator, dtype=torch.float64) * sizes
+    return weight, torch.where(nm_mask(weight.abs()), weight * 1.1, 0), inputs
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(12, 32), (48, 32), (3, 32)])
+def test_svd_is_the_best_of_its_rank_on_the_inputs(out_features: int, in_features: int) -> None:
+    weight, start, inputs = pruned_on_inputs(out_features, in_features)
+    S, X = slorb_svd(weight, start, 8, 2 * inputs.T @ inputs)
+    lost = inputs @ (weight - start).T  # Eckart and Young: what is left are the smaller singular values
+    best = torch.linalg.svdvals(lost)[4:].square().sum()
+    error = (lost - SLoRB(S, X)(inputs)).square().sum()
+    torch.testing.assert_close(error, best, rtol=1e-9, atol=1e-18 * float(lost.square().sum()))
+    assert S.shape == (out_features, 4) and X.shape == (4, in_features)
+    torch.testing.assert_close(S.norm(), X.norm())
+
+
+def test_svd_without_inputs_is_that_of_the_weights() -> None:
+    weight, start, _ = pruned_on_inputs(12, 32)
+    S, X = slorb_svd(weight, start, 8, None)
+    best = torch.linalg.svdvals(weight - start)[4:].square().sum()
+    torch.testing.assert_close((weight - start - S @ X).square().sum(), best)
+
+
+def test_svd_of_a_layer_that_lost_nothing_adds_nothing() -> None:
+    weight, *_ = pruned_on_inputs(12, 32)
+    S, X = slorb_svd(weight, weight, 8, None)
+    assert bool(S.isfinite().all()) and not SLoRB(S, X)(torch.randn(3, 32, dtype=torch.float64)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_svd_of_16_bit_weights_is_that_of_float32_rounded(dtype: torch.dtype) -> None:
+    weight, start, inputs = (each.to(dtype) for each in pruned_on_inputs(12, 32))
+    hessian = 2 * inputs.float().T @ inputs.float()
+    S, X = slorb_svd(weight, start, 8, hessian)
+    exact = slorb_svd(weight.double(), start.double(), 8, hessian.double())
+    assert S.dtype == X.dtype == dtype
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close((S @ X).double(), exact[0] @ exact[1], **close)

@@ -33,7 +33,7 @@ class LateSLoRB(TrainerCallback):
     ) -> None:
         if self.config is not None and state.global_step == slorb_step(self.config, state.max_steps):
             with sparse_optimizer(kwargs["optimizer"]).true_weights():
-                restart_slorb(kwargs["model"], self.config.init)
+                restart_slorb(kwargs["model"], "mean" if self.config.init == "mean" else "zero")
 
     def drop_gradients(self, model: nn.Module, state: TrainerState) -> None:
         """Drop the gradients of what is not trained at this step, after the backward pass of a micro-batch."""

@@ -126,7 +126,8 @@ def first_masks(
         dataset: to calibrate on; False for magnitude masks.
     """
     if dataset is False:
-        return sparsify_model(model, replace(sparsity, init="magnitude"), slorb)
+        later = None if slorb is None else replace(slorb, init=slorb.init_by_groups)
+        return sparsify_model(model, replace(sparsity, init="magnitude"), later)
     if not METHODS[sparsity.init].needs_text:
         return sparsify_model(model, sparsity, slorb, calibration_config=calibration)
     return sparsify_model(
