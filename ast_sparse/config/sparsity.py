@@ -162,8 +162,8 @@ class SLoRBConfig(Section):
     init: Literal["mean", "zero", "svd"] = field(
         default="mean",
         metadata=about(
-            "mean: S from pruned weights (6); zero: 0; svd: S and X make up for as much of the layer's error on the "
-            "calibration text as their rank allows. After SparseGPT, choose svd or zero."
+            "mean: S from pruned weights (6); zero: 0; svd: S and X make up for as much of each layer's error on the "
+            "calibration text as their rank allows. Choose svd if sparsity.init reads text."
         ),
     )
     train_projection: bool = field(default=True, metadata=about("Whether X of (5) is trained."))
@@ -180,11 +180,6 @@ class SLoRBConfig(Section):
         self._require(
             self.start == 0 or self.init != "svd", "init", "is made while the model is pruned. Set slorb.start to 0."
         )
-
-    @property
-    def init_by_groups(self) -> Literal["mean", "zero"]:
-        """How S begins where no text is read; zero if it is set later: by `restart_slorb`, or from a start's files."""
-        return "mean" if self.init == "mean" and self.start == 0 else "zero"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,7 @@ def make_plan(
     report = sparsify_model(model, config.sparsity, config.slorb)
     devices = world_size or args.world_size
     notes += [] if matched is None else [f"steps: {matched}"]
+    notes += _slorb_notes(config)
     if makes_start(config):
         size = 4 * report.pruned_parameters / 2**30
         notes.append(f"start: made once from {config.calibration.samples} sequences, about {size:.1f} GiB in start/")
@@ -172,6 +173,14 @@ def makes_start(config: RunConfig) -> bool:
     """Whether text decides what a new run starts from."""
     changes = config.basis is not None and config.basis.is_on
     return METHODS[config.sparsity.init].needs_text or changes
+
+
+def _slorb_notes(config: RunConfig) -> list[str]:
+    """A better start of SLoRB, if there is one."""
+    init, slorb = config.sparsity.init, config.slorb
+    if slorb is None or not slorb.enabled or slorb.start > 0 or slorb.init == "svd" or not METHODS[init].needs_text:
+        return []
+    return [f"slorb: after sparsity.init={init}, slorb.init=svd starts closer to the dense model than {slorb.init}"]
 
 
 def _memory_model(config: RunConfig, student: PreTrainedModel, dense: PreTrainedModel | None) -> MemoryModel:

@@ -16,7 +16,7 @@ from ast_sparse.sparsity.masks import Pattern, gradual_mask
 from ast_sparse.sparsity.oneshot import METHODS, PrunedLayer, prune_layer, settle
 from ast_sparse.sparsity.recovery import BlockRecovery
 from ast_sparse.sparsity.select import Prunable, decoder_blocks
-from ast_sparse.sparsity.slorb import SLoRB, slorb_init, slorb_svd
+from ast_sparse.sparsity.slorb import SLoRB, init_without_text, slorb_init, slorb_svd
 from ast_sparse.sparsity.statistics import BlockSteps, Call, InputStatistics, calibrate_blocks
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ class Pruning(BlockSteps):
 
     def _by_groups(self, dense: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         assert self._slorb is not None, "only layers with SLoRB keep their dense weight"
-        return slorb_init(dense, start, self._slorb.k, self._slorb.init_by_groups)
+        return slorb_init(dense, start, self._slorb.k, init_without_text(self._slorb))
 
     def _add_adapter(self, name: str, s: Tensor, x: Tensor) -> None:
         assert self._slorb is not None, "a block that was finished before has the same settings"

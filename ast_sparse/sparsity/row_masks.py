@@ -10,7 +10,7 @@ from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.layers import SparseLayer, pack_bits
 from ast_sparse.sparsity.masks import gradual_mask
 from ast_sparse.sparsity.model import sparse_layers
-from ast_sparse.sparsity.slorb import slorb_init
+from ast_sparse.sparsity.slorb import init_without_text, slorb_init
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def fill_masks(model: nn.Module, sparsity: SparsityConfig, slorb: SLoRBConfig | 
         kept = torch.where(mask, weight, 0)
         squares.append(torch.stack([(weight - kept).square().sum(), weight.square().sum()]))
         if layer.slorb is not None and slorb is not None:
-            start, projection = slorb_init(weight, kept, layer.slorb.k, slorb.init_by_groups)
+            start, projection = slorb_init(weight, kept, layer.slorb.k, init_without_text(slorb))
             local(layer.slorb.S).copy_(start)
             local(layer.slorb.X).copy_(piece_for(projection, layer.slorb.X))
     if sparsity.is_gradual or not layers:

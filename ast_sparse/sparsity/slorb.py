@@ -74,6 +74,11 @@ def slorb_svd(dense_weight: Tensor, start_weight: Tensor, k: int, hessian: Tenso
     return s.to(dense_weight.dtype), x.to(dense_weight.dtype)
 
 
+def init_without_text(slorb: SLoRBConfig) -> Literal["mean", "zero"]:
+    """How S begins where no text is read; zero if it is set later: by `restart_slorb`, or from the files of a start."""
+    return "mean" if slorb.init == "mean" and slorb.start == 0 else "zero"
+
+
 def check_slorb(init: Method, slorb: SLoRBConfig | None) -> None:
     """Raise UserError if SLoRB is to be made from calibration text, and pruning reads none."""
     if slorb is not None and slorb.enabled and slorb.init == "svd" and not METHODS[init].needs_text:

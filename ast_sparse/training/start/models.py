@@ -12,6 +12,7 @@ from ast_sparse.data.tokens.vocabulary import Renamed
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
+from ast_sparse.sparsity.slorb import init_without_text
 from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
@@ -126,7 +127,7 @@ def first_masks(
         dataset: to calibrate on; False for magnitude masks.
     """
     if dataset is False:
-        later = None if slorb is None else replace(slorb, init=slorb.init_by_groups)
+        later = None if slorb is None else replace(slorb, init=init_without_text(slorb))
         return sparsify_model(model, replace(sparsity, init="magnitude"), later)
     if not METHODS[sparsity.init].needs_text:
         return sparsify_model(model, sparsity, slorb, calibration_config=calibration)
