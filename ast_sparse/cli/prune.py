@@ -10,7 +10,7 @@ import click
 from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
 from ast_sparse.cli.options import find_device
-from ast_sparse.config import BasisConfig, CalibrationConfig, ModelConfig, SparsityConfig
+from ast_sparse.config import BasisConfig, CalibrationConfig, ModelConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.basis import check_basis
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.config.sparsity import METHOD_HELP
@@ -39,6 +39,7 @@ _OPTIONS = {  # the option for each setting
     "calibration.recovery_epochs": "--recovery-epochs",
     "calibration.recovery_learning_rate": "--recovery-learning-rate",
     "calibration.recovery_batch_size": "--recovery-batch-size",
+    "slorb.k": "--slorb-k",
     "model.revision": "--revision",
     "model.gguf_file": "--gguf-file",
     "model.trust_remote_code": "--trust-remote-code",
@@ -101,6 +102,11 @@ _CALIBRATION = (
 @click.option(
     "--recovery-batch-size", type=int, default=4, show_default=True, help="Sequences in a batch of that training."
 )
+@click.option(
+    "--slorb-k", type=int, metavar="K",
+    help="Make SLoRB adapters of rank inputs / K beside the pruned layers, 16 for example: from the text that the "
+    "method reads; with magnitude, from the mean of what it prunes.",
+)  # fmt: skip
 @click.option("--include", multiple=True, metavar="NAME", help="Prune only matching layers; * is a wildcard.")
 @click.option("--exclude", multiple=True, metavar="NAME", help="Keep matching layers dense; * is a wildcard.")
 @click.option(
@@ -132,16 +138,20 @@ def main(model: str, out: str, **options: Any) -> None:
         )
         basis = BasisConfig(permute=options["permute"], rotation_steps=options["rotation_steps"])
         check_basis(basis, sparsity)
+        slorb = None
+        if options["slorb_k"] is not None:
+            slorb = SLoRBConfig(k=options["slorb_k"], init="mean" if sparsity.init == "magnitude" else "svd")
         source = ModelConfig(
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
         )
-        _prune(source, Path(out).expanduser(), sparsity, calibration, basis, options)
+        _prune(source, Path(out).expanduser(), sparsity, slorb, calibration, basis, options)
 
 
 def _prune(
     source: ModelConfig,
     out: Path,
     sparsity: SparsityConfig,
+    slorb: SLoRBConfig | None,
     calibration: CalibrationConfig,
     basis: BasisConfig,
     options: dict[str, Any],
@@ -162,7 +172,7 @@ def _prune(
     meta = meta_student(source)
     check_space(out, meta.num_parameters() * DTYPES[options["dtype"]].itemsize)
     # checks settings, shapes and names before weights are loaded
-    sparsify_model(meta, sparsity, calibration_config=calibration)
+    sparsify_model(meta, sparsity, slorb, calibration_config=calibration)
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
@@ -173,10 +183,11 @@ def _prune(
     if basis.is_on and samples is not None:
         _change_basis(model, basis, sparsity, calibration, samples, device)
     report = sparsify_model(
-        model, sparsity, calibration_config=calibration, samples=samples, device=device, progress=True
+        model, sparsity, slorb, calibration_config=calibration, samples=samples, device=device, progress=True
     )
     click.echo("\n".join([*report.lines(), *_errors(report, chosen.needs_text)]))
     method: dict[str, Any] = {"method": sparsity.init, **({"basis": basis.to_dict()} if basis.is_on else {})}
+    method |= {} if slorb is None else {"slorb": {"k": slorb.k, "init": slorb.init}}
     if samples is not None:
         method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
     written = export_model(

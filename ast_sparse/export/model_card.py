@@ -308,15 +308,24 @@ def _number(result: Mapping[str, Any] | None) -> str:
     return "not finite" if result is not None and value is None else "" if value is None else f"{value:.2f}"
 
 
+def _prune_options(one_shot: Mapping[str, Any]) -> str:
+    """The options of ast-prune that change the model most; all settings follow below."""
+    basis, calibration, slorb = (one_shot.get(key) or {} for key in ("basis", "calibration", "slorb"))
+    options = " --permute" if basis.get("permute") else ""
+    options += f" --rotation-steps {basis['rotation_steps']}" if basis.get("rotation_steps") else ""
+    if calibration.get("recovery_epochs"):
+        options += f" --recovery-epochs {calibration['recovery_epochs']}"
+        options += f" --recovery-learning-rate {calibration['recovery_learning_rate']:g}"
+    return options + (f" --slorb-k {slorb['k']}" if slorb else "")
+
+
 def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
     record, method = subject.record, subject.record.get("one_shot", "method")
     config = record.get("run", "config")
     commands = [] if config is None else ["ast-train --config run.yaml  # below"]
     if method is not None:
         base = shlex.quote(subject.base or "MODEL")
-        basis = record.get("one_shot", "basis") or {}
-        options = " --permute" if basis.get("permute") else ""
-        options += f" --rotation-steps {basis['rotation_steps']}" if basis.get("rotation_steps") else ""
+        options = _prune_options(record.get("one_shot"))
         commands.append(f"ast-prune {base} OUT --method {method} --pattern {report.pattern}{options}")
     if subject.folder is not None:
         source = shlex.quote(shareable(str(subject.folder)))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM
 
 from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
@@ -105,6 +106,27 @@ def test_a_rotated_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_pa
         and recorded["basis"]["rotation_steps"] == 2
         and recorded["calibration"]["samples"] == 4
     )
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "sparsegpt"), ("gpt2", "magnitude")])
+def test_slorb_is_written_beside_the_model_and_brings_it_closer(
+    family: str, method: str, folder: Path, tmp_path: Path
+) -> None:
+    arguments = ("--method", method, "--calibration", folder / "text.txt", *CALIBRATION, "--slorb-k", "8")
+    result = run(folder / family, tmp_path / "out", *arguments, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]["slorb"]
+    assert recorded == {"k": 8, "init": "svd" if method == "sparsegpt" else "mean"}
+    assert " --slorb-k 8\n" in (tmp_path / "out" / "README.md").read_text()
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense, found, bare = (
+            model(input_ids=tokens).logits
+            for model in (load_causal_lm(folder / family), load_causal_lm(tmp_path / "out"), alone)
+        )
+    share = (found - dense).norm() / (bare - dense).norm()
+    assert share < 0.95 if method == "sparsegpt" else share != 1
 
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
