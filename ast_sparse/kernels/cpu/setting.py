@@ -21,7 +21,7 @@ from typing import Any
 from ast_sparse.errors import UserError, shown
 
 VARIABLE = "AST_SPARSE_CPU"
-LEVELS = ("avx512_bf16", "avx512", "avx2", "neon")  # of `kernels/native/`
+LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "neon")  # of `kernels/native/`
 
 
 @cache

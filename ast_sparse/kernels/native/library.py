@@ -85,7 +85,9 @@ def usable_levels() -> list[str]:
 def of_level(name: str) -> Kernels:
     """The kernels of one of `usable_levels`."""
     library = _library()
-    return Kernels(name, _names(library).index(name), library.ast24_linear, library.ast24_decode)
+    index = _names(library).index(name)
+    library.ast24_usable(index)  # the question also asks Linux for the tiles of AMX
+    return Kernels(name, index, library.ast24_linear, library.ast24_decode)
 
 
 def _names(library: ctypes.CDLL) -> list[str]:

@@ -51,7 +51,8 @@ def linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, forced:
     """`x Wᵀ + b` for tensors that `takes` accepts; sums in float32, rounded once.
 
     Pruned entries of W are left out, or multiplied as 0: whether an x that is not finite makes NaN of them depends on
-    the level and the number of tokens. The level `avx512_bf16` takes subnormal bfloat16 numbers as 0.
+    the level and the number of tokens. The levels `amx_bf16` and `avx512_bf16` take subnormal
+    bfloat16 numbers as 0.
 
     Bits: with up to 16 tokens they depend on the level, and on whether the tokens are at most 4 (AVX2: 1), but not on
     the threads or the other tokens. With more, W may be decoded in blocks for PyTorch's product. A measurement decides

@@ -12,7 +12,7 @@ from ast_sparse.cli.export import main
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.cpu import setting
 
-FIX = "Set it to auto, plain, avx512_bf16, avx512, avx2 or neon."
+FIX = "Set it to auto, plain, amx_bf16, avx512_bf16, avx512, avx2 or neon."
 THEIRS: dict[str, Any] = dict(system="linux", library="glibc", processor="x86_64", avx512_f=True)
 
 

@@ -3,9 +3,9 @@
 The result of a row and a token is Σ w·x + b over the kept columns. A level adds n = in/2 products in float32, in any
 order, and rounds once. Each of the n + 1 sums has a relative error of at most ε/2 (ε = 2⁻²³), and so the sum before
 rounding is within (n + 1)·ε·(Σ|w·x| + |b|) of the exact one, with a factor of two to spare. To this comes what is lost
-below the smallest float32: 2⁻¹⁴⁹ for each sum. `avx512_bf16` takes subnormal numbers as 0 with bfloat16: products with
-one may be missing, and each sum below 2⁻¹²⁶ too. Rounding is monotone: a right result is between the two ends of that
-interval, rounded.
+below the smallest float32: 2⁻¹⁴⁹ for each sum. Two levels take subnormal numbers as 0 with bfloat16 (`flushes`):
+products with one may be missing, and each sum below 2⁻¹²⁶ too. Rounding is monotone: a right result is between the two
+ends of that interval, rounded.
 
 Not finite: a sum that is inf or NaN must be that. If Σ|w·x| + |b| exceeds float32, a part of the sum may, so anything
 is right. If x is not finite in a pruned column, NaN is right too (0·inf).
@@ -65,12 +65,17 @@ def random_case(seed: int, place: Callable[[Tensor], Tensor] = torch.clone) -> C
     return Case(x, values, meta, bias)
 
 
-def wrong_entries(y: Tensor, case: Case, flushes: bool) -> int:
+def flushes(level: str, dtype: torch.dtype) -> bool:
+    """Whether subnormal numbers may be taken as 0."""
+    return level in ("amx_bf16", "avx512_bf16") and dtype == torch.bfloat16
+
+
+def wrong_entries(y: Tensor, case: Case, level: str) -> int:
     """How many entries of the result are not right.
 
     Args:
         y: `[..., out]`, the dtype of x.
-        flushes: subnormal numbers may be taken as 0.
+        level: that computed it.
     """
     assert y.dtype == case.x.dtype and y.shape == (*case.x.shape[:-1], len(case.values))
     x, y = case.x.reshape(-1, case.x.shape[-1]).double(), y.reshape(-1, y.shape[-1])
@@ -80,7 +85,7 @@ def wrong_entries(y: Tensor, case: Case, flushes: bool) -> int:
     count = products.shape[-1] + 1
     bound = count * (EPSILON * size + SMALLEST)
     either = ~x.isfinite().all(-1, keepdim=True).expand_as(exact)
-    if flushes:
+    if flushes(level, y.dtype):
         dropped = ((weights.abs() < SMALLEST_NORMAL) | (read.abs() < SMALLEST_NORMAL)) & (products != 0)
         bound += torch.where(dropped, products.abs(), 0).nan_to_num().sum(-1) + 2 * count * SMALLEST_NORMAL
         either |= (dropped & ~products.isfinite()).any(-1)

@@ -6,7 +6,7 @@ import torch
 from ast_sparse.kernels.code24 import same_bits
 from ast_sparse.kernels.native.library import of_level, usable_levels
 from ast_sparse.kernels.native.products24 import linear
-from tests.kernels.native.random24 import DTYPES, NIBBLES, random_case, slow_dense, wrong_entries
+from tests.kernels.native.random24 import DTYPES, NIBBLES, Case, random_case, slow_dense, wrong_entries
 
 LEVELS = usable_levels()
 
@@ -17,9 +17,21 @@ def test_results_are_those_of_float64_within_rounding(level: str) -> None:
     for seed in range(300):
         case = random_case(seed)
         found = linear(case.x, case.values, case.meta, case.bias, kernels)
-        if count := wrong_entries(found, case, flushes=level == "avx512_bf16" and found.dtype == torch.bfloat16):
+        if count := wrong_entries(found, case, level):
             wrong[seed] = f"{case}: {count}"
     assert not wrong
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tokens", [16, 24, 40, 48])
+def test_long_rows_and_many_rows_are_cut_where_they_may_be(level: str, tokens: int) -> None:
+    random = torch.Generator().manual_seed(tokens)
+    for rows, columns in [(150, 1096), (17, 2088), (130, 1024)]:
+        x, bias = (torch.randn(size, generator=random).bfloat16() for size in ((tokens, columns), (rows,)))
+        values = torch.randn(rows, columns // 2, generator=random).bfloat16()
+        nibbles = NIBBLES[torch.randint(6, (rows, columns // 8, 2), generator=random)]
+        case = Case(x, values, nibbles[..., 0] | nibbles[..., 1] << 4, bias)
+        assert not wrong_entries(linear(x, values, case.meta, bias, of_level(level)), case, level), (rows, columns)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -10,10 +10,34 @@
 #define INLINE static inline __attribute__((always_inline))
 
 extern const ast24_way ast24_avx512_bfloat16, ast24_avx512_float16, ast24_avx512_float32;
+extern const ast24_way ast24_avx512_bf16_bfloat16;
 void ast24_avx512_decode(const ast24_matrix *, int64_t first, int64_t last);
 
 /* the lowest `count` bits */
 INLINE __mmask16 lanes_below(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1 << (count < 0 ? 0 : count)) - 1); }
+
+/* Lines of W that are still to be fetched. They are fetched in order during the work on rows before them, whose own
+   accesses jump from row to row, which no hardware foresees. */
+typedef struct {
+  const char *values, *meta;
+  int64_t lines, values_per_meta;
+} upcoming;
+
+INLINE upcoming rows_ahead(const ast24_product *p, int64_t row, int64_t rows) {
+  const int64_t size = p->dtype == AST24_FLOAT32 ? 4 : 2, row_bytes = p->columns / 2 * size;
+  return (upcoming){(const char *)p->values + row * row_bytes, (const char *)p->meta + row * (p->columns / 8),
+                    rows > 0 ? (rows * row_bytes + 63) / 64 : 0, 4 * size};
+}
+
+INLINE void fetch(upcoming *next, int64_t lines) {
+  for (; lines > 0 && next->lines > 0; lines--, next->lines--, next->values += 64) {
+    _mm_prefetch(next->values, _MM_HINT_T1);
+    if (next->lines % next->values_per_meta == 0) {
+      _mm_prefetch(next->meta, _MM_HINT_T1);
+      next->meta += 64;
+    }
+  }
+}
 
 /* sums of 16 rows and one token: the bias is added, and the sums are rounded and stored; `mask` has the rows there are */
 WIDE INLINE void finish(const ast24_product *p, int64_t token, int64_t row, __mmask16 mask, __m512 sums) {

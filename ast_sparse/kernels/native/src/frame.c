@@ -10,9 +10,11 @@
 #define EXPORT __attribute__((visibility("default")))
 #define ON_STACK (64 << 10)
 #define PREPARED_ALONE (64 << 10) /* entries of x */
-#define TOKENS_OF_ONE 64          /* of a piece for one thread: x as it is prepared for more leaves the second cache */
 
 static const ast24_level *const levels[] = {
+#ifdef AST24_HAS_AMX
+    &ast24_amx_bf16,
+#endif
 #ifdef AST24_HAS_AVX512
     &ast24_avx512_bf16,
     &ast24_avx512,
@@ -123,11 +125,12 @@ EXPORT int ast24_linear(
     int level, int dtype, const void *x, int64_t x_stride, const void *values, const void *meta, const void *bias,
     void *y, int64_t tokens, int64_t rows, int64_t columns, int threads) {
   const int64_t padded = (columns + 63) / 64 * 64;
-  const int by_tokens = tokens >= (int64_t)threads * TOKENS_OF_ONE;
+  const ast24_way *way = levels[level]->ways[dtype];
+  const int by_tokens = tokens >= threads * way->most_own;
   int failed = 0;
   const product_call call = {
       {dtype, tokens, rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
-      levels[level]->ways[dtype], by_tokens ? 1 : threads, by_tokens ? TOKENS_OF_ONE : AST24_MOST_TOKENS, &failed};
+      way, by_tokens ? 1 : threads, by_tokens ? way->most_own : way->most, &failed};
   if (by_tokens)
     share(tokens_part, &call, tokens, 16, threads);
   else

@@ -14,6 +14,11 @@
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define AST24_HAS_AVX512
 #endif
+/* GCC 11 and Clang 12 are the first that know AMX well */
+#if defined(AST24_HAS_AVX512) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define AST24_HAS_AMX
+#endif
 #if defined(__aarch64__) && !defined(__AARCH64EB__)
 #define AST24_HAS_NEON
 #endif
@@ -23,7 +28,7 @@ enum { AST24_BFLOAT16, AST24_FLOAT16, AST24_FLOAT32, AST24_DTYPES };
 /* y = x Wᵀ + b, all tensors of one dtype. */
 typedef struct {
   int dtype;
-  int64_t tokens; /* 1 to AST24_MOST_TOKENS: the frame cuts longer products */
+  int64_t tokens; /* 1 to `most` of the way: the frame cuts longer products */
   int64_t rows, columns;
   const void *x;   /* tokens rows of `columns` entries, x_stride entries apart */
   int64_t x_stride;
@@ -37,7 +42,7 @@ typedef struct {
 
 /* A product of up to AST24_FEW tokens may add in another order than a larger one, and only such a product: the frame cuts
    none of them off a longer one. */
-enum { AST24_MOST_TOKENS = 128, AST24_FEW = 4 };
+enum { AST24_FEW = 4 };
 
 /* The dense matrix [rows, columns], exactly 0.0 where pruned; the bits of kept values do not change. */
 typedef struct {
@@ -52,6 +57,8 @@ typedef struct {
    The result of a row and a token must depend neither on first and last nor on other tokens' values. Sums are in float32
    and rounded once, after the bias was added. */
 typedef struct {
+  int64_t most;     /* tokens of a product whose rows threads share; a multiple of 16 */
+  int64_t most_own; /* tokens of a thread's own product: x as it is prepared for more leaves the second cache */
   int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
   void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
   void (*rows)(const ast24_product *, int64_t first, int64_t last);    /* y[:, first:last]; first is a multiple of 16 */
@@ -65,7 +72,7 @@ typedef struct {
 } ast24_level;
 
 /* Defined in the file of the level; the frame has them in a table, best first. */
-extern const ast24_level ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
+extern const ast24_level ast24_amx_bf16, ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
 
 static inline int64_t ast24_least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -23,23 +23,6 @@ INLINE int64_t blocks_bytes(const ast24_product *p) {
   return whole * block_bytes(p, LARGEST) + (left ? block_bytes(p, width_of(left)) : 0);
 }
 
-/* Lines of the next strip that are still to be fetched. They are fetched in order during the work on this one, whose own
-   accesses jump from row to row, which no hardware foresees. */
-typedef struct {
-  const char *values, *meta;
-  int64_t lines, values_per_meta;
-} upcoming;
-
-INLINE void fetch(upcoming *next, int64_t lines) {
-  for (; lines > 0 && next->lines > 0; lines--, next->lines--, next->values += 64) {
-    _mm_prefetch(next->values, _MM_HINT_T1);
-    if (next->lines % next->values_per_meta == 0) {
-      _mm_prefetch(next->meta, _MM_HINT_T1);
-      next->meta += 64;
-    }
-  }
-}
-
 /* One block of tokens and up to STRIP rows, r at a time; x for `cached` groups stays in the first cache. All but p, row,
    rows, block, token and next are known when this is compiled. */
 TARGET INLINE void strip(
@@ -85,8 +68,7 @@ INLINE void rows_many(const ast24_product *p, int64_t first, int64_t last, strip
   const int64_t fitting = STRIP_BYTES / row_bytes / 16 * 16, step = fitting < 16 ? 16 : ast24_least(fitting, STRIP);
   for (int64_t row = first; row < last; row += step) {
     const int64_t count = ast24_least(last - row, step), after = row + count, more = ast24_least(last - after, step);
-    upcoming next = {(const char *)p->values + after * row_bytes, (const char *)p->meta + after * (p->columns / 8),
-                     (more * row_bytes + 63) / 64, 4 * size};
+    upcoming next = rows_ahead(p, after, more);
     const char *block = p->operand;
     for (int64_t token = 0; token < p->tokens; token += LARGEST) {
       const int width = width_of(p->tokens - token);
