@@ -170,9 +170,10 @@ def _prune(
     folder = Path(source.name_or_path).expanduser()
     check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
     meta = meta_student(source)
-    check_space(out, meta.num_parameters() * DTYPES[options["dtype"]].itemsize)
     # checks settings, shapes and names before weights are loaded
     sparsify_model(meta, sparsity, slorb, calibration_config=calibration)
+    written_values = sum(each.numel() for each in meta.parameters() if each.is_floating_point())  # with SLoRB
+    check_space(out, written_values * DTYPES[options["dtype"]].itemsize)
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None

@@ -21,7 +21,6 @@ from ast_sparse.config.sparsity import Method
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import SparseLayer, out_by_in
 from ast_sparse.sparsity.oneshot import METHODS, settle
-from ast_sparse.sparsity.slorb import SLoRB
 from ast_sparse.sparsity.statistics import Call, run_block
 
 logger = logging.get_logger(__name__)
@@ -37,7 +36,7 @@ class BlockRecovery:
     """Trains a pruned block towards the outputs of the dense block.
 
     The weights of pruned layers are trained, SLoRB that they have, and vectors: norms and biases. Weights that several
-    blocks share are not, because the blocks before were trained with them as they are.
+    blocks share are not, nor is their SLoRB, because the blocks before were trained with them as they are.
 
     Args:
         blocks: all decoder blocks by name.
@@ -73,8 +72,8 @@ class BlockRecovery:
         """
         layers: dict[Tensor, SparseLayer] = {}
         layers.update((layer.weight, layer) for layer in block.modules() if isinstance(layer, SparseLayer))
-        adapters = [module for module in block.modules() if isinstance(module, SLoRB)]
-        added = {each for adapter in adapters for each in adapter.parameters() if each.requires_grad}
+        own = [layer.slorb for weight, layer in layers.items() if weight not in self._shared]
+        added = {each for adapter in own if adapter is not None for each in adapter.parameters() if each.requires_grad}
         trained = [each for each in block.parameters() if each in added or self._is_trained(each, layers)]
         if not trained:
             return

@@ -28,6 +28,7 @@ from ast_sparse.sparsity.masked_gather import distribute_masks, prepare_gathers
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.row_masks import fill_masks
+from ast_sparse.sparsity.slorb import check_slorb
 from ast_sparse.storage.finite import check_finite
 from ast_sparse.training.fsdp import mixed_precision, processes_of, sharding_plugin, without_weights
 
@@ -87,6 +88,7 @@ def sparsify_sharded(
             f"sparsity.init={sparsity.init!r} needs the whole model. Do not shard it before SparseTrainer does.",
             "sparsity.init",
         )
+    check_slorb(sparsity.init, slorb)
     with errors_shared():
         check_finite(model)
     reshard(model)

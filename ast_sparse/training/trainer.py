@@ -2,7 +2,6 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -57,7 +56,7 @@ from ast_sparse.training.sharding import sparsify_sharded
 from ast_sparse.training.start.blocks import BlockMaker, block_length
 from ast_sparse.training.start.frozen_teacher import place_teacher
 from ast_sparse.training.start.model_calls import CompiledDecoders, borders_known, compiles_decoders
-from ast_sparse.training.start.models import DenseModels, dense_models, first_masks
+from ast_sparse.training.start.models import DenseModels, dense_models, first_masks, without_text
 from ast_sparse.training.start.optimizer import sparse_adamw
 from ast_sparse.training.start.reduction import prepare_ddp, reduce_over_replicas
 
@@ -154,8 +153,9 @@ class SparseTrainer(EvaluationTrainer):
         # 3. masks
         sparsity, slorb, calibration = self.sparsity_config, self.slorb_config, self.calibration_config
         if is_sharded(model):
-            first = replace(sparsity, init="magnitude") if blocks.calibration is False else sparsity
-            model, self.sparsity_report = sparsify_sharded(model, args, first, slorb)
+            if blocks.calibration is False:
+                sparsity, slorb = without_text(sparsity, slorb)
+            model, self.sparsity_report = sparsify_sharded(model, args, sparsity, slorb)
         else:
             self.sparsity_report = first_masks(model, sparsity, slorb, calibration, args, maker, blocks.calibration)
         check_optimizer(optimizers[0], model)

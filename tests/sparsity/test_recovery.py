@@ -15,6 +15,7 @@ from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import refresh_masks, sparse_layers, sparsify_model
 from ast_sparse.sparsity.recovery import BlockRecovery, block_loss, rate_at, runs_together
+from ast_sparse.sparsity.slorb import SLoRB
 from tests.models import tiny_model
 
 SETTINGS = CalibrationConfig(recovery_epochs=3, recovery_learning_rate=1e-2, recovery_batch_size=2)
@@ -168,9 +169,12 @@ def test_slorb_from_the_inputs_makes_up_for_more_and_is_recovered_too(family: st
 
 def test_weights_that_two_blocks_share_are_not_trained() -> None:
     block, inputs, targets = sparse_block()
-    before = block.linear.weight.detach().clone()
+    block.linear.slorb = SLoRB(torch.randn(8, 2).double(), torch.randn(2, 8).double())
+    before = [each.detach().clone() for each in (block.linear.weight, block.linear.slorb.S, block.linear.slorb.X)]
     BlockRecovery({"a": block, "b": nn.ModuleList([block.linear])}, SETTINGS)("a", block, inputs, targets, ((), {}))
-    assert torch.equal(block.linear.weight, before) and not torch.equal(block.norm, torch.ones(8))
+    after = (block.linear.weight, block.linear.slorb.S, block.linear.slorb.X)
+    assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
+    assert not torch.equal(block.norm, torch.ones(8))
 
 
 def test_a_block_that_gets_worse_keeps_its_weights_and_one_that_diverges_is_an_error(

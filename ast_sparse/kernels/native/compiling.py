@@ -106,7 +106,11 @@ def _compile(compiler: list[str], file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="compiling-") as folder:
             made = Path(folder) / file.name
-            _run([*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(made)])
+            command = [*compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(made)]
+            try:
+                _run(command)
+            except BuildError:  # perhaps because of an assembler that is older than the compiler
+                _run([*command, "-DAST24_NO_AMX"])
             os.replace(made, file)
     except OSError as error:
         raise BuildError(

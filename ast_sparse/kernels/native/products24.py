@@ -140,15 +140,23 @@ def _kernels_win(used: Kernels, x: Tensor, values: Tensor, meta: Tensor, threads
         sample = torch.ones(tokens, x.shape[-1], dtype=x.dtype, device="cpu")
         block = slice(0, _rows_of_block(x))
         values, meta = values[block], meta[block]
-        by_blocks = _seconds(lambda: _by_blocks(used, sample, values, meta, None))
-        _faster[key] = _seconds(lambda: _by_kernels(used, sample, values, meta, None, threads)) < by_blocks
+        seconds = _least_seconds(
+            lambda: _by_blocks(used, sample, values, meta, None),
+            lambda: _by_kernels(used, sample, values, meta, None, threads),
+        )
+        _faster[key] = seconds[1] < seconds[0]
     return _faster[key]
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _least_seconds(*calls: Callable[[], Any]) -> list[float]:
+    """The least time of each: in turns, so that none alone meets cold memory or a busy machine."""
     times = []
-    for _ in range(4):  # the first one may find cold memory
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    for _ in range(7):
+        times.append([_seconds(call) for call in calls])
+    return [min(each) for each in zip(*times, strict=True)]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

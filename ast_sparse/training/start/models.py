@@ -111,6 +111,12 @@ def _dense_student(
     return model, origin
 
 
+def without_text(sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> tuple[SparsityConfig, SLoRBConfig | None]:
+    """Settings that need no text, for a model that gets weights, masks and SLoRB from the files of a start later."""
+    slorb = None if slorb is None else replace(slorb, init=init_without_text(slorb))
+    return replace(sparsity, init="magnitude"), slorb
+
+
 def first_masks(
     model: PreTrainedModel,
     sparsity: SparsityConfig,
@@ -127,8 +133,7 @@ def first_masks(
         dataset: to calibrate on; False for magnitude masks.
     """
     if dataset is False:
-        later = None if slorb is None else replace(slorb, init=init_without_text(slorb))
-        return sparsify_model(model, replace(sparsity, init="magnitude"), later)
+        return sparsify_model(model, *without_text(sparsity, slorb))
     if not METHODS[sparsity.init].needs_text:
         return sparsify_model(model, sparsity, slorb, calibration_config=calibration)
     return sparsify_model(

@@ -71,6 +71,12 @@ def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_an_assembler_without_amx_costs_only_that_level(small_source: Path) -> None:
+    old = "#ifndef AST24_NO_AMX\n#error no such instruction: tileloadd\n#endif\n"
+    (small_source / "seven.c").write_text(old + SEVEN)
+    assert ctypes.CDLL(str(library_file())).seven() == 7
+
+
 def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(BuildError, match=r"^no C compiler \(cc, gcc, clang\) was found$"):

@@ -78,7 +78,7 @@ def test_a_product_of_many_tokens_is_that_of_a_few_at_a_time(level: str, dtype: 
     """Whether threads share the tokens or the rows, and where a long product is cut."""
     random = torch.Generator().manual_seed(0)
     rows, columns, gap = 37, 136, 5
-    x = torch.randn(261, columns + gap, generator=random).to(dtype)
+    x = torch.randn(774, columns + gap, generator=random).to(dtype)
     values = torch.randn(rows, columns // 2, generator=random).to(dtype)
     nibbles = NIBBLES[torch.randint(6, (rows, columns // 8, 2), generator=random)]
     meta, kernels = nibbles[..., 0] | nibbles[..., 1] << 4, of_level(level)
@@ -91,7 +91,7 @@ def test_a_product_of_many_tokens_is_that_of_a_few_at_a_time(level: str, dtype: 
         assert y[-1].isnan().all()
         return y[:-1]
 
-    few = torch.cat([product(first, 9, 1) for first in range(0, 261, 9)])
-    for tokens in (63, 64, 65, 68, 127, 128, 129, 132, 133, 193, 257, 260, 261):
+    few = torch.cat([product(first, 9, 1) for first in range(0, 774, 9)])
+    for tokens in (63, 64, 65, 68, 127, 128, 129, 132, 133, 193, 257, 260, 261, 511, 512, 516, 517, 773):
         for threads in (1, 2, 3):
             assert torch.equal(product(0, tokens, threads), few[:tokens]), (tokens, threads)

@@ -166,12 +166,20 @@ def test_the_two_ways_are_compared_once_for_a_shape_and_a_power_of_two_of_tokens
     used, measured = library.of_level(library.usable_levels()[0]), []
     seconds = iter([3.0, 2.0, 2.0, 3.0, 1.0, 1.0])  # by blocks, by the kernels
     by_kernels = products24._by_kernels
-    monkeypatch.setattr(products24, "_seconds", lambda call: (call(), next(seconds))[1])
+    monkeypatch.setattr(products24, "_least_seconds", lambda *calls: [(call(), next(seconds))[1] for call in calls])
     monkeypatch.setattr(products24, "_faster", {})
     monkeypatch.setattr(products24, "_by_kernels", lambda *args: (measured.append(len(args[1])), by_kernels(*args))[1])
     for tokens, wins in ((17, True), (32, True), (33, False), (64, False), (500, False), (4000, False)):
         assert products24._kernels_win(used, torch.zeros(tokens, 64), values, meta, 1) is wins
     assert measured == [32, 64, 512]  # PyTorch's product of a few tokens says nothing about many
+
+
+def test_the_two_ways_take_turns_and_the_least_time_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    times = iter([9.0, 9.0, 3.0, 2.0, *[5.0] * 10])
+    monkeypatch.setattr(products24, "_seconds", lambda call: (call(), next(times))[1])
+    assert products24._least_seconds(lambda: calls.append("a"), lambda: calls.append("b")) == [3.0, 2.0]
+    assert calls == ["a", "b"] * 7
 
 
 def test_what_the_kernels_do_not_serve_goes_the_plain_way_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

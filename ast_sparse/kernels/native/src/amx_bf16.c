@@ -31,6 +31,8 @@ typedef struct {
 /* What was written there is in memory: the compiler does not know that tiles and their sizes are loaded from it. */
 #define WRITTEN(there) __asm__ volatile("" : : "r"(there) : "memory")
 
+/* Pointers given to the tile functions are in parentheses, which the macros of early GCC 11 lack. */
+
 static int64_t operand(const ast24_product *p) {
   return p->tokens <= AST24_FEW ? ast24_avx512_bf16_bfloat16.operand(p) : (p->tokens + 15) / 16 * 16 * p->padded * 2;
 }
@@ -129,9 +131,9 @@ TARGET INLINE void sum(
   const int64_t tiles = b->tiles, other = tiles * TILE;
   if (goes_on) {
     _tile_loadd(0, sums, 64);
-    if (t > 1) _tile_loadd(1, sums + 256, 64);
-    if (r > 1) _tile_loadd(2, sums + sums_next, 64);
-    if (r > 1 && t > 1) _tile_loadd(3, sums + sums_next + 256, 64);
+    if (t > 1) _tile_loadd(1, (sums + 256), 64);
+    if (r > 1) _tile_loadd(2, (sums + sums_next), 64);
+    if (r > 1 && t > 1) _tile_loadd(3, (sums + sums_next + 256), 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -143,20 +145,20 @@ TARGET INLINE void sum(
     _tile_loadd(4, w, 64);
     _tile_dpbf16ps(0, 4, 6);
     if (t > 1) {
-      _tile_loadd(7, x + x_next, 64);
+      _tile_loadd(7, (x + x_next), 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if (r > 1) {
-      _tile_loadd(5, w + other, 64);
+      _tile_loadd(5, (w + other), 64);
       _tile_dpbf16ps(2, 5, 6);
       if (t > 1) _tile_dpbf16ps(3, 5, 7);
     }
     for (share += due; share >= tiles; share -= tiles) expand_next(next);
   }
   _tile_stored(0, sums, 64);
-  if (t > 1) _tile_stored(1, sums + 256, 64);
-  if (r > 1) _tile_stored(2, sums + sums_next, 64);
-  if (r > 1 && t > 1) _tile_stored(3, sums + sums_next + 256, 64);
+  if (t > 1) _tile_stored(1, (sums + 256), 64);
+  if (r > 1) _tile_stored(2, (sums + sums_next), 64);
+  if (r > 1 && t > 1) _tile_stored(3, (sums + sums_next + 256), 64);
 }
 
 /* y[:, row : row + rows] from tiles of sums, those of all tokens for 16 rows after each other: the bias is added, pairs of
@@ -274,7 +276,7 @@ TARGET INLINE void strip_few(int r, int t, const ast24_product *p, int64_t row, 
       _tile_loadd(4, to[0], 64);
       _tile_dpbf16ps(0, 4, 6);
       if (t > 1) {
-        _tile_loadd(7, x + x_next, 64);
+        _tile_loadd(7, (x + x_next), 64);
         _tile_dpbf16ps(2, 4, 7);
       }
       if (r > 1) {
@@ -293,13 +295,13 @@ TARGET INLINE void strip_few(int r, int t, const ast24_product *p, int64_t row, 
     }
   }
   _tile_stored(0, sums, 64);
-  if (r > 1) _tile_stored(1, sums + 256 * t, 64);
+  if (r > 1) _tile_stored(1, (sums + 256 * t), 64);
   if (t > 1) {
-    _tile_stored(2, sums + 256, 64);
-    if (r > 1) _tile_stored(3, sums + 768, 64);
+    _tile_stored(2, (sums + 256), 64);
+    if (r > 1) _tile_stored(3, (sums + 768), 64);
   } else {
-    if (r > 2) _tile_stored(2, sums + 512, 64);
-    if (r > 3) _tile_stored(3, sums + 768, 64);
+    if (r > 2) _tile_stored(2, (sums + 512), 64);
+    if (r > 3) _tile_stored(3, (sums + 768), 64);
   }
   WRITTEN(sums);
   finish_sums(p, sums, row, rows);
@@ -337,7 +339,9 @@ TARGET static void rows(const ast24_product *p, int64_t first, int64_t last) {
   }
   sizes before, now = {.palette = 1};
   for (int i = 0; i < 8; i++) now.bytes[i] = 64, now.rows[i] = 16;
+  WRITTEN(&before);
   _tile_storeconfig(&before); /* oneDNN may count on its own in the same thread */
+  WRITTEN(&before);
   WRITTEN(&now);
   _tile_loadconfig(&now);
   const int64_t step = p->tokens <= 16 ? 64 : p->tokens <= 32 ? 32 : STRIP;

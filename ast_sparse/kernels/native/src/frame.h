@@ -14,8 +14,8 @@
 #if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
 #define AST24_HAS_AVX512
 #endif
-/* GCC 11 and Clang 12 are the first that know AMX well */
-#if defined(AST24_HAS_AVX512) && defined(__linux__) && \
+/* GCC 11 and Clang 12 are the first that know all of AMX that is used; their assembler may be older */
+#if defined(AST24_HAS_AVX512) && defined(__linux__) && !defined(AST24_NO_AMX) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #define AST24_HAS_AMX
 #endif
