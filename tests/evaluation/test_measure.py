@@ -66,7 +66,8 @@ def twin(
 
 def check(result: TextResult, expected: dict[str, float], *names: str) -> None:
     for name in ("perplexity", "bits_per_byte", "predicted_tokens", *names):
-        assert getattr(result, name) == pytest.approx(expected[name], rel=1e-5), name
+        rounding = 1e-7 if name == "teacher_kl" else None  # a small difference of float32 logarithms
+        assert getattr(result, name) == pytest.approx(expected[name], rel=1e-5, abs=rounding), name
 
 
 def apart(tokens: list[int], seq_len: int) -> list[tuple[list[int], int]]:

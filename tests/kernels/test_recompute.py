@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ast_sparse import SparsityConfig
 from ast_sparse.distillation.chunked import chunked_distillation_loss
+from ast_sparse.kernels.cpu import onednn
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.kernels.recompute import Recomputation, _Output, _Recipe
 from ast_sparse.planning.live_bytes import LiveBytes
@@ -136,7 +137,13 @@ def test_an_activation_function_that_works_in_place_has_its_own_gradient() -> No
     torch.testing.assert_close(given, x.grad)
 
 
-def test_modules_take_keywords_as_before() -> None:
+@pytest.fixture
+def faster_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any CPU, linear layers take the products of oneDNN."""
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
+
+
+def test_modules_take_keywords_as_before(faster_products: None) -> None:
     x = torch.randn(3, 8)
     mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2))
     modules = [
@@ -151,7 +158,7 @@ def test_modules_take_keywords_as_before() -> None:
 
 
 @pytest.mark.parametrize("by", ["model", "FSDP"])
-def test_with_activation_checkpointing_nothing_else_is_recomputed(by: str) -> None:
+def test_with_activation_checkpointing_nothing_else_is_recomputed(faster_products: None, by: str) -> None:
     model = tiny_model("llama").train()
     if by == "model":
         model.gradient_checkpointing_enable({"use_reentrant": False})
