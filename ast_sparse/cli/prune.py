@@ -138,20 +138,16 @@ def main(model: str, out: str, **options: Any) -> None:
         )
         basis = BasisConfig(permute=options["permute"], rotation_steps=options["rotation_steps"])
         check_basis(basis, sparsity)
-        slorb = None
-        if options["slorb_k"] is not None:
-            slorb = SLoRBConfig(k=options["slorb_k"], init="mean" if sparsity.init == "magnitude" else "svd")
         source = ModelConfig(
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
         )
-        _prune(source, Path(out).expanduser(), sparsity, slorb, calibration, basis, options)
+        _prune(source, Path(out).expanduser(), sparsity, calibration, basis, options)
 
 
 def _prune(
     source: ModelConfig,
     out: Path,
     sparsity: SparsityConfig,
-    slorb: SLoRBConfig | None,
     calibration: CalibrationConfig,
     basis: BasisConfig,
     options: dict[str, Any],
@@ -170,6 +166,8 @@ def _prune(
     folder = Path(source.name_or_path).expanduser()
     check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
     meta = meta_student(source)
+    chosen, k = METHODS[sparsity.init], options["slorb_k"]
+    slorb = None if k is None else SLoRBConfig(k=k, init="svd" if chosen.needs_text else "mean")
     # checks settings, shapes and names before weights are loaded
     sparsify_model(meta, sparsity, slorb, calibration_config=calibration)
     written_values = sum(each.numel() for each in meta.parameters() if each.is_floating_point())  # with SLoRB
@@ -177,7 +175,6 @@ def _prune(
     place: dict[str, Any] = {key: getattr(source, key) for key in ("revision", "gguf_file", "trust_remote_code")}
     tokenizer = load_tokenizer(source.name_or_path, **place)
     samples = None
-    chosen = METHODS[sparsity.init]
     if chosen.needs_text or basis.is_on:
         samples = calibration_text(calibration, tokenizer, meta.config, options["text_field"], options["bos"])
     model = load_causal_lm(source.name_or_path, **place)

@@ -304,5 +304,7 @@ def check_shapes(selected: dict[str, Prunable], sparsity: SparsityConfig, slorb:
         if slorb is not None and slorb.enabled and in_features % slorb.k:
             raise UserError(
                 f"slorb.k={slorb.k} does not divide in_features={in_features} of `{name}`. "
-                "Choose a k that does, or exclude the layer with `sparsity.exclude`."
+                "Choose a k that does, or exclude the layer with `sparsity.exclude`.",
+                "slorb.k",
+                "sparsity.exclude",
             )

@@ -109,7 +109,7 @@ def test_a_rotated_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sparsegpt"), ("gpt2", "magnitude")])
-def test_slorb_is_written_beside_the_model_and_brings_it_closer(
+def test_slorb_is_written_beside_the_model_and_loaded_with_it(
     family: str, method: str, folder: Path, tmp_path: Path
 ) -> None:
     arguments = ("--method", method, "--calibration", folder / "text.txt", *CALIBRATION, "--slorb-k", "8")
@@ -127,6 +127,15 @@ def test_slorb_is_written_beside_the_model_and_brings_it_closer(
         )
     share = (found - dense).norm() / (bare - dense).norm()
     assert share < 0.95 if method == "sparsegpt" else share != 1
+
+
+@pytest.mark.parametrize(("k", "said"), [("0", "--slorb-k=0 must be at least 1"), ("7", "--slorb-k=7 does not divide")])
+def test_a_k_that_does_not_fit_names_the_option_and_leaves_nothing(
+    k: str, said: str, folder: Path, tmp_path: Path
+) -> None:
+    result = run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--slorb-k", k)
+    assert result.exit_code == 2 and said in result.output and "slorb.k" not in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_every_kind_of_distillation_has_the_loss_of_full_logits(tmp_path: Path, 
         run = trainer(tmp_path / str(slow), distillation_config=config, args=dict(max_steps=3))
         (full_logits(run) if slow else run).train()
         losses.append([log["loss"] for log in run.state.log_history if "loss" in log])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # CPUs round differently, and squarehead is steep
+    rounding = 1e-4 if kind == "squarehead" else 1e-5  # it is steep: CPUs differ by 2e-5 in the third step
+    assert losses[0] == pytest.approx(losses[1], rel=rounding)
 
 
 def test_evaluation_makes_no_logits_unless_metrics_need_them(tmp_path: Path) -> None:

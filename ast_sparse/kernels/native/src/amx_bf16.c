@@ -340,7 +340,7 @@ TARGET static void rows(const ast24_product *p, int64_t first, int64_t last) {
   sizes before, now = {.palette = 1};
   for (int i = 0; i < 8; i++) now.bytes[i] = 64, now.rows[i] = 16;
   WRITTEN(&before);
-  _tile_storeconfig(&before); /* oneDNN may count on its own in the same thread */
+  _tile_storeconfig(&before); /* oneDNN may rely on the ones that it loaded in this thread */
   WRITTEN(&before);
   WRITTEN(&now);
   _tile_loadconfig(&now);
