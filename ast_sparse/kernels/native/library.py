@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in frame.h
 _ABI = 1
+_LARGEST_MAPPED = (32 << 20) - (64 << 10)  # bytes; glibc ignores buffers above 32 MiB
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
@@ -68,8 +69,19 @@ def kernels() -> Kernels | None:
         here = ", ".join(found) or "none"
         raise UserError(f"{setting.VARIABLE} is {requested}, but this CPU has {here}. Set one of them, auto or plain.")
     chosen = of_level(found[0] if requested == "auto" else requested)
+    _keep_freed_memory()
     logger.info(f"Compressed products use the C kernels {chosen.level}.")
     return chosen
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 64 MiB that activations free: it does so once a buffer of nearly 32 MiB was freed.
+
+    PyTorch's long products free such buffers, these kernels have none. Without one, glibc may give the activations of
+    each layer back to Linux, and every element-wise operation waits for new pages. Where the user has set glibc's
+    thresholds, or another allocator is in use, nothing changes.
+    """
+    torch.empty(_LARGEST_MAPPED, dtype=torch.uint8, device="cpu")  # no page of it is touched
 
 
 def usable_levels() -> list[str]:

@@ -98,6 +98,32 @@ def test_the_threads_are_those_of_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+FREED_MEMORY = """
+import ctypes, torch
+from ast_sparse.kernels.native.library import kernels
+
+libc = ctypes.CDLL(None)
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in "arena ordblks smblks hblks hblkhd a b c d keepcost".split()]
+libc.mallinfo.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
+
+def is_mapped(size):
+    before = libc.mallinfo().hblks
+    assert libc.malloc(size)
+    return libc.mallinfo().hblks > before
+
+assert is_mapped(30 << 20), "it is kept anyway"
+assert kernels()
+assert not is_mapped(30 << 20), "freed buffers go back to Linux"
+assert is_mapped(40 << 20)
+"""
+
+
+def test_glibc_keeps_the_memory_of_freed_activations() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 70, 131])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_bits_do_not_depend_on_the_threads_or_the_other_tokens(tokens: int, dtype: torch.dtype) -> None:
