@@ -113,10 +113,12 @@ TARGET INLINE void begin(const ast24_product *p, int64_t row, int64_t rows, int6
     find(p, row + 16 * j, to->rows - 16 * j, column, to->columns, &to->where[j]);
 }
 
-TARGET static void expand_next(block *b) {
+/* One tile more. As many lines of W are fetched for later: not many at once, because tiles of x wait for the same buffers. */
+TARGET static void expand_next(block *b, upcoming *ahead) {
   const int64_t j = b->done / b->tiles, k = b->done % b->tiles;
   expand(b->values + 16 * j * b->stride, b->stride, b->rows - 16 * j, b->columns, k, &b->where[j], b->w + b->done * TILE);
   b->done++;
+  fetch(ahead, TILE / 2 / 64);
 }
 
 /* The sums of one or two tiles of rows (r) and of tokens (t) go on over the columns of a block; meanwhile `due` tiles of
@@ -126,7 +128,7 @@ TARGET static void expand_next(block *b) {
    sums_next behind. */
 TARGET INLINE void sum(
     int r, int t, const block *b, const char *x, int64_t x_next, int goes_on, float *sums, int64_t sums_next, block *next,
-    int64_t due) {
+    int64_t due, upcoming *ahead) {
   const char *w = b->w;
   const int64_t tiles = b->tiles, other = tiles * TILE;
   if (goes_on) {
@@ -153,7 +155,7 @@ TARGET INLINE void sum(
       _tile_dpbf16ps(2, 5, 6);
       if (t > 1) _tile_dpbf16ps(3, 5, 7);
     }
-    for (share += due; share >= tiles; share -= tiles) expand_next(next);
+    for (share += due; share >= tiles; share -= tiles) expand_next(next, ahead);
   }
   _tile_stored(0, sums, 64);
   if (t > 1) _tile_stored(1, (sums + 256), 64);
@@ -218,28 +220,26 @@ TARGET static void strip(const ast24_product *p, int64_t row, int64_t rows, upco
   _Alignas(64) char w[2][2 * BLOCK / 32 * TILE];
   block blocks[2], *now = &blocks[0], *next = &blocks[1];
   const int64_t of_tokens = (p->tokens + 15) / 16, pairs = (of_tokens + 1) / 2, x_next = p->padded / 32 * TILE;
-  const int64_t calls = (rows + PAIR - 1) / PAIR * ((p->columns + BLOCK - 1) / BLOCK), lines = ahead->lines / calls + 1;
   begin(p, row, rows, 0, w[0], now);
-  while (now->done < now->all) expand_next(now);
+  while (now->done < now->all) expand_next(now, ahead);
   for (int64_t column = 0, i = 0; column < p->columns;) {
     const int64_t after = i + PAIR < rows ? i + PAIR : 0, column_after = after ? column : column + BLOCK;
     next->all = next->done = 0;
     if (column_after < p->columns) begin(p, row + after, rows - after, column_after, w[now->w == w[0]], next);
     WRITTEN(now->w);
-    fetch(ahead, lines);
     const char *x = (const char *)p->operand + column / 32 * TILE;
     float *to = sums + i / 16 * of_tokens * 256;
     for (int64_t pair = 0; pair < pairs; pair++, x += 2 * x_next, to += 512) {
       const int64_t due = next->all * (pair + 1) / pairs - next->done, sums_next = of_tokens * 256;
       const int both = 2 * pair + 1 < of_tokens, goes_on = column > 0;
       if (now->rows > 16 && both)
-        sum(2, 2, now, x, x_next, goes_on, to, sums_next, next, due);
+        sum(2, 2, now, x, x_next, goes_on, to, sums_next, next, due, ahead);
       else if (now->rows > 16)
-        sum(2, 1, now, x, x_next, goes_on, to, sums_next, next, due);
+        sum(2, 1, now, x, x_next, goes_on, to, sums_next, next, due, ahead);
       else if (both)
-        sum(1, 2, now, x, x_next, goes_on, to, sums_next, next, due);
+        sum(1, 2, now, x, x_next, goes_on, to, sums_next, next, due, ahead);
       else
-        sum(1, 1, now, x, x_next, goes_on, to, sums_next, next, due);
+        sum(1, 1, now, x, x_next, goes_on, to, sums_next, next, due, ahead);
     }
     block *const last = now;
     now = next, next = last;

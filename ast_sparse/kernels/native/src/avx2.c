@@ -104,6 +104,7 @@ INLINE void multiply_one(int dtype, const ast24_product *p, int64_t first, int64
   }
     int64_t left = bytes;
     for (; left >= 8; left -= 8, meta += 8, values += 32 * size, x += 64) {
+      ast24_fetch_ahead(values, 32 * size, meta);
       THIRTY_TWO(0) THIRTY_TWO(2)
     }
     for (; left >= 2; left -= 2, meta += 2, values += 8 * size, x += 16)

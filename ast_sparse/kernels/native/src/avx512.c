@@ -155,13 +155,15 @@ TARGET INLINE void few(int dtype, int n, const ast24_product *p, int64_t row, __
     } \
   }
   int64_t left = columns;
-  for (; left >= 128; left -= 128, x += 128, values += 64 * size, meta += 16)
+  for (; left >= 128; left -= 128, x += 128, values += 64 * size, meta += 16) {
+    ast24_fetch_ahead(values, 64 * size, meta);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       uint32_t nibbles;
       memcpy(&nibbles, meta + 4 * j, 4);
       COLUMNS(j, nibbles, 0xffff)
     }
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
     const int64_t here = ast24_least(left - 32 * j, 32);

@@ -150,13 +150,15 @@ TARGET INLINE void few(int n, const ast24_product *p, int64_t row, __m512i sprea
     } \
   }
   int64_t left = columns;
-  for (; left >= 256; left -= 256, x += 256, values += 128, meta += 32)
+  for (; left >= 256; left -= 256, x += 256, values += 128, meta += 32) {
+    ast24_fetch_ahead(values, 256, meta);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       uint64_t nibbles;
       memcpy(&nibbles, meta + 8 * j, 8);
       COLUMNS(j, nibbles, _mm512_loadu_si512(values + 32 * j))
     }
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
     const int64_t here = ast24_least(left - 64 * j, 64);

@@ -74,6 +74,18 @@ typedef struct {
 /* Defined in the file of the level; the frame has them in a table, best first. */
 extern const ast24_level ast24_amx_bf16, ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
 
+/* A row of W is read like a stream, but the hardware stops looking ahead at the end of each page. So the lines that come
+   AST24_AHEAD bytes later, perhaps those of the next row, are fetched. Behind the last row nothing is there to be
+   fetched, which does no harm. */
+#ifndef AST24_AHEAD
+#define AST24_AHEAD 2048
+#endif
+static inline __attribute__((always_inline)) void ast24_fetch_ahead(const void *values, int64_t bytes, const void *meta) {
+  for (int64_t line = 0; line < bytes; line += 64)
+    __builtin_prefetch((const void *)((uintptr_t)values + (uintptr_t)line + AST24_AHEAD));
+  __builtin_prefetch((const void *)((uintptr_t)meta + AST24_AHEAD / 8));
+}
+
 static inline int64_t ast24_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #endif
