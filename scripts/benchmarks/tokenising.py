@@ -22,7 +22,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ast_sparse.data.tokens.shards import read_manifest
 from scripts.benchmarks.harness import Result, Settings, Spread, interleave, main
 
-WORKERS = os.cpu_count() or 1
 ALTERNATIVE = """
 import sys
 from datasets import load_dataset
@@ -37,24 +36,29 @@ if __name__ == "__main__":
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    size = 1 if settings.quick else 32  # MB of text
+    size, workers = (1 if settings.quick else 32), processes(settings)  # MB of text
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", 2_000 if settings.quick else 32_000)
         text = write_text(folder / "text.jsonl", size * 10**6)
         runs = iter(range(10**6))
         sides = {
-            "ours": lambda: prepare(folder, text, next(runs)),
-            "datasets": lambda: tokenise_with_datasets(folder, text, next(runs)),
+            "ours": lambda: prepare(folder, text, next(runs), workers),
+            "datasets": lambda: tokenise_with_datasets(folder, text, next(runs), workers),
         }
         times = interleave(sides, settings.pairs(3), warmup=0)
         tokens = read_manifest(folder / "shards-0").tokens
         rates = {side: f"{tokens / Spread.of(taken).median:,.0f} tokens/s" for side, taken in times.items()}
         yield Result.of(
             times["ours"], times["datasets"], question="tokenising text", goal=1.0,
-            case=f"{size} MB, {WORKERS} processes", against="datasets.map to Arrow",
+            case=f"{size} MB, {workers} processes", against="datasets.map to Arrow",
             notes={"tokens": tokens, "with the start of the processes": rates},
         )  # fmt: skip
+
+
+def processes(settings: Settings) -> int:
+    """As many as there are cores; one in a quick call, because each takes seconds to start."""
+    return 1 if settings.quick else os.cpu_count() or 1
 
 
 def write_model(folder: Path, vocab_size: int) -> None:
@@ -83,19 +87,20 @@ def write_text(file: Path, size: int) -> Path:
     return file
 
 
-def command(folder: Path, text: Path, run: int) -> list[str]:
+def command(folder: Path, text: Path, run: int, workers: int) -> list[str]:
     out = [str(folder / f"shards-{run}"), str(text), "--tokenizer", str(folder / "model")]
-    return [sys.executable, "-m", "ast_sparse.cli.data", "prepare", *out, "--workers", str(WORKERS)]
+    return [sys.executable, "-m", "ast_sparse.cli.data", "prepare", *out, "--workers", str(workers)]
 
 
-def prepare(folder: Path, text: Path, run: int) -> None:
-    subprocess.run(command(folder, text, run), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def prepare(folder: Path, text: Path, run: int, workers: int) -> None:
+    arguments = command(folder, text, run, workers)
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def tokenise_with_datasets(folder: Path, text: Path, run: int) -> None:
+def tokenise_with_datasets(folder: Path, text: Path, run: int, workers: int) -> None:
     script = folder / "alternative.py"
     script.write_text(ALTERNATIVE)
-    arguments = [str(text), str(folder / "model"), str(folder / f"cache-{run}"), str(WORKERS)]
+    arguments = [str(text), str(folder / "model"), str(folder / f"cache-{run}"), str(workers)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True, env=environment)
 

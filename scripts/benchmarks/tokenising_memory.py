@@ -17,18 +17,18 @@ import psutil
 
 from ast_sparse.data.tokens.shards import read_manifest
 from scripts.benchmarks.harness import Result, Settings, main
-from scripts.benchmarks.tokenising import WORKERS, command, write_model, write_text
+from scripts.benchmarks.tokenising import command, processes, write_model, write_text
 
 
 def measure(settings: Settings) -> Iterator[Result]:
-    sizes = (2, 4) if settings.quick else (256, 1024)  # MB of text
+    sizes, workers = ((1, 2) if settings.quick else (256, 1024)), processes(settings)  # MB of text
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", 2_000 if settings.quick else 32_000)
         peaks, rates = [], {}
         for run, size in enumerate(sizes):
             text = write_text(folder / f"{size}.jsonl", size * 10**6)
-            peak, seconds = measured(command(folder, text, run))
+            peak, seconds = measured(command(folder, text, run, workers))
             tokens = read_manifest(folder / f"shards-{run}").tokens
             peaks.append(peak / 1e6)
             rates[f"{size} MB"] = (
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> Iterator[Result]:
             )
         yield Result.of(
             [peaks[1]], [peaks[0]], question="memory of tokenising", unit="MB", goal=1.1,
-            case=f"{sizes[1]:,} MB, {WORKERS} processes", against=f"the same on {sizes[0]} MB", notes=rates,
+            case=f"{sizes[1]:,} MB, {workers} processes", against=f"the same on {sizes[0]} MB", notes=rates,
         )  # fmt: skip
 
 
