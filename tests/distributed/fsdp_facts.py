@@ -4,6 +4,7 @@ Every run has a twin in one process, made by the same functions.
 """
 
 import copy
+import gc
 import json
 import os
 import resource
@@ -346,6 +347,8 @@ def preempted(out: Path) -> list[Any]:
 
 
 def main(out: Path) -> None:
+    gc.collect()
+    gc.freeze()  # Trainer collects garbage at every run, and what was imported takes half a second each time
     facts: dict[str, Any] = {}
     for name, build in RUNS.items():
         run = build(out / name, RANKS)
