@@ -7,6 +7,7 @@ or takes the best (`kernels/cpu/setting.py`).
 import ctypes
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in frame.h
 _ABI = 1
-_LARGEST_MAPPED = (32 << 20) - (64 << 10)  # bytes; glibc ignores buffers above 32 MiB
+_LARGEST_MAPPED = (32 << 20) - (64 << 10)  # bytes; glibc learns nothing from blocks above 32 MiB
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 
@@ -75,13 +76,16 @@ def kernels() -> Kernels | None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep up to 64 MiB that activations free: it does so once a buffer of nearly 32 MiB was freed.
+    """Have glibc take blocks below 32 MiB from its heap, and keep up to 64 MiB that is free at the heap's end.
 
-    PyTorch's long products free such buffers, these kernels have none. Without one, glibc may give the activations of
-    each layer back to Linux, and every element-wise operation waits for new pages. Where the user has set glibc's
-    thresholds, or another allocator is in use, nothing changes.
+    It does so once a block of that size was freed. PyTorch's long products free such blocks, these kernels have none.
+    Without one, glibc may give the activations of each layer back to Linux, and every element-wise operation waits for
+    new pages. Where the user has set glibc's thresholds, or another allocator is in use, nothing changes.
     """
-    torch.empty(_LARGEST_MAPPED, dtype=torch.uint8, device="cpu")  # no page of it is touched
+    if sys.platform == "linux":
+        c = ctypes.CDLL(None)
+        c.malloc.argtypes, c.malloc.restype, c.free.argtypes = [ctypes.c_size_t], _POINTER, [_POINTER]
+        c.free(c.malloc(_LARGEST_MAPPED))  # no page of it is touched; without memory it is NULL, which free accepts
 
 
 def usable_levels() -> list[str]:

@@ -113,7 +113,8 @@ TARGET INLINE void begin(const ast24_product *p, int64_t row, int64_t rows, int6
     find(p, row + 16 * j, to->rows - 16 * j, column, to->columns, &to->where[j]);
 }
 
-/* One tile more. As many lines of W are fetched for later: not many at once, because tiles of x wait for the same buffers. */
+/* One tile more. As many lines of W are fetched for later, not all at once: a core waits for only a few lines at a time,
+   and the tiles of x are among them. */
 TARGET static void expand_next(block *b, upcoming *ahead) {
   const int64_t j = b->done / b->tiles, k = b->done % b->tiles;
   expand(b->values + 16 * j * b->stride, b->stride, b->rows - 16 * j, b->columns, k, &b->where[j], b->w + b->done * TILE);

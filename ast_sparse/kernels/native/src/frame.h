@@ -75,8 +75,9 @@ typedef struct {
 extern const ast24_level ast24_amx_bf16, ast24_avx512_bf16, ast24_avx512, ast24_avx2, ast24_neon;
 
 /* A row of W is read like a stream, but the hardware stops looking ahead at the end of each page. So the lines that come
-   AST24_AHEAD bytes later, perhaps those of the next row, are fetched. Behind the last row nothing is there to be
-   fetched, which does no harm. */
+   AST24_AHEAD bytes later, perhaps those of the next row, are fetched, with as many bytes of positions as belong to
+   16-bit values. The last columns of a row, too few for a whole step, fetch nothing. Behind the last row nothing is
+   there to be fetched, which does no harm. */
 #ifndef AST24_AHEAD
 #define AST24_AHEAD 2048
 #endif
