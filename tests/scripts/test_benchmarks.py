@@ -35,7 +35,7 @@ def test_every_benchmark_measures_in_its_quick_form(name: str) -> None:
 
 
 def test_the_profile_shows_the_operations_of_both_sides() -> None:
-    shown = CliRunner().invoke(main, ["tiny", "--rows", "60"])
+    shown = CliRunner().invoke(main, ["tiny", "--rows", "400"])
     assert shown.exit_code == 0, shown.output
     ours, plain = shown.stdout.split("plain loop, tiny")
     assert all("aten::mm" in side and "aten::_fused_adamw_" in side for side in (ours, plain))
