@@ -78,9 +78,7 @@ extern const ast24_level ast24_amx_bf16, ast24_avx512_bf16, ast24_avx512, ast24_
    AST24_AHEAD bytes later, perhaps those of the next row, are fetched, with as many bytes of positions as belong to
    16-bit values. The last columns of a row, too few for a whole step, fetch nothing. Behind the last row nothing is
    there to be fetched, which does no harm. */
-#ifndef AST24_AHEAD
-#define AST24_AHEAD 2048
-#endif
+enum { AST24_AHEAD = 2048 };
 static inline __attribute__((always_inline)) void ast24_fetch_ahead(const void *values, int64_t bytes, const void *meta) {
   for (int64_t line = 0; line < bytes; line += 64)
     __builtin_prefetch((const void *)((uintptr_t)values + (uintptr_t)line + AST24_AHEAD));
