@@ -158,9 +158,9 @@ def _check_checkpoint(
     checkpoint: Path, config: RunConfig, args: TrainingArguments, plan: Plan, devices: int
 ) -> list[str]:
     """Lines on allowed differences; raise UserError if the checkpoint belongs to another run."""
-    check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
+    lines = check_same_run(checkpoint, config.sparsity, slorb_of(config), plan.sparsity.pruned)
     check_same_model(checkpoint, plan.sparsity.pruned)
-    return check_settings(checkpoint, config, args, slorb_of(config), devices)
+    return lines + check_settings(checkpoint, config, args, slorb_of(config), devices)
 
 
 def slorb_of(config: RunConfig) -> SLoRBConfig | None:

@@ -330,8 +330,9 @@ class CheckpointTrainer(Trainer):
         """
         if self._compared != checkpoint.resolve():
             with errors_shared():
-                check_same_run(checkpoint, self.sparsity_config, self.slorb_config, self.sparsity_report.pruned)
-            self.run_record.check(self, checkpoint)
+                pruned = self.sparsity_report.pruned
+                lines = check_same_run(checkpoint, self.sparsity_config, self.slorb_config, pruned)
+            self.run_record.check(self, checkpoint, lines)
         self._compared = checkpoint.resolve()
 
     def check_data_state(self, checkpoint: Path) -> None:

@@ -266,13 +266,16 @@ def resolve_checkpoint(output_dir: str | Path, resume: str | Path | bool) -> Pat
 
 def check_same_run(
     checkpoint: Path, sparsity: SparsityConfig, slorb: SLoRBConfig | None, layers: Iterable[str]
-) -> None:
-    """Raise UserError if a checkpoint has other sparsity or SLoRB settings, or other pruned layers.
+) -> list[str]:
+    """Compare sparsity, SLoRB and pruned layers, and return lines on the differences that are allowed.
 
     Settings that do not change the weights may differ: some are decided by the memory of the machine.
 
     Args:
         sparsity, slorb, layers: settings and names of the pruned layers of the resumed run.
+
+    Raises:
+        UserError: another setting or another layer differs.
     """
     path = checkpoint / SPARSITY_CONFIG_NAME
     off = SLoRBConfig(enabled=False)
@@ -286,13 +289,14 @@ def check_same_run(
             (f"{section}.{key}", was[section][key], value)
             for section in defaults
             for key, value in now[section].items()
-            if was[section][key] != value and kind_of(section, key) != "free"
+            if was[section][key] != value
         ]
         other_layers = saved.checkpoint_layers() ^ set(layers)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} cannot be read. The checkpoint is damaged: resume from another one.") from None
-    if differing:
-        name, before, value = differing[0]
+    for name, before, value in differing:
+        if kind_of(*name.split(".")) == "free":
+            continue
         raise UserError(
             f"{name}={value!r} differs from {shown(before)} in {str(checkpoint)!r}. Resume with the settings of the "
             "run, or start a new one with another output folder."
@@ -308,6 +312,7 @@ def check_same_run(
             f"{shown(name)} is pruned in only one of this run and {str(checkpoint)!r}. "
             f"Resume with the model and the sparsity.include/exclude of the run.{older}"
         )
+    return [f"resume: {name} {shown(before)} -> {shown(value)}" for name, before, value in differing]
 
 
 def stored_kernels(checkpoint: Path) -> Kernels:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,18 @@ class RunRecord:
         """Write `run.json`; call this on the first process."""
         write_json(folder / RUN_RECORD, {"format_version": _FORMAT_VERSION, **self._now(trainer)})
 
-    def check(self, trainer: Any, checkpoint: Path) -> None:
+    def check(self, trainer: Any, checkpoint: Path, lines: Sequence[str] = ()) -> None:
         """Compare with a checkpoint, and print the differences that are allowed; every process must call this.
+
+        Args:
+            lines: on differences found before, printed with the others.
 
         Raises:
             UserError: a setting, the model, the teacher, the tokenizer or the text differs from the checkpoint's.
         """
         with errors_shared():
             if self._is_first:
-                for line in self._compare(trainer, checkpoint):
+                for line in [*lines, *self._compare(trainer, checkpoint)]:
                     print(line)
 
     def _now(self, trainer: Any) -> dict[str, Any]:

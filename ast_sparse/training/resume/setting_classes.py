@@ -32,7 +32,7 @@ _FIELDS: dict[str, Kind] = {
     "data.root": "content", "data.train": "content", "data.eval": "content", "data.text_field": "content",
     "optimizer.offload": "free",  # the same steps
     "sparsity.masked_weights": "free",  # the same results
-    "sparsity.kernels": "free",  # a resume continues with those of the checkpoint
+    "sparsity.kernels": "free",  # with `auto`, a resume continues with those of the checkpoint
     "sparsity.fast_forward": "free",  # speed and memory
 }  # fmt: skip
 _TRAINING: dict[Kind, tuple[str, ...]] = {

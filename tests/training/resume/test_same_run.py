@@ -102,6 +102,7 @@ SYNCS = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
         (["training.gradient_checkpointing=true"], "training.gradient_checkpointing False -> True"),
         ([f"training.{SYNCS}=true"], f"training.{SYNCS} False -> True"),
         (["training.dataloader_num_workers=1"], "training.dataloader_num_workers 0 -> 1"),
+        (["sparsity.fast_forward=off"], "sparsity.fast_forward 'auto' -> 'off'"),
         (["evaluation.prompts=[]"], "evaluation.prompts"),
         (["watch.spike=warn"], "watch.spike 'off' -> 'warn'"),
         (["calibration.samples=4"], "calibration.samples 128 -> 4"),
