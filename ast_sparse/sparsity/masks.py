@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ast_sparse.config import UNSTRUCTURED, SparsityConfig
+from ast_sparse.distributed.pieces import whole
 from ast_sparse.kernels.nm_masks import nm_group_mask
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd; multiplication by it mixes bits well
@@ -37,12 +38,13 @@ def check_nm(weight: Tensor, n: int, m: int, dim: int = -1) -> bool:
     """Whether every group of `m` consecutive entries along `dim` has at most `n` non-zeros.
 
     Args:
-        weight: weight `[out, in]` (or `[in, out]` with `dim=0`), or a mask; any dtype.
+        weight: weight `[out, in]` (or `[in, out]` with `dim=0`), or a mask; any dtype. If it is sharded, all processes
+            must call this.
     """
     if weight.shape[dim] % m:
         return False
     groups = weight.movedim(dim, -1).unflatten(-1, (-1, m))
-    return bool(((groups != 0).sum(-1) <= n).all())
+    return bool(whole(((groups != 0).sum(-1) <= n).all()))  # a DTensor alone would answer for its own piece
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Pattern:
         """Whether the non-zeros of a weight fit the pattern; `dim` is its input dimension."""
         if self.structured:
             return check_nm(weight, self.n, self.m, dim)
-        return int(weight.count_nonzero()) <= weight.numel() * self.n // self.m
+        return int(whole(weight.count_nonzero())) <= weight.numel() * self.n // self.m
 
 
 def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -100,22 +102,23 @@ def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
         sparsity: share of the weights to prune; at `pattern.sparsity` the result is the pattern's own mask.
     """
     mask = pattern.mask(scores)
-    pruned = max(round(sparsity * scores.numel()), int((scores < 0).sum()))
-    if sparsity >= pattern.sparsity or pruned >= int((~mask).sum()):
+    if sparsity >= pattern.sparsity:
         return mask
-    candidates = torch.where(mask, torch.inf, scores).flatten()
-    order = candidates.argsort(stable=True)[:pruned]
-    result = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
-    result[order] = False
-    return result.view_as(scores)
+    # a number of this device, so that the CPU does not wait for it
+    pruned = (scores < 0).sum().clamp(min=round(sparsity * scores.numel()))
+    order = torch.where(mask, torch.inf, scores).flatten().argsort(stable=True)
+    gradual = torch.empty_like(mask).flatten()
+    gradual[order] = torch.arange(scores.numel(), device=scores.device) >= pruned
+    return torch.where(pruned < (~mask).sum(), gradual.view_as(scores), mask)
 
 
 def flip_rate(mask: Tensor, previous: Tensor) -> float:
     """Share of positions whose state changed: `||m(W_t) - m(W_{t-1})||_1 / D` (paper Sec. 6.7).
 
-    With the start mask as `previous` it is the initial flip rate. Shapes and dtype (bool) must agree.
+    With the start mask as `previous` it is the initial flip rate. Shapes and dtype (bool) must agree. If the masks are
+    sharded, all processes must call this.
     """
-    return float((mask ^ previous).count_nonzero()) / mask.numel()
+    return float(whole((mask ^ previous).count_nonzero())) / mask.numel()
 
 
 def mask_fingerprint(mask: Tensor) -> Tensor:

@@ -240,6 +240,14 @@ def _sums(flips: Tensor, masks: list[nn.Parameter], compared: bool) -> list[list
     return counts
 
 
+@torch.no_grad()
+def count_kept(model: nn.Module) -> int:
+    """The number of weights that the masks keep, in all layers and pieces; all processes must call this."""
+    masks = [layer.mask for layer in sparse_layers(model).values()]
+    counts = torch.stack([local(mask).count_nonzero() for mask in masks])
+    return int(sum_over_pieces(counts.sum(), masks[0]))  # read back once
+
+
 def _layer_mask(
     name: str,
     layer: SparseLayer,

@@ -131,13 +131,14 @@ RUNS: dict[str, Callable[[Path, int], Any]] = {
 
 
 def found(run: Any) -> dict[str, Any]:
-    """Losses and flip rates of a finished run, and its masks from all ranks."""
+    """Losses, flip rates and sparsities of a finished run, and its masks from all ranks."""
     log = run.state.log_history
     student = run.whole_student()
     masks = {} if student is None else {name: layer.mask for name, layer in sparse_layers(student).items()}
     return {
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "flip rates": [entry["flip_rate"] for entry in log if "flip_rate" in entry],
+        "sparsities": [entry["sparsity"] for entry in log if "sparsity" in entry],
         "masks": {name: mask.to(torch.uint8).flatten().tolist() for name, mask in masks.items()},
     }
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ast_sparse import KeepSparsityCallback, UserError, keep_sparsity
+from ast_sparse import KeepSparsityCallback, UserError, check_nm, flip_rate, keep_sparsity
 from ast_sparse.distributed.pieces import whole
+from ast_sparse.sparsity.masks import Pattern
 from tests.distributed.fsdp_facts import data
 from tests.export.sparse_models import plain_sparse_model
 
@@ -55,6 +57,17 @@ def sharded(model: Any) -> Any:
     return fully_shard(model)
 
 
+def asked_of_pieces() -> dict[str, Any]:
+    """What is said of a weight whose first piece is zero and whose second is dense."""
+    weight = (torch.arange(4) >= 2).float()[:, None].expand(4, 8)
+    pieces = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
+    return {
+        "check_nm": check_nm(pieces, 2, 4),
+        "quarter": Pattern(1, 4, structured=False).holds(pieces),
+        "flip_rate": flip_rate(pieces != 0, pieces != pieces),
+    }
+
+
 def main(out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -76,8 +89,9 @@ def main(out: Path) -> None:
         refusal = ""
     except UserError as error:
         refusal = str(error)
+    facts = {"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured, "pieces": asked_of_pieces()}
     if rank == 0:
-        torch.save({"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured}, out / "facts.pt")
+        torch.save(facts, out / "facts.pt")
     torch.distributed.destroy_process_group()
 
 

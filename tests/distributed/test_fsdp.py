@@ -63,9 +63,11 @@ def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], t
     for rank in facts:
         assert rank[name]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert rank[name]["flip rates"] == pytest.approx(expected["flip rates"], abs=1e-12)
+        assert rank[name]["sparsities"] == pytest.approx(expected["sparsities"], abs=1e-12)
         calls, made = rank[name]["calls with logits"]
         assert calls >= len(expected["losses"]) and made == 0  # the loss is that of hidden states
     assert facts[0][name]["masks"] == expected["masks"]
+    assert (max(expected["sparsities"], default=None) == 0.5) == (name == "gmp")
 
 
 def test_no_gradient_of_a_whole_parameter_is_kept_between_micro_batches(facts: list[dict[str, Any]]) -> None:

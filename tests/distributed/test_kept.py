@@ -44,6 +44,10 @@ def test_an_unstructured_share_is_of_the_whole_weight(facts: dict[str, Any]) -> 
     assert facts["unstructured"] == 14
 
 
+def test_a_sharded_weight_is_judged_as_a_whole(facts: dict[str, Any]) -> None:
+    assert facts["pieces"] == {"check_nm": False, "quarter": False, "flip_rate": 0.5}
+
+
 def test_fsdp2_of_a_conv1d_is_refused(facts: dict[str, Any]) -> None:
     assert facts["refusal"] == (
         "FSDP2 cuts the groups of a Conv1D. Train this model with DDP (torchrun), without FSDP."

@@ -27,6 +27,7 @@ from ast_sparse.run.preemption import PreemptionCallback
 from ast_sparse.run.signals import Preempted, PreemptionSignals
 from ast_sparse.sparsity.layers import make_sparse
 from ast_sparse.sparsity.masks import Pattern, nm_mask
+from ast_sparse.sparsity.model import count_kept
 from ast_sparse.training.start.model_calls import borders_known
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 from tests.training.small_runs import blocks, trainer
@@ -35,13 +36,18 @@ from tests.training.syncs import Syncs, outside_micro_batches
 LOSS_ON_A_CPU = "distillation/chunked.py"  # where rows without a label are left out, which a GPU does in another way
 
 
-def test_a_refresh_of_all_masks_reads_back_once() -> None:
+@pytest.mark.parametrize("sparsity", [None, 0.25, 0.5])
+def test_a_refresh_of_all_masks_reads_back_once(sparsity: float | None) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(16, 8) for _ in range(3)))
     for layer in model:
-        make_sparse(layer, nm_mask(torch.rand_like(layer.weight)), Pattern(2, 4))
+        mask = nm_mask(torch.rand_like(layer.weight)) if sparsity is None else torch.ones(8, 16, dtype=torch.bool)
+        make_sparse(layer, mask, Pattern(2, 4))
     with Syncs() as syncs:
-        refresh_masks(model)
+        refresh_masks(model, sparsity=sparsity)
     assert len(syncs.found) == 1, syncs.found
+    with Syncs() as syncs:
+        kept = count_kept(model)
+    assert kept == 3 * 128 * (1 - (0.5 if sparsity is None else sparsity)) and len(syncs.found) == 1, syncs.found
 
 
 class Steps(TrainerCallback):

@@ -15,6 +15,7 @@ from ast_sparse.optim import SparseAdamW
 from ast_sparse.schedules import decay_at, is_refresh_due, slorb_step, sparsity_at
 from ast_sparse.sparsity.model import (
     apply_masks,
+    count_kept,
     masks_by_parameter,
     refresh_masks,
     sparse_layers,
@@ -130,7 +131,7 @@ class SparsityCallback(TrainerCallback):
         }
         values["mask_decay"] = decay_at(self.config, state.global_step - 1, state.max_steps)  # of the last update
         if self.config.is_gradual:
-            values["sparsity"] = 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total
+            values["sparsity"] = 1 - count_kept(model) / total
         due = control.should_log
         self.log(dict(values))
         control.should_log = due  # logging clears it, and the loss of this step would not be logged
