@@ -14,6 +14,7 @@ from ast_sparse.basis.orders import find_orders, reorder
 from ast_sparse.basis.rotation import learn_rotation
 from ast_sparse.basis.structure import Structure, check_rotation, find_structure, sample_logits
 from ast_sparse.config import BasisConfig
+from ast_sparse.distributed.pieces import refuse_sharded
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.storage.tied import untie_head
@@ -89,8 +90,8 @@ def change_basis(
         progress: show bars.
 
     Raises:
-        UserError: the pattern has no groups, the model is not understood, cannot be rotated or is not in float32, or
-            its logits change.
+        UserError: the pattern has no groups, the model is not understood, is sharded, cannot be rotated or is not in
+            float32, or its logits change.
     """
     start = time.perf_counter()
     _check(model, pattern)
@@ -146,6 +147,7 @@ def _check_rotation(model: nn.Module, structure: Structure, config: BasisConfig,
 
 
 def _check(model: nn.Module, pattern: Pattern) -> None:
+    refuse_sharded(model, "Change its basis before it is sharded.")
     if not pattern.structured:
         raise UserError(
             f"sparsity.pattern={str(pattern)!r} has no groups to arrange channels in. Set N:M, or leave out the change "

@@ -12,6 +12,8 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from ast_sparse.errors import UserError
+
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
 
 
@@ -23,6 +25,12 @@ def unwrapped_name(name: str) -> str:
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of a model are split over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def refuse_sharded(model: nn.Module, fix: str) -> None:
+    """Raise UserError, with the way out, if parameters of a model are split over the processes."""
+    if is_sharded(model):
+        raise UserError(f"The model is sharded: each process has only its piece of a weight. {fix}")
 
 
 def reshard(model: nn.Module) -> None:

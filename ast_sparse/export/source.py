@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.config import SparsityConfig
+from ast_sparse.distributed.pieces import refuse_sharded
 from ast_sparse.errors import UserError
 from ast_sparse.export.adapter_merge import MergeReport, load_adapter_to_merge, merge_adapter_sparse
 from ast_sparse.export.card_subject import with_run
@@ -85,6 +86,7 @@ def open_source(
 def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"Cannot export a {type(model).__name__}. Give a causal LM of transformers, or a folder.")
+    refuse_sharded(model, "Save it whole with trainer.save_model(FOLDER), and export that folder.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")
     if any(isinstance(module, CompressedLinear) for module in model.modules()):

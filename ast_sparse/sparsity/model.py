@@ -16,6 +16,7 @@ from ast_sparse.distributed.pieces import (
     has_copies,
     local,
     piece_for,
+    refuse_sharded,
     sum_over_pieces,
     unwrapped_name,
     whole,
@@ -117,8 +118,10 @@ def sparsify_model(
             over. Every block that is pruned now is added. Only for methods that need text.
 
     Raises:
-        UserError: a shape does not fit, no layer is left, the model is already sparse, or samples are missing.
+        UserError: a shape does not fit, no layer is left, the model is already sparse or sharded, or samples are
+            missing.
     """
+    refuse_sharded(model, "Prune it before it is sharded, as SparseTrainer does.")
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     calibration_config = calibration_config or CalibrationConfig()
     check_recovery(sparsity_config.init, calibration_config)

@@ -1,6 +1,7 @@
 """Fine-tuning of a sparse model on two gloo ranks, started by `test_kept.py` under torchrun: DDP and FSDP2."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ast_sparse import KeepSparsityCallback, UserError, check_nm, flip_rate, keep_sparsity
+from ast_sparse import (
+    BasisConfig,
+    KeepSparsityCallback,
+    SparsityConfig,
+    UserError,
+    change_basis,
+    check_nm,
+    export_model,
+    flip_rate,
+    keep_sparsity,
+    sparsify_model,
+)
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.sparsity.masks import Pattern
 from tests.distributed.fsdp_facts import data
@@ -68,6 +80,14 @@ def asked_of_pieces() -> dict[str, Any]:
     }
 
 
+def refused(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main(out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -84,12 +104,14 @@ def main(out: Path) -> None:
     conv1d = plain("gpt2")
     for block in conv1d.transformer.h:
         fully_shard(block)
-    try:
-        keep_sparsity(conv1d)
-        refusal = ""
-    except UserError as error:
-        refusal = str(error)
+    refusal = refused(lambda: keep_sparsity(conv1d))
+    refusals = [refused(call) for call in (
+        lambda: sparsify_model(model, SparsityConfig()),
+        lambda: change_basis(model, BasisConfig(), Pattern(2, 4), torch.arange(32).view(2, 16)),
+        lambda: export_model(model, out / "export"),
+    )]  # fmt: skip
     facts = {"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured, "pieces": asked_of_pieces()}
+    facts["refusals"] = refusals
     if rank == 0:
         torch.save(facts, out / "facts.pt")
     torch.distributed.destroy_process_group()

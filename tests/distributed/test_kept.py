@@ -48,6 +48,15 @@ def test_a_sharded_weight_is_judged_as_a_whole(facts: dict[str, Any]) -> None:
     assert facts["pieces"] == {"check_nm": False, "quarter": False, "flip_rate": 0.5}
 
 
+def test_what_needs_whole_weights_refuses_a_sharded_model(facts: dict[str, Any]) -> None:
+    said = "The model is sharded: each process has only its piece of a weight. "
+    assert facts["refusals"] == [
+        said + "Prune it before it is sharded, as SparseTrainer does.",
+        said + "Change its basis before it is sharded.",
+        said + "Save it whole with trainer.save_model(FOLDER), and export that folder.",
+    ]
+
+
 def test_fsdp2_of_a_conv1d_is_refused(facts: dict[str, Any]) -> None:
     assert facts["refusal"] == (
         "FSDP2 cuts the groups of a Conv1D. Train this model with DDP (torchrun), without FSDP."

@@ -103,10 +103,7 @@ class RunRecord:
         write_json(folder / RUN_RECORD, {"format_version": _FORMAT_VERSION, **self._now(trainer)})
 
     def check(self, trainer: Any, checkpoint: Path, lines: Sequence[str] = ()) -> None:
-        """Compare with a checkpoint, and print the differences that are allowed; every process must call this.
-
-        Args:
-            lines: on differences found before, printed with the others.
+        """Compare with a checkpoint, and print `lines` and the differences that are allowed; every process calls it.
 
         Raises:
             UserError: a setting, the model, the teacher, the tokenizer or the text differs from the checkpoint's.
