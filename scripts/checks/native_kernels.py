@@ -1,7 +1,8 @@
 """Are the products of the C kernels right? Random cases of every level of this CPU against float64, in three ways.
 
 1. As they are. Each tensor ends at a page that the process may not read.
-2. Compiled with AddressSanitizer and UndefinedBehaviorSanitizer, by gcc.
+2. Compiled with AddressSanitizer and UndefinedBehaviorSanitizer, by gcc 12 or later. Local variables begin with a
+   pattern, so that one which is read before it is set gives a wrong result.
 3. A product that is told of one row too many: the sanitizer must stop it, or the second way would prove nothing.
 
 Each level is forced by AST_SPARSE_CPU in a process of its own. `tests/kernels/native/random24.py` makes the cases
@@ -31,7 +32,9 @@ from ast_sparse.kernels.native.library import kernels, usable_levels
 from tests.kernels.native.random24 import random_case, wrong_entries
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
+SANITIZERS = (
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern", "-O1", "-g1",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def test_results_are_those_of_float64_within_rounding(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("tokens", [16, 24, 40, 48])
+@pytest.mark.parametrize("tokens", [16, 24, 40, 48, 130])
 def test_long_rows_and_many_rows_are_cut_where_they_may_be(level: str, tokens: int) -> None:
     random = torch.Generator().manual_seed(tokens)
     for rows, columns in [(150, 1096), (17, 2088), (130, 1024)]:

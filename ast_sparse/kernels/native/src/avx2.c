@@ -126,7 +126,7 @@ INLINE void multiply_one(int dtype, const ast24_product *p, int64_t first, int64
   LEVEL static void multiply_##name(const ast24_product *p, int64_t first, int64_t last) { \
     if (p->tokens == 1) multiply_one(dtype, p, first, last); else multiply(dtype, p, first, last); \
   } \
-  static const ast24_way name = {128, 64, operand, prepare_##name, multiply_##name};
+  static const ast24_way name = {128, 64, 0, operand, prepare_##name, multiply_##name};
 WAY(bfloat16, AST24_BFLOAT16)
 WAY(float16, AST24_FLOAT16)
 WAY(float32, AST24_FLOAT32)

@@ -200,7 +200,7 @@ TARGET INLINE void rows_few(int dtype, int n, const ast24_product *p, int64_t fi
       default: rows_many(p, first, last, strip_##name); \
     } \
   } \
-  const ast24_way ast24_avx512_##name = {128, 64, operand, prepare_##name, rows_##name};
+  const ast24_way ast24_avx512_##name = {128, 64, 0, operand, prepare_##name, rows_##name};
 
 WAY(bfloat16, AST24_BFLOAT16)
 WAY(float16, AST24_FLOAT16)

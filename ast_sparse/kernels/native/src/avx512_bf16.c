@@ -205,7 +205,7 @@ static int usable(void) {
          __builtin_cpu_supports("avx512bf16");
 }
 
-const ast24_way ast24_avx512_bf16_bfloat16 = {128, 64, operand, prepare, rows};
+const ast24_way ast24_avx512_bf16_bfloat16 = {128, 64, 0, operand, prepare, rows};
 
 const ast24_level ast24_avx512_bf16 = {
     "avx512_bf16", usable, {&ast24_avx512_bf16_bfloat16, &ast24_avx512_float16, &ast24_avx512_float32}, ast24_avx512_decode};

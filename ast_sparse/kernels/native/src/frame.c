@@ -117,6 +117,14 @@ static void tokens_part(const void *what, int64_t first, int64_t last) {
   if (operand != on_stack) free(operand);
 }
 
+/* The most tokens of a thread's own product */
+static int64_t most_own(const ast24_way *way, const ast24_product *p) {
+  ast24_product few = *p;
+  few.tokens = 16;
+  const int64_t most = way->own / way->operand(&few) * 16;
+  return most > way->most_own ? most : way->most_own;
+}
+
 /* y = x Wᵀ + b. 0: done; 1: out of memory.
 
    If there are enough tokens, each thread takes some of them. It waits for no other, and what it prepares stays in its
@@ -128,9 +136,10 @@ EXPORT int ast24_linear(
   const ast24_way *way = levels[level]->ways[dtype];
   const int by_tokens = tokens >= threads * way->most_own;
   int failed = 0;
-  const product_call call = {
+  product_call call = {
       {dtype, tokens, rows, columns, x, x_stride, values, meta, bias, y, padded, NULL},
-      way, by_tokens ? 1 : threads, by_tokens ? way->most_own : way->most, &failed};
+      way, by_tokens ? 1 : threads, way->most, &failed};
+  if (by_tokens) call.most = most_own(way, &call.product);
   if (by_tokens)
     share(tokens_part, &call, tokens, 16, threads);
   else

@@ -59,6 +59,7 @@ typedef struct {
 typedef struct {
   int64_t most;     /* tokens of a product whose rows threads share; a multiple of 16 */
   int64_t most_own; /* tokens of a thread's own product: x as it is prepared for more leaves the second cache */
+  int64_t own;      /* bytes of x as it is prepared for which a thread's own product may have more tokens, or 0 */
   int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
   void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
   void (*rows)(const ast24_product *, int64_t first, int64_t last);    /* y[:, first:last]; first is a multiple of 16 */

@@ -71,7 +71,7 @@ OPERATION lanes expand(int dtype, const void *values, int byte) {
 #define WAY(name, dtype) \
   static void prepare_##name(const ast24_product *p, int64_t first, int64_t last) { prepare(dtype, p, first, last); } \
   static void multiply_##name(const ast24_product *p, int64_t first, int64_t last) { multiply(dtype, p, first, last); } \
-  static const ast24_way name = {128, 64, operand, prepare_##name, multiply_##name};
+  static const ast24_way name = {128, 64, 0, operand, prepare_##name, multiply_##name};
 WAY(bfloat16, AST24_BFLOAT16)
 WAY(float16, AST24_FLOAT16)
 WAY(float32, AST24_FLOAT32)
