@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ast_sparse.config import SparsityConfig
+from ast_sparse.distributed.pieces import refuse_sharded
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.export.quantizer import CompressedLinear
 from ast_sparse.sparsity.kept import nm_layers, plain_name
@@ -73,7 +74,7 @@ def merge_adapter_sparse(
         The plain model in evaluation mode, and the report.
 
     Raises:
-        UserError: it is not such a model, its layers are compressed, or its adapter cannot be merged.
+        UserError: it is not such a model, it is sharded, its layers are compressed, or its adapter cannot be merged.
     """
     base = _base_model(model)
     folder = source_folder(base.config)
@@ -161,6 +162,7 @@ def _base_model(model: Any) -> PreTrainedModel:
                     "Cannot merge into layers that are compressed in memory. Load the base model without "
                     "`dequantize=False`."
                 )
+            refuse_sharded(base, "Merge before it is sharded, or merge the folder of a saved adapter.")
             return base
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(

@@ -87,10 +87,13 @@ class Pattern:
         return mask.view_as(scores)
 
     def holds(self, weight: Tensor, dim: int = -1) -> bool:
-        """Whether the non-zeros of a weight fit the pattern; `dim` is its input dimension."""
+        """Whether the non-zeros of a weight fit the pattern; `dim` is its input dimension.
+
+        If the weight is sharded, all processes must call this.
+        """
         if self.structured:
             return check_nm(weight, self.n, self.m, dim)
-        return int(whole(weight.count_nonzero())) <= weight.numel() * self.n // self.m
+        return int(whole((weight != 0).sum())) <= weight.numel() * self.n // self.m
 
 
 def gradual_mask(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -118,7 +121,7 @@ def flip_rate(mask: Tensor, previous: Tensor) -> float:
     With the start mask as `previous` it is the initial flip rate. Shapes and dtype (bool) must agree. If the masks are
     sharded, all processes must call this.
     """
-    return float(whole((mask ^ previous).count_nonzero())) / mask.numel()
+    return float(whole((mask ^ previous).sum())) / mask.numel()
 
 
 def mask_fingerprint(mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +23,7 @@ from ast_sparse import (
     export_model,
     flip_rate,
     keep_sparsity,
+    merge_adapter_sparse,
     sparsify_model,
 )
 from ast_sparse.distributed.pieces import whole
@@ -88,6 +90,12 @@ def refused(call: Callable[[], Any]) -> str:
     return ""
 
 
+def sharded_with_adapter() -> Any:
+    model = get_peft_model(plain(), LoraConfig(target_modules="all-linear", r=2))
+    sharded(model.get_base_model())
+    return model
+
+
 def main(out: Path) -> None:
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -109,6 +117,7 @@ def main(out: Path) -> None:
         lambda: sparsify_model(model, SparsityConfig()),
         lambda: change_basis(model, BasisConfig(), Pattern(2, 4), torch.arange(32).view(2, 16)),
         lambda: export_model(model, out / "export"),
+        lambda: merge_adapter_sparse(sharded_with_adapter()),
     )]  # fmt: skip
     facts = {"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured, "pieces": asked_of_pieces()}
     facts["refusals"] = refusals

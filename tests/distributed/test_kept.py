@@ -54,6 +54,7 @@ def test_what_needs_whole_weights_refuses_a_sharded_model(facts: dict[str, Any])
         said + "Prune it before it is sharded, as SparseTrainer does.",
         said + "Change its basis before it is sharded.",
         said + "Save it whole with trainer.save_model(FOLDER), and export that folder.",
+        said + "Merge before it is sharded, or merge the folder of a saved adapter.",
     ]
 
 

@@ -226,9 +226,10 @@ def test_settings_of_speed_and_memory_may_be_others(tmp_path: Path) -> None:
     """As a run decides them by the memory of its machine."""
     folder = checkpoint(tmp_path, 10)
     (folder / "sparsity_config.json").write_text(recorded(fast_forward="on", masked_weights="made", kernels="eager"))
-    other = SparsityConfig(fast_forward="off", masked_weights="kept")
+    assert check_same_run(folder, SparsityConfig(), None, ["a", "b"]) == []  # auto, as in a dry run
+    other = SparsityConfig(fast_forward="off", masked_weights="kept", kernels="compiled")
     assert check_same_run(folder, other, None, ["a", "b"]) == [
-        "resume: sparsity.kernels 'eager' -> 'auto'",
+        "resume: sparsity.kernels 'eager' -> 'compiled'",
         "resume: sparsity.fast_forward 'on' -> 'off'",
         "resume: sparsity.masked_weights 'made' -> 'kept'",
     ]

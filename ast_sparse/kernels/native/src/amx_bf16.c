@@ -1,7 +1,7 @@
 /* AVX-512 level `avx512_bf16`, with AMX for more than AST24_FEW tokens in bfloat16: a tile unit multiplies 16 rows of W
    with 16 tokens in dense form, many times as fast as a vector unit does it with half the arithmetic. W is expanded a
-   few rows and columns at a time, into tiles that stay in the first cache (x passes it by); it is read once for up to
-   `most` tokens.
+   few rows and columns at a time, into tiles that stay in the first cache if they fit; it is read once for up to MOST
+   tokens, or more of few columns.
 
    A tile of W is 16 rows of 32 columns. A tile of x is 16 pairs of columns, each with the two entries of 16 tokens, as
    `prepare` writes them. Sums of 16 rows and 16 tokens are a tile, too; they go on in the same order of columns for any
@@ -104,8 +104,8 @@ TARGET INLINE void expand(
 typedef struct {
   places where[2];
   const uint16_t *values;
-  int64_t stride, rows, columns, both; /* both: 2, or 1 if there are no other rows */
-  int64_t all, done;                   /* pairs of tiles */
+  int64_t stride, rows, columns, row_tiles; /* row_tiles: 2, or 1 if there are no other rows */
+  int64_t all, done;                        /* pairs of tiles */
   char *w;
 } block;
 
@@ -113,13 +113,13 @@ TARGET INLINE void begin(const ast24_product *p, int64_t row, int64_t rows, int6
   to->stride = p->columns / 2;
   to->values = (const uint16_t *)p->values + row * to->stride + column / 2;
   to->rows = ast24_least(rows, PAIR), to->columns = ast24_least(p->columns - column, BLOCK);
-  to->both = rows > 16 ? 2 : 1, to->all = to->both * ((to->columns + 63) / 64), to->done = 0, to->w = w;
+  to->row_tiles = rows > 16 ? 2 : 1, to->all = to->row_tiles * ((to->columns + 63) / 64), to->done = 0, to->w = w;
   for (int64_t j = 0; 16 * j < to->rows; j++)
     find(p, row + 16 * j, to->rows - 16 * j, column, to->columns, &to->where[j]);
 }
 
 TARGET static void expand_next(block *b) {
-  const int64_t j = b->done % b->both, first = b->done / b->both * 2;
+  const int64_t j = b->done % b->row_tiles, first = b->done / b->row_tiles * 2;
   WRITTEN(b->w); /* what was there is loaded by now */
   for (int64_t k = first; k < first + 2 && 32 * k < b->columns; k++)
     expand(b->values + 16 * j * b->stride, b->stride, b->rows - 16 * j, b->columns, k, &b->where[j],
@@ -190,9 +190,11 @@ TARGET static void finish_next(const ast24_product *p, unfinished *u) {
 }
 
 /* The sums of one or two tiles of rows (r) and of tokens (t) over the columns of a block. Multiplying tiles leaves the rest
-   of the core idle, so meanwhile sums of before are finished, `due` pairs of tiles of the next block expanded, and `lines` of W
-   fetched for each tile of columns: not all at once, because a core waits for only a few lines at a time, and the tiles of
-   x are among them. x is not kept in the first cache, where it would push out W.
+   of the core idle, so meanwhile the previous sums are finished, `due` pairs of tiles of the next block expanded, and
+   `lines` of W fetched for each tile of columns: not all at once, because a core waits for only a few lines at a time, and
+   the tiles of x are among them. x is not kept in the first cache, where it would push out W. If `due` is at most
+   next->row_tiles for each 64 columns of this block, a pair of tiles is expanded only after this block's pair was read:
+   both may be in one place.
 
    x: the tiles of the first 16 tokens; the next ones are x_next bytes behind. from: sums that go on, or NULL; to: where
    they are stored. Those of the next 16 rows are from_next and to_next behind. */
@@ -250,16 +252,16 @@ TARGET static void strip(const ast24_product *p, int64_t row, int64_t rows, upco
   for (int64_t column = 0, i = 0; column < p->columns;) {
     const int64_t after = i + PAIR < rows ? i + PAIR : 0, column_after = after ? column : column + BLOCK;
     const int is_last = column + BLOCK >= p->columns;
-    next->all = next->done = 0, next->both = 1;
+    next->all = next->done = 0, next->row_tiles = 1;
     if (column_after < p->columns)
       begin(p, row + after, rows - after, column_after, in_place ? w[0] : w[now->w == w[0]], next);
     WRITTEN(now->w);
     const char *x = (const char *)p->operand + column / 32 * TILE;
     for (int64_t pair = 0; pair < pairs; pair++, x += 2 * x_next) {
-      /* With two places for W its expansion is spread evenly. One place stays in the first cache: the next tiles are
-         expanded where the last tokens have read those of now. */
+      /* With two places for W its expansion is spread evenly. With one, which takes half the room in the first cache, the
+         next tiles are expanded where the last tokens have read those of now. */
       int64_t due = next->all * (pair + 1) / pairs - next->done;
-      if (in_place) due = pair < pairs - 1 ? 0 : ast24_least(next->all, next->both * ((now->columns + 63) / 64));
+      if (in_place) due = pair < pairs - 1 ? 0 : ast24_least(next->all, next->row_tiles * ((now->columns + 63) / 64));
       float *kept = goes_on ? sums + (i / 16 * of_tokens + 2 * pair) * 256 : NULL, *to = is_last ? ends : kept;
       const float *from = column ? kept : NULL;
       const int64_t kept_next = of_tokens * 256, to_next = is_last ? 512 : kept_next;

@@ -28,7 +28,7 @@ enum { AST24_BFLOAT16, AST24_FLOAT16, AST24_FLOAT32, AST24_DTYPES };
 /* y = x Wᵀ + b, all tensors of one dtype. */
 typedef struct {
   int dtype;
-  int64_t tokens; /* 1 to `most` of the way: the frame cuts longer products */
+  int64_t tokens; /* 1 to `most` of the way, or of a thread's own product: the frame cuts longer ones */
   int64_t rows, columns;
   const void *x;   /* tokens rows of `columns` entries, x_stride entries apart */
   int64_t x_stride;
@@ -59,7 +59,7 @@ typedef struct {
 typedef struct {
   int64_t most;     /* tokens of a product whose rows threads share; a multiple of 16 */
   int64_t most_own; /* tokens of a thread's own product: x as it is prepared for more leaves the second cache */
-  int64_t own;      /* bytes of x as it is prepared for which a thread's own product may have more tokens, or 0 */
+  int64_t own;      /* bytes: a thread's own product may have more tokens while x as it is prepared takes no more; or 0 */
   int64_t (*operand)(const ast24_product *); /* bytes that prepare needs */
   void (*prepare)(const ast24_product *, int64_t first, int64_t last); /* multiples of 64, up to padded */
   void (*rows)(const ast24_product *, int64_t first, int64_t last);    /* y[:, first:last]; first is a multiple of 16 */
