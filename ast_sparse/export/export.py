@@ -81,8 +81,8 @@ def export_model(
         device: where calibration runs, block by block; default: where the model is.
 
     Raises:
-        UserError: the source is not a model or not N:M, the output folder is taken or has no room, or the files read
-            back differ; or the finished export cannot be uploaded.
+        UserError: the source is not a model, is sharded or not N:M, the output folder is taken or has no room, or the
+            files read back differ; or the finished export cannot be uploaded.
     """
     out, folder = _check_arguments(model_or_dir, out_dir, format, dtype, overwrite, adapter, push_to_hub)
     _check_samples(format, samples, adapter, adapter_samples)

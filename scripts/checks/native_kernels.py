@@ -2,7 +2,7 @@
 
 1. As they are. Each tensor ends at a page that the process may not read.
 2. Compiled with AddressSanitizer and UndefinedBehaviorSanitizer, by gcc 12 or later. Local variables begin with a
-   pattern, so that one which is read before it is set gives a wrong result.
+   pattern, so that one which is read before it is set gives a wrong result or stops.
 3. A product that is told of one row too many: the sanitizer must stop it, or the second way would prove nothing.
 
 Each level is forced by AST_SPARSE_CPU in a process of its own. `tests/kernels/native/random24.py` makes the cases

@@ -119,8 +119,10 @@ def main(out: Path) -> None:
         lambda: export_model(model, out / "export"),
         lambda: merge_adapter_sparse(sharded_with_adapter()),
     )]  # fmt: skip
-    facts = {"ddp": ddp, "fsdp": fsdp, "refusal": refusal, "unstructured": unstructured, "pieces": asked_of_pieces()}
-    facts["refusals"] = refusals
+    facts = {
+        "ddp": ddp, "fsdp": fsdp, "refusal": refusal, "refusals": refusals, "unstructured": unstructured,
+        "pieces": asked_of_pieces(),
+    }  # fmt: skip
     if rank == 0:
         torch.save(facts, out / "facts.pt")
     torch.distributed.destroy_process_group()

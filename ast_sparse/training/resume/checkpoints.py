@@ -312,8 +312,8 @@ def check_same_run(
             f"{shown(name)} is pruned in only one of this run and {str(checkpoint)!r}. "
             f"Resume with the model and the sparsity.include/exclude of the run.{older}"
         )
-    # `auto` takes over what the checkpoint has, or is decided later
-    return [f"resume: {name} {shown(was)} -> {shown(value)}" for name, was, value in differing if value != "auto"]
+    changed = [each for each in differing if each[2] != "auto"]  # which keeps what it was, or is decided later
+    return [f"resume: {name} {shown(before)} -> {shown(value)}" for name, before, value in changed]
 
 
 def stored_kernels(checkpoint: Path) -> Kernels:
