@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ast_sparse.config import RunConfig
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.sources.documents import read_texts
-from ast_sparse.data.tokens.bos import find_bos
+from ast_sparse.data.tokens.bos import bos_note, find_bos
 from ast_sparse.distributed.full_precision import computes_in_float32
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.errors import DivergenceError, UserError, did_you_mean
@@ -124,6 +124,10 @@ class Measured:
                     f"{_FIELD}: {name!r} has {tokens:,} tokens, fewer than one window of {window:,}. "
                     "Name a longer text, or set evaluation.seq_len."
                 )
+
+    def note(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """What `bos_note` says about the texts; None if there are none. Held-out text has BOS where training has it."""
+        return bos_note(self.config.data.bos, tokenizer, "data.bos") if self.texts else None
 
     def __call__(
         self,

@@ -91,6 +91,9 @@ def run_training(
         measured = Measured(config, run.args)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
+        note = measured.note(tokenizer)
+    if note is not None and run.args.should_log:
+        run.echo(f"Note: {note}")
     trainer, rows = _prepare(run, tokenizer, measured)
     _train(run, trainer, tokenizer, measured)
     _measure_result(run, trainer, tokenizer, measured, rows)

@@ -35,6 +35,15 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
     assert found == PARAMETERS
 
 
+def test_recipes_of_gemma_put_bos_before_each_block() -> None:
+    found = {}
+    for recipe in RECIPES:
+        settings, shape, _ = read_recipe(recipe)
+        if json.loads((shape / "config.json").read_text())["model_type"].startswith("gemma"):
+            found[recipe.stem] = settings["data"].get("bos")
+    assert found == {"gemma3_1b": "block"}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_planned(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two of its model's blocks and no passes, which take seconds: `scripts/checks/recipes.py` plans all of it."""

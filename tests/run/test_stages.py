@@ -15,6 +15,7 @@ from ast_sparse import load_causal_lm, perplexity
 from ast_sparse.cli.train import main
 from ast_sparse.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from ast_sparse.run.stages import Measured, PerplexityCallback
+from tests.data.bos_models import bos_tokenizer
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
 from tests.training.small_runs import trainer, weights
 
@@ -107,6 +108,19 @@ def test_a_model_is_on_the_device_only_to_be_measured_where_it_is_sharded_from_t
         measured.device = torch.device("meta")
         model: Any = Placed()
         assert measured("dense", model, tiny_tokenizer(), None) == {} and model.places == places
+
+
+@pytest.mark.parametrize("bos, told", [("auto", True), ("none", True), ("block", False), ("window", False)])
+def test_a_note_says_where_windows_of_texts_lack_bos(tmp_path: Path, bos: Any, told: bool) -> None:
+    (tmp_path / "other.txt").write_text(generated_text(4))
+    for datasets, expected in ((["heldout"], False), (["heldout", str(tmp_path / "other.txt")], told)):
+        config = RunConfig(
+            model=ModelConfig(name_or_path="model"), data=DataConfig(train=["text"], bos=bos),
+            evaluation=EvaluationConfig(datasets=datasets),
+        )  # fmt: skip
+        measured = Measured(config, TrainingArguments(str(tmp_path), use_cpu=True))
+        assert (f"(data.bos={bos})" in str(measured.note(bos_tokenizer()))) == expected
+        assert measured.note(tiny_tokenizer()) is None
 
 
 def test_the_figure_of_the_last_step_is_that_of_the_retrained_model(folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_a_run_says_what_bos_does_and_measures_with_it(tmp_path: Path, bos: str)
     assert result.exit_code == 0, result.output
     where = {"none": "BOS: none;", "block": "BOS: <s> before each block"}.get(bos, "BOS: <s> before each document")
     assert where in result.stdout
+    assert (f"(data.bos={bos})" in result.stdout) == (bos != "block")  # windows of other.txt lack it
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     dense = next(iter(rows.values())) if "dense" not in rows else rows["dense"]
     expected = perplexity(tiny_model(), bos_tokenizer(), generated_text(20, seed=3), 16, bos=bos)

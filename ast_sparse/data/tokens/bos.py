@@ -102,19 +102,23 @@ def find_bos(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "data
     return Bos("document" if choice == "document" else "block", tokens, own, is_end)
 
 
-def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def bos_note(choice: str, tokenizer: PreTrainedTokenizerBase, field: str = "--bos") -> str | None:
     """A note for a table of perplexities, if the tokenizer puts BOS before text but windows do not begin with it.
+
+    Args:
+        choice: as in `find_bos`.
+        field: the option or the setting that has it, for messages.
 
     Raises:
         UserError: as `find_bos`.
     """
-    found = find_bos(choice, tokenizer, "--bos")
+    found = find_bos(choice, tokenizer, field)
     if not found.own or found.place == "block":
         return None
     where = "only at the start of each document or text" if found.place == "document" else "nowhere"
+    setting = f"{field} " if field.startswith("--") else f"{field}="
     return (
-        f"BOS is {where} (--bos {choice}). Measure models that need it in every window, such as Gemma, "
-        "with --bos window."
+        f"BOS is {where} ({setting}{choice}). Models that need it in every window, such as Gemma, need {setting}window."
     )
 
 

@@ -262,3 +262,4 @@ def test_a_note_says_where_windows_have_none(choice: str, message: str | None) -
     assert note(bos_tokenizer()) is None if message is None else message in str(note(bos_tokenizer()))
     if choice != "window":
         assert note(tiny_tokenizer()) is None
+        assert str(bos_note(choice, bos_tokenizer(), "data.bos")).endswith("need data.bos=window.")
