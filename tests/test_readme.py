@@ -72,6 +72,15 @@ def test_its_picture_and_its_numbers_are_those_of_the_results() -> None:
     assert 0 < (results / "headline.png").stat().st_size < 100_000
 
 
+def test_its_times_of_a_token_are_those_of_the_newest_measurement() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    file = ROOT / "scripts" / "benchmarks" / "results" / "x86_64-CPU-2-threads.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    newest = {row["question"]: row["ratio"]["median"] for row in rows if row["case"] == "LLaMA 1.17B, 1 threads"}
+    vllm, transformers = (newest[f"{engine}: decode, batch 1"] for engine in ("vllm", "transformers"))
+    assert f"{vllm:.2f} of the dense model's time for a token in vLLM, and {transformers:.2f} in transformers" in text
+
+
 @each_readme
 def test_links_lead_somewhere(readme: Path) -> None:
     links = [link for link in LINK.findall(readme.read_text(encoding="utf-8")) if "://" not in link]
