@@ -198,7 +198,7 @@ def _beside_full_logits(student: Any, teacher: Any, ids: Tensor, name: str) -> L
 
 
 def _kinds(bench: Bench) -> Iterator[Line]:
-    """Every kind of the loss, with temperatures, a soft cap, ignored labels and other columns, beside float64."""
+    """Each kind of D on logits, with temperatures, a soft cap, ignored labels and other columns, beside float64."""
     sizes = bench.pick((512, 256, 32003), (6, 16, 40))
     # kind, temperature, soft cap, columns that the teacher has beyond the student's
     cases = (("kl", 1.0, None, 0), ("kl", 2.0, None, 24), ("reverse_kl", 0.5, 30.0, 0), ("tinybert", 2.0, None, -3))
