@@ -8,14 +8,17 @@ from contextlib import contextmanager
 import click
 
 from ast_sparse.cli.command import Command
-from ast_sparse.config import SECTIONS
+from ast_sparse.config import SECTIONS, RunConfig
 from ast_sparse.run.signals import PREEMPTED_EXIT, Preempted, preemption_signals
 
 
 def _fields() -> str:
     """Every configuration key with its default and its help text."""
     lines = ["\b", "Configuration keys (YAML, or --set section.key=value):"]
+    absent = {item.name for item in dataclasses.fields(RunConfig) if item.default is None}
     for section, cls in SECTIONS.items():
+        if section in absent:
+            lines.append(f"  {section}.*: off unless the configuration has this section; one key is enough.")
         for item in dataclasses.fields(cls):
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()

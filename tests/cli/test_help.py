@@ -31,3 +31,8 @@ def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
     options = [parameter for parameter in COMMANDS[name].params if isinstance(parameter, click.Option)]
     assert options and all(option.help for option in options)
     assert all(option.opts[0] in done.stdout for option in options)
+
+
+def test_help_says_which_sections_are_off_unless_they_are_there() -> None:
+    lines = str(train.main.epilog).splitlines()
+    assert [line.split(".*")[0].strip() for line in lines if ".*: off unless" in line] == ["slorb", "basis"]
