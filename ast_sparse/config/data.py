@@ -88,7 +88,13 @@ class DataConfig(Section):
     eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None, metadata=about("Held-out sources; default: a share of `train`.")
     )
-    eval_share: float = field(default=0.02, metadata=about("Share of the documents to hold out, 0 to 0.5."))
+    eval_share: float = field(
+        default=0.02,
+        metadata=about(
+            "Share of the documents to hold out, 0 to 0.5; of a source with fewer than 20 documents, share of its "
+            "tokens, the last ones."
+        ),
+    )
     text_field: str = field(default="text", metadata=about("Name of the text column or key."))
     block_size: int = field(default=1024, metadata=about("Tokens in a training sequence."))
     packing: Literal["joined", "documents"] = field(

@@ -1,13 +1,16 @@
 """Sources to training and held-out blocks: the splits never overlap, and whatever is left out is reported."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import ast_sparse
 from ast_sparse.config import DataConfig
+from ast_sparse.data.blocks.held_out import FEW_DOCUMENTS
 from ast_sparse.data.build import DataReport, build_datasets, training_tokens
 from ast_sparse.errors import UserError
 from tests.data.documents import cut, documents, stream
@@ -25,6 +28,12 @@ def as_documents(blocks: list[list[int]]) -> list[str]:
     """The whole documents of a stream of blocks of one token each."""
     text = tiny_tokenizer().decode([token for block in blocks for token in block])
     return text.split("<|end|>")[:-1]
+
+
+def test_the_setting_says_from_how_many_documents_on_whole_ones_are_held_out() -> None:
+    (setting,) = (item for item in dataclasses.fields(DataConfig) if item.name == "eval_share")
+    page = (Path(ast_sparse.__file__).parent / "data" / "README.md").read_text(encoding="utf-8")
+    assert all(f"fewer than {FEW_DOCUMENTS} documents" in text for text in (setting.metadata["help"], page))
 
 
 def test_held_out_documents_are_whole_and_never_train(tmp_path: Path) -> None:
