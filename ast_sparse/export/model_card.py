@@ -209,7 +209,9 @@ def _loading(subject: Subject, report: ExportReport) -> Iterator[str]:
     if subject.repo_id is None:
         yield "`FOLDER` is the folder of this card, or the id of its repository on the hub."
     compressed = report.format in codecs()
-    lines = ["import ast_sparse  # pip install ast-sparse; registers the format"] if compressed else []
+    if compressed:
+        yield "This needs ast_sparse. Install it from a checkout of its repository: `pip install CHECKOUT`."
+    lines = ["import ast_sparse  # registers the format"] if compressed else []
     lines += [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -237,7 +239,7 @@ def _serving(subject: Subject, report: ExportReport) -> Iterator[str]:
     if compressed and reason is not None:
         yield f"vLLM cannot serve this: it is a {kind} model, whose {reason}. Export with `--format dense` for vLLM."
         return
-    lines = ["pip install ast-sparse  # beside vLLM, which then reads the format"] if compressed else []
+    lines = ["pip install CHECKOUT  # ast_sparse, beside vLLM, which then reads the format"] if compressed else []
     yield _block("bash", [*lines, f"vllm serve {shlex.quote(place)}"])
     if not subject.ranks:
         return

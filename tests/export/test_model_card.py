@@ -150,6 +150,12 @@ def test_the_code_of_the_card_runs(folder: Path) -> None:
     assert not torch.equal(plain, expected)
 
 
+def test_the_package_is_installed_from_a_checkout(folder: Path) -> None:
+    text = card(folder / "out")
+    assert "checkout of its repository: `pip install CHECKOUT`" in text and "\npip install CHECKOUT  #" in text
+    assert "pip install ast" not in text
+
+
 def test_settings_of_the_run_can_be_read_back(folder: Path) -> None:
     (settings,) = re.findall(r"```yaml\n(.*?)```", card(folder / "out"), re.DOTALL)
     before, after = yaml.safe_load((folder / "run.yaml").read_text()), yaml.safe_load(settings)
@@ -202,7 +208,7 @@ def test_what_is_unknown_is_said(tmp_path: Path) -> None:
     text, found = card(tmp_path / "out"), metadata_load(tmp_path / "out" / "README.md")
     assert row(text, "base model") == "not recorded" and row(text, "licence").startswith("unknown: none was found.")
     assert found is not None and found["license"] == "unknown" and "base_model" not in found
-    assert found["tags"][-1] == "unstructured" and "neighbouring" not in text and "pip install ast-sparse" not in text
+    assert found["tags"][-1] == "unstructured" and "neighbouring" not in text and "pip install" not in text
     assert 'export_model(model, "OUT", format="dense", dtype="float32")' in text
     plain_sparse_model().save_pretrained(tmp_path / "plain")
     (tmp_path / "plain" / "LICENSE").write_text("terms")
