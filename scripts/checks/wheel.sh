@@ -50,7 +50,7 @@ for level in levels:
 assert not Path("cache").exists(), "something was compiled"
 print(f"wheel: compiled kernels multiply without a compiler ({', '.join(levels)})")
 PY
-for command in train prune eval export data; do
+for command in train prune eval export data bench; do
   "$root/.venv/bin/python" -m "ast_sparse.cli.$command" --help >/dev/null
 done
 echo "wheel: installs and works outside the checkout"

@@ -1,7 +1,10 @@
 """`--help` answers at once: it does not import the packages that take seconds."""
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import click
 import pytest
@@ -12,6 +15,7 @@ COMMANDS = {
     "train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main, "data prepare": data.prepare,
     "bench": bench.main,
 }  # fmt: skip
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from ast_sparse.cli.{module} import main
@@ -36,3 +40,10 @@ def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
 def test_help_says_which_sections_are_off_unless_they_are_there() -> None:
     lines = str(train.main.epilog).splitlines()
     assert [line.split(".*")[0].strip() for line in lines if ".*: off unless" in line] == ["slorb", "basis"]
+
+
+def test_the_wheel_is_tried_with_every_command() -> None:
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    script = (ROOT / "scripts" / "checks" / "wheel.sh").read_text(encoding="utf-8")
+    (tried,) = re.findall(r"^for command in ([a-z ]+); do$", script, re.MULTILINE)
+    assert {f"ast-{name}" for name in tried.split()} == set(commands)
