@@ -45,7 +45,7 @@ class Inputs:
             writer = writer[columns]
         else:
             kv, queries, size, _ = writer.shape
-            order = (columns % size).view(kv, queries, size)
+            order = (columns % size).view(kv, queries, size).to(writer.device)  # `gather` takes no other device
             writer = writer.gather(2, order[..., None].expand_as(writer))
             writer = writer.gather(3, order[:, :, None].expand_as(writer))
         return replace(
@@ -76,13 +76,14 @@ def measure_inputs(
         UserError: a layer got no input, or the blocks cannot be run one by one.
     """
     layers = {name: layer for unit in structure.units for name, layer in unit.linears.items()}
+    home = next(model.parameters()).device  # a block is on `device` while it runs
     runs = calibrate_blocks(model, decoder_blocks(model), layers, samples, with_hessian, device, changes=False)
     label = "Measuring inputs"
     with progress_bar(total=len(structure.blocks), desc=label, unit="block", disable=not progress) as bar:
         for units, found in zip(structure.blocks.values(), runs, strict=True):
             for unit in units:
                 read, written = (_seen(model, found, name) for name in (next(iter(unit.readers)), unit.writer_name))
-                yield _inputs(unit, read, written, damping)
+                yield _inputs(unit, read, written, damping, home)
             bar.update()
 
 
@@ -93,15 +94,14 @@ def _seen(model: nn.Module, found: dict[str, InputStatistics | None], name: str)
     return statistics
 
 
-def _inputs(unit: Unit, read: InputStatistics, written: InputStatistics, damping: float) -> Inputs:
+def _inputs(unit: Unit, read: InputStatistics, written: InputStatistics, damping: float, home: torch.device) -> Inputs:
     totals = {name: _total(layer, read) for name, layer in unit.readers.items()}
     totals[unit.writer_name] = _total(unit.writer, written)
     inverse, writer_inverse = (_inverse(each, damping) for each in (read, written))
     if writer_inverse.dim() == 2:
         writer_inverse = _head_blocks(writer_inverse, unit.heads)
-    home = weight_of(unit.writer).device
-    parts = [each.to("cpu" if home.type == "meta" else home) for each in (inverse, writer_inverse)]
-    return Inputs(_energy(read).to(home), _energy(written).to(home), parts[0], parts[1], totals)
+    parts = [each.to(home) for each in (_energy(read), _energy(written), inverse, writer_inverse)]
+    return Inputs(parts[0], parts[1], parts[2], parts[3], totals)
 
 
 def _energy(statistics: InputStatistics) -> Tensor:

@@ -110,6 +110,7 @@ def _in_heads(rows: Tensor, heads: Tensor, queries: int) -> Tensor:
     return turned.reshape(rows.shape)
 
 
-def _by_rows(tensor: Tensor, change: Callable[..., Tensor], *given: Any) -> None:
+def _by_rows(tensor: Tensor, change: Callable[..., Tensor], matrix: Tensor, *given: Any) -> None:
+    """Change rows in place, where the matrix is: the model may be in host memory."""
     for rows in tensor.split(_ROWS):
-        rows.copy_(change(rows.double().contiguous(), *given))
+        rows.copy_(change(rows.to(matrix.device, torch.float64).contiguous(), matrix, *given))

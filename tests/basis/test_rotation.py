@@ -1,5 +1,6 @@
 """A learned rotation merged into the weights: the model computes the same, and the pattern takes less."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ast_sparse.basis import energies
 from ast_sparse.basis.change import change_basis
 from ast_sparse.basis.energies import Inputs, measure_inputs
-from ast_sparse.basis.merge import Rotation, fold_norms, rotate
+from ast_sparse.basis.merge import Rotation, _by_rows, _in_heads, fold_norms, rotate
 from ast_sparse.basis.objective import lost_share
 from ast_sparse.basis.rotation import learn_rotation, orthogonal, sampled_shares
 from ast_sparse.basis.structure import Structure, Unit, find_structure, weight_of
@@ -180,3 +183,31 @@ def test_a_rotation_that_fails_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
     assert "lm_head.weight" in model.all_tied_weights_keys
+
+
+def test_statistics_stay_where_the_model_is_while_blocks_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = random_model("llama"), tokens()
+    structure, plain = find_structure(model, text), energies.calibrate_blocks
+
+    def moved(model: Any, blocks: Any, *args: Any, **values: Any) -> Iterator[Any]:
+        for block, found in zip(blocks.values(), plain(model, blocks, *args, **values), strict=True):
+            here = [(module, dict(module._parameters)) for module in block.modules()]
+            block.to("meta")
+            yield found
+            for module, parameters in here:
+                module._parameters.update(parameters)
+
+    monkeypatch.setattr(energies, "calibrate_blocks", moved)
+    monkeypatch.setattr(energies, "_total", lambda *given: 1.0)  # reads weights
+    for inputs in measure_inputs(model, structure, text, True, 0.01, None, False):
+        parts = (inputs.energy, inputs.writer_energy, inputs.inverse, inputs.writer_inverse)
+        assert {each.device.type for each in parts} == {"cpu"}
+
+
+@pytest.mark.parametrize("where", ["model", "rotation"])
+def test_a_model_in_host_memory_is_multiplied_where_the_rotation_is(where: str) -> None:
+    with FakeTensorMode():  # which knows devices that this machine does not have
+        place = {"model": "cpu", "rotation": "cuda"}
+        rows = torch.empty(16, 16, device=place["model"])
+        _by_rows(rows, torch.matmul, torch.empty(16, 16, dtype=torch.float64, device=place[where]))
+        _by_rows(rows, _in_heads, torch.empty(2, 4, 4, dtype=torch.float64, device=place[where]), 2)
