@@ -1,7 +1,7 @@
 """The loss over held-out rows, each counted once, on any number of processes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,20 +29,20 @@ class HeldOutLoss:
 
     def __init__(self, dataloader: DataLoader, args: TrainingArguments) -> None:
         self.rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
-        self.batch_size = args.eval_batch_size
         self.ranks, self.rank = args.world_size, args.process_index
-        self._batches = 0
+        self._seen = 0  # rows of all processes
         self._sums: Tensor | None = None  # loss and tokens
+        self.tokens = 0.0  # once `mean` was called: those of all processes, divided by their number
 
     def add(self, by_position: Tensor, labels: Tensor) -> None:
-        """Add this process's next batch.
+        """Add this process's next batch; those of the others have as many rows.
 
         Args:
             by_position: `[batch · seq]`, the loss of each position.
             labels: `[batch, seq]`, shifted; −100 does not count.
         """
-        first = (self._batches * self.ranks + self.rank) * self.batch_size  # batches go to the ranks in turn
-        self._batches += 1
+        first = self._seen + self.rank * len(labels)  # batches, or pieces of one, go to the ranks in turn
+        self._seen += self.ranks * len(labels)
         count = len(labels) if self.rows is None else max(0, min(len(labels), self.rows - first))
         losses = by_position.view_as(labels)[:count]
         dtype = torch.float32 if labels.device.type == "mps" else torch.float64
@@ -53,8 +53,8 @@ class HeldOutLoss:
         """The loss over the tokens of all processes, which must all call this; None without tokens."""
         if self._sums is None:
             return None
-        loss, tokens = mean_over_ranks(self._sums).tolist()
-        return loss / tokens if tokens else None
+        loss, self.tokens = mean_over_ranks(self._sums).tolist()
+        return loss / self.tokens if self.tokens else None
 
     def replace_in(self, metrics: dict[str, float] | None, prefix: str) -> None:
         """Replace Trainer's loss, which would be 0 if no token counts, by the mean; all processes must call this."""
@@ -65,14 +65,19 @@ class HeldOutLoss:
             metrics.pop(f"{prefix}_loss", None)
 
 
-def loss_of_parts(metrics: Mapping[str, float], held_out: Any, prefix: str) -> float | None:
+def loss_of_parts(
+    metrics: Mapping[str, float], held_out: Any, prefix: str, tokens: Mapping[str, float]
+) -> float | None:
     """The loss over all parts of a mapping, from that of each; None if one is missing, or for a single data set.
+
+    Args:
+        tokens: that count, by the prefix of the part.
 
     Raises:
         UserError: one data set was evaluated, and no token of it is counted, so there is no loss.
     """
     if isinstance(held_out, dict):
-        return mean_loss(metrics, held_out, prefix)
+        return _mean_loss(metrics, [f"{prefix}_{name}" for name in held_out], tokens)
     if f"{prefix}_loss" not in metrics:
         raise UserError(
             f"There is no {prefix}_loss: no token of the data to evaluate on is counted, all labels are −100. "
@@ -81,20 +86,28 @@ def loss_of_parts(metrics: Mapping[str, float], held_out: Any, prefix: str) -> f
     return None
 
 
-def mean_loss(metrics: Mapping[str, float], held_out: Mapping[str, Any], prefix: str) -> float | None:
-    """The loss over the blocks of all domains, from that of each; None if one is missing."""
-    sizes = {name: len(part) for name, part in held_out.items()}
-    losses = {name: metrics.get(f"{prefix}_{name}_loss") for name in sizes}
+def _mean_loss(metrics: Mapping[str, float], parts: Sequence[str], tokens: Mapping[str, float]) -> float | None:
+    losses = {part: metrics.get(f"{part}_loss") for part in parts}
     if not all(isinstance(loss, float) for loss in losses.values()):
         return None
-    return math.fsum(loss * sizes[name] for name, loss in losses.items() if loss is not None) / sum(sizes.values())
+    total = math.fsum(loss * tokens[part] for part, loss in losses.items() if loss is not None)
+    return total / math.fsum(tokens[part] for part in parts)
 
 
 class EvaluationTrainer(CheckpointTrainer):
     """Trainer whose evaluations give the loss over all tokens, each counted once."""
 
     _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
+    _held_out_tokens: Mapping[str, float] = {}  # of the evaluations so far, by their prefix
     _needs_logits = True  # if outputs are returned
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in Trainer; `dataloader_drop_last` is for training alone, since every held-out row counts."""
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drops_last
 
     def evaluation_loop(
         self,
@@ -113,6 +126,7 @@ class EvaluationTrainer(CheckpointTrainer):
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             self._held_out_loss.replace_in(output.metrics, metric_key_prefix)
+            self._held_out_tokens = {**self._held_out_tokens, metric_key_prefix: self._held_out_loss.tokens}
         finally:
             self._held_out_loss = None
             reshard(self.student)
@@ -138,8 +152,10 @@ class EvaluationTrainer(CheckpointTrainer):
         """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss = loss_of_parts(metrics, parts, metric_key_prefix)
+        loss = loss_of_parts(metrics, parts, metric_key_prefix, self._held_out_tokens)
         if loss is not None:
             metrics[f"{metric_key_prefix}_loss"] = loss
-            self.log({f"{metric_key_prefix}_loss": loss})
+            total = {f"{metric_key_prefix}_loss": loss}  # the parts were logged and announced one by one
+            self.log(dict(total))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, total)
         return metrics
