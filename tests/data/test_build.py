@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 import ast_sparse
 from ast_sparse.config import DataConfig
 from ast_sparse.data.blocks.held_out import FEW_DOCUMENTS
 from ast_sparse.data.build import DataReport, build_datasets, training_tokens
+from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.errors import UserError
 from tests.data.documents import cut, documents, stream
 from tests.data.folders import write
@@ -161,6 +165,15 @@ def test_second_run_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert count == 0 and not set(files) & set(other)
     write(tmp_path, "a.jsonl", documents(51))
     assert run()[1] == 1
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_a_source_without_rows_is_named(tmp_path: Path, column: str) -> None:
+    pq.write_table(pa.table({column: pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has no rows\. Remove it, or give it text\.$"):
+        build_datasets(DataConfig(root=str(tmp_path), train=("a.parquet",), block_size=8), tiny_tokenizer())
+    with pytest.raises(UserError, match=r"has no rows\. Remove it, or give it text\.$"):
+        pack_dataset(Dataset.from_dict({column: []}), tiny_tokenizer(), column, 8)
 
 
 def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:

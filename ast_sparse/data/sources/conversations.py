@@ -11,7 +11,7 @@ from typing import Any
 from ast_sparse.data.sources.text_files import json_rows, shown
 from ast_sparse.errors import UserError, one_line
 
-ROW = "conversation"  # a column with whole rows as JSON, whatever is in their messages
+ROW = "ast_sparse.row"  # a column with whole rows as JSON, whatever is in their messages; no data set has this name
 SETTINGS = "chat_template_kwargs"  # variables of the template, by row
 _OPTIONAL = ("tools", SETTINGS)
 

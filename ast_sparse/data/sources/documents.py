@@ -88,6 +88,8 @@ def _column_texts(rows: Dataset | IterableDataset, text_field: str, name: str) -
             if not isinstance(text := row[text_field], str):
                 raise UserError(f"{name}: row {number}: `{text_field}` is {shown(text)}, not text. Leave it out.")
             yield text, f"{name}, row {number}"
+    except UserError:
+        raise
     except (OSError, ValueError, DatasetGenerationError) as error:  # a damaged file, or the network
         reason = one_line(error, 300, end="stop")
         raise UserError(f"{name} cannot be read after row {number}: {reason} Copy it again.") from error
@@ -97,7 +99,7 @@ def read_texts(entry: str, root: str | None, text_field: str, field: str) -> lis
     """The documents of one file or glob, read into memory. Arguments and errors as in `load_documents`."""
     kind, files = text_files(entry, root, field)
     if kind == "parquet":
-        return list(_load_parquet(files, text_field)[text_field])
+        return [text for text, _ in _column_texts(_load_parquet(files, text_field), text_field, entry)]
     return [text for text, _ in file_documents(files, kind, text_field)]
 
 
@@ -223,6 +225,8 @@ def _load_parquet(files: list[Path], *columns: str, streaming: bool = False) -> 
         for column in columns:
             if column not in names:
                 raise UserError(_no_column(str(file), column, names))
+    if not any(pq.read_metadata(file).num_rows for file in files):
+        raise UserError(f"{', '.join(map(str, files))} has no rows. Remove it, or give it text.")
     try:
         return cast(
             Dataset | IterableDataset,

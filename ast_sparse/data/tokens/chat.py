@@ -23,7 +23,7 @@ from ast_sparse.data.sources.text_files import check_characters
 from ast_sparse.data.tokens.chat_template import DATE, REFUSALS, Chat, Spans, refusal, template_text
 from ast_sparse.data.tokens.messages import read_messages
 from ast_sparse.data.tokens.shard_writer import missing, text_key
-from ast_sparse.data.tokens.tokenise import LABELLED, eos_token, list_array, tokenizer_key
+from ast_sparse.data.tokens.tokenise import LABELLED, check_rows, eos_token, list_array, tokenizer_key
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.errors import UserError, one_line
 
@@ -50,8 +50,8 @@ def tokenise_conversations(
     columns = chat_columns(rows.column_names)
     chosen = rows.select_columns(columns).with_format(None)
     features = chosen.features
-    if len(rows):
-        _check_tokenizer(tokenizer, read_row(chosen[0], features), name)
+    check_rows(rows, name)
+    _check_tokenizer(tokenizer, read_row(chosen[0], features), name)
     template, eos = str(getattr(tokenizer, "chat_template", None)), eos_token(tokenizer)
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:

@@ -224,6 +224,7 @@ def _write_all(
         eos_token_id=manifest.eos_token_id,
         token_type=manifest.token_type,
         begin=tuple(manifest.bos),
+        splits_special=bool(getattr(tokenizer, "split_special_tokens", False)),
     )
     already = frozenset(done)
     tasks = ((name, texts) for name, texts in _batches(settings) if name not in already)

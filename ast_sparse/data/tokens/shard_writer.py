@@ -33,12 +33,14 @@ class TokeniserSettings:
         tokenizer: JSON of a fast tokenizer, or a pickled one of another kind.
         token_type: a numpy type.
         begin: tokens before each document.
+        splits_special: text that spells a special token is split like any other, which a tokenizer's JSON does not say.
     """
 
     tokenizer: str | bytes
     eos_token_id: int
     token_type: str
     begin: tuple[int, ...] = ()
+    splits_special: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Tokeniser:
     """Tokenises batches of documents; keep one per process."""
 
     def __init__(self, settings: TokeniserSettings) -> None:
-        self._encode = _encoder(settings.tokenizer)
+        self._encode = _encoder(settings)
         self._eos = settings.eos_token_id
         self._begin = settings.begin
         self._type = np.dtype(settings.token_type).newbyteorder("<")
@@ -128,13 +130,14 @@ def text_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _encoder(tokenizer: str | bytes) -> Encode:
-    if isinstance(tokenizer, bytes):
-        slow = pickle.loads(tokenizer)  # from the process that started this one
+def _encoder(settings: TokeniserSettings) -> Encode:
+    if isinstance(settings.tokenizer, bytes):
+        slow = pickle.loads(settings.tokenizer)  # from the process that started this one
         return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
     from tokenizers import Tokenizer
 
-    fast = Tokenizer.from_str(tokenizer)
+    fast = Tokenizer.from_str(settings.tokenizer)
+    fast.encode_special_tokens = settings.splits_special
     fast.no_truncation()
     fast.no_padding()
     return lambda texts: [one.ids for one in fast.encode_batch_fast(texts, add_special_tokens=False)]

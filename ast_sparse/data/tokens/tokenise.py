@@ -44,6 +44,7 @@ def tokenise_documents(
         raise UserError(
             f"{name} has no column `{text_field}` (`text_field`), only {', '.join(documents.column_names)}."
         )
+    check_rows(documents, name)
 
     def tokenise(table: pa.Table, rows: list[int]) -> pa.Table:
         texts = table.column(text_field).to_pylist()
@@ -68,6 +69,16 @@ def tokenise_documents(
         desc=f"Tokenising {name}",
     )
     return tokenised.with_format(None)
+
+
+def check_rows(documents: Dataset, name: str) -> None:
+    """Check that a source is not empty: `Dataset.map` would then leave out the new columns.
+
+    Raises:
+        UserError: it has no rows.
+    """
+    if not len(documents):
+        raise UserError(f"{name} has no rows. Remove it, or give it text.")
 
 
 def with_labels(tokenised: Dataset) -> Dataset:
@@ -107,6 +118,8 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         return Hasher.hash(tokenizer)
     state = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    if getattr(tokenizer, "split_special_tokens", False):
+        state["split_special_tokens"] = True  # not part of the JSON
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
 
 

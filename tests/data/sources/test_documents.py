@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from ast_sparse.config import DataConfig
 from ast_sparse.data.sources import text_files as files
-from ast_sparse.data.sources.documents import iterate_documents, load_documents
+from ast_sparse.data.sources.conversations import chat_columns
+from ast_sparse.data.sources.documents import iterate_documents, load_documents, read_conversations, read_texts
 from ast_sparse.data.sources.entries import check_sources
 from ast_sparse.errors import UserError
 from tests.data.folders import lines, zstd
@@ -206,12 +207,31 @@ def test_documents_are_iterated_as_they_are_loaded(tmp_path: Path, streaming: bo
 def test_bad_row_of_a_stream_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "x"}, {"text": None}))
     hub = {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
-    with pytest.raises(UserError, match="json: row 1: `text` is null, not text"):
+    with pytest.raises(UserError, match=r"^json: row 1: `text` is null, not text\. Leave it out\.$"):
         list(iterate_documents([hub], None, "text", "x", streaming=True))
     with pytest.raises(UserError, match=r"Cannot load data set json: .*none"):
         list(iterate_documents([{**hub, "data_files": "none.jsonl"}], None, "text", "x", streaming=True))
     with pytest.raises(UserError, match="no column `body`, only text"):
         list(iterate_documents([hub], None, "body", "x", streaming=True))
+
+
+def test_bad_row_of_a_table_is_named_also_where_it_is_read_into_memory(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a", None]}).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match=r"^a\.parquet: row 1: `text` is null, not text\. Leave it out\.$"):
+        read_texts("a.parquet", str(tmp_path), "text", "x")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_called_conversation_is_a_column_like_any_other(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": "one", "conversation": "a title"}, {"text": "two", "conversation": "another"}]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    else:
+        Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    (source,) = load_documents([f"a.{kind}"], str(tmp_path), "text")
+    assert not source.is_chat and source.documents[source.text_field] == ["one", "two"]
+    assert read_conversations(f"a.{kind}", str(tmp_path), "x") == []
+    assert chat_columns(["conversation", "messages"]) == ["messages"]
 
 
 def test_column_missing_from_a_table_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Json, List, Value
 
 from ast_sparse.config import DataConfig
 from ast_sparse.data.build import build_datasets
-from ast_sparse.data.sources.conversations import read_row
+from ast_sparse.data.sources.conversations import ROW, read_row
 from ast_sparse.data.sources.documents import read_conversations
 from ast_sparse.data.tokens.chat import tokenise_conversations
 from ast_sparse.data.tokens.chat_template import Chat
@@ -50,7 +50,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 def as_json(rows: list[dict[str, Any]]) -> Dataset:
     """Rows as JSONL rows are stored in the cache."""
-    return Dataset.from_dict({"conversation": [json.dumps(row) for row in rows]})
+    return Dataset.from_dict({ROW: [json.dumps(row) for row in rows]})
 
 
 def stretches(messages: list[dict[str, Any]], template: str = PLAIN, **columns: Any) -> list[str]:

@@ -382,3 +382,16 @@ def test_tokeniser_ends_every_document_and_refuses_tokens_that_do_not_fit(tmp_pa
     shard: Shard = write_shard(tmp_path, "shard-00000", map(Tokeniser(pickled), [["two of"], ["four", " "]]))
     assert np.fromfile(tmp_path / "shard-00000.tokens", dtype="<u2").tolist() == stream(["two of", "four"])
     assert (shard.documents, shard.empty) == (3, 1)
+
+
+def test_special_tokens_are_split_in_shards_if_the_tokenizer_splits_them(tmp_path: Path) -> None:
+    text = "two<|end|> of"
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": text}))
+    found = {}
+    for splits in (False, True):
+        tokenizer = copy.deepcopy(tiny_tokenizer())
+        tokenizer.split_special_tokens = splits
+        manifest = prepare_shards(tmp_path / f"{splits}", settings(tmp_path, "a.jsonl"), tokenizer)
+        found[splits] = (tokens_of(tmp_path / f"{splits}"), manifest.tokenizer_key)
+        assert found[splits][0] == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert found[False][0] != found[True][0] and found[False][1] != found[True][1]
