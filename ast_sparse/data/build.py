@@ -183,11 +183,25 @@ def _read(
 ) -> _Text | _Shards:
     folders = {field: shard_folders(part, config.root, field) for field, part in entries.items()}
     if any(folders.values()):
-        return _Shards(folders, tokenizer, share, config.seed, bos, config.bos)
+        shards = _Shards(folders, tokenizer, share, config.seed, bos, config.bos)
+        if config.packing == "documents":
+            _check_borders(shards.bos, bos, eos_token(tokenizer))
+        return shards
     sources = {
         field: load_documents(part, config.root, config.text_field, field=field) for field, part in entries.items()
     }
     return _Text(sources, tokenizer, share, config.seed, bos)
+
+
+def _check_borders(found: Bos, expected: Bos, eos: int) -> None:
+    """Raise UserError if shards have BOS where `document_borders` does not expect it, and it also ends documents."""
+    if found.tokens != expected.tokens and eos in (*found.tokens[:1], *expected.tokens[:1]):
+        where = f"begin their documents with BOS {list(found.tokens)}" if found.tokens else "have no BOS"
+        raise UserError(
+            f"data.bos='auto': the shards {where}, unlike what the tokenizer itself does, and BOS also ends documents. "
+            f"So that data.packing='documents' finds where they begin, set data.bos: "
+            f"{'document' if found.tokens else 'none'}."
+        )
 
 
 class _Text:

@@ -179,6 +179,26 @@ def test_shards_are_read_as_they_were_made_or_refused(tmp_path: Path) -> None:
         read("auto", bare, begun)
 
 
+@pytest.mark.parametrize("makes", [False, True])
+def test_shards_whose_bos_also_ends_documents_are_kept_apart_only_if_it_is_known(tmp_path: Path, makes: bool) -> None:
+    own = bos_tokenizer("<|end|> $A" if makes else None, bos="<|end|>")
+    save(tmp_path, documents(40))
+    save_bos_model(tmp_path / "tokenizer")
+    own.save_pretrained(tmp_path / "tokenizer")
+    arguments = ["prepare", str(tmp_path / "s"), str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
+    result = CliRunner().invoke(main, [*arguments, "--workers", "1", "--bos", "none" if makes else "document"])
+    assert result.exit_code == 0, result.output
+
+    def read(**values: Any) -> Any:
+        return build_datasets(DataConfig(train=(str(tmp_path / "s"),), block_size=16, eval_share=0, **values), own)
+
+    message = "set data.bos: none" if makes else r"begin their documents with BOS \[0\], .* set data.bos: document"
+    with pytest.raises(UserError, match=message):
+        read(packing="documents")
+    blocks, _, _ = read(packing="documents", bos="none" if makes else "document")
+    assert rows(blocks) == rows(read()[0])
+
+
 def test_shards_are_not_finished_with_another_bos(tmp_path: Path) -> None:
     folder = prepared(tmp_path, "none")
     arguments = ["prepare", str(folder), str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
