@@ -98,6 +98,11 @@ def _entry(source: str) -> Entry:
     return entry
 
 
+def _cores() -> int:
+    """CPU cores that this process may use: a scheduler may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[str, Any]) -> None:
     from ast_sparse.data.tokens.prepare import PrepareSettings, prepare_shards
     from ast_sparse.data.tokens.shards import Shard
@@ -109,7 +114,7 @@ def _prepare(folder: Path, entries: list[Entry], tokenizer: Any, options: dict[s
         text_field=options["text_field"],
         shard_characters=max(1, round(options["shard_size"] * 1e6)),
         keep_long=options["keep_long"],
-        workers=options["workers"] or os.cpu_count() or 1,
+        workers=options["workers"] or _cores(),
         streaming=options["streaming"],
         bos=options["bos"],
     )
