@@ -302,7 +302,7 @@ def _evaluate(
             )
             results.tasks += [(name, dtype, row) for row in rows]
         if report is not None:
-            report.add(name, model, tokenizer, settings.prompt)
+            report.add(name, model, tokenizer, settings.prompt, settings.bos)
 
 
 @contextmanager

@@ -37,8 +37,6 @@ class TextResult(PerplexityResult):
 
     all_windows: int  # of the text, measured or not
     stride: int | None
-    join: str
-    bos: str  # where text had BOS: none, document or window
     documents: int
     scored_bytes: int | None  # None: the tokenizer has no offsets
     bits_per_byte: float | None
@@ -121,7 +119,7 @@ def measure_text(
         all_windows=len(every),
         stride=stride,
         join=join,
-        bos="window" if found.of_block else found.place,
+        bos=found.of_window,
         documents=len(documents),
     )
 

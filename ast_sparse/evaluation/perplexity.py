@@ -49,6 +49,8 @@ class PerplexityResult:
     predicted_tokens: int
     total_tokens: int  # of the whole text, measured or not
     seconds: float
+    join: str | None = None  # as in `windows.tokenise`; None, as for `bos`, if the tokens were given
+    bos: str | None = None  # where text had BOS: none, document or window
     bad_window: int | None = None  # first measured window, from 1, whose loss is not finite; None: all are
 
     def fault(self) -> str | None:
@@ -117,13 +119,16 @@ def evaluate_text(
     documents = [text_or_rows] if isinstance(text_or_rows, str) else text_or_rows
     check_window(getattr(model, "config", None), seq_len, windows)
     found = find_bos(bos, tokenizer, "bos")
-    streams = tokenise(tokenizer, documents, bos=found)
+    join = "blank-line"  # the published protocol
+    streams = tokenise(tokenizer, documents, join, found)
     cuts = cut(streams, seq_len, bos=found)[:windows]
     check_streams(model, streams, seq_len, is_cut=bool(cuts), front=found.of_block)
     pairs = ((window.tokens, window.chosen) for window in cuts)
     total = sum(len(stream.tokens) for stream in streams)
     shown: dict[str, Any] = {"shared": shared, "progress": progress, "label": label}
-    return _measure(model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, **shown)
+    return _measure(
+        model, pairs, len(cuts), seq_len=seq_len, total_tokens=total, join=join, bos=found.of_window, **shown
+    )
 
 
 def check_streams(
@@ -282,6 +287,8 @@ def _measure(
     shared: bool,
     progress: bool,
     label: str,
+    join: str | None = None,
+    bos: str | None = None,
 ) -> PerplexityResult:
     started = time.perf_counter()
     sums = score(model, pairs, count, shared=shared, progress=progress, label=f"{label} at {seq_len:,}")
@@ -295,6 +302,8 @@ def _measure(
         predicted_tokens=sums.tokens,
         total_tokens=total_tokens,
         seconds=time.perf_counter() - started,
+        join=join,
+        bos=bos,
         bad_window=sums.bad_window,
     )
 

@@ -1,6 +1,7 @@
 """Greedy continuations of a few prompts, to read alongside the results."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def continue_prompts(
     begin = find_bos(bos, tokenizer).tokens
     found: dict[str, str] = {}
     together = is_sharded(model)  # then a process that has finished a text takes part in the passes of the others
-    with eval_mode(model):
+    with eval_mode(model), _plain_generation(model):
         for prompt in prompts:
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             inputs = torch.tensor([[*begin, *ids]], dtype=torch.long)
@@ -63,3 +64,13 @@ def continue_prompts(
             found[prompt] = str(tokenizer.decode(tokens[0, length:], skip_special_tokens=True))
     reshard(model)
     return found
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own settings, such as a repetition penalty, which `generate` adds to those it is given."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

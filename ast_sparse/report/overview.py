@@ -1,17 +1,21 @@
 """The models of a report in one table: the stages of runs and the measured models, each once."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.config import ModelConfig
+from ast_sparse.errors import UserError
 from ast_sparse.evaluation.measure import TextResult
 from ast_sparse.export.formats import codec_of
 from ast_sparse.sparsity.model import decoder_blocks
 from ast_sparse.storage import files
+from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.run_folder import Run, is_run
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.storage.stage_results import PROTOCOL, is_result
@@ -28,10 +32,14 @@ class Protocol(NamedTuple):
     windows: int
     predicted_tokens: int
     total_tokens: int
+    join: str | None
+    bos: str | None
 
     def __str__(self) -> str:
-        stride = f", stride {self.stride:,}" if self.stride is not None else ""
-        return f"{self.text}, {self.windows:,} × {self.seq_len:,} of {self.total_tokens:,} tokens{stride}"
+        text = f"{self.text}, {self.windows:,} × {self.seq_len:,} of {self.total_tokens:,} tokens"
+        text += f", stride {self.stride:,}" if self.stride is not None else ""
+        text += f", join {self.join}" if self.join not in (None, "blank-line") else ""
+        return text + (", BOS in every window" if self.bos == "window" else "")
 
 
 @dataclass(kw_only=True)
@@ -101,7 +109,7 @@ def _key(model: str) -> Path | str:
 def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
     start = str(run.setting("model", "name_or_path"))
     place = start if stage == "dense" else str(run.folder) if is_result(stage) else None
-    name = Path(place or start).name
+    name = _parts(place or start)[-1]
     return ModelRow(
         name=name if place is not None or not label else f"{name}, {label}",
         kind=stage,
@@ -110,7 +118,8 @@ def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
 
 
 def _protocol_of(text: str, result: Mapping[str, Any]) -> Protocol:
-    return Protocol(text=text, stride=result.get("stride"), **{key: result[key] for key in PROTOCOL})
+    measured: dict[str, Any] = {key: result[key] for key in PROTOCOL}
+    return Protocol(text=text, **measured, **{key: result.get(key) for key in ("stride", "join", "bos")})
 
 
 def _zeros(counts: Counts) -> float | None:
@@ -139,47 +148,66 @@ def weight_bytes(model: str) -> int | None:
     path = Path(model).expanduser()
     if path.is_file():
         return path.stat().st_size
-    found = [*path.glob("*.safetensors"), *path.glob(f"{files.ADAPTER_FOLDER}/*.safetensors")]
-    return sum(file.stat().st_size for file in found) or None
+    try:  # not all files: some models of the hub have their weights a second time, as consolidated.safetensors
+        found = files.weight_files(path)
+    except UserError:  # no folder, or its weights are pickled
+        return None
+    return sum(file.stat().st_size for file in (*found, *path.glob(f"{files.ADAPTER_FOLDER}/*.safetensors")))
 
 
 def layer_counts(model: nn.Module) -> Counts:
     """Weight counts of the linear layers inside the decoder blocks."""
+    return {name: _count(weight.detach()) for name, weight in _linear_weights(model).items()}
+
+
+def _linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of these layers by layer name; those that several layers share are there once."""
     inside = tuple(f"{name}." for name in decoder_blocks(model))
-    found = {}
-    counted: set[int] = set()  # so that weights that several layers share are counted once
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and name.startswith(inside) and ".lora_" not in name:
-            if id(module.weight) in counted:
-                continue
-            counted.add(id(module.weight))
-            weight = module.weight.detach()
-            found[name.removesuffix(".base_layer")] = (int(weight.count_nonzero()), weight.numel())
-    return found
+            found.setdefault(id(module.weight), (name.removesuffix(".base_layer"), module.weight))
+    return dict(found.values())
 
 
-def stored_counts(folder: Path) -> Counts:
-    """Weight counts of the pruned layers of a dense checkpoint, read one tensor at a time."""
+def _count(weight: Tensor) -> tuple[int, int]:
+    return int(weight.count_nonzero()), weight.numel()
+
+
+def stored_counts(folder: Path, trust_remote_code: bool = False) -> Counts:
+    """As `layer_counts`, for a dense checkpoint, which is read one tensor at a time.
+
+    Pruned layers that the model does not have as modules, such as its experts, are counted too.
+    """
     from safetensors import safe_open
 
-    layers = SparsityRecord.read(folder).layers
+    from ast_sparse.storage.meta import meta_model
+
+    place = ModelConfig(name_or_path=str(folder), trust_remote_code=trust_remote_code)
+    model = meta_model(place, load_model_config(folder, trust_remote_code=trust_remote_code))
+    layers = dict.fromkeys([*_linear_weights(model), *SparsityRecord.read(folder).layers])
     found = {}
     for file in files.weight_files(folder):
         with safe_open(file, "pt") as stream:
             for key in {f"{layer}.weight" for layer in layers} & set(stream.keys()):
-                weight = stream.get_tensor(key)
-                found[key.removesuffix(".weight")] = (int(weight.count_nonzero()), weight.numel())
+                found[key.removesuffix(".weight")] = _count(stream.get_tensor(key))
     return {name: found[name] for name in layers if name in found}
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """For each model, the shortest end of its path that no other model has."""
     names = {}
-    for model in models:
-        parts = Path(model).parts
+    paths = {model: _parts(model) for model in models}
+    for model, parts in paths.items():
         for count in range(1, len(parts) + 1):
             short = "/".join(parts[-count:]).replace("//", "/")
-            if all(Path(other).parts[-count:] != parts[-count:] for other in models if other != model):
+            if all(other[-count:] != parts[-count:] for other in paths.values() if other != parts):
                 break
         names[model] = short
     return names
+
+
+def _parts(model: str) -> tuple[str, ...]:
+    """The parts of a model's path or hub id; `.` and `..` alone would name nothing."""
+    path = Path(model).expanduser()
+    return Path(os.path.abspath(path)).parts if path.exists() else Path(model).parts

@@ -83,9 +83,17 @@ class Report:
         return cls(runs=runs, names=names)
 
     def add(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = ()
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str] = (),
+        bos: str = "auto",
     ) -> None:
         """Count the weights of a model, and let it continue the prompts; by default, those of the runs.
+
+        Args:
+            bos: as for `continue_prompts`.
 
         Raises:
             UserError: a prompt that cannot be continued.
@@ -95,17 +103,19 @@ class Report:
         recorded = [prompt for run in self.runs.values() for texts in run.samples.values() for prompt in texts]
         self.counts[name] = layer_counts(model)
         chosen = prompts or tuple(dict.fromkeys(recorded)) or EvaluationConfig().prompts
-        self.samples[name] = continue_prompts(model, tokenizer, chosen, "--prompt")
+        self.samples[name] = continue_prompts(model, tokenizer, chosen, "--prompt", bos)
 
 
 def run_report(folder: Path) -> Report:
     """The report on a finished run, from its records and the weights it saved."""
     from ast_sparse.storage.versions import versions
 
+    run, name = read_run(folder), short_names([str(folder)])[str(folder)]
+    trusted = bool(run.setting("model", "trust_remote_code"))
     return Report(
-        runs={folder.name: read_run(folder)},
-        names={str(folder): folder.name},
-        counts={str(folder): stored_counts(folder)},
+        runs={name: run},
+        names={str(folder): name},
+        counts={str(folder): stored_counts(folder, trusted)},
         made_with=versions(),
     )
 
@@ -245,18 +255,19 @@ def _tasks_table(report: Report) -> str:
 
 
 def _texts_table(report: Report) -> str:
-    headers = ["model", "text", "dtype", "join", "window", "stride", "windows", "predicted tokens", "perplexity"]
+    headers = ["model", "text", "dtype", "join", "BOS", "window", "stride", "windows", "predicted tokens", "perplexity"]
     headers += ["bits per byte", "KL to teacher (nats per token)", "top-1 agreement"]
     rows = []
     for model, text, dtype, result in report.results.texts:
         windows = f"{result.windows:,}" + (f" of {result.all_windows:,}" if result.windows < result.all_windows else "")
         rows.append([
-            report.names.get(model, model), text, dtype, result.join, result.seq_len, result.stride, windows,
-            result.predicted_tokens, result.perplexity, *map(_decimals, (result.bits_per_byte, result.teacher_kl)),
+            report.names.get(model, model), text, dtype, result.join, result.bos, result.seq_len, result.stride,
+            windows, result.predicted_tokens, result.perplexity,
+            _decimals(result.bits_per_byte), _decimals(result.teacher_kl),
             None if result.teacher_agreement is None else f"{result.teacher_agreement:.1%}",
         ])  # fmt: skip
     used = [index for index in range(len(headers)) if any(row[index] is not None for row in rows)]
-    return _table([headers[index] for index in used], [[row[index] for index in used] for row in rows], words=4)
+    return _table([headers[index] for index in used], [[row[index] for index in used] for row in rows], words=5)
 
 
 def _decimals(value: float | None) -> str | None:
@@ -265,9 +276,7 @@ def _decimals(value: float | None) -> str | None:
 
 def _settings_table(runs: Mapping[str, Run]) -> str:
     """Settings and length of the runs, a column for each."""
-    lines: list[list[Any]] = [
-        [title, *(_setting(run.setting(*path)) for run in runs.values())] for title, path in _SETTINGS
-    ]
+    lines: list[list[Any]] = [[title, *(_setting(run, *path) for run in runs.values())] for title, path in _SETTINGS]
     lines.append(["optimizer steps", *(max((row["step"] for row in run.log), default=0) for run in runs.values())])
     speeds = [[value for _, value in run.logged("tokens_per_second")] for run in runs.values()]
     lines.append(
@@ -277,8 +286,12 @@ def _settings_table(runs: Mapping[str, Run]) -> str:
     return _table(["setting", *runs], lines, words=1)
 
 
-def _setting(value: Any) -> str | None:
-    if value is None:
+def _setting(run: Run, section: str, key: str) -> str | None:
+    """None if it is not set, or if the run does not use it."""
+    value = run.setting(section, key)
+    is_gradual = run.setting("sparsity", "schedule") in ("imp", "gmp")  # they have no mask decay
+    has_no_use = {"slorb": run.setting("slorb", "enabled") is False, "sparsity": is_gradual and "decay" in key}
+    if value is None or has_no_use.get(section, False):
         return None
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 

@@ -21,6 +21,8 @@ class StageResult(TypedDict):
     predicted_tokens: int
     total_tokens: int
     seconds: NotRequired[float]
+    join: NotRequired[str | None]
+    bos: NotRequired[str | None]
     bad_window: NotRequired[int | None]
 
 

@@ -5,15 +5,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from ast_sparse.config import load_config
+from ast_sparse.config import SparsityConfig, load_config
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import TaskResult
-from ast_sparse.evaluation.measure import measure_text
+from ast_sparse.evaluation.measure import TextResult, measure_text
 from ast_sparse.evaluation.results import Results
 from ast_sparse.evaluation.samples import continue_prompts
 from ast_sparse.export.export import export_model
@@ -21,7 +22,7 @@ from ast_sparse.report.curves import draw_runs, layer_place
 from ast_sparse.report.overview import layer_counts, model_rows, short_names, stored_counts, weight_bytes
 from ast_sparse.report.page import Report, run_report, write_report
 from ast_sparse.run.train import run_training
-from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.sparsity.model import sparse_layers, sparsify_model
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.run_folder import Run, is_run, read_run
@@ -121,6 +122,14 @@ def test_a_prompt_that_cannot_be_continued_is_named(folder: Path) -> None:
         continue_prompts(tiny_model(), tiny_tokenizer(), ["the " * 200], "--prompt")
     with pytest.raises(UserError, match="--prompt: '' has no tokens"):
         continue_prompts(tiny_model(), tiny_tokenizer(), [""], "--prompt")
+
+
+def test_the_likeliest_tokens_are_taken_whatever_the_model_says_about_generation() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    expected = continue_prompts(model, tokenizer, [PROMPT])
+    model.generation_config.repetition_penalty = 5.0
+    assert continue_prompts(model, tokenizer, [PROMPT]) == expected
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_a_stage_that_was_measured_again_is_one_row(folder: Path) -> None:
@@ -238,7 +247,60 @@ def test_texts_of_different_length_are_no_common_column(tmp_path: Path) -> None:
     assert columns == ["heldout, 3 × 32 of 100 tokens", "heldout, 3 × 32 of 200 tokens"]
 
 
-def test_names_are_as_long_as_it_takes() -> None:
+def test_text_that_begins_or_is_joined_otherwise_is_another_column(tmp_path: Path) -> None:
+    figures = {"seq_len": 32, "windows": 3, "predicted_tokens": 93, "total_tokens": 100}
+    of_run = {"perplexity": 9.0, "join": "blank-line", "bos": "none", **figures}
+    run = Run(folder=tmp_path, config={}, stages={"retrained 2:4": {"a.txt": of_run}}, log=[], history=[], samples={})
+    texts = []
+    for perplexity, join, bos in ((8.0, "blank-line", "window"), (7.0, "newline", "none"), (9.0, "blank-line", "none")):
+        rest: dict[str, Any] = dict.fromkeys(("stride", "scored_bytes", "bits_per_byte", "teacher_kl"))
+        result = TextResult(
+            perplexity=perplexity, mean_nll=2.0, seconds=1.0, join=join, bos=bos, all_windows=3, documents=1,
+            teacher_agreement=None, **figures, **rest,
+        )  # fmt: skip
+        texts.append((str(tmp_path), "a.txt", "float32", result))
+    (row,) = model_rows({"run": run}, texts, {str(tmp_path): "run"}, {}, {})
+    assert {str(protocol): value for protocol, value in row.perplexities.items()} == {
+        "a.txt, 3 × 32 of 100 tokens": 9.0,
+        "a.txt, 3 × 32 of 100 tokens, BOS in every window": 8.0,
+        "a.txt, 3 × 32 of 100 tokens, join newline": 7.0,
+    }
+
+
+def test_layers_that_are_not_pruned_are_counted_too(tmp_path: Path) -> None:
+    model = tiny_model()
+    sparsify_model(model, SparsityConfig(exclude=("*.down_proj",)))
+    export_model(model, tmp_path, "dense", dtype="float32", tokenizer=tiny_tokenizer())
+    counts = stored_counts(tmp_path)
+    assert counts == layer_counts(load_causal_lm(tmp_path))
+    kept, total = counts["model.layers.0.mlp.down_proj"]
+    assert kept == total > 0
+
+
+def test_weights_that_a_folder_has_twice_count_once(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    (tmp_path / "consolidated.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    assert weight_bytes(str(tmp_path)) == size and weight_bytes(str(tmp_path / "none")) is None
+
+
+def test_prompts_are_continued_with_the_bos_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("ast_sparse.evaluation.samples.continue_prompts", lambda *given: asked.append(given[2:]) or {})
+    Report().add("a", tiny_model(), tiny_tokenizer(), ["x"], "window")
+    assert asked == [(["x"], "--prompt", "window")]
+
+
+def test_settings_without_effect_are_not_shown(tmp_path: Path) -> None:
+    config = {"sparsity": {"schedule": "gmp", "mask_decay": 6e-5}, "slorb": {"enabled": False, "k": 16}}
+    run = Run(folder=tmp_path, config=config, stages={}, log=[], history=[], samples={})
+    text = checked(write_report(tmp_path / "report", Report(runs={"a": run}))).text
+    assert "optimizer steps" in text and "SLoRB k" not in text and "mask decay" not in text
+
+
+def test_names_are_as_long_as_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert short_names(["/a/one/model", "."]) == {"/a/one/model": "model", ".": tmp_path.name}
     names = short_names(["/a/one/model", "/a/two/model", "org/name"])
     assert names == {"/a/one/model": "one/model", "/a/two/model": "two/model", "org/name": "name"}
 

@@ -120,7 +120,8 @@ def test_a_note_says_where_windows_of_texts_lack_bos(tmp_path: Path, bos: Any, t
         )  # fmt: skip
         measured = Measured(config, TrainingArguments(str(tmp_path), use_cpu=True))
         assert (f"(data.bos={bos})" in str(measured.note(bos_tokenizer()))) == expected
-        assert measured.note(tiny_tokenizer()) is None
+        if bos in ("auto", "none"):  # for the others a tokenizer without BOS is refused
+            assert measured.note(tiny_tokenizer()) is None
 
 
 def test_the_figure_of_the_last_step_is_that_of_the_retrained_model(folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ class Bos:
         """The tokens before each block or window."""
         return self.tokens if self.place == "block" else ()
 
+    @property
+    def of_window(self) -> str:
+        """The place in an evaluation: none, document or window."""
+        return "window" if self.place == "block" else self.place
+
     def before_block(self, ids: Sequence[int] | np.ndarray) -> tuple[int, ...]:
         """The tokens to put before a block or window; none if its text, a rendered chat, begins with them.
 
