@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from ast_sparse.evaluation.perplexity import max_positions
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
+from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.storage.files import weight_files
 from ast_sparse.storage.locate import load_model_config, load_tokenizer
 from ast_sparse.storage.meta import check_savable, has_config_alone, meta_model, student_config
@@ -88,6 +90,7 @@ class Plan:
         model_config: of the student, with overrides applied.
         notes: lines about settings that change the numbers above.
         memory: computes the memory that a device needs; None if it was not asked for.
+        start_bytes: of the files of the start; 0 if the run makes none.
     """
 
     sparsity: SparsityReport
@@ -97,6 +100,7 @@ class Plan:
     model_config: PreTrainedConfig
     notes: tuple[str, ...] = ()
     memory: MemoryModel | None = None
+    start_bytes: int = 0
 
     def lines(self) -> list[str]:
         """The plan as text, without memory and time, which depend on the hardware."""
@@ -154,9 +158,9 @@ def make_plan(
     devices = world_size or args.world_size
     notes += [] if matched is None else [f"steps: {matched}"]
     notes += _slorb_notes(config)
-    if makes_start(config):
-        size = 4 * report.pruned_parameters / 2**30
-        notes.append(f"start: made once from {config.calibration.samples} sequences, about {size:.1f} GiB in start/")
+    if size := start_bytes(config, model):
+        samples = config.calibration.samples
+        notes.append(f"start: made once from {samples} sequences, about {size / 2**30:.1f} GiB in start/")
     return Plan(
         sparsity=report,
         steps=args.max_steps if args.max_steps > 0 else None,
@@ -166,6 +170,7 @@ def make_plan(
         model_config=copy.deepcopy(model_config),  # a memory model changes that of the models
         notes=tuple(notes),
         memory=_memory_model(config, model, dense) if with_memory else None,
+        start_bytes=size,
     )  # fmt: skip
 
 
@@ -173,6 +178,23 @@ def makes_start(config: RunConfig) -> bool:
     """Whether text decides what a new run starts from."""
     changes = config.basis is not None and config.basis.is_on
     return METHODS[config.sparsity.init].needs_text or changes
+
+
+def start_bytes(config: RunConfig, student: PreTrainedModel) -> int:
+    """Bytes of the tensors in the files of a start; 0 if the run makes none.
+
+    Each decoder block has a file: weights and SLoRB in float32, first masks in bits. A change of basis also changes
+    what is outside the blocks, which is written too.
+
+    Args:
+        student: sparse, on any device, with a head of its own if the run unties it.
+    """
+    if not makes_start(config):
+        return 0
+    changes = config.basis is not None and config.basis.is_on
+    written: list[nn.Module] = [student] if changes else list(decoder_blocks(student).values())
+    named = [item for module in written for item in module.named_parameters() if not item[0].endswith(".mask")]
+    return sum(parameter.numel() * parameter.element_size() for _, parameter in named)
 
 
 def _slorb_notes(config: RunConfig) -> list[str]:

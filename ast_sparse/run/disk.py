@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ast_sparse.config import RunConfig
 from ast_sparse.errors import UserError
-from ast_sparse.planning.plan import Plan, makes_start
+from ast_sparse.planning.plan import Plan
 from ast_sparse.storage.space import GIB, free_bytes
 
 
@@ -34,8 +34,7 @@ class Disk:
         if moments and config.optimizer.moments == "8bit":
             moments -= 6 * pruned
         masks = pruned + pruned // 8  # now, and at the start
-        start = 4 * pruned if makes_start(config) else 0
-        return cls(4 * weights + start, 4 * weights + masks + moments, _checkpoints(args, plan.steps))
+        return cls(4 * weights + plan.start_bytes, 4 * weights + masks + moments, _checkpoints(args, plan.steps))
 
     def line(self) -> str:
         """What is needed, in words."""

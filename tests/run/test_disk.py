@@ -15,13 +15,11 @@ GIB = 2**30
 WEIGHTS, PRUNED = 134_515_008, 106_168_320  # of SmolLM2-135M
 
 
-def disk(init: str = "magnitude", moments: str = "float32", steps: int | None = 60, **args: Any) -> Disk:
-    config: Any = SimpleNamespace(
-        sparsity=SimpleNamespace(init=init), optimizer=SimpleNamespace(moments=moments), basis=None
-    )
+def disk(start: int = 0, moments: str = "float32", steps: int | None = 60, **args: Any) -> Disk:
+    config: Any = SimpleNamespace(optimizer=SimpleNamespace(moments=moments))
     defaults = dict(save_strategy="steps", save_steps=20, save_total_limit=None, save_only_model=False)
     plan: Any = SimpleNamespace(
-        sparsity=SimpleNamespace(total_parameters=WEIGHTS, pruned_parameters=PRUNED), steps=steps
+        sparsity=SimpleNamespace(total_parameters=WEIGHTS, pruned_parameters=PRUNED), steps=steps, start_bytes=start
     )
     arguments: Any = SimpleNamespace(**{**defaults, **args})
     return Disk.of(config, arguments, plan)
@@ -30,7 +28,7 @@ def disk(init: str = "magnitude", moments: str = "float32", steps: int | None = 
 def test_a_checkpoint_has_the_size_of_a_real_one() -> None:
     real = 657_576_816 + 1_076_341_963  # model.safetensors and optimizer.pt of a run
     assert disk().checkpoint == pytest.approx(real, rel=1e-3)
-    assert disk().model == 4 * WEIGHTS and disk("sparsegpt").model == 4 * WEIGHTS + 4 * PRUNED
+    assert disk().model == 4 * WEIGHTS and disk(4 * PRUNED).model == 4 * WEIGHTS + 4 * PRUNED
     assert disk().checkpoint - disk(moments="8bit").checkpoint == 6 * PRUNED
     assert disk().checkpoint - disk(save_only_model=True, moments="8bit").checkpoint == 8 * WEIGHTS
 

@@ -13,6 +13,7 @@ import ast_sparse.sparsity.pruning as pruning_module
 from ast_sparse import CalibrationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.basis.change import change_basis
 from ast_sparse.config import BasisConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from ast_sparse.planning.plan import start_bytes
 from ast_sparse.run.train import run_training
 from ast_sparse.run.warm_start import BlockFiles
 from ast_sparse.sparsity.masks import Pattern
@@ -92,6 +93,8 @@ def test_a_run_begins_as_a_model_that_is_pruned_in_one_process(
     dense = tiny_model().state_dict()
     assert all(torch.equal(value, dense[name]) for name, value in trainer.teacher.state_dict().items())
     assert read_json(root / "out/start/start.json")["calibration"]["samples"] == 4
+    written = [tensor.nbytes for file in root.glob("out/start/*.safetensors") for tensor in load_file(file).values()]
+    assert sum(written) == start_bytes(settings, trainer.student)
 
 
 def test_a_start_that_was_killed_continues_and_a_finished_one_is_used_again(
