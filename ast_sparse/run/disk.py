@@ -73,7 +73,10 @@ class Disk:
 def _checkpoints(args: TrainingArguments, steps: int | None) -> int:
     if args.save_strategy == "no":
         return 0
-    most = None if args.save_total_limit is None else args.save_total_limit + 1
+    most = args.save_total_limit
+    if most is not None:
+        kept = 1 if args.metric_for_best_model is None else 2  # the newest, and the best, whatever the limit
+        most = max(most, kept) + 1
     if args.save_strategy != "steps" or steps is None:
         return most or 1
     interval = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps * steps))

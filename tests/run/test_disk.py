@@ -17,7 +17,10 @@ WEIGHTS, PRUNED = 134_515_008, 106_168_320  # of SmolLM2-135M
 
 def disk(start: int = 0, moments: str = "float32", steps: int | None = 60, **args: Any) -> Disk:
     config: Any = SimpleNamespace(optimizer=SimpleNamespace(moments=moments))
-    defaults = dict(save_strategy="steps", save_steps=20, save_total_limit=None, save_only_model=False)
+    defaults = dict(
+        save_strategy="steps", save_steps=20, save_total_limit=None, save_only_model=False,
+        metric_for_best_model=None,
+    )  # fmt: skip
     plan: Any = SimpleNamespace(
         sparsity=SimpleNamespace(total_parameters=WEIGHTS, pruned_parameters=PRUNED), steps=steps, start_bytes=start
     )
@@ -39,6 +42,8 @@ def test_a_checkpoint_has_the_size_of_a_real_one() -> None:
         (dict(), 3),
         (dict(steps=61), 4),
         (dict(save_total_limit=1), 2),  # the new one is written before the old one goes
+        (dict(save_total_limit=1, metric_for_best_model="loss"), 3),  # the best one stays beside them
+        (dict(save_total_limit=2, metric_for_best_model="loss"), 3),
         (dict(save_total_limit=5), 3),
         (dict(save_steps=0.5), 2),
         (dict(save_strategy="epoch"), 1),  # how many epochs there are is not known
