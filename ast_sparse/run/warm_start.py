@@ -26,6 +26,7 @@ from ast_sparse.distributed.ranks import errors_shared, gather, once_per_folder,
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.planning.plan import makes_start
 from ast_sparse.run.checks import CheckedRun, slorb_of
+from ast_sparse.schedules import sparsity_at
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import SparsityReport, sparse_layers, sparsify_model
 from ast_sparse.sparsity.pruning import FinishedBlock
@@ -38,7 +39,7 @@ from ast_sparse.training.trainer import SparseTrainer
 
 _RECORD = "start.json"
 _REST = "rest"  # what is in no block, if it was changed too
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 def needs_start(config: RunConfig, checkpoint: Path | None) -> bool:
@@ -124,7 +125,7 @@ def warm_start(run: CheckedRun, trainer: SparseTrainer, samples: Tensor) -> None
     Raises:
         UserError: the method fails, or the folder cannot be written or is damaged.
     """
-    key = gather(_key(run.config, trainer.run_record.content.get("model"), samples))[0]
+    key = gather(_key(run.config, trainer.run_record.content, samples))[0]
     store = BlockFiles(run.output / START, key)
 
     def work() -> None:
@@ -143,16 +144,21 @@ def warm_start(run: CheckedRun, trainer: SparseTrainer, samples: Tensor) -> None
     trainer.sparsity_report = replace(trainer.sparsity_report, errors=record["errors"], recovered=recovered)
 
 
-def _key(config: RunConfig, fingerprint: str | None, samples: Tensor) -> str:
-    """A hash of everything that a start depends on."""
+def _key(config: RunConfig, content: Mapping[str, Any], samples: Tensor) -> str:
+    """A hash of everything that a start depends on.
+
+    Args:
+        content: fingerprints of the run, with those of the model on the first process.
+    """
     slorb, sparsity = slorb_of(config), config.sparsity
     parts = {
         "format_version": _FORMAT_VERSION,
-        "model": fingerprint,
+        "model": [content.get("model"), content.get("model_config")],  # the same weights may compute something else
         "text": hashlib.sha256(samples.numpy().tobytes()).hexdigest(),
         "calibration": config.calibration.to_dict(),
         "basis": None if config.basis is None else config.basis.to_dict(),
         "sparsity": [sparsity.pattern, sparsity.init, list(sparsity.include), list(sparsity.exclude)],
+        "schedule": [sparsity.schedule, sparsity_at(sparsity, 0, sparsity.rounds)],  # the share that is pruned first
         "slorb": None if slorb is None else [slorb.k, slorb.init, slorb.start == 0, slorb.train_projection],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """The start of a run whose first masks need text: made once, continued after a kill, and the same as in one process."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ast_sparse.basis.change import change_basis
 from ast_sparse.config import BasisConfig, DataConfig, EvaluationConfig, ModelConfig, RunConfig
 from ast_sparse.planning.plan import start_bytes
 from ast_sparse.run.train import run_training
-from ast_sparse.run.warm_start import BlockFiles
+from ast_sparse.run.warm_start import BlockFiles, _key
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.storage.files import read_json
@@ -144,6 +145,17 @@ def test_a_start_is_another_one_with_other_settings_and_trains_to_the_end(root: 
     run_training(config(root, "sparsegpt"), str(root / "out"), overwrite=True, echo=lines.append)
     assert read_json(root / "out/start/start.json")["key"] != first
     assert read_json(root / "out/sparsity_config.json")["base_model"] == str(root / "model")
+
+
+def test_a_start_is_another_one_for_another_function_of_the_same_weights_and_for_other_first_masks(root: Path) -> None:
+    samples, content = torch.zeros(1, 4, dtype=torch.int64), {"model": "weights", "model_config": {"rope_theta": 1e4}}
+    settings = config(root, "magnitude", BasisConfig())
+    key = _key(settings, content, samples)
+    assert _key(config(root, "magnitude", BasisConfig(), learning_rate=1e-4), content | {"eval": "x"}, samples) == key
+    assert _key(settings, {**content, "model_config": {"rope_theta": 1e6}}, samples) != key
+    rounds = [SparsityConfig(schedule="imp", rounds=count) for count in (2, 4)]
+    gradual = [_key(replace(settings, sparsity=each), content, samples) for each in rounds]
+    assert len({key, *gradual}) == 3
 
 
 def test_a_rotated_student_is_untied_saved_so_and_resumed(root: Path) -> None:
