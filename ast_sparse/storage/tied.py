@@ -13,8 +13,8 @@ def configs_of(model: Any) -> list[Any]:
 
 def is_tied(model: Any) -> bool:
     """Whether the output head and the input embedding are one weight."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is embedding.weight
+    head = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is model.get_input_embeddings().weight
 
 
 def untie_head(model: Any) -> int:

@@ -395,5 +395,5 @@ class SparseTrainer(EvaluationTrainer):
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in Trainer: 6 for each token and parameter outside the embeddings, SLoRB included; masks do not count."""
+        """6 for each token and parameter that multiplies it: SLoRB and a tied head do, embeddings and masks do not."""
         return 6 * int(inputs["input_ids"].numel()) * self._trained_parameters

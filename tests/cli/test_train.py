@@ -51,10 +51,10 @@ def test_dry_run_prints_the_plan_without_an_accelerator_and_writes_nothing(folde
 def test_tokens_flops_and_hours_follow_the_hardware_that_is_named(folder: Path) -> None:
     result = dry_run(folder, "--world-size", "4", "--peak-tflops", "1e-6", "--mfu", "0.5")
     assert "tokens: 10 steps x 768 tokens per step = 7,680" in result.stdout
-    # 8 for each token and each of the 15,520 parameters outside the embedding, which the head shares
-    assert f"FLOPs: {8 * 15_520 * 768:.3g} per step, {8 * 15_520 * 7_680:.3g} in all" in result.stdout
+    # 8 for each token and each of the 19,616 parameters: the head multiplies by the embedding's
+    assert f"FLOPs: {8 * 19_616 * 768:.3g} per step, {8 * 19_616 * 7_680:.3g} in all" in result.stdout
     assert (
-        f"time: {8 * 15_520 * 7_680 / (4 * 1e6 * 0.5) / 3600:,.1f} hours, if 50% of 4 x 1e-06 TFLOP/s" in result.stdout
+        f"time: {8 * 19_616 * 7_680 / (4 * 1e6 * 0.5) / 3600:,.1f} hours, if 50% of 4 x 1e-06 TFLOP/s" in result.stdout
     )
     assert "memory of each of 4 devices, DDP, at its peak, the forward and backward pass:" in result.stdout
 

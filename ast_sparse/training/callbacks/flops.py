@@ -1,10 +1,14 @@
-"""FLOPs of a run, 6 per token and parameter of the student and 2 of its teacher; runs of equal FLOPs (Table 11)."""
+"""FLOPs of a run: 6 for each token and parameter of the student that multiplies it, and 2 for each of its teacher's.
+
+Also runs of equal FLOPs (Table 11).
+"""
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -20,6 +24,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.select import select_layers, takes_slorb
 from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.tied import is_tied
 
 logger = logging.get_logger(__name__)
 
@@ -27,12 +32,14 @@ _ROUNDING = 1e-9  # of epochs: 4/3 of 3 epochs is 4, and not one step more
 
 
 def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: SLoRBConfig | None) -> int:
-    """Parameters of a dense model outside its embeddings, with those that SLoRB will add; pruned ones count.
+    """Parameters of a dense model that multiply each token, with those that SLoRB will add; pruned ones count.
+
+    Embeddings are only looked up; one that is also the output head counts.
 
     Args:
         model: on any device, including meta.
     """
-    count = model.num_parameters(exclude_embeddings=True)
+    count = _multiplied(model)
     if slorb is not None and slorb.enabled:
         selected = select_layers(model, sparsity)[0]
         for layer in [layer for name, layer in selected.items() if takes_slorb(model, name)]:
@@ -42,20 +49,27 @@ def student_parameters(model: PreTrainedModel, sparsity: SparsityConfig, slorb: 
 
 
 def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool = False) -> int:
-    """Parameters of a teacher outside its embeddings; for a name, from its configuration.
+    """Parameters of a teacher that multiply each token, as a student's; for a name, from its configuration.
 
     Raises:
         UserError: there is no such model.
     """
     if not isinstance(teacher, str):
-        return teacher.num_parameters(exclude_embeddings=True)
+        return _multiplied(teacher)
     try:
         config = load_model_config(teacher, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"model.teacher={teacher!r}: {error}") from None
     with torch.device("meta"):
         built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return built.num_parameters(exclude_embeddings=True)
+    return _multiplied(built)
+
+
+def _multiplied(model: PreTrainedModel) -> int:
+    count = model.num_parameters(exclude_embeddings=True)
+    if is_tied(model):  # transformers counts the head of an untied model only
+        count += cast(nn.Linear, model.get_output_embeddings()).weight.numel()
+    return count
 
 
 def match_flops(

@@ -34,7 +34,7 @@ class DenseModels:
         origin: its folder and configuration as loaded.
         teacher: frozen, outside the student's module tree; None if the loss needs none.
         renamed: tokens that the teacher has under other names.
-        trained_parameters: parameters of the student outside its embeddings, SLoRB's included.
+        trained_parameters: as `student_parameters` counts them.
         args: of the run, with the steps that `distillation.match_flops` adds.
         matched: a line that says so, or None if none are added.
     """

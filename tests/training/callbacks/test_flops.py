@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
 from ast_sparse.sparsity.model import sparse_layers
-from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model
+from ast_sparse.training.callbacks.flops import student_parameters, teacher_parameters
+from tests.models import VOCAB, generated_text, save_tiny_model, tiny_config, tiny_model
 from tests.training.small_runs import arguments, blocks, trainer, weights
 
 MATCHED = DistillationConfig(alpha=0.0, match_flops=True)
@@ -21,7 +22,21 @@ TOKENS = 4 * 16  # of a step
 
 
 def size(model: Any) -> int:
-    return model.num_parameters(exclude_embeddings=True)
+    return model.num_parameters(exclude_embeddings=True) + VOCAB * 32  # the head, which has the embedding's weight
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tied_head_costs_as_much_as_one_of_its_own(tmp_path: Path, family: str) -> None:
+    found = []
+    for tied in (True, False):
+        config = tiny_config(family)
+        config.tie_word_embeddings = tied
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        config.save_pretrained(tmp_path)
+        found += [student_parameters(model, SparsityConfig(), None)]
+        found += [teacher_parameters(model), teacher_parameters(str(tmp_path))]
+    assert found == [size(tiny_model(family))] * 6
 
 
 def flops(run: SparseTrainer) -> list[tuple[float, float]]:
