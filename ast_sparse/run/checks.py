@@ -80,8 +80,12 @@ def checked_run(
     hardware: Hardware,
     echo: Callable[[str], None],
     signals: PreemptionSignals,
+    saves_model: bool = True,
 ) -> CheckedRun | None:
     """Do all checks that need no weights and no tokenizer, and return the run. Arguments as in `run_training`.
+
+    Args:
+        saves_model: False: a run that is not kept, in a folder inside the output folder that the user has named.
 
     Returns:
         The run; None if it is finished, and was to be resumed if it had started.
@@ -118,15 +122,24 @@ def checked_run(
         plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
         config, chosen = decide_by_memory(config, args, plan)
         notes = (*(each for each in (precision, note) if each is not None), *chosen)
-        plan = replace(plan, notes=(*plan.notes, *notes))
-        disk, starts = Disk.of(config, args, plan), checkpoint is None and not dry_run and rank() == 0
-        room = disk.check(output, replaced_bytes(output, overwrite)) if starts else disk.line()
-        plan = replace(plan, notes=(*plan.notes, room))
+        starts = checkpoint is None and not dry_run and rank() == 0
+        room = _room(Disk.of(config, args, plan, saves_model), output, overwrite, starts)
+        plan = replace(plan, notes=(*plan.notes, *notes, *room))
         changed = [] if checkpoint is None else _check_checkpoint(checkpoint, config, args, plan, devices)
     return CheckedRun(
         config=config, args=args, output=output, checkpoint=checkpoint, overwrite=overwrite, plan=plan, changed=changed,
         echo=echo, signals=signals,
     )  # fmt: skip
+
+
+def _room(disk: Disk, output: Path, overwrite: bool, starts: bool) -> tuple[str, ...]:
+    """The line on the disk that a run needs, if it needs any; UserError if it starts now and there is no room."""
+    if not disk.needed:
+        return ()
+    if not starts:
+        return (disk.line(),)
+    named = output if disk.saves_model else output.parent
+    return (disk.check(named, replaced_bytes(output, overwrite)),)
 
 
 def _check_settings(config: RunConfig, args: TrainingArguments, output: Path, dry_run: bool) -> str | None:

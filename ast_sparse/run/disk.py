@@ -20,29 +20,37 @@ class Disk:
         model: of the trained model and, if there is one, the start.
         checkpoint: of one checkpoint.
         checkpoints: how many are there at the same time: the oldest goes when a new one is complete.
+        saves_model: False: `model` is the start alone.
     """
 
     model: int
     checkpoint: int
     checkpoints: int
+    saves_model: bool = True
 
     @classmethod
-    def of(cls, config: RunConfig, args: TrainingArguments, plan: Plan) -> "Disk":
-        """What a configuration needs; SLoRB, the tokenizer and records are left out."""
+    def of(cls, config: RunConfig, args: TrainingArguments, plan: Plan, saves_model: bool = True) -> "Disk":
+        """What a configuration needs; the SLoRB of the model, the tokenizer and records are left out.
+
+        Args:
+            saves_model: whether the run saves what it has trained.
+        """
         weights, pruned = plan.sparsity.total_parameters, plan.sparsity.pruned_parameters
         moments = 0 if args.save_only_model else 8 * weights
         if moments and config.optimizer.moments == "8bit":
             moments -= 6 * pruned
         masks = pruned + pruned // 8  # now, and at the start
-        return cls(4 * weights + plan.start_bytes, 4 * weights + masks + moments, _checkpoints(args, plan.steps))
+        model = plan.start_bytes + (4 * weights if saves_model else 0)
+        return cls(model, 4 * weights + masks + moments, _checkpoints(args, plan.steps), saves_model)
 
     def line(self) -> str:
         """What is needed, in words."""
         size = f"{self.needed / GIB:.1f} GiB"
+        what = "the model" if self.saves_model else "the start"
         if not self.checkpoints:
-            return f"disk: about {size} for the model"
+            return f"disk: about {size} for {what}"
         many = "a checkpoint" if self.checkpoints == 1 else f"{self.checkpoints} checkpoints"
-        return f"disk: about {size} for the model and {many} of {self.checkpoint / GIB:.1f} GiB"
+        return f"disk: about {size} for {what} and {many} of {self.checkpoint / GIB:.1f} GiB"
 
     @property
     def needed(self) -> int:

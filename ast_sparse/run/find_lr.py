@@ -3,9 +3,10 @@
 import copy
 import gc
 import math
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SchedulerType
 
-from ast_sparse.config import RunConfig
+from ast_sparse.config import RunConfig, SparsityConfig
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.distributed.full_precision import computes_in_float32
 from ast_sparse.distributed.pieces import local
@@ -30,7 +31,7 @@ from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher, make_trainer, read_data, start_samples
 from ast_sparse.run.warm_start import warm_start
 from ast_sparse.storage.files import finite_or_none, write_json
-from ast_sparse.storage.run_folder import FOUND_RATES
+from ast_sparse.storage.run_folder import FOUND_RATES, SHORT_RUNS
 from ast_sparse.training.trainer import SparseTrainer
 
 STEPS = 10
@@ -79,8 +80,8 @@ def find_rate(
     """Compare learning rates by short runs of a configuration; every process must call this.
 
     Each run has the schedule of the configuration, warm-up and decay included, compressed to `steps` steps. All see the
-    same batches from the same start; calibration runs once. A line is printed as each ends. Nothing is written but
-    `find_lr.json` in the output folder.
+    same batches from the same start; calibration runs once. A line is printed as each ends. Nothing is left but
+    `find_lr.json` in the output folder, which all processes must see.
 
     Args:
         output_dir: overrides `training.output_dir`.
@@ -104,17 +105,36 @@ def find_rate(
                 "data.eval_share."
             )
         check_choosing(config, "--find-lr", "a learning rate")
-    with tempfile.TemporaryDirectory() as folder:  # for what a run writes on its way
-        run = checked_run(short, folder, None, False, False, Hardware(), echo, signals)
+    with _folder_of_test(output) as folder:
+        run = checked_run(short, str(folder), None, False, False, Hardware(), echo, signals, saves_model=False)
         assert run is not None
         if run.args.should_log:
             echo("\n".join(run.plan.lines()))
         found, start = _compare(run, rates, steps, output)
+        wait_for_all()  # nobody needs the folder any more
     best = min((each for each in found if each.held_out_loss is not None), key=_loss, default=None)
     if run.args.should_log:
         echo("\n".join(_conclusion(found, best, start, steps)))
     wait_for_all()
     return None if best is None else best.learning_rate
+
+
+@contextmanager
+def _folder_of_test(output: Path) -> Iterator[Path]:
+    """The folder for what short runs write on their way; whoever writes first makes it, and at the end it is gone.
+
+    So are parents of it that were not there before, and in which nothing was left.
+    """
+    missing = [each for each in (output, *output.parents) if not each.exists()]
+    folder = output / SHORT_RUNS  # the same for all processes: one of them makes the start, and all read it
+    shutil.rmtree(folder, ignore_errors=True)  # left by a test that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # by every process: each node may have its own
+        for each in missing:
+            with suppress(OSError):  # not empty, or removed by another process
+                each.rmdir()
 
 
 def _loss(candidate: Candidate) -> float:
@@ -153,10 +173,10 @@ def _short(config: RunConfig, steps: int) -> RunConfig:
     counts = {key: value for key, value in given.items() if key.endswith("_steps") and isinstance(value, int)}
     changed: dict[str, Any] = {"max_steps": steps}
     if (warmup := training.get("warmup_steps", 0)) >= 1:
-        share = warmup / _whole_length(training, "warmup_steps", warmup)
+        share = warmup / _whole_length(training, "training.warmup_steps", warmup)
         changed["warmup_steps"] = share if share < 1 else float(steps)
     if counts:
-        length = _whole_length(training, "lr_scheduler_kwargs", given)
+        length = _whole_length(training, "training.lr_scheduler_kwargs", given)
         scaled = {key: -(-value * steps // length) for key, value in counts.items()}  # 0 stays 0
         changed["lr_scheduler_kwargs"] = {**given, **scaled}
     off = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none",
@@ -165,15 +185,36 @@ def _short(config: RunConfig, steps: int) -> RunConfig:
     data = config.data
     if data.mixture.type != "constant":  # its shares change at evaluations, of which there are none
         data = replace(data, update=None)
-    return replace(config, training={**training, **off, **changed}, distillation=distillation, data=data)
+    return replace(
+        config,
+        training={**training, **off, **changed},
+        sparsity=_short_rounds(config, steps),
+        distillation=distillation,
+        data=data,
+    )
+
+
+def _short_rounds(config: RunConfig, steps: int) -> SparsityConfig:
+    """Settings of the masks, with rounds of IMP as much shorter as the run."""
+    sparsity = config.sparsity
+    if sparsity.schedule == "imp" and sparsity.rounds > steps:
+        raise UserError(
+            f"--find-lr-steps {steps} has no room for sparsity.rounds={sparsity.rounds}. Give --find-lr-steps "
+            f"{sparsity.rounds} or more."
+        )
+    if (given := sparsity.steps_per_round) is None:
+        return sparsity
+    length = _whole_length(config.training, "sparsity.steps_per_round", given)
+    # rounded down, so that the last round begins in time
+    return replace(sparsity, steps_per_round=max(1, given * steps // length))
 
 
 def _whole_length(training: dict[str, Any], name: str, value: Any) -> int:
     """The steps of the real run."""
     if training.get("max_steps", -1) <= 0:
         raise UserError(
-            f"training.{name}={value} counts steps, and training.max_steps is not set, so --find-lr does not know the "
-            "length of the run. Set max_steps, or for warmup_steps a share below 1."
+            f"{name}={value} counts steps, and training.max_steps is not set, so --find-lr does not know the length of "
+            "the run. Set max_steps, or for warmup_steps a share below 1."
         )
     return int(training["max_steps"])
 

@@ -24,6 +24,7 @@ from ast_sparse.storage.run_folder import (
     REPORT,
     RESOLVED_CONFIG,
     SAMPLES,
+    SHORT_RUNS,
     START,
 )
 from ast_sparse.storage.stage_results import RESULTS, Stages, is_result, write_stages
@@ -104,8 +105,8 @@ def checkpoint_to_resume(output: Path, resume: str | bool | None) -> Path | None
 
 
 def refuse_used(output: Path) -> None:
-    """Raise UserError if the folder has more than what `--find-lr` found."""
-    if output.is_dir() and any(path.name != FOUND_RATES for path in output.iterdir()):
+    """Raise UserError if the folder has more than what `--find-lr` found, and what it left when it was killed."""
+    if output.is_dir() and any(path.name not in (FOUND_RATES, SHORT_RUNS) for path in output.iterdir()):
         what = "a run" if (output / RESOLVED_CONFIG).exists() or checkpoint_folders(output) else "files"
         raise UserError(
             f"Output folder {str(output)!r} already has {what}. Continue it with --resume, replace it with "
@@ -118,6 +119,7 @@ def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, over
 
     A start stays: it says itself what it was made from, and may be used again.
     """
+    shutil.rmtree(output / SHORT_RUNS, ignore_errors=True)
     if overwrite:
         _remove_run(output)
     if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
@@ -140,7 +142,7 @@ def _remove_run(output: Path) -> None:
 
 def replaced_bytes(output: Path, overwrite: bool) -> int:
     """Bytes in the folder that a new run replaces: its start, and with `overwrite` checkpoints and weights too."""
-    folders = [output / START, *(checkpoint_folders(output) if overwrite else ())]
+    folders = [output / START, output / SHORT_RUNS, *(checkpoint_folders(output) if overwrite else ())]
     files = [path for folder in folders for path in folder.rglob("*")] + [*(output.glob(_WEIGHTS) if overwrite else ())]
     return sum(path.stat().st_size for path in files if path.is_file())
 

@@ -15,6 +15,7 @@ SAMPLES = "samples.json"
 METRICS = "metrics.jsonl"  # every record of the log
 MASK_HISTORY = "mask_history.jsonl"  # flip rates by layer
 FOUND_RATES = "find_lr.json"  # of ast-train --find-lr, before the run
+SHORT_RUNS = ".find_lr"  # a folder, while --find-lr works
 REPLAY = "replay"  # a folder of batches
 REPORT = "report"  # a folder
 START = "start"  # a folder: what the run started from, if text decided it

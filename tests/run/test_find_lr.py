@@ -1,18 +1,21 @@
 """ast-train --find-lr: short runs from one start, compared by held-out text."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from ast_sparse.cli.train import main
-from ast_sparse.config import DistillationConfig, RunConfig, load_config
+from ast_sparse.config import DistillationConfig, RunConfig, SparsityConfig, load_config
 from ast_sparse.errors import UserError
 from ast_sparse.run import find_lr
-from ast_sparse.run.output import refuse_used, run_state
+from ast_sparse.run.output import refuse_used, replaced_bytes, run_state
+from ast_sparse.schedules import lacks_rounds
 from ast_sparse.sparsity import oneshot
 from tests.models import generated_text, save_tiny_model
 
@@ -26,6 +29,7 @@ evaluation: {{datasets: []}}
 training: {{max_steps: 100, warmup_steps: 0.4, per_device_train_batch_size: 2, learning_rate: 1e-3, use_cpu: true,
   bf16: true, disable_tqdm: true, report_to: none}}
 """
+IMP = ("--set", "sparsity.init=magnitude", "--set", "sparsity.schedule=imp")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,53 @@ def test_the_schedule_is_compressed_to_the_short_runs(folder: Path) -> None:
     assert decay["lr_scheduler_kwargs"] == {"num_decay_steps": 3, "min_lr_ratio": 0.1}
     config = replace(config_of(folder), distillation=DistillationConfig(alpha=0, match_flops=True))
     assert find_lr._short(config, 10).distillation == DistillationConfig(alpha=0)
+    rounds = SparsityConfig(schedule="imp", rounds=6, steps_per_round=15)
+    compressed = find_lr._short(replace(config_of(folder), sparsity=rounds), 10).sparsity
+    assert compressed == replace(rounds, steps_per_round=1) and not lacks_rounds(compressed, 10)
+
+
+def test_all_processes_work_in_one_folder_which_is_gone_after_an_error_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def fails(run: Any, *args: Any) -> Any:
+        seen.append(run.output)
+        assert not run.output.exists()
+        (run.output / "start").mkdir(parents=True)
+        (run.output / "start/block").write_bytes(bytes(3))
+        raise UserError("No.")
+
+    def find() -> None:
+        with pytest.raises(UserError, match=r"^No\.$"):
+            find_lr.find_rate(config_of(folder), str(out), echo=lambda line: None)
+
+    monkeypatch.setattr(find_lr, "_compare", fails)
+    out = tmp_path / "not" / "there"
+    find()
+    assert not (tmp_path / "not").exists()
+    (out / ".find_lr/start").mkdir(parents=True)  # left by a test that was killed
+    (out / ".find_lr/start/block").write_bytes(bytes(3))
+    (out / "find_lr.json").write_text("{}")
+    refuse_used(out)
+    assert replaced_bytes(out, overwrite=False) == 3
+    find()
+    assert [path.name for path in out.iterdir()] == ["find_lr.json"]
+    assert seen == [out / ".find_lr"] * 2  # every process finds the same one
+
+
+def test_it_needs_disk_for_the_start_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(find_lr, "_compare", reached)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        find_lr.find_rate(config_of(folder, "sparsity.init=magnitude"), str(tmp_path / "out"), echo=lines.append)
+    assert lines and not any("disk:" in line for line in lines)
+    with pytest.raises(UserError, match=r"output_dir='.*/out' has 0\.0 GiB free, .* about 0\.0 GiB for the start\."):
+        find_lr.find_rate(config_of(folder), str(tmp_path / "out"))
 
 
 def test_by_default_rates_surround_that_of_the_configuration(folder: Path) -> None:
@@ -124,6 +175,11 @@ def test_the_last_lines_say_what_speaks_against_the_result() -> None:
         (["--set", "data.eval=null", "--set", "data.eval_share=0"], "--find-lr compares losses of held-out text"),
         (["--set", "training.lr_scheduler_type=reduce_lr_on_plateau"], "so --find-lr cannot compress it."),
         (["--set", "training.warmup_steps=5", "--set", "training.max_steps=-1"], "training.max_steps is not set"),
+        ([*IMP, "--set", "sparsity.rounds=11"], "--find-lr-steps 10 has no room for sparsity.rounds=11. Give --find"),
+        (
+            [*IMP, "--set", "sparsity.steps_per_round=5", "--set", "training.max_steps=-1"],
+            "sparsity.steps_per_round=5 counts steps, and training.max_steps is not set",
+        ),
     ],
 )
 def test_what_cannot_be_tested_is_refused(folder: Path, tmp_path: Path, options: list[str], message: str) -> None:
