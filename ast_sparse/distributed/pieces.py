@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from ast_sparse.errors import UserError
 
 CHECKPOINTED = "_checkpoint_wrapped_module"  # the attribute of FSDP's wrapper for activation checkpointing
+_COMPILED = "_orig_mod"  # and that of torch.compile's
 
 
 def unwrapped_name(name: str) -> str:
-    """The name of a parameter or module as if no block were wrapped for activation checkpointing."""
-    return name.replace(f"{CHECKPOINTED}.", "")
+    """The name of a parameter or module without wrappers for activation checkpointing and of torch.compile."""
+    return name.replace(f"{CHECKPOINTED}.", "").replace(f"{_COMPILED}.", "")
 
 
 def is_sharded(model: nn.Module) -> bool:

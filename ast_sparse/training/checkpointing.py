@@ -107,18 +107,16 @@ class CheckpointTrainer(Trainer):
 
     @property
     def student(self) -> PreTrainedModel:
-        """The model that is trained, without the wrapper of a distributed run."""
-        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+        """The model that is trained, without the wrapper of a distributed run or of torch.compile."""
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def whole_student(self) -> PreTrainedModel | None:
         """The whole student: itself, or gathered on the CPU of the first process if training is sharded.
 
         Every process must call this; in a sharded run it is None on all but the first.
         """
-        if not is_sharded(self.student):
-            return self.student
-        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return gathered(sharded, frame_of(sharded))
+        student = self.student
+        return gathered(student, frame_of(student)) if is_sharded(student) else student
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""
@@ -224,12 +222,12 @@ class CheckpointTrainer(Trainer):
 
     def _saved_in_pieces(self, folder: Path) -> bool:
         """Save a sharded model; False if it is not sharded, or has to be gathered for it."""
-        if not is_sharded(self.student):
+        student = self.student
+        if not is_sharded(student):
             return False
-        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        frame = frame_of(sharded)
+        frame = frame_of(student)
         with saved_with(frame, self._given_settings):
-            return save_pieces(sharded, frame, folder, self.sparsity_config_dict())
+            return save_pieces(student, frame, folder, self.sparsity_config_dict())
 
     def export(self, out_dir: str | Path, format: str = "compressed", **kwargs: Any) -> ExportReport | None:
         """Write the masked model in an export format, verified, with its tokenizer; see `export_model`.

@@ -246,8 +246,8 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     for name, live in model.named_parameters():  # tied ones once
         _fill(live, stored.get(unwrapped_name(name)), f"{checkpoint}: `{name}`")
     for name, buffer in model.named_buffers():
-        if name in stored:
-            buffer.copy_(stored[name])
+        if (found := stored.get(unwrapped_name(name))) is not None:
+            buffer.copy_(found)
 
 
 @torch.no_grad()

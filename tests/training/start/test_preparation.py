@@ -10,6 +10,8 @@ from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
+from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.training.fsdp import load_weights
 from ast_sparse.training.start.preparation import forget_preparation, prepare_again
 from tests.models import tiny_model
 from tests.training.small_runs import arguments, blocks, trainer, weights
@@ -90,3 +92,18 @@ def test_training_prepares_a_model_again_unless_ddp_has_it(tmp_path: Path) -> No
         run.model_wrapped = outer
         prepare_again(run)
         assert run.model_wrapped is outer and "_is_accelerate_prepared" in run.model.__dict__
+
+
+def test_a_model_inside_torch_compile_has_the_names_of_its_checkpoints(tmp_path: Path) -> None:
+    """As accelerate leaves the student of a sharded run that is compiled."""
+    run = trainer(tmp_path)
+    model, expected = run.student, weights(run.student)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    run.model = compiled = torch.compile(model, backend="eager")
+    assert run.student is model
+    assert sparse_layers(compiled).keys() == run.sparsity_report.pruned.keys()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(tmp_path, compiled)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(model).items())
