@@ -36,6 +36,7 @@ from ast_sparse.training.callbacks.watch import divergence
 from ast_sparse.training.checks.parallelism import hidden_from_accelerate
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.loader import load_data_state, save_data_state
+from ast_sparse.training.resume.best import best_checkpoint, find_best
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
@@ -69,7 +70,7 @@ TRAINER_INTERNALS = (
     Internal("_save_rng_state", ("output_dir",), "the last file of a checkpoint: all ranks have written by then"),
     Internal("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "reads sharded and whole checkpoints"),
     Internal("_issue_warnings_after_load", ("load_result",), "a tied weight is not missing"),
-    Internal("_load_best_model", (), "the best checkpoint may be sharded"),
+    Internal("_load_best_model", (), "the best checkpoint may be sharded, or not there"),
     Internal("_load_optimizer_and_scheduler", ("checkpoint",), "sharded and whole runs load each other's moments"),
     Internal("_loss_shifts_labels", None, "set, so that Trainer counts the tokens that the loss counts"),
     Internal("_get_grad_norm", ("model", "grad_norm"), "the watch judges the norm that clipping has computed"),
@@ -347,6 +348,7 @@ class CheckpointTrainer(Trainer):
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return False
         self.state = state
+        find_best(state, checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -372,15 +374,12 @@ class CheckpointTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        with self.true_weights():
-            if self.is_fsdp_enabled or is_sharded_checkpoint(Path(best)):
-                self._load_from_checkpoint(best)
-            else:
-                super()._load_best_model()
+        self._load_from_checkpoint(str(best_checkpoint(self.state)))
         self._best_is_loaded = True
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            find_best(self.state, Path(checkpoint))
         sparse_optimizer(self.optimizer).begin_offload(self.student)  # before moments are read, to the host
         with self.true_weights():
             self._load_moments(checkpoint)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
+from ast_sparse.errors import UserError
 from ast_sparse.training.resume.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.processes import Started, run_command
@@ -151,25 +152,52 @@ def test_resuming_an_earlier_checkpoint_removes_the_later_ones(undisturbed: tupl
     assert_same_run(whole, out)
 
 
-def test_a_finished_run_that_is_resumed_ends_with_its_best_checkpoint(tmp_path: Path) -> None:
-    def run(resume: bool) -> SparseTrainer:
-        trainer = SparseTrainer(
-            tiny_model("llama"),
-            arguments(
-                tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
-                load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
-            ),
-            sparsity_config=SparsityConfig(mask_interval=2),
-            train_dataset=blocks(),
-            eval_dataset=blocks(count=4, seed=7),
-        )  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
+def with_best(folder: Path, resume: bool = False, **args: Any) -> SparseTrainer:
+    """A run that ends with its best checkpoint."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, **args}
+    trainer = SparseTrainer(
+        tiny_model("llama"),
+        arguments(
+            folder, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, **settings
+        ),
+        sparsity_config=SparsityConfig(mask_interval=2),
+        train_dataset=blocks(),
+        eval_dataset=blocks(count=4, seed=7),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.best_global_step < 6  # the loss falls, and here the largest counts as best
+    return trainer
 
-    first = run(resume=False)
-    assert first.state.best_global_step < 6  # the loss falls, and here the largest counts as best
-    again = run(resume=True).model.state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in first.model.state_dict().items())
+
+def same_weights(one: SparseTrainer, other: SparseTrainer) -> bool:
+    weights = one.model.state_dict()
+    return all(torch.equal(tensor, weights[name]) for name, tensor in other.model.state_dict().items())
+
+
+def test_a_finished_run_that_is_resumed_ends_with_its_best_checkpoint(tmp_path: Path) -> None:
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    first = with_best(out)
+    assert same_weights(with_best(out, resume=True), first)
+    out.rename(moved)
+    assert same_weights(with_best(moved, resume=True), first)
+    shutil.rmtree(moved / f"checkpoint-{first.state.best_global_step}")
+    with pytest.raises(UserError, match=r"best checkpoint '.*out/checkpoint-\d' has no weights. Put it back, or"):
+        with_best(moved, resume=True)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_run_that_is_resumed_under_another_path_keeps_its_best_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    settings = {"save_strategy": strategy, "save_total_limit": 1}
+    monkeypatch.chdir(tmp_path)
+    first = with_best(Path("out"), **settings)
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == [f"checkpoint-{first.state.best_global_step}"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")  # so the path in the state leads nowhere
+    again = with_best(tmp_path / "out", resume=True, **settings)
+    assert again.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{first.state.best_global_step}")
+    assert same_weights(again, first)
 
 
 def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:

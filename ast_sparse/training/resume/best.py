@@ -1,0 +1,40 @@
+"""The best checkpoint of a run, which `training.load_best_model_at_end` loads, also after the run was moved."""
+
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ast_sparse.errors import UserError
+from ast_sparse.storage.files import INDEX_NAME, WEIGHTS_NAME
+from ast_sparse.storage.sharded import is_sharded_checkpoint
+
+
+def find_best(state: TrainerState, checkpoint: Path) -> None:
+    """Let a state name its best checkpoint beside the one that it was read from, if it is there.
+
+    The state has the path as the run wrote it: that of a folder which was moved since, or one from another working
+    directory. Trainer forgets a best checkpoint that is not there.
+
+    Args:
+        state: changed in place.
+    """
+    named = state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+    best = checkpoint.parent / Path(named).name
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)
+
+
+def best_checkpoint(state: TrainerState) -> Path:
+    """The folder of the best checkpoint that a state names.
+
+    Raises:
+        UserError: it has no weights; Trainer would keep those that the model happens to have.
+    """
+    best = Path(str(state.best_model_checkpoint))
+    if not is_sharded_checkpoint(best) and not any((best / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        raise UserError(
+            f"training.load_best_model_at_end=True: the best checkpoint {str(best)!r} has no weights. Put it back, or "
+            "set load_best_model_at_end: false, which keeps the last weights, and use --resume."
+        )
+    return best
