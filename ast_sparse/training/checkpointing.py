@@ -348,6 +348,7 @@ class CheckpointTrainer(Trainer):
         if state.global_step < (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             return False
         self.state = state
+        state.init_training_references(self, state.max_steps, state.num_train_epochs, None)  # which rank this is
         find_best(state, checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()

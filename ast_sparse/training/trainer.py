@@ -248,7 +248,7 @@ class SparseTrainer(EvaluationTrainer):
             self.sparsity_config, self.log, self.calibration_config, self.slorb_config, lambda: self.watch.is_empty
         )
         self._late_slorb = LateSLoRB(self.slorb_config)
-        self._flops = FlopsCallback(self._trained_parameters, taught_by, self.log, self._matched)
+        self._flops = FlopsCallback(self._trained_parameters, taught_by, self._matched)
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
         own = [self.watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
@@ -363,7 +363,8 @@ class SparseTrainer(EvaluationTrainer):
         if checkpoint is not None and self.load_finished(checkpoint):
             # Trainer's handler would call all callbacks, but the others need a training that has begun
             self._metrics.on_train_begin(self.args, self.state, self.control)
-            self._flops.on_train_end(self.args, self.state, self.control)
+            self.state.log_history.append({**self._flops.log_values(self.state), "step": self.state.global_step})
+            self._metrics.on_log(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, math.nan, {})
         self._begin_training()
         self._filters_losses = bool(self.args.logging_nan_inf_filter)
@@ -383,12 +384,12 @@ class SparseTrainer(EvaluationTrainer):
         return "eager" if any_rank(choice == "eager", self.args.device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity for each evaluation loss, and speed and memory for each training loss."""
+        """As in Trainer, with perplexities, speed and memory beside each training loss, and FLOPs at the end."""
         if "loss" in logs:
-            logs.update(self._speed.log_values(self.args))
-            logs.update(self.watch.log_values(), **self._domain_losses.log_values())
+            logs.update(self._speed.log_values(self.args) | self.watch.log_values() | self._domain_losses.log_values())
             self.watch.correct_loss(logs)
-        if "train_loss" in logs:
+        if "train_loss" in logs:  # the last record: trackers are closed when our callbacks see the end
+            logs.update(self._flops.log_values(self.state))
             self.watch.correct_loss(logs, "train_loss")
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))

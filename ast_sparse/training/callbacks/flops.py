@@ -110,20 +110,16 @@ def flops_of_run(total_flops: float, student: int, teacher: int) -> dict[str, fl
 
 
 class FlopsCallback(TrainerCallback):
-    """Logs `student_flops` and `teacher_flops` when training ends, including those before a resume.
+    """`student_flops` and `teacher_flops` for the last record of the log, including those before a resume.
 
     Args:
         student, teacher: their parameters; 0 without a teacher.
-        log: `Trainer.log`.
         matched: the line of `match_flops`, shown when training begins.
     """
 
-    def __init__(
-        self, student: int, teacher: int, log: Callable[[dict[str, float]], None], matched: str | None = None
-    ) -> None:
+    def __init__(self, student: int, teacher: int, matched: str | None = None) -> None:
         self.student = student
         self.teacher = teacher
-        self.log = log
         self.matched = matched
 
     def on_train_begin(
@@ -132,7 +128,6 @@ class FlopsCallback(TrainerCallback):
         if self.matched is not None and args.should_log:
             logger.warning(self.matched)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.log(flops_of_run(state.total_flos, self.student, self.teacher))
+    def log_values(self, state: TrainerState) -> dict[str, float]:
+        """As `flops_of_run`, of all steps so far."""
+        return flops_of_run(state.total_flos, self.student, self.teacher)

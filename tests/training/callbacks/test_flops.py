@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
@@ -122,6 +122,33 @@ def test_a_resumed_run_ends_at_the_same_step_with_the_same_weights_and_flops(tmp
         assert again.state.global_step == 8 and flops(again) == flops(whole)
         expected = weights(whole.model)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+class Tracker(TrainerCallback):
+    """Notes what a tracker is told; Trainer calls it before the callbacks of SparseTrainer."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.told.append("flops" if "student_flops" in logs else "log")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told.append("end")
+
+
+def test_a_tracker_gets_the_flops_before_it_is_closed_and_is_not_opened_for_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Tracker(), Tracker()
+    settings = dict(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer(tmp_path, callbacks=[first], args=settings).train()
+    assert first.told[-2:] == ["flops", "end"] and first.told.count("flops") == 1
+    again = trainer(tmp_path, callbacks=[second], args=settings)
+    monkeypatch.setattr(again, "is_world_process_zero", lambda: False)  # the checkpoint has the state of the first one
+    again.train(resume_from_checkpoint=True)
+    assert second.told == [] and not again.state.is_world_process_zero and len(flops(again)) == 1
+    assert (tmp_path / "metrics.jsonl").read_text().count("student_flops") == 1
 
 
 def test_the_plan_and_the_run_say_how_many_steps_there_are(tmp_path: Path) -> None:
