@@ -148,7 +148,8 @@ def sparsify_model(
     for name, result, seen in prune_layers(model, pruning, calibration_config, samples, device, progress):
         pruning.put(name, result, seen)
     for name, adapter in pruning.adapters.items():  # last, because only svd's is there while later blocks calibrate
-        model.get_submodule(name).slorb = adapter
+        layer = cast(SparseLayer, model.get_submodule(name))
+        layer.slorb = adapter.to(layer.weight.device)  # it was made where its block ran
     for name, others in same.items():
         for twin in others.values():
             share_mask(twin, cast(SparseLayer, model.get_submodule(name)))

@@ -1,8 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from ast_sparse import SLoRBConfig, SparsityConfig
 from ast_sparse.sparsity.masks import nm_mask
+from ast_sparse.sparsity.model import sparsify_model
+from ast_sparse.sparsity.pruning import Pruning
 from ast_sparse.sparsity.slorb import SLoRB, slorb_init, slorb_svd
+from tests.models import tiny_config
 
 
 @pytest.mark.parametrize("k", [4, 8, 16])
@@ -92,3 +100,18 @@ def test_svd_of_16_bit_weights_is_that_of_float32_rounded(dtype: torch.dtype) ->
     assert S.dtype == X.dtype == dtype
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
     torch.testing.assert_close((S @ X).double(), exact[0] @ exact[1], **close)
+
+
+def test_adapters_are_put_where_their_layers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a model in host memory are calibrated on a GPU, and S and X are made there."""
+
+    def made_elsewhere(self: Any, dense: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = dense.shape
+        return torch.zeros(rows, columns // 16), torch.zeros(columns // 16, columns)
+
+    monkeypatch.setattr(Pruning, "_by_groups", made_elsewhere)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    sparsify_model(model, SparsityConfig(), SLoRBConfig(k=16))
+    adapters = [module for module in model.modules() if isinstance(module, SLoRB)]
+    assert adapters and all(parameter.is_meta for adapter in adapters for parameter in adapter.parameters())
