@@ -136,7 +136,7 @@ class SparseTrainer(EvaluationTrainer):
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
         check_arguments(args)
         check_sharding(args)
-        check_replaced(optimizers[0], kwargs)
+        check_replaced(optimizers[0], kwargs, args)
         self.sparsity_config = sparsity_config or SparsityConfig()
         self.distillation_config, self.slorb_config = distillation_config, slorb_config
         self.calibration_config = calibration_config or CalibrationConfig()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
+from ast_sparse.training.checks import inputs
 from ast_sparse.training.fsdp import check_shardable
 from tests.families import family_model
 from tests.models import tiny_model
@@ -33,6 +34,15 @@ def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError, match="AdamW, which does not support masks"):
         trainer(tmp_path, model, optimizers=(torch.optim.AdamW(model.parameters()), None))
+
+
+def test_an_optimizer_of_whole_parameters_is_refused_in_a_sharded_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "sharding_plugin", lambda args: object())
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"optimizers\[0\] has whole parameters, and FSDP2 .* Pass None"):
+        trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None))
 
 
 @pytest.mark.parametrize("name", ["compute_loss_func", "optimizer_cls_and_kwargs", "model_init"])

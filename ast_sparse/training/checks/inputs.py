@@ -34,11 +34,19 @@ def check_model(model: PreTrainedModel) -> None:
             )
 
 
-def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, Any]) -> None:
-    """Raise UserError for what would replace SparseTrainer's own: an optimizer without masks, a loss, a model."""
+def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Raise UserError for what would replace SparseTrainer's own: an optimizer without masks, a loss, a model.
+
+    In a sharded run that is any optimizer.
+    """
     if optimizer is not None and not isinstance(optimizer, SparseAdamW):
         raise UserError(
             f"optimizers[0] is {type(optimizer).__name__}, which does not support masks. Pass a SparseAdamW, or None."
+        )
+    if optimizer is not None and sharding_plugin(args) is not None:
+        raise UserError(
+            "optimizers[0] has whole parameters, and FSDP2 puts pieces in their place. Pass None: SparseTrainer builds "
+            "its own SparseAdamW from the pieces."
         )
     for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
         if given.get(name) is not None:
