@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
-from ast_sparse.training.checks import inputs
+from ast_sparse.training.checks.arguments import check_arguments
 from ast_sparse.training.fsdp import check_shardable
 from tests.families import family_model
 from tests.models import tiny_model
@@ -39,7 +39,7 @@ def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
 def test_an_optimizer_of_whole_parameters_is_refused_in_a_sharded_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "sharding_plugin", lambda args: object())
+    monkeypatch.setattr("ast_sparse.training.checks.inputs.sharding_plugin", lambda args: object())
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"optimizers\[0\] has whole parameters, and FSDP2 .* Pass None"):
         trainer(tmp_path, model, optimizers=(SparseAdamW(model.parameters()), None))
@@ -98,6 +98,22 @@ def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^fsdp_config of `accelerate launch`: {message}"):
         SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variable", "value"), [("wandb", "WANDB_LOG_MODEL", "end"), ("dvclive", "HF_DVCLIVE_LOG_MODEL", "True")]
+)
+def test_a_tracker_that_saves_the_model_before_it_is_masked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, variable: str, value: str
+) -> None:
+    monkeypatch.setattr(f"{check_arguments.__module__}.get_available_reporting_integrations", lambda: [tracker])
+    args = arguments(tmp_path)
+    args.report_to = [tracker]
+    monkeypatch.setenv(variable, "false")
+    check_arguments(args)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"^{variable}='{value}' would upload weights that are not masked yet .* Unset"):
+        check_arguments(args)
 
 
 def test_a_conv1d_is_not_sharded() -> None:

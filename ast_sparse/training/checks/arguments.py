@@ -62,6 +62,11 @@ _ENGINES = {
     "DEEPSPEED": "DeepSpeed",
     "MEGATRON_LM": "Megatron-LM",
 }
+# trackers that save the model themselves when training ends, if a variable has one of these values (in small letters)
+_UPLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "wandb": ("WANDB_LOG_MODEL", ("end", "checkpoint")),
+    "dvclive": ("HF_DVCLIVE_LOG_MODEL", ("1", "on", "yes", "true")),
+}
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 _ANY_STEPS = 1000  # used if only the data decides the number of steps
 
@@ -190,6 +195,7 @@ def _check_choices(values: Mapping[str, Any], name: str) -> None:
 
 
 def _check_trackers(report_to: Any) -> None:
+    """Refuse trackers that do not exist, and those that would upload the student before it is masked."""
     for name in [report_to] if isinstance(report_to, str) else report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             known = ("none", "all", *sorted(INTEGRATION_TO_CALLBACK))
@@ -197,6 +203,12 @@ def _check_trackers(report_to: Any) -> None:
         # transformers does not always list these two as available
         if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):
             raise UserError(f"training.report_to={_short(name)} is not installed. Install it, or set report_to: none.")
+        variable, values = _UPLOADS.get(name, ("", ()))
+        if (value := os.environ.get(variable, "")).lower() in values:
+            raise UserError(
+                f"{variable}={shown(value)} would upload weights that are not masked yet (training.report_to={name}). "
+                "Unset it, and upload the folder of the finished model."
+            )
 
 
 def _check_schedule(args: TrainingArguments) -> None:
