@@ -67,7 +67,9 @@ REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
     "sharded_ddp": (("training.fsdp",), "Remove it; set fsdp: true (FSDP2)."),
     "xpu_backend": (("training.ddp_backend",), "Write ddp_backend: {value}."),
     "torchdynamo": (("training.torch_compile_backend",), "Write torch_compile_backend: {value}."),
-    "split_batches": (("training.accelerator_config",), "Write accelerator_config: {{split_batches: {value}}}."),
+    "split_batches": (
+        ("training.per_device_train_batch_size",), "Remove it; per_device_train_batch_size is that of one process.",
+    ),
     "dispatch_batches": (("training.accelerator_config",), "Write accelerator_config: {{dispatch_batches: {value}}}."),
     # of TRL's SFTConfig
     "max_seq_length": (("data.block_size",), "Write data.block_size: {value}."),

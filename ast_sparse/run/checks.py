@@ -40,7 +40,7 @@ from ast_sparse.sparsity.recovery import check_recovery
 from ast_sparse.sparsity.slorb import check_slorb
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.run_folder import REPORT
-from ast_sparse.training.checks.arguments import build_arguments
+from ast_sparse.training.checks.arguments import build_arguments, check_shared_batches
 from ast_sparse.training.checks.inputs import check_optimizer_settings, check_taught
 from ast_sparse.training.checks.mixture import check_evaluations
 from ast_sparse.training.fsdp import check_sharding
@@ -118,6 +118,7 @@ def checked_run(
     with errors_shared():
         note = _check_settings(config, args, output, dry_run)
         devices = hardware.world_size or args.world_size
+        check_shared_batches(args, devices)
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
         plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
         config, chosen = decide_by_memory(config, args, plan)

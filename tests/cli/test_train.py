@@ -74,6 +74,12 @@ def test_a_sharded_run_is_planned_on_a_machine_without_its_devices(folder: Path)
     assert refused.exit_code == 2 and "8. Set dp_replicate_size: 4, or start 4 processes." in refused.stderr
 
 
+def test_a_plan_refuses_what_its_processes_could_not_share(folder: Path) -> None:
+    split = ("--set", "training.accelerator_config={split_batches: true}")
+    refused = dry_run(folder, "--world-size", "4", *split)
+    assert refused.exit_code == 2 and "split_batches=True: 4 processes would share a batch" in refused.stderr
+
+
 def test_a_run_that_does_not_fit_ends_with_the_settings_that_fit(folder: Path) -> None:
     result = dry_run(folder, "--device-memory", "0.001", "--set", "training.per_device_train_batch_size=8")
     assert result.exit_code == 2

@@ -60,5 +60,5 @@ def test_what_the_hints_say_of_the_installed_version_is_so(tmp_path: Path) -> No
     args = build_arguments({"warmup_steps": 0.03, "use_cpu": True, "report_to": "none"}, str(tmp_path))
     assert args.get_warmup_steps(1000) == 30
     build_arguments({"train_sampling_strategy": "group_by_length", "use_cpu": True}, str(tmp_path))
-    build_arguments({"accelerator_config": {"split_batches": True}, "use_cpu": True}, str(tmp_path))
+    build_arguments({"accelerator_config": {"dispatch_batches": True}, "use_cpu": True}, str(tmp_path))
     build_arguments({"include_for_metrics": ["inputs"], "use_cpu": True}, str(tmp_path))

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
-from ast_sparse.training.checks.arguments import check_arguments
+from ast_sparse.training.checks.arguments import check_arguments, check_shared_batches
 from ast_sparse.training.fsdp import check_shardable
 from tests.families import family_model
 from tests.models import tiny_model
@@ -98,6 +99,25 @@ def test_settings_of_fsdp_by_accelerate_that_masks_do_not_survive_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^fsdp_config of `accelerate launch`: {message}"):
         SparseTrainer(tiny_model("llama"), args, train_dataset=blocks())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"split_batches": True}, "split_batches=True: 2 processes would share a batch.* Remove it; per_device_train"),
+        ({"even_batches": False}, "even_batches=False: of 2 processes, those with a batch more would wait.* Remove it"),
+    ],
+)
+def test_processes_that_would_not_have_a_whole_batch_each_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, bool], message: str
+) -> None:
+    args = arguments(tmp_path, accelerator_config=setting)
+    check_arguments(args)  # of a single process
+    with pytest.raises(UserError, match=message):
+        check_shared_batches(args, processes=2)  # of a plan
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(UserError, match=message):
+        check_arguments(args)
 
 
 @pytest.mark.parametrize(

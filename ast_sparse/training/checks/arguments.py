@@ -16,6 +16,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
@@ -137,6 +138,7 @@ def check_arguments(args: TrainingArguments) -> None:
     _check_schedule(args)
     _check_checkpointing(args)
     _check_accumulation(args)
+    check_shared_batches(args)
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
     if args.push_to_hub and args.hub_strategy not in ("end",):
@@ -275,6 +277,29 @@ def _check_accumulation(args: TrainingArguments) -> None:
             raise UserError(f"{where}: {key!r} has no effect. {_choose(key, known)}")
         elif not isinstance(value, bool):
             raise UserError(f"{where}.{key}={_short(value)} is neither true nor false. Correct or remove it.")
+
+
+def check_shared_batches(args: TrainingArguments, processes: int | None = None) -> None:
+    """Refuse settings with which several processes would not train on a whole batch each.
+
+    Args:
+        processes: of the run; default: those of `args`.
+
+    Raises:
+        UserError: a batch would be split, and plan, records and checkpoints count whole ones; or some processes might
+            get fewer batches than others.
+    """
+    config, processes = cast(AcceleratorConfig, args.accelerator_config), processes or args.world_size
+    if processes > 1 and config.split_batches:
+        raise UserError(
+            f"training.accelerator_config.split_batches=True: {processes} processes would share a batch, and each is "
+            "counted as if it had its own. Remove it; per_device_train_batch_size is the batch of one process."
+        )
+    if processes > 1 and not config.even_batches:
+        raise UserError(
+            f"training.accelerator_config.even_batches=False: of {processes} processes, those with a batch more would "
+            "wait for the others without end. Remove it."
+        )
 
 
 def _choose(value: Any, known: Iterable[Any]) -> str:
