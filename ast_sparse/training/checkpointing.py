@@ -103,7 +103,7 @@ class CheckpointTrainer(Trainer):
     _mixture_config: MixtureConfig
     _compared: Path | None = None  # the checkpoint that this run was compared with
     _origin: Origin  # of the student
-    _best_is_loaded = False
+    _best_step: int | None = None  # of the best checkpoint, once it is loaded
     _given_settings: Settings = ()  # those of the student, while its configuration has Trainer's
 
     @property
@@ -136,8 +136,8 @@ class CheckpointTrainer(Trainer):
 
     def _trained(self) -> dict[str, int]:
         """Steps and tokens that made the present weights; those of the best checkpoint have steps alone."""
-        if self._best_is_loaded and self.state.best_global_step is not None:
-            return {"steps": self.state.best_global_step}
+        if self._best_step is not None:  # not the state's: at that step there may have been no checkpoint
+            return {"steps": self._best_step}
         tokens = self.state.total_flos / (6 * self._trained_parameters)  # as `floating_point_ops` counts
         return {"steps": self.state.global_step, "tokens": round(tokens)}
 
@@ -375,8 +375,9 @@ class CheckpointTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(best_checkpoint(self.state)))
-        self._best_is_loaded = True
+        best = best_checkpoint(self.state)
+        self._load_from_checkpoint(str(best))
+        self._best_step = int(best.name.rpartition("-")[2])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

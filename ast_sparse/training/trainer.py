@@ -354,7 +354,7 @@ class SparseTrainer(EvaluationTrainer):
             DivergenceError: a loss or gradient is not finite, or as `watch_config` says.
             UserError: the checkpoint is incomplete, or belongs to another run (`check_resume`).
         """
-        checkpoint, self._best_is_loaded = None, False
+        checkpoint, self._best_step = None, None
         if resume_from_checkpoint:
             checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
             self.check_resume(checkpoint)

@@ -179,7 +179,11 @@ def test_a_finished_run_that_is_resumed_ends_with_its_best_checkpoint(tmp_path: 
     first = with_best(out)
     assert same_weights(with_best(out, resume=True), first)
     out.rename(moved)
-    assert same_weights(with_best(moved, resume=True), first)
+    again = with_best(moved, resume=True)
+    assert same_weights(again, first)
+    again.state.best_global_step = 5  # a better loss at a step without a checkpoint
+    again._load_best_model()
+    assert again.sparsity_config_dict()["trained"] == {"steps": first.state.best_global_step}
     shutil.rmtree(moved / f"checkpoint-{first.state.best_global_step}")
     with pytest.raises(UserError, match=r"best checkpoint '.*out/checkpoint-\d' has no weights. Put it back, or"):
         with_best(moved, resume=True)
