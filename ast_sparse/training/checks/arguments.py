@@ -121,9 +121,13 @@ def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, 
 def check_arguments(args: TrainingArguments) -> None:
     """Refuse settings that fail later, or that this trainer would ignore.
 
+    With `full_determinism`, the environment gets what cuBLAS needs for it. That is too late after a first product.
+
     Raises:
         UserError: the first of them, with its value and the fix.
     """
+    if args.full_determinism:  # PyTorch looks once, at the first product; Trainer sets it later than masks are made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     values = {item.name: getattr(args, item.name) for item in dataclasses.fields(args)}
     _check_refused(values, {item.name: item.default for item in dataclasses.fields(args)})
     _check_ranges(values)

@@ -22,10 +22,12 @@ from scripts.checks.gpu_checks.shapes import new_model, token_ids
 
 _CONFIG = """
 model: {{name_or_path: {folder}/model}}
-data: {{train: {folder}/text.txt, eval_share: 0, block_size: 16}}
+data: {{train: {folder}/text.txt, eval_share: 0.1, block_size: 16}}
 sparsity: {{mask_interval: 5}}
-training: {{max_steps: {steps}, logging_steps: 1, use_cpu: {is_dry}, report_to: none, disable_tqdm: true}}
-evaluation: {{datasets: [], report: false}}
+training:
+  {{max_steps: {steps}, logging_steps: 1, full_determinism: true, use_cpu: {is_dry}, report_to: none,
+    disable_tqdm: true}}
+evaluation: {{datasets: [heldout], windows: 4, report: false}}
 """
 
 
@@ -168,7 +170,10 @@ def _parameters(module: FSDPModule) -> list[Any]:
 
 
 def resume(bench: Bench) -> Iterator[Line]:
-    """A resumed run has the bits of one without a stop under `full_determinism`; SIGUSR1 ends `ast-train` with 75."""
+    """A resumed run has the bits of one without a stop under `full_determinism`; SIGUSR1 ends `ast-train` with 75.
+
+    It measures the dense model on the device before its trainer is made: full determinism must be prepared by then.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole = bench.in_child(_determined, bench, folder / "whole", None)
