@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from transformers.utils import logging
 
 from ast_sparse.errors import UserError, one_line
+from ast_sparse.kernels.tf32 import tf32_kept
 from ast_sparse.storage import files
 from ast_sparse.storage.companions import (
     GENERATION_NAME,
@@ -114,6 +115,8 @@ class Origin:
 def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iterator[Settings]:
     """Restore the settings of a model that Trainer changes: the cache, and the special tokens of its tokenizer.
 
+    TF32, which Trainer may turn on for the whole process, is restored with them.
+
     Args:
         use_cache: set in the configuration meanwhile; None: leave it as it is.
 
@@ -125,7 +128,8 @@ def settings_kept(model: PreTrainedModel, use_cache: bool | None = None) -> Iter
     if use_cache is not None:
         model.config.use_cache = use_cache
     try:
-        yield before
+        with tf32_kept():
+            yield before
     finally:
         _put(before)
 

@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from transformers.training_args import trainer_log_levels
 
 from ast_sparse.distributed.meeting import check_restarted
 from ast_sparse.errors import UserError, did_you_mean, one_line, shown
+from ast_sparse.kernels.tf32 import tf32_kept
 from ast_sparse.training.checks.parallelism import check_parallelism, parallelism_config
 from ast_sparse.training.fsdp import env_flag, sharding_plugin
 
@@ -73,7 +75,7 @@ _ANY_STEPS = 1000  # used if only the data decides the number of steps
 
 
 def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArguments:
-    """`TrainingArguments(**values)`, with each error in one line.
+    """`TrainingArguments(**values)`, with each error in one line, and TF32 only if `tf32` asks for it.
 
     Raises:
         UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting. The processes of a
@@ -90,7 +92,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
     arguments = {"log_on_each_node": False, **values, "output_dir": output_dir}  # what is said, is said once
     if "parallelism_config" in values:
         arguments["parallelism_config"] = parallelism_config(values["parallelism_config"])
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tf32_kept() if values.get("tf32") is None else nullcontext():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing has another name in newer versions
         try:
             args = TrainingArguments(**arguments)
