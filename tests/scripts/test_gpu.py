@@ -220,6 +220,9 @@ class Imitated(Bench):
 @pytest.fixture
 def imitated(monkeypatch: pytest.MonkeyPatch) -> Bench:
     def sync_mode(mode: str) -> None:
+        if mode == "warn":  # PyTorch's own notice
+            notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing"
+            warnings.warn(f"{notice} operations", stacklevel=2)
         if mode == "default":  # as if one operation had waited
             warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
