@@ -101,7 +101,9 @@ def sparsegpt_prune(
         saliency = factor.diagonal().square()
         if not structured:
             scores = torch.where(given, -1, block.square() / saliency)
-            threshold = scores.flatten().kthvalue(int(scores.numel() * (1 - n / m)) + 1).values
+            pruned = int(scores.numel() * (1 - n / m)) + 1
+            # not kthvalue, which a GPU refuses under `full_determinism`
+            threshold = scores.flatten().topk(pruned, largest=False, sorted=False).values.max()
             kept.copy_(scores > threshold)
         errors = torch.zeros_like(block)
         for i in range(stop - start):

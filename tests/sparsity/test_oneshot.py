@@ -1,8 +1,11 @@
 """One-shot pruning against slow twins in float64 that follow the definitions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ast_sparse.config import CalibrationConfig
 from ast_sparse.errors import UserError
@@ -124,6 +127,32 @@ def test_unstructured_sparsegpt_prunes_the_lowest_half_of_each_block_of_columns(
     cost = weight[:, :8] ** 2 / torch.stack([torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(8)])
     assert torch.equal(mask[:, :8], cost > cost.flatten().sort().values[24])  # as published, one more than half
     assert all(int(mask[:, j : j + 8].sum()) == 23 for j in range(0, 32, 8))
+
+
+def test_unstructured_sparsegpt_prunes_all_scores_that_equal_the_threshold() -> None:
+    weight = (2 * random_layer(6, 32, 1, seed=4)[0]).round()
+    _, mask = sparsegpt_prune(weight, torch.eye(32, dtype=torch.float64), 1, 2, structured=False)
+    assert torch.equal(mask, weight.abs() > weight.abs().flatten().kthvalue(97).values)
+
+
+class Deterministic(TorchDispatchMode):
+    """Inside, operations fail that have no deterministic way on a GPU, as under `full_determinism` there."""
+
+    _refused = ("kthvalue", "median", "nanmedian", "histc", "put", "put_", "cumsum")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self._refused
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 2, structured=False)], ids=str)
+def test_every_method_has_a_deterministic_way_on_a_gpu(method: str, pattern: Pattern) -> None:
+    weight, inputs = random_layer(6, 32, 80, seed=4)
+    statistics = InputStatistics(32, True, torch.device("cpu"))
+    with Deterministic():
+        statistics.add(inputs.float())
+        prune_layer("x", weight.float(), method, pattern, statistics)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (8, 16), (1, 4)])
