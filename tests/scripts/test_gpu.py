@@ -270,6 +270,21 @@ def test_what_a_gpu_alone_runs_is_written_correctly(imitated: Bench) -> None:
     assert len(semi_structured) == 4
 
 
+def test_a_peak_is_measured_without_old_gradients(imitated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads: list[Any] = []
+
+    def peak(self: Bench, call: Any) -> int:
+        layer, x, _ = call.args
+        grads.extend((layer.weight.grad, x.grad))
+        call()
+        return 1
+
+    monkeypatch.setattr(Imitated, "peak", peak)
+    measured = list(kernels.masked_linear(imitated))[-1]["measured"]
+    assert grads == [None] * 8
+    assert measured["kept_copy"] == 16 * 32 * 2 and measured["bytes"]["made"] == 1
+
+
 def test_what_steps_on_a_gpu_give_is_compared(imitated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def in_child(self: Bench, function: Any, *args: Any) -> dict[str, Any]:
         if function is steps._planned:
