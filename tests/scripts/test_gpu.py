@@ -18,7 +18,7 @@ import torch
 from scripts.checks import gpu
 from scripts.checks.gpu_checks import bench as benches
 from scripts.checks.gpu_checks import kernels, linear24, losses, machine, steps
-from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, launched, right, worst
+from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, info, launched, right, worst
 
 NONE = "0 wrong, 0 failed, 0 missed, 0 skipped."
 NAMES = [check.name for check in gpu.CHECKS]
@@ -122,6 +122,32 @@ def test_a_check_that_ends_badly_does_not_stop_the_others(
     bench = Bench(True, time.monotonic() + left, method="fork")
     first, last = gpu.lines_of(gpu.Check(0, "x", "", (), seconds), bench)
     assert first["case"] == "first" and last == {"verdict": verdict, "reason": reason}
+
+
+def say_time_left(bench: Bench) -> Iterator[Line]:
+    yield info("", seconds=bench.left(1e6))
+
+
+def test_a_check_ends_by_itself_before_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.Check, "function", property(lambda self: say_time_left))
+    for own, left in ((1.0, 9.0), (100.0, 30.0)):  # a dry run has ten times as much
+        bench = Bench(True, time.monotonic() + 30, method="fork")
+        (line,) = gpu.lines_of(gpu.Check(0, "x", "", (), own), bench)
+        assert 0.1 < line["measured"]["seconds"] <= left
+
+
+def test_a_part_for_which_time_runs_out_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(True, time.monotonic() + 60)
+
+    def endless() -> Iterator[Line]:
+        while True:
+            bench.deadline = 0.0
+            yield right("a", True, "")
+
+    assert linear24.parts(bench)[-1][0] == "products"
+    monkeypatch.setattr(linear24, "parts", lambda bench: [("first", endless), ("second", endless)])
+    found = [(line["case"], line["verdict"]) for line in linear24.linear24(bench)]
+    assert found == [("first: a", "met"), ("first", "skipped"), ("second", "skipped")]
 
 
 def leave(code: int) -> None:
