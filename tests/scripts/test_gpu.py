@@ -170,6 +170,13 @@ def test_a_fork_without_a_gpu_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     assert bench.method == "spawn"
 
 
+def test_a_fork_that_is_only_slow_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benches, "_probe", lambda device: time.sleep(60))
+    bench = Bench(True, time.monotonic() + 0.2, method="fork")
+    bench.choose_method()
+    assert bench.method == "fork"
+
+
 # ---- lines ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +292,8 @@ def test_what_a_gpu_alone_runs_is_written_correctly(imitated: Bench) -> None:
         "machine": machine.machine, "refresh": kernels.refresh, "update": kernels.update,
         "masked": kernels.masked_linear, "loss": losses.loss_speed,
     }.items()}  # fmt: skip
-    assert found["machine"][0]["measured"]["capability"] == "9.0"
+    device = found["machine"][0]["measured"]
+    assert (device["capability"], device["start_method"]) == ("9.0", "forkserver")
     waits = found["refresh"][-1]
     assert waits["verdict"] == "met" and waits["measured"]["of"][0].startswith("bench.py:")
     assert [line["verdict"] for line in found["update"]] == ["met", "met", "met"]

@@ -56,10 +56,16 @@ class Bench:
         return torch.empty(1 if self.is_dry else 1 << 30, dtype=torch.uint8, device=self.device)
 
     def choose_method(self) -> None:
-        """Start processes anew if a fork has no GPU: something may have started CUDA when it was imported."""
+        """Start processes anew if a fork has no GPU: something may have started CUDA when it was imported.
+
+        A first process that is only slow is no reason: then each one would import everything again.
+        """
         try:
             Child(self.method, _probe, self.device).result(self.left(60))
-        except ChildError:
+        except Unanswered as error:
+            print(f"The first process: {error}.", file=sys.stderr)
+        except ChildError as error:
+            print(f"Processes are not forked: {error}", file=sys.stderr)
             self.method = "spawn"
 
     def start(self, function: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None) -> "Child":
@@ -237,6 +243,10 @@ class ChildError(RuntimeError):
     """A process of a check has failed, with its last line; or it has ended, or did not answer in time."""
 
 
+class Unanswered(ChildError):
+    """A process did not answer in time."""
+
+
 class Child:
     """A function in a process of its own: a fresh CUDA context, its own memory, its own process group.
 
@@ -279,7 +289,7 @@ class Child:
             kind, value = self.next(time.monotonic() + seconds)
         except TimeoutError:
             self.process.kill()
-            raise ChildError(f"no result after {seconds:.0f} s") from None
+            raise Unanswered(f"no result after {seconds:.0f} s") from None
         finally:
             self.end()
         if kind == "error":

@@ -12,8 +12,9 @@ def machine(bench: Bench) -> Iterator[Line]:
     """The bandwidth of a copy in bytes a second, and the rate of a bf16 product in FLOP a second."""
     if not bench.is_dry:
         found = torch.cuda.get_device_properties(0)
-        memory = {"bytes": found.total_memory, "processors": found.multi_processor_count}
-        yield info("device", name=found.name, capability=f"{found.major}.{found.minor}", **memory)
+        sizes = {"bytes": found.total_memory, "processors": found.multi_processor_count}
+        capability = f"{found.major}.{found.minor}"
+        yield info("device", name=found.name, capability=capability, **sizes, start_method=bench.method)
     size = bench.pick(1 << 28, 1 << 10)
     source, target = bench.random(size), torch.empty(size, device=bench.device)
     milliseconds = bench.times({"copy": partial(target.copy_, source)})["copy"]
