@@ -337,6 +337,21 @@ def test_what_steps_on_a_gpu_give_is_compared(imitated: Bench, monkeypatch: pyte
     assert verdicts == [(0.9, "met"), (1.2, "missed"), (1.0, "met")]
 
 
+def test_compiled_steps_are_compared_with_eager_ones_which_run_first(
+    imitated: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[bool] = []
+
+    def in_child(self: Bench, function: Any, *args: Any) -> dict[str, Any]:
+        order.append(args[-1])
+        size = 30 if args[-1] else 100
+        return dict(milliseconds=size, allocated=size, loss=1.0, breaks={}, fp32_precision="none", profile={"top": []})
+
+    monkeypatch.setattr(Bench, "in_child", in_child)
+    verdicts = [line["verdict"] for line in steps.compiled_step(imitated)]
+    assert order == [False, True] and verdicts == [*["met"] * 5, "info"]
+
+
 def test_a_watch_on_a_gpu_counts_times_kernels_and_waits(imitated: Bench) -> None:
     watch = steps.Watch(False, 1, 2, 1)
     for _ in range(5):

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig, sparsify_model
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.planning.setup import Setup
+from ast_sparse.training.checks.arguments import build_arguments
 from scripts.checks.gpu_checks.bench import Bench, Clock, Line, compared, cost, info, launched, right, waits
 from scripts.checks.gpu_checks.shapes import matrix_flops, new_model, token_ids
 
@@ -65,20 +66,21 @@ def ours(is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int, co
         trainer = _trainer(is_dry, shape, warmups + steps + profiled + 1, folder, compiles)
         trainer.add_callback(watch)
         loss = trainer.train().training_loss
-    return {**watch.found(), **_memory(is_dry), "loss": loss, "breaks": dict(counters["graph_break"])}
+    backends: Any = torch.backends
+    found = {"loss": loss, "breaks": dict(counters["graph_break"]), "fp32_precision": backends.fp32_precision}
+    return {**watch.found(), **_memory(is_dry), **found}
 
 
 def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str, compiles: bool) -> SparseTrainer:
     name, rows, length = shape
     backend = ("eager" if is_dry else "inductor") if compiles else None
-    args = TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=rows, bf16=True, use_cpu=is_dry,
-        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, learning_rate=OPTIONS["lr"],
-        adam_beta2=OPTIONS["betas"][1], weight_decay=OPTIONS["weight_decay"],
-        torch_compile_backend=backend,
+    settings: dict[str, Any] = dict(
+        max_steps=steps, per_device_train_batch_size=rows, bf16=True, use_cpu=is_dry, save_strategy="no",
+        logging_strategy="no", report_to="none", disable_tqdm=True, learning_rate=OPTIONS["lr"],
+        adam_beta2=OPTIONS["betas"][1], weight_decay=OPTIONS["weight_decay"], torch_compile_backend=backend,
     )  # fmt: skip
     return SparseTrainer(
-        new_model(name, torch.device("cpu" if is_dry else "cuda:0")), args,
+        new_model(name, torch.device("cpu" if is_dry else "cuda:0")), build_arguments(settings, folder),
         sparsity_config=SparsityConfig(mask_interval=2 if is_dry else 10, kernels="eager" if is_dry else "auto"),
         distillation_config=DistillationConfig(alpha=ALPHA),
         train_dataset=[{"input_ids": ids} for ids in token_ids(name, rows * steps, length).tolist()],
@@ -203,18 +205,23 @@ def _semi_structured(bench: Bench) -> Iterator[Line]:
 
 
 def compiled_step(bench: Bench) -> Iterator[Line]:
-    """The steps of SparseTrainer with `torch_compile` beside those without; each side in a process of its own."""
-    shape = _shapes(bench)[0]
+    """The steps of SparseTrainer with `torch_compile` beside those without; each side in a process of its own.
+
+    A model of few layers, because its compilation may take minutes; breaks and ratios say the same.
+    """
+    shape = bench.pick(("LLaMA, 4 layers", 8, 2048), _shapes(bench)[0])
     case, steps = "{}, {} x {}".format(*shape), bench.pick((WARMUPS, STEPS, PROFILED), (1, 2, 1))
     found = {
         name: bench.in_child(ours, bench.is_dry, shape, *steps, compiles)
-        for name, compiles in {"ours": True, "eager": False}.items()
+        for name, compiles in {"eager": False, "ours": True}.items()
     }
     times = {name: each["milliseconds"] for name, each in found.items()}
     losses = {name: each["loss"] for name, each in found.items()}
     apart = abs(losses["ours"] - losses["eager"]) / losses["eager"]
     yield right(f"{case}, mean loss", apart <= 1e-2, "equal within 1e-2", **losses)
     yield right(f"{case}, breaks of graphs", not found["ours"]["breaks"], "none", breaks=found["ours"]["breaks"])
+    precision = found["ours"]["fp32_precision"]
+    yield right(f"{case}, float32 products", precision != "tf32", "not in TF32", fp32_precision=precision)
     yield compared(bench, f"{case}, time", times, "eager", 1.0)
     peaks = {name: each["allocated"] for name, each in found.items()}
     yield cost(bench, f"{case}, memory", None if bench.is_dry else peaks["ours"] / peaks["eager"], 1.0, bytes=peaks)
