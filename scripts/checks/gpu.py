@@ -85,6 +85,7 @@ CHECKS = (  # by worth: what comes last is skipped first
     Check(5, "update", "kernels.update"),
     Check(13, "compiled step", "steps.compiled_step", TRAINING, 200),
     Check(9, "memory", "steps.memory", TRAINING, 120),
+    Check(14, "basis", "basis.basis", MODELS, 60),
     Check(10, "resume", "runs.resume", TRAINING, 150),
     Check(12, "ddp", "runs.ddp", TRAINING, 120),
     Check(11, "linear24", "linear24.linear24", BASE, 180),

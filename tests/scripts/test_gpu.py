@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from ast_sparse.basis.change import BasisReport
+from ast_sparse.sparsity.masks import Pattern
 from scripts.checks import gpu
 from scripts.checks.gpu_checks import bench as benches
-from scripts.checks.gpu_checks import kernels, linear24, losses, machine, steps
+from scripts.checks.gpu_checks import basis, kernels, linear24, losses, machine, steps
 from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, info, launched, right, worst
 
 NONE = "0 wrong, 0 failed, 0 missed, 0 skipped."
@@ -317,6 +319,16 @@ def test_a_peak_is_measured_without_old_gradients(imitated: Bench, monkeypatch: 
     measured = list(kernels.masked_linear(imitated))[-1]["measured"]
     assert grads == [None] * 8
     assert measured["kept_copy"] == 16 * 32 * 2 and measured["bytes"]["made"] == 1
+
+
+def test_a_change_of_basis_that_is_wrong_or_fails_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = iter((0.1, 0.102))  # on the CPU, and the first way
+
+    def changed(home: torch.device, device: torch.device | None) -> BasisReport:
+        return BasisReport(Pattern(2, 4), 32, shares={"before": next(shares)})
+
+    monkeypatch.setattr(basis, "_changed", changed)
+    assert [line["verdict"] for line in basis.basis(Bench(True, 0.0))] == ["wrong", "failed"]
 
 
 def test_what_steps_on_a_gpu_give_is_compared(imitated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
