@@ -81,6 +81,16 @@ def test_checks_are_named_and_skipped_once_time_is_out(
     assert {(line["verdict"], line["reason"]) for line in lines} == {("skipped", "out of time")}
 
 
+def test_the_time_to_find_a_gpu_counts(restored: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+    restored.setattr(sys, "argv", ["gpu.py", "--seconds", "100", "--commit", "abc"])
+    restored.setattr(gpu, "_has_gpu", lambda: time.sleep(0.4) or True)
+    restored.setattr(gpu, "run", lambda options, deadline, output: found.append(deadline))
+    started = time.monotonic()
+    assert gpu.main() == 0
+    assert found[0] - started < 100.3
+
+
 def test_without_a_gpu_it_says_how_to_run_it(restored: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     restored.setattr(sys, "argv", ["gpu.py"])
     restored.setattr(torch.cuda, "is_available", lambda: False)
