@@ -32,6 +32,8 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, dtype: str, device: str, compressed: bool, vocabulary: int) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # whose memory and name are asked for without naming it
         self.vocabulary = vocabulary
         load: Any = _load_compressed if compressed else load_causal_lm
         self.model = load(folder, dtype=getattr(torch, dtype)).to(self.device).eval()
@@ -77,7 +79,7 @@ class TransformersEngine:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def _load_compressed(folder: Path, *, dtype: torch.dtype) -> Any:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.quantizer import CompressedLinear
+from ast_sparse.speed import in_transformers
 from ast_sparse.speed.cases import Case
 from ast_sparse.speed.in_transformers import TransformersEngine
 from tests.models import VOCAB
@@ -57,3 +58,17 @@ def test_a_model_without_a_cache_is_refused(exports: Path) -> None:
     found.model.forward = lambda **_: {"logits": torch.zeros(3, 1, VOCAB)}
     with pytest.raises(UserError, match="keeps no cache"):
         found.begin(CASE)
+
+
+def test_the_second_gpu_is_the_one_that_is_waited_for_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    waited: list[torch.device] = []
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(model, "to", lambda device: model)
+    monkeypatch.setattr(in_transformers, "load_causal_lm", lambda folder, dtype: model)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    TransformersEngine(Path("model"), "float32", "cuda:1", False, VOCAB)._wait()
+    assert chosen == waited == [torch.device("cuda:1")]
+    TransformersEngine(Path("model"), "float32", "cuda", False, VOCAB)._wait()
+    assert len(chosen) == 1 and len(waited) == 2  # without a number it is the current one
