@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -21,6 +22,7 @@ _UNTRUSTED = "trust_remote_code=True"  # part of transformers' message about cod
 _COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
 _LARGEST_COUNT = 2**16  # ... of the largest model
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # of a commit, in the hub's cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_model_config(
     trust_remote_code: bool = False,
     config_overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
-    """Load the configuration of a model without its weights.
+    """Load the configuration of a model without its weights; `origin.hub_commit` knows which commit it is from.
 
     Raises:
         UserError: the configuration is missing or damaged, or an override names a key that it does not have.
@@ -86,6 +88,8 @@ def load_model_config(
         _check_counts(files.read_json(place.model_folder / files.CONFIG_NAME), place.name)
     with named_errors("configuration", place), quiet_transformers():
         config = AutoConfig.from_pretrained(place.name, **place.arguments(revision, trust_remote_code))
+        if (commit := _commit_in_cache(place, revision)) is not None:
+            config._commit_hash = commit  # where older versions of transformers keep it
     for key, value in (config_overrides or {}).items():
         if not hasattr(config, key):
             near = did_you_mean(key, config.to_dict(), quoted="`{}`".format)
@@ -97,6 +101,15 @@ def load_model_config(
             reason = one_line(error, 300, cut="word", end="mark")
             raise UserError(f"model.config_overrides: {reason} Give a value of that kind.") from None
     return config
+
+
+def _commit_in_cache(place: Place, revision: str | None) -> str | None:
+    """The commit that a configuration has just been loaded from; None for a local model."""
+    if place.folder is not None:
+        return None
+    cached = try_to_load_from_cache(place.name, place.gguf_file or files.CONFIG_NAME, revision=revision)
+    found = _SNAPSHOT.search(Path(cached).as_posix()) if isinstance(cached, str) else None
+    return None if found is None else found[1]
 
 
 def _check_counts(config: dict[str, Any], name: str) -> None:

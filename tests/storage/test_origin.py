@@ -12,7 +12,10 @@ from transformers import AutoConfig, Gemma3Config, GenerationConfig, LlamaConfig
 from ast_sparse.errors import UserError
 from ast_sparse.storage.companions import companion_files, copy_companions
 from ast_sparse.storage.files import read_json
-from ast_sparse.storage.origin import Origin, check_saving, in_source_spelling, read_generation_config
+from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.origin import Origin, check_saving, hub_commit, in_source_spelling, read_generation_config
+from tests.hub_cache import COMMIT, put_on_hub
 from tests.models import save_tiny_model, tiny_config, tiny_model
 
 
@@ -95,6 +98,17 @@ def test_files_of_the_hub_s_cache_are_followed_to_their_blobs(tmp_path: Path, mo
     assert (tmp_path / "out" / "templates" / "one.jinja").read_text() == "one"
     assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out" / "tokenizer.json").is_symlink()
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature":  0.5}'
+
+
+def test_the_commit_of_a_model_on_the_hub_is_known_but_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    name = put_on_hub(folder, tmp_path / "hub", monkeypatch)
+    for config in (load_model_config(name), load_model_config(name, revision=COMMIT), load_causal_lm(name).config):
+        assert hub_commit(config) == COMMIT
+        assert COMMIT not in config.to_json_string()
+    assert hub_commit(load_model_config(folder)) is None
 
 
 @pytest.mark.parametrize("name", ["org/of-nobody", "/no/such/folder", "", "a b c"])
