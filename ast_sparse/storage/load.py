@@ -22,12 +22,11 @@ from ast_sparse.storage import files
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.finite import check_finite
 from ast_sparse.storage.locate import Place, load_model_config, named_errors, quiet_transformers
-from ast_sparse.storage.origin import read_generation_config, source_folder
+from ast_sparse.storage.origin import hub_commit, read_generation_config, source_folder
 from ast_sparse.storage.packed import check_codes, check_leftovers, decode_on_load
 from ast_sparse.storage.quantized import forget_quantization, make_plain
 from ast_sparse.storage.sharded import is_sharded_checkpoint, merged
-from ast_sparse.storage.slorb_adapter import attach_adapter, check_pairs, read_adapter, with_twins
-from ast_sparse.storage.sparsity_record import has_adapter
+from ast_sparse.storage.slorb_adapter import attach_adapter, check_pairs, stored_adapter, with_twins
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +168,7 @@ def load_checkpoint(
         arguments["use_safetensors"] = True
     model = _load_weights(place, config, dtype, set(masks), arguments)
     _apply_stored_masks(model, masks, place.name)
-    if folder and not slorb and has_adapter(folder):
-        slorb = read_adapter(folder / files.ADAPTER_FOLDER)
-    slorb = with_twins(model, slorb)
+    slorb = with_twins(model, slorb or stored_adapter(place, hub_commit(config) or revision))
     check_pairs(model, slorb, place.name)
     return Checkpoint(model, masks, slorb)
 
@@ -200,6 +197,11 @@ def _load_weights(
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     unused = sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked))
+    if unused and place.folder is None and files.sparse_keys([*unused, *model.state_dict()])[0]:
+        raise UserError(
+            f"`{place.name}` is a checkpoint of a run, whose masks are read from a folder only. Download it, and give "
+            f"the folder: hf download {place.name} --local-dir FOLDER"
+        )
     if unused and place.folder is None and getattr(config, "quantization_config", None) is None:
         check_leftovers(unused, model, place.name)  # the files of a local folder are checked above
     warn_unused(unused, place.name)

@@ -15,11 +15,11 @@ from ast_sparse.config import ModelConfig
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage.companions import companion_files
 from ast_sparse.storage.files import sparse_keys, tensor_shapes, weight_files
-from ast_sparse.storage.locate import load_model_config
-from ast_sparse.storage.origin import check_saving, read_generation_config, source_folder
+from ast_sparse.storage.locate import Place, load_model_config
+from ast_sparse.storage.origin import check_saving, hub_commit, read_generation_config, source_folder
 from ast_sparse.storage.packed import decode_on_load
 from ast_sparse.storage.quantized import forget_quantization
-from ast_sparse.storage.sparsity_record import has_adapter
+from ast_sparse.storage.slorb_adapter import adapter_home
 
 _LARGEST_TENSOR = 2**40  # entries; more is a mistake in a config
 _LONGEST_REASON = 200  # characters of another library's error that are shown
@@ -55,9 +55,8 @@ def student_config(model: ModelConfig, reads_weights: bool = True) -> PreTrained
         trust_remote_code=model.trust_remote_code,
         config_overrides=model.config_overrides,
     )
-    if path.is_dir() and model.gguf_file is None and reads_weights:
-        _check_dense(path)
     if reads_weights:
+        _check_dense(Place.find(model.name_or_path, model.gguf_file), hub_commit(config) or model.revision)
         decode_on_load(config, model.name_or_path)
     forget_quantization(config)  # a plan counts the decoded model
     return config
@@ -70,12 +69,13 @@ def has_config_alone(model: ModelConfig) -> bool:
     return folder.is_dir() and model.gguf_file is None and not any(any(folder.glob(name)) for name in weights)
 
 
-def _check_dense(folder: Path) -> None:
+def _check_dense(place: Place, revision: str | None) -> None:
     """Raise UserError if the files are damaged, or if they hold masks or SLoRB, which training would add again."""
-    names = [name for file in weight_files(folder) for name in tensor_shapes(file)]
-    if sparse_keys(names)[0] or has_adapter(folder):
+    folder = place.model_folder
+    names = [] if folder is None else [name for file in weight_files(folder) for name in tensor_shapes(file)]
+    if sparse_keys(names)[0] or adapter_home(place, revision) is not None:
         raise UserError(
-            f"model.name_or_path={str(folder)!r} is the result of a run, with masks or SLoRB. Name the dense model, "
+            f"model.name_or_path={place.name!r} is the result of a run, with masks or SLoRB. Name the dense model, "
             "or continue the run with --resume."
         )
 

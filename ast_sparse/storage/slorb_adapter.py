@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from ast_sparse.errors import UserError, one_line, shown
-from ast_sparse.storage.checksums import check_checksums, write_checksums
+from ast_sparse.storage.checksums import CHECKSUMS_NAME, check_checksums, write_checksums
 from ast_sparse.storage.files import (
     ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    SPARSITY_CONFIG_NAME,
     SlorbPairs,
     check_inside,
     read_json,
@@ -23,6 +26,8 @@ from ast_sparse.storage.files import (
     tensor_shapes,
     write_json,
 )
+from ast_sparse.storage.locate import Place, named_errors
+from ast_sparse.storage.sparsity_record import has_adapter
 
 _PREFIX = "base_model.model."
 _WEIGHTS_NAME = "adapter_model.safetensors"
@@ -85,6 +90,56 @@ def write_adapter(out_dir: Path, base_model: str, pairs: SlorbPairs, group_dim: 
     save_file(_adapter_tensors(pairs, _PREFIX), out_dir / _WEIGHTS_NAME, metadata={"format": "pt"})
     write_checksums(out_dir, [out_dir / _WEIGHTS_NAME])
     write_json(out_dir / ADAPTER_CONFIG_NAME, adapter_config(pairs, base_model, group_dim))
+
+
+def adapter_home(place: Place, revision: str | None) -> Path | None:
+    """The folder beside whose weights a model has a SLoRB adapter; None if it has none, or has it turned off.
+
+    Of a model on the hub it is a folder of the cache, into which the settings are downloaded, but not the pairs. What
+    is not there while the hub cannot be reached counts as missing.
+
+    Args:
+        revision: on the hub; a commit, if it is known.
+
+    Raises:
+        UserError: as in `has_adapter`.
+    """
+    if place.gguf_file is not None:
+        return None
+    if place.folder is not None:
+        return place.folder if has_adapter(place.folder) else None
+    record = _from_hub(place, SPARSITY_CONFIG_NAME, revision)
+    if record is None:
+        return None
+    _from_hub(place, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_NAME}", revision)
+    return record.parent if has_adapter(record.parent, place.name) else None
+
+
+def stored_adapter(place: Place, revision: str | None) -> SlorbPairs:
+    """The SLoRB pairs of the adapter of a model, by layer name, downloaded if need be; empty if it has none.
+
+    Args:
+        revision: as in `adapter_home`.
+
+    Raises:
+        UserError: as in `adapter_home` and `read_adapter`; or the pairs cannot be downloaded.
+    """
+    home = adapter_home(place, revision)
+    if home is None:
+        return {}
+    if place.folder is None:
+        _from_hub(place, f"{ADAPTER_FOLDER}/{_WEIGHTS_NAME}", revision, is_needed=True)
+        _from_hub(place, f"{ADAPTER_FOLDER}/{CHECKSUMS_NAME}", revision)
+    return read_adapter(home / ADAPTER_FOLDER)
+
+
+def _from_hub(place: Place, name: str, revision: str | None, is_needed: bool = False) -> Path | None:
+    """A file of a model on the hub, downloaded unless the cache has it; None if it cannot be had and is not needed."""
+    cases = ("missing_entries", "gated_repo", "connection_errors")
+    raised = {f"_raise_exceptions_for_{case}": is_needed for case in cases}
+    with named_errors("SLoRB adapter", place):
+        found = cached_file(place.name, name, revision=revision, **raised)
+    return None if found is None else Path(found)
 
 
 def read_adapter(folder: Path) -> SlorbPairs:

@@ -18,10 +18,11 @@ from ast_sparse.storage.dtypes import reading_dtype
 from ast_sparse.storage.frames import frame_of_config
 from ast_sparse.storage.load import check_files, load_causal_lm, random_causal_lm, take_generation_config, warn_unused
 from ast_sparse.storage.locate import Place, load_model_config, named_errors, quiet_transformers
+from ast_sparse.storage.origin import hub_commit
 from ast_sparse.storage.packed import check_leftovers, decode_on_load, moves_only, plain_names
 from ast_sparse.storage.quantized import forget_quantization
 from ast_sparse.storage.sharded import is_sharded_checkpoint
-from ast_sparse.storage.sparsity_record import has_adapter
+from ast_sparse.storage.slorb_adapter import adapter_home
 
 Stored = dict[str, tuple[Path, str]]  # file and key by the name of a tensor in the model
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors spells them
@@ -78,12 +79,13 @@ class Source:
         """
         folder = self._folder()
         is_code = getattr(self.config, "auto_map", None) is not None  # it may load in a way of its own
-        if folder is None or is_code or is_sharded_checkpoint(folder) or has_adapter(folder):
+        if folder is None or is_code or is_sharded_checkpoint(folder):
             return None
         weights = files.weight_files(folder)
         headers = {file: files.tensor_shapes(file) for file in weights}
         shapes = {key: value for header in headers.values() for key, value in header.items()}
-        if files.sparse_keys(shapes)[0] or getattr(self.config, "quantization_config", None) is not None:
+        is_coded = getattr(self.config, "quantization_config", None) is not None
+        if is_coded or files.sparse_keys(shapes)[0] or self._has_adapter():
             return None
         if self.place.folder is not None:
             check_checksums(folder, weights)
@@ -131,13 +133,17 @@ class Source:
 
     def _exact_dtype(self) -> torch.dtype | Literal["auto"]:
         folder = self.place.model_folder
-        if folder is None or is_sharded_checkpoint(folder) or has_adapter(folder):
+        if folder is None or is_sharded_checkpoint(folder):
             return torch.float32
         stored = {name for file in files.weight_files(folder) for name in files.tensor_shapes(file)}
         is_coded = getattr(self.config, "quantization_config", None) is not None
-        if is_coded or files.sparse_keys(stored)[0] or not moves_only(self.frame):
+        if is_coded or files.sparse_keys(stored)[0] or self._has_adapter() or not moves_only(self.frame):
             return torch.float32
         return reading_dtype(folder)
+
+    def _has_adapter(self) -> bool:
+        """Whether a model without masks has a SLoRB adapter; that of one with masks is in its weights."""
+        return adapter_home(self.place, hub_commit(self.config) or self.options.get("revision")) is not None
 
 
 def _fits(frame: PreTrainedModel, shapes: dict[str, tuple[str, list[int]]]) -> bool:

@@ -158,8 +158,11 @@ class SparsityRecord:
         return set(self.content["layers"])
 
 
-def has_adapter(folder: Path) -> bool:
+def has_adapter(folder: Path, name: str | None = None) -> bool:
     """Whether a folder has a SLoRB adapter beside the model that `sparsity_config.json` does not turn off.
+
+    Args:
+        name: of the model, for messages; default: the folder.
 
     Raises:
         UserError: `sparsity_config.json` says there is one, but it is missing: the model would compute something else;
@@ -169,14 +172,15 @@ def has_adapter(folder: Path) -> bool:
     present = (folder / files.ADAPTER_FOLDER / files.ADAPTER_CONFIG_NAME).is_file()
     section = SparsityRecord.read(folder).content.get("slorb", present)
     enabled = section.get("enabled", True) if isinstance(section, dict) else bool(section)
+    name = name or str(folder)
     if not isinstance(section, dict | bool | None) or not isinstance(enabled, bool):
         raise UserError(
-            f"`{folder / files.SPARSITY_CONFIG_NAME}`: slorb={shown(section)} is neither settings nor true or false. "
+            f"`{name}/{files.SPARSITY_CONFIG_NAME}`: slorb={shown(section)} is neither settings nor true or false. "
             "Restore the file."
         )
     if enabled and not present:
         raise UserError(
-            f"`{folder}` was trained with SLoRB, but its adapter `{folder / files.ADAPTER_FOLDER}` is missing. "
+            f"`{name}` was trained with SLoRB, but its adapter `{name}/{files.ADAPTER_FOLDER}` is missing. "
             f"Restore it, or set slorb to false in {files.SPARSITY_CONFIG_NAME}."
         )
     return enabled

@@ -6,12 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ast_sparse.config import ModelConfig
 from ast_sparse.errors import UserError
+from ast_sparse.export.export import export_model
+from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.meta import meta_student
 from ast_sparse.storage.rows import copied, read_causal_lm
 from ast_sparse.storage.source_files import Source
 from ast_sparse.training.fsdp import without_weights
+from tests.export.sparse_models import save_training_checkpoint, sparse_model, token_ids
 from tests.families import family_model
+from tests.hub_cache import put_on_hub
 from tests.models import save_tiny_model
 
 
@@ -57,3 +63,42 @@ def test_a_checkpoint_that_does_not_fit_has_the_same_error(fault: str, tmp_path:
             read(file.parent)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+def test_slorb_of_a_model_on_the_hub_is_attached_as_that_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_model(sparse_model(slorb_k=8), tmp_path / "out", "dense", dtype="float32")
+    expected = load_causal_lm(tmp_path / "out")(token_ids()).logits
+    name = put_on_hub(tmp_path / "out", tmp_path / "hub", monkeypatch)
+    for read in (load_causal_lm, read_causal_lm):
+        assert torch.equal(read(name)(token_ids()).logits, expected)
+    with pytest.raises(UserError, match="'org/tiny' is the result of a run, with masks or SLoRB"):
+        meta_student(ModelConfig(name_or_path=name))
+
+
+def test_an_adapter_that_the_hub_lacks_is_not_passed_over_unless_it_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export_model(sparse_model(slorb_k=8), out, "dense", dtype="float32")
+    (out / "slorb" / "adapter_model.safetensors").unlink()
+    name = put_on_hub(out, tmp_path / "first", monkeypatch)
+    with pytest.raises(UserError, match="Cannot load the SLoRB adapter of `org/tiny`"):
+        load_causal_lm(name)
+    (out / "slorb" / "adapter_config.json").unlink()
+    name = put_on_hub(out, tmp_path / "second", monkeypatch)
+    with pytest.raises(UserError, match="`org/tiny` was trained with SLoRB, .* `org/tiny/slorb` is missing"):
+        load_causal_lm(name)
+    write_json(out / "sparsity_config.json", {**read_json(out / "sparsity_config.json"), "slorb": False})
+    name = put_on_hub(out, tmp_path / "third", monkeypatch)
+    for read in (load_causal_lm, read_causal_lm):
+        assert read(name).state_dict().keys() == load_causal_lm(out).state_dict().keys()
+
+
+def test_masks_on_the_hub_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_training_checkpoint(sparse_model(slorb_k=8), tmp_path / "checkpoint-3")
+    name = put_on_hub(folder, tmp_path / "hub", monkeypatch)
+    for read in (load_causal_lm, read_causal_lm):
+        with pytest.raises(UserError, match="`org/tiny` is a checkpoint of a run, .*: hf download org/tiny"):
+            read(name)
