@@ -1,5 +1,6 @@
 """Write a sparse model as an ordinary Hugging Face checkpoint, and move finished folders into place."""
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,8 @@ def saved_plain(model: PreTrainedModel) -> Iterator[None]:
 def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
     """Raise UserError unless the folder is free, or may be overwritten without losing anything but a model.
 
+    `finished_folder` must also be able to write beside it, and to give a folder its name.
+
     Args:
         out_dir, source: resolved paths; source is the folder that is exported, if any.
     """
@@ -124,6 +127,14 @@ def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
         raise UserError(f"`{out_dir}` holds the checkpoint that is being exported. Choose another output folder.")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"`{out_dir}` is a file. Choose another output folder.")
+    if os.path.ismount(out_dir):
+        raise UserError(f"`{out_dir}` is a mount point, which no other folder can replace. Name a folder inside it.")
+    above = next(parent for parent in out_dir.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(
+            f"`{out_dir}` cannot be written: it is made in `{above}`, which cannot be written to. Choose another "
+            "output folder."
+        )
     if not out_dir.is_dir() or not any(out_dir.iterdir()):
         return
     if not overwrite:

@@ -1,5 +1,6 @@
 """Saving sparse models as ordinary checkpoints, and finished folders."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,21 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
     for inside in (model, model / "checkpoint-3"):
         with pytest.raises(UserError, match="holds the checkpoint that is being exported"):
             check_out_dir(model, inside, overwrite=True)
+
+
+def test_what_would_fail_after_hours_of_work_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, file = tmp_path / "mine", tmp_path / "file"
+    out.mkdir()
+    file.write_text("")
+    with pytest.raises(UserError, match=r"`.*file/new` cannot be written: it is made in `.*file`"):
+        check_out_dir(file / "new", None, overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: path == out)
+        with pytest.raises(UserError, match=r"`.*mine` is a mount point, .* Name a folder inside it"):
+            check_out_dir(out, None, overwrite=False)
+        check_out_dir(out / "new", None, overwrite=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # a folder of one's own in a foreign one
+    for name in ("mine", "new", "new/deeper"):
+        with pytest.raises(UserError, match=rf"`.*{name}` cannot be written: it is made in `{tmp_path}`"):
+            check_out_dir(tmp_path / name, None, overwrite=True)
+    check_out_dir(out / "new", None, overwrite=False)
