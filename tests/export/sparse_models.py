@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.sparsity.model import densify_model, sparse_layers, sparsify_model
+from ast_sparse.storage.files import write_json
 from tests.models import VOCAB, tiny_model, tiny_tokenizer
 
 
@@ -52,6 +53,13 @@ def save_training_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
     """What the Trainer saves within a run: dense weights and masks under their raw names."""
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_run_checkpoint(model: PreTrainedModel, folder: Path) -> Path:
+    """The same with its record, which says that there is SLoRB if the model has it."""
+    has_slorb = any(layer.slorb is not None for layer in sparse_layers(model).values())
+    write_json(save_training_checkpoint(model, folder) / "sparsity_config.json", {"slorb": {"enabled": has_slorb}})
     return folder
 
 

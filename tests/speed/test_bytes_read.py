@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from ast_sparse.export.quantizer import AstSparse24Config
+from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.speed.bytes_read import WeightBytes, fingerprint, is_compressed, weight_bytes
+from tests.export.sparse_models import save_run_checkpoint, sparse_model
 from tests.speed.sides import write_exports
 
 
@@ -38,6 +40,14 @@ def test_an_adapter_counts_unless_it_is_not_loaded(tmp_path: Path) -> None:
     with_it, without = (weight_bytes(folder / "dense", torch.float32, adapter=each) for each in (True, False))
     size = (folder / "dense" / "slorb" / "adapter_model.safetensors").stat().st_size
     assert 0.5 * size < with_it.total - without.total < size  # the file has a header
+
+
+def test_slorb_of_a_checkpoint_of_a_run_is_in_its_weights(tmp_path: Path) -> None:
+    model = sparse_model(slorb_k=8)
+    folder = save_run_checkpoint(model, tmp_path / "checkpoint-3")
+    with_it, without = (weight_bytes(folder, torch.float32, adapter=each) for each in (True, False))
+    pairs = [layer.slorb for layer in sparse_layers(model).values()]
+    assert with_it.total - without.total == sum(part.nbytes for pair in pairs for part in (pair.S, pair.X)) > 0
 
 
 def test_with_experts_what_a_token_reads_is_unknown(tmp_path: Path) -> None:

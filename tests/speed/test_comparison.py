@@ -14,6 +14,7 @@ from ast_sparse.speed import comparison as room
 from ast_sparse.speed.cases import Case
 from ast_sparse.speed.comparison import find_comparison, with_dense_folder
 from ast_sparse.storage.files import read_json
+from tests.export.sparse_models import save_run_checkpoint, sparse_model
 from tests.models import save_tiny_model
 from tests.speed.sides import write_exports
 
@@ -81,6 +82,14 @@ def test_vllm_must_be_installed(exports: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(room, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs vLLM, which is not installed here"):
         find_comparison(exports / "compressed", engine="vllm", **SHORT)
+
+
+def test_vllm_is_not_given_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_run_checkpoint(sparse_model(slorb_k=8), tmp_path / "checkpoint-3")
+    assert find_comparison(folder, **SHORT).weights["model"].total > 0
+    monkeypatch.setattr(room, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"is a checkpoint of a run, with masks, .*\. Write it with ast-export"):
+        find_comparison(folder, engine="vllm", **SHORT)
 
 
 def test_vllm_gets_a_dense_folder_with_the_same_zeros(exports: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from ast_sparse.storage.meta import meta_student
 from ast_sparse.storage.rows import copied, read_causal_lm
 from ast_sparse.storage.source_files import Source
 from ast_sparse.training.fsdp import without_weights
-from tests.export.sparse_models import save_training_checkpoint, sparse_model, token_ids
+from tests.export.sparse_models import save_run_checkpoint, save_training_checkpoint, sparse_model, token_ids
 from tests.families import family_model
 from tests.hub_cache import put_on_hub
 from tests.models import save_tiny_model
@@ -94,6 +94,12 @@ def test_an_adapter_that_the_hub_lacks_is_not_passed_over_unless_it_is_switched_
     name = put_on_hub(out, tmp_path / "third", monkeypatch)
     for read in (load_causal_lm, read_causal_lm):
         assert read(name).state_dict().keys() == load_causal_lm(out).state_dict().keys()
+
+
+def test_a_checkpoint_of_a_run_with_slorb_needs_no_adapter_beside_it(tmp_path: Path) -> None:
+    folder = save_run_checkpoint(sparse_model(slorb_k=8), tmp_path / "checkpoint-3")
+    assert torch.equal(read_causal_lm(folder)(token_ids()).logits, load_causal_lm(folder)(token_ids()).logits)
+    assert Source(folder, None, {}).load(exact=True).dtype == torch.float32
 
 
 def test_masks_on_the_hub_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
