@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.awq.rounding import round_copy
-from ast_sparse.export.card_subject import Subject, shareable
+from ast_sparse.export.card_subject import Subject, shareable, shareable_values
 from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP
 from ast_sparse.export.hub import check_push, push_folder
 from ast_sparse.export.layer_plan import LayerPlan, plan_layers
@@ -205,9 +205,7 @@ def _write(
         record = SparsityRecord.of_export(
             pattern=str(source.pattern), has_slorb=bool(source.slorb), layers=plan.pruned, more=record
         ).to_dict()
-    if isinstance(record.get("base_model"), str):
-        record["base_model"] = shareable(record["base_model"])
-    files.write_json(folder / files.SPARSITY_CONFIG_NAME, record)
+    files.write_json(folder / files.SPARSITY_CONFIG_NAME, shareable_values(record))
 
 
 def _cast_weights(source: Source, plan: LayerPlan) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ class SparsityRecord:
 
     Attributes:
         content: what the file holds. A file of another version, or an edited one, may lack keys and have others; an
-            export copies it as it is.
+            export copies it, with absolute paths cut to their last part.
     """
 
     content: Mapping[str, Any] = field(default_factory=dict)

@@ -138,6 +138,16 @@ def test_nothing_private_is_published(folder: Path) -> None:
     ]
 
 
+def test_no_part_of_a_record_has_a_path_of_this_machine(tmp_path: Path) -> None:
+    record = {"base_model": "/a/tiny", "one_shot": {"method": "wanda", "calibration": {"data": ("/a/b.txt",)}}}
+    export_model(sparse_model(), tmp_path / "out", record=record)
+    written = read_json(tmp_path / "out" / "sparsity_config.json")
+    assert written["base_model"] == "tiny" and written["one_shot"]["calibration"]["data"] == ["b.txt"]
+    write_json(tmp_path / "out" / "sparsity_config.json", {**written, **record, "slorb": None})  # of an older version
+    export_model(tmp_path / "out", tmp_path / "again")
+    assert "/a/" not in (tmp_path / "again" / "sparsity_config.json").read_text()
+
+
 def test_the_code_of_the_card_runs(folder: Path) -> None:
     first, second = re.findall(r"```python\n(import ast_sparse.*?|model = .*?)```", card(folder / "out"), re.DOTALL)
     names: dict[str, object] = {}
