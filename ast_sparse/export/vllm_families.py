@@ -7,8 +7,13 @@ CONV1D_MODELS = (
 
 CONV1D_REASON = "compressed Conv1D layers vLLM would transpose"
 
-# A compressed export has the names of transformers' model in memory; in these families vLLM knows only the older ones.
-RENAMED_MODELS = ("mixtral",)
+# A compressed export has the names of transformers' model in memory, where experts are fused. In these families vLLM
+# 0.32 knows only the names of each expert: it stops (KeyError, no such module) or, with lfm2_moe and mimo_v2_flash,
+# leaves the experts without values and says nothing.
+RENAMED_MODELS = (
+    "axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "lfm2_moe",
+    "longcat_flash", "mimo_v2_flash", "minimax_m2", "mixtral",
+)  # fmt: skip
 
 
 def vllm_refusal(model_type: str | None) -> str | None:

@@ -59,8 +59,9 @@ def test_a_conv1d_family_is_refused_in_one_line_with_the_way_out() -> None:
         "`exported` is a gpt2 model, whose compressed Conv1D layers vLLM would transpose. Serve a dense export: "
         "ast-export exported OUT --format dense."
     )
-    with pytest.raises(UserError, match=r"is a mixtral model, whose experts .* Serve a dense export: ast-export"):
-        check_family("mixtral", "exported")
+    for family in ("mixtral", "deepseek_v3", "lfm2_moe"):
+        with pytest.raises(UserError, match=rf"is a {family} model, whose experts .* Serve a dense export: ast-export"):
+            check_family(family, "exported")
     check_family("llama", "exported")
     check_family(None, "exported")
 
