@@ -48,6 +48,7 @@ _CALIBRATION = (
     "samples", "seq_len", "seed", "damping", "block_size", "keep_zeros", "recovery_epochs", "recovery_learning_rate",
     "recovery_batch_size",
 )  # fmt: skip
+_RECORDED = ("include", "exclude", "revision", "gguf_file")  # options that no section of the record has
 
 
 @click.command(cls=Command)
@@ -184,15 +185,32 @@ def _prune(
         model, sparsity, slorb, calibration_config=calibration, samples=samples, device=device, progress=True
     )
     click.echo("\n".join([*report.lines(), *_errors(report, chosen.needs_text)]))
-    method: dict[str, Any] = {"method": sparsity.init, **({"basis": basis.to_dict()} if basis.is_on else {})}
-    method |= {} if slorb is None else {"slorb": {"k": slorb.k, "init": slorb.init}}
-    if samples is not None:
-        method["calibration"] = {**calibration.to_dict(), "seq_len": samples.shape[1], "bos": options["bos"]}
+    method = _record(sparsity, calibration, basis, slorb, samples, options)
     written = export_model(
         model, out, "dense", dtype=options["dtype"], overwrite=options["overwrite"], tokenizer=tokenizer, progress=True,
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )  # fmt: skip
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
+
+
+def _record(
+    sparsity: SparsityConfig,
+    calibration: CalibrationConfig,
+    basis: BasisConfig,
+    slorb: SLoRBConfig | None,
+    samples: Tensor | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """`one_shot` of sparsity_config.json: what is needed to do the same again."""
+    made: dict[str, Any] = {"method": sparsity.init, **{key: options[key] for key in _RECORDED if options[key]}}
+    if basis.is_on:
+        made["basis"] = basis.to_dict()
+    if slorb is not None:
+        made["slorb"] = {"k": slorb.k, "init": slorb.init}
+    if samples is not None:
+        read = {"seq_len": samples.shape[1], "text_field": options["text_field"], "bos": options["bos"]}
+        made["calibration"] = {**calibration.to_dict(), **read}
+    return made
 
 
 def _change_basis(

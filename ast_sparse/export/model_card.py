@@ -313,7 +313,12 @@ def _number(result: Mapping[str, Any] | None) -> str:
 def _prune_options(one_shot: Mapping[str, Any]) -> str:
     """The options of ast-prune that change the model most; all settings follow below."""
     basis, calibration, slorb = (one_shot.get(key) or {} for key in ("basis", "calibration", "slorb"))
-    options = " --permute" if basis.get("permute") else ""
+    options = ""
+    for key in ("revision", "gguf_file", "include", "exclude"):
+        given = one_shot.get(key) or []
+        for each in given if isinstance(given, list | tuple) else [given]:
+            options += f" --{key.replace('_', '-')} {shlex.quote(shareable(str(each)))}"
+    options += " --permute" if basis.get("permute") else ""
     options += f" --rotation-steps {basis['rotation_steps']}" if basis.get("rotation_steps") else ""
     if calibration.get("recovery_epochs"):
         options += f" --recovery-epochs {calibration['recovery_epochs']}"
@@ -328,6 +333,8 @@ def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
     if method is not None:
         base = shlex.quote(subject.base or "MODEL")
         options = _prune_options(record.get("one_shot"))
+        if subject.folder is None:  # ast-prune itself wrote these files
+            options = f" --dtype {report.dtype}{options}"
         commands.append(f"ast-prune {base} OUT --method {method} --pattern {report.pattern}{options}")
     if subject.folder is not None:
         source = shlex.quote(shareable(str(subject.folder)))

@@ -140,6 +140,10 @@ def test_a_k_that_does_not_fit_names_the_option_and_leaves_nothing(
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
     assert run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--exclude", "down_proj").exit_code == 0
+    recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]
+    assert recorded == {"method": "magnitude", "exclude": ["down_proj"]}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "OUT --method magnitude --pattern 2:4 --dtype bfloat16 --exclude down_proj\n" in card
     layers, _ = select_layers(load_causal_lm(tmp_path / "out"))
     dense = [name for name, layer in layers.items() if not Pattern(2, 4).holds(layer.weight)]
     assert dense and all(name.endswith("down_proj") for name in dense)
