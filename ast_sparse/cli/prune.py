@@ -164,8 +164,7 @@ def _prune(
     from ast_sparse.storage.space import check_space
 
     device = find_device(options["device"])
-    folder = Path(source.name_or_path).expanduser()
-    check_out_dir(out.resolve(), folder.resolve() if folder.is_dir() else None, options["overwrite"])
+    check_out_dir(out.resolve(), _home(source), options["overwrite"])
     meta = meta_student(source)
     chosen, k = METHODS[sparsity.init], options["slorb_k"]
     slorb = None if k is None else SLoRBConfig(k=k, init="svd" if chosen.needs_text else "mean")
@@ -191,6 +190,14 @@ def _prune(
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )  # fmt: skip
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
+
+
+def _home(source: ModelConfig) -> Path | None:
+    """The folder with the weights of a model; None on the hub."""
+    path = Path(source.name_or_path).expanduser()
+    if source.gguf_file is not None and path.is_dir():
+        path /= source.gguf_file
+    return path.resolve() if path.is_dir() else path.parent.resolve() if path.is_file() else None
 
 
 def _record(

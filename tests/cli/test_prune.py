@@ -208,6 +208,15 @@ def test_an_output_folder_in_use_is_refused_unless_overwritten(folder: Path, tmp
     assert run(folder / "llama", out, "--method", "magnitude", "--overwrite").exit_code == 0
 
 
+def test_the_folder_of_a_gguf_file_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "llama", tmp_path / "model")
+    (tmp_path / "model" / "model.gguf").write_bytes(b"GGUF")
+    before = sorted((tmp_path / "model").iterdir())
+    result = run(tmp_path / "model" / "model.gguf", tmp_path / "model", "--method", "magnitude", "--overwrite")
+    assert result.exit_code == 2 and "holds the checkpoint that is being exported" in result.stderr
+    assert sorted((tmp_path / "model").iterdir()) == before
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: Method, pattern: str, folder: Path, tmp_path: Path) -> None:
