@@ -4,11 +4,11 @@ import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
 
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.storage import files
+from ast_sparse.storage.base_card import is_hub_id
 
 # Weights of an earlier upload under other names: transformers would prefer a `model.safetensors` to newer shards.
 _STALE = ["model*.safetensors", "model.safetensors.index.json", f"{files.ADAPTER_FOLDER}/*"]
@@ -20,12 +20,8 @@ def check_push(repo_id: str) -> None:
     Raises:
         UserError: the id is malformed, the hub may not be asked, or there is no token.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise UserError(
-            f"push_to_hub: {shown(repo_id)} is not a repository id. Use USER/NAME.", "push_to_hub"
-        ) from None
+    if not is_hub_id(repo_id) or "/" not in repo_id:  # the hub would add USER/, which card and adapter would lack
+        raise UserError(f"push_to_hub: {shown(repo_id)} is not a repository id. Use USER/NAME.", "push_to_hub")
     if is_offline_mode():
         raise UserError(
             f"push_to_hub: {repo_id} cannot be uploaded while HF_HUB_OFFLINE is set. Unset it.", "push_to_hub"

@@ -101,8 +101,9 @@ def test_private_is_never_public(source: Path, tmp_path: Path, sent: dict[str, A
 def test_what_can_be_known_before_is_refused_before(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: dict[str, Any]
 ) -> None:
-    line = error_line(run(source, tmp_path / "out", "--push-to-hub", "a/b/c d"))
-    assert "--push-to-hub: 'a/b/c d' is not a repository id. Use USER/NAME." in line
+    for name in ("a/b/c d", "model"):
+        line = error_line(run(source, tmp_path / "out", "--push-to-hub", name))
+        assert f"--push-to-hub: '{name}' is not a repository id. Use USER/NAME." in line
     monkeypatch.delenv("HF_TOKEN")
     line = error_line(run(source, tmp_path / "out", "--push-to-hub", "me/model"))
     assert "hf auth login" in line and not (tmp_path / "out").exists() and "created" not in sent
