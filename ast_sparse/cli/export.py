@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
-from ast_sparse.cli.options import check_json_file, find_device, write_json_file
+from ast_sparse.cli.options import check_effect, check_json_file, find_device, write_json_file
 from ast_sparse.config import CalibrationConfig, SparsityConfig
 from ast_sparse.config.data import BOS_CHOICES
 from ast_sparse.export.formats import CALIBRATED, FORMAT_HELP
@@ -146,7 +145,7 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
         raise click.UsageError("Missing argument 'OUT', the folder to write. Name one, or add --table.")
     files = [name for name in context.params["calibration"] if name != "none"]
     rounded, rounding = out is not None and context.params["format_"] in CALIBRATED, " or ".join(CALIBRATED)
-    given: dict[str, tuple[bool, tuple[str, ...]]] = {  # by what they need, whether it is there
+    needs: dict[str, tuple[bool, tuple[str, ...]]] = {
         "--table": (table, _ONLY_TABLE),
         "OUT": (out is not None, _ONLY_EXPORT),
         f"--format {rounding}": (rounded, ("calibration",)),
@@ -154,15 +153,7 @@ def _check_usage(context: click.Context, out: str | None, table: bool) -> None:
         "--push-to-hub": (context.params["push_to_hub"] is not None, ("private",)),
         "--calibration FILE": (rounded and bool(files), _TEXT_OPTIONS),
     }
-    for option in context.command.params:
-        for need, (is_there, names) in given.items():
-            on_command_line = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
-            if option.name in names and not is_there and on_command_line:
-                value = context.params[option.name]
-                shown = ", ".join(value) if isinstance(value, tuple) else value
-                raise click.UsageError(
-                    f"{option.opts[0]} ({shown}) has no effect without {need}. Add {need} or drop it."
-                )
+    check_effect(context, needs)
     if rounded and not context.params["calibration"]:
         raise click.UsageError(
             f"--format {context.params['format_']} needs text to calibrate on. Give --calibration FILE, or "

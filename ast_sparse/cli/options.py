@@ -1,15 +1,36 @@
-"""Values of options that several commands share: a device, a JSON file for results."""
+"""Options that several commands share: a device, a JSON file for results; and those that would have no effect."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
 
 from ast_sparse.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+def check_effect(context: click.Context, needs: Mapping[str, tuple[bool, tuple[str, ...]]]) -> None:
+    """Refuse options on the command line that would have no effect.
+
+    Args:
+        needs: by what options need: whether it is there, and the names of these options.
+    """
+    for option in context.command.params:
+        for need, (is_there, names) in needs.items():
+            on_command_line = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+            if option.name in names and not is_there and on_command_line:
+                value = context.params[option.name]
+                shown = ", ".join(value) if isinstance(value, tuple) else value
+                raise click.UsageError(
+                    f"{option.opts[0]} ({shown}) has no effect without {need}. Add {need} or drop it."
+                )
 
 
 def find_device(name: str) -> torch.device:

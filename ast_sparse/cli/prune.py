@@ -9,7 +9,7 @@ import click
 
 from ast_sparse.cli.calibration import calibration_text, sequence_options
 from ast_sparse.cli.command import Command, settings_as_options
-from ast_sparse.cli.options import find_device
+from ast_sparse.cli.options import check_effect, find_device
 from ast_sparse.config import BasisConfig, CalibrationConfig, ModelConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.basis import check_basis
 from ast_sparse.config.data import BOS_CHOICES
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ast_sparse.sparsity.model import SparsityReport
+    from ast_sparse.sparsity.oneshot import OneShotMethod
 
 _OPTIONS = {  # the option for each setting
     "sparsity.init": "--method",
@@ -48,6 +49,7 @@ _CALIBRATION = (
     "samples", "seq_len", "seed", "damping", "block_size", "keep_zeros", "recovery_epochs", "recovery_learning_rate",
     "recovery_batch_size",
 )  # fmt: skip
+_TEXT_OPTIONS = ("data", "text_field", "samples", "seq_len", "seed", "bos")
 _RECORDED = ("include", "exclude", "revision", "gguf_file")  # options that no section of the record has
 
 
@@ -122,7 +124,8 @@ _RECORDED = ("include", "exclude", "revision", "gguf_file")  # options that no s
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--gguf-file", metavar="NAME", help="Name of the .gguf file inside a MODEL that is a folder or hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
-def main(model: str, out: str, **options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, model: str, out: str, **options: Any) -> None:
     """Prune MODEL to N:M in one shot and write it to the folder OUT.
 
     MODEL is a hub id, a local folder or a .gguf file. Blocks are pruned one after the other, each calibrated on the
@@ -142,10 +145,11 @@ def main(model: str, out: str, **options: Any) -> None:
         source = ModelConfig(
             name_or_path=model, **{key: options[key] for key in ("revision", "gguf_file", "trust_remote_code")}
         )
-        _prune(source, Path(out).expanduser(), sparsity, calibration, basis, options)
+        _prune(context, source, Path(out).expanduser(), sparsity, calibration, basis, options)
 
 
 def _prune(
+    context: click.Context,
     source: ModelConfig,
     out: Path,
     sparsity: SparsityConfig,
@@ -163,10 +167,11 @@ def _prune(
     from ast_sparse.storage.save import check_out_dir
     from ast_sparse.storage.space import check_space
 
+    chosen, k = METHODS[sparsity.init], options["slorb_k"]
+    _check_usage(context, chosen, basis)
     device = find_device(options["device"])
     check_out_dir(out.resolve(), _home(source), options["overwrite"])
     meta = meta_student(source)
-    chosen, k = METHODS[sparsity.init], options["slorb_k"]
     slorb = None if k is None else SLoRBConfig(k=k, init="svd" if chosen.needs_text else "mean")
     # checks settings, shapes and names before weights are loaded
     sparsify_model(meta, sparsity, slorb, calibration_config=calibration)
@@ -190,6 +195,22 @@ def _prune(
         record={"base_model": source.name_or_path, "base_commit": hub_commit(model.config), "one_shot": method},
     )  # fmt: skip
     click.echo(f"Wrote {written.out_dir}. Measure it with ast-eval; compress it with ast-export.")
+
+
+def _check_usage(context: click.Context, chosen: OneShotMethod, basis: BasisConfig) -> None:
+    """Refuse options that would have no effect."""
+    from ast_sparse.sparsity.oneshot import METHODS
+
+    of_text = " or ".join(f"--method {name}" for name, method in METHODS.items() if method.needs_text)
+    of_hessian = " or ".join(f"--method {name}" for name, method in METHODS.items() if method.needs_hessian)
+    recovers = context.params["recovery_epochs"] > 0
+    needs: dict[str, tuple[bool, tuple[str, ...]]] = {
+        f"{of_text} or --permute": (chosen.needs_text or basis.is_on, _TEXT_OPTIONS),
+        f"{of_hessian} or --permute": (chosen.needs_hessian or basis.is_on, ("damping",)),
+        of_hessian: (chosen.needs_hessian, ("block_size",)),
+        "--recovery-epochs": (recovers, ("recovery_learning_rate", "recovery_batch_size")),
+    }
+    check_effect(context, needs)
 
 
 def _home(source: ModelConfig) -> Path | None:

@@ -8,9 +8,10 @@ set -euo pipefail
 model=$1 data=$2 out=$3
 export PATH="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin:$PATH"
 for method in magnitude wanda sparsegpt; do
+  text=(--calibration "$data/redpajama_sample/c4-rp.jsonl" --samples 32 --seq-len 512)
+  [ "$method" != magnitude ] || text=()  # it reads none
   SECONDS=0
-  ast-prune "$model" "$out/$method" --method "$method" --dtype float32 --overwrite \
-    --calibration "$data/redpajama_sample/c4-rp.jsonl" --samples 32 --seq-len 512
+  ast-prune "$model" "$out/$method" --method "$method" --dtype float32 --overwrite ${text[@]+"${text[@]}"}
   echo "$method: $SECONDS s, loading and writing included"
 done
 ast-eval "$model" "$out/magnitude" "$out/wanda" "$out/sparsegpt" \

@@ -121,19 +121,25 @@ def eval_file(folder: Path, dataset: str) -> Path:
 
 
 def _prune_command(config: RunConfig, folder: Path) -> list[str]:
-    settings = config.calibration
-    options = {
-        "method": config.sparsity.init, "pattern": config.sparsity.pattern, "dtype": "float32",
-        "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
-        "damping": settings.damping, "block-size": settings.block_size, "text-field": config.data.text_field,
-    }  # fmt: skip
+    settings, method = config.calibration, METHODS[config.sparsity.init]
+    changes = config.basis is not None and config.basis.is_on
+    options: dict[str, Any] = {"method": config.sparsity.init, "pattern": config.sparsity.pattern, "dtype": "float32"}
+    if method.needs_text or changes:
+        options |= {
+            "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
+            "text-field": config.data.text_field,
+        }  # fmt: skip
+    if method.needs_hessian or changes:
+        options["damping"] = settings.damping
+    if method.needs_hessian:
+        options["block-size"] = settings.block_size
     if settings.recovery_epochs:
         for key in ("recovery_epochs", "recovery_learning_rate", "recovery_batch_size"):
             options[key.replace("_", "-")] = getattr(settings, key)
     if config.basis is not None and config.basis.rotation_steps:
         options["rotation-steps"] = config.basis.rotation_steps
     lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
-    if METHODS[config.sparsity.init].needs_text or (config.basis is not None and config.basis.is_on):
+    if method.needs_text or changes:
         lists["calibration"] = tuple(_calibration_files(config))
     repeated = [argument for key, values in lists.items() for value in values for argument in (f"--{key}", value)]
     single = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]

@@ -31,6 +31,11 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
+def text_for(method: Method, folder: Path) -> tuple[object, ...]:
+    """Text for a method that reads some."""
+    return ("--calibration", folder / "text.txt", *CALIBRATION) if METHODS[method].needs_text else ()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prune")
@@ -45,8 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
     family: str, method: Method, folder: Path, tmp_path: Path
 ) -> None:
-    calibration = ("--calibration", folder / "text.txt", *CALIBRATION) if METHODS[method].needs_text else ()
-    result = run(folder / family, tmp_path / "out", "--method", method, "--dtype", "float32", *calibration)
+    arguments = ("--method", method, "--dtype", "float32", *text_for(method, folder))
+    result = run(folder / family, tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
     assert f"Wrote {tmp_path / 'out'}" in result.stdout and "relative squared error" in result.stdout
     found, dense = load_causal_lm(tmp_path / "out"), load_causal_lm(folder / family)
@@ -67,7 +72,7 @@ def test_result_is_an_ordinary_checkpoint_that_is_exactly_sparse(
 @pytest.mark.parametrize("pattern", ["1:2", "4:8", "unstructured"])
 @pytest.mark.parametrize("method", METHODS)
 def test_other_patterns_hold(pattern: str, method: Method, folder: Path, tmp_path: Path) -> None:
-    arguments = ("--method", method, "--pattern", pattern, "--calibration", folder / "text.txt", *CALIBRATION)
+    arguments = ("--method", method, "--pattern", pattern, *text_for(method, folder))
     result = run(folder / "llama", tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
     n, m = (1, 2) if pattern == "unstructured" else map(int, pattern.split(":"))
@@ -110,9 +115,9 @@ def test_a_rotated_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_pa
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sparsegpt"), ("gpt2", "magnitude")])
 def test_slorb_is_written_beside_the_model_and_loaded_with_it(
-    family: str, method: str, folder: Path, tmp_path: Path
+    family: str, method: Method, folder: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--method", method, "--calibration", folder / "text.txt", *CALIBRATION, "--slorb-k", "8")
+    arguments = ("--method", method, *text_for(method, folder), "--slorb-k", "8")
     result = run(folder / family, tmp_path / "out", *arguments, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]["slorb"]
@@ -171,6 +176,15 @@ ERRORS = {
     "device": (("--method", "magnitude", "--device", "gpu9"), "--device gpu9 cannot be used"),
     "no-groups": (("--method", "magnitude", "--permute", "--pattern", "unstructured"), "='unstructured' has no groups"),
     "rotation": (("--method", "magnitude", "--rotation-steps", "-1"), "--rotation-steps=-1 must be 0"),
+    "text-for-none": (
+        ("--method", "magnitude", "--calibration", "typo.jsonl"),
+        "--calibration (typo.jsonl) has no effect without --method wanda or --method sparsegpt or --permute. Add",
+    ),
+    "no-hessian": (("--method", "wanda", "--block-size", "8"), "--block-size (8) has no effect without --method spars"),
+    "no-recovery": (
+        ("--method", "wanda", "--recovery-batch-size", "8"),
+        "--recovery-batch-size (8) has no effect without --recovery-epochs. Add",
+    ),
     "no-layer": (("--method", "magnitude", "--include", "nothing"), "'nothing'"),
     "no-model": (("--method", "magnitude", "MODEL"), "There is no folder"),
 }  # fmt: skip
@@ -222,7 +236,7 @@ def test_the_folder_of_a_gguf_file_is_not_overwritten(folder: Path, tmp_path: Pa
 def test_zeros_of_a_sparse_model_stay_zero_if_asked(method: Method, pattern: str, folder: Path, tmp_path: Path) -> None:
     first = ("--method", "magnitude", "--pattern", "unstructured", "--dtype", "float32")
     assert run(folder / "llama", tmp_path / "sparse", *first).exit_code == 0
-    calibration = ("--calibration", folder / "text.txt", *CALIBRATION, "--block-size", "8")
+    calibration = (*text_for(method, folder), *(("--block-size", "8") if method == "sparsegpt" else ()))
     arguments = ("--method", method, "--pattern", pattern, "--dtype", "float32", *calibration)
     assert run(tmp_path / "sparse", tmp_path / "kept", *arguments, "--keep-zeros").exit_code == 0
     assert run(tmp_path / "sparse", tmp_path / "free", *arguments).exit_code == 0

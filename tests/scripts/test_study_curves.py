@@ -144,6 +144,8 @@ def test_one_shot_rows_pass_recovery_and_change_of_basis(tmp_path: Path) -> None
         for study in [read(tmp_path, f"config: base.yaml\nvariants: {{a: {{run: prune{settings}}}}}")]
     )
     assert not [option for option in plain if option.startswith(("--recovery", "--permute", "--rotation", "--calib"))]
+    assert not {"--samples", "--seed", "--damping", "--block-size"} & {*plain}  # they would have no effect
+    assert {"--samples", "--damping"} <= {*full} and "--block-size" not in full
     assert "--permute" in full and "--calibration" in full  # magnitude needs no text, the change of basis does
     for option, value in (("--recovery-epochs", "2"), ("--recovery-batch-size", "4"), ("--rotation-steps", "60")):
         assert full[full.index(option) + 1] == value
