@@ -121,7 +121,7 @@ def _run(
 ) -> None:
     """Measure, and show what there is, even after Ctrl-C."""
     from ast_sparse.speed.outcomes import left_out
-    from ast_sparse.speed.results_file import record
+    from ast_sparse.speed.results_file import check_gpu, record
     from ast_sparse.speed.turns import measure
 
     outcomes, machine = list(earlier[0]), dict(earlier[1])
@@ -134,8 +134,13 @@ def _run(
         if json_file is not None:
             write_json_file(json_file, record(comparison, outcomes, machine))
 
+    def about(found: dict[str, Any]) -> None:
+        if json_file is not None:
+            check_gpu(json_file, earlier[1], found)
+        machine.update(found)
+
     try:
-        measure(comparison, minutes=minutes, done=earlier[0], keep=keep, about=machine.update)
+        measure(comparison, minutes=minutes, done=earlier[0], keep=keep, about=about)
     finally:
         if any(outcome.is_measured for outcome in outcomes):
             _show(comparison, outcomes, machine, None if plot is None else Path(plot))

@@ -48,7 +48,20 @@ def read_results(path: Path, comparison: Comparison) -> tuple[list[Outcome], dic
         name = changed[0]
         option = _NAMES.get(name, name if name in here else f"--{name.replace('_', '-')}")
         values = "" if name.endswith("files") else f"={shown(before.get(name))}, now {shown(now[name])}"
-        raise UserError(
-            f"--json {path} holds results with {option}{values}. Name another file, or start anew with --overwrite."
-        )
+        raise _other_results(path, f"{option}{values}")
     return outcomes, machine
+
+
+def check_gpu(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError if the results of a file are from another GPU, which is known once the model is loaded.
+
+    Args:
+        before, now: the machine of the file, as `read_results` gives it, and that of the first model's process.
+    """
+    names = [machine.get("gpu", "none") for machine in (before, now)]
+    if before and names[0] != names[1]:
+        raise _other_results(path, f"gpu={shown(names[0])}, now {shown(names[1])}")
+
+
+def _other_results(path: Path, what: str) -> UserError:
+    return UserError(f"--json {path} holds results with {what}. Name another file, or start anew with --overwrite.")

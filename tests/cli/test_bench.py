@@ -12,8 +12,10 @@ from click.testing import CliRunner, Result
 from ast_sparse.cli import bench
 from ast_sparse.cli.bench import main
 from ast_sparse.speed import turns
+from ast_sparse.speed.machine import machine
 from ast_sparse.speed.side import InProcess
 from tests.models import save_tiny_model
+from tests.speed import sides
 from tests.speed.sides import Scripted, write_exports
 
 SHORT = ("--lengths", "6/4,5/3", "--batch", "1,2", "--repeats", 1)
@@ -79,6 +81,20 @@ def test_a_second_call_continues_the_file(exports: Path, tmp_path: Path, monkeyp
     result = run(*arguments, "--lengths", "6/4", "--repeats", 2, "--overwrite")
     assert result.exit_code == 0 and len(rows(result)) == 2
     assert len(json.loads((tmp_path / "speed.json").read_text())["cases"]) == 1
+
+
+def test_a_file_of_another_gpu_is_not_continued(exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "speed.json"
+    monkeypatch.setattr(turns, "Process", Scripted.reset())
+    arguments = (exports / "compressed", "--batch", "1", "--repeats", 1, "--json", file)
+    here = machine()
+    for gpu, lengths, code in (("A", "6/4", 0), ("B", "6/4,5/3", 2), ("A", "6/4,5/3", 0)):
+        monkeypatch.setattr(sides, "machine", lambda gpu=gpu: {**here, "gpu": gpu})
+        before = file.read_text() if file.is_file() else ""
+        result = run(*arguments, "--lengths", lengths)
+        assert result.exit_code == code, result.output
+        assert (file.read_text() == before) == (code == 2)
+        assert code == 0 or "holds results with gpu='A', now 'B'. Name another file" in result.stderr
 
 
 def test_a_failure_leaves_the_other_cases_and_is_the_last_line(
