@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ast_sparse.evaluation.perplexity import text_config
@@ -40,7 +41,8 @@ def is_compressed(folder: Path) -> bool:
 def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, adapter: bool = True) -> WeightBytes:
     """Bytes of the weights of a model folder loaded in a dtype; no weights are read, except those of an adapter.
 
-    The table of input embeddings is not counted as read, unless it is the output head too.
+    Tables of embeddings are not counted as read, unless they are the output head too, and neither is what is beside the
+    decoder, such as an image encoder.
 
     Args:
         decoded: count the layers of a compressed export as dense.
@@ -56,11 +58,16 @@ def weight_bytes(folder: Path, dtype: torch.dtype, *, decoded: bool = False, ada
         total = added + sum(each.numel() * each.element_size() for each in model.parameters())  # shared ones once
     else:
         total = added + sum(_stored(file, dtype) for file in files.weight_files(folder))
-    table = model.get_input_embeddings().weight
+    return WeightBytes(total, None if has_experts else total - _unread(model))
+
+
+def _unread(model: Any) -> int:
+    """Bytes of what the computation of one token does not read, or reads one row of."""
     head = model.get_output_embeddings()
-    is_head = head is not None and head.weight is table
-    read = total if is_head else total - table.numel() * table.element_size()
-    return WeightBytes(total, None if has_experts else read)
+    own: set[Any] = set() if head is None else {*head.parameters()}
+    tables = {each.weight for each in model.modules() if isinstance(each, nn.Embedding)}
+    read = {*model.get_decoder().parameters()} - tables | own
+    return sum(each.numel() * each.element_size() for each in model.parameters() if each not in read)
 
 
 def _slorb_entries(folder: Path) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 
 from ast_sparse.export.quantizer import AstSparse24Config
 from ast_sparse.sparsity.model import sparse_layers
@@ -20,9 +20,9 @@ def held(folder: Path, dtype: torch.dtype, *, compressed: bool) -> WeightBytes:
     metadata = [buffer for name, buffer in model.named_buffers() if name.endswith("weight_meta")]
     tensors = {each.data_ptr(): each for each in (*model.parameters(), *metadata)}.values()
     total = sum(each.numel() * each.element_size() for each in tensors)
-    table = model.get_input_embeddings().weight
-    tied = model.get_output_embeddings().weight.data_ptr() == table.data_ptr()
-    return WeightBytes(total, total if tied else total - table.numel() * table.element_size())
+    head = model.get_output_embeddings().weight.data_ptr()
+    tables = [each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)]  # gpt2: positions too
+    return WeightBytes(total, total - sum(table.nbytes for table in tables if table.data_ptr() != head))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])  # the first and the last have tied embeddings
@@ -48,6 +48,23 @@ def test_slorb_of_a_checkpoint_of_a_run_is_in_its_weights(tmp_path: Path) -> Non
     with_it, without = (weight_bytes(folder, torch.float32, adapter=each) for each in (True, False))
     pairs = [layer.slorb for layer in sparse_layers(model).values()]
     assert with_it.total - without.total == sum(part.nbytes for pair in pairs for part in (pair.S, pair.X)) > 0
+
+
+def test_an_image_encoder_is_not_read_for_a_token_of_text(tmp_path: Path) -> None:
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "model_type": "gemma3_text",
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8, "model_type": "siglip_vision_model",
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    found = weight_bytes(tmp_path, torch.float32)
+    outside = [value for name, value in model.named_parameters() if "language_model" not in name]  # the head is tied
+    assert found.read is not None and found.total - found.read == 4 * sum(value.numel() for value in outside) > 0
 
 
 def test_with_experts_what_a_token_reads_is_unknown(tmp_path: Path) -> None:
