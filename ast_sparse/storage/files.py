@@ -16,7 +16,7 @@ from ast_sparse.errors import UserError, shown
 CONFIG_NAME = "config.json"
 SPARSITY_CONFIG_NAME = "sparsity_config.json"
 ADAPTER_FOLDER = "slorb"
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken")  # one of these makes a tokenizer
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # one of these makes a tokenizer
 COMPANION_FILES = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -14,6 +14,7 @@ from torch import Tensor
 from ast_sparse.errors import UserError
 from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.storage.files import tokenizer_files
 from ast_sparse.storage.load import load_causal_lm, load_checkpoint
 from ast_sparse.storage.locate import load_model_config, load_tokenizer
 from ast_sparse.storage.save import save_sparse_model
@@ -354,6 +355,9 @@ def test_folder_without_tokenizer_is_refused_rather_than_given_an_empty_one(tmp_
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")  # Mistral's
+    assert tokenizer_files(tmp_path) == {tmp_path / "tekken.json"}
+    (tmp_path / "tekken.json").unlink()
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="Cannot load the tokenizer"):
         load_tokenizer(tmp_path)
