@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ast_sparse.distributed.pieces import local
 from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
@@ -190,7 +191,7 @@ class DecodeWeight(ConversionOps):
         }
         weight, meta, scale = (collected.get(key) for key in ("weight", META, SCALE))
         name = full_layer_name.rpartition(".")[0]
-        expected = model.get_parameter(full_layer_name)
+        expected = local(model.get_parameter(full_layer_name))  # transformers has cut what is stored as it cut this
         try:
             if weight is None:
                 raise ValueError("the checkpoint has its metadata, but not its values")

@@ -10,10 +10,13 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse.export import quantizer
+from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.kernels.native import products24
 from ast_sparse.kernels.native.library import of_level, usable_levels
+from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.storage.files import read_json, write_json
 from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
 from tests.models import FAMILIES
@@ -213,3 +216,14 @@ def test_compressed_linear_passes_gradients_to_its_input(compressed: Path) -> No
     expected = layer.dense_weight().sum(0).expand(2, -1)
     assert features.grad is not None
     torch.testing.assert_close(features.grad, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_rank_of_tensor_parallelism_decodes_its_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    weight = torch.where(Pattern(2, 4).mask(weight.abs()), weight, 0)
+    model = nn.Sequential(nn.Linear(32, 16, bias=False))
+    monkeypatch.setattr(quantizer, "local", lambda parameter: parameter[4:8])  # of a DTensor
+    stored = {f"{name}$": part[4:8] for name, part in zip(CODE24.names, CODE24.encode(weight, None), strict=True)}
+    problems: list[str] = []
+    found = quantizer.DecodeWeight(CODE24, frozenset({"0"}), problems).convert(stored, "0.weight", model)
+    assert not problems and torch.equal(found["0.weight"], weight[4:8])
