@@ -129,7 +129,7 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
                 samples=samples, device=device,
                 push_to_hub=options["push_to_hub"], private=options["private"],
             )  # fmt: skip
-        hint = serving_hint(Path(out), report.format != "dense")
+        hint = serving_hint(Path(out).expanduser(), report.format != "dense")
         click.echo("\n".join([*report.lines(), *([hint] if hint else []), f"Wrote {report.out_dir}"]))
         if options["push_to_hub"] is not None:
             click.echo(f"Uploaded to https://huggingface.co/{options['push_to_hub']}")

@@ -88,12 +88,14 @@ def test_wrong_calibration_is_one_line_and_leaves_nothing_behind(case: str, chec
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_export_says_how_vllm_serves_slorb(checkpoint: Path, tmp_path: Path) -> None:
+def test_export_says_how_vllm_serves_slorb(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_slorb = save_training_checkpoint(sparse_model(slorb_k=8), tmp_path / "slorb")
     assert "SLoRB has rank" not in run(checkpoint, tmp_path / "plain").stdout
     printed = run(with_slorb, tmp_path / "out").stdout.splitlines()
     adapter = tmp_path / "out" / "slorb"
     assert printed[-2] == (f"SLoRB has rank 6; in vLLM: --enable-lora --max-lora-rank 8 --lora-modules slorb={adapter}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "slorb=" + str(tmp_path / "home" / "slorb") in run(with_slorb, "~/home").stdout
 
 
 def test_options_reach_the_export(tmp_path: Path) -> None:
