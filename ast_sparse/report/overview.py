@@ -118,8 +118,8 @@ def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
 
 
 def _protocol_of(text: str, result: Mapping[str, Any]) -> Protocol:
-    measured: dict[str, Any] = {key: result[key] for key in PROTOCOL}
-    return Protocol(text=text, **measured, **{key: result.get(key) for key in ("stride", "join", "bos")})
+    more: dict[str, Any] = {key: result.get(key) for key in ("stride", "join", "bos")}
+    return Protocol(text=text, **more, **{key: result[key] for key in PROTOCOL})
 
 
 def _zeros(counts: Counts) -> float | None:

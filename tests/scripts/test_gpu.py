@@ -18,8 +18,8 @@ import torch
 from ast_sparse.basis.change import BasisReport
 from ast_sparse.sparsity.masks import Pattern
 from scripts.checks import gpu
-from scripts.checks.gpu_checks import bench as benches
 from scripts.checks.gpu_checks import basis, kernels, linear24, losses, machine, steps
+from scripts.checks.gpu_checks import bench as benches
 from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, info, launched, right, worst
 
 NONE = "0 wrong, 0 failed, 0 missed, 0 skipped."

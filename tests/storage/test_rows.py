@@ -88,7 +88,7 @@ def test_an_adapter_that_the_hub_lacks_is_not_passed_over_unless_it_is_switched_
         load_causal_lm(name)
     (out / "slorb" / "adapter_config.json").unlink()
     name = put_on_hub(out, tmp_path / "second", monkeypatch)
-    with pytest.raises(UserError, match="`org/tiny` was trained with SLoRB, .* `org/tiny/slorb` is missing"):
+    with pytest.raises(UserError, match=r"`org/tiny` was trained with SLoRB, .* `org/tiny/slorb` is missing"):
         load_causal_lm(name)
     write_json(out / "sparsity_config.json", {**read_json(out / "sparsity_config.json"), "slorb": False})
     name = put_on_hub(out, tmp_path / "third", monkeypatch)
@@ -106,5 +106,5 @@ def test_masks_on_the_hub_are_not_passed_over(tmp_path: Path, monkeypatch: pytes
     folder = save_training_checkpoint(sparse_model(slorb_k=8), tmp_path / "checkpoint-3")
     name = put_on_hub(folder, tmp_path / "hub", monkeypatch)
     for read in (load_causal_lm, read_causal_lm):
-        with pytest.raises(UserError, match="`org/tiny` is a checkpoint of a run, .*: hf download org/tiny"):
+        with pytest.raises(UserError, match=r"`org/tiny` is a checkpoint of a run, .*: hf download org/tiny"):
             read(name)
