@@ -42,7 +42,11 @@ class VariantError(UserError):
 @click.argument("study_file", metavar="STUDY.yaml", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the runs, the table and the figures.")
 @click.option("--smoke", is_flag=True, help="Use the study's small settings: minutes on two CPU cores.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="For all variants; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+    help="For all variants, but a key of a section that a variant leaves out (distillation: null) does not reach it; "
+    "repeatable.",
+)  # fmt: skip
 @click.option("--only", multiple=True, metavar="NAME", help="Run only this variant; repeatable.")
 @click.option(
     "--row",

@@ -65,7 +65,8 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
     """Read a study and check every variant's settings.
 
     Args:
-        overrides: settings of all variants, which take precedence over the file.
+        overrides: settings of all variants, which take precedence over the file; a key below a section that a variant
+            leaves out (`distillation: null`) does not reach it.
         smoke: whether the file's `smoke` settings are added to `set`.
         rows: further models to measure, by name.
 
@@ -84,7 +85,8 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
     _check_names(path, [_label(name, seed) for name, kind, *_ in given for seed in seeds[kind]])
     variants = []
     for name, kind, model, own in given:
-        settings = {**common, **own, **overrides}
+        settings = {**common, **own}
+        settings |= _reaching(overrides, settings)
         try:
             resolved = load_config(config, as_overrides(settings))
             for seed in seeds[kind]:
@@ -233,6 +235,16 @@ def _parts(path: Path, name: str, entry: Any) -> tuple[str, str | None, dict[str
             f"{path}: variants.{name}.model={model!r} names a model for `run: eval`. Elsewhere set model.name_or_path."
         )
     return kind, model, own
+
+
+def _reaching(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides that reach a variant: `distillation.alpha` would give one without a teacher a teacher."""
+    keys = list(settings)
+    off = [
+        f"{key}." for number, key in enumerate(keys)
+        if settings[key] is None and key not in overrides and not any(x.startswith(f"{key}.") for x in keys[number:])
+    ]  # fmt: skip
+    return {key: value for key, value in overrides.items() if not key.startswith(tuple(off))}
 
 
 def _seeds(tree: dict[str, Any], path: Path) -> list[int] | list[None]:

@@ -309,5 +309,18 @@ def test_shipped_study_is_valid_in_both_sizes(name: str) -> None:
     assert listed.exit_code == 0 and all(variant.name in listed.stdout for variant in full.variants)
 
 
+def test_an_override_does_not_switch_on_what_a_variant_leaves_out() -> None:
+    given = {"distillation.temperature": 2.0}
+    study = read_study(SCRIPTS / "studies" / "table4.yaml", given, False, {})
+    found = {variant.name: variant.config.distillation for variant in study.variants}
+    assert found["no distillation"] is None and found["naive"] is None
+    assert found["AST"] is not None and found["AST"].temperature == 2.0
+    shown = {variant.name for variant in study.variants if "distillation.temperature" in variant.settings}
+    assert shown == {name for name, section in found.items() if section is not None}
+    whole = read_study(SCRIPTS / "studies" / "table4.yaml", {"distillation": {"alpha": 0.5}, **given}, False, {})
+    assert {each.config.distillation.temperature for each in whole.variants if each.config.distillation} == {2.0}
+    assert all(each.config.distillation is not None for each in whole.variants)
+
+
 def test_every_shipped_study_is_tested() -> None:
     assert {path.stem for path in (SCRIPTS / "studies").glob("*.yaml")} == SHIPPED
