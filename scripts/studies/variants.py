@@ -129,7 +129,7 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
     if method.needs_text or changes:
         options |= {
             "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
-            "text-field": config.data.text_field,
+            "text-field": config.data.text_field, "bos": config.data.bos,
         }  # fmt: skip
     if method.needs_hessian or changes:
         options["damping"] = settings.damping
@@ -159,7 +159,7 @@ def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
     options = {
         "dataset": text, "seq-len": settings.seq_len, "limit": settings.windows,
         "data-dir": settings.data_dir if dataset == WIKITEXT2 else None,
-        "text-field": config.data.text_field, "dtype": "float32",  # as in a training run
+        "text-field": config.data.text_field, "bos": config.data.bos, "dtype": "float32",  # as in a training run
         "json": eval_file(folder, dataset),
     }  # fmt: skip
     given = [argument for key, value in options.items() if value is not None for argument in (f"--{key}", str(value))]

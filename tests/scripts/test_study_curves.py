@@ -137,6 +137,14 @@ def test_seconds_of_the_start_come_from_its_record(tmp_path: Path) -> None:
     assert results._start_seconds(study.variants[1], tmp_path) == 12.5
 
 
+def test_one_shot_and_measured_rows_have_the_bos_of_training(tmp_path: Path) -> None:
+    text = "config: base.yaml\nvariants: {a: {run: prune, sparsity.init: wanda}, b: {run: eval}, c: {run: prune}}"
+    study = read(tmp_path, text, data__bos="block")
+    prune, *measured = (line for variant in study.variants[:2] for line in commands(study, variant, tmp_path))
+    assert [line[line.index("--bos") + 1] for line in (prune, *measured)] == ["block"] * 3
+    assert "--bos" not in commands(study, study.variants[2], tmp_path)[0]  # magnitude reads no text
+
+
 def test_one_shot_rows_pass_recovery_and_change_of_basis(tmp_path: Path) -> None:
     plain, full = (
         commands(study, study.variants[0], tmp_path)[0]
