@@ -70,8 +70,8 @@ def main(
     A study has `title`, `config` (the base configuration, relative to the study), `set` (settings of all variants),
     `smoke` (further settings with --smoke), `seeds` (run each variant with each), `figures` (perplexity, flips, losses,
     alpha, curves), and `variants`: by name, the settings that differ. With `run: prune` a variant is pruned one-shot
-    (ast-prune with sparsity.init, sparsity.pattern, calibration and basis); with `run: eval` and `model:` a model is
-    only measured.
+    (ast-prune with sparsity.init, sparsity.pattern, calibration, basis and slorb.k); with `run: eval` and `model:` a
+    model is only measured.
 
     Finished variants are not run again, and an interrupted one continues from its last checkpoint. OUT gets a folder
     and a record for each, results.csv, provenance.json and the figures as PNG; with evaluation.steps also curves.csv.

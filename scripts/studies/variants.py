@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ast_sparse.config import BasisConfig, RunConfig, load_config
+from ast_sparse.config import BasisConfig, RunConfig, SLoRBConfig, load_config
 from ast_sparse.config.yaml12 import parse_yaml
 from ast_sparse.errors import UserError, kind_of
+from ast_sparse.run.checks import slorb_of
 from ast_sparse.run.stages import HELDOUT, WIKITEXT2
 from ast_sparse.sparsity.oneshot import METHODS
 
@@ -140,14 +141,17 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
             options[key.replace("_", "-")] = getattr(settings, key)
     if config.basis is not None and config.basis.rotation_steps:
         options["rotation-steps"] = config.basis.rotation_steps
+    if (slorb := slorb_of(config)) is not None:
+        options["slorb-k"] = slorb.k
     lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
     if method.needs_text or changes:
         lists["calibration"] = tuple(_calibration_files(config))
     repeated = [argument for key, values in lists.items() for value in values for argument in (f"--{key}", value)]
     single = [argument for key, value in options.items() for argument in (f"--{key}", str(value))]
-    permute = ["--permute"] if config.basis is not None and config.basis.permute else []
+    flags = ["--permute"] if config.basis is not None and config.basis.permute else []
+    flags += ["--keep-zeros"] if settings.keep_zeros and method.needs_hessian else []  # the others always keep them
     model = config.model.name_or_path
-    return ["ast_sparse.cli.prune", model, str(folder), *single, *permute, *repeated, *_model_options(config)]
+    return ["ast_sparse.cli.prune", model, str(folder), *single, *flags, *repeated, *_model_options(config)]
 
 
 def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
@@ -306,6 +310,11 @@ def _check_commands(variant: Variant) -> None:
     stems = [Path(name).stem for name in variant.datasets]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise UserError(f"evaluation.datasets has two texts called {twice!r}, one column of the table. Rename one.")
+    if variant.model is None and variant.config.model.random_weights:
+        raise UserError(
+            f"model.random_weights=True does not reach `run: {variant.kind}`, which takes the real weights. Set it to "
+            "false for this variant, or use `run: train`."
+        )
     if variant.model is None and variant.config.model.config_overrides:
         raise UserError(
             f"model.config_overrides={variant.config.model.config_overrides!r} does not reach `run: {variant.kind}`, "
@@ -313,6 +322,7 @@ def _check_commands(variant: Variant) -> None:
         )
     if variant.kind == "prune":
         _check_basis(variant.config.basis)
+        _check_slorb(variant.config)
         _prune_command(variant.config, Path())
     model = variant.model or ""
     looks_local = model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf")
@@ -328,3 +338,17 @@ def _check_basis(basis: BasisConfig | None) -> None:
     for key, value in basis.to_dict().items():
         if value != getattr(default, key):
             raise UserError(f"basis.{key}={value!r} does not reach `run: prune`. Remove it, or use `run: train`.")
+
+
+def _check_slorb(config: RunConfig) -> None:
+    """Refuse SLoRB that ast-prune, which only has an option for `k`, would make in another way."""
+    slorb = slorb_of(config)
+    if slorb is None:
+        return
+    made = SLoRBConfig(k=slorb.k, init="svd" if METHODS[config.sparsity.init].needs_text else "mean")
+    for key, value in slorb.to_dict().items():
+        if value != getattr(made, key):
+            raise UserError(
+                f"slorb.{key}={value!r} does not reach `run: prune`, where it is {getattr(made, key)!r}. Set it so, or "
+                "`slorb: null`, or use `run: train`."
+            )

@@ -160,3 +160,30 @@ def test_one_shot_rows_pass_recovery_and_change_of_basis(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"basis\.rotation_share=0\.5 does not reach `run: prune`"):
         basis = "{rotation_steps: 9, rotation_share: 0.5}"
         read(tmp_path, f"config: base.yaml\nvariants: {{a: {{run: prune, basis: {basis}}}}}")
+
+
+def test_one_shot_rows_pass_slorb_and_zeros_that_stay(tmp_path: Path) -> None:
+    text = """
+config: base.yaml
+variants:
+  a: {run: prune, sparsity.init: sparsegpt, slorb: {k: 8, init: svd}, calibration.keep_zeros: true}
+  b: {run: prune, sparsity.init: wanda, slorb: {enabled: false}, calibration.keep_zeros: true}
+"""
+    study = read(tmp_path, text)
+    first, second = (commands(study, variant, tmp_path)[0] for variant in study.variants)
+    assert first[first.index("--slorb-k") + 1] == "8" and "--keep-zeros" in first
+    assert not {"--slorb-k", "--keep-zeros"} & {*second}  # Wanda always keeps them
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("run: prune, sparsity.init: sparsegpt, slorb: {init: mean}", r"slorb\.init='mean' .* where it is 'svd'"),
+        ("run: prune, slorb: {train_projection: false}", r"slorb\.train_projection=False does not reach `run: prune`"),
+        ("run: prune, model.random_weights: true", r"model\.random_weights=True does not reach `run: prune`"),
+        ("run: eval, model.random_weights: true", r"model\.random_weights=True does not reach `run: eval`"),
+    ],
+)
+def test_what_a_one_shot_or_measured_row_cannot_have_is_refused(tmp_path: Path, settings: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read(tmp_path, f"config: base.yaml\nvariants: {{a: {{{settings}}}}}")
