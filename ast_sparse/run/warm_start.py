@@ -182,7 +182,8 @@ def _make(run: CheckedRun, store: BlockFiles, samples: Tensor) -> None:
         return
     store.folder.mkdir(parents=True, exist_ok=True)
     store.remove_others()
-    if says and store:
+    is_continued = bool(store)
+    if says and is_continued:
         run.echo(f"start: continued after {len(store)} finished blocks in {store.folder}")
     began, shown = time.monotonic(), says and not args.disable_tqdm
     seed = args.seed if config.model.random_weights else None
@@ -212,7 +213,7 @@ def _make(run: CheckedRun, store: BlockFiles, samples: Tensor) -> None:
         "pattern": config.sparsity.pattern,
         "calibration": config.calibration.to_dict(),
         "samples": list(samples.shape),
-        "seconds": round(seconds, 1),
+        "seconds": None if is_continued else round(seconds, 1),  # those of a killed process are not known
         "files": names,
         "errors": report.errors,
         "recovered": report.recovered,

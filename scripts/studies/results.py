@@ -178,10 +178,14 @@ def _read_outcome(variant: Variant, record: dict[str, Any], folder: Path) -> Out
 
 
 def _start_seconds(variant: Variant, folder: Path) -> float | None:
-    """Seconds of the calibration, the change of basis and the pruning before training; the magnitude start is free."""
+    """Seconds of the calibration, the change of basis and the pruning before training; the magnitude start is free.
+
+    None for a start that a killed process began and another one continued, or one that left no record.
+    """
     file = folder / "start" / "start.json"
     if file.exists():
-        return float(read_json(file)["seconds"])
+        seconds = read_json(file)["seconds"]
+        return None if seconds is None else float(seconds)
     basis = variant.config.basis
     is_free = not METHODS[variant.config.sparsity.init].needs_text and (basis is None or not basis.is_on)
     return 0.0 if is_free else None

@@ -122,6 +122,8 @@ def test_a_start_that_was_killed_continues_and_a_finished_one_is_used_again(
     begin(config(root), root / "out", resume=True)
     assert len(pruned) == 7 and all(name.startswith("model.layers.1.") for name in pruned)
     begin(config(root), root / "whole")
+    seconds = [read_json(root / out / "start/start.json")["seconds"] for out in ("out", "whole")]
+    assert seconds[0] is None and seconds[1] is not None  # the time of the killed process is not known
     resumed, whole = (starts[index][0].student.state_dict() for index in (1, 2))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     pruned.clear()

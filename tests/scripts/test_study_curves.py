@@ -135,6 +135,8 @@ def test_seconds_of_the_start_come_from_its_record(tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     write_json(tmp_path / "start" / "start.json", {"seconds": 12.5})
     assert results._start_seconds(study.variants[1], tmp_path) == 12.5
+    write_json(tmp_path / "start" / "start.json", {"seconds": None})  # continued after a kill
+    assert results._start_seconds(study.variants[1], tmp_path) is None
 
 
 def test_one_shot_and_measured_rows_have_the_bos_of_training(tmp_path: Path) -> None:
