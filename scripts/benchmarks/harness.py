@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,16 @@ class Settings:
         return 1 if self.quick else full
 
     def in_child(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)` in a fresh process (in this one if quick); it must be a module-level function."""
+        """`function(*args)` in a fresh process (in this one if quick); it must be a module-level function.
+
+        Raises:
+            BrokenProcessPool: the process was killed, for example because it took too much memory.
+        """
         if self.quick:
             return function(*args)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(function, args)
+        # a Pool would wait for ever for a process that was killed
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,11 @@
 """scripts/benchmarks: every file runs, and a goal is met if the 20th percentile meets it."""
 
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
 
@@ -74,6 +77,14 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
         block = bytearray(50_000_000)
         del block
     assert 45e6 < peak.above < 60e6 < peak.total
+
+
+def test_a_child_that_is_killed_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: fork)
+    assert Settings().in_child(abs, -1) == 1
+    with pytest.raises(BrokenProcessPool):
+        Settings().in_child(os._exit, 1)
 
 
 def test_a_reference_that_is_none_is_named(
