@@ -202,11 +202,14 @@ def main(measure: Callable[[Settings], Iterator[Result]]) -> None:
     @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Append the results as JSON lines.")
     def command(quick: bool, reference: Path | None, before: Path | None, out: Path | None) -> None:
         results = []
-        for result in measure(Settings(quick, reference, before)):
-            results.append(result)
-            click.echo(f"{' | '.join(result.row())} | {result.verdict}", err=True)
-        click.echo(table(results))
-        if out is not None:
-            write_lines(results, out)
+        try:
+            for result in measure(Settings(quick, reference, before)):
+                results.append(result)
+                click.echo(f"{' | '.join(result.row())} | {result.verdict}", err=True)
+        finally:  # an error does not take along what was measured before it
+            if results:
+                click.echo(table(results))
+                if out is not None:
+                    write_lines(results, out)
 
     command()

@@ -80,13 +80,17 @@ def moment_bytes(optimizer: SparseAdamW) -> float:
 
 def measure_states(settings: Settings, kernels: Kernels) -> Iterator[Result]:
     count, size = (1, 64) if settings.quick else (4, 2048)
-    states: tuple[State, ...] = ("float32", "8bit", "offload")
+    has_8bit = moments8bit.is_installed()
+    states: tuple[State, ...] = ("float32", "8bit", "offload") if has_8bit else ("float32", "offload")
     optimizers = {state: build_state(state, kernels, count, size, settings.device) for state in states}
     times = interleave({name: each.step for name, each in optimizers.items()}, settings.pairs(10))
     about: dict[str, Any] = dict(question="optimizer step", against="float32 moments on the device")
     for name in states[1:]:
         case = f"{name} {count}x{size}², {kernels}"
         yield Result.of(times[name], times["float32"], case=case, **about)
+    if not has_8bit:
+        yield Result(case=f"8bit {count}x{size}², {kernels}", reason="torchao is not installed (extra 8bit)", **about)
+        return
     taken = {name: moment_bytes(each) for name, each in optimizers.items()}
     yield Result.of([taken["8bit"]], [taken["float32"]], case="8bit, moments of a weight", unit="bytes", **about)
 

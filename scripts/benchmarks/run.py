@@ -43,6 +43,7 @@ def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Pa
             click.echo(f"== {name}", err=True)
             if subprocess.run(command, stdout=subprocess.DEVNULL).returncode or not lines.exists():
                 failed.append(name)
+            if not lines.exists():
                 continue
             results += read_lines(lines)
             if out is not None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from scripts.benchmarks import reference_step
+from ast_sparse.kernels import moments8bit
+from scripts.benchmarks import optimizer_step, reference_step
 from scripts.benchmarks.harness import PeakMemory, Result, Settings, Spread, interleave, table
 from scripts.benchmarks.harness import main as command_line
 from scripts.benchmarks.run import main as run_all
@@ -85,6 +86,24 @@ def test_a_child_that_is_killed_ends_the_benchmark(monkeypatch: pytest.MonkeyPat
     assert Settings().in_child(abs, -1) == 1
     with pytest.raises(BrokenProcessPool):
         Settings().in_child(os._exit, 1)
+
+
+def test_without_torchao_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments8bit, "is_installed", lambda: False)
+    results = list(optimizer_step.measure_states(Settings(quick=True), "eager"))
+    assert [bool(result.reason) for result in results] == [False, True]
+    assert results[1].verdict == "not applicable: torchao is not installed (extra 8bit)"
+
+
+def test_an_error_leaves_the_rows_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(settings: Settings) -> Iterator[Result]:
+        yield Result(question="q", case="first", against="x", reason="no GPU")
+        raise ValueError("broken")
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--out", str(tmp_path / "lines.jsonl")])
+    with pytest.raises(ValueError, match="broken"):
+        command_line(measure)
+    assert [json.loads(line)["case"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()] == ["first"]
 
 
 def test_a_reference_that_is_none_is_named(
