@@ -11,11 +11,14 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ("scripts/benchmarks/results", "scripts/studies/results")
 
 
 def provenance(checkout: Path = ROOT) -> dict[str, Any]:
-    """Commit of a checkout, device and versions."""
-    commit, changed = _git(checkout, "rev-parse", "--short", "HEAD"), _git(checkout, "status", "--porcelain", "-uno")
+    """Commit of a checkout, device and versions; what was measured before is not a change of the code."""
+    code = (":/", *(f":(top,exclude){folder}" for folder in RESULTS))
+    commit = _git(checkout, "rev-parse", "--short", "HEAD")
+    changed = _git(checkout, "status", "--porcelain", "-uno", "--", *code)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
         "commit": (commit or "unknown") + ("+changes" if changed else ""),

@@ -29,7 +29,7 @@ BENCHMARKS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in 
     help="Results as JSON lines; default results/DEVICE.jsonl.",
 )
 def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Path | None, out: Path | None) -> int:
-    made_with = provenance()  # before the results are written: they are files of the repository
+    made_with = provenance()
     if out is None and not quick:
         out = HERE / "results" / f"{re.sub(r'[^A-Za-z0-9_]+', '-', made_with['device'])}.jsonl"
     results, failed = [], []

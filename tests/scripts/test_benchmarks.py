@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +19,7 @@ from scripts.benchmarks.harness import PeakMemory, Result, Settings, Spread, int
 from scripts.benchmarks.harness import main as command_line
 from scripts.benchmarks.run import main as run_all
 from scripts.benchmarks.step_profile import main
+from scripts.provenance import provenance
 from tests.processes import forked_commands
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmarks"
@@ -86,6 +88,23 @@ def test_a_child_that_is_killed_ends_the_benchmark(monkeypatch: pytest.MonkeyPat
     assert Settings().in_child(abs, -1) == 1
     with pytest.raises(BrokenProcessPool):
         Settings().in_child(os._exit, 1)
+
+
+def test_results_that_were_written_are_no_change_of_the_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    results, code = tmp_path / "scripts/benchmarks/results/a.jsonl", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    for file in (results, code):
+        file.write_text("1\n")
+    for arguments in (("init",), ("add", "."), ("commit", "-m", "first")):
+        git(*arguments)
+    results.write_text("2\n")
+    assert "+changes" not in provenance(tmp_path)["commit"]
+    code.write_text("2\n")
+    assert provenance(tmp_path)["commit"].endswith("+changes")
 
 
 def test_without_torchao_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
