@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
 # Does ast-eval measure what others measure? WikiText-2 against a plain loop over transformers (published protocol,
 # windows of 1024), and one text against a perplexity task of the LM Evaluation Harness. Prints the relative differences
-# and fails above 1e-4. Six windows take about five minutes on two cores; "all" takes all of WikiText-2.
+# and fails above 1e-4. Six windows take about five minutes on two cores; "all" takes all of WikiText-2. Needs the extra
+# harness.
 # usage: scripts/checks/eval.sh MODEL DATA [WINDOWS|all]    DATA holds wikitext2/wiki.test.raw
 set -euo pipefail
-[ $# -ge 2 ] && [ $# -le 3 ] || { sed -n 2,5p "$0" >&2; exit 2; }
+[ $# -ge 2 ] && [ $# -le 3 ] || { sed -n 2,6p "$0" >&2; exit 2; }
 model=$1 text=$2/wikitext2/wiki.test.raw windows=${3:-6}
 export PATH="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin:$PATH"
+python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)' ||
+  { echo "Error: lm-eval is missing. Install it: bash scripts/install.sh gguf,slorb,harness" >&2; exit 2; }
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 limit=(--limit "$windows")
 [ "$windows" != all ] || { limit=() windows=1000000; }
-ast-eval "$model" --dataset wikitext2 --data-dir "$text" --seq-len 1024 "${limit[@]}" --device cpu --json "$out/ours.json"
+# the plain loop below puts no BOS; in the text with a prefix, the prefix is the BOS
+ast-eval "$model" --dataset wikitext2 --data-dir "$text" --seq-len 1024 --bos none "${limit[@]}" --device cpu \
+  --json "$out/ours.json"
 
 # The harness puts the end-of-text token (or the begin token) before a text and predicts all of the text: here that
 # token is part of the text, whose first token is context. 3 * 1024 tokens of text, so that the windows are the same.
@@ -43,8 +48,8 @@ task = {
 PY
 export HF_DATASETS_CACHE="$out/cache"
 ast-eval "$model" --tasks "$out/text.yaml" --seq-len 1024 --device cpu --json "$out/harness.json"
-ast-eval "$model" --dataset "$out/with_prefix.jsonl" --seq-len 1025 --stride 1024 --bits-per-byte --device cpu \
-  --json "$out/covered.json"
+ast-eval "$model" --dataset "$out/with_prefix.jsonl" --seq-len 1025 --stride 1024 --bos none --bits-per-byte \
+  --device cpu --json "$out/covered.json"
 
 python - "$model" "$text" "$windows" "$out" <<'PY'
 import json
