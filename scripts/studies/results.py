@@ -237,7 +237,10 @@ def _perplexities(results: Results, datasets: Sequence[str]) -> dict[str, Any]:
 
 
 def _training_values(outcome: Outcome) -> dict[str, Any]:
-    """Steps, tokens, time, FLOPs, flip rates and loss of a training run."""
+    """Steps, tokens, time, FLOPs, flip rates and loss of a training run.
+
+    `train_seconds`, and so `tokens_per_second`, include evaluations and saving; the log's speed does not.
+    """
     steps = outcome.state.get("global_step")
     tokens = steps * outcome.tokens_per_step if steps else None
     # for a resumed run, the trainer knows only the time of the last part
