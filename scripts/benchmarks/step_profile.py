@@ -10,20 +10,13 @@ from collections.abc import Callable
 import click
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
 from scripts.benchmarks.harness import Command
 from scripts.benchmarks.whole_step import new_model, ours, plain
 
-
-def plain_within(model: PreTrainedModel, ids: torch.Tensor, seen: profile) -> list[float]:
-    with seen:
-        return plain(model, ids, has_loss=True)
-
-
 SIDES: dict[str, Callable[..., list[float]]] = {
     "ours": lambda model, ids, seen: ours(model, ids, around=seen),
-    "plain loop": plain_within,
+    "plain loop": lambda model, ids, seen: plain(model, ids, has_loss=True, around=seen),
 }
 
 

@@ -66,35 +66,38 @@ def move(model: nn.Module, device: torch.device) -> None:
     model.to(device)
 
 
-def plain(model: PreTrainedModel, ids: torch.Tensor, has_loss: bool) -> list[float]:
-    """Seconds of each step of the plain loop, or of the floor."""
+def plain(
+    model: PreTrainedModel, ids: torch.Tensor, has_loss: bool, around: AbstractContextManager[Any] | None = None
+) -> list[float]:
+    """Seconds of each step of the plain loop, or of the floor, inside the context `around`."""
     device = ids.device
     move(model.train(), device)
     teacher = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
     move(teacher, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIONS)
     times = []
-    for batch in ids:
-        start = time.perf_counter()
-        if has_loss:
-            outputs = model(input_ids=batch, labels=batch, use_cache=False)
-            with torch.no_grad():
-                reference = teacher(input_ids=batch, use_cache=False).logits[:, :-1]
-            log_s, log_t = outputs.logits[:, :-1].log_softmax(-1), reference.log_softmax(-1)
-            kl = F.kl_div(log_s.flatten(0, 1), log_t.flatten(0, 1), reduction="batchmean", log_target=True)
-            loss = (1 - ALPHA) * outputs.loss + ALPHA * kl
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        else:
-            logits = model(input_ids=batch, use_cache=False).logits
-            with torch.no_grad():
-                teacher(input_ids=batch, use_cache=False)
-            logits.backward(torch.ones((), device=device).expand_as(logits))
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    with around or nullcontext():
+        for batch in ids:
+            start = time.perf_counter()
+            if has_loss:
+                outputs = model(input_ids=batch, labels=batch, use_cache=False)
+                with torch.no_grad():
+                    reference = teacher(input_ids=batch, use_cache=False).logits[:, :-1]
+                log_s, log_t = outputs.logits[:, :-1].log_softmax(-1), reference.log_softmax(-1)
+                kl = F.kl_div(log_s.flatten(0, 1), log_t.flatten(0, 1), reduction="batchmean", log_target=True)
+                loss = (1 - ALPHA) * outputs.loss + ALPHA * kl
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            else:
+                logits = model(input_ids=batch, use_cache=False).logits
+                with torch.no_grad():
+                    teacher(input_ids=batch, use_cache=False)
+                logits.backward(torch.ones((), device=device).expand_as(logits))
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
     return times
 
 

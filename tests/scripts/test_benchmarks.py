@@ -45,6 +45,7 @@ def test_the_profile_shows_the_operations_of_both_sides() -> None:
     assert shown.exit_code == 0, shown.output
     ours, plain = shown.stdout.split("plain loop, tiny")
     assert all("aten::mm" in side and "aten::_fused_adamw_" in side for side in (ours, plain))
+    assert "aten::normal_" not in plain  # the weights of its teacher are drawn before
 
 
 def test_run_writes_what_the_table_shows(tmp_path: Path) -> None:
