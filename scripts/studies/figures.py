@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ast_sparse.report import plots
 from ast_sparse.report.plots import COLOURS, MARKERS, WIDE, finite, rounded
-from ast_sparse.run.stages import WIKITEXT2
+from ast_sparse.run.stages import WIKITEXT2, logged_key
 from scripts.studies.curves import curve_rows
 from scripts.studies.results import Outcome, Results, dataset_names, dense_results
 
@@ -87,7 +87,8 @@ def _losses(outcomes: Sequence[Outcome]) -> Figure | None:
     figure, panels = plots.panels(1, 2 if tested else 1, (8.4 if tested else 4.6, 3.4))
     plots.loss_panel(panels[0], [(outcome.label, outcome.logged("loss")) for outcome in outcomes])
     if tested:
-        dataset = tested.removesuffix("_perplexity")
+        names = {logged_key(name): name for name in dataset_names(outcomes)}
+        dataset = "eval" if tested == "eval_perplexity" else names.get(tested, tested.removesuffix("_perplexity"))
         label = "held-out perplexity" if dataset == "eval" else _perplexity_label(outcomes, dataset)
         curves = [(outcome.label, outcome.logged(tested)) for outcome in outcomes]
         plots.perplexity_panel(panels[1], curves, label, {"dense": _finite(dense_results(outcomes), dataset)})

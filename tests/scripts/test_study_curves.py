@@ -9,7 +9,7 @@ import pytest
 from ast_sparse.config import load_config
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import write_json
-from scripts.studies import results
+from scripts.studies import figures, results
 from scripts.studies.curves import work_seconds, write_curves
 from scripts.studies.figures import draw
 from scripts.studies.results import Outcome, results_table, table_rows
@@ -126,6 +126,19 @@ def test_curves_begin_with_the_one_shot_model_and_end_with_the_saved_one(tmp_pat
     unmeasured = [trained(variants[0], [speed(1, 1.0)])]
     assert not write_curves(unmeasured, tmp_path / "curves.csv") and not (tmp_path / "curves.csv").exists()
     assert not draw("curves", unmeasured, tmp_path / "curves.png") and not (tmp_path / "curves.png").exists()
+
+
+def test_losses_beside_the_perplexity_of_a_file_show_the_dense_model(tmp_path: Path) -> None:
+    shown: dict[str, Any] = {
+        stage: {"texts/val.txt": {"perplexity": perplexity, "windows": 2, "seq_len": 32}}
+        for stage, perplexity in (("dense", 20.0), ("one_shot", 100.0), ("final", 50.0))
+    }
+    log = [speed(1, 1.0), speed(2, 1.0), {"step": 2, "val_perplexity": 60.0}]
+    figure = figures._losses([trained(read(tmp_path).variants[0], log, **shown)])
+    assert figure is not None
+    panel = figure.axes[1]
+    assert [text.get_text() for text in panel.texts] == ["dense 20.0"]
+    assert panel.get_ylabel() == "perplexity, val.txt\n(2 windows of 32 tokens)"
 
 
 def test_seconds_of_the_start_come_from_its_record(tmp_path: Path) -> None:
