@@ -2,10 +2,10 @@
 
 `--reference CHECKOUT` names a checkout of the public code, which is imported from there: its models of that shape
 with random weights, magnitude masks, 0.33 task + 0.67 KL loss, clipping and its own AdamW, in the steps of its main.py,
-in float32 like ours (`whole_step`). It keeps the hidden states too, because it does not run without them; their loss is
-left out. It has no dropout, so ours has none here. It refreshes masks every 10 steps: a tenth of a refresh, measured
-separately, is added to its step, and the notes have both; ours refreshes once in 2 steps here. Each side runs in its
-own process, in turns; memory as in `whole_step`.
+in float32 like ours (`whole_step`). It keeps the hidden states too and computes their loss, because it does not run
+without; the gradient of that loss is left out. It has no dropout, so ours has none here. It refreshes masks every 10
+steps: a tenth of a refresh, measured separately, is added to its step, and the notes have both; ours refreshes once in
+2 steps here. Each side runs in its own process, in turns; memory as in `whole_step`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Does the memory of `ast-data prepare` stay flat?
 
 The peak of all processes of the command (private pages, sampled five times a second) on 1 GB of text, against that on a
-quarter of it: less text would be a single shard, made by one process. Text and tokenizer are those of `tokenising`.
+quarter of it, which still is several shards. Text and tokenizer are those of `tokenising`.
 The rate is per CPU second, so that other work on the machine does not count.
 """
 
