@@ -14,6 +14,8 @@ COMMAND = [sys.executable, "-m", "ast_sparse.cli.train", "--dry-run", "--device-
 
 def main(names: list[str]) -> int:
     """Print tokens, time and memory of each recipe; the number of recipes that do not fit."""
+    if unknown := {*names} - {recipe.stem for recipe in RECIPES}:
+        sys.exit(f"There is no recipe {', '.join(sorted(unknown))} in configs/recipes.")
     failed = 0
     for recipe in RECIPES:
         if names and recipe.stem not in names:

@@ -23,5 +23,5 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$work/site" .
 export PYTHONPATH="$work/site:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 OMP_NUM_THREADS=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$work/cache"
-"$python" -P scripts/checks/serving_models.py "$work/models" $exports
-"$python" -P scripts/checks/serving.py "$work/models" $exports
+"$python" -P scripts/checks/serving_models.py "$work/models" ${exports:+"$exports"}
+"$python" -P scripts/checks/serving.py "$work/models" ${exports:+"$exports"}
