@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from scripts.provenance import provenance
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ast_sparse"
 HOOK = """
@@ -56,6 +58,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         notes = args.notes or Path(folder) / "notes"
         notes.mkdir(exist_ok=True)
+        commit, made_at = notes / "commit", provenance()["commit"]
+        if commit.exists() and commit.read_text() != made_at:
+            parser.error(f"--notes {notes} is of commit {commit.read_text()}, with other lines. Name another one.")
+        commit.write_text(made_at)
         (Path(folder) / "sitecustomize.py").write_text(HOOK)
         failed = [tests for tests in args.tests or parts() if not run(tests, Path(folder), notes)]
         places = [path.name.replace("+", "/").rsplit(":", 1) for path in notes.glob("*:*")]
