@@ -143,6 +143,8 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
         options["rotation-steps"] = config.basis.rotation_steps
     if (slorb := slorb_of(config)) is not None:
         options["slorb-k"] = slorb.k
+    if config.training.get("use_cpu"):
+        options["device"] = "cpu"
     lists = {"include": config.sparsity.include, "exclude": config.sparsity.exclude}
     if method.needs_text or changes:
         lists["calibration"] = tuple(_calibration_files(config))
@@ -164,7 +166,7 @@ def _eval_command(variant: Variant, folder: Path, dataset: str) -> list[str]:
         "dataset": text, "seq-len": settings.seq_len, "limit": settings.windows,
         "data-dir": settings.data_dir if dataset == WIKITEXT2 else None,
         "text-field": config.data.text_field, "bos": config.data.bos, "dtype": "float32",  # as in a training run
-        "json": eval_file(folder, dataset),
+        "json": eval_file(folder, dataset), "device": "cpu" if config.training.get("use_cpu") else None,
     }  # fmt: skip
     given = [argument for key, value in options.items() if value is not None for argument in (f"--{key}", str(value))]
     trusted = ["--trust-remote-code"] if config.model.trust_remote_code else []

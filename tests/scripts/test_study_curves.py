@@ -160,6 +160,15 @@ def test_one_shot_and_measured_rows_have_the_bos_of_training(tmp_path: Path) -> 
     assert "--bos" not in commands(study, study.variants[2], tmp_path)[0]  # magnitude reads no text
 
 
+def test_one_shot_and_measured_rows_use_the_device_of_training(tmp_path: Path) -> None:
+    text = "config: base.yaml\nvariants: {a: {run: prune}, b: {run: eval}}"
+    for overrides, expected in (({}, 0), ({"training__use_cpu": True}, 1)):
+        study = read(tmp_path, text, **overrides)
+        lines = [line for variant in study.variants for line in commands(study, variant, tmp_path)]
+        assert [line.count("--device") for line in lines] == [expected] * 3
+        assert all(line[line.index("--device") + 1] == "cpu" for line in lines if expected)
+
+
 def test_one_shot_rows_pass_recovery_and_change_of_basis(tmp_path: Path) -> None:
     plain, full = (
         commands(study, study.variants[0], tmp_path)[0]
