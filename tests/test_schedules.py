@@ -85,6 +85,12 @@ def test_a_schedule_whose_pruned_weights_are_zero_has_no_decay(schedule: str) ->
     assert not constant.is_gradual and decay_at(constant, 50, 100) == 1e-2
 
 
+def test_decay_follows_the_ramp_and_the_schedule_of_the_settings() -> None:
+    ramp = SparsityConfig(mask_decay=1.0, decay_ramp=0.5)
+    assert [decay_at(ramp, step, 40) for step in (0, 10, 20, 39)] == pytest.approx([0.0, 0.5, 1.0, 1.0])
+    assert decay_at(SparsityConfig(mask_decay=1.0, decay_schedule="none"), 10, 40) == 0.0
+
+
 @pytest.mark.parametrize(("schedule", "steps", "expected"), [("imp", 3, True), ("imp", 4, False), ("gmp", 3, False)])
 def test_only_imp_can_lack_steps_for_its_last_round(schedule: str, steps: int, expected: bool) -> None:
     config = SparsityConfig(schedule=schedule, rounds=4)  # type: ignore[arg-type]

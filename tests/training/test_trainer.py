@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.training.callbacks.sparsity import sparse_optimizer
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
 from tests.training.small_runs import blocks, trainer, weights
 
@@ -69,11 +70,25 @@ def test_first_update_equals_a_plain_loop(tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=name)
 
 
+class DecayOfUpdates(TrainerCallback):
+    """λ that the optimizer has before each update, the same in all groups."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        (decay,) = {group["mask_decay"] for group in sparse_optimizer(kwargs["optimizer"]).param_groups}
+        self.seen.append(decay)
+
+
 def test_mask_decay_ramps_from_zero_over_a_quarter_of_the_steps(tmp_path: Path) -> None:
     run = trainer(tmp_path, sparsity=SparsityConfig(mask_interval=1, mask_decay=8e-3), args=dict(max_steps=16))
+    used = DecayOfUpdates()
+    run.add_callback(used)
     run.train()
-    decays = [log["mask_decay"] for log in run.state.log_history if "mask_decay" in log]
-    assert decays == pytest.approx([0.0, 2e-3, 4e-3, 6e-3] + [8e-3] * 12)
+    expected = pytest.approx([0.0, 2e-3, 4e-3, 6e-3] + [8e-3] * 12)
+    assert used.seen == expected
+    assert [log["mask_decay"] for log in run.state.log_history if "mask_decay" in log] == expected
 
 
 def test_flip_rates_are_logged_at_every_refresh_with_the_loss(tmp_path: Path) -> None:
