@@ -1,5 +1,6 @@
 """ast-prune as a user calls it."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main
-from ast_sparse.config import CalibrationConfig, SparsityConfig
+from ast_sparse.config import CalibrationConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.config.sparsity import Method
 from ast_sparse.data.calibration import calibration_samples
 from ast_sparse.sparsity.masks import Pattern
@@ -22,6 +23,8 @@ from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm
 from tests.data.bos_models import BOS, bos_tokenizer, save_bos_model
+from tests.data.documents import cut, stream
+from tests.hub_cache import OLDER, put_on_hub
 from tests.models import generated_text, save_tiny_model
 
 CALIBRATION = ("--samples", "4", "--seq-len", "16")
@@ -97,6 +100,25 @@ def test_the_same_seed_prunes_alike_and_another_calibrates_on_other_text(folder:
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_damping_recovery_and_the_field_of_the_text_are_those_of_the_options(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": generated_text(), "text": "no"}) + "\n")
+    arguments = ("--method", "sparsegpt", "--dtype", "float32", "--calibration", tmp_path / "text.jsonl", *CALIBRATION)
+    options = ("--damping", "0.1", "--recovery-epochs", "2", "--recovery-learning-rate", "1e-3")
+    more = ("--recovery-batch-size", "3", "--text-field", "body", "--device", "cpu")
+    result = run(folder / "llama", tmp_path / "out", *arguments, *options, *more)
+    assert result.exit_code == 0, result.output
+    assert "before and after its recovery:\n  model.layers.0  " in result.stdout
+    settings = CalibrationConfig(
+        samples=4, seq_len=16, damping=0.1, recovery_epochs=2, recovery_learning_rate=1e-3, recovery_batch_size=3
+    )
+    blocks = [{"input_ids": block} for block in cut(stream([generated_text()]), 16)]
+    samples = calibration_samples(blocks, settings)
+    expected, found = (load_causal_lm(place) for place in (folder / "llama", tmp_path / "out"))
+    sparsify_model(expected, SparsityConfig(init="sparsegpt"), calibration_config=settings, samples=samples)
+    for name, layer in sparse_layers(expected).items():
+        assert torch.equal(found.get_parameter(f"{name}.weight"), layer.masked_weight()), name
+
+
 def test_a_rotated_model_is_pruned_and_says_what_was_gained(folder: Path, tmp_path: Path) -> None:
     arguments = ("--method", "magnitude", "--permute", "--rotation-steps", "2", "--calibration", folder / "text.txt")
     result = run(folder / "llama", tmp_path / "out", *arguments, *CALIBRATION)
@@ -130,8 +152,13 @@ def test_slorb_is_written_beside_the_model_and_loaded_with_it(
             model(input_ids=tokens).logits
             for model in (load_causal_lm(folder / family), load_causal_lm(tmp_path / "out"), alone)
         )
-    share = (found - dense).norm() / (bare - dense).norm()
-    assert share < 0.95 if method == "sparsegpt" else share != 1
+        assert not torch.allclose(found, bare)
+        if method == "sparsegpt":
+            assert (found - dense).norm() < 0.95 * (bare - dense).norm()
+        else:
+            same = load_causal_lm(folder / family)
+            sparsify_model(same, SparsityConfig(), SLoRBConfig(k=8))
+            torch.testing.assert_close(found, same(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("k", "said"), [("0", "--slorb-k=0 must be at least 1"), ("7", "--slorb-k=7 does not divide")])
@@ -141,6 +168,20 @@ def test_a_k_that_does_not_fit_names_the_option_and_leaves_nothing(
     result = run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--slorb-k", k)
     assert result.exit_code == 2 and said in result.output and "slorb.k" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_revision_on_the_hub_is_pruned_and_recorded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save_tiny_model(tmp_path / "older", seed=1)
+    name = put_on_hub(folder / "llama", tmp_path / "hub", monkeypatch, older)
+    result = run(name, tmp_path / "out", "--method", "magnitude", "--dtype", "float32", "--revision", OLDER)
+    assert result.exit_code == 0, result.output
+    recorded = read_json(tmp_path / "out" / "sparsity_config.json")
+    assert (recorded["base_commit"], recorded["one_shot"]["revision"]) == (OLDER, OLDER)
+    dense = load_causal_lm(older).state_dict()
+    for key, value in load_causal_lm(tmp_path / "out").state_dict().items():
+        assert torch.equal(value, torch.where(value != 0, dense[key], 0)), key
 
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:

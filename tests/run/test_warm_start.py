@@ -1,5 +1,6 @@
 """The start of a run whose first masks need text: made once, continued after a kill, and the same as in one process."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +24,21 @@ from ast_sparse.storage.files import read_json
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.rows import read_causal_lm
 from ast_sparse.storage.tied import untie_head
+from tests.hub_cache import OLDER, put_on_hub
 from tests.models import generated_text, save_tiny_model, tiny_model
 
-CALIBRATION = CalibrationConfig(samples=4, recovery_epochs=1, recovery_learning_rate=1e-3)
+CALIBRATION = CalibrationConfig(samples=4, damping=0.1, recovery_epochs=1, recovery_learning_rate=1e-3)
+
+
+OTHER = ("other.jsonl",)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     save_tiny_model(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(generated_text(60))
+    for seed, name in enumerate(("text", "other")):
+        row = {"body": generated_text(60, seed), "text": "no"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     return tmp_path
 
 
@@ -42,7 +49,7 @@ def config(root: Path, init: str = "sparsegpt", basis: BasisConfig | None = None
     }  # fmt: skip
     return RunConfig(
         model=ModelConfig(name_or_path=str(root / "model")),
-        data=DataConfig(root=str(root), train="text.txt", eval_share=0.1, block_size=16),  # type: ignore[arg-type]
+        data=DataConfig(root=str(root), train=("text.jsonl",), text_field="body", eval_share=0.1, block_size=16),
         sparsity=SparsityConfig(init=init, mask_interval=1),  # type: ignore[arg-type]
         slorb=SLoRBConfig(k=8, init="svd" if init == "sparsegpt" else "mean"),
         calibration=CALIBRATION,
@@ -75,18 +82,24 @@ def begin(config: RunConfig, out: Path, **options: Any) -> None:
         run_training(config, str(out), echo=lambda line: None, **options)
 
 
-@pytest.mark.parametrize(("init", "basis"), [("sparsegpt", None), ("magnitude", BasisConfig())])
+@pytest.mark.parametrize(
+    ("init", "basis"), [("sparsegpt", None), ("magnitude", BasisConfig(rotation_steps=2, rotation_share=0.5))]
+)
 def test_a_run_begins_as_a_model_that_is_pruned_in_one_process(
-    root: Path, starts: list[Any], init: str, basis: BasisConfig | None
+    root: Path, starts: list[Any], monkeypatch: pytest.MonkeyPatch, init: str, basis: BasisConfig | None
 ) -> None:
-    calibration = CALIBRATION if init == "sparsegpt" else CalibrationConfig(samples=4)
-    settings = config(root, init, basis)
-    settings = RunConfig(**{**vars(settings), "calibration": calibration})
+    """From a revision on the hub; attention, damping and share are not the defaults."""
+    calibration = CALIBRATION if init == "sparsegpt" else CalibrationConfig(samples=4, damping=0.1, data=OTHER)
+    name = put_on_hub(save_tiny_model(root / "newer", seed=1), root / "hub", monkeypatch, older=root / "model")
+    pinned = ModelConfig(name_or_path=name, revision=OLDER, attn_implementation="eager")
+    settings = replace(config(root, init, basis), model=pinned, calibration=calibration)
     begin(settings, root / "out")
     ((trainer, samples),) = starts
+    assert trainer.student.config._attn_implementation == "eager"
     model = tiny_model()
+    model.set_attn_implementation("eager")
     if basis is not None:
-        change_basis(model, basis, Pattern(2, 4), samples)
+        change_basis(model, basis, Pattern(2, 4), samples, damping=0.1)
     report = sparsify_model(model, settings.sparsity, settings.slorb, calibration_config=calibration, samples=samples)
     expected, found = model.state_dict(), trainer.student.state_dict()
     assert list(expected) == list(found) and all(torch.equal(value, found[name]) for name, value in expected.items())

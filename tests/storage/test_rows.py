@@ -12,12 +12,13 @@ from ast_sparse.export.export import export_model
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.meta import meta_student
+from ast_sparse.storage.origin import hub_commit
 from ast_sparse.storage.rows import copied, read_causal_lm
 from ast_sparse.storage.source_files import Source
 from ast_sparse.training.fsdp import without_weights
 from tests.export.sparse_models import save_run_checkpoint, save_training_checkpoint, sparse_model, token_ids
 from tests.families import family_model
-from tests.hub_cache import put_on_hub
+from tests.hub_cache import COMMIT, OLDER, put_on_hub
 from tests.models import save_tiny_model
 
 
@@ -75,6 +76,25 @@ def test_slorb_of_a_model_on_the_hub_is_attached_as_that_of_a_folder(
         assert torch.equal(read(name)(token_ids()).logits, expected)
     with pytest.raises(UserError, match="'org/tiny' is the result of a run, with masks or SLoRB"):
         meta_student(ModelConfig(name_or_path=name))
+
+
+def test_a_revision_has_the_weights_and_the_slorb_of_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sparse_model(slorb_k=8)
+    export_model(model, tmp_path / "old", "dense", dtype="float32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(2)
+    export_model(model, tmp_path / "new", "dense", dtype="float32")
+    old, new = (load_causal_lm(tmp_path / folder)(token_ids()).logits for folder in ("old", "new"))
+    assert not torch.allclose(old, new)
+    name = put_on_hub(tmp_path / "new", tmp_path / "hub", monkeypatch, older=tmp_path / "old")
+    for read in (load_causal_lm, read_causal_lm):
+        for revision, commit, expected in ((OLDER, OLDER, old), ("main", COMMIT, new), (None, COMMIT, new)):
+            found = read(name, revision=revision)
+            assert torch.equal(found(token_ids()).logits, expected) and hub_commit(found.config) == commit
 
 
 def test_an_adapter_that_the_hub_lacks_is_not_passed_over_unless_it_is_switched_off(
