@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import ast_sparse
 from ast_sparse.cli.eval import main
-from ast_sparse.evaluation.perplexity import evaluate_text, perplexity
+from ast_sparse.evaluation.perplexity import evaluate_text, perplexity, wikitext2_rows
 from tests.cli.eval_runs import refused, run, table
+from tests.hub_cache import OLDER, put_on_hub
 from tests.models import generated_text, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -55,11 +56,14 @@ def test_wikitext2_is_read_from_a_folder_or_a_file(model: str, tmp_path: Path) -
     (tmp_path / "wiki.test.raw").write_text(" \n" + generated_text(30, 3) + "\n")
     (tmp_path / "wiki.valid.raw").write_text(generated_text(30, 4) + "\n")
     (tmp_path / "mine.txt").write_text(generated_text(30, 3))
-    labels = [
-        table(run(model, "--seq-len", "48", "--data-dir", place, *more))[2][1]
+    rows = [
+        table(run(model, "--seq-len", "48", "--data-dir", place, *more))[2]
         for place, more in ((tmp_path, ()), (tmp_path, ("--split", "validation")), (tmp_path / "mine.txt", ()))
     ]
-    assert labels == ["wikitext2 test", "wikitext2 validation", "mine.txt"]
+    assert [row[1] for row in rows] == ["wikitext2 test", "wikitext2 validation", "mine.txt"]
+    texts = [wikitext2_rows(split, tmp_path) for split in ("test", "validation")]
+    expected = [f"{perplexity(tiny_model(), tiny_tokenizer(), text, 48):.2f}" for text in texts]
+    assert [row[-1] for row in rows[:2]] == expected and expected[0] != expected[1]
 
 
 def test_documents_of_a_jsonl_file_are_joined_by_a_blank_line(model: str, tmp_path: Path) -> None:
@@ -85,6 +89,15 @@ def test_json_holds_figures_settings_and_versions(model: str, text: str, tmp_pat
     assert [path.name for path in file.parent.iterdir()] == ["figures.json"]
 
 
+def test_a_revision_on_the_hub_is_measured(
+    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save_tiny_model(tmp_path / "older", seed=1)
+    name = put_on_hub(Path(model), tmp_path / "hub", monkeypatch, older)
+    row = table(run(name, "--dataset", text, "--seq-len", "48", "--revision", OLDER))[2]
+    assert row[-1] == f"{perplexity(tiny_model(seed=1), tiny_tokenizer(), generated_text(30), 48):.2f}"
+
+
 def test_tokenizer_may_come_from_elsewhere(model: str, text: str, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "bare")
     assert "tokenizer" in refused(tmp_path / "bare", "--dataset", text)
@@ -102,7 +115,7 @@ def test_bad_input_is_one_line_before_any_model_is_measured(model: str, text: st
         "content": ((model, "--dataset", tmp_path / "bad.jsonl"), "bad.jsonl, line 2: not a JSON object"),
         "short": ((model, "--dataset", tmp_path / "short.txt"), "fewer than one window of 128"),
         "window": ((model, "--dataset", text, "--seq-len", "129"), "longer than the model's 128 positions"),
-        "model": ((model, tmp_path / "nowhere", "--dataset", text), "nowhere"),
+        "model": ((model, tmp_path / "nowhere", "--dataset", text), "nowhere`, and it is not a hub id"),
         "folder": ((model, "--data-dir", tmp_path), "No wiki.test.raw in `--data-dir`"),
         "hub": ((model,), "set `--data-dir` to a folder with wiki.test.raw"),
         "json": ((model, "--dataset", text, "--json", tmp_path / "no" / "a.json"), "does not exist. Create it first."),

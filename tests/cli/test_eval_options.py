@@ -4,10 +4,13 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import lm_eval.models.huggingface
 import pytest
 import torch
 from datasets import Dataset
+from lm_eval.models.huggingface import HFLM
 from tokenizers.normalizers import Lowercase
 from transformers import PreTrainedModel
 
@@ -113,11 +116,21 @@ def test_joins(model: str, domains: Path, join: str) -> None:
     assert row[4:] == [f"{expected.windows}", f"{expected.predicted_tokens:,}", f"{expected.perplexity:.2f}"]
 
 
-def test_tasks_are_printed_and_recorded(model: str, tmp_path: Path) -> None:
+def test_tasks_are_printed_and_recorded(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, str]] = []
+
+    class Asked(HFLM):
+        def __init__(self, **options: Any) -> None:
+            given.append((options["batch_size"], options["pretrained"].config._attn_implementation))
+            super().__init__(**options)
+
+    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", Asked)
     choice_task(tmp_path, "mine")
     perplexity_task(tmp_path, "text", [generated_text(5)])
     options = ("--tasks", "mine, text", "--include-path", tmp_path, "--limit", "4", "--num-fewshot", "1")
-    header, _, *rows = table(run(model, *options, "--json", tmp_path / "a.json"))
+    more = ("--batch-size", "2", "--attn-implementation", "eager")
+    header, _, *rows = table(run(model, *options, *more, "--json", tmp_path / "a.json"))
+    assert given == [(2, "eager")]
     assert header == ["model", "task", "dtype", "few-shot", "examples", "metric", "value", "stderr"]
     assert [row[1:6] for row in rows[:2]] == [["mine", "float32", "1", "4", name] for name in ("acc", "acc_norm")]
     record = json.loads((tmp_path / "a.json").read_text())

@@ -206,6 +206,8 @@ def test_rows_of_the_raw_file_are_those_of_the_hub(tmp_path: Path) -> None:
     expected = ["", " = Títle = \n", "", " One \u2028 row . \n", " Last"]
     assert wikitext2_rows(data_dir=tmp_path) == expected
     assert wikitext2_rows(data_dir=str(tmp_path / "wiki.test.raw")) == expected
+    (tmp_path / "wiki.valid.raw").write_text("Another row\n")
+    assert wikitext2_rows("validation", tmp_path) == ["Another row\n"]
 
 
 def test_missing_wikitext_is_named(tmp_path: Path) -> None:
