@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import ast_sparse.basis.rotation as rotation_module
 from ast_sparse.basis import energies
 from ast_sparse.basis.change import change_basis
 from ast_sparse.basis.energies import Inputs, measure_inputs
@@ -142,6 +144,38 @@ def test_a_learned_rotation_is_orthogonal_the_same_for_a_seed_and_takes_less(pat
     assert lost_share(structure, measured, pattern.n, pattern.m) < before
 
 
+def test_damping_adds_its_share_of_the_mean_diagonal_and_too_little_of_it_is_named() -> None:
+    model, structure, _ = prepared()
+    weak, strong = (
+        list(measure_inputs(model, structure, tokens(), True, damping, None, False)) for damping in (0.25, 0.75)
+    )
+    for one, other in zip(weak, strong, strict=True):
+        added = torch.linalg.inv(other.inverse.double()) - torch.linalg.inv(one.inverse.double())
+        mean = one.energy.double().mean()
+        torch.testing.assert_close(added, 0.5 * mean * torch.eye(len(added)).double(), rtol=0, atol=0.02 * float(mean))
+    statistics: Any = SimpleNamespace(hessian=-torch.eye(4))
+    with pytest.raises(UserError, match=r"calibration\.damping=0\.5 is not positive definite\. Raise calibration\.d"):
+        energies._inverse(statistics, 0.5)
+
+
+def test_a_change_of_basis_uses_its_damping_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[tuple[str, float]] = set()
+    inverse, shares = energies._inverse, rotation_module.sampled_shares
+
+    def damped(statistics: Any, damping: float) -> Tensor:
+        used.add(("damping", damping))
+        return inverse(statistics, damping)
+
+    def sampled(*args: Any, **options: Any) -> Tensor:
+        used.add(("share", options["share"]))
+        return shares(*args, **options)
+
+    monkeypatch.setattr(energies, "_inverse", damped)
+    monkeypatch.setattr(rotation_module, "sampled_shares", sampled)
+    change_basis(random_model("llama"), BasisConfig(rotation_steps=1, rotation_share=0.5), P24, tokens(), damping=0.1)
+    assert used == {("damping", 0.1), ("share", 0.5)}
+
+
 def test_an_almost_orthogonal_matrix_is_made_orthogonal() -> None:
     exact = turned(16, 3)
     noisy = exact + 1e-4 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
@@ -209,5 +243,12 @@ def test_a_model_in_host_memory_is_multiplied_where_the_rotation_is(where: str) 
     with FakeTensorMode():  # which knows devices that this machine does not have
         place = {"model": "cpu", "rotation": "cuda"}
         rows = torch.empty(16, 16, device=place["model"])
-        _by_rows(rows, torch.matmul, torch.empty(16, 16, dtype=torch.float64, device=place[where]))
-        _by_rows(rows, _in_heads, torch.empty(2, 4, 4, dtype=torch.float64, device=place[where]), 2)
+        seen: list[set[str]] = []
+
+        def change(rows: Tensor, matrix: Tensor, *given: int) -> Tensor:
+            seen.append({rows.device.type, matrix.device.type})
+            return _in_heads(rows, matrix, *given) if given else rows @ matrix
+
+        _by_rows(rows, change, torch.empty(16, 16, dtype=torch.float64, device=place[where]))
+        _by_rows(rows, change, torch.empty(2, 4, 4, dtype=torch.float64, device=place[where]), 2)
+        assert seen == [{place[where]}] * 2
