@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ast_sparse.data.build import DataReport, build_datasets, training_tokens
 from ast_sparse.data.pack_dataset import pack_dataset
 from ast_sparse.errors import UserError
 from tests.data.documents import cut, documents, stream
-from tests.data.folders import write
+from tests.data.folders import lines, write
 from tests.models import generated_text, tiny_tokenizer
 
 
@@ -112,6 +113,17 @@ def test_without_a_share_all_text_trains(tmp_path: Path) -> None:
     train, held_out, report = build(tmp_path, write(tmp_path, "a.jsonl", texts), eval_share=0)
     assert train == cut(stream(texts), 8)
     assert held_out is None and report.eval is None and "held out: nothing" in report.lines()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_is_read_from_the_field_of_the_settings(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"body": text, "text": "no"} for text in documents(9))))
+    config = DataConfig(
+        root=str(tmp_path), train=("a.jsonl",), text_field="body", eval_share=0, block_size=8, streaming=streaming
+    )
+    blocks, _, _ = build_datasets(config, tiny_tokenizer())
+    expected = cut(stream(documents(9)), 8)
+    assert [list(row["input_ids"]) for row in islice(iter(blocks), len(expected))] == expected
 
 
 def test_named_eval_sources_leave_training_whole(tmp_path: Path) -> None:

@@ -110,6 +110,16 @@ def test_a_model_is_on_the_device_only_to_be_measured_where_it_is_sharded_from_t
         assert measured("dense", model, tiny_tokenizer(), None) == {} and model.places == places
 
 
+def test_texts_are_read_from_the_field_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "two of four", "text": "no"}) + "\n")
+    config = RunConfig(
+        model=ModelConfig(name_or_path="model"),
+        data=DataConfig(root=str(tmp_path), train=("text",), text_field="body"),
+        evaluation=EvaluationConfig(datasets=("other.jsonl",)),
+    )
+    assert Measured(config, TrainingArguments(str(tmp_path), use_cpu=True)).texts == {"other.jsonl": ["two of four"]}
+
+
 @pytest.mark.parametrize("bos, told", [("auto", True), ("none", True), ("block", False), ("window", False)])
 def test_a_note_says_where_windows_of_texts_lack_bos(tmp_path: Path, bos: Any, told: bool) -> None:
     (tmp_path / "other.txt").write_text(generated_text(4))

@@ -78,6 +78,7 @@ def test_shards_hold_the_tokens_of_the_text_and_where_documents_end(tmp_path: Pa
         keys += found.tolist()
     assert lengths == [len(stream([text])) if text.strip() else 0 for text in texts]
     assert keys == [text_key(text) for text in texts]
+    assert text_key("two") == 218224992319827701  # stored: another hash would hold out other documents
 
 
 def test_tokens_are_mapped_and_not_copied(tmp_path: Path, texts: list[str]) -> None:
@@ -145,8 +146,9 @@ def test_a_document_longer_than_a_shard_is_refused_and_can_be_kept(tmp_path: Pat
     long, short = generated_text(60), "two of four " * 20
     save_tiny_model(tmp_path / "model")
     rows = [short, short, short, long, "of"]
-    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": text} for text in rows)))
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"body": text, "text": "no"} for text in rows)))
     arguments = ["prepare", str(tmp_path / "out"), "a.jsonl", "--root", str(tmp_path), "--workers", "1"]
+    arguments += ["--text-field", "body"]
     arguments += ["--tokenizer", str(tmp_path / "model"), "--shard-size", "0.0004"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
