@@ -1,7 +1,7 @@
 """Tests of the Triton kernels in Triton's interpreter; `test_triton24.py` runs this file with TRITON_INTERPRET=1."""
 
 import itertools
-import logging
+from typing import Any
 
 import pytest
 import torch
@@ -167,8 +167,15 @@ def test_a_weight_larger_than_the_workspace_is_decoded_in_blocks(monkeypatch: py
         assert_rounded_once(found, slow_product(x, values, meta, each), scale_of(x, values, meta, each))
 
 
-def test_linear24_uses_the_kernels_for_any_shape_of_x(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_linear24_uses_the_kernels_for_any_shape_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[int, ...]] = []
+    by_kernels = dispatch.linear
+
+    def product(x: Tensor, *others: Any) -> Tensor:
+        used.append(tuple(x.shape))
+        return by_kernels(x, *others)
+
+    monkeypatch.setattr(dispatch, "linear", product)
     values, meta = weight24(20, 64, torch.bfloat16)
     for shape in ((64,), (2, 5, 64), (257, 64)):
         x = torch.randn(*shape).to(torch.bfloat16)
@@ -185,6 +192,7 @@ def test_linear24_uses_the_kernels_for_any_shape_of_x(caplog: pytest.LogCaptureF
             linear24(x, values, meta), slow_product(x, values, meta, None), scale_of(x, values, meta, None)
         )
     assert torch.equal(torch.ops.ast_sparse.linear24(strided, values, meta, None), linear24(strided, values, meta))
+    assert used == [(64,), (2, 5, 64), (257, 64), *[(6, 64)] * 4]
 
 
 def test_what_the_kernels_cannot_do_is_left_to_the_plain_way() -> None:

@@ -115,6 +115,33 @@ def test_while_a_graph_is_captured_nothing_is_measured(monkeypatch: pytest.Monke
         assert dispatch._chosen(x, 32, 128, ways) == chosen
 
 
+def test_fixed_takes_the_first_way_and_auto_measures_each_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(dtype: torch.dtype = torch.float16, columns: int = 64) -> Any:
+        return SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=dtype, shape=(100, columns))
+
+    measured: list[Any] = []
+    milliseconds = iter([2.0, 1.0, *[1.0, 2.0] * 4])  # of the first product, and of those after it
+
+    def bench(way: Any, **_: Any) -> float:
+        measured.append(way)
+        return next(milliseconds)
+
+    ways = {name: lambda: torch.zeros(1) for name in ("tiles", "decoded")}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(fastest, "do_bench", bench)
+    monkeypatch.setattr(fastest, "_chosen", {(product().device, torch.float16, 32, 64, 128): "decoded"})
+    monkeypatch.setenv("AST_SPARSE_GPU", "fixed")
+    assert dispatch._chosen(product(), 32, 128, ways) == "tiles" and not measured
+    monkeypatch.setattr(fastest, "_chosen", {})
+    monkeypatch.setenv("AST_SPARSE_GPU", "auto")
+    assert [dispatch._chosen(product(), 32, 128, ways) for _ in range(2)] == ["decoded"] * 2
+    assert len(measured) == 2  # each way once
+    others = [(product(torch.bfloat16), 32, 128), (product(columns=128), 32, 128), (product(), 64, 128)]
+    for x, rows, most in [*others, (product(), 32, 256)]:
+        assert dispatch._chosen(x, rows, most, ways) == "tiles"
+    assert len(measured) == 10
+
+
 def test_semi_structured_products_are_tried_where_pytorch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(rows: int = 64, columns: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: int = 0) -> list[str]:
         return prefill.semi_structured(rows, columns, dtype, torch.device("cuda", gpu))

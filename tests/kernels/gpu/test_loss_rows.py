@@ -80,9 +80,13 @@ def test_a_kernel_that_fails_is_named_in_one_line_and_not_used(
 def test_a_kernel_with_wrong_results_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that the kernel would be used on the CPU
     monkeypatch.setattr(loss_rows, "loss_rows", lambda student, teacher, labels, losses, grads, **_: losses.zero_())
     loss_rows.fault.cache_clear()
     try:
+        assert not loss_rows.takes(torch.randn(1, 8), None, torch.tensor([1]))
         assert loss_rows.fault(torch.device("cpu")) == "the kernel returns wrong results."
     finally:
         loss_rows.fault.cache_clear()
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and record.message.endswith("the kernel returns wrong results.")
