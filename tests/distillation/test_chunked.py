@@ -8,7 +8,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation import chunked
 from ast_sparse.distillation.chunked import chunked_distillation_loss
 from ast_sparse.distillation.logits import distillation_loss
-from tests.distillation.loss_cases import HIDDEN, VOCAB, Case, check, logits
+from tests.distillation.loss_cases import HIDDEN, TEACHER_HIDDEN, VOCAB, Case, check, logits
 from tests.distillation.plain_losses import CONFIGS, plain_loss
 
 
@@ -42,14 +42,29 @@ def test_float32_to_rounding(config: DistillationConfig | None) -> None:
     check(Case(torch.float32), config, 2e-5)
 
 
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Dtypes of the matrices that are multiplied, by the columns of the left and of the right one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[tuple[int, int], set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            left, right = args[-2:]
+            self.dtypes.setdefault((left.shape[1], right.shape[1]), set()).update((left.dtype, right.dtype))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_multiplies_in_its_dtype_and_keeps_gradients_in_float32(
     config: DistillationConfig | None, dtype: torch.dtype
 ) -> None:
     case = Case(torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", dtype), Products() as products:
         loss = case.loss(config)
+    assert products.dtypes[HIDDEN, VOCAB] == {dtype}
     grads = torch.autograd.grad(loss, case.inputs())
     expected, expected_grads = case.plain(config)
     assert loss.dtype == torch.float32 and all(grad.dtype == torch.float32 for grad in grads)
@@ -63,6 +78,10 @@ def test_a_teacher_in_bf16_multiplies_in_bf16() -> None:
     case.teacher_head.linear.bfloat16()
     case.teacher_hidden = case.teacher_hidden.bfloat16()
     check(case, DistillationConfig(alpha=0.67), 2e-2)
+    with Products() as products:
+        case.loss(DistillationConfig(alpha=0.67))
+    assert products.dtypes[TEACHER_HIDDEN, VOCAB] == {torch.bfloat16}
+    assert products.dtypes[HIDDEN, VOCAB] == {torch.float32}
 
 
 def test_a_head_tied_to_the_embedding_adds_to_its_gradient() -> None:

@@ -1,7 +1,10 @@
 """Which level a process uses, what a user reads if it cannot be had, and whose threads it runs in."""
 
+import ctypes
 import logging
 import os
+import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +39,30 @@ def test_auto_takes_the_best_level_and_a_name_takes_that_one(monkeypatch: pytest
     for level in levels:
         named = kernels(monkeypatch, level)
         assert named is not None and named.level == level
+
+
+def test_the_levels_of_this_cpu_are_those_whose_features_linux_lists() -> None:
+    """A level that is missing here would take its tests with it."""
+    if sys.platform != "linux":
+        return
+    flags = set(re.findall(r"^(?:flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
+    avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
+    bf16 = avx512 | {"avx512vbmi", "avx512_vbmi2", "avx512_bf16"}
+    needs = {
+        "amx_bf16": bf16 | {"amx_tile", "amx_bf16"}, "avx512_bf16": bf16, "avx512": avx512,
+        "avx2": {"avx2", "fma", "f16c"}, "neon": {"asimd"},
+    }  # fmt: skip
+    expected = [level for level, features in needs.items() if features <= flags]
+    compiled = library._names(library._library())  # an old assembler does not know AMX
+    if "amx_bf16" not in compiled or not linux_gives_the_tiles():
+        expected = [level for level in expected if level != "amx_bf16"]
+    assert library.usable_levels() == expected
+
+
+def linux_gives_the_tiles() -> bool:
+    """Whether a process may use the tiles of AMX, which some virtual machines list and refuse."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return platform.machine() == "x86_64" and not ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
 
 
 def test_plain_takes_none_and_does_not_look_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
