@@ -33,6 +33,7 @@ from ast_sparse.training.fsdp import without_weights
 from ast_sparse.training.resume.fingerprints import weights_fingerprint
 from ast_sparse.training.sharding import allocate_pieces, shard_student
 from tests.distributed import stage_facts
+from tests.distributed.block_settings import block_settings
 from tests.models import tiny_config, tiny_model
 
 RANKS = 3  # 32, 48 and 16 rows: no layer can be split evenly
@@ -357,7 +358,7 @@ def main(out: Path) -> None:
         if name == "moving":
             run.add_callback(fit)
         run.train()
-        facts[name] = {**found(run), "calls with logits": [logits.calls, logits.made]}
+        facts[name] = {**found(run), **block_settings(run.student), "calls with logits": [logits.calls, logits.made]}
         if name == "moving":
             facts["masks fit"] = fit.fits
             run.save_model()

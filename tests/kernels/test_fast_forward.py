@@ -13,7 +13,7 @@ from ast_sparse.kernels.cpu import onednn
 from ast_sparse.kernels.fast_forward import fast_forward, fast_step, is_used
 from ast_sparse.kernels.recompute import Recomputation
 from tests.models import tiny_model
-from tests.training.small_runs import trainer, weights
+from tests.training.small_runs import count_passes, trainer, weights
 
 
 def test_fused_gelus_equal_those_of_transformers_in_float64() -> None:
@@ -41,16 +41,18 @@ def test_only_the_input_is_kept_for_the_backward_pass() -> None:
 
 
 def test_activation_checkpointing_changes_nothing_with_fast_forward(tmp_path: Path) -> None:
-    results = []
+    results, passes = [], []
     for checkpointing in (False, True):
         model = tiny_model("gpt2")
         run = trainer(
             tmp_path / str(checkpointing), model, args=dict(gradient_checkpointing=checkpointing, max_steps=2)
         )
+        passes.append(count_passes(run.model))
         run.train()
         results.append(weights(run.model))
         assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert len(passes[1]) - len(passes[0]) == 2  # another one in each step
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

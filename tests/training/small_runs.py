@@ -9,6 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
+from ast_sparse.sparsity.select import decoder_blocks
 from tests.models import VOCAB, tiny_model
 
 
@@ -39,6 +40,14 @@ def trainer(folder: Path, model: Any = None, sparsity: SparsityConfig | None = N
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def count_passes(model: torch.nn.Module) -> list[int]:
+    """Grows by an item at each forward pass of the first decoder block, which activation checkpointing repeats."""
+    passes: list[int] = []
+    block = next(iter(decoder_blocks(model).values()))
+    block.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
 
 
 def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:

@@ -12,7 +12,7 @@ from ast_sparse import CalibrationConfig, SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.statistics import InputRecorder
 from tests.models import tiny_model
-from tests.training.small_runs import blocks, trainer, weights
+from tests.training.small_runs import blocks, count_passes, trainer, weights
 
 CALIBRATION = CalibrationConfig(samples=4)
 
@@ -104,13 +104,15 @@ def test_rows_of_different_length_and_streams_cannot_be_calibrated_on(tmp_path: 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_activation_checkpointing_changes_no_mask_by_activations(tmp_path: Path, criterion: str) -> None:
-    ends = []
+    ends, passes = [], []
     for checkpointing in (False, True):
         sparsity = SparsityConfig(criterion=criterion, mask_interval=2, mask_decay=1e-2)
         run = trainer(tmp_path, None, sparsity, args={"gradient_checkpointing": checkpointing})
+        passes.append(count_passes(run.model))
         run.train()
         ends.append({name: layer.mask.clone() for name, layer in sparse_layers(run.model).items()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert len(passes[1]) - len(passes[0]) == 6  # another one in each step
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])

@@ -17,7 +17,7 @@ from ast_sparse.planning.plan import make_plan
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.checks.features import check_feature_settings
 from tests.models import VOCAB, save_tiny_model, tiny_config, tiny_model
-from tests.training.small_runs import arguments, blocks, trainer, weights
+from tests.training.small_runs import arguments, blocks, count_passes, trainer, weights
 
 KINDS = ("tinybert", "mobilebert", "squarehead")
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}
@@ -141,15 +141,17 @@ def test_accumulation_of_unequal_batches_equals_one_large_batch(tmp_path: Path, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", BLOCKS)
 def test_activation_checkpointing_changes_nothing(tmp_path: Path, family: str, kind: str) -> None:
-    results = []
+    results, passes = [], []
     for checkpointing in (False, True):
         run = trainer(
             tmp_path / str(checkpointing), tiny_model(family), distillation_config=config(kind),
             args=dict(gradient_checkpointing=checkpointing, max_steps=3),
         )  # fmt: skip
+        passes.append(count_passes(run.model))
         run.train()
         results.append(weights(run.model))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert len(passes[1]) - len(passes[0]) == 3  # another one in each step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,7 +161,7 @@ def test_bf16_autocast_starts_from_the_loss_of_float32(tmp_path: Path, kind: str
         run = trainer(tmp_path / str(bf16), distillation_config=config(kind), args=dict(bf16=bf16, max_steps=2))
         run.train()
         losses.append(run.state.log_history[0]["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and losses[1] != losses[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.callbacks.sparsity import sparse_optimizer
 from tests.models import FAMILIES, VOCAB, generated_text, tiny_model, tiny_tokenizer
-from tests.training.small_runs import blocks, trainer, weights
+from tests.training.small_runs import blocks, count_passes, trainer, weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,12 +153,14 @@ def test_accumulation_of_unequal_batches_equals_one_large_batch(tmp_path: Path) 
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    results = []
+    results, passes = [], []
     for checkpointing in (False, True):
         run = trainer(tmp_path / str(checkpointing), args=dict(gradient_checkpointing=checkpointing))
+        passes.append(count_passes(run.model))
         run.train()
         results.append(weights(run.model))
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+    assert len(passes[1]) - len(passes[0]) == 6  # another one in each step
 
 
 def test_bf16_autocast_keeps_float32_masters_and_a_bf16_teacher(tmp_path: Path) -> None:
