@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -66,6 +67,8 @@ def test_three_uneven_pieces_train_as_one_process(facts: list[dict[str, Any]], t
         assert rank[name]["sparsities"] == pytest.approx(expected["sparsities"], abs=1e-12)
         calls, made = rank[name]["calls with logits"]
         assert calls >= len(expected["losses"]) and made == 0  # the loss is that of hidden states
+        assert rank[name]["recomputed"] == (name in ("recomputed", "sharded first"))
+        assert rank[name]["gathered again"] == (name != "moving")
     assert facts[0][name]["masks"] == expected["masks"]
     assert (max(expected["sparsities"], default=None) == 0.5) == (name == "gmp")
 
@@ -196,8 +199,9 @@ def test_a_damaged_sharded_checkpoint_runs_no_code_and_the_one_before_is_used(
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end_and_a_model_is_evaluated_before_it_trains(
-    facts: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    facts: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     expected = best(make(tmp_path, SparsityConfig(mask_interval=0), 1, **BEST))
     assert "missing keys" not in caplog.text  # for a tied head
     assert expected["best"][0] == "checkpoint-4" and expected["before and after"][1] == expected["best"][1]

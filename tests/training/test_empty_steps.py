@@ -60,11 +60,12 @@ def same(one: Any, two: Any) -> bool:
     return all(same(a, b) for a, b in zip(one, two, strict=True)) if isinstance(one, tuple | list) else one == two
 
 
-def test_a_step_without_a_counted_token_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_without_a_counted_token_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, states = run_of(tmp_path, [False, True, False, True, True, False])
-    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     run.train()
-    logging.getLogger("transformers").propagate = False
     assert [same(*states.states[step : step + 2]) for step in range(5)] == [True, False, True, True, False]
     log = run.state.log_history
     by_step = {row["step"]: row for row in log if "learning_rate" in row}

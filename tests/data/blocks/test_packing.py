@@ -68,10 +68,12 @@ def test_leftover_tokens_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert f"the last {len(stream(documents(5))) % 16:,} tokens do not fill a block" in caplog.text
 
 
-def test_no_warning_about_the_length_of_a_document(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_about_the_length_of_a_document(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.model_max_length = 8
-    logging.getLogger("transformers").propagate = True
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         tokenise_documents(Dataset.from_dict({"text": documents(2, 9)}), tokenizer, "text", "x")
     assert "longer than the specified maximum" not in caplog.text
