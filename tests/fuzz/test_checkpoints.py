@@ -154,9 +154,7 @@ def not_at_all(rng: random.Random, folder: Path) -> str:
     return "nothing"
 
 
-def check_plugin(
-    whole: dict[tuple[str, str], Whole], seed: int, tmp_path: Path, damage: Damage = mutate_folder
-) -> str:
+def check_plugin(whole: dict[tuple[str, str], Whole], seed: int, tmp_path: Path, damage: Damage = mutate_folder) -> str:
     """One damaged compressed export, read by transformers alone: its errors are its own, its weights are ours."""
     rng = random.Random(-seed)
     origin = whole["compressed", rng.choice(["llama", "gpt2"])]
