@@ -92,10 +92,10 @@ def remove_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path, files: Iterable[Path]) -> None:
-    """Compare safetensors files, whose headers are intact, with the checksums beside them, if there are any.
+    """Compare safetensors files with the checksums beside them, if there are any.
 
     Raises:
-        UserError: a tensor differs, is missing or was added; or the checksums cannot be read.
+        UserError: a tensor differs, is missing or was added; or the checksums or a header cannot be read.
     """
     if found := stretch_faults(folder, tensor_stretches(folder, files)):
         raise UserError(f"{found[0]}.")
@@ -146,18 +146,20 @@ def _tensor_sums(file: Path) -> dict[str, str]:
 
 def _places(file: Path) -> dict[str, tuple[int, int, int]]:
     """First and last byte of each tensor of a safetensors file, and the CRC-32 of its dtype and shape."""
+    places = {}
     try:
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
             header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            seed = zlib.crc32(f"{entry['dtype']} {entry['shape']}".encode())
+            places[name] = (8 + length + begin, 8 + length + end, seed)
     except OSError as error:
         raise _unreadable(file, error) from error
-    header.pop("__metadata__", None)
-    start, places = 8 + length, {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        seed = zlib.crc32(f"{entry['dtype']} {entry['shape']}".encode())
-        places[name] = (start + begin, start + end, seed)
+    except (LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
+        raise UserError(f"`{file}` is damaged: its header cannot be read. Copy or write it again.") from error
     return places
 
 

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig
 from ast_sparse.sparsity.select import decoder_blocks
@@ -43,10 +44,14 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def count_passes(model: torch.nn.Module) -> list[int]:
-    """Grows by an item at each forward pass of the first decoder block, which activation checkpointing repeats."""
+    """Grows by an item at each forward pass of the first decoder block, which activation checkpointing repeats.
+
+    It may repeat the block's `forward` without its hooks, so a layer inside is watched.
+    """
     passes: list[int] = []
     block = next(iter(decoder_blocks(model).values()))
-    block.register_forward_pre_hook(lambda *_: passes.append(1))
+    layer = next(module for module in block.modules() if isinstance(module, torch.nn.Linear | Conv1D))
+    layer.register_forward_pre_hook(lambda *_: passes.append(1))
     return passes
 
 
