@@ -41,7 +41,8 @@ def main() -> None:
 @click.option("--streaming", is_flag=True, help="Read hub data sets over the network instead of downloading them.")
 @click.option(
     "--workers", type=click.IntRange(1), metavar="N",
-    help="Number of processes that tokenise. Default: the number of cores; 1: no other processes are started.",
+    help="Number of processes that tokenise. Default: one for each core that this process may use; 1: no other "
+    "processes are started.",
 )  # fmt: skip
 @click.option(
     "--shard-size", type=click.FloatRange(0, min_open=True), default=64, show_default=True, metavar="MILLIONS",

@@ -104,7 +104,7 @@ class _Settings(TaskSettings):
     "--bos", type=click.Choice(BOS_CHOICES), default="auto", show_default=True,
     help="Where BOS is put. none: nowhere; document: before each document (before the whole text if documents are "
     "joined); window or block: before each window, counted in its length. auto: as the tokenizer does, the published "
-    "protocol. BOS is never predicted. Gemma needs window.",
+    "protocol. BOS is never predicted. Gemma needs window. Prompts of --report get BOS unless this says none.",
 )  # fmt: skip
 @click.option(
     "--limit", type=click.IntRange(min=1),

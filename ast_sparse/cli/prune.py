@@ -206,7 +206,7 @@ def _check_usage(context: click.Context, chosen: OneShotMethod, basis: BasisConf
     recovers = context.params["recovery_epochs"] > 0
     needs: dict[str, tuple[bool, tuple[str, ...]]] = {
         f"{of_text} or --permute": (chosen.needs_text or basis.is_on, _TEXT_OPTIONS),
-        f"{of_hessian} or --permute": (chosen.needs_hessian or basis.is_on, ("damping",)),
+        f"{of_hessian} or --rotation-steps": (chosen.needs_hessian or basis.rotation_steps > 0, ("damping",)),
         of_hessian: (chosen.needs_hessian, ("block_size",)),
         "--recovery-epochs": (recovers, ("recovery_learning_rate", "recovery_batch_size")),
     }

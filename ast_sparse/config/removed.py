@@ -68,7 +68,8 @@ REMOVED: dict[str, tuple[tuple[str, ...], str]] = {
     "xpu_backend": (("training.ddp_backend",), "Write ddp_backend: {value}."),
     "torchdynamo": (("training.torch_compile_backend",), "Write torch_compile_backend: {value}."),
     "split_batches": (
-        ("training.per_device_train_batch_size",), "Remove it; per_device_train_batch_size is that of one process.",
+        ("training.per_device_train_batch_size",),
+        "Remove it; per_device_train_batch_size is the batch of one process.",
     ),
     "dispatch_batches": (("training.accelerator_config",), "Write accelerator_config: {{dispatch_batches: {value}}}."),
     # of TRL's SFTConfig

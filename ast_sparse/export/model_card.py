@@ -320,6 +320,7 @@ def _prune_options(one_shot: Mapping[str, Any]) -> str:
             options += f" --{key.replace('_', '-')} {shlex.quote(shareable(str(each)))}"
     options += " --permute" if basis.get("permute") else ""
     options += f" --rotation-steps {basis['rotation_steps']}" if basis.get("rotation_steps") else ""
+    options += " --keep-zeros" if calibration.get("keep_zeros") else ""
     if calibration.get("recovery_epochs"):
         options += f" --recovery-epochs {calibration['recovery_epochs']}"
         options += f" --recovery-learning-rate {calibration['recovery_learning_rate']:g}"

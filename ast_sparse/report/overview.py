@@ -39,7 +39,7 @@ class Protocol(NamedTuple):
         text = f"{self.text}, {self.windows:,} × {self.seq_len:,} of {self.total_tokens:,} tokens"
         text += f", stride {self.stride:,}" if self.stride is not None else ""
         text += f", join {self.join}" if self.join not in (None, "blank-line") else ""
-        return text + (", BOS in every window" if self.bos == "window" else "")
+        return text + {"document": ", BOS first", "window": ", BOS in every window"}.get(str(self.bos), "")
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ast_sparse.errors import UserError, shown
-from ast_sparse.storage.files import read_json, weight_files, write_json
+from ast_sparse.storage.files import read_json, tensor_shapes, weight_files, write_json
 
 CHECKSUMS_NAME = "checksums.json"
 
@@ -110,6 +110,7 @@ def tensor_stretches(folder: Path, files: Iterable[Path]) -> list[Stretch]:
     fix = f"Copy or write the folder again; if the weights were changed on purpose, remove {CHECKSUMS_NAME}."
     found: dict[str, Stretch] = {}
     for file in files:
+        tensor_shapes(file)  # checks the header: transformers loads a file before we have looked at it
         for name, (begin, end, seed) in _places(file).items():
             if name not in expected:
                 raise UserError(f"`{file}` holds `{name}`, which {CHECKSUMS_NAME} does not list. {fix}")
@@ -146,20 +147,18 @@ def _tensor_sums(file: Path) -> dict[str, str]:
 
 def _places(file: Path) -> dict[str, tuple[int, int, int]]:
     """First and last byte of each tensor of a safetensors file, and the CRC-32 of its dtype and shape."""
-    places = {}
     try:
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            seed = zlib.crc32(f"{entry['dtype']} {entry['shape']}".encode())
-            places[name] = (8 + length + begin, 8 + length + end, seed)
     except OSError as error:
         raise _unreadable(file, error) from error
-    except (LookupError, TypeError, ValueError, AttributeError, struct.error) as error:
-        raise UserError(f"`{file}` is damaged: its header cannot be read. Copy or write it again.") from error
+    header.pop("__metadata__", None)
+    start, places = 8 + length, {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        seed = zlib.crc32(f"{entry['dtype']} {entry['shape']}".encode())
+        places[name] = (start + begin, start + end, seed)
     return places
 
 

@@ -198,9 +198,10 @@ def _load_weights(
     info: dict[str, Any] = loaded[1]
     unused = sorted(key for key in info["unexpected_keys"] if not files.is_sparse_key(key, masked))
     if unused and place.folder is None and files.sparse_keys([*unused, *model.state_dict()])[0]:
+        of = f" --revision {arguments['revision']}" if arguments.get("revision") is not None else ""
         raise UserError(
             f"`{place.name}` is a checkpoint of a run, whose masks are read from a folder only. Download it, and give "
-            f"the folder: hf download {place.name} --local-dir FOLDER"
+            f"the folder: hf download {place.name}{of} --local-dir FOLDER"
         )
     if unused and place.folder is None and getattr(config, "quantization_config", None) is None:
         check_leftovers(unused, model, place.name)  # the files of a local folder are checked above

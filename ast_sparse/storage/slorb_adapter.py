@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.storage.checksums import CHECKSUMS_NAME, check_checksums, write_checksums
@@ -28,6 +29,8 @@ from ast_sparse.storage.files import (
 )
 from ast_sparse.storage.locate import Place, named_errors
 from ast_sparse.storage.sparsity_record import has_adapter
+
+logger = logging.get_logger(__name__)
 
 _PREFIX = "base_model.model."
 _WEIGHTS_NAME = "adapter_model.safetensors"
@@ -139,7 +142,15 @@ def _from_hub(place: Place, name: str, revision: str | None, is_needed: bool = F
     raised = {f"_raise_exceptions_for_{case}": is_needed for case in cases}
     with named_errors("SLoRB adapter", place):
         found = cached_file(place.name, name, revision=revision, **raised)
-    return None if found is None else Path(found)
+    if found is not None:
+        return Path(found)
+    is_known = try_to_load_from_cache(place.name, name, revision=revision) is _CACHED_NO_EXIST
+    if not is_known and not constants.HF_HUB_OFFLINE:  # a request failed: the hub did not say that there is none
+        logger.warning(
+            f"`{place.name}`: the hub was asked for {name} without success. If the model has SLoRB, it is not used: "
+            "try again later."
+        )
+    return None
 
 
 def read_adapter(folder: Path) -> SlorbPairs:

@@ -1,7 +1,8 @@
 """The loss over held-out rows, each counted once, on any number of processes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,13 +102,24 @@ class EvaluationTrainer(CheckpointTrainer):
     _held_out_tokens: Mapping[str, float] = {}  # of the evaluations so far, by their prefix
     _needs_logits = True  # if outputs are returned
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in Trainer; `dataloader_drop_last` is for training alone, since every held-out row counts."""
+    @contextmanager
+    def _all_rows(self) -> Iterator[None]:
+        """`dataloader_drop_last` is for training alone, since every held-out row counts."""
         drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drops_last
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in Trainer, but no row is dropped."""
+        with self._all_rows():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As in Trainer, but no row is dropped."""
+        with self._all_rows():
+            return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(
         self,

@@ -384,7 +384,7 @@ class SparseTrainer(EvaluationTrainer):
         return "eager" if any_rank(choice == "eager", self.args.device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with perplexities, speed and memory beside each training loss, and FLOPs at the end."""
+        """As in Trainer, with a perplexity for each evaluation loss, speed for each training loss, FLOPs at the end."""
         if "loss" in logs:
             logs.update(self._speed.log_values(self.args) | self.watch.log_values() | self._domain_losses.log_values())
             self.watch.correct_loss(logs)

@@ -57,8 +57,8 @@ def measure(settings: Settings) -> Iterator[Result]:
 
 
 def processes(settings: Settings) -> int:
-    """As many as there are cores; one in a quick call, because each takes seconds to start."""
-    return 1 if settings.quick else os.cpu_count() or 1
+    """As many as there are cores for this process; one in a quick call, because each takes seconds to start."""
+    return 1 if settings.quick else len(os.sched_getaffinity(0))
 
 
 def write_model(folder: Path, vocab_size: int) -> None:

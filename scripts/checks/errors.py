@@ -59,8 +59,9 @@ def main(arguments: list[str]) -> int:
         notes = args.notes or Path(folder) / "notes"
         notes.mkdir(exist_ok=True)
         commit, made_at = notes / "commit", provenance()["commit"]
-        if commit.exists() and commit.read_text() != made_at:
-            parser.error(f"--notes {notes} is of commit {commit.read_text()}, with other lines. Name another one.")
+        before = commit.read_text() if commit.exists() else "another commit" if any(notes.iterdir()) else made_at
+        if before != made_at or (commit.exists() and made_at.endswith("+changes")):  # which may be other changes
+            parser.error(f"--notes {notes} is of {before}, and lines may have moved. Name another one.")
         commit.write_text(made_at)
         (Path(folder) / "sitecustomize.py").write_text(HOOK)
         failed = [tests for tests in args.tests or parts() if not run(tests, Path(folder), notes)]

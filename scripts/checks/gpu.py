@@ -190,7 +190,7 @@ def lines_of(check: Check, bench: Any) -> Iterator[dict[str, Any]]:
 
     started, seconds = time.monotonic(), bench.pick(check.seconds, 10 * check.seconds)
     limit = started + seconds
-    own = replace(bench, deadline=min(started + OWN_SHARE * seconds, bench.deadline))
+    own = replace(bench, deadline=started + OWN_SHARE * (min(limit, bench.deadline) - started))
     # a training step takes seconds in Triton's interpreter
     plain = {"AST_SPARSE_GPU": "plain"} if bench.is_dry and check.needs == TRAINING else {}
     child = Child(bench.method, _lines, check, own, environment=plain)

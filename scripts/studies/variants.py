@@ -132,7 +132,7 @@ def _prune_command(config: RunConfig, folder: Path) -> list[str]:
             "samples": settings.samples, "seq-len": settings.seq_len or config.data.block_size, "seed": settings.seed,
             "text-field": config.data.text_field, "bos": config.data.bos,
         }  # fmt: skip
-    if method.needs_hessian or changes:
+    if method.needs_hessian or (config.basis is not None and config.basis.rotation_steps):
         options["damping"] = settings.damping
     if method.needs_hessian:
         options["block-size"] = settings.block_size

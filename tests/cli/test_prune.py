@@ -221,6 +221,10 @@ ERRORS = {
         ("--method", "magnitude", "--calibration", "typo.jsonl"),
         "--calibration (typo.jsonl) has no effect without --method wanda or --method sparsegpt or --permute. Add",
     ),
+    "no-rotation": (
+        ("--method", "wanda", "--permute", "--damping", "0.1"),
+        "--damping (0.1) has no effect without --method sparsegpt or --rotation-steps. Add",
+    ),
     "no-hessian": (("--method", "wanda", "--block-size", "8"), "--block-size (8) has no effect without --method spars"),
     "no-recovery": (
         ("--method", "wanda", "--recovery-batch-size", "8"),

@@ -199,13 +199,16 @@ def test_other_weights_do_not_get_the_card_of_an_export(folder: Path, tmp_path: 
 
 
 def test_the_command_that_pruned_a_model_has_all_options_that_chose_weights(tmp_path: Path) -> None:
-    made = {"method": "wanda", "include": ["*.q_proj", "up"], "revision": "v1", "gguf_file": "m.gguf"}
+    made = {
+        "method": "wanda", "include": ["*.q_proj", "up"], "revision": "v1", "gguf_file": "m.gguf",
+        "calibration": {"keep_zeros": True},
+    }  # fmt: skip
     export_model(sparse_model(), tmp_path / "out", record={"base_model": "tiny", "one_shot": made})
     expected = "ast-prune tiny OUT --method wanda --pattern 2:4 --dtype bfloat16 --revision v1 --gguf-file m.gguf"
-    assert f"{expected} --include '*.q_proj' --include up\n" in card(tmp_path / "out")
+    assert f"{expected} --include '*.q_proj' --include up --keep-zeros\n" in card(tmp_path / "out")
     export_model(tmp_path / "out", tmp_path / "again", "dense", dtype="float32")
     command = expected.replace(" --dtype bfloat16", "")
-    assert f"{command} --include '*.q_proj' --include up\nast-export out OUT" in card(tmp_path / "again")
+    assert f"{command} --include '*.q_proj' --include up --keep-zeros\nast-export out OUT" in card(tmp_path / "again")
 
 
 def test_a_folder_without_a_record_keeps_what_its_card_says(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerState
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
 from ast_sparse.errors import UserError
+from ast_sparse.training.resume.best import find_best
 from ast_sparse.training.resume.checkpoints import faults
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_model
 from tests.processes import Started, run_command
@@ -202,6 +203,16 @@ def test_a_run_that_is_resumed_under_another_path_keeps_its_best_checkpoint(
     again = with_best(tmp_path / "out", resume=True, **settings)
     assert again.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{first.state.best_global_step}")
     assert same_weights(again, first)
+
+
+def test_the_best_checkpoint_of_a_moved_run_is_not_that_of_the_best_loss(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    written = TrainerState(best_model_checkpoint="/elsewhere/checkpoint-2", best_global_step=3)
+    written.save_to_json(str(tmp_path / "checkpoint-4" / "trainer_state.json"))
+    state = TrainerState(best_global_step=3)  # as Trainer leaves it if the path leads nowhere
+    find_best(state, tmp_path / "checkpoint-4")
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
 
 
 def test_a_mixture_of_experts_resumes_with_its_experts(tmp_path: Path) -> None:

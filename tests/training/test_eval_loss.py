@@ -60,6 +60,8 @@ def test_rows_of_few_labels_count_by_their_tokens(tmp_path: Path, has_domains: b
     counted = labels[:, 1:] != -100
     expected = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[counted].mean().item()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    if not has_domains:
+        assert run.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_early_stopping_gets_the_loss_over_all_parts(tmp_path: Path) -> None:

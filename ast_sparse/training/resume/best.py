@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ast_sparse.errors import UserError
 from ast_sparse.storage.files import INDEX_NAME, WEIGHTS_NAME
@@ -13,15 +13,16 @@ from ast_sparse.storage.sharded import is_sharded_checkpoint
 def find_best(state: TrainerState, checkpoint: Path) -> None:
     """Let a state name its best checkpoint beside the one that it was read from, if it is there.
 
-    The state has the path as the run wrote it: that of a folder which was moved since, or one from another working
-    directory. Trainer forgets a best checkpoint that is not there.
+    The file has the path as the run wrote it: that of a folder which was moved since, or one from another working
+    directory. Trainer forgets a best checkpoint that is not there, so the state may name none any more.
 
     Args:
         state: changed in place.
+        checkpoint: the folder that it was read from.
     """
-    named = state.best_model_checkpoint or f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-    best = checkpoint.parent / Path(named).name
-    if best.is_dir():
+    named = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+    best = None if named is None else checkpoint.parent / Path(named).name
+    if best is not None and best.is_dir():
         state.best_model_checkpoint = str(best)
 
 
