@@ -18,6 +18,7 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tqdm.auto  # noqa: E402, F401  # which reads its own variables once: the commands set TQDM_DELAY
 
 torch.set_num_threads(1)
 
