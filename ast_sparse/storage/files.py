@@ -162,7 +162,13 @@ def tensor_shapes(file: Path) -> dict[str, tuple[str, list[int]]]:
                 raise ValueError(f"{shown(odd)} is not a tensor name")
             return {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    is_missing = isinstance(error, FileNotFoundError)
+    reason = "cannot be read: No such file or directory" if is_missing else f"is damaged: {error}"
+    return UserError(f"`{file}` {reason}. Copy or write the checkpoint again.")
 
 
 _ITEM_BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
@@ -182,7 +188,7 @@ def read_tensors(files: Iterable[Path], wanted: Callable[[str], bool]) -> dict[s
             with safe_open(file, framework="pt") as tensors:
                 found.update({name: tensors.get_tensor(name) for name in tensors.keys() if wanted(name)})  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"`{file}` is damaged: {error}. Copy or write the checkpoint again.") from error
+            raise _unreadable(file, error) from error
     return found
 
 
