@@ -13,8 +13,10 @@ from ast_sparse.errors import UserError
 from ast_sparse.export.export import export_model
 from ast_sparse.export.quantizer import AstSparse24Config
 from ast_sparse.sparsity.model import sparse_layers, sparsify_model
+from ast_sparse.storage import slorb_adapter
 from ast_sparse.storage.files import read_json, write_json
 from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.locate import Place
 from ast_sparse.storage.slorb_adapter import read_adapter, write_adapter
 from tests.export.sparse_models import change_tensors, sparse_model, token_ids
 from tests.families import family_model
@@ -122,3 +124,15 @@ def test_an_adapter_that_peft_does_not_place_is_refused(tmp_path: Path, monkeypa
     export_model(model, tmp_path / "out")
     with pytest.raises(UserError, match=r"PEFT does not load the pair of `model\.layers\.0\.mlp\.\w+`"):
         load_causal_lm(tmp_path / "out")
+
+
+def test_a_hub_that_does_not_say_whether_there_is_an_adapter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(slorb_adapter, "cached_file", lambda *_, **__: None)  # what it returns for a failed request
+    monkeypatch.setattr(slorb_adapter.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(slorb_adapter.logger, "warning", said.append)
+    assert slorb_adapter.adapter_home(Place.find("org/tiny", None), None) is None
+    assert len(said) == 1 and "`org/tiny`: the hub was asked for sparsity_config.json without success" in said[0]
+    monkeypatch.setattr(slorb_adapter, "try_to_load_from_cache", lambda *_, **__: slorb_adapter._CACHED_NO_EXIST)
+    assert slorb_adapter.adapter_home(Place.find("org/tiny", None), None) is None
+    assert len(said) == 1  # the hub has said no before
