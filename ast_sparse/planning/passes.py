@@ -26,10 +26,10 @@ from ast_sparse.distillation.head import OutputHead
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
 from ast_sparse.planning.setup import Setup
-from ast_sparse.planning.sizes import shares_head
 from ast_sparse.sparsity.layers import SparseLayer
 from ast_sparse.sparsity.masked_copy import MaskedCopy
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
+from ast_sparse.storage.tied import is_tied
 from ast_sparse.training.losses import MicroBatchLoss
 
 # The student in a pass: `whole` makes masked copies of its weights; `kept` has them from the step's first pass on;
@@ -141,7 +141,7 @@ class Passes:
             live.ignore([] if model is None else [*model.parameters(), *model.buffers()])
         student.train(train)
         passing = {p for p in student.parameters() if p.requires_grad} if drops else set()
-        if sharded and shares_head(student):  # FSDP2 reduces it when the pass ends
+        if sharded and is_tied(student):  # FSDP2 reduces it when the pass ends
             passing.discard(student.get_input_embeddings().weight)
         # fast_forward comes before the fake mode: it runs modules to see what they compute, which needs data
         with _checkpointing(student, checkpointed), \

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 from ast_sparse.sparsity.slorb import SLoRB
+from ast_sparse.storage.tied import is_tied
 
 MOMENTS_8BIT = 2 + 8 / 256  # both moments of a masked weight: two bytes, and two scales for 256 of them
 MASK_BYTES = 1.125  # of a masked weight: a bool, and a bit of the first mask
@@ -79,7 +80,7 @@ class Sizes:
         plain = [p.numel() for p in trained if p not in masked]
         weights = _count(model.parameters())
         outside = weights - _count(inside.parameters())
-        first = 0 if shares_head(model) else _count(model.get_input_embeddings().parameters())
+        first = 0 if is_tied(model) else _count(model.get_input_embeddings().parameters())
         return cls(
             weights=weights,
             trained=_count(trained),
@@ -93,12 +94,6 @@ class Sizes:
             largest=max((weight.numel() for weight in masked), default=0),
             plain=sum(plain),
         )
-
-
-def shares_head(model: PreTrainedModel) -> bool:
-    """Whether embeddings and output head have one weight."""
-    head = model.get_output_embeddings()
-    return head is not None and model.get_input_embeddings().weight is getattr(head, "weight", None)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
