@@ -4,20 +4,18 @@ They start from the values and metadata of the 2:4 code in every call, so that n
 weight. What that costs is part of the time by which `dispatch.py` chooses.
 """
 
-from threading import get_ident
-
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ast_sparse.kernels.gpu import cusparselt as by_cusparselt
 from ast_sparse.kernels.gpu import triton24
 
 _WORKSPACE = 1 << 24  # entries of W decoded at once: they stay in the L2 cache of a large GPU
 _DECODED = (16, 16)  # rows and units of a program of `decode`
 _REORDERED = (32, 32)  # rows and columns of a program of `reorder`
 _PADDED = 8  # the semi-structured products need a multiple of this many tokens
-_handles: dict[int, torch.device] = {}  # of cuSPARSELt, by thread
 
 
 def decode(values: Tensor, meta: Tensor) -> Tensor:
@@ -52,10 +50,8 @@ def semi_structured(out_features: int, in_features: int, dtype: torch.dtype, dev
     found = []
     if torch.cuda.get_device_capability(device)[0] == 8:  # PyTorch refuses others
         found.append("cutlass")
-    # Up to PyTorch 2.13 each thread has one handle, made on its first GPU, that fails on another one. `decode` has
-    # indices of 32 bits.
-    is_usable = torch.backends.cusparselt.is_available() and out_features * in_features < 1 << 31
-    if is_usable and _handles.setdefault(get_ident(), device) == device:
+    # `decode` has indices of 32 bits
+    if out_features * in_features < 1 << 31 and by_cusparselt.takes(out_features, in_features, dtype, device):
         found.append("cusparselt")
     return found
 
@@ -82,9 +78,7 @@ def cutlass(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Ten
 
 def cusparselt(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wᵀ + b` by cuSPARSELt, whose own compressed form is made from the decoded weight."""
-    compressed = torch._cslt_compress(decode(values, meta))
-    out = torch._cslt_sparse_mm(compressed, _padded(x).t(), bias=bias, transpose_result=True)
-    return out[: x.shape[0]]
+    return by_cusparselt.linear(x, by_cusparselt.compress(decode(values, meta)), bias)
 
 
 def _padded(x: Tensor) -> Tensor:

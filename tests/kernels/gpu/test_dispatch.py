@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.code24 import pack24
-from ast_sparse.kernels.gpu import dispatch, fastest, plans, prefill
+from ast_sparse.kernels.gpu import cusparselt, dispatch, fastest, plans, prefill
 from ast_sparse.kernels.linear24 import linear24
 from ast_sparse.sparsity.masks import nm_mask
 
@@ -146,7 +146,7 @@ def test_semi_structured_products_are_tried_where_pytorch_has_them(monkeypatch: 
     def names(rows: int = 64, columns: int = 128, dtype: torch.dtype = torch.bfloat16, gpu: int = 0) -> list[str]:
         return prefill.semi_structured(rows, columns, dtype, torch.device("cuda", gpu))
 
-    monkeypatch.setattr(prefill, "_handles", {})
+    monkeypatch.setattr(cusparselt, "_handles", {})
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert names() == ["cutlass", "cusparselt"] and names(gpu=1) == ["cutlass"]
