@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.distributed.pieces import local
 from ast_sparse.kernels.choice import Kernels
+from ast_sparse.kernels.gpu import cusparselt
 from ast_sparse.kernels.nm_masks import magnitude_mask
 from ast_sparse.kernels.products import linear, masked, masked_as, product, product_as
 from ast_sparse.sparsity.masked_copy import MaskedCopy
@@ -41,6 +42,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     `copy` is `m ⊙ W` in autocast's dtype if the layer keeps it (`masked_copy.py`). Otherwise the masked weight is made
     again for the backward pass, as the input in autocast's dtype always is: there would be a copy of it per layer.
+    `compressed` is the copy in cuSPARSELt's form, which then multiplies in the forward pass.
     """
 
     @staticmethod
@@ -53,14 +55,17 @@ class _MaskedLinear(torch.autograd.Function):
         group_dim: int,
         fixed: bool,
         copy: Tensor | None,
+        compressed: Tensor | None,
     ) -> Tensor:
         lower = _lower_dtype(input)
         ctx.group_dim, ctx.fixed, ctx.bias_dtype = group_dim, fixed, None if bias is None else bias.dtype
         ctx.save_for_backward(input, weight, mask, copy)
         if lower is not None:
             input, bias = input.to(lower), None if bias is None else bias.to(lower)
-        kept = _kept(weight, mask, copy, input.dtype)
         with torch.autocast(input.device.type, enabled=False):
+            if compressed is not None:
+                return cusparselt.linear(input, compressed, bias)
+            kept = _kept(weight, mask, copy, input.dtype)
             return linear(input, kept, bias, group_dim=group_dim)
 
     @staticmethod
@@ -79,7 +84,7 @@ class _MaskedLinear(torch.autograd.Function):
             by_weight = masked(by_weight, mask) if ctx.fixed and mask is not None else by_weight
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(0).to(ctx.bias_dtype)
-        return by_rows, by_weight, None, by_bias, None, None, None
+        return by_rows, by_weight, None, by_bias, None, None, None, None
 
 
 def _kept(weight: Tensor, mask: Tensor | None, copy: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -116,6 +121,7 @@ class SparseLayer(nn.Module):
         dense_forward: in training mode the whole weight is used; masks count for the decay and in evaluation.
         masked_copy: keeps `m ⊙ W` in 16 bits for training under autocast; None: each product makes it.
         graph_copy: what it keeps, for compiled graphs, which cannot ask whether it is up to date; None: they make it.
+        graph_compressed: the same in cuSPARSELt's form, for semi-structured products; None: dense ones.
     """
 
     group_dim: int
@@ -134,6 +140,7 @@ class SparseLayer(nn.Module):
     dense_forward: bool = False
     masked_copy: MaskedCopy | None = None
     graph_copy: Tensor | None = None
+    graph_compressed: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As in `nn.Module`, which replaces the rows of a sharded weight (`.to`): the new ones carry the mask too."""
@@ -162,7 +169,10 @@ class SparseLayer(nn.Module):
         mask: Tensor | None = self.device_mask if self.is_offloaded else self.mask
         mask = None if self.gathered_masked or runs_dense(self) else mask
         copy = None if mask is None else self._kept_copy(_lower_dtype(input))
-        result = _MaskedLinear.apply(input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask, copy)
+        compressed = None if copy is None else self._compressed_copy()
+        result = _MaskedLinear.apply(
+            input, self.weight, mask, self.bias, self.group_dim, self.fixed_mask, copy, compressed
+        )
         return cast(Tensor, result)
 
     def _kept_copy(self, dtype: torch.dtype | None) -> Tensor | None:
@@ -174,10 +184,21 @@ class SparseLayer(nn.Module):
             return None
         return None if dtype is None or dtype.itemsize != 2 else self.masked_copy.of(self.weight, self.mask, dtype)
 
+    def _compressed_copy(self) -> Tensor | None:
+        """What `_kept_copy` has just returned, in cuSPARSELt's form; None where products are dense."""
+        if torch.compiler.is_compiling():
+            return self.graph_compressed
+        return None if self.masked_copy is None else self.masked_copy.compressed(self.group_dim)
+
     def set_graph_copy(self) -> None:
         """Let `graph_copy` be up to date for products under the autocast that is on now; None where it is not kept."""
         has_mask = not (self.gathered_masked or runs_dense(self))
         self.graph_copy = self._kept_copy(_autocast_dtype(self.weight.device.type)) if has_mask else None
+        self.graph_compressed = None if self.graph_copy is None else self._compressed_copy()
+
+    def drop_graph_copy(self) -> None:
+        """Let go of what `set_graph_copy` has set."""
+        self.graph_copy = self.graph_compressed = None
 
     @torch.no_grad()
     def magnitude_mask(self) -> Tensor:
@@ -257,7 +278,7 @@ def make_dense(layer: SparseLayer) -> nn.Module:
     dense.__class__ = layer.dense_class
     for name in (
         "pattern", "fixed_mask", "kernels", "dense_class", "gathered_masked", "dense_forward", "masked_copy",
-        "graph_copy",
+        "graph_copy", "graph_compressed",
     ):  # fmt: skip
         vars(dense).pop(name, None)
     return dense

@@ -14,6 +14,9 @@ A stale copy would be a silent wrong result. So a copy is used only if all of th
 
 What cannot be seen is a write through `.data`, or by other code than PyTorch's, between the micro-batches of one step.
 Call `forget` after such a write.
+
+For semi-structured products (`kernels/gpu/cusparselt.py`) the copy is also compressed, once, which costs 1.125 bytes a
+weight. The backward pass multiplies by the transposed weight, whose groups do not fit, so it needs the copy as it is.
 """
 
 from dataclasses import dataclass
@@ -25,19 +28,25 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ast_sparse.kernels.gpu import cusparselt
 from ast_sparse.kernels.products import masked_as
 
 MaskedWeights = Literal["kept", "made"]
 _steps = 0  # of all optimizers of this process
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Written:
-    """A copy, and what it was written from."""
+    """A copy, and what it was written from.
+
+    Attributes:
+        compressed: the copy in cuSPARSELt's form, once it has been asked for.
+    """
 
     values: Tensor
     storages: tuple[StorageWeakRef, StorageWeakRef]  # while these exist, no other storage has their addresses
     state: tuple[Any, ...]
+    compressed: Tensor | None = None
 
     def is_of(self, weight: Tensor, mask: Tensor, state: tuple[Any, ...]) -> bool:
         same = all(ref.cdata == _address(each) for ref, each in zip(self.storages, (weight, mask), strict=True))
@@ -48,13 +57,17 @@ class MaskedCopy:
     """The copy of one weight; layers that share a weight share it. Not a tensor of the module: it is never saved.
 
     A copy or a pickle of the layer begins without one.
+
+    Args:
+        semi_structured: `compressed` has cuSPARSELt's form of the copy; masks must keep at most two of every four.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, semi_structured: bool = False) -> None:
+        self._semi_structured = semi_structured
         self._written: _Written | None = None
 
-    def __reduce__(self) -> tuple[type["MaskedCopy"], tuple[()]]:
-        return MaskedCopy, ()
+    def __reduce__(self) -> tuple[type["MaskedCopy"], tuple[bool]]:
+        return MaskedCopy, (self._semi_structured,)
 
     def of(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
         """`m ⊙ W` in `dtype`, as `masked_as` makes it, written now if the last one is not up to date.
@@ -77,15 +90,31 @@ class MaskedCopy:
             self._written = written
         return written.values
 
+    def compressed(self, group_dim: int) -> Tensor | None:
+        """What `of` has just returned, as cuSPARSELt takes it; None if its products are not wanted or not possible.
+
+        Args:
+            group_dim: the dimension of the weight along which groups run.
+        """
+        written = self._written
+        if not self._semi_structured or written is None:
+            return None
+        if written.compressed is None:
+            weight = written.values.t() if group_dim == 0 else written.values
+            if cusparselt.takes(weight.shape[0], weight.shape[1], weight.dtype, weight.device):
+                written.compressed = cusparselt.compress(weight.contiguous())
+        return written.compressed
+
     def forget(self) -> None:
         """Free the copy; the next product writes a new one."""
         self._written = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy that is there now."""
+        """Bytes of the copy that is there now, and of its compressed form."""
         written = self._written
-        return 0 if written is None else written.values.nbytes
+        tensors = () if written is None else (written.values, written.compressed)
+        return sum(each.nbytes for each in tensors if each is not None)
 
 
 def _can_be_watched(weight: Tensor, mask: Tensor) -> bool:

@@ -319,14 +319,21 @@ def use_kernels(model: nn.Module, kernels: Kernels) -> None:
         layer.kernels = kernels
 
 
-def use_masked_weights(model: nn.Module, choice: MaskedWeights) -> None:
+def use_masked_weights(model: nn.Module, choice: MaskedWeights, semi_structured: bool = False) -> None:
     """Set whether the sparse layers of a model keep `m ⊙ W` in 16 bits while they are trained under autocast.
 
     `kept` takes 2 bytes a weight, from the first forward pass in training mode until the model is evaluated, or
     `made` is set. Results are equal to the bit. `masked_copy.py` says when a copy is written again.
+
+    Args:
+        semi_structured: forward products are PyTorch's semi-structured ones, by a compressed form of each copy, where
+            the pattern is 2:4, on a GPU with cuSPARSELt and for shapes that it takes. Results agree within rounding.
+            Only with masks that fit their pattern all the time, so not with IMP and GMP.
     """
     layers = _all_sparse_layers(model).values()
-    copies = {layer.weight: MaskedCopy() for layer in layers} if choice == "kept" else {}
+    copies: dict[Tensor, MaskedCopy] = {}
+    for layer in layers if choice == "kept" else ():
+        copies[layer.weight] = MaskedCopy(semi_structured and layer.pattern == Pattern(2, 4))
     for layer in layers:
         layer.masked_copy = copies.get(layer.weight)
 

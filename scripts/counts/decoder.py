@@ -89,6 +89,9 @@ class _Copy:
     def of(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(weight, dtype=dtype)
 
+    def compressed(self, group_dim: int) -> None:
+        return None
+
 
 def _model(config: dict[str, Any], blocks: int, is_student: bool) -> LlamaForCausalLM:
     """A model whose tensors have no values."""

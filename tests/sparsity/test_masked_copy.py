@@ -25,6 +25,7 @@ from ast_sparse.sparsity.model import (
     use_masked_weights,
 )
 from ast_sparse.sparsity.offload import OffloadedAdamW
+from tests.kernels.gpu.cpu_cusparselt import cpu_cusparselt
 from tests.models import tiny_model
 
 BF16 = torch.bfloat16
@@ -296,6 +297,35 @@ def test_copies_are_written_once_a_step_and_stay_out_of_everything_that_is_saved
     assert not {"masked_copy", "graph_copy"} & set(vars(some))
     use_masked_weights(model, "made")
     assert all(layer.masked_copy is None for layer in sparse_layers(model).values())
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4), Pattern(2, 4, structured=False)], ids=str)
+@pytest.mark.parametrize("family", ["linear", "conv1d"])
+def test_forward_products_of_2_4_weights_may_be_semi_structured(
+    family: str, pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 32) if family == "linear" else Conv1D(32, 64)
+    dim = 1 if family == "linear" else 0
+    mask = nm_mask(dense.weight.abs().movedim(dim, -1), 1 if pattern.n == 1 else 2).movedim(-1, dim)
+    layer = make_sparse(dense, mask, pattern).train()
+    x, found = torch.randn(2, 5, 64).requires_grad_(), []
+    with cpu_cusparselt(monkeypatch) as calls:
+        for semi_structured in (False, True):
+            use_masked_weights(layer, "kept", semi_structured)
+            x.grad = layer.weight.grad = layer.bias.grad = None
+            with torch.autocast("cpu", BF16):
+                (layer(x) + layer(x)).sum().backward()
+            found.append([layer(x), x.grad, layer.weight.grad, layer.bias.grad])  # without autocast it is dense
+        fits = pattern == Pattern(2, 4)
+        assert calls.compressed == [(32, 64)] * fits and calls.multiplied == [(16, 64)] * 2 * fits
+        assert copy_of(layer).nbytes == 32 * 64 * (2 + 1.125 * fits)
+        for before, after in zip(*found, strict=True):
+            torch.testing.assert_close(after, before)
+        with torch.autocast("cpu", BF16):
+            layer.eval()(x)
+            copy.deepcopy(layer).train()(x)  # a copy of the layer does as the layer does
+    assert len(calls.compressed) == 2 * fits and len(calls.multiplied) == 3 * fits
 
 
 def copy_of(layer: SparseLayer) -> MaskedCopy:

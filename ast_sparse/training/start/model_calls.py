@@ -73,7 +73,7 @@ class CompiledDecoders:
         if not self._before:
             for part, _ in self._compiled:
                 for layer in _sparse_layers(part):
-                    layer.graph_copy = None
+                    layer.drop_graph_copy()
 
 
 def _with_copies(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
