@@ -34,6 +34,8 @@ class Fit:
         changed += ["sparsity.fast_forward=on"] if after.fast_forward != before.fast_forward else []
         copies_go = before.masked_weights == "kept" and after.masked_weights == "made"  # `auto` decides by itself
         changed += ["sparsity.masked_weights=made"] if copies_go else []
+        compressed_go = before.semi_structured != "off" == after.semi_structured
+        changed += ["sparsity.semi_structured=off"] if compressed_go else []
         is_whole_again = after.sharding != "fsdp2" == before.sharding
         for name, field in names.items():
             value = getattr(after, field)
@@ -91,8 +93,10 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
     """Changes that do not affect what is learned: for smaller batches, more of them are accumulated."""
     if can_halve and not setup.is_half:
         yield lambda now: replace(now, dtype=torch.bfloat16)
+    if setup.semi_structured != "off":
+        yield lambda now: replace(now, semi_structured="off")
     if setup.masked_weights in ("auto", "kept"):
-        yield lambda now: replace(now, masked_weights="made")
+        yield lambda now: replace(now, masked_weights="made", semi_structured="off")
     if setup.eval_batch_size > 1:
         yield lambda now: replace(now, eval_batch_size=1)
     if not setup.fast_forward and not setup.gradient_checkpointing:
@@ -102,7 +106,7 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
     if setup.keeps_whole_gradients:
         yield lambda now: replace(now, syncs_each_batch=True)
     if can_shard and devices > 1 and setup.sharding != "fsdp2" and not setup.offload:
-        yield lambda now: replace(now, sharding="fsdp2")
+        yield lambda now: replace(now, sharding="fsdp2", semi_structured="off")
     size = setup.batch_size
     while size % 2 == 0:
         size //= 2
@@ -110,7 +114,7 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
             now, batch_size=now.batch_size // 2, gradient_accumulation_steps=2 * now.gradient_accumulation_steps
         )
     if can_offload and devices == 1 and not setup.offload:  # bit-equal, but slower than more devices
-        yield lambda now: replace(now, offload=True, sharding="none")
+        yield lambda now: replace(now, offload=True, sharding="none", semi_structured="off")
     if setup.measured_by:
         yield lambda now: replace(now, measured_by=(), measured_tokens=0)
 

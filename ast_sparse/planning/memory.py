@@ -92,8 +92,9 @@ class MemoryModel:
         held, gradients = self._held(setup), self._gradients(setup)
         step = {"gradients": Term.of(self.sizes.trained, 4, setup.pieces)}
         masked = "masked weights in 16 bits"
-        passing = {masked: Term.of(self.sizes.masked, 2 * setup.holds_masked_weights)}
-        kept = {masked: Term.of(self.sizes.masked, 2 * setup.keeps_masked_weights)}
+        compressed = {"the same, compressed": Term.of(self.sizes.masked, setup.compressed_bytes)}
+        passing = {masked: Term.of(self.sizes.masked, 2 * setup.holds_masked_weights), **compressed}
+        kept = {masked: Term.of(self.sizes.masked, 2 * setup.keeps_masked_weights), **compressed}
         moments = {
             "forward and backward pass": {**held, **passing, **gradients, **self._pass(setup)},
             "update of the weights": {**held, **kept, **step, "temporaries": self._update(setup)},

@@ -9,9 +9,11 @@ from transformers import PreTrainedConfig, TrainingArguments
 from ast_sparse.config import RunConfig
 from ast_sparse.evaluation.perplexity import default_seq_len
 from ast_sparse.training.checks.parallelism import grid_of, replicas_and_shards
+from ast_sparse.training.checks.semi_structured import dense_products
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.start.model_calls import graphs_read_copies
 
+COMPRESSED = 2 * 9 / 16  # of 16 bits: half of the values, and their positions
 Sharding = Literal["none", "ddp", "fsdp2"]
 
 
@@ -39,6 +41,8 @@ class Setup:
         fast_forward: a step recomputes norms, activations and gates, unless it recomputes whole blocks.
         masked_weights: whether masked weights are kept in 16 bits, or made when needed; `auto` counts as `kept`;
             None: neither, in a forward pass that is dense or a CUDA graph.
+        semi_structured: whether forward products are semi-structured, by a compressed form of the kept masked weights;
+            `auto` counts as `on`.
         in_graphs: products are in compiled graphs, which hold what they make from the forward to the backward pass.
     """
 
@@ -60,6 +64,7 @@ class Setup:
     eager: bool = False
     fast_forward: bool = True
     masked_weights: Literal["auto", "kept", "made"] | None = "made"
+    semi_structured: Literal["off", "auto", "on"] = "off"
     in_graphs: bool = False
 
     @classmethod
@@ -79,6 +84,7 @@ class Setup:
         reads = not args.torch_compile or graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode)
         measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
         measured_by += ["evaluation.report=false"] if evaluation.report else []
+        is_plain = dense_products(config.sparsity, config.optimizer, args) is not None
         window = 0
         if model_config is not None and measured_by:
             window = evaluation.seq_len or default_seq_len(model_config)
@@ -94,6 +100,7 @@ class Setup:
             moments=config.optimizer.moments,
             eager=config.sparsity.kernels == "eager",
             masked_weights=config.sparsity.masked_weights if reads and not is_dense else None,
+            semi_structured="off" if is_plain else config.sparsity.semi_structured,
             in_graphs=bool(args.torch_compile),
         )
 
@@ -149,6 +156,11 @@ class Setup:
         """Whether those of all layers are there at the end of a forward pass."""
         in_graphs = self.in_graphs and not self.gradient_checkpointing
         return self.keeps_masked_weights or (in_graphs and self.makes_masked_weights)
+
+    @property
+    def compressed_bytes(self) -> float:
+        """Bytes a masked weight of what semi-structured products multiply by."""
+        return COMPRESSED if self.keeps_masked_weights and self.semi_structured != "off" else 0
 
     @property
     def pieces(self) -> int:

@@ -43,6 +43,7 @@ from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.training.checks.arguments import build_arguments, check_shared_batches
 from ast_sparse.training.checks.inputs import check_optimizer_settings, check_taught
 from ast_sparse.training.checks.mixture import check_evaluations
+from ast_sparse.training.checks.semi_structured import check_semi_structured
 from ast_sparse.training.fsdp import check_sharding
 from ast_sparse.training.resume.checkpoints import check_same_model, check_same_run
 from ast_sparse.training.resume.same_run import check_settings
@@ -120,6 +121,7 @@ def checked_run(
         devices = hardware.world_size or args.world_size
         check_shared_batches(args, devices)
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
+        check_semi_structured(config.sparsity, config.optimizer, args)
         plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
         config, chosen = decide_by_memory(config, args, plan)
         notes = (*(each for each in (precision, note) if each is not None), *chosen)

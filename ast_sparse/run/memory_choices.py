@@ -1,4 +1,5 @@
-"""What a run does to take less memory, decided by its plan: `sparsity.fast_forward` and `sparsity.masked_weights`."""
+"""What a run does to take less memory, decided by its plan: `sparsity.fast_forward`, `sparsity.masked_weights`, and
+whether there is room for `sparsity.semi_structured: auto`."""
 
 from dataclasses import replace
 
@@ -36,7 +37,9 @@ def decide_by_memory(config: RunConfig, args: TrainingArguments, plan: Plan) -> 
     budget = Budget(plan, replace(setup, fast_forward=is_fast), Hardware())
     choice = budget.setup.masked_weights
     if _leaves_masked_weights(config, args) and choice in ("kept", "made") and budget.masked_weights is not None:
-        sparsity = replace(sparsity, masked_weights=choice)
+        gives_up = sparsity.semi_structured == "auto" and budget.setup.semi_structured == "off"
+        semi_structured = "off" if gives_up else sparsity.semi_structured
+        sparsity = replace(sparsity, masked_weights=choice, semi_structured=semi_structured)
         lines.append(budget.masked_weights)
     return replace(config, sparsity=sparsity), tuple(lines)
 
@@ -75,7 +78,10 @@ def _leaves_fast_forward(config: RunConfig, args: TrainingArguments) -> bool:
 
 
 def _leaves_masked_weights(config: RunConfig, args: TrainingArguments) -> bool:
-    if config.sparsity.masked_weights != "auto" or args.device.type != "cuda":
+    """Whether copies of masked weights, or their compressed form, are left to the memory."""
+    sparsity = config.sparsity
+    if args.device.type != "cuda" or (sparsity.masked_weights != "auto" and sparsity.semi_structured != "auto"):
         return False
     setup = Setup.of_run(config, args, None, args.world_size)
-    return setup.has_masked_weights and not replace(setup, masked_weights="made").holds_masked_weights
+    may_go = setup.masked_weights == "auto" and not replace(setup, masked_weights="made").holds_masked_weights
+    return setup.has_masked_weights and (may_go or (setup.keeps_masked_weights and setup.semi_structured == "auto"))

@@ -22,12 +22,11 @@ from ast_sparse.config import (
 from ast_sparse.data.blocks.collator import DOMAIN, make_collator
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.distributed.pieces import is_sharded
-from ast_sparse.distributed.ranks import any_rank
-from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.kernels.fast_forward import fast_step, is_used
 from ast_sparse.sparsity.select import decoder_blocks
 from ast_sparse.storage.origin import hub_commit, settings_kept
 from ast_sparse.training.callbacks.flops import FlopsCallback, teacher_parameters
+from ast_sparse.training.callbacks.forward_trial import ForwardTrial
 from ast_sparse.training.callbacks.late_slorb import LateSLoRB
 from ast_sparse.training.callbacks.lines import use_lines
 from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
@@ -46,6 +45,7 @@ from ast_sparse.training.checks.inputs import (
 )
 from ast_sparse.training.checks.mixture import check_mixture
 from ast_sparse.training.checks.packing import check_apart
+from ast_sparse.training.checks.semi_structured import check_semi_structured
 from ast_sparse.training.eval_loss import EvaluationTrainer
 from ast_sparse.training.fsdp import check_sharding, sharding_plugin
 from ast_sparse.training.loader import block_loader, block_source, make_mixture
@@ -57,7 +57,7 @@ from ast_sparse.training.start.blocks import BlockMaker, block_length
 from ast_sparse.training.start.frozen_teacher import place_teacher
 from ast_sparse.training.start.model_calls import CompiledDecoders, borders_known, compiles_decoders
 from ast_sparse.training.start.models import DenseModels, dense_models, first_masks, without_text
-from ast_sparse.training.start.optimizer import sparse_adamw
+from ast_sparse.training.start.optimizer import kernels_of_run, sparse_adamw
 from ast_sparse.training.start.reduction import prepare_ddp, reduce_over_replicas
 
 
@@ -142,6 +142,7 @@ class SparseTrainer(EvaluationTrainer):
         self.calibration_config = calibration_config or CalibrationConfig()
         self.optimizer_config = optimizer_config or OptimizerConfig()
         check_optimizer_settings(self.optimizer_config, args, optimizers[0], sparsity=self.sparsity_config)
+        check_semi_structured(self.sparsity_config, self.optimizer_config, args)
         self.fast_forward = is_used(self.sparsity_config.fast_forward, args.device)
         self._watch_config, self._mixture_config = watch_config or WatchConfig(), mixture_config or MixtureConfig()
         # 2. student and teacher, still dense, and their data
@@ -251,7 +252,8 @@ class SparseTrainer(EvaluationTrainer):
         self._flops = FlopsCallback(self._trained_parameters, taught_by, self._matched)
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
-        own = [self.watch, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
+        trial = ForwardTrial(self.sparsity_config, self.optimizer_config)
+        own = [self.watch, trial, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
         if self._mixture is not None and isinstance(self.train_dataset, DomainBlocks):
             own.append(MixtureCallback(self._mixture, self._mixture_config, self.log))
         return own
@@ -359,7 +361,9 @@ class SparseTrainer(EvaluationTrainer):
             checkpoint = resolve_checkpoint(str(self.args.output_dir), resume_from_checkpoint)
             self.check_resume(checkpoint)
             self.check_data_state(checkpoint)
-        self._sparsity.kernels = self._kernels(None if checkpoint is None else stored_kernels(checkpoint))
+        stored = None if checkpoint is None else stored_kernels(checkpoint)
+        weights, optimizer = self.sparsity_report.pruned_parameters, self.optimizer_config
+        self._sparsity.kernels = kernels_of_run(self.sparsity_config, optimizer, weights, self.args, stored)
         if checkpoint is not None and self.load_finished(checkpoint):
             # Trainer's handler would call all callbacks, but the others need a training that has begun
             self._metrics.on_train_begin(self.args, self.state, self.control)
@@ -375,13 +379,6 @@ class SparseTrainer(EvaluationTrainer):
             self.args.logging_nan_inf_filter, self._filters_losses = self._filters_losses, False
         # the mean over the steps that have a loss, as in the log
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
-
-    def _kernels(self, stored: Kernels | None) -> Kernels:
-        """The kernels of the run; eager on all ranks if one cannot compile, because their weights must stay equal."""
-        weights, device = self.sparsity_report.pruned_parameters, self.args.device
-        device = torch.device("cpu") if self.optimizer_config.offload else device  # where weights are updated
-        choice = choose_kernels(self.sparsity_config.kernels, weights, device, stored)
-        return "eager" if any_rank(choice == "eager", self.args.device) else choice
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with a perplexity for each evaluation loss, speed for each training loss, FLOPs at the end."""

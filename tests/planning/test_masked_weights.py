@@ -45,6 +45,12 @@ def test_copies_take_two_bytes_a_masked_weight_where_they_are_kept() -> None:
         assert found["forward and backward pass"] == moments["forward and backward pass"]
         assert not found["update of the weights"][ITEM].size
         assert ITEM not in model(replace(in_graphs, gradient_checkpointing=True)).items
+    for choice in ("auto", "on"):  # what semi-structured products multiply by: 9/16 of the copies
+        more = model.moments(replace(HALF, semi_structured=choice))
+        for name in ("forward and backward pass", "update of the weights"):
+            assert sum(term.size for term in more[name].values()) == 15_360 * 9 // 8 + sum(
+                term.size for term in moments[name].values()
+            )
     for setup in (
         replace(HALF, masked_weights="made"), replace(HALF, dtype=torch.float32), replace(HALF, offload=True),
         replace(HALF, masked_weights=None),
@@ -76,7 +82,7 @@ def test_a_planned_step_holds_what_a_real_one_does(tmp_path: Path, checkpointing
 
 
 def counted(setup: Setup) -> Memory:
-    kept = 100 * setup.keeps_masked_weights
+    kept = 100 * setup.keeps_masked_weights + 50 * (setup.compressed_bytes > 0)
     return Memory({"all": Term(1000 // (2 if setup.is_half else 1) + kept)}, "step")
 
 
@@ -90,6 +96,9 @@ def counted(setup: Setup) -> Memory:
         (AUTO, 499, "made", "the memory is not enough in either case)"),
         (replace(AUTO, in_graphs=True), 599, "kept", "auto: the compiled graphs would hold what they make)"),
         (replace(AUTO, in_graphs=True, gradient_checkpointing=True), 599, "made", "not enough for copies)"),
+        (replace(AUTO, semi_structured="auto"), 650, "kept", "auto: the memory is enough)"),
+        (replace(AUTO, semi_structured="auto"), 599, "made", "not enough for copies)"),
+        (replace(AUTO, semi_structured="on"), 1, "kept", "auto: sparsity.semi_structured=on needs it)"),
         (replace(AUTO, on_cpu=True), 1, "kept", "always on a CPU)"),
         (replace(SETUP, masked_weights="auto"), 1, "auto", None),
         (replace(HALF, masked_weights=None), 1, None, None),
@@ -102,6 +111,23 @@ def test_auto_keeps_them_unless_only_that_does_not_fit(
     settled, said = settle_masked_weights(counted, setup, limit)
     assert settled == replace(setup, masked_weights=choice)
     assert said is None if line is None else said is not None and said.endswith(line)
+
+
+def test_semi_structured_products_are_given_up_before_copies_are() -> None:
+    wanted = replace(AUTO, semi_structured="auto")
+    settled, said = settle_masked_weights(counted, wanted, 649)
+    assert settled == replace(wanted, masked_weights="kept", semi_structured="off")
+    assert said is not None and said.endswith("auto: the memory is enough, but not for semi-structured products)")
+    settled, said = settle_masked_weights(counted, replace(wanted, masked_weights="kept"), 649)
+    assert settled == replace(wanted, masked_weights="kept", semi_structured="off")
+    assert said is not None and said.endswith("kept; the memory is enough, but not for semi-structured products)")
+    can = dict(can_shard=True, can_halve=True, can_offload=False)
+    for limit, settings in (
+        (649, ["sparsity.semi_structured=off"]),
+        (599, ["sparsity.masked_weights=made", "sparsity.semi_structured=off"]),
+    ):
+        fit = find_fit(counted, replace(HALF, semi_structured="on"), limit, **can)
+        assert fit is not None and fit.settings(replace(HALF, semi_structured="on")) == settings
 
 
 def test_a_run_that_asks_for_copies_and_has_no_memory_for_them_is_told_to_make_them() -> None:
@@ -141,12 +167,25 @@ def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytes
     plan = make_plan(config, args, with_memory=True)
     assert plan.memory is not None
     settings = Setup.of_run(config, args, plan.model_config, 1)
-    made = plan.memory(replace(settings, masked_weights="made", fast_forward=False)).total
+    made, kept = (
+        plan.memory(replace(settings, masked_weights=choice, fast_forward=False)).total for choice in ("made", "kept")
+    )
     properties = SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     decided, (line,) = decide_by_memory(config, args, plan)
     assert decided.sparsity.masked_weights == "kept" and "the memory is enough" in str(line)
+    properties.total_memory = (made + 1000) / budgets.USABLE
+    for choice in ("auto", "kept"):
+        sparsity = SparsityConfig(fast_forward="off", semi_structured="auto", masked_weights=choice)
+        asks = replace(config, sparsity=sparsity)
+        assert needs_memory_plan(asks, args)
+        properties.total_memory = (kept + 1000) / budgets.USABLE
+        decided, (line,) = decide_by_memory(asks, args, plan)
+        assert (decided.sparsity.masked_weights, decided.sparsity.semi_structured) == ("kept", "off")
+        properties.total_memory = 80 * 2**30
+        decided, _ = decide_by_memory(asks, args, plan)
+        assert (decided.sparsity.masked_weights, decided.sparsity.semi_structured) == ("kept", "auto")
     properties.total_memory = (made + 1000) / budgets.USABLE
     decided, (line,) = decide_by_memory(config, args, plan)
     assert decided.sparsity.masked_weights == "made" and "not enough for copies" in str(line)

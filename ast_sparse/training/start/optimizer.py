@@ -1,4 +1,4 @@
-"""The optimizer of a run: SparseAdamW and its groups of parameters."""
+"""The optimizer of a run: SparseAdamW, its groups of parameters, and the kernels of its updates."""
 
 from collections.abc import Collection
 from functools import partial
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ast_sparse.config import OptimizerConfig, SparsityConfig
+from ast_sparse.distributed.ranks import any_rank
+from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.offload import OffloadedAdamW
@@ -67,3 +69,20 @@ def sparse_adamw(
         decay_placement="gradient" if config.is_gradual else config.decay_placement,
         decay_norm=config.decay_norm,
     )
+
+
+def kernels_of_run(
+    sparsity: SparsityConfig, optimizer: OptimizerConfig, weights: int, args: TrainingArguments, stored: Kernels | None
+) -> Kernels:
+    """The kernels of a run; eager on all ranks if one cannot compile, because their weights must stay equal.
+
+    Args:
+        weights: number of masked weights.
+        stored: the choice in the checkpoint that is resumed.
+
+    Raises:
+        UserError: `compiled` is asked for, but compiling fails here.
+    """
+    device = torch.device("cpu") if optimizer.offload else args.device  # where weights are updated
+    choice = choose_kernels(sparsity.kernels, weights, device, stored)
+    return "eager" if any_rank(choice == "eager", args.device) else choice
