@@ -21,6 +21,7 @@ from scripts.checks import gpu
 from scripts.checks.gpu_checks import basis, kernels, linear24, losses, machine, steps
 from scripts.checks.gpu_checks import bench as benches
 from scripts.checks.gpu_checks.bench import Bench, Child, ChildError, Clock, Line, cost, info, launched, right, worst
+from tests.kernels.gpu.cpu_cusparselt import cpu_cusparselt
 
 NONE = "0 wrong, 0 failed, 0 missed, 0 skipped."
 NAMES = [check.name for check in gpu.CHECKS]
@@ -299,7 +300,7 @@ def test_times_are_medians_of_interleaved_events(imitated: Bench, monkeypatch: p
     assert imitated.peak(lambda: None) == 20
 
 
-def test_what_a_gpu_alone_runs_is_written_correctly(imitated: Bench) -> None:
+def test_what_a_gpu_alone_runs_is_written_correctly(imitated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name: list(check(imitated)) for name, check in {
         "machine": machine.machine, "refresh": kernels.refresh, "update": kernels.update,
         "masked": kernels.masked_linear, "loss": losses.loss_speed,
@@ -312,8 +313,10 @@ def test_what_a_gpu_alone_runs_is_written_correctly(imitated: Bench) -> None:
     assert found["masked"][-1]["measured"]["bytes"]["ours"] == 20
     peak = found["loss"][-1]
     assert peak["measured"]["ratio"] == 1.0 and peak["verdict"] == "met"
-    semi_structured = list(steps._semi_structured(imitated))
-    assert len(semi_structured) == 4
+    (absent,) = steps._semi_structured_products(imitated)
+    assert absent["measured"] == {"absent": "no such product here"}
+    with cpu_cusparselt(monkeypatch):
+        assert [line["verdict"] for line in steps._semi_structured_products(imitated)] == ["met", "info"]
 
 
 def test_a_peak_is_measured_without_old_gradients(imitated: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +353,10 @@ def test_what_steps_on_a_gpu_give_is_compared(imitated: Bench, monkeypatch: pyte
 
     monkeypatch.setattr(Bench, "in_child", in_child)
     imitated.rates = {"product": 1e6}
-    time_, memory, _, rate = list(steps.whole_step(imitated))[:4]
+    with cpu_cusparselt(monkeypatch):
+        time_, memory, _, rate, *others = steps.whole_step(imitated)
+    semi_structured = {line["case"].split(", ")[-1]: line for line in others if "forward" in line["case"]}
+    assert semi_structured["time"]["measured"]["ratio"] == 1.0 and semi_structured["mean loss"]["verdict"] == "met"
     assert (time_["measured"]["ratio"], memory["measured"]["ratio"]) == (0.3, 0.3) and memory["verdict"] == "met"
     # 2 layers of 2·32² + 2·32·16 + 3·32·48 weights, and the head of 32·128; 4 passes of 2 FLOP; 32 tokens in 30 ms
     flops = 4 * 2 * (2 * 7680 + 4096) * 32 / 0.03

@@ -15,10 +15,11 @@ from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from ast_sparse import DistillationConfig, SparseTrainer, SparsityConfig, sparsify_model
+from ast_sparse.kernels.gpu import cusparselt
 from ast_sparse.planning.memory import MemoryModel
 from ast_sparse.planning.setup import Setup
 from ast_sparse.training.checks.arguments import build_arguments
-from scripts.checks.gpu_checks.bench import Bench, Clock, Line, compared, cost, info, launched, right, waits
+from scripts.checks.gpu_checks.bench import Bench, Clock, Line, compared, cost, info, launched, right, waits, worst
 from scripts.checks.gpu_checks.shapes import matrix_flops, new_model, token_ids
 
 ALPHA = 0.67
@@ -56,14 +57,21 @@ def whole_step(bench: Bench) -> Iterator[Line]:
         yield info(f"{case}, rate", flop_a_second=rates, share_of_product_rate=shares)
         for name, each in found.items():
             yield info(f"{case}, {name}, where a step spends its time", **each["profile"])
-    yield from _semi_structured(bench)
+        yield from _semi_structured_steps(bench, case, shape, steps, found["ours"])
+    yield from _semi_structured_products(bench)
 
 
-def ours(is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int, compiles: bool = False) -> dict[str, Any]:
-    """The mean time of a step with SparseTrainer, its peak, and what it spends its time on."""
+def ours(
+    is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int, compiles: bool = False, forward: Any = "off"
+) -> dict[str, Any]:
+    """The mean time of a step with SparseTrainer, its peak, and what it spends its time on.
+
+    Args:
+        forward: `sparsity.semi_structured`.
+    """
     watch = Watch(is_dry, warmups, steps, profiled)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(is_dry, shape, warmups + steps + profiled + 1, folder, compiles)
+        trainer = _trainer(is_dry, shape, warmups + steps + profiled + 1, folder, compiles, forward)
         trainer.add_callback(watch)
         loss = trainer.train().training_loss
     backends: Any = torch.backends
@@ -71,8 +79,9 @@ def ours(is_dry: bool, shape: Shape, warmups: int, steps: int, profiled: int, co
     return {**watch.found(), **_memory(is_dry), **found}
 
 
-def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str, compiles: bool) -> SparseTrainer:
+def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str, compiles: bool, forward: Any) -> SparseTrainer:
     name, rows, length = shape
+    sparsity = dict(mask_interval=2 if is_dry else 10, kernels="eager" if is_dry else "auto", semi_structured=forward)
     backend = ("eager" if is_dry else "inductor") if compiles else None
     settings: dict[str, Any] = dict(
         max_steps=steps, per_device_train_batch_size=rows, bf16=True, use_cpu=is_dry, save_strategy="no",
@@ -81,7 +90,7 @@ def _trainer(is_dry: bool, shape: Shape, steps: int, folder: str, compiles: bool
     )  # fmt: skip
     return SparseTrainer(
         new_model(name, torch.device("cpu" if is_dry else "cuda:0")), build_arguments(settings, folder),
-        sparsity_config=SparsityConfig(mask_interval=2 if is_dry else 10, kernels="eager" if is_dry else "auto"),
+        sparsity_config=SparsityConfig(**sparsity),
         distillation_config=DistillationConfig(alpha=ALPHA),
         train_dataset=[{"input_ids": ids} for ids in token_ids(name, rows * steps, length).tolist()],
     )  # fmt: skip
@@ -177,28 +186,45 @@ def _memory(is_dry: bool) -> dict[str, int | None]:
     }  # fmt: skip
 
 
-def _semi_structured(bench: Bench) -> Iterator[Line]:
-    """PyTorch's 2:4 products beside dense ones: what a step could gain if its forward pass used them."""
-    if bench.is_dry:
+def _semi_structured_steps(
+    bench: Bench, case: str, shape: Shape, steps: tuple[int, int, int], dense: dict[str, Any]
+) -> Iterator[Line]:
+    """Steps with `sparsity.semi_structured` beside those with dense forward products."""
+    case = f"{case}, semi-structured forward"
+    if bench.is_dry or (reason := cusparselt.fault(bench.device)) is not None:
+        yield info(case, absent="dry" if bench.is_dry else reason)
         return
-    from torch.sparse import to_sparse_semi_structured
+    found = bench.in_child(ours, bench.is_dry, shape, *steps, False, "on")
+    sides = {"semi-structured": found, "dense": dense}
+    apart = abs(found["loss"] - dense["loss"]) / dense["loss"]
+    losses = {name: each["loss"] for name, each in sides.items()}
+    yield right(f"{case}, mean loss", apart <= 1e-2, "equal within 1e-2", **losses)
+    times = {name: each["milliseconds"] for name, each in sides.items()}
+    peaks = {name: each["allocated"] for name, each in sides.items()}
+    yield info(f"{case}, time", ratio=times["semi-structured"] / times["dense"], milliseconds=times, bytes=peaks)
+    yield info(f"{case}, where a step spends its time", **found["profile"])
 
-    for rows, columns, tokens in ((1536, 576, 16384), (2048, 2048, 8192), (5632, 2048, 8192), (2048, 5632, 8192)):
+
+def _semi_structured_products(bench: Bench) -> Iterator[Line]:
+    """The 2:4 products of these forward passes beside dense ones: values, time, and what compressing takes."""
+    shapes = ((1536, 576, 16384), (2048, 2048, 8192), (5632, 2048, 8192), (2048, 5632, 8192))
+    for rows, columns, tokens in bench.pick(shapes, ((32, 64, 8),)):
         case = f"semi-structured {rows}x{columns}, {tokens} tokens"
-        try:
-            dense = bench.random(rows, columns, dtype=torch.bfloat16)
-            dense *= torch.tensor([1, 0, 1, 0], device=bench.device).repeat(rows, columns // 4)
-            x = bench.random(tokens, columns, dtype=torch.bfloat16)
-            compressed = to_sparse_semi_structured(dense)
-            sides: dict[str, Callable[[], Any]] = {
-                "dense": partial(F.linear, x, dense), "semi-structured": partial(F.linear, x, compressed),
-                "compression": partial(to_sparse_semi_structured, dense),
-            }  # fmt: skip
-            times = bench.times(sides)
-        except Exception as error:  # not every card and shape has them
-            yield info(case, absent=f"{type(error).__name__}: {error}"[:300])
+        if bench.is_dry or not cusparselt.takes(rows, columns, torch.bfloat16, bench.device):
+            yield info(case, absent="dry" if bench.is_dry else "no such product here")
             continue
-        yield info(case, ratio=times["semi-structured"] / times["dense"], milliseconds=times)
+        dense = bench.random(rows, columns, dtype=torch.bfloat16)
+        dense *= torch.tensor([1, 0, 1, 0], device=bench.device).repeat(columns // 4)
+        x = bench.random(tokens, columns, dtype=torch.bfloat16)
+        compressed = cusparselt.compress(dense)
+        error = worst(cusparselt.linear(x, compressed, None), F.linear(x, dense))
+        yield right(f"{case}, values", error <= 2**-7, "error <= 2^-7 of the dense product", error=error)
+        sides: dict[str, Callable[[], Any]] = {
+            "dense": partial(F.linear, x, dense), "semi-structured": partial(cusparselt.linear, x, compressed, None),
+            "compression": partial(cusparselt.compress, dense),
+        }  # fmt: skip
+        times = bench.times(sides)
+        yield info(case, ratio=times["semi-structured"] / max(times["dense"], 1e-9), milliseconds=times)
 
 
 # ---- 13: compiled steps ----------------------------------------------------------------------------------------------
