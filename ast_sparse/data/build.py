@@ -15,7 +15,7 @@ from ast_sparse.data.blocks.collator import Borders, document_borders
 from ast_sparse.data.blocks.counted import counted_tokens, nothing_counted
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.held_out import training_tokens
-from ast_sparse.data.blocks.packing import pack_tokens
+from ast_sparse.data.blocks.packing import left_over, pack_tokens
 from ast_sparse.data.blocks.stored import TokenBlocks, join, split_folders
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.sources.documents import Source, load_documents
@@ -234,11 +234,12 @@ class _Text:
         documents, tokens = int((stop > start).sum()), int((stop - start).sum())
         return SourceReport(name=self.names[source], documents=documents, tokens=tokens)
 
-    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> Dataset:
-        """The same text as blocks, several sources joined."""
-        starts, stops = zip(*(self._range(source, is_held_out) for source in sources), strict=True)
+    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> tuple[Dataset, int]:
+        """The same text as blocks, several sources joined, and how many tokens are left over."""
+        starts, stops = map(np.concatenate, zip(*(self._range(each, is_held_out) for each in sources), strict=True))
         documents = datasets.concatenate_datasets([self.tokenised[source] for source in sources])
-        return pack_tokens(documents, np.concatenate(starts), np.concatenate(stops), block_size, label, self.bos)
+        packed = pack_tokens(documents, starts, stops, block_size, label, self.bos)
+        return packed, left_over(documents, starts, stops, block_size, self.bos)
 
     def _range(self, source: int, is_held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         cut = self.cuts[source]
@@ -277,42 +278,64 @@ class _Shards:
         part = self.stretches[source][int(is_held_out)]
         return SourceReport(name=self.folders[source].name, documents=part.documents, tokens=part.tokens)
 
-    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> TokenBlocks:
-        """The same text as blocks, several folders joined."""
-        chosen = [self.stretches[source][int(is_held_out)] for source in sources]
-        return TokenBlocks(self.folders, join(chosen), block_size, self.bos.of_block)
+    def blocks(self, sources: list[int], is_held_out: bool, block_size: int, label: str) -> tuple[TokenBlocks, int]:
+        """The same text as blocks, several folders joined, and how many tokens are left over."""
+        chosen = join([self.stretches[source][int(is_held_out)] for source in sources])
+        found = TokenBlocks(self.folders, chosen, block_size, self.bos.of_block)
+        return found, chosen.tokens % (block_size - len(self.bos.of_block))
 
 
 def _pack(
     split: _Text | _Shards, name: str, is_held_out: bool, config: DataConfig, borders: Borders | None
 ) -> tuple[Blocks, SplitReport]:
     """Pack one split, each domain separately if there are domains."""
-    size = config.block_size
-    of_text = size - len(split.bos.of_block)
-    every = range(len(split.fields))
-    reports = [split.report(source, is_held_out) for source in every]
+    every = list(range(len(split.fields)))
     if not config.domains:
-        report = _split_report(name, reports, config, of_text)
-        blocks = split.blocks(list(every), is_held_out, size, name)
-        return blocks, _counted(blocks, report, borders)
+        return _packed(split, name, is_held_out, config, borders, every, name)
     parts, totals = {}, []
     for domain in config.domains:
         chosen = [source for source in every if split.fields[source].startswith(f"data.domains.{domain}.")]
         try:
-            report = _split_report(name, [reports[source] for source in chosen], config, of_text)
-            parts[domain] = split.blocks(chosen, is_held_out, size, f"{domain}, {name}")
-            totals.append(_counted(parts[domain], report, borders))
+            label = f"{domain}, {name}"
+            parts[domain], total = _packed(split, name, is_held_out, config, borders, chosen, label)
+            totals.append(total)
         except UserError as error:
             raise UserError(f"data.domains.{domain}: {error}") from None
     keys = ("documents", "tokens", "blocks", "leftover", "empty")
     sums: dict[str, Any] = {key: sum(getattr(part, key) for part in totals) for key in keys}
     if any(part.counted is not None for part in totals):
-        sums["counted"] = sum(_counted_tokens(part, size) for part in totals)
+        sums["counted"] = sum(_counted_tokens(part, config.block_size) for part in totals)
     domains = tuple(
         SourceReport(name=domain, documents=part.documents, tokens=part.tokens)
         for domain, part in zip(parts, totals, strict=True)
     )
     return DomainBlocks(parts), SplitReport(name=name, sources=domains, **sums)
+
+
+def _packed(
+    split: _Text | _Shards,
+    name: str,
+    is_held_out: bool,
+    config: DataConfig,
+    borders: Borders | None,
+    chosen: list[int],
+    label: str,
+) -> tuple[Dataset | TokenBlocks, SplitReport]:
+    """Pack the chosen sources of a split, and report on them."""
+    sources = tuple(split.report(source, is_held_out) for source in chosen)
+    tokens = sum(source.tokens for source in sources)
+    blocks, leftover = split.blocks(chosen, is_held_out, config.block_size, label)
+    if not len(blocks):
+        raise UserError(_too_short(name, [source.name for source in sources], tokens, config))
+    report = SplitReport(
+        name=name,
+        documents=sum(source.documents for source in sources),
+        tokens=tokens,
+        blocks=len(blocks),
+        leftover=leftover,
+        sources=sources,
+    )
+    return blocks, _counted(blocks, report, borders)
 
 
 def _counted(blocks: Dataset | TokenBlocks, report: SplitReport, borders: Borders | None) -> SplitReport:
@@ -344,21 +367,6 @@ def tokenise_all(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, 
     if not any(source.is_chat for source in sources):
         return tokenised
     return [part if source.is_chat else with_labels(part) for part, source in zip(tokenised, sources, strict=True)]
-
-
-def _split_report(split: str, sources: Sequence[SourceReport], config: DataConfig, of_text: int) -> SplitReport:
-    """The report of a split whose blocks each take `of_text` tokens of text."""
-    tokens = sum(source.tokens for source in sources)
-    if tokens < of_text:
-        raise UserError(_too_short(split, [source.name for source in sources], tokens, config))
-    return SplitReport(
-        name=split,
-        documents=sum(source.documents for source in sources),
-        tokens=tokens,
-        blocks=tokens // of_text,
-        leftover=tokens % of_text,
-        sources=tuple(sources),
-    )
 
 
 def _too_short(split: str, names: list[str], tokens: int, config: DataConfig) -> str:

@@ -42,9 +42,7 @@ def pack_tokens(
 
     def stream(column: str, table: pa.Table, indices: list[int]) -> np.ndarray:
         is_position = column == "position_ids"
-        documents = table.column("input_ids" if is_position else column).combine_chunks()
-        tokens, offsets = documents.values.to_numpy(), documents.offsets.to_numpy()
-        found = [tokens[o + starts[i] : o + stops[i]] for o, i in zip(offsets[:-1], indices, strict=True)]
+        found = _ranges(table, "input_ids" if is_position else column, starts[indices], stops[indices])
         if is_position:
             found = [np.arange(len(part), dtype=np.int32) for part in found]
         return np.concatenate([carried[column], *found])
@@ -75,6 +73,26 @@ def pack_tokens(
         )
     )
     return packed.with_format(None)
+
+
+def left_over(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, bos: Bos) -> int:
+    """How many tokens `pack_tokens` leaves out; arguments as there."""
+    if not bos.of_block or bos.is_end:
+        return int((stops - starts).sum()) % (block_size - len(bos.of_block))
+    rest = np.empty(0, dtype=np.int32)  # how much of a block is BOS of its own depends on the text
+    for first in range(0, len(tokenised), DOCUMENTS_PER_BATCH):
+        rows = slice(first, first + DOCUMENTS_PER_BATCH)
+        table = tokenised.with_format("arrow")[rows]
+        stream = np.concatenate([rest, *_ranges(table, "input_ids", starts[rows], stops[rows])])
+        rest = stream[block_begins(stream, block_size, bos)[1] :]
+    return len(rest)
+
+
+def _ranges(table: pa.Table, column: str, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
+    """The values `[start, stop)` of each row."""
+    lists = table.column(column).combine_chunks()
+    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    return [values[o + start : o + stop] for o, start, stop in zip(offsets[:-1], starts, stops, strict=True)]
 
 
 def block_begins(stream: np.ndarray, block_size: int, bos: Bos) -> tuple[list[tuple[int, int]], int]:

@@ -234,6 +234,29 @@ def test_a_chat_template_writes_its_own_bos(choice: str) -> None:
             assert row["position_ids"][:2] == [0, 1]  # the rest of a conversation continues after BOS
 
 
+@pytest.mark.parametrize("count", [1, 3, 300])  # 300 conversations are two map batches
+def test_the_report_counts_blocks_that_bring_their_bos(tmp_path: Path, count: int) -> None:
+    turns = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in documents(count)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    stream = [token for text in documents(count) for token in (BOS, *(2 * [*plain(text), EOS]))]
+    blocks = at = 0
+    while at < len(stream) and (end := at + 8 - (stream[at] != BOS)) <= len(stream):  # it takes 8 if it begins with BOS
+        blocks, at = blocks + 1, end
+    config = DataConfig(root=str(tmp_path), train=("a.jsonl",), block_size=8, eval_share=0, bos="block")
+    found, _, report = build_datasets(config, chat(bos_tokenizer()))
+    assert report.train is not None and len(found) == report.train.blocks == blocks
+    assert (report.train.tokens, report.train.leftover) == (len(stream), len(stream) - at)
+
+
+def test_a_chat_one_token_shorter_than_a_block_with_its_own_bos_is_refused(tmp_path: Path) -> None:
+    messages = [{"role": role, "content": "two of"} for role in ("user", "assistant")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    size = 1 + 2 * len([*plain("two of"), EOS])
+    config = DataConfig(root=str(tmp_path), train=("a.jsonl",), block_size=size + 1, eval_share=0, bos="block")
+    with pytest.raises(UserError, match=rf"text of a.jsonl has {size} tokens, fewer than one block"):
+        build_datasets(config, chat(bos_tokenizer()))
+
+
 def test_prompts_of_plain_text_begin_as_documents_do() -> None:
     data = Dataset.from_dict({"prompt": ["two of"] * 4, "completion": [" four"] * 4})
     row = [*plain("two of four"), EOS]
