@@ -56,6 +56,7 @@ class TaskResult:
     """One metric of one task, or of a group of tasks.
 
     Attributes:
+        num_fewshot: examples before each question, None for a group or a mean whose tasks differ.
         metric: as the harness calls it; a filter of the answers follows after a comma: `exact_match,strict-match`.
         stderr: standard error of `value`, None if the harness has none.
         examples: questions that were asked.
@@ -65,7 +66,7 @@ class TaskResult:
     """
 
     task: str
-    num_fewshot: int
+    num_fewshot: int | None
     metric: str
     value: float
     stderr: float | None
@@ -315,7 +316,7 @@ def _results(name: str, loaded: Any, record: Any, published: str | None, prompt:
             rows.append(
                 TaskResult(
                     task=task,
-                    num_fewshot=int(record["n-shot"].get(task) or 0),
+                    num_fewshot=record["n-shot"].get(task),  # the harness leaves out groups whose tasks differ
                     metric=metric,
                     value=float(row[key]),
                     stderr=float(stderr) if isinstance(stderr, int | float) else None,
@@ -351,7 +352,7 @@ def _mean(results: Sequence[TaskResult], names: Sequence[str]) -> list[TaskResul
     return [
         TaskResult(
             task="mean",
-            num_fewshot=rows[0].num_fewshot,
+            num_fewshot=rows[0].num_fewshot if len({row.num_fewshot for row in rows}) == 1 else None,
             metric=rows[0].metric,
             value=sum(row.value for row in rows) / len(rows),
             stderr=stderr,

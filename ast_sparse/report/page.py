@@ -241,7 +241,7 @@ def _tasks_table(report: Report) -> str:
     for model, _, task in report.results.tasks:
         if task.shown:
             error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-            key = (task.task, task.prompt or "plain text", str(task.num_fewshot), shown(task.examples), task.metric)
+            key = (task.task, task.prompt or "plain text", shown(task.num_fewshot), shown(task.examples), task.metric)
             cells.setdefault(key, {})[model] = f"{task.value:.4f}{error}"
     headers = [
         "task",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.harness import GROUPS, Harness, TaskResult
 from ast_sparse.evaluation.measure import measure_text
+from ast_sparse.evaluation.results import tasks_table
 from tests.evaluation.tasks import choice_task, group, perplexity_task, write_task
 from tests.models import generated_text, tiny_model, tiny_tokenizer
 
@@ -143,6 +144,23 @@ def test_group_shows_its_mean_and_records_its_tasks(tmp_path: Path) -> None:
     every = values(results, shown=False)
     assert every["both", "acc"] == pytest.approx((4 * every["a", "acc"] + 5 * every["b", "acc"]) / 9)
     assert {task for task, _ in values(run(Harness(["bare"], include_path=str(tmp_path))))} == {"a", "b"}
+
+
+@pytest.mark.parametrize("number", [2, 0])
+def test_a_group_has_a_number_of_examples_only_if_its_tasks_agree(tmp_path: Path, number: int) -> None:
+    rows = [{"question": generated_text(1, seed), "choices": ["a", "b"], "answer": 0} for seed in range(4)]
+    for name, examples in (("one", 2), ("other", number)):
+        write_task(
+            tmp_path, name, rows, output_type="multiple_choice", training_split="train", num_fewshot=examples,
+            doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
+            metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        )  # fmt: skip
+    group(tmp_path, "both", ["one", "other"])
+    found = run(Harness(["both"], include_path=str(tmp_path)), limit=1)
+    of_group = 2 if number == 2 else None
+    assert {row.task: row.num_fewshot for row in found} == {"both": of_group, "one": 2, "other": number}
+    row = next(row for row in found if row.task == "both")
+    assert tasks_table([("m", "float32", row)]).splitlines()[2].split()[3] == ("2" if number else "-")
 
 
 def test_paper_tasks_are_asked_as_published(tmp_path: Path) -> None:
