@@ -131,8 +131,8 @@ def main(context: click.Context, checkpoint: str, out: str | None, table: bool, 
             )  # fmt: skip
         hint = serving_hint(Path(out).expanduser(), report.format != "dense")
         click.echo("\n".join([*report.lines(), *([hint] if hint else []), f"Wrote {report.out_dir}"]))
-        if options["push_to_hub"] is not None:
-            click.echo(f"Uploaded to https://huggingface.co/{options['push_to_hub']}")
+        if report.uploaded is not None:
+            click.echo(f"Uploaded to {report.uploaded}")
     if found is not None and json_file is not None:
         from ast_sparse.storage.versions import versions
 

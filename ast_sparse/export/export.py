@@ -107,7 +107,7 @@ def export_model(
         write_card(partial, subject, report)
         report = replace(report, files=file_sizes(partial))
     if push_to_hub is not None:
-        push_folder(out, push_to_hub, private)
+        report = replace(report, uploaded=push_folder(out, push_to_hub, private))
     return report
 
 

@@ -46,6 +46,7 @@ class ExportReport:
         files: size by name of every file written.
         merge: what merging an adapter cost, None if none was merged.
         notes: more lines: the bits of a weight, and what was rounded.
+        uploaded: address of the repository on the hub, None if it was not uploaded.
     """
 
     out_dir: Path
@@ -59,6 +60,7 @@ class ExportReport:
     files: dict[str, int]
     merge: MergeReport | None = None
     notes: tuple[str, ...] = ()
+    uploaded: str | None = None
 
     @property
     def rows(self) -> tuple[SizeRow, ...]:

@@ -37,7 +37,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def create_repo(self: HfApi, repo_id: str, **kwargs: Any) -> RepoUrl:
         calls["created"] = (repo_id, kwargs)
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
+        return RepoUrl(f"{self.endpoint}/{repo_id}", endpoint=self.endpoint)
 
     def upload_folder(self: HfApi, **kwargs: Any) -> None:
         folder = Path(kwargs["folder_path"])
@@ -71,7 +71,7 @@ def test_the_finished_export_is_uploaded_with_a_card_that_names_the_repository(
 ) -> None:
     result = run(source, tmp_path / "out", "--push-to-hub", "me/model")
     assert result.exit_code == 0, result.output
-    assert result.stdout.endswith("Uploaded to https://huggingface.co/me/model\n")
+    assert result.stdout.endswith("Uploaded to http://127.0.0.1:9/me/model\n")  # the hub of HF_ENDPOINT
     assert sent["created"] == ("me/model", {"private": None, "exist_ok": True})
     assert sent["uploaded"]["repo_id"] == "me/model" and sent["uploaded"]["folder_path"] == tmp_path / "out"
     assert sent["files"] >= {"README.md", "config.json", "model.safetensors", "slorb/adapter_config.json"}
