@@ -72,7 +72,7 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
         rows: further models to measure, by name.
 
     Raises:
-        UserError: names the study, the variant and the field.
+        UserError: names the study, the variant and the field; or an override has no effect on any variant.
     """
     tree = _read_tree(path)
     config = (path.parent / tree["config"]).resolve()
@@ -84,10 +84,10 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
     each: list[int] | list[None] = _seeds(tree, path)
     seeds = {"train": each, "prune": each, "eval": [None]}
     _check_names(path, [_label(name, seed) for name, kind, *_ in given for seed in seeds[kind]])
-    variants = []
+    variants, unused = [], list(overrides)
     for name, kind, model, own in given:
-        settings = {**common, **own}
-        settings |= _reaching(overrides, settings)
+        reaching = _reaching(overrides, {**common, **own})
+        settings = {**common, **own, **reaching}
         try:
             resolved = load_config(config, as_overrides(settings))
             for seed in seeds[kind]:
@@ -99,6 +99,15 @@ def read_study(path: Path, overrides: Mapping[str, Any], smoke: bool, rows: Mapp
             _check_commands(variants[-1])
         except UserError as error:
             raise UserError(f"{path}, variant {name!r}: {error}") from None
+        for key in [key for key in unused if key in reaching]:
+            before = {**common, **own, **{other: value for other, value in reaching.items() if other != key}}
+            if kind == "train" or _is_changed(replace(variants[-1], config=resolved), config, before):
+                unused.remove(key)
+    if unused:
+        raise UserError(
+            f"--set {unused[0]}={json.dumps(overrides[unused[0]])} has no effect on any variant of {path}: each is not "
+            "trained, or leaves the section out. Remove it."
+        )
     return Study(path, tree.get("title", path.stem), config, tuple(variants), tuple(tree.get("figures") or ()))
 
 
@@ -114,6 +123,10 @@ def commands(study: Study, variant: Variant, folder: Path) -> list[list[str]]:
         resume = ["--resume"] if (folder / "config.yaml").exists() else []
         base = ["--config", str(study.config), *values, "--output-dir", str(folder)]
         return [["ast_sparse.cli.train", *base, *resume]]
+    return _other_commands(variant, folder)
+
+
+def _other_commands(variant: Variant, folder: Path) -> list[list[str]]:
     prune = [_prune_command(variant.config, folder)] if variant.kind == "prune" else []
     return [*prune, *(_eval_command(variant, folder, name) for name in variant.datasets)]
 
@@ -251,6 +264,19 @@ def _reaching(overrides: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
         if settings[key] is None and key not in overrides and not any(x.startswith(f"{key}.") for x in keys[number:])
     ]  # fmt: skip
     return {key: value for key, value in overrides.items() if not key.startswith(tuple(off))}
+
+
+def _is_changed(variant: Variant, config: Path, before: Mapping[str, Any]) -> bool:
+    """Whether a setting matters to a variant that is not trained: its commands differ from those of `before`.
+
+    A setting that was so before matters too.
+    """
+    try:
+        other = replace(variant, config=load_config(config, as_overrides(before)))
+        is_same = _other_commands(variant, Path()) == _other_commands(other, Path())
+    except UserError:  # without it the variant would be refused
+        return True
+    return not is_same or other.config == variant.config
 
 
 def _seeds(tree: dict[str, Any], path: Path) -> list[int] | list[None]:

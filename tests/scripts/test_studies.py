@@ -324,3 +324,16 @@ def test_an_override_does_not_switch_on_what_a_variant_leaves_out() -> None:
 
 def test_every_shipped_study_is_tested() -> None:
     assert {path.stem for path in (SCRIPTS / "studies").glob("*.yaml")} == SHIPPED
+
+
+def test_an_override_without_effect_on_any_variant_is_refused(study: Path) -> None:
+    changed(study, "config: base.yaml\nvariants: {a: {distillation: null}, b: {run: prune}, c: {run: eval}}")
+    line = refused(study, "--list", "--set", "distillation.alpha=0.6")
+    assert line.startswith(f"Error: --set distillation.alpha=0.6 has no effect on any variant of {study}: each is not")
+    assert run_study(study, "--list", "--set", "training.max_steps=5").exit_code == 0  # it reaches a
+    changed(study, "config: base.yaml\nvariants: {b: {run: prune}, c: {run: eval}}")
+    for setting in ("training.max_steps=5", "sparsity.mask_interval=2"):
+        assert f"--set {setting} has no effect" in refused(study, "--list", "--set", setting)
+    # c does not read the third one, and the last one is so already
+    for setting in ("evaluation.windows=2", "training.use_cpu=false", "sparsity.pattern=1:4", "evaluation.windows=3"):
+        assert run_study(study, "--list", "--set", setting).exit_code == 0
