@@ -7,24 +7,29 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ("scripts/benchmarks/results", "scripts/studies/results")
 
 
 def provenance(checkout: Path = ROOT) -> dict[str, Any]:
-    """Commit of a checkout, device and versions; what was measured before is not a change of the code."""
-    code = (":/", *(f":(top,exclude){folder}" for folder in RESULTS))
-    commit = _git(checkout, "rev-parse", "--short", "HEAD")
-    changed = _git(checkout, "status", "--porcelain", "-uno", "--", *code)
+    """Commit of a checkout, device and versions."""
+    import torch  # here, because the commit is also asked for where neither is installed
+    import transformers
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "commit": commit_of(checkout),
         "device": f"{device}, {os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def commit_of(checkout: Path = ROOT) -> str:
+    """The commit of a checkout, and whether its code was changed since; what was measured before is no code."""
+    code = (":/", *(f":(top,exclude){folder}" for folder in RESULTS))
+    commit = _git(checkout, "rev-parse", "--short", "HEAD")
+    changed = _git(checkout, "status", "--porcelain", "-uno", "--", *code)
+    return (commit or "unknown") + ("+changes" if changed else "")
 
 
 def _cpu() -> str:

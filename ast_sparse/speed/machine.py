@@ -56,15 +56,20 @@ def _vllm() -> dict[str, str]:
     return {}
 
 
-def _commit() -> str | None:
-    folder = Path(ast_sparse.__file__).parents[1]
-    if not (folder / ".git").exists():
+def _commit(package: Path = Path(ast_sparse.__file__).parent) -> str | None:
+    """The commit of the checkout that the package is in, and whether the package was changed since; None without."""
+    if not (package.parent / ".git").exists():
         return None
     try:
-        command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        commit = _git(package, "rev-parse", "--short", "HEAD")
+        changed = _git(package, "status", "--porcelain", "-uno", "--", ".")
     except OSError:
         return None
+    return commit and commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     return done.stdout.strip() or None
 
 

@@ -138,10 +138,12 @@ def _has_gpu() -> bool:
 
 def about(commit: str | None, is_dry: bool) -> dict[str, Any]:
     """Device, driver, versions, commit."""
+    from scripts.provenance import commit_of
+
     names = (*TRAINING, "peft", "liger_kernel")
     device = "CPU, dry" if is_dry else _said("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     return {
-        "commit": commit or _said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
+        "commit": commit or commit_of(ROOT),
         "device": device,
         "python": sys.version.split()[0],
         "versions": {name: version for name in names if (version := _version(name)) is not None},

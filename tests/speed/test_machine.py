@@ -1,6 +1,7 @@
 """What a measurement depends on."""
 
 import platform
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,22 @@ def test_the_environment_and_the_c_kernels_are_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AST_SPARSE_CPU", "abacus")
     with pytest.raises(UserError, match="AST_SPARSE_CPU is 'abacus'"):
         machine()
+
+
+def test_a_changed_package_is_said_beside_its_commit(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    code, other = tmp_path / "ast_sparse" / "code.py", tmp_path / "other.py"
+    code.parent.mkdir()
+    assert room._commit(code.parent) is None
+    for arguments in (("init",), ("add", "."), ("commit", "-m", "first")):
+        code.write_text("1\n")
+        other.write_text("1\n")
+        git(*arguments)
+    other.write_text("2\n")
+    commit = room._commit(code.parent)
+    assert commit is not None and commit.isalnum()
+    code.write_text("2\n")
+    assert room._commit(code.parent) == f"{commit}+changes"
