@@ -134,7 +134,7 @@ class SparseTrainer(EvaluationTrainer):
     ) -> None:
         # 1. settings
         args = TrainingArguments(output_dir="trainer_output") if args is None else args
-        check_arguments(args)
+        check_arguments(args, callbacks)
         check_sharding(args)
         check_replaced(optimizers[0], kwargs, args)
         self.sparsity_config = sparsity_config or SparsityConfig()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
 from ast_sparse.training.checks.arguments import check_arguments, check_shared_batches
@@ -129,11 +130,16 @@ def test_a_tracker_that_saves_the_model_before_it_is_masked_is_refused(
     monkeypatch.setattr(f"{check_arguments.__module__}.get_available_reporting_integrations", lambda: [tracker])
     args = arguments(tmp_path)
     args.report_to = [tracker]
-    monkeypatch.setenv(variable, "false")
-    check_arguments(args)
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"^{variable}='{value}' would upload weights that are not masked yet .* Unset"):
+    for other in ("false", "FALSE", "0", "", *(["END"] if tracker == "wandb" else [])):  # as the trackers read it
+        monkeypatch.setenv(variable, other)
         check_arguments(args)
+    monkeypatch.setenv(variable, value)
+    message = f"^{variable}='{value}' would upload weights that are not masked yet .* Unset"
+    with pytest.raises(UserError, match=message):
+        check_arguments(args)
+    args.report_to = []
+    with pytest.raises(UserError, match=message):
+        SparseTrainer(tiny_model("llama"), args, train_dataset=blocks(), callbacks=[INTEGRATION_TO_CALLBACK[tracker]])
 
 
 def test_a_conv1d_is_not_sharded() -> None:

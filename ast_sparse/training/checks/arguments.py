@@ -6,14 +6,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -65,10 +65,10 @@ _ENGINES = {
     "DEEPSPEED": "DeepSpeed",
     "MEGATRON_LM": "Megatron-LM",
 }
-# trackers that save the model themselves when training ends, if a variable has one of these values (in small letters)
-_UPLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "wandb": ("WANDB_LOG_MODEL", ("end", "checkpoint")),
-    "dvclive": ("HF_DVCLIVE_LOG_MODEL", ("1", "on", "yes", "true")),
+# trackers that save the model themselves when training ends, if a variable has such a value
+_UPLOADS = {
+    "wandb": ("WANDB_LOG_MODEL", "end|checkpoint"),
+    "dvclive": ("HF_DVCLIVE_LOG_MODEL", "(?i:1|on|yes|true)"),
 }
 _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 _ANY_STEPS = 1000  # used if only the data decides the number of steps
@@ -120,8 +120,8 @@ def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, 
     return f"training: {message} Correct the section."
 
 
-def check_arguments(args: TrainingArguments) -> None:
-    """Refuse settings that fail later, or that this trainer would ignore.
+def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None) -> None:
+    """Refuse settings that fail later, or that this trainer would ignore, and callbacks as settings of trackers.
 
     With `full_determinism`, the environment gets what cuBLAS needs for it. That is too late after a first product.
 
@@ -141,6 +141,10 @@ def check_arguments(args: TrainingArguments) -> None:
             "False."
         )
     _check_trackers(args.report_to)
+    for callback in callbacks or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        for name in [name for name in _UPLOADS if issubclass(kind, INTEGRATION_TO_CALLBACK[name])]:
+            _check_upload(name, kind.__name__)
     _check_schedule(args)
     _check_checkpointing(args)
     _check_accumulation(args)
@@ -211,12 +215,17 @@ def _check_trackers(report_to: Any) -> None:
         # transformers does not always list these two as available
         if name not in (*get_available_reporting_integrations(), "azure_ml", "flyte"):
             raise UserError(f"training.report_to={_short(name)} is not installed. Install it, or set report_to: none.")
-        variable, values = _UPLOADS.get(name, ("", ()))
-        if (value := os.environ.get(variable, "")).lower() in values:
-            raise UserError(
-                f"{variable}={shown(value)} would upload weights that are not masked yet (training.report_to={name}). "
-                "Unset it, and upload the folder of the finished model."
-            )
+        if name in _UPLOADS:
+            _check_upload(name, f"training.report_to={name}")
+
+
+def _check_upload(tracker: str, where: str) -> None:
+    variable, values = _UPLOADS[tracker]
+    if re.fullmatch(values, value := os.environ.get(variable, "")):
+        raise UserError(
+            f"{variable}={shown(value)} would upload weights that are not masked yet ({where}). Unset it, and upload "
+            "the folder of the finished model."
+        )
 
 
 def _check_schedule(args: TrainingArguments) -> None:
