@@ -38,6 +38,7 @@ from ast_sparse.training.fsdp import gathered, load_moments, load_weights, shard
 from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.best import best_checkpoint, find_best
 from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
+from ast_sparse.training.resume.older_runs import count_flops
 from ast_sparse.training.resume.same_run import RunRecord
 from ast_sparse.training.sharding import frame_of, shard_student
 from ast_sparse.training.start.model_calls import compilation_hidden
@@ -121,7 +122,7 @@ class CheckpointTrainer(Trainer):
 
     def sparsity_config_dict(self) -> dict[str, Any]:
         """The content of `sparsity_config.json`."""
-        record = SparsityRecord.of_run(
+        return SparsityRecord.of_run(
             version=ast_sparse.__version__,
             base_model=self.base_model_name,
             base_commit=self._base_commit,
@@ -131,8 +132,7 @@ class CheckpointTrainer(Trainer):
             distillation=self.distillation_config,
             kernels=self._sparsity.kernels,
             layers=self.sparsity_report.pruned,
-        )
-        return record.to_dict()
+        ).to_dict()
 
     def _trained(self) -> dict[str, int]:
         """Steps and tokens that made the present weights; those of the best checkpoint have steps alone."""
@@ -350,6 +350,7 @@ class CheckpointTrainer(Trainer):
         self.state = state
         state.init_training_references(self, state.max_steps, state.num_train_epochs, None)  # which rank this is
         find_best(state, checkpoint)
+        count_flops(state, checkpoint, self._trained_parameters)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
@@ -382,6 +383,7 @@ class CheckpointTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             find_best(self.state, Path(checkpoint))
+            count_flops(self.state, Path(checkpoint), self._trained_parameters)
         sparse_optimizer(self.optimizer).begin_offload(self.student)  # before moments are read, to the host
         with self.true_weights():
             self._load_moments(checkpoint)

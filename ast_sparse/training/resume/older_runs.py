@@ -1,4 +1,5 @@
-"""Checkpoints of versions that saved no settings: their other files, compared with the resumed run."""
+"""Checkpoints of older versions: what was counted otherwise; and, where they saved no settings, their other files,
+compared with the resumed run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_callback import TrainerState
 
 from ast_sparse.data.blocks.domains import DomainBlocks
 from ast_sparse.data.blocks.stored import TokenBlocks
 from ast_sparse.data.tokens.bos import own_bos
 from ast_sparse.errors import UserError
+from ast_sparse.storage.sparsity_record import SparsityRecord
 
 
 def stored_training(checkpoint: Path) -> dict[str, Any]:
@@ -47,3 +50,16 @@ def check_bos(checkpoint: Path, data: Mapping[str, Any], tokenizer: PreTrainedTo
             f"data.bos={data['bos']!r} puts BOS before the text, and {str(checkpoint)!r} was trained without it. "
             "Resume with data.bos=none, or start a new run with another output folder."
         )
+
+
+def count_flops(state: TrainerState, checkpoint: Path, parameters: int) -> None:
+    """Let a state count FLOPs as now: older versions left out a head that is tied, but recorded the same tokens.
+
+    Args:
+        state: changed in place.
+        checkpoint: the folder that it was read from.
+        parameters: that multiply each token.
+    """
+    tokens = SparsityRecord.read(checkpoint).get("trained", "tokens")
+    if isinstance(tokens, int) and round(state.total_flos / (6 * parameters)) != tokens:
+        state.total_flos = float(6 * parameters * tokens)

@@ -1,5 +1,6 @@
 """FLOPs of student and teacher in the log, and `distillation.match_flops` (Table 11)."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def test_a_resumed_run_ends_at_the_same_step_with_the_same_weights_and_flops(tmp
         assert again.state.global_step == 8 and flops(again) == flops(whole)
         expected = weights(whole.model)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+def test_a_checkpoint_that_counted_fewer_parameters_keeps_its_tokens(tmp_path: Path) -> None:
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1)
+    whole = trainer(tmp_path, args=settings)
+    whole.train()
+    for step in (1, 2):
+        path = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps({**state, "total_flos": state["total_flos"] * 0.7}))  # without the tied head
+        again = trainer(tmp_path, args=settings)
+        again.train(resume_from_checkpoint=str(path.parent))
+        assert again.sparsity_config_dict()["trained"] == {"steps": 2, "tokens": 2 * TOKENS}
+        assert flops(again)[-1:] == flops(whole)
 
 
 class Tracker(TrainerCallback):
