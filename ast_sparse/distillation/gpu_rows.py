@@ -4,6 +4,7 @@ One Triton kernel does it (`ast_sparse.kernels.gpu.loss_rows`), or, where that c
 PyTorch, or PyTorch's operations in place.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from ast_sparse.distillation.blocks_in_place import block_loss_
 from ast_sparse.distillation.terms import IGNORE_INDEX, Terms
+from ast_sparse.errors import one_line
 from ast_sparse.kernels.choice import compile_kernel, compiler_fault
 from ast_sparse.kernels.gpu import loss_rows
 from ast_sparse.kernels.gpu.dispatch import is_interpreted, setting
 from ast_sparse.kernels.waits import waits
 
+logger = logging.getLogger(__name__)
+
 _LOWEST = -1e38  # below every logit; the difference of two of them is finite, and e to its power is 0
 _EAGER_ELEMENTS = 1 << 22  # logits of one model that PyTorch's operations take at once; they make a dozen copies
 
+_given_up: set[torch.device] = set()  # where a compiled function has failed
 _planned: ContextVar[bool] = ContextVar("planned", default=False)
 
 
@@ -82,15 +87,17 @@ def write_rows(
             kl_weight=terms.kl_weight, temperature=terms.temperature, softcap=softcap,
             teacher_softcap=teacher_softcap, scale=scale,
         )  # fmt: skip
-    elif _compiles(logits):
-        compiled_rows(terms, softcap, teacher_softcap, scale)(logits, teacher, labels, losses, grads)
-    else:
-        size = max(1, _EAGER_ELEMENTS // logits.shape[-1])
-        for start in range(0, len(logits), size):
-            part = slice(start, start + size)
-            reference, out = (None if each is None else each[part] for each in (teacher, grads))
-            given = (logits[part], reference, labels[part], losses[part], out)
-            _write_eagerly(*given, terms, softcap, teacher_softcap, scale)
+        return
+    if _compiles(logits):
+        kernel = compiled_rows(terms, softcap, teacher_softcap, scale)
+        if _runs(kernel, logits, teacher, labels, losses, grads):
+            return
+    size = max(1, _EAGER_ELEMENTS // logits.shape[-1])
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        reference, out = (None if each is None else each[part] for each in (teacher, grads))
+        given = (logits[part], reference, labels[part], losses[part], out)
+        _write_eagerly(*given, terms, softcap, teacher_softcap, scale)
 
 
 def _write_eagerly(
@@ -108,10 +115,31 @@ def _write_eagerly(
         grads.copy_(block if scale == 1 else block.mul_(scale)).masked_fill_(ignored.unsqueeze(-1), 0)
 
 
+def _runs(kernel: Callable[..., None], logits: Tensor, *others: Tensor | None) -> bool:
+    """Run a compiled function; False, and a line in the log, if it fails, as it may only do with real sizes.
+
+    It fails before its last kernel has begun, which alone writes gradients, so the logits are whole.
+    """
+    try:
+        kernel(logits, *others)
+    except torch.OutOfMemoryError:  # PyTorch's operations need more
+        raise
+    except Exception as error:  # of the inductor, or of Triton when it launches: shared memory, a full disk
+        reason = f"compiled, it fails: {type(error).__name__}: {one_line(error, 300)}"
+        logger.warning(f"The distillation loss takes PyTorch's operations on {logits.device}: {reason}")
+        _given_up.add(logits.device)
+        return False
+    return True
+
+
 def _compiles(logits: Tensor) -> bool:
-    if not logits.is_cuda or type(logits) is not Tensor or logits.dtype == torch.float64:
+    if not _is_served(logits) or logits.device in _given_up:
         return False
     return setting() != "plain" and not torch.compiler.is_compiling() and compiler_fault("cuda") is None
+
+
+def _is_served(logits: Tensor) -> bool:
+    return logits.is_cuda and type(logits) is Tensor and logits.dtype != torch.float64
 
 
 @cache

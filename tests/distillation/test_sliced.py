@@ -143,6 +143,36 @@ def test_where_the_kernel_cannot_run_one_function_is_compiled_for_all_slices(mon
     assert len(functions) == 1
 
 
+@pytest.mark.usefixtures("in_slices")
+def test_a_compiled_function_that_fails_when_it_runs_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def kernel(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 0.\nmore lines")
+
+    monkeypatch.setattr(gpu_rows, "compiler_fault", lambda device: None)
+    monkeypatch.setattr(gpu_rows, "setting", lambda: "auto")
+    monkeypatch.setattr(gpu_rows, "_is_served", lambda logits: True)  # as logits on a GPU
+    monkeypatch.setattr(gpu_rows, "compiled_rows", lambda *_: kernel)
+    monkeypatch.setattr(gpu_rows, "_given_up", set())
+    for _ in range(2):
+        check(Case(softcap=2.0), DistillationConfig(alpha=0.67))
+    assert len(calls) == 1
+    (line,) = [record.getMessage() for record in caplog.records if "PyTorch's operations" in record.getMessage()]
+    assert "on cpu: compiled, it fails: RuntimeError: out of resource" in line and "\n" not in line
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_rows, "_given_up", set())
+    monkeypatch.setattr(gpu_rows, "compiled_rows", lambda *_: no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(Case(), DistillationConfig(alpha=0.67))
+
+
 def test_slices_are_large_even_and_of_about_one_size() -> None:
     assert sliced.slice_size(4096, 32000) == 2048 and sliced.slice_size(4096, 128256) == 1024
     assert sliced.slice_size(8 * 2048, 49152) == 1280 and sliced.slice_size(5, 49152) == 5
