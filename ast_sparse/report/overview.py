@@ -82,7 +82,7 @@ def model_rows(
             row = rows.setdefault(_stage_key(run, stage), _stage_row(label if len(runs) > 1 else "", run, stage))
             for dataset, measured in results.items():
                 text = "wikitext2 test" if dataset == "wikitext2" else Path(dataset).name  # as ast-eval calls it
-                row.perplexities[_protocol_of(text, measured)] = measured.get("perplexity")
+                row.perplexities[_protocol_of(text, _completed(run, dataset, measured))] = measured.get("perplexity")
             row.samples = run.samples.get(stage, {})
     for model, label in names.items():
         row = rows.setdefault(_key(model), ModelRow(name=label, kind=_kind(model)))
@@ -120,6 +120,18 @@ def _stage_row(label: str, run: Run, stage: str) -> ModelRow:
 def _protocol_of(text: str, result: Mapping[str, Any]) -> Protocol:
     more: dict[str, Any] = {key: result.get(key) for key in ("stride", "join", "bos")}
     return Protocol(text=text, **more, **{key: result[key] for key in PROTOCOL})
+
+
+def _completed(run: Run, dataset: str, measured: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A result of a stage with what older versions did, and did not write: their texts were joined by blank lines.
+
+    BOS stays unknown if the tokenizer decided it (`data.bos: auto`).
+    """
+    if "bos" in measured or dataset == "heldout":
+        return measured
+    place = str(run.setting("data", "bos") or "none")  # the configurations of still older versions have no such key
+    known = {"none": "none", "document": "document", "block": "window", "window": "window"}
+    return {"join": "blank-line", "bos": known.get(place), **measured}
 
 
 def _zeros(counts: Counts) -> float | None:

@@ -267,6 +267,27 @@ def test_text_that_begins_or_is_joined_otherwise_is_another_column(tmp_path: Pat
     }
 
 
+def test_results_of_versions_that_recorded_no_bos_share_the_columns_of_newer_ones(tmp_path: Path) -> None:
+    figures = {"perplexity": 9.0, "seq_len": 32, "windows": 3, "predicted_tokens": 93, "total_tokens": 100}
+
+    def columns(bos: str | None) -> list[str]:
+        new = {**figures, "join": "blank-line", "bos": {"block": "window"}.get(str(bos), bos or "none")}
+        stages = ({"wikitext2": figures, "heldout": figures}, {"wikitext2": new, "heldout": {**figures, "bos": None}})
+        config = {"data": {} if bos is None else {"bos": bos}}
+        empty: dict[str, Any] = {"config": config, "log": [], "history": [], "samples": {}}
+        runs = {
+            str(number): Run(folder=tmp_path / str(number), stages={"retrained 2:4": stage}, **empty)
+            for number, stage in enumerate(stages)
+        }
+        found = dict.fromkeys(protocol for row in model_rows(runs, [], {}, {}, {}) for protocol in row.perplexities)
+        return list(map(str, found))
+
+    text, held_out = (f"{name}, 3 × 32 of 100 tokens" for name in ("wikitext2 test", "heldout"))
+    assert columns(None) == columns("none") == [text, held_out]
+    assert columns("document") == [f"{text}, BOS first", held_out]
+    assert columns("block") == [f"{text}, BOS in every window", held_out]
+
+
 def test_layers_that_are_not_pruned_are_counted_too(tmp_path: Path) -> None:
     model = tiny_model()
     sparsify_model(model, SparsityConfig(exclude=("*.down_proj",)))
