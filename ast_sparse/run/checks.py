@@ -38,6 +38,7 @@ from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.recovery import check_recovery
 from ast_sparse.sparsity.slorb import check_slorb
+from ast_sparse.storage.files import is_same
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.training.checks.arguments import build_arguments, check_shared_batches
@@ -110,7 +111,7 @@ def checked_run(
                 return None
             resume = state == "started"
         checkpoint = checkpoint_to_resume(output, resume)
-        is_continued = resume is True or (checkpoint is not None and checkpoint.parent.resolve() == output.resolve())
+        is_continued = resume is True or (checkpoint is not None and is_same(checkpoint.parent, output))
         if not is_continued and not overwrite and not dry_run:
             refuse_used(output)
         config, precision = decide_bf16(config, args.device, checkpoint, dry_run)

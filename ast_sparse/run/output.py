@@ -15,7 +15,7 @@ from ast_sparse.distributed.ranks import gather, rank
 from ast_sparse.errors import UserError
 from ast_sparse.run.precision import is_undecided
 from ast_sparse.run.stages import Measured
-from ast_sparse.storage.files import ADAPTER_FOLDER, read_json, write_json
+from ast_sparse.storage.files import ADAPTER_FOLDER, is_same, read_json, write_json
 from ast_sparse.storage.run_folder import (
     FOUND_RATES,
     MASK_HISTORY,
@@ -57,7 +57,7 @@ def output_folder(config: RunConfig, output_dir: str | None) -> Path:
         raise UserError(f"Output folder {str(path)!r}: {str(above)!r} cannot be written to. Give another --output-dir.")
     for key in ("name_or_path", "teacher"):
         model = getattr(config.model, key)
-        if model is not None and path.is_dir() and Path(model).expanduser().resolve() == path.resolve():
+        if model is not None and path.is_dir() and is_same(Path(model).expanduser(), path):
             raise UserError(f"Output folder {str(path)!r} is model.{key}, and would be replaced. Give another folder.")
     return path
 
@@ -122,7 +122,7 @@ def clear_for_run(config: RunConfig, output: Path, checkpoint: Path | None, over
     shutil.rmtree(output / SHORT_RUNS, ignore_errors=True)
     if overwrite:
         _remove_run(output)
-    if checkpoint is not None and checkpoint.parent.resolve() == output.resolve():
+    if checkpoint is not None and is_same(checkpoint.parent, output):
         _remove_newer(checkpoint)
     _write_config(config, output)
 
@@ -150,7 +150,7 @@ def replaced_bytes(output: Path, overwrite: bool) -> int:
 def _remove_newer(checkpoint: Path) -> None:
     """Remove checkpoints after the one that is resumed, half-written or abandoned: a later --resume would use them."""
     for folder in checkpoint_folders(checkpoint.parent):
-        if folder.resolve() == checkpoint.resolve():
+        if is_same(folder, checkpoint):
             return
         logger.warning(f"{folder} is removed: the run continues from {checkpoint.name}.")
         shutil.rmtree(folder)

@@ -64,6 +64,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def is_same(first: Path, second: Path) -> bool:
+    """Whether two paths name one folder or file, also by links and mounts; or the same one that does not exist."""
+    try:
+        return first.samefile(second)
+    except OSError:
+        return first.resolve() == second.resolve()
+
+
 def check_inside(path: Path) -> None:
     """Raise UserError if a file is a link that leads out of its folder; the hub's cache may link to its own blobs."""
     if not path.is_symlink() or not path.exists():

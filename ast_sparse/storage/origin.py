@@ -87,7 +87,7 @@ class Origin:
             tokenizer: saved there too. If it was changed since it was loaded, the source's tokenizer files are not
                 copied.
         """
-        is_source = self.folder is not None and self.folder.resolve() == folder.resolve()
+        is_source = self.folder is not None and files.is_same(self.folder, folder)
         if tokenizer is not None and not is_source:
             remove_tokenizer(folder)
         written = set() if tokenizer is None else _save_tokenizer(tokenizer, folder)

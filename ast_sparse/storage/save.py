@@ -123,7 +123,7 @@ def check_out_dir(out_dir: Path, source: Path | None, overwrite: bool) -> None:
     Args:
         out_dir, source: resolved paths; source is the folder that is exported, if any.
     """
-    if source is not None and (out_dir == source or out_dir in source.parents):
+    if source is not None and any(files.is_same(out_dir, folder) for folder in (source, *source.parents)):
         raise UserError(f"`{out_dir}` holds the checkpoint that is being exported. Choose another output folder.")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"`{out_dir}` is a file. Choose another output folder.")

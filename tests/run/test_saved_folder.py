@@ -14,7 +14,9 @@ from ast_sparse import SparseTrainer
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main as prune
 from ast_sparse.cli.train import main as train
+from ast_sparse.config import load_config
 from ast_sparse.errors import UserError
+from ast_sparse.run.output import output_folder
 from ast_sparse.storage.files import read_json
 from tests.models import generated_text, save_tiny_model
 
@@ -303,3 +305,12 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(command: str, tmp_path: 
         "export": lambda: call(export, source, tmp_path / "out", "--format", "dense"),
     }[command]()
     assert result.exit_code == 2 and "is a link to" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_mounted_elsewhere_is_no_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mounted").symlink_to(tmp_path)
+    monkeypatch.setattr(Path, "resolve", Path.absolute)  # the link stands for a mount
+    (tmp_path / "a.yaml").write_text(f"model: {{name_or_path: {tmp_path}/model}}\ndata: {{train: [a.txt]}}")
+    with pytest.raises(UserError, match=r"mounted/model' is model\.name_or_path, and would be replaced"):
+        output_folder(load_config(tmp_path / "a.yaml"), str(tmp_path / "mounted" / "model"))

@@ -118,6 +118,11 @@ def test_output_folder_must_be_free(tmp_path: Path) -> None:
     for inside in (model, model / "checkpoint-3"):
         with pytest.raises(UserError, match="holds the checkpoint that is being exported"):
             check_out_dir(model, inside, overwrite=True)
+    (tmp_path / "mounted").symlink_to(tmp_path)  # a path that is not resolved stands for a mount
+    for inside in (model, model / "checkpoint-1"):
+        inside.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"mounted/.*holds the checkpoint that is being exported"):
+            check_out_dir(tmp_path / "mounted" / model.name, inside, overwrite=True)
 
 
 def test_what_would_fail_after_hours_of_work_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
