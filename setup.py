@@ -7,6 +7,7 @@ pure. An editable install compiles nothing: the kernels are compiled when they a
 
 import importlib.util
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from setuptools import Distribution, setup
@@ -30,17 +31,20 @@ class BuildKernels(build_py):
         if self.editable_mode:
             return
         compiling = module(NATIVE / "compiling.py")
-        folder = Path(self.build_lib) / NATIVE
-        for left in folder.glob("*.so"):  # of another build
-            left.unlink()
         try:
-            compiling.package_library(folder / compiling.packaged_name())
+            compiling.package_library(Path(self.build_lib) / NATIVE / compiling.packaged_name())
             self.distribution.compiled = True
         except compiling.BuildError as error:
             self.warn(f"The wheel has no compiled kernels: {error}.")
 
 
 class KernelWheel(bdist_wheel):
+    def finalize_options(self) -> None:
+        # not build/, which builds at one time would share, and where modules stay that the package no longer has
+        self.folder = TemporaryDirectory(prefix="ast-sparse-build-")
+        self.distribution.get_command_obj("build").build_base = self.folder.name
+        super().finalize_options()
+
     def run(self) -> None:
         self.run_command("build_py")
         self.root_is_pure = not self.distribution.has_ext_modules()

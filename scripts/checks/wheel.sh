@@ -8,7 +8,6 @@ cd "$(dirname "$0")/../.."
 root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-rm -rf build/lib # setuptools packs all of it, also modules that the package no longer has
 build() { "$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$@" .; }
 CC=no-such-compiler build "$work/pure" --no-build-isolation # .venv has setuptools, for torch
 ls "$work"/pure/ast_sparse-*-py3-none-any.whl >/dev/null
