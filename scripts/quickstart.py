@@ -52,30 +52,20 @@ def generate(folder: Path) -> None:
 
 def summary(folder: Path) -> None:
     """Perplexity, masked share and size of every stage, and how fast the exports generate."""
-    import torch
-    from safetensors import safe_open
-
     from ast_sparse.tables import format_table
 
     stages = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
-    layers = json.loads((folder / "run" / "sparsity_config.json").read_text(encoding="utf-8"))["layers"]
-    zeros = total = 0
-    with safe_open(folder / "run" / "model.safetensors", "pt") as file:
-        for layer in layers:
-            weight = file.get_tensor(f"{layer}.weight")
-            zeros += int(torch.count_nonzero(weight == 0))
-            total += weight.numel()
-    masked = f"{zeros / total:.3%}"
     exports = {row["model"]: row["perplexity"] for row in json.loads((folder / "eval.json").read_text())["results"]}
     results = {name: next(iter(stage.values())) for name, stage in stages.items()}
     measured = json.loads((folder / "speed.json").read_text(encoding="utf-8"))
     speeds = tokens_per_second(measured)
     rows = []
     for name, result in results.items():
-        weights = size(folder / "run") if name.startswith("retrained") else "-"
-        rows.append((name, result["perplexity"], "0%" if name == "dense" else masked, weights, "-"))
+        saved = folder / "run" if name.startswith("retrained") else None  # the others have no files
+        of_files = ("0%" if name == "dense" else "-", "-") if saved is None else (masked_share(saved), size(saved))
+        rows.append((name, result["perplexity"], *of_files, "-"))
     for name in ("dense", "compressed"):
-        row = (f"exported {name}, bf16", exports[str(folder / name)], masked, size(folder / name))
+        row = (f"exported {name}, bf16", exports[str(folder / name)], masked_share(folder / name), size(folder / name))
         rows.append((*row, speeds.get(name, "-")))
     dense = results["dense"]
     print(f"Held-out text, {dense['windows']} windows of {dense['seq_len']} tokens:")
@@ -89,6 +79,22 @@ def tokens_per_second(measured: dict[str, Any]) -> dict[str, str]:
     """How fast each export continues one prompt, from the results of ast-bench; empty if it measured nothing."""
     timings = measured["cases"][0]["timings"]
     return {side: f"{timing['decode_tokens_per_second']['median']:.1f}" for side, timing in timings.items()}
+
+
+def masked_share(folder: Path) -> str:
+    """Share of the weights of pruned layers that are zero, or that compressed files leave out."""
+    import torch
+    from safetensors import safe_open
+
+    kept = total = 0
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for layer in json.loads((folder / "sparsity_config.json").read_text(encoding="utf-8"))["layers"]:
+            weight = file.get_tensor(f"{layer}.weight")
+            if (positions := f"{layer}.weight_meta") in file.keys():  # noqa: SIM118 (it cannot be iterated)
+                kept, total = kept + weight.numel(), total + 8 * file.get_tensor(positions).numel()  # a byte for eight
+            else:
+                kept, total = kept + int(torch.count_nonzero(weight)), total + weight.numel()
+    return f"{1 - kept / total:.3%}"
 
 
 def size(folder: Path) -> str:
