@@ -86,7 +86,7 @@ class Measured:
             elif name != HELDOUT:
                 self.texts[name] = self._read(name)
         if settings.steps is not None:
-            self._check_keys()
+            self._check_keys(args.eval_strategy != "no")
 
     @property
     def is_asked(self) -> bool:
@@ -100,9 +100,15 @@ class Measured:
             near = did_you_mean(name.replace("_", ""), (HELDOUT, WIKITEXT2))
             raise UserError(f"{error} {near}".rstrip()) from None
 
-    def _check_keys(self) -> None:
+    def _check_keys(self, has_held_out: bool) -> None:
+        held_out = ("eval", *(f"eval_{domain}" for domain in self.config.data.domains or ())) if has_held_out else ()
         names: dict[str, str] = {}
         for name in self.config.evaluation.datasets:
+            if logged_key(name) in {f"{part}_perplexity" for part in held_out}:  # as `Trainer.evaluate` logs them
+                raise UserError(
+                    f"{_FIELD}: {name!r} would be logged as {logged_key(name)}, as the held-out text of "
+                    "training.eval_strategy is. Rename the file, or remove evaluation.steps."
+                )
             if (other := names.setdefault(logged_key(name), name)) != name:
                 raise UserError(
                     f"{_FIELD}: {other!r} and {name!r} would both be logged as {logged_key(name)}. Rename one of them, "

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from ast_sparse import load_causal_lm, perplexity
 from ast_sparse.cli.train import main
 from ast_sparse.config import DataConfig, EvaluationConfig, ModelConfig, RunConfig
+from ast_sparse.errors import UserError
 from ast_sparse.run.stages import Measured, PerplexityCallback
 from tests.data.bos_models import bos_tokenizer
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
@@ -118,6 +119,21 @@ def test_texts_are_read_from_the_field_of_the_data(tmp_path: Path) -> None:
         evaluation=EvaluationConfig(datasets=("other.jsonl",)),
     )
     assert Measured(config, TrainingArguments(str(tmp_path), use_cpu=True)).texts == {"other.jsonl": ["two of four"]}
+
+
+@pytest.mark.parametrize(
+    "name, domains", [("eval.txt", None), ("eval_cc.txt", {"cc": {"train": "cc.txt", "share": 1.0}})]
+)
+def test_a_text_is_not_logged_under_the_name_of_the_held_out_text(tmp_path: Path, name: str, domains: Any) -> None:
+    (tmp_path / name).write_text(generated_text(4))
+    config = RunConfig(
+        model=ModelConfig(name_or_path="model"),
+        data=DataConfig(root=str(tmp_path), train=None if domains else ["text"], domains=domains),
+        evaluation=EvaluationConfig(datasets=[name], steps=2),
+    )
+    assert Measured(config, TrainingArguments(str(tmp_path), use_cpu=True)).texts  # nothing else has that name
+    with pytest.raises(UserError, match=rf"'{name}' would be logged as {name[:-4]}_perplexity, as the held-out text"):
+        Measured(config, TrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=2))
 
 
 @pytest.mark.parametrize("bos, told", [("auto", True), ("none", True), ("block", False), ("window", False)])
