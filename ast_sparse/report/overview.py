@@ -89,7 +89,7 @@ def model_rows(
         row.name = label
         row.size = weight_bytes(model)
         row.zeros = _zeros(counts.get(model, {}))
-        row.samples = samples.get(model, row.samples)
+        row.samples = {**row.samples, **samples.get(model, {})}  # a run has recorded its own prompts
     for model, text, _, result in texts:
         rows[_key(model)].perplexities[_protocol_of(text, asdict(result))] = result.perplexity
     return list(rows.values())

@@ -288,6 +288,13 @@ def test_results_of_versions_that_recorded_no_bos_share_the_columns_of_newer_one
     assert columns("block") == [f"{text}, BOS in every window", held_out]
 
 
+def test_other_prompts_stand_beside_those_that_the_run_has_recorded(tmp_path: Path) -> None:
+    samples = {stage: {"a": f"of {stage}"} for stage in ("one-shot 2:4", "retrained 2:4")}
+    run = Run(folder=tmp_path, config={}, stages={name: {} for name in samples}, log=[], history=[], samples=samples)
+    rows = model_rows({"run": run}, [], {str(tmp_path): "run"}, {}, {str(tmp_path): {"b": "new"}})
+    assert [row.samples for row in rows] == [{"a": "of one-shot 2:4"}, {"a": "of retrained 2:4", "b": "new"}]
+
+
 def test_layers_that_are_not_pruned_are_counted_too(tmp_path: Path) -> None:
     model = tiny_model()
     sparsify_model(model, SparsityConfig(exclude=("*.down_proj",)))
