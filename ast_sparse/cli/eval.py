@@ -162,8 +162,8 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     texts = _texts(settings) if has_texts else []
     harness = find_harness(settings)
     device = find_device(settings.device)
-    if len(models) > 1 or settings.teacher is not None:  # loading a single model finds the same errors
-        _check_models(models, settings)
+    if len(models) + len(texts) > 2 or settings.teacher is not None:  # else measuring finds the same errors at once
+        _check_models(models, texts, settings)
     if settings.apply_chat_template is not None and harness is not None:
         for name in models:
             with _named_model(name):
@@ -216,8 +216,9 @@ def _texts(settings: _Settings) -> list[Text]:
     )
 
 
-def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
+def _check_models(models: tuple[str, ...], texts: list[Text], settings: _Settings) -> None:
     """Find a wrong name, window or tokenizer before any weights are loaded."""
+    from ast_sparse.data.tokens.chat import check_chat_tokenizer
     from ast_sparse.evaluation.perplexity import check_window, default_seq_len
     from ast_sparse.evaluation.teacher import check_teacher
     from ast_sparse.storage.locate import load_model_config
@@ -233,6 +234,8 @@ def _check_models(models: tuple[str, ...], settings: _Settings) -> None:
         seq_len = settings.seq_len or default_seq_len(config)
         with _named_model(model):
             check_window(config, seq_len)
+            for text in (text for text in texts if text.is_chat):
+                check_chat_tokenizer(_tokenizer(model, settings), text.documents[0], text.name)
             if teacher is not None:
                 name, trusted = str(settings.teacher), settings.trust_remote_code
                 note = check_teacher(name, teacher, config, seq_len, _tokenizer(model, settings), trusted)

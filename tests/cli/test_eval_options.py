@@ -215,6 +215,8 @@ def test_of_chat_data_what_the_assistant_says_is_predicted(tmp_path: Path) -> No
     assert "--join newline joins text, but" in refused(*text, "--join", "newline")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     assert "has no chat template" in refused(*text)
+    (tmp_path / "plain.txt").write_text(generated_text(40))
+    assert "has no chat template" in refused(tmp_path / "model", "--dataset", tmp_path / "plain.txt", *text[1:])
 
 
 def test_report_has_the_figures_of_the_table(model: str, domains: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def tokenise_conversations(
     chosen = rows.select_columns(columns).with_format(None)
     features = chosen.features
     check_rows(rows, name)
-    _check_tokenizer(tokenizer, read_row(chosen[0], features), name)
+    check_chat_tokenizer(tokenizer, read_row(chosen[0], features), name)
     template, eos = str(getattr(tokenizer, "chat_template", None)), eos_token(tokenizer)
 
     def tokenise(batch: dict[str, list[Any]], numbers: list[int]) -> pa.Table:
@@ -113,12 +113,16 @@ def conversation_tokens(
     eos = eos_token(tokenizer)
     for number, row in enumerate(rows):
         if not number:
-            _check_tokenizer(tokenizer, row, name)
+            check_chat_tokenizer(tokenizer, row, name)
         yield _tokens(row, tokenizer, eos, f"{name}, row {number}", bos)
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
-    """Raise UserError unless the tokenizer can write and tokenise the first row."""
+def check_chat_tokenizer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], name: str) -> None:
+    """Check that the tokenizer can write and tokenise the first row.
+
+    Raises:
+        UserError: it has no chat template, several and none of them the default, or no offsets.
+    """
     if not getattr(tokenizer, "chat_template", None) and not isinstance(row.get("prompt"), str):
         raise UserError(
             f"{name} is chat data ({', '.join(row)}), and the tokenizer of `{tokenizer.name_or_path}` has no chat "
