@@ -6,7 +6,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ast_sparse.data.blocks.packing import pack_tokens
+from ast_sparse.data.blocks.packing import left_over, pack_tokens
 from ast_sparse.data.tokens.bos import find_bos
 from ast_sparse.data.tokens.chat import chat_columns, tokenise_conversations, uncounted_rows
 from ast_sparse.data.tokens.tokenise import token_counts, tokenise_documents
@@ -42,16 +42,16 @@ def pack_dataset(
     lengths = token_counts(tokenised)
     if is_chat and (line := uncounted_rows(lengths, "the data set")):
         logger.warning(line)
-    total, of_text = int(lengths.sum()), block_size - len(found.of_block)
-    if total < of_text:
+    total, starts = int(lengths.sum()), np.zeros_like(lengths)
+    packed = pack_tokens(tokenised, starts, lengths, block_size, "the data set", found)
+    if not len(packed):
         raise UserError(
             f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
             "Give more text or lower `block_size`."
         )
-    packed = pack_tokens(tokenised, np.zeros_like(lengths), lengths, block_size, "the data set", found)
-    if total % of_text:
+    if leftover := left_over(tokenised, starts, lengths, block_size, found):
         logger.warning(
-            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {total % of_text:,} tokens "
+            f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {leftover:,} tokens "
             "do not fill a block and are left out."
         )
     return packed

@@ -235,7 +235,9 @@ def test_a_chat_template_writes_its_own_bos(choice: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 300])  # 300 conversations are two map batches
-def test_the_report_counts_blocks_that_bring_their_bos(tmp_path: Path, count: int) -> None:
+def test_the_report_counts_blocks_that_bring_their_bos(
+    tmp_path: Path, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
     turns = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in documents(count)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
     stream = [token for text in documents(count) for token in (BOS, *(2 * [*plain(text), EOS]))]
@@ -246,6 +248,9 @@ def test_the_report_counts_blocks_that_bring_their_bos(tmp_path: Path, count: in
     found, _, report = build_datasets(config, chat(bos_tokenizer()))
     assert report.train is not None and len(found) == report.train.blocks == blocks
     assert (report.train.tokens, report.train.leftover) == (len(stream), len(stream) - at)
+    assert rows(pack_dataset(Dataset.from_dict({"messages": turns}), chat(bos_tokenizer()), "text", 8, "block"))
+    logged = f"{len(stream):,} tokens make {blocks:,} blocks of 8; the last {len(stream) - at:,} tokens do not"
+    assert any(logged in record.getMessage() for record in caplog.records) == (at < len(stream))
 
 
 def test_a_chat_one_token_shorter_than_a_block_with_its_own_bos_is_refused(tmp_path: Path) -> None:
@@ -255,6 +260,8 @@ def test_a_chat_one_token_shorter_than_a_block_with_its_own_bos_is_refused(tmp_p
     config = DataConfig(root=str(tmp_path), train=("a.jsonl",), block_size=size + 1, eval_share=0, bos="block")
     with pytest.raises(UserError, match=rf"text of a.jsonl has {size} tokens, fewer than one block"):
         build_datasets(config, chat(bos_tokenizer()))
+    with pytest.raises(UserError, match=f"data set has {size} tokens, fewer than one block"):
+        pack_dataset(Dataset.from_dict({"messages": [messages]}), chat(bos_tokenizer()), "text", size + 1, "block")
 
 
 def test_prompts_of_plain_text_begin_as_documents_do() -> None:
