@@ -138,7 +138,8 @@ class CheckpointTrainer(Trainer):
         """Steps and tokens that made the present weights; those of the best checkpoint have steps alone."""
         if self._best_step is not None:  # not the state's: at that step there may have been no checkpoint
             return {"steps": self._best_step}
-        tokens = self.state.total_flos / (6 * self._trained_parameters)  # as `floating_point_ops` counts
+        flops = self.state.total_flos + self.current_flos * self.args.world_size  # the state has those up to a log
+        tokens = flops / (6 * self._trained_parameters)  # as `floating_point_ops` counts
         return {"steps": self.state.global_step, "tokens": round(tokens)}
 
     @contextmanager

@@ -54,6 +54,20 @@ def test_without_a_teacher_a_run_gets_a_third_more_steps(tmp_path: Path) -> None
     assert rates.index(max(rates)) == 5  # the warm-up is a share of the steps
 
 
+def test_a_model_saved_between_two_log_records_has_all_its_tokens(tmp_path: Path) -> None:
+    found = []
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            found.append(run.sparsity_config_dict()["trained"])
+
+    run = trainer(tmp_path, args=dict(max_steps=3, logging_steps=100))
+    run.add_callback(Saves())
+    run.train()
+    found.append(run.sparsity_config_dict()["trained"])
+    assert found == [{"steps": step, "tokens": step * TOKENS} for step in (1, 2, 3, 3)]
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (3, 24), (0.5, 4)])
 def test_epochs_become_more_like_steps(tmp_path: Path, epochs: float, steps: int) -> None:
     args = dict(max_steps=-1, num_train_epochs=epochs)
