@@ -166,8 +166,8 @@ class EvaluationTrainer(CheckpointTrainer):
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
         loss = loss_of_parts(metrics, parts, metric_key_prefix, self._held_out_tokens)
         if loss is not None:
-            metrics[f"{metric_key_prefix}_loss"] = loss
             total = {f"{metric_key_prefix}_loss": loss}  # the parts were logged and announced one by one
-            self.log(dict(total))
+            self.log(total)  # which adds the perplexity
+            metrics.update(total)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, total)
         return metrics

@@ -1,5 +1,6 @@
 """The held-out loss is the mean over the tokens of the text, however rows are distributed and filled up."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,7 @@ def test_rows_of_few_labels_count_by_their_tokens(tmp_path: Path, has_domains: b
     counted = labels[:, 1:] != -100
     expected = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[counted].mean().item()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     if not has_domains:
         assert run.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
 
