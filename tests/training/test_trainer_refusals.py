@@ -23,6 +23,8 @@ from tests.training.small_runs import arguments, blocks, trainer
         (dict(use_liger_kernel=True), r"training.use_liger_kernel=True"),
         (dict(bf16_full_eval=True), r"training.bf16_full_eval=True"),
         (dict(auto_find_batch_size=True), r"training.auto_find_batch_size=True"),
+        (dict(debug="underflow_overflow"), r"training.debug=.*: it cannot look at masks"),
+        (dict(metric_for_best_model="eval_perplexity"), r"greater_is_better=True would keep the worst"),
         (dict(push_to_hub=True), r"training.hub_strategy='every_save' would upload weights"),
     ],
 )

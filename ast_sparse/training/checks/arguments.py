@@ -38,6 +38,7 @@ _REFUSED = {
     "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
     "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
+    "debug": "it cannot look at masks, which are not numbers. Remove it; watch.nan says what happens at a NaN.",
     "auto_find_batch_size": "a run whose batch size changes is not repeatable. Set per_device_train_batch_size.",
 }
 # only in a configuration file: transformers leaves these to scripts, and ast-train does not use them
@@ -151,6 +152,12 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
     check_shared_batches(args)
     if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
         raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
+    metric = args.metric_for_best_model or ""
+    if metric.endswith("perplexity") and args.greater_is_better:  # which Trainer sets, unless it is said
+        raise UserError(
+            f"training.metric_for_best_model={_short(metric)} with greater_is_better=True would keep the worst model. "
+            "Set greater_is_better: false, or metric_for_best_model: loss."
+        )
     if args.push_to_hub and args.hub_strategy not in ("end",):
         raise UserError(
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
