@@ -1,5 +1,6 @@
 """What SparseTrainer refuses: settings that it would ignore, and those that masks do not survive."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,32 @@ def test_a_setting_that_would_be_ignored_is_refused_by_name(tmp_path: Path, valu
     with pytest.raises(UserError, match=message):
         trainer(tmp_path / "run", args=values)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_a_plain_model_is_refused(tmp_path: Path) -> None:
+    with_adapter = tiny_model("llama")
+    with_adapter._hf_peft_config_loaded = True
+    compiled = torch.compile(tiny_model("llama"), backend="eager")
+    for model, message in (
+        (torch.nn.Linear(4, 4), "model is Linear. Pass a causal LM"),
+        (compiled, "model is wrapped by torch.compile"),
+        (with_adapter, "model has a PEFT adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, model)
+
+
+@pytest.mark.parametrize("name", ["", "model.layers.1"])
+def test_a_function_that_the_copy_as_teacher_would_share_is_refused(tmp_path: Path, name: str) -> None:
+    model = tiny_model("llama")
+    module = model.get_submodule(name)
+    module.forward = functools.wraps(module.forward)(lambda *args, own=module.forward, **kwargs: own(*args, **kwargs))
+    with pytest.raises(UserError, match=rf"`{f'model.{name}'.rstrip('.')}.forward` was replaced by a function"):
+        trainer(tmp_path, model)
+    trainer(tmp_path, model, teacher_model=tiny_model("llama", seed=1))
+    bound = tiny_model("llama")
+    bound.forward = bound.forward  # a copy has its own
+    trainer(tmp_path, bound)
 
 
 def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:

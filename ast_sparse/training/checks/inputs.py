@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
@@ -17,6 +18,39 @@ from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.training.fsdp import sharding_plugin
 
 _UNTAUGHT = "untaught"  # an entry of a batch
+
+
+def check_unwrapped(model: Any) -> None:
+    """Raise UserError for what is not a model of transformers, or is one inside PEFT or torch.compile."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            "model has a PEFT adapter: its small matrices would be pruned, and the layers below them not trained. Pass "
+            "the model without it, or merged: `model.merge_and_unload()` of a PeftModel."
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UserError(
+            "model is wrapped by torch.compile. Pass the model itself, and set torch_compile=True in TrainingArguments."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"model is {type(model).__name__}. Pass a causal LM of transformers, or the name of one.")
+
+
+def check_own_forward(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise UserError if a copy as teacher would call a function that calls the student's modules.
+
+    A deep copy has its own methods, but the same functions: `model.forward = torch.compile(model.forward)`.
+
+    Args:
+        teacher: a copy of `model`.
+    """
+    for (name, ours), theirs in zip(model.named_modules(), teacher.modules(), strict=True):
+        forward = vars(ours).get("forward")
+        if forward is not None and forward is vars(theirs).get("forward"):
+            where = f"model.{name}".removesuffix(".") + ".forward"
+            raise UserError(
+                f"`{where}` was replaced by a function, which the teacher, a copy, would call too: it would run the "
+                "student. Delete it (torch_compile=True in TrainingArguments compiles), or pass another teacher_model."
+            )
 
 
 def check_model(model: PreTrainedModel) -> None:

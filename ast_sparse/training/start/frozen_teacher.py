@@ -10,7 +10,7 @@ from ast_sparse.config import DistillationConfig
 from ast_sparse.data.tokens.vocabulary import Renamed
 from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
-from ast_sparse.training.checks.inputs import check_vocabularies
+from ast_sparse.training.checks.inputs import check_own_forward, check_vocabularies
 from ast_sparse.training.fsdp import processes_of, shard_teacher
 from ast_sparse.training.start.reading import load_teacher, teacher_copy, teacher_dtype
 
@@ -48,6 +48,7 @@ def frozen_teacher(
         teacher = load_teacher(teacher, args, trust_remote_code=trust_remote_code)
     elif teacher is None or teacher is model:
         teacher = teacher_copy(model, args)
+        check_own_forward(model, teacher)
     elif not _is_in(teacher, teacher_dtype(args)):  # a given model is not cast in place
         teacher = teacher_copy(teacher, args)
     if is_other:

@@ -17,7 +17,7 @@ from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.checks.baselines import check_baseline
-from ast_sparse.training.checks.inputs import check_model
+from ast_sparse.training.checks.inputs import check_model, check_unwrapped
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 from ast_sparse.training.start.blocks import BlockMaker
 from ast_sparse.training.start.frozen_teacher import frozen_teacher
@@ -100,6 +100,7 @@ def _dense_student(
     if isinstance(model, str):
         # calibration runs the whole model, block by block, on every process
         model = load_student(model, args, whole=calibrates, trust_remote_code=trust_remote_code)
+    check_unwrapped(model)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
     forget_preparation(model)  # of another trainer
