@@ -182,6 +182,7 @@ class CheckpointTrainer(Trainer):
 
     def _begin_training(self) -> None:
         """Shard the student if it will be; otherwise let training prepare it, whatever an evaluation has left."""
+        self.current_flos = 0  # of a training that was interrupted
         self.shard_student()
         if not self.is_fsdp_enabled:
             prepare_again(self)

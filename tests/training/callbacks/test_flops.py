@@ -68,6 +68,20 @@ def test_a_model_saved_between_two_log_records_has_all_its_tokens(tmp_path: Path
     assert found == [{"steps": step, "tokens": step * TOKENS} for step in (1, 2, 3, 3)]
 
 
+def test_steps_of_an_interrupted_training_do_not_count_in_the_next(tmp_path: Path) -> None:
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    run = trainer(tmp_path, args=dict(max_steps=2, logging_steps=100), callbacks=[Interrupts()])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Interrupts)
+    run.train()
+    assert run.sparsity_config_dict()["trained"] == {"steps": 2, "tokens": 2 * TOKENS}
+    assert flops(run)[0][0] == 6.0 * 2 * TOKENS * size(tiny_model())
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (3, 24), (0.5, 4)])
 def test_epochs_become_more_like_steps(tmp_path: Path, epochs: float, steps: int) -> None:
     args = dict(max_steps=-1, num_train_epochs=epochs)
