@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ast_sparse.config import OptimizerConfig, SparsityConfig
 from ast_sparse.distributed.ranks import any_rank
+from ast_sparse.errors import UserError
 from ast_sparse.kernels.choice import Kernels, choose_kernels
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.model import sparse_layers
@@ -48,7 +49,16 @@ def sparse_adamw(
 
     Args:
         decaying: names of the parameters with weight decay.
+
+    Raises:
+        UserError: no parameter is trained.
     """
+    trained = {name: found for name, found in parameter_groups(model, decaying).items() if found}
+    if not trained:
+        raise UserError(
+            "All parameters of the model are frozen (requires_grad=False), as PEFT leaves a merged model. Call "
+            "`model.requires_grad_(True)` before SparseTrainer gets it."
+        )
     decays, settings = {"masked", "decay"}, optimizer_config or OptimizerConfig()
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     made = partial(OffloadedAdamW, half=half) if settings.offload else partial(SparseAdamW, moments=settings.moments)
@@ -59,8 +69,7 @@ def sparse_adamw(
                 "weight_decay": args.weight_decay if name in decays else 0.0,
                 "is_masked": name == "masked",
             }
-            for name, parameters in parameter_groups(model, decaying).items()
-            if parameters
+            for name, parameters in trained.items()
         ],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from ast_sparse.config import OptimizerConfig, SparsityConfig
+from ast_sparse.errors import UserError
 from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.training.start.optimizer import sparse_adamw
 from tests.models import tiny_model
@@ -28,3 +29,9 @@ def test_a_run_gives_its_settings_to_its_optimizer(tmp_path: Path) -> None:
     run = trainer(tmp_path, sparsity=SparsityConfig(decay_norm="l1"), args=args)
     groups = run.create_optimizer().param_groups
     assert {(group["betas"], group["eps"], group["decay_norm"]) for group in groups} == {((0.8, 0.95), 1e-6, "l1")}
+
+
+def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_model().requires_grad_(False))
+    with pytest.raises(UserError, match=r"All parameters of the model are frozen .* `model.requires_grad_\(True\)`"):
+        run.create_optimizer()
