@@ -25,7 +25,7 @@ def check_unwrapped(model: Any) -> None:
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             "model has a PEFT adapter: its small matrices would be pruned, and the layers below them not trained. Pass "
-            "the model without it, or merged: `model.merge_and_unload()` of a PeftModel."
+            "the model without it, or merged: `model.merge_and_unload().requires_grad_(True)` of a PeftModel."
         )
     if hasattr(model, "_orig_mod"):
         raise UserError(
@@ -82,7 +82,12 @@ def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, 
             "optimizers[0] has whole parameters, and FSDP2 puts pieces in their place. Pass None: SparseTrainer builds "
             "its own SparseAdamW from the pieces."
         )
-    for name in ("compute_loss_func", "optimizer_cls_and_kwargs", "model_init"):
+    if given.get("model_init") is not None:
+        raise UserError(
+            "model_init would be ignored: a SparseTrainer makes one model sparse, in place. Pass it as `model`; in a "
+            "search over settings, make a trainer for each trial."
+        )
+    for name in ("compute_loss_func", "optimizer_cls_and_kwargs"):
         if given.get(name) is not None:
             raise UserError(f"{name} would be ignored: SparseTrainer has its own loss and optimizer. Remove it.")
 
