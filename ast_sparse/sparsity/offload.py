@@ -160,15 +160,19 @@ class OffloadedAdamW(SparseAdamW):
         self._layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
         self._own_masks = {layer.weight: layer.mask for layer in self._layers}
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for parameter in parameters:
+        # sparse weights that are not trained are masked on the device, too, but they have no state
+        trained = set(parameters)
+        frozen = [weight for weight in self._own_masks if weight not in trained]
+        for parameter in parameters + frozen:
             weight = parameter.detach().to("cpu", copy=True)
             mask = self._own_masks.get(parameter)
             if mask is not None:
                 on_device = masked(parameter.detach(), mask.detach())
                 parameter.data = on_device.to(self._half or parameter.dtype)
-                parameter.grad_dtype = weight.dtype
+                if parameter.requires_grad:
+                    parameter.grad_dtype = weight.dtype
             self._weights[parameter] = weight
-            for key, value in self.state[parameter].items():
+            for key, value in self.state.get(parameter, {}).items():
                 self.state[parameter][key] = value.to("cpu")
         for layer in self._layers:
             layer.device_mask = layer.mask.detach().clone() if layer.fixed_mask else None

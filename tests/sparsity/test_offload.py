@@ -114,6 +114,27 @@ def test_outside_autocast_an_offloaded_layer_computes_in_the_dtype_of_its_input(
     assert model(torch.randn(2, 16)).dtype == torch.float32
 
 
+def test_a_sparse_weight_that_is_not_trained_is_masked_on_the_device_too() -> None:
+    model, inputs = network(), torch.randn(5, 16)
+    frozen = model[1]
+    frozen.weight.requires_grad_(False)
+    before, expected = frozen.weight.clone(), model(inputs)
+    trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups(model)]
+    optimizer = OffloadedAdamW(trained, **OPTIONS)
+    optimizer.bind_masks(masks_by_parameter(model))
+    optimizer.begin_offload(model)
+    assert torch.equal(model(inputs), expected)
+    with optimizer.true_weights():
+        assert torch.equal(frozen.weight, before)
+        frozen.mask.logical_not_()
+    assert torch.equal(frozen.weight, torch.where(frozen.mask, before, 0))
+    model(inputs).sum().backward()
+    optimizer.step()
+    optimizer.state_dict()  # has no entry for it
+    optimizer.end_offload()
+    assert torch.equal(frozen.weight, before)
+
+
 class Looks(TrainerCallback):
     """What a run with offload holds while it trains."""
 
