@@ -69,7 +69,7 @@ def iterative_sparsity_at(
         final_sparsity: the share after the last round.
         rounds: number of times that weights are pruned.
         prune_share: share of the remaining weights that a round prunes; default: the same share in every round.
-        steps_per_round: updates in a round; default `total_steps / rounds`.
+        steps_per_round: updates in a round; default `total_steps / rounds`, rounded down: the last round gets the rest.
     """
     length = max(1, total_steps // rounds) if steps_per_round is None else steps_per_round
     done = min(rounds, step // length + 1)

@@ -44,7 +44,7 @@ class SparsityConfig(Section):
         default=None, metadata=about("imp: share of the remaining weights pruned in a round; default: equal shares.")
     )
     steps_per_round: int | None = field(
-        default=None, metadata=about("imp: training steps in a round; default: total steps / rounds.")
+        default=None, metadata=about("imp: training steps in a round; default: total steps / rounds, rounded down.")
     )
     prune_until: float = field(
         default=0.75,

@@ -70,7 +70,8 @@ def sparsegpt_prune(
     Args:
         weight: `[out, in]`; computed in float32 or wider.
         hessian: `[in, in]`, `X Xᵀ` up to a factor.
-        n, m: the pattern; without groups (`structured` False) `n/m` of each block of columns is kept, as published.
+        n, m: the pattern; without groups (`structured` False) `n/m` of each block of columns, less one weight, is
+            kept, as published.
         block_size: columns between two updates of all remaining columns; rounded up to whole groups.
         damping: share of the mean of the diagonal that is added to the diagonal.
         keep_zeros: zeros of `weight` are pruned first and stay 0, even if the mask keeps one because its group has
