@@ -248,12 +248,8 @@ class CheckpointTrainer(Trainer):
 
     def _check_finite(self) -> None:
         """Raise DivergenceError unless all weights are finite, on every process of a sharded run."""
-        faulty = (
-            f"`{name}` has"
-            for name, parameter in self.student.named_parameters()
-            if parameter.is_floating_point() and not torch.isfinite(local(parameter)).all()
-        )
-        fault = next(faulty, None)
+        floating = ((name, each) for name, each in self.student.named_parameters() if each.is_floating_point())
+        fault = next((f"`{name}` has" for name, each in floating if not torch.isfinite(local(each)).all()), None)
         if is_sharded(self.student) and any_rank(fault is not None, self.args.device):
             fault = fault or "another process's part of the weights has"
         if fault is not None:
