@@ -22,10 +22,11 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
+from ast_sparse.export.compressed_names import linears_of, short_name, twins_of
 from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.kernels.cpu.pages import in_huge_pages
-from ast_sparse.sparsity.reads import read_past_forward
+from ast_sparse.sparsity.reads import dtype_asked, read_past_forward
 from ast_sparse.storage.checksums import check_checksums
 
 
@@ -198,7 +199,7 @@ class DecodeWeight(ConversionOps):
             if (scale is None) != (meta is None or SCALE not in self.codec.names):
                 raise ValueError("the checkpoint has not all of its metadata and scales")
             if meta is None:
-                if _short(name, model) in self.modules:
+                if short_name(name, model) in self.modules:
                     raise ValueError("the checkpoint has its values, but not its metadata")
                 return {full_layer_name: weight}
             stored = (weight, meta) if scale is None else (weight, meta, scale)
@@ -228,6 +229,7 @@ class CompressedHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._problems: list[str] = []
         self._names: frozenset[str] = frozenset()  # known once there is a model
+        self._decoded: set[str] = set()  # layers that are decoded when all weights are loaded
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Append the decoding to the model's own conversions, which stay: fused experts are never compressed."""
@@ -238,14 +240,17 @@ class CompressedHfQuantizer(HfQuantizer):
         return [*weight_conversions, WeightConverter(["weight$", *codec.names[1:]], "weight", [operation])]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._names = frozenset(_short(name, model) for name in self.quantization_config.modules)
+        self._names = frozenset(short_name(name, model) for name in self.quantization_config.modules)
         _check_files(kwargs.get("checkpoint_files") or ())
         if self.quantization_config.dequantize:
             return
-        _check_readers(model, self._names)
-        twins = _twins(model, self._names)
+        chosen = linears_of(model, self._names)
+        _check_readers(model, chosen)
+        if self.quantization_config.codec.value_bits is not None:  # their weights are integers
+            self._decoded = dtype_asked(model, chosen)
+        twins = twins_of(model, self._names)
         for name, layer in list(model.named_modules()):
-            if _short(name, model) not in self._names and name not in twins:
+            if short_name(name, model) not in self._names and name not in twins:
                 continue
             if isinstance(layer, Conv1D):
                 in_features, out_features = layer.weight.shape
@@ -267,7 +272,7 @@ class CompressedHfQuantizer(HfQuantizer):
             for conversion in getattr(model, "_weight_conversions", None) or []
             if not any(isinstance(operation, DecodeWeight) for operation in getattr(conversion, "operations", ()))
         ] or None
-        twins = _twins(model, self._names)
+        twins = twins_of(model, self._names)
         for name, layer in model.named_modules():
             if isinstance(layer, CompressedLinear):
                 if name in twins:
@@ -281,6 +286,12 @@ class CompressedHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"The compressed checkpoint is damaged: {self._problems[0]}{more}. Copy or export it again."
             )
+        for name in self._decoded:
+            layer = model.get_submodule(name)
+            if isinstance(layer, CompressedLinear) and not layer.weight.is_meta:  # else it is offloaded
+                plain = _plain(layer, layer.dense_weight().detach())
+                plain.weight.requires_grad_(False)
+                model.set_submodule(name, plain)
         return model
 
     def _check_compressed(self, name: str, layer: CompressedLinear) -> None:
@@ -305,11 +316,11 @@ class CompressedHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Layers that were decoded later, to merge an adapter into them, are saved as plain layers."""
         kept = {
-            _short(name.removesuffix(".base_layer"), model)
+            short_name(name.removesuffix(".base_layer"), model)
             for name, layer in model.named_modules()
             if isinstance(layer, CompressedLinear) and META in layer._buffers
         }
-        modules = [name for name in self.quantization_config.modules if _short(name, model) in kept]
+        modules = [name for name in self.quantization_config.modules if short_name(name, model) in kept]
         for name, layer in list(model.named_modules()):
             if getattr(layer, "is_conv1d", False) and META not in layer._buffers:
                 model.set_submodule(name, _plain(layer, layer.weight.detach()))  # its weight is stored as [in, out]
@@ -346,26 +357,13 @@ def _check_files(checkpoint_files: Iterable[str]) -> None:
         check_checksums(folder, [file for file in files if file.parent == folder])
 
 
-def _check_readers(model: Any, compressed: frozenset[str]) -> None:
+def _check_readers(model: Any, chosen: dict[str, nn.Module]) -> None:
     """Raise UserError for a layer that an earlier version compressed although the model reads its weight itself."""
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
-    chosen = {name: layer for name, layer in linears.items() if _short(name, model) in compressed}
     for name, owner in read_past_forward(model, chosen).items():
         raise UserError(
             f"The checkpoint has `{name}` compressed, but {owner} reads its weight without calling its forward, so it "
             "cannot stay compressed in memory. Load without dequantize=False, or export the model again."
         )
-
-
-def _twins(model: Any, compressed: frozenset[str]) -> dict[str, str]:
-    """The layers that share the weight of a compressed one (shared blocks), with the name of that one."""
-    ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}
-    return {name: of for name, of in ties.items() if _short(of, model) in compressed}
-
-
-def _short(name: str, model: Any) -> str:
-    """A module name without the prefix that only the model with a head has."""
-    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def register() -> None:

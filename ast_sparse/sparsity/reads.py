@@ -42,6 +42,8 @@ _OF_NO_FORWARD = frozenset(
     )
 )
 _SOURCE = re.compile(r"\bself\.(\w+)\.weight\b(?!\s*\.\s*(?:dtype|device|shape|size|is_meta|requires_grad)\b)")
+_DTYPE_IN_SOURCE = re.compile(r"\bself\.(\w+)\.weight\s*\.\s*dtype\b")
+_GET_DTYPE = cast(Any, Tensor.dtype).__get__
 
 
 def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -67,6 +69,16 @@ def read_past_forward(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict
                 _KNOWN.pop(next(iter(_KNOWN)))
             _KNOWN[key] = found
     return {name: type(_owner(model, name)).__name__ for name in layers if name in found}
+
+
+def dtype_asked(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Find the layers whose weight gives its dtype to something outside their own forward.
+
+    Indexers of sparse attention (DeepSeek-V3.2) cast the inputs of a layer to it, which destroys them if the weight is
+    stored in integers.
+    """
+    watch = _watched(model, layers)
+    return {name for name in layers if _in_source(model, name, _DTYPE_IN_SOURCE)} if watch is None else watch.asked
 
 
 def _find(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
@@ -130,7 +142,7 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def _in_source(model: nn.Module, name: str) -> bool:
+def _in_source(model: nn.Module, name: str, pattern: re.Pattern[str] = _SOURCE) -> bool:
     """Whether a method of the owner that may run in its forward mentions `self.<layer>.weight`."""
     child = name.rpartition(".")[2]
     for kind in type(_owner(model, name)).__mro__:
@@ -139,14 +151,20 @@ def _in_source(model: nn.Module, name: str) -> bool:
         for key, method in vars(kind).items():
             if inspect.isfunction(method) and "init" not in key and "reset" not in key:
                 with suppress(OSError, TypeError):
-                    if child in _SOURCE.findall(inspect.getsource(method)):
+                    if child in pattern.findall(inspect.getsource(method)):
                         return True
     return False
 
 
-@torch.no_grad()
 def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | None:
     """Names of the layers whose weight is used outside; None if a forward pass without data is not possible."""
+    watch = _watched(model, layers)
+    return None if watch is None else watch.found
+
+
+@torch.no_grad()
+def _watched(model: nn.Module, layers: Mapping[str, nn.Module]) -> "_Watch | None":
+    """What was seen in a forward pass without data; None if that is not possible."""
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         shadow = _without_data(model, mode)
@@ -155,7 +173,7 @@ def _operands(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str] | N
             shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
     except Exception:  # whatever a model raises if it needs data or other inputs
         return None
-    return watch.found
+    return watch
 
 
 @contextmanager
@@ -196,11 +214,17 @@ class _EveryPosition(TorchDispatchMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Records the layers whose weight is an operand of a torch function while none of their forwards runs."""
+    """Records the layers whose weight is an operand of a torch function while none of their forwards runs.
+
+    Attributes:
+        found: their names.
+        asked: the names of those whose weight is only asked for its dtype, or lends it to another tensor.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.found: set[str] = set()
+        self.asked: set[str] = set()
         self._names: dict[int, list[str]] = {}
         for name, layer in layers.items():
             self._names.setdefault(id(layer.weight), []).append(name)
@@ -210,6 +234,10 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         used = args[:1] if name == "to" else (args, kwargs)
+        if func == _GET_DTYPE or name == "to" or name in _LIKE:
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self._names and not self._inside[id(leaf)]:
+                    self.asked.update(self._names[id(leaf)])
         if name not in _LIKE and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             for leaf in tree_leaves(used):
                 if id(leaf) in self._names and not self._inside[id(leaf)] and result is not leaf:  # scaled in place

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ast_sparse.errors import UserError
 from ast_sparse.export.export import export_model
@@ -240,3 +241,23 @@ def test_text_without_effect_is_refused(given: dict[str, Any], said: str, tmp_pa
     with pytest.raises(UserError, match=said):
         export_model(sparse_model(), tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_whose_dtype_the_model_asks_for_is_decoded_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    export_model(sparse_model(), tmp_path / "out", FORMAT, dtype="float32")
+    expected = load(tmp_path / "out", True)(token_ids()).logits
+
+    def casting(self: Any, x: Tensor) -> Tensor:  # as DeepSeek-V3.2's indexer does
+        return self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).to(self.down_proj.weight.dtype))
+
+    monkeypatch.setattr(LlamaMLP, "forward", casting)
+    model = load(tmp_path / "out", False)
+    compressed = {name for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    assert sorted(sparse_layers(sparse_model()).keys() - compressed) == [
+        f"model.layers.{index}.mlp.down_proj" for index in range(2)
+    ]
+    torch.testing.assert_close(model(token_ids()).logits, expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load(tmp_path / "again", False)(token_ids()).logits, expected, rtol=1e-4, atol=1e-5)

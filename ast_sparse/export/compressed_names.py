@@ -1,0 +1,23 @@
+"""Names of the compressed layers of a model, and what else bears them."""
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def linears_of(model: Any, compressed: frozenset[str]) -> dict[str, nn.Module]:
+    """The layers of a model that are to be compressed, by their full names."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    return {name: layer for name, layer in linears.items() if short_name(name, model) in compressed}
+
+
+def twins_of(model: Any, compressed: frozenset[str]) -> dict[str, str]:
+    """The layers that share the weight of a compressed one (shared blocks), with the name of that one."""
+    ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}
+    return {name: of for name, of in ties.items() if short_name(of, model) in compressed}
+
+
+def short_name(name: str, model: Any) -> str:
+    """A module name without the prefix that only the model with a head has."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
