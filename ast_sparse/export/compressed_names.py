@@ -1,8 +1,11 @@
 """Names of the compressed layers of a model, and what else bears them."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 
@@ -10,6 +13,12 @@ def linears_of(model: Any, compressed: frozenset[str]) -> dict[str, nn.Module]:
     """The layers of a model that are to be compressed, by their full names."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     return {name: layer for name, layer in linears.items() if short_name(name, model) in compressed}
+
+
+def renames(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether a conversion is a renaming that changes one of the names."""
+    trial = copy.copy(conversion)  # it remembers that it was used
+    return isinstance(trial, WeightRenaming) and any(trial.rename_source_key(name)[0] != name for name in names)
 
 
 def twins_of(model: Any, compressed: frozenset[str]) -> dict[str, str]:

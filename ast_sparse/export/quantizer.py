@@ -22,12 +22,13 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
-from ast_sparse.export.compressed_names import linears_of, short_name, twins_of
+from ast_sparse.export.compressed_names import linears_of, renames, short_name, twins_of
 from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.kernels.cpu.pages import in_huge_pages
 from ast_sparse.sparsity.reads import dtype_asked, read_past_forward
 from ast_sparse.storage.checksums import check_checksums
+from ast_sparse.storage.files import tensor_shapes
 
 
 class AstSparse24Config(QuantizationConfigMixin):
@@ -229,12 +230,18 @@ class CompressedHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._problems: list[str] = []
         self._names: frozenset[str] = frozenset()  # known once there is a model
+        self._stored: frozenset[str] = frozenset()  # those that the files have under their names in the model
         self._decoded: set[str] = set()  # layers that are decoded when all weights are loaded
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Append the decoding to the model's own conversions, which stay: fused experts are never compressed."""
+        """Append the decoding to the model's own conversions, which stay: fused experts are never compressed.
+
+        One of Laguna also changes names of the model; transformers then takes such a tensor as it is, not decoded.
+        """
         if not self.quantization_config.dequantize:
             return weight_conversions
+        names = [f"{name}.weight" for name in linears_of(model, self._names & self._stored)]
+        weight_conversions = [each for each in weight_conversions if not renames(each, names)]
         codec = self.quantization_config.codec
         operation = DecodeWeight(codec, self._names, self._problems)
         return [*weight_conversions, WeightConverter(["weight$", *codec.names[1:]], "weight", [operation])]
@@ -242,6 +249,8 @@ class CompressedHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._names = frozenset(short_name(name, model) for name in self.quantization_config.modules)
         _check_files(kwargs.get("checkpoint_files") or ())
+        keys = {key for file in kwargs.get("checkpoint_files") or () for key in tensor_shapes(Path(file))}
+        self._stored = frozenset(short_name(key, model).removesuffix(f".{META}") for key in keys)
         if self.quantization_config.dequantize:
             return
         chosen = linears_of(model, self._names)

@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ast_sparse import SparsityConfig
 from ast_sparse.export import quantizer
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.export import export_model
@@ -17,8 +18,11 @@ from ast_sparse.export.quantizer import AstSparse24Config, CompressedLinear
 from ast_sparse.kernels.native import products24
 from ast_sparse.kernels.native.library import of_level, usable_levels
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.model import sparsify_model
 from ast_sparse.storage.files import read_json, write_json
+from ast_sparse.storage.load import load_causal_lm
 from tests.export.sparse_models import change_tensors, masked_state, sparse_model, token_ids
+from tests.families import family_model
 from tests.models import FAMILIES
 from tests.processes import run_python
 
@@ -232,3 +236,17 @@ def test_a_rank_of_tensor_parallelism_decodes_its_piece(monkeypatch: pytest.Monk
     problems: list[str] = []
     found = quantizer.DecodeWeight(CODE24, frozenset({"0"}), problems).convert(stored, "0.weight", model)
     assert not problems and torch.equal(found["0.weight"], weight[4:8])
+
+
+def test_a_renaming_of_transformers_that_changes_a_name_of_the_model_does_not_hide_a_layer(tmp_path: Path) -> None:
+    model = family_model("laguna", mlp_layer_types=["dense", "sparse"])  # `shared_experts.` matches `shared_expert.`
+    report = sparsify_model(model, SparsityConfig())
+    assert any("shared_experts" in name for name in report.pruned)
+    export_model(model, tmp_path / "out", "compressed", dtype="float32")
+    expected = model.eval()(token_ids()).logits
+    for dequantize in (True, False):
+        loaded = load_compressed(tmp_path / "out", dequantize)
+        torch.testing.assert_close(loaded(token_ids()).logits, expected, rtol=1e-4, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "again")  # in its own way, with the names of the hub
+        again = load_causal_lm(tmp_path / "again")
+        torch.testing.assert_close(again(token_ids()).logits, expected, rtol=1e-4, atol=1e-5)
