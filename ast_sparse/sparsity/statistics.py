@@ -275,6 +275,8 @@ def _block_inputs(
             kwargs = dict(kwargs)
             if not args and "hidden_states" not in kwargs:
                 raise UserError(f"`{name}` is not called with hidden states, so it cannot be calibrated on its own.")
+            if index < 2 and name in (again if index else calls):
+                raise _out_of_order(model)  # it runs its blocks several times
             inputs = args[0] if args else kwargs.pop("hidden_states")
             if name == first:
                 hidden.append(inputs)
@@ -294,10 +296,7 @@ def _block_inputs(
         for handle in handles:
             handle.remove()
     if list(calls) != list(blocks):
-        raise UserError(
-            f"{type(model).__name__} does not run its blocks one after the other, so it cannot be calibrated block by "
-            f"block. {_WITHOUT_TEXT}"
-        )
+        raise _out_of_order(model)
     for name, call in again.items():
         pairs = zip(tree_leaves(calls[name]), tree_leaves(call), strict=True)
         if any(isinstance(first, Tensor) and not torch.equal(first, second) for first, second in pairs):
@@ -312,6 +311,13 @@ def _block_inputs(
                 f"calibrated on its own. {_WITHOUT_TEXT}"
             )
     return hidden, calls
+
+
+def _out_of_order(model: nn.Module) -> UserError:
+    return UserError(
+        f"{type(model).__name__} does not run its blocks one after the other, each once, so it cannot be calibrated "
+        f"block by block. {_WITHOUT_TEXT}"
+    )
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -1,5 +1,7 @@
 """Calibration block by block: what is measured, and on which inputs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,6 +183,18 @@ def test_a_model_whose_blocks_do_not_run_in_order_is_refused() -> None:
     turned = dict(reversed(blocks.items()))
     with pytest.raises(UserError, match="does not run its blocks one after the other"):
         next(calibrate_blocks(model, turned, select_layers(model)[0], samples(), with_hessian=False))
+
+
+def test_a_model_that_runs_its_blocks_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    forward = type(model.model).forward
+
+    def looped(self: nn.Module, input_ids: Tensor, inputs_embeds: None = None, **kwargs: Any) -> Any:
+        return forward(self, inputs_embeds=forward(self, input_ids=input_ids, **kwargs).last_hidden_state, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", looped)
+    with pytest.raises(UserError, match=r"does not run its blocks one after the other, each once"):
+        next(calibrate_blocks(model, decoder_blocks(model), select_layers(model)[0], samples(), with_hessian=False))
 
 
 @pytest.mark.parametrize("init", ["wanda", "sparsegpt"])
