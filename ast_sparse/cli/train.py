@@ -118,13 +118,15 @@ def main(
     with preemption_signals() as signals, _exit_when_preempted():
         from ast_sparse.config import load_config
         from ast_sparse.distributed.ranks import errors_shared
-        from ast_sparse.planning.plan import Hardware
-        from ast_sparse.run.checks import IF_STARTED
-        from ast_sparse.run.find_lr import STEPS, find_rate
-        from ast_sparse.run.train import run_training  # takes seconds, so --help does without it
 
         with errors_shared():  # a node may see another file than the others
             config = load_config(config_path, overrides)
+        # these take seconds: --help and a faulty configuration do without them
+        from ast_sparse.planning.plan import Hardware
+        from ast_sparse.run.checks import IF_STARTED
+        from ast_sparse.run.find_lr import STEPS, find_rate
+        from ast_sparse.run.train import run_training
+
         if find_lr is not None:
             steps = STEPS if find_lr_steps is None else find_lr_steps
             find_rate(config, output_dir, rates, steps, echo=click.echo, signals=signals)

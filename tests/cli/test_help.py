@@ -10,6 +10,7 @@ import click
 import pytest
 
 from ast_sparse.cli import bench, data, eval, export, prune, train
+from tests.processes import run_python
 
 COMMANDS = {
     "train": train.main, "prune": prune.main, "eval": eval.main, "export": export.main, "data prepare": data.prepare,
@@ -25,6 +26,15 @@ finally:
     print("loaded:", [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules])
 """
 
+FAULTY = """
+import sys
+from ast_sparse.cli.train import main
+try:
+    main(["--config", "absent.yaml"])
+except SystemExit as end:
+    print(end.code, [name for name in ("transformers", "datasets", "ast_sparse.run.train") if name in sys.modules])
+"""
+
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
@@ -35,6 +45,11 @@ def test_help_explains_every_option_without_heavy_imports(name: str) -> None:
     options = [parameter for parameter in COMMANDS[name].params if isinstance(parameter, click.Option)]
     assert options and all(option.help for option in options)
     assert all(option.opts[0] in done.stdout for option in options)
+
+
+def test_a_configuration_that_is_not_there_is_refused_without_heavy_imports() -> None:
+    done = run_python(FAULTY)
+    assert done.stdout == "2 []\n" and "'absent.yaml' does not exist" in done.stderr
 
 
 def test_help_says_which_sections_are_off_unless_they_are_there() -> None:
