@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval
+import lm_eval.tasks
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -199,8 +200,12 @@ def test_paper_fewshot_tasks_have_their_examples_and_metrics(tmp_path: Path) -> 
 
 
 def test_names_of_the_paper_are_tasks_of_the_harness() -> None:
-    manager = TaskManager()
-    assert {task.name for tasks in GROUPS.values() for task in tasks} <= set(manager.all_tasks)
+    names = {task.name for tasks in GROUPS.values() for task in tasks}
+    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")  # thousands: the harness reads the folders that matter
+    named = re.compile(r"^(?:task|group): *(\S+)", re.MULTILINE)
+    folders = {str(file.parent) for file in files if names & set(named.findall(file.read_text(encoding="utf-8")))}
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False)
+    assert names <= set(manager.all_tasks)
 
 
 def test_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
