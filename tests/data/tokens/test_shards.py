@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -38,6 +37,7 @@ from ast_sparse.errors import UserError
 from tests.data.documents import documents, stream
 from tests.data.folders import edited, lines, settings, zstd
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
+from tests.processes import run_command
 
 
 def tokens_of(folder: Path) -> list[int]:
@@ -162,31 +162,13 @@ def test_a_document_longer_than_a_shard_is_refused_and_can_be_kept(tmp_path: Pat
     assert tokens_of(tmp_path / "out") == stream(rows)
 
 
-KILLED = """
-import os, signal, sys
-from ast_sparse.cli.data import main
-from ast_sparse.data.tokens import prepare, shard_writer
-
-def dying(folder, name, batches):
-    if name == "shard-00002":
-        with shard_writer._whole_file(folder / (name + ".tokens")) as stream:
-            stream.write(b"half")
-            stream.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    return shard_writer.write_shard(folder, name, batches)
-
-prepare.write_shard = dying
-main(sys.argv[1:])
-"""
-
-
 def test_killed_preparation_goes_on_and_makes_the_same_shards(tmp_path: Path, texts: list[str]) -> None:
     save_tiny_model(tmp_path / "model")
     prepare_shards(tmp_path / "whole", settings(tmp_path, *SOURCES), tiny_tokenizer())
     out = tmp_path / "out"
     arguments = ["prepare", str(out), *SOURCES, "--root", str(tmp_path), "--tokenizer", str(tmp_path / "model")]
     arguments += ["--shard-size", "0.0004", "--workers", "1"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+    done = run_command([sys.executable, "-m", "tests.data.tokens.killed", *arguments])
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(path.name.endswith(".tmp") for path in out.iterdir()) and not (out / MANIFEST).exists()
     with pytest.raises(UserError, match=r"out is unfinished\. Run the same ast-data prepare again"):
