@@ -9,6 +9,7 @@ import resource
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from ast_sparse import SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.config import load_config
 from ast_sparse.distributed.full_precision import computes_in_float32
+from ast_sparse.evaluation import samples as evaluation_samples
 from ast_sparse.evaluation.perplexity import evaluate_blocks, evaluate_text
 from ast_sparse.evaluation.samples import continue_prompts
 from ast_sparse.evaluation.scoring import score
@@ -34,6 +36,7 @@ TEXT = generated_text(30, seed=4)
 PROMPTS = ["the sparse", "two of four"]
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FAULTY = 5  # a token whose embedding is not finite
+FEW_TOKENS = mock.patch.object(evaluation_samples, "_NEW_TOKENS", 10)  # of a continuation: each one is a whole pass
 
 
 def sparse_model(family: str) -> Any:
@@ -84,6 +87,7 @@ def bad_windows(model: Any, shared: bool = False) -> list[int | None]:
     return found
 
 
+@FEW_TOKENS
 def samples(model: Any) -> dict[str, str]:
     return continue_prompts(model, tiny_tokenizer(), PROMPTS)
 
@@ -114,6 +118,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "other.txt").write_text(TEXT)
 
 
+@FEW_TOKENS
 def train(folder: Path, world: int, **training: Any) -> None:
     """A run of ast-train with all its stages, into `out-WORLD`."""
     tree: dict[str, Any] = {
