@@ -305,9 +305,7 @@ def refused_for_space(out: Path) -> list[Any]:
     return ["no error", []]
 
 
-BEST = dict(
-    save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, load_best_model_at_end=True
-)  # fmt: skip
+BEST = dict(save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, load_best_model_at_end=True)
 
 
 def best(run: Any) -> dict[str, Any]:
@@ -349,6 +347,7 @@ def preempted(out: Path) -> list[Any]:
 
 
 def main(out: Path) -> None:
+    sys.dont_write_bytecode = True  # where the size of files is limited, Python would leave cut ones
     gc.collect()
     gc.freeze()  # Trainer collects garbage at every run, and what was imported takes half a second each time
     facts: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +30,11 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("format", ["dense", "compressed"])
-def test_a_file_that_cannot_be_written_is_an_error_of_the_user(format: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_of_the_user(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, limits = sparse_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave cut files of the modules it imports
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes of a file: in effect a full disk
     try:
         with pytest.raises(UserError, match=r"Cannot write .*out`: .*File too large.*Check the space"):
