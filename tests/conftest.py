@@ -17,10 +17,9 @@ import shutil  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 import tqdm.auto  # noqa: E402, F401  # which reads its own variables once: the commands set TQDM_DELAY
 
-torch.set_num_threads(1)
+gc.disable()  # until the tests are imported: they import a lot, and hardly any of it is garbage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,8 +30,12 @@ def _remove_caches() -> Iterator[None]:
 
 def pytest_collection_finish() -> None:
     """Exclude what is imported from garbage collection, which otherwise takes a third of the test time."""
+    import torch  # not above: the process of pytest-xdist that only hands out tests does without
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,14 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-IMPORTED = (
-    "ast_sparse.cli.train", "ast_sparse.cli.data", "ast_sparse.cli.eval", "ast_sparse.cli.prune",
-    "ast_sparse.run.train", "ast_sparse.training.fsdp", "ast_sparse.planning.plan", "torch.distributed.run",
-    "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "tests.processes",
-)  # fmt: skip
-
 _context: Any = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(list(IMPORTED))
+_context.set_forkserver_preload(["tests.preloaded"])
 
 
 class Started:
@@ -124,7 +118,11 @@ def forked_commands() -> Iterator[None]:
 
 
 _FORKING = """
+import gc
+gc.disable()  # nothing here is garbage
 import accelerate, json, os, sys, torch.distributed.tensor, torchao, traceback
+gc.freeze()
+gc.enable()
 
 for line in sys.stdin:
     code, arguments, *output = json.loads(line)

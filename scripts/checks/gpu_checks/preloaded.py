@@ -19,9 +19,11 @@ def _load(names: list[str]) -> None:
             importlib.import_module(name)
 
 
+gc.disable()  # until all is imported: hardly any of it is garbage, and looking for it takes a fifth of the time
 _load(_MODULES)
 # on a GPU nothing is imported that might start CUDA before a fork; checks that compile need transformers too
 if os.environ.get("TRITON_INTERPRET") == "1" and "transformers" in sys.modules:
     _load(_COMPILER)
 gc.collect()
+gc.enable()
 gc.freeze()  # otherwise each fork copies most of the memory as soon as it collects garbage
