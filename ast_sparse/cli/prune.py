@@ -188,7 +188,10 @@ def _prune(
     report = sparsify_model(
         model, sparsity, slorb, calibration_config=calibration, samples=samples, device=device, progress=True
     )
-    click.echo("\n".join([*report.lines(), *_errors(report, chosen.needs_text)]))
+    text = "\n".join([*report.lines(), *_errors(report, chosen.needs_text)])
+    for setting in ("sparsity.include", "sparsity.exclude"):  # why layers stay dense
+        text = text.replace(f"in {setting}\n", f"in {_OPTIONS[setting]}\n")
+    click.echo(text)
     method = _record(sparsity, calibration, basis, slorb, samples, options)
     written = export_model(
         model, out, "dense", dtype=options["dtype"], overwrite=options["overwrite"], tokenizer=tokenizer, progress=True,

@@ -185,7 +185,8 @@ def test_a_revision_on_the_hub_is_pruned_and_recorded(
 
 
 def test_excluded_layers_stay_dense(folder: Path, tmp_path: Path) -> None:
-    assert run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--exclude", "down_proj").exit_code == 0
+    done = run(folder / "llama", tmp_path / "out", "--method", "magnitude", "--exclude", "down_proj")
+    assert done.exit_code == 0 and "down_proj  (2): in --exclude\n" in done.output
     recorded = read_json(tmp_path / "out" / "sparsity_config.json")["one_shot"]
     assert recorded == {"method": "magnitude", "exclude": ["down_proj"]}
     card = (tmp_path / "out" / "README.md").read_text()
