@@ -30,7 +30,15 @@ from ast_sparse.sparsity.masks import Pattern, gradual_mask, mask_fingerprint
 from ast_sparse.sparsity.oneshot import METHODS, prune_weight
 from ast_sparse.sparsity.pruning import FinishedBlock, Pruning, prune_layers
 from ast_sparse.sparsity.recovery import BlockRecovery, check_recovery
-from ast_sparse.sparsity.select import Prunable, check_shapes, decoder_blocks, select_layers, takes_slorb, twins
+from ast_sparse.sparsity.select import (
+    Prunable,
+    check_shapes,
+    decoder_blocks,
+    refuse_adapter,
+    select_layers,
+    takes_slorb,
+    twins,
+)
 from ast_sparse.sparsity.slorb import check_slorb, slorb_init
 from ast_sparse.sparsity.statistics import InputStatistics
 from ast_sparse.storage.finite import check_finite
@@ -118,9 +126,10 @@ def sparsify_model(
             over. Every block that is pruned now is added. Only for methods that need text.
 
     Raises:
-        UserError: a shape does not fit, no layer is left, the model is already sparse or sharded, or samples are
-            missing.
+        UserError: a shape does not fit, no layer is left, the model is already sparse or sharded or has a PEFT adapter,
+            or samples are missing.
     """
+    refuse_adapter(model)
     refuse_sharded(model, "Prune it before it is sharded, as SparseTrainer does.")
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     calibration_config = calibration_config or CalibrationConfig()

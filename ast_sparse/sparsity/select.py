@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +147,15 @@ def twins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, dict[s
     holders = _holders(model)
     found = {name: dict(holders.get(id(layer.weight), {})) for name, layer in layers.items()}
     return {name: {key: m for key, m in others.items() if m is not layers[name]} for name, others in found.items()}
+
+
+def refuse_adapter(model: Any) -> None:
+    """Raise UserError for a model with a PEFT adapter, whose layers would be selected beside those of the model."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            "model has a PEFT adapter: its small matrices would be pruned, and the layers below them not trained. Pass "
+            "the model without it, or merged: `model.merge_and_unload().requires_grad_(True)` of a PeftModel."
+        )
 
 
 def _left_out(together: tuple[str, ...], config: SparsityConfig) -> str | None:

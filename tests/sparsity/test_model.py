@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -62,6 +63,13 @@ def test_patterns_match_full_names_suffixes_and_wildcards() -> None:
     assert set(chosen) == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
     skipped = select_layers(model, SparsityConfig(exclude=("down_proj",)))[1]
     assert skipped["model.layers.1.mlp.down_proj"] == "in sparsity.exclude"
+
+
+def test_the_matrices_of_an_adapter_are_not_masked() -> None:
+    lora = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama"), lora)
+    with pytest.raises(UserError, match=r"model has a PEFT adapter: .* `model.merge_and_unload\(\)"):
+        sparsify_model(model, SparsityConfig())
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:

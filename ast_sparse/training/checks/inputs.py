@@ -14,6 +14,7 @@ from ast_sparse.data.tokens.vocabulary import Renamed, check_teacher_tokens, che
 from ast_sparse.errors import UserError
 from ast_sparse.kernels import moments8bit
 from ast_sparse.optim import SparseAdamW
+from ast_sparse.sparsity.select import refuse_adapter
 from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.training.fsdp import sharding_plugin
 
@@ -22,11 +23,7 @@ _UNTAUGHT = "untaught"  # an entry of a batch
 
 def check_unwrapped(model: Any) -> None:
     """Raise UserError for what is not a model of transformers, or is one inside PEFT or torch.compile."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            "model has a PEFT adapter: its small matrices would be pruned, and the layers below them not trained. Pass "
-            "the model without it, or merged: `model.merge_and_unload().requires_grad_(True)` of a PeftModel."
-        )
+    refuse_adapter(model)
     if hasattr(model, "_orig_mod"):
         raise UserError(
             "model is wrapped by torch.compile. Pass the model itself, and set torch_compile=True in TrainingArguments."
