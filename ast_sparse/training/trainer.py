@@ -387,7 +387,7 @@ class SparseTrainer(EvaluationTrainer):
             self.watch.correct_loss(logs)
         if "train_loss" in logs:  # the last record: trackers are closed when our callbacks see the end
             logs.update(self._flops.log_values(self.state))
-            self.watch.correct_loss(logs, "train_loss")
+            self.watch.correct_loss(logs, "train_loss", self.args.device)
         for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
             logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)

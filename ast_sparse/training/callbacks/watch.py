@@ -22,7 +22,7 @@ from ast_sparse.config import WatchConfig
 from ast_sparse.data.blocks.collator import DOMAIN
 from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.pieces import whole
-from ast_sparse.distributed.ranks import mean_over_ranks
+from ast_sparse.distributed.ranks import mean_over_ranks, own_rank
 from ast_sparse.errors import DivergenceError, UserError, one_line
 from ast_sparse.storage.run_folder import REPLAY
 from ast_sparse.training.resume.checkpoints import last_checkpoint
@@ -102,12 +102,15 @@ class WatchCallback(TrainerCallback):
         )
         return {**found, "empty_steps": self.empty} if self.empty else found
 
-    def correct_loss(self, logs: dict[str, float], key: str = "loss") -> None:
+    def correct_loss(self, logs: dict[str, float], key: str = "loss", device: torch.device | None = None) -> None:
         """Replace the mean over all steps, which Trainer logs, by that over the steps with a loss; drop it if none has.
 
         Args:
             key: `loss`, since the last log record, or `train_loss`, since this call of train() began.
+            device: of training, for `train_loss`, which is then that of all ranks; all must call this.
         """
+        if device is not None and own_rank()[1] > 1:  # Trainer adds the steps after the last record by rank
+            logs[key] = float(mean_over_ranks(torch.tensor(logs[key], dtype=torch.float64, device=device)))
         index = int(key != "loss")
         steps, empty = self._steps[index], self._empty_steps[index]
         self._steps[index] = self._empty_steps[index] = 0
