@@ -24,8 +24,8 @@ def unwrapped_name(name: str) -> str:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of a model are split over the processes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    """Whether parameters of a model are split over the processes, also while FSDP2 has gathered them."""
+    return isinstance(model, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def refuse_sharded(model: nn.Module, fix: str) -> None:

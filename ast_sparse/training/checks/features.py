@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import DistillationConfig
 from ast_sparse.distillation.features import needs_attention, needs_hidden
+from ast_sparse.distributed.pieces import reshard
 from ast_sparse.errors import UserError, one_line
 
 logger = logging.get_logger(__name__)
@@ -126,6 +127,7 @@ def _missing_maps(model: PreTrainedModel) -> str | None:
         return one_line(error, end="open")
     finally:
         model.train(was_training)
+        reshard(model)  # with `reshard_after_forward: false` its blocks stay gathered
     if not maps:
         return "its output has no attentions"
     shapes = [tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__ for each in maps]
