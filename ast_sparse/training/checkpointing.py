@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -22,6 +21,7 @@ from ast_sparse.config import DistillationConfig, MixtureConfig, OptimizerConfig
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.distributed.pieces import is_sharded, local
 from ast_sparse.distributed.ranks import any_rank, errors_shared, gather, wait_for_all
+from ast_sparse.errors import SharedError
 from ast_sparse.export.export import ExportReport, export_model
 from ast_sparse.sparsity.model import SparsityReport, apply_masks
 from ast_sparse.storage.checksums import write_checksums
@@ -214,7 +214,8 @@ class CheckpointTrainer(Trainer):
     def _save_true_weights(self, folder: Path, _internal_call: bool) -> None:
         self._check_finite()
         if _internal_call and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-            self._save_for_resume(folder)
+            with errors_shared(), write_errors(folder.parent, folder):
+                self._save_for_resume(folder)
             return
         student = None if self._saved_in_pieces(folder) else self.whole_student()
         if self.args.should_save and student is not None:
@@ -299,7 +300,7 @@ class CheckpointTrainer(Trainer):
             except BaseException as error:
                 if self.args.should_save:
                     shutil.rmtree(folder, ignore_errors=True)
-                if isinstance(error, CheckpointException):  # raised on every process
+                if isinstance(error, SharedError):  # raised on every process
                     wait_for_all()
                 raise
 
@@ -308,12 +309,13 @@ class CheckpointTrainer(Trainer):
             optimizer = sparse_optimizer(self.optimizer)
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state_of(parameter)
-        super()._save_optimizer_and_scheduler(output_dir)
+        with errors_shared(), write_errors(Path(output_dir).parent, Path(output_dir)):
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in Trainer, then wait for all processes: the next file marks the checkpoint as finished."""
-        super()._save_rng_state(output_dir)
-        wait_for_all()
+        with errors_shared(), write_errors(Path(output_dir).parent, Path(output_dir)):
+            super()._save_rng_state(output_dir)
         if is_sharded(self.student):
             write_sums(Path(output_dir), self.args.process_index, gather)
 

@@ -3,19 +3,24 @@
 `replica_facts.py` is called here too, because starting ranks takes seconds.
 """
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ast_sparse import SparseTrainer, SparsityConfig
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import gather
+from ast_sparse.errors import SharedError
 from ast_sparse.sparsity.model import sparse_layers
+from ast_sparse.training.resume.same_run import RunRecord
 from tests.distributed import replica_facts
 from tests.models import tiny_model
 from tests.training.small_runs import Rows, arguments
@@ -61,8 +66,27 @@ def run(folder: Path, ranks: int, **values: Any) -> dict[str, Any]:
     return {"sums": sums.sums, "losses": losses}
 
 
+def refused_on(rank: int, owner: type, method: str, folder: Path, **values: Any) -> list[Any]:
+    """A save for which one rank has no room: the message that this rank gets, and the checkpoints that are left."""
+    write = getattr(owner, method)
+
+    def refused(*args: Any) -> None:
+        if os.environ["RANK"] == str(rank):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    try:
+        with mock.patch.object(owner, method, refused):
+            run(folder, 2, save_strategy="steps", save_steps=2, **values)
+    except SharedError as error:
+        return [str(error), [path.name for path in folder.glob("checkpoint-*")]]
+    return ["no error", []]
+
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     copies = replica_facts.facts(root)  # first, because FSDP2 sets environment variables that stay
-    facts = gather({**{name: run(root / name, 2, **values) for name, values in SETTINGS.items()}, "copies": copies})
-    (root / "facts.json").write_text(json.dumps(facts))
+    full = {"ddp": refused_on(1, Trainer, "_save_rng_state", root / "full")}
+    facts: dict[str, Any] = {name: run(root / name, 2, **values) for name, values in SETTINGS.items()}
+    full["fsdp"] = refused_on(0, RunRecord, "save", root / "full, sharded", fsdp=True)
+    (root / "facts.json").write_text(json.dumps(gather({**facts, "copies": copies, "full": full})))

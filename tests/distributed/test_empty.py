@@ -72,3 +72,10 @@ def test_replicas_refresh_to_equal_masks_each_counted_once_and_compare_them(
         assert found["replicas"] == found["plain"]
         assert max(now for now, _ in found["plain"].values()) > 0
         assert found["stopped"].startswith(f"Step 7: the mask of `{FAULTY}` is not the same")
+
+
+def test_a_save_that_one_rank_cannot_write_ends_all_ranks(finished: tuple[list[dict[str, Any]], str]) -> None:
+    for rank in finished[0]:
+        for kind, (message, left) in rank["full"].items():
+            assert "checkpoint-2`: [Errno 28] No space left on device. There is no checkpoint yet" in message, kind
+            assert left == []
