@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -25,11 +26,22 @@ class HeldOutLoss:
     with few labels counts as much as any other. Here every token of the text counts once.
 
     Args:
-        dataloader: of one evaluation; if it has no length, every row counts.
+        dataloader: of one evaluation. If its data has no length, the process that reads it for all of them says how
+            many rows its last batch has.
+
+    Raises:
+        UserError: data without a length that each of several processes reads by itself: nothing says how many rows
+            fill up the last batch.
     """
 
     def __init__(self, dataloader: DataLoader, args: TrainingArguments) -> None:
         self.rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+        self._reader = dataloader if isinstance(dataloader, DataLoaderDispatcher) else None
+        if self.rows is None and args.world_size > 1 and self._reader is None:
+            raise UserError(
+                "training.accelerator_config.dispatch_batches=False: an eval_dataset without a length would count some "
+                "rows twice on several processes. Remove the setting, or pass a data set with a length."
+            )
         self.ranks, self.rank = args.world_size, args.process_index
         self._seen = 0  # rows of all processes
         self._sums: Tensor | None = None  # loss and tokens
@@ -42,9 +54,12 @@ class HeldOutLoss:
             by_position: `[batch · seq]`, the loss of each position.
             labels: `[batch, seq]`, shifted; −100 does not count.
         """
-        first = self._seen + self.rank * len(labels)  # batches, or pieces of one, go to the ranks in turn
+        left = self.ranks * len(labels) if self.rows is None else self.rows - self._seen
+        if self.rows is None and self._reader is not None and self._reader.end_of_dataloader:
+            left = self._reader.remainder  # the rows of the last batch
         self._seen += self.ranks * len(labels)
-        count = len(labels) if self.rows is None else max(0, min(len(labels), self.rows - first))
+        # batches, or pieces of one, go to the ranks in turn
+        count = max(0, min(len(labels), left - self.rank * len(labels)))
         losses = by_position.view_as(labels)[:count]
         dtype = torch.float32 if labels.device.type == "mps" else torch.float64
         sums = torch.stack([losses.sum(dtype=dtype), (labels[:count] != IGNORE_INDEX).sum().to(dtype)])

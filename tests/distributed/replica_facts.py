@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ast_sparse import SparsityConfig
 from ast_sparse.distributed.mesh import process_grid
 from ast_sparse.distributed.pieces import local
-from ast_sparse.errors import SharedError
+from ast_sparse.errors import SharedError, UserError
 from ast_sparse.sparsity.model import refresh_masks, sparse_layers, sparsify_model
 from tests.models import tiny_model
 from tests.training.small_runs import blocks, trainer
@@ -72,6 +72,24 @@ def under_ddp(folder: Path, evaluates_first: bool = False, **args: Any) -> dict[
     }
 
 
+def streamed(folder: Path) -> dict[str, Any]:
+    """Losses of held-out rows without a length, which one process reads for both, and of the same with one."""
+    AcceleratorState._reset_state()
+    run = trainer(folder, args={"per_device_eval_batch_size": 2})
+    found: dict[str, Any] = {}
+    for count in (1, 5, 7, 8):
+        rows = blocks(count, seed=1)
+        losses = (run.evaluate(each)["eval_loss"] for each in (rows.to_iterable_dataset(), rows))
+        found[str(count)] = list(losses)
+    run.args.accelerator_config.dispatch_batches = False
+    run.accelerator.dataloader_config.dispatch_batches = False
+    try:
+        run.evaluate(rows.to_iterable_dataset())
+    except UserError as error:
+        found["refused"] = str(error)
+    return found
+
+
 def stopped(folder: Path) -> str:
     AcceleratorState._reset_state()
     run = trainer(folder, sparsity=SparsityConfig(mask_interval=INTERVAL, mask_decay=1e-2))
@@ -109,6 +127,7 @@ def facts(root: Path) -> dict[str, Any]:
         "ddp": under_ddp(root / "views"),
         "accumulated": under_ddp(root / "views", gradient_accumulation_steps=2, max_steps=3),
         "evaluated first": under_ddp(root / "views", evaluates_first=True),
+        "streamed": streamed(root / "streamed"),
         "stopped": stopped(root / "stopped"),
         "replicas": replicas(torch.distributed.get_rank()),
     }

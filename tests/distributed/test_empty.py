@@ -55,6 +55,15 @@ def test_under_ddp_an_evaluation_before_training_changes_nothing(finished: tuple
     assert len(weights) == 4 and len(set(weights)) == 1
 
 
+def test_held_out_rows_of_a_stream_count_once(finished: tuple[list[dict[str, Any]], str]) -> None:
+    for rank in finished[0]:
+        found = dict(rank["copies"]["streamed"])
+        assert "dispatch_batches=False: an eval_dataset without a length" in found.pop("refused")
+        assert len(found) == 4
+        for count, (stream, rows) in found.items():
+            assert stream == pytest.approx(rows, rel=1e-6), count
+
+
 def test_ranks_whose_masks_differ_after_a_refresh_stop_and_name_layer_and_step(
     finished: tuple[list[dict[str, Any]], str],
 ) -> None:
