@@ -353,7 +353,7 @@ def _making(subject: Subject, report: ExportReport) -> Iterator[str]:
         config = {key: record.get(key) for key in ("sparsity", "slorb", "distillation", "one_shot") if record.get(key)}
         config = shareable_values(config)
     if config:
-        title = "run.yaml, all settings of the run" if record.get("run") else "Settings"
+        title = "run.yaml, the settings of the run without its prompts" if record.get("run") else "Settings"
         yield f"<details>\n<summary>{title}</summary>\n\n{_block('yaml', dump_yaml(config).splitlines())}\n\n</details>"
     trained_with = record.get("ast_sparse_version")
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
