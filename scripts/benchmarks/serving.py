@@ -29,8 +29,8 @@ from ast_sparse.speed.side import InProcess, Process
 from ast_sparse.speed.turns import measure as in_turns
 from scripts.benchmarks.harness import Result, Settings, main
 
-LENGTHS = {1: [(32, 49), (512, 2)], 16: [(32, 33)]}  # by batch: prompt, new tokens
-REPEATS = 2
+LENGTHS = {1: [(32, 17), (512, 2)], 16: [(32, 9)]}  # by batch: prompt, new tokens
+REPEATS = 8  # a repeat times each prompt once, and the steps in one turn
 NOT_WORSE = 1.0
 MANY_TOKENS = 1 / 0.95
 
