@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -30,18 +30,14 @@ class HeldOutLoss:
             many rows its last batch has.
 
     Raises:
-        UserError: data without a length that each of several processes reads by itself: nothing says how many rows
-            fill up the last batch.
+        UserError: as `check_readable`.
     """
 
     def __init__(self, dataloader: DataLoader, args: TrainingArguments) -> None:
         self.rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
         self._reader = dataloader if isinstance(dataloader, DataLoaderDispatcher) else None
-        if self.rows is None and args.world_size > 1 and self._reader is None:
-            raise UserError(
-                "training.accelerator_config.dispatch_batches=False: an eval_dataset without a length would count some "
-                "rows twice on several processes. Remove the setting, or pass a data set with a length."
-            )
+        if isinstance(dataloader, DataLoaderShard):  # of accelerate; the user's own may give each process its rows
+            check_readable(dataloader.dataset, args)
         self.ranks, self.rank = args.world_size, args.process_index
         self._seen = 0  # rows of all processes
         self._sums: Tensor | None = None  # loss and tokens
@@ -81,6 +77,24 @@ class HeldOutLoss:
             metrics.pop(f"{prefix}_loss", None)
 
 
+def check_readable(held_out: Any, args: TrainingArguments) -> None:
+    """Raise UserError for data without a length that each of several processes reads by itself.
+
+    accelerate fills up their last batch with rows that have counted already, and nothing says how many.
+
+    Args:
+        held_out: a data set, a mapping of them, or None.
+    """
+    parts = held_out.values() if isinstance(held_out, dict) else [held_out]
+    if args.world_size == 1 or all(part is None or has_length(part) for part in parts):
+        return
+    if cast(Any, args.accelerator_config).dispatch_batches is False:
+        raise UserError(
+            "training.accelerator_config.dispatch_batches=False: on several processes an eval_dataset without a length "
+            "would count some rows twice. Remove the setting, or pass a data set with a length."
+        )
+
+
 def loss_of_parts(
     metrics: Mapping[str, float], held_out: Any, prefix: str, tokens: Mapping[str, float]
 ) -> float | None:
@@ -116,6 +130,10 @@ class EvaluationTrainer(CheckpointTrainer):
     _held_out_loss: HeldOutLoss | None = None  # while an evaluation runs
     _held_out_tokens: Mapping[str, float] = {}  # of the evaluations so far, by their prefix
     _needs_logits = True  # if outputs are returned
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_readable(self.eval_dataset, self.args)
 
     @contextmanager
     def _all_rows(self) -> Iterator[None]:

@@ -83,10 +83,16 @@ def streamed(folder: Path) -> dict[str, Any]:
         found[str(count)] = list(losses)
     run.args.accelerator_config.dispatch_batches = False
     run.accelerator.dataloader_config.dispatch_batches = False
-    try:
-        run.evaluate(rows.to_iterable_dataset())
-    except UserError as error:
-        found["refused"] = str(error)
+    stream = rows.to_iterable_dataset()
+    makes = [
+        lambda: run.evaluate(stream),
+        lambda: trainer(folder, eval_dataset=stream, args={"accelerator_config": {"dispatch_batches": False}}),
+    ]
+    for make in makes:
+        try:
+            make()
+        except UserError as error:
+            found.setdefault("refused", []).append(str(error))
     return found
 
 
