@@ -34,7 +34,7 @@ class Fit:
         changed += ["sparsity.fast_forward=on"] if after.fast_forward != before.fast_forward else []
         copies_go = before.masked_weights == "kept" and after.masked_weights == "made"  # `auto` decides by itself
         changed += ["sparsity.masked_weights=made"] if copies_go else []
-        compressed_go = before.semi_structured != "off" == after.semi_structured
+        compressed_go = before.semi_structured == "on" != after.semi_structured
         changed += ["sparsity.semi_structured=off"] if compressed_go else []
         is_whole_again = after.sharding != "fsdp2" == before.sharding
         for name, field in names.items():

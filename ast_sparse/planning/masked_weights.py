@@ -32,15 +32,15 @@ def settle_masked_weights(memory: Callable[[Setup], Memory], setup: Setup, limit
         return made, f"masked weights: {_MADE} ({asked})"
     also = ""
     if setup.semi_structured == "auto" and not setup.on_cpu and memory(kept).total > limit:
-        kept, also = replace(kept, semi_structured="off"), ", but not for semi-structured products"
+        kept, also = replace(kept, semi_structured="off"), "; no memory for semi-structured products"
     if setup.masked_weights == "kept":
-        return kept, f"masked weights: {_KEPT} ({asked}{also and f'; the memory is enough{also}'})"
+        return kept, f"masked weights: {_KEPT} ({asked}{also})"
     if setup.semi_structured == "on":
         return kept, f"masked weights: {_KEPT} ({asked}: sparsity.semi_structured=on needs it)"
     if setup.on_cpu:
         return kept, f"masked weights: {_KEPT} ({asked}: always on a CPU)"
     if made.holds_masked_weights:
-        return kept, f"masked weights: {_KEPT} ({asked}: the compiled graphs would hold what they make)"
+        return kept, f"masked weights: {_KEPT} ({asked}: the compiled graphs would hold what they make{also})"
     if memory(kept).total <= limit:
         return kept, f"masked weights: {_KEPT} ({asked}: the memory is enough{also})"
     if memory(made).total <= limit:

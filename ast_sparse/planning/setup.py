@@ -13,7 +13,7 @@ from ast_sparse.training.checks.semi_structured import dense_products
 from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.start.model_calls import graphs_read_copies
 
-COMPRESSED = 2 * 9 / 16  # of 16 bits: half of the values, and their positions
+_COMPRESSED = 2 * 9 / 16  # of 16 bits: half of the values, and their positions
 Sharding = Literal["none", "ddp", "fsdp2"]
 
 
@@ -84,7 +84,8 @@ class Setup:
         reads = not args.torch_compile or graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode)
         measured_by = ["evaluation.datasets=[]"] if evaluation.datasets else []
         measured_by += ["evaluation.report=false"] if evaluation.report else []
-        is_plain = dense_products(config.sparsity, config.optimizer, args) is not None
+        on_cpu = bool(config.training.get("use_cpu"))
+        is_plain = on_cpu or dense_products(config.sparsity, config.optimizer, args) is not None
         window = 0
         if model_config is not None and measured_by:
             window = evaluation.seq_len or default_seq_len(model_config)
@@ -95,7 +96,7 @@ class Setup:
             sharding,
             measured_tokens=window,
             measured_by=tuple(measured_by),
-            on_cpu=bool(config.training.get("use_cpu")),
+            on_cpu=on_cpu,
             offload=config.optimizer.offload,
             moments=config.optimizer.moments,
             eager=config.sparsity.kernels == "eager",
@@ -160,7 +161,7 @@ class Setup:
     @property
     def compressed_bytes(self) -> float:
         """Bytes a masked weight of what semi-structured products multiply by."""
-        return COMPRESSED if self.keeps_masked_weights and self.semi_structured != "off" else 0
+        return _COMPRESSED if self.keeps_masked_weights and self.semi_structured != "off" else 0
 
     @property
     def pieces(self) -> int:

@@ -122,7 +122,7 @@ def checked_run(
         devices = hardware.world_size or args.world_size
         check_shared_batches(args, devices)
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
-        check_semi_structured(config.sparsity, config.optimizer, args)
+        check_semi_structured(config.sparsity, config.optimizer, args, bool(config.training.get("use_cpu")))
         plan = make_plan(config, args, devices if dry_run else None, needs_memory_plan(config, args))
         config, chosen = decide_by_memory(config, args, plan)
         notes = (*(each for each in (precision, note) if each is not None), *chosen)

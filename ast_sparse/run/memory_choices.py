@@ -6,6 +6,7 @@ from dataclasses import replace
 from transformers import TrainingArguments
 
 from ast_sparse.config import RunConfig
+from ast_sparse.distributed.ranks import gather
 from ast_sparse.planning.budget import Budget
 from ast_sparse.planning.plan import Hardware, Plan
 from ast_sparse.planning.setup import Setup
@@ -21,7 +22,8 @@ def needs_memory_plan(config: RunConfig, args: TrainingArguments) -> bool:
 def decide_by_memory(config: RunConfig, args: TrainingArguments, plan: Plan) -> tuple[RunConfig, tuple[str, ...]]:
     """The configuration of a run that starts now without what was left to its memory, and lines that say why.
 
-    Without enough memory, copies of masked weights are given up first; if that is not enough, a step recomputes.
+    Without enough memory, semi-structured products are given up first, then copies of masked weights; if that is not
+    enough, a step recomputes.
 
     Args:
         plan: with its memory model, if `needs_memory_plan`.
@@ -30,16 +32,18 @@ def decide_by_memory(config: RunConfig, args: TrainingArguments, plan: Plan) -> 
         return config, ()
     setup = Setup.of_run(config, args, plan.model_config, args.world_size)
     is_fast, line = choose_fast_forward(config, plan, setup, Hardware())
-    sparsity, lines = config.sparsity, []
+    sparsity, lines = config.sparsity, list[str]()
     if _leaves_fast_forward(config, args):
         sparsity = replace(sparsity, fast_forward="on" if is_fast else "off")
         lines.append(line)
     budget = Budget(plan, replace(setup, fast_forward=is_fast), Hardware())
+    gives_up = setup.semi_structured == "auto" and budget.setup.semi_structured == "off"
+    if sparsity.semi_structured == "auto" and any(gather(gives_up)):  # steps are timed by all processes or by none
+        sparsity = replace(sparsity, semi_structured="off")
+        lines += [] if gives_up else ["semi-structured products: off (another process has no memory for them)"]
     choice = budget.setup.masked_weights
     if _leaves_masked_weights(config, args) and choice in ("kept", "made") and budget.masked_weights is not None:
-        gives_up = sparsity.semi_structured == "auto" and budget.setup.semi_structured == "off"
-        semi_structured = "off" if gives_up else sparsity.semi_structured
-        sparsity = replace(sparsity, masked_weights=choice, semi_structured=semi_structured)
+        sparsity = replace(sparsity, masked_weights=choice)
         lines.append(budget.masked_weights)
     return replace(config, sparsity=sparsity), tuple(lines)
 

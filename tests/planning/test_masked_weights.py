@@ -20,6 +20,7 @@ from ast_sparse.planning.memory import Memory
 from ast_sparse.planning.plan import make_plan
 from ast_sparse.planning.setup import Setup
 from ast_sparse.planning.sizes import Term
+from ast_sparse.run import memory_choices
 from ast_sparse.run.memory_choices import decide_by_memory, needs_memory_plan
 from ast_sparse.sparsity.model import sparse_layers, use_masked_weights
 from tests.models import save_tiny_model, tiny_model
@@ -117,10 +118,14 @@ def test_semi_structured_products_are_given_up_before_copies_are() -> None:
     wanted = replace(AUTO, semi_structured="auto")
     settled, said = settle_masked_weights(counted, wanted, 649)
     assert settled == replace(wanted, masked_weights="kept", semi_structured="off")
-    assert said is not None and said.endswith("auto: the memory is enough, but not for semi-structured products)")
+    assert said is not None and said.endswith("auto: the memory is enough; no memory for semi-structured products)")
     settled, said = settle_masked_weights(counted, replace(wanted, masked_weights="kept"), 649)
     assert settled == replace(wanted, masked_weights="kept", semi_structured="off")
-    assert said is not None and said.endswith("kept; the memory is enough, but not for semi-structured products)")
+    assert said is not None and said.endswith("=kept; no memory for semi-structured products)")
+    settled, said = settle_masked_weights(counted, replace(wanted, in_graphs=True), 649)
+    assert settled.semi_structured == "off" and "what they make; no memory for semi-structured" in str(said)
+    on_cpu, _ = settle_masked_weights(counted, replace(wanted, on_cpu=True), 1)
+    assert on_cpu.semi_structured == "auto"  # `Setup.of_run` has set it off
     can = dict(can_shard=True, can_halve=True, can_offload=False)
     for limit, settings in (
         (649, ["sparsity.semi_structured=off"]),
@@ -128,6 +133,8 @@ def test_semi_structured_products_are_given_up_before_copies_are() -> None:
     ):
         fit = find_fit(counted, replace(HALF, semi_structured="on"), limit, **can)
         assert fit is not None and fit.settings(replace(HALF, semi_structured="on")) == settings
+    fit = find_fit(counted, replace(HALF, semi_structured="auto"), 649, **can)  # `auto` will see by itself
+    assert fit is not None and fit.settings(replace(HALF, semi_structured="auto")) == []
 
 
 def test_a_run_that_asks_for_copies_and_has_no_memory_for_them_is_told_to_make_them() -> None:
@@ -184,8 +191,19 @@ def test_a_run_on_a_gpu_decides_by_its_memory(tmp_path: Path, monkeypatch: pytes
         decided, (line,) = decide_by_memory(asks, args, plan)
         assert (decided.sparsity.masked_weights, decided.sparsity.semi_structured) == ("kept", "off")
         properties.total_memory = 80 * 2**30
-        decided, _ = decide_by_memory(asks, args, plan)
+        decided, lines = decide_by_memory(asks, args, plan)
         assert (decided.sparsity.masked_weights, decided.sparsity.semi_structured) == ("kept", "auto")
+        with monkeypatch.context() as patch:  # another process has less memory
+            patch.setattr(memory_choices, "gather", lambda flag: [flag, True])
+            decided, more = decide_by_memory(asks, args, plan)
+        assert decided.sparsity.semi_structured == "off" and len(more) == len(lines) + 1
+        assert "semi-structured products: off (another process has no memory for them)" in more
+    unfit = replace(config, sparsity=SparsityConfig(fast_forward="off", semi_structured="auto", pattern="4:8"))
+    properties.total_memory = 1  # which is not why
+    assert decide_by_memory(unfit, args, plan)[0].sparsity.semi_structured == "auto"
+    on_cpu = replace(asks, training={**asks.training, "use_cpu": True})
+    assert Setup.of_run(asks, args, None, 1).compressed_bytes == 1.125
+    assert Setup.of_run(on_cpu, args, None, 1).compressed_bytes == 0
     properties.total_memory = (made + 1000) / budgets.USABLE
     decided, (line,) = decide_by_memory(config, args, plan)
     assert decided.sparsity.masked_weights == "made" and "not enough for copies" in str(line)

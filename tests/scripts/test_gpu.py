@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ast_sparse.basis.change import BasisReport
+from ast_sparse.kernels.gpu import cusparselt
 from ast_sparse.sparsity.masks import Pattern
 from scripts.checks import gpu
 from scripts.checks.gpu_checks import basis, kernels, linear24, losses, machine, steps
@@ -348,15 +349,16 @@ def test_what_steps_on_a_gpu_give_is_compared(imitated: Bench, monkeypatch: pyte
     def in_child(self: Bench, function: Any, *args: Any) -> dict[str, Any]:
         if function is steps._planned:
             return {"total": 27, "moment": "update", "items": {}}
-        size = 30 if function is steps.ours else 100
+        if function is cusparselt.fault:
+            return None
+        size = 100 if function is not steps.ours else 27 if args[-1] == "on" else 30
         return dict(milliseconds=size, allocated=size, reserved=36, outside=steps.GIB, loss=1.0, profile={"top": []})
 
     monkeypatch.setattr(Bench, "in_child", in_child)
     imitated.rates = {"product": 1e6}
-    with cpu_cusparselt(monkeypatch):
-        time_, memory, _, rate, *others = steps.whole_step(imitated)
+    time_, memory, _, rate, *others = steps.whole_step(imitated)  # asks for no GPU in this process
     semi_structured = {line["case"].split(", ")[-1]: line for line in others if "forward" in line["case"]}
-    assert semi_structured["time"]["measured"]["ratio"] == 1.0 and semi_structured["mean loss"]["verdict"] == "met"
+    assert semi_structured["time"]["measured"]["ratio"] == 0.9 and semi_structured["mean loss"]["verdict"] == "met"
     assert (time_["measured"]["ratio"], memory["measured"]["ratio"]) == (0.3, 0.3) and memory["verdict"] == "met"
     # 2 layers of 2·32² + 2·32·16 + 3·32·48 weights, and the head of 32·128; 4 passes of 2 FLOP; 32 tokens in 30 ms
     flops = 4 * 2 * (2 * 7680 + 4096) * 32 / 0.03

@@ -16,9 +16,14 @@ _PADDED = 8  # the products need a multiple of this many tokens
 _handles: dict[int, torch.device] = {}  # of cuSPARSELt, by thread
 
 
+def fits(out_features: int, in_features: int) -> bool:
+    """Whether there are products for a weight of this shape."""
+    return out_features % 32 == 0 and in_features % 64 == 0
+
+
 def takes(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a weight of this shape can be compressed here and now, and multiplied by."""
-    if dtype not in (torch.bfloat16, torch.float16) or out_features % 32 or in_features % 64:
+    if dtype not in (torch.bfloat16, torch.float16) or not fits(out_features, in_features):
         return False
     # Up to PyTorch 2.13 each thread has one handle, made on its first GPU, that fails on another one.
     return torch.backends.cusparselt.is_available() and _handles.setdefault(get_ident(), device) == device
@@ -38,6 +43,8 @@ def linear(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wᵀ + b`; x `[..., in]` and b `[out]` in the dtype of W."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = len(rows)
+    if not tokens:  # of an expert that got none
+        return rows.new_empty(*x.shape[:-1], len(compressed))
     missing = -tokens % _PADDED
     padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows
     out = torch._cslt_sparse_mm(compressed, padded.t(), bias=bias, transpose_result=True)
@@ -49,7 +56,7 @@ def fault(device: torch.device) -> str | None:
     """Why there are no such products on a device, in one line; None if there are. Tried once a process and device."""
     if device.type != "cuda" or not torch.backends.cusparselt.is_available():
         return "they need an NVIDIA GPU, and a PyTorch that was built with cuSPARSELt."
-    return tried(device, _wrong)
+    return tried(device, _wrong, needs_triton=False)
 
 
 def _wrong(device: torch.device) -> bool:

@@ -172,13 +172,13 @@ def _wrong(device: torch.device) -> bool:
     return not torch.equal(decoded, unpack24(values, meta))
 
 
-def tried(device: torch.device, is_wrong: Callable[[torch.device], bool]) -> str | None:
+def tried(device: torch.device, is_wrong: Callable[[torch.device], bool], needs_triton: bool = True) -> str | None:
     """Why a kernel cannot be used on a device, in one line; None if it can.
 
     Args:
         is_wrong: runs the kernel on a small example and returns whether its result is wrong.
     """
-    if (reason := missing(device)) is not None:
+    if (reason := missing(device, needs_triton)) is not None:
         return reason
     try:
         return "the kernel returns wrong results." if is_wrong(device) else None
@@ -186,9 +186,9 @@ def tried(device: torch.device, is_wrong: Callable[[torch.device], bool]) -> str
         return f"{type(error).__name__}: {one_line(error)}"
 
 
-def missing(device: torch.device) -> str | None:
-    """What a device lacks for any Triton kernel of this package, in one line; None if nothing is known to."""
-    if importlib.util.find_spec("triton") is None:
+def missing(device: torch.device, needs_triton: bool = True) -> str | None:
+    """What a device lacks for any kernel of this package, in one line; None if nothing is known to."""
+    if needs_triton and importlib.util.find_spec("triton") is None:
         return "triton is not installed."
     if device.type == "cuda" and torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs."

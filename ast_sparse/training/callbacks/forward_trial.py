@@ -14,13 +14,13 @@ from ast_sparse.distributed.ranks import any_rank
 from ast_sparse.errors import UserError
 from ast_sparse.kernels.gpu import cusparselt
 from ast_sparse.kernels.gpu.dispatch import VARIABLE, setting
-from ast_sparse.sparsity.model import use_masked_weights
+from ast_sparse.sparsity.layers import SparseLayer, out_by_in
+from ast_sparse.sparsity.model import sparse_layers, use_masked_weights
 from ast_sparse.training.checks.semi_structured import dense_products
 
 logger = logging.get_logger(__name__)
 
 WARM_UPS, TIMED = 4, 16  # steps; half of them of each kind. Graphs and kernels are compiled in the first
-_TURNS = (True, False, False, True)
 
 
 class Mark(Protocol):
@@ -33,9 +33,10 @@ class Mark(Protocol):
 class ForwardTrial(TrainerCallback):
     """Sets which products the forward pass uses: semi-structured ones, dense ones, or the faster of the two.
 
-    With `auto` the first steps of each start take turns, and the kind with the smaller median stays. A step counts from
-    its first micro-batch to its update, without a mask refresh: the callback that refreshes masks comes after this one.
-    All processes use the same kind: one that is not faster with semi-structured products decides for all.
+    With `auto` the first steps of each start take turns, and the kind with the smaller median stays. Their order
+    (Thue-Morse) does not let steps at some interval, whose inputs are recorded, be mostly of one kind. A step counts
+    from its first micro-batch to its update, without a mask refresh: the callback that refreshes masks comes after this
+    one. All processes use the same kind: one that is not faster with semi-structured products decides for all.
 
     Args:
         mark: records a moment; default: a CUDA event, which nothing waits for until the last timed step has ended.
@@ -58,6 +59,8 @@ class ForwardTrial(TrainerCallback):
         if choice == "off":
             return
         reason = self._reason(args)
+        if reason is None and not any(_fits(layer) for layer in sparse_layers(kwargs["model"]).values()):
+            reason = "no layer has a shape that they take."
         if any_rank(reason is not None, args.device):
             reason = reason or "another process cannot use them."
             if choice == "on":
@@ -74,7 +77,7 @@ class ForwardTrial(TrainerCallback):
     ) -> None:
         if not self._is_on:
             return
-        use_masked_weights(kwargs["model"], "kept", semi_structured=self._turn())
+        use_masked_weights(kwargs["model"], "kept", semi_structured=_turn(self._step))
         self._begun = self.mark()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -101,16 +104,13 @@ class ForwardTrial(TrainerCallback):
                 reason = "a time must not decide under training.full_determinism"
         return cusparselt.fault(args.device) if reason is None else reason
 
-    def _turn(self) -> bool:
-        return _TURNS[self._step % len(_TURNS)]
-
     def _decide(self, model: nn.Module, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times: dict[bool, list[float]] = {True: [], False: []}
         for step, (begun, ended) in enumerate(self._marks):
             if step >= WARM_UPS:
-                times[_TURNS[step % len(_TURNS)]].append(begun.elapsed_time(ended))
+                times[_turn(step)].append(begun.elapsed_time(ended))
         with_them, without = (statistics.median(times[turn]) for turn in (True, False))
         keeps = not any_rank(with_them >= without, device)
         use_masked_weights(model, "kept", semi_structured=keeps)
@@ -119,6 +119,14 @@ class ForwardTrial(TrainerCallback):
             f"Semi-structured products: {'on' if keeps else 'off'} (sparsity.semi_structured=auto: a step takes "
             f"{with_them:.1f} ms with them and {without:.1f} ms without)."
         )
+
+
+def _turn(step: int) -> bool:
+    return step.bit_count() % 2 == 0
+
+
+def _fits(layer: SparseLayer) -> bool:
+    return cusparselt.fits(*out_by_in(layer.weight, layer.group_dim).shape)
 
 
 def _event() -> torch.cuda.Event:

@@ -8,9 +8,16 @@ from ast_sparse.training.fsdp import sharding_plugin
 from ast_sparse.training.start.model_calls import graphs_read_copies
 
 
-def check_semi_structured(sparsity: SparsityConfig, optimizer: OptimizerConfig, args: TrainingArguments) -> None:
-    """Raise UserError if semi-structured products are asked for in a run whose forward products stay dense."""
-    if sparsity.semi_structured == "on" and (reason := dense_products(sparsity, optimizer, args)) is not None:
+def check_semi_structured(
+    sparsity: SparsityConfig, optimizer: OptimizerConfig, args: TrainingArguments, on_cpu: bool = False
+) -> None:
+    """Raise UserError if semi-structured products are asked for in a run whose forward products stay dense.
+
+    Args:
+        on_cpu: the configuration asks for a CPU.
+    """
+    reason = "with training.use_cpu=True there is no GPU" if on_cpu else dense_products(sparsity, optimizer, args)
+    if sparsity.semi_structured == "on" and reason is not None:
         raise UserError(f"sparsity.semi_structured='on' would have no effect: {reason}. Change it, or set auto or off.")
 
 
@@ -31,5 +38,5 @@ def dense_products(sparsity: SparsityConfig, optimizer: OptimizerConfig, args: T
     if sparsity.masked_weights == "made":
         return "with sparsity.masked_weights='made' no masked weights are kept"
     if args.torch_compile and not graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode):
-        return "graphs of this training.torch_compile_mode read no masked weights that are kept"
+        return "CUDA graphs (training.torch_compile_backend, torch_compile_mode) read no masked weights that are kept"
     return None

@@ -34,7 +34,7 @@ _FIELDS: dict[str, Kind] = {
     "sparsity.masked_weights": "free",  # the same results
     "sparsity.kernels": "free",  # with `auto`, a resume continues with those of the checkpoint
     "sparsity.fast_forward": "free",  # speed and memory
-    "sparsity.semi_structured": "free",  # the same
+    "sparsity.semi_structured": "free",  # speed and memory
 }  # fmt: skip
 _TRAINING: dict[Kind, tuple[str, ...]] = {
     "same": (

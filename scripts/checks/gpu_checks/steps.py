@@ -191,7 +191,8 @@ def _semi_structured_steps(
 ) -> Iterator[Line]:
     """Steps with `sparsity.semi_structured` beside those with dense forward products."""
     case = f"{case}, semi-structured forward"
-    if bench.is_dry or (reason := cusparselt.fault(bench.device)) is not None:
+    # in a child: the others are forked from this process, which must not have used its GPU
+    if bench.is_dry or (reason := bench.in_child(cusparselt.fault, bench.device)) is not None:
         yield info(case, absent="dry" if bench.is_dry else reason)
         return
     found = bench.in_child(ours, bench.is_dry, shape, *steps, False, "on")
