@@ -230,18 +230,17 @@ class CompressedHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._problems: list[str] = []
         self._names: frozenset[str] = frozenset()  # known once there is a model
-        self._stored: frozenset[str] = frozenset()  # those that the files have under their names in the model
+        self._stored: list[str] = []  # weights that the files have under their names in the model
         self._decoded: set[str] = set()  # layers that are decoded when all weights are loaded
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Append the decoding to the model's own conversions, which stay: fused experts are never compressed.
 
         One of Laguna also changes names of the model; transformers then takes such a tensor as it is, not decoded.
         """
         if not self.quantization_config.dequantize:
             return weight_conversions
-        names = [f"{name}.weight" for name in linears_of(model, self._names & self._stored)]
-        weight_conversions = [each for each in weight_conversions if not renames(each, names)]
+        weight_conversions = [each for each in weight_conversions if not renames(each, self._stored)]
         codec = self.quantization_config.codec
         operation = DecodeWeight(codec, self._names, self._problems)
         return [*weight_conversions, WeightConverter(["weight$", *codec.names[1:]], "weight", [operation])]
@@ -250,10 +249,11 @@ class CompressedHfQuantizer(HfQuantizer):
         self._names = frozenset(short_name(name, model) for name in self.quantization_config.modules)
         _check_files(kwargs.get("checkpoint_files") or ())
         keys = {key for file in kwargs.get("checkpoint_files") or () for key in tensor_shapes(Path(file))}
-        self._stored = frozenset(short_name(key, model).removesuffix(f".{META}") for key in keys)
+        stored = frozenset(short_name(key, model).removesuffix(f".{META}") for key in keys)
+        chosen = linears_of(model, self._names)
+        self._stored = [f"{name}.weight" for name in chosen if short_name(name, model) in stored]
         if self.quantization_config.dequantize:
             return
-        chosen = linears_of(model, self._names)
         _check_readers(model, chosen)
         if self.quantization_config.codec.value_bits is not None:  # their weights are integers
             self._decoded = dtype_asked(model, chosen)

@@ -238,6 +238,13 @@ def test_a_rank_of_tensor_parallelism_decodes_its_piece(monkeypatch: pytest.Monk
     assert not problems and torch.equal(found["0.weight"], weight[4:8])
 
 
+def test_older_transformers_asks_for_conversions_without_a_model() -> None:
+    config = AstSparse24Config(modules=["a"], dequantize=True)
+    own = object()
+    first, decoding = quantizer.CompressedHfQuantizer(config).update_weight_conversions([own])
+    assert first is own and decoding.target_patterns == ["weight"]
+
+
 def test_a_renaming_of_transformers_that_changes_a_name_of_the_model_does_not_hide_a_layer(tmp_path: Path) -> None:
     model = family_model("laguna", mlp_layer_types=["dense", "sparse"])  # `shared_experts.` matches `shared_expert.`
     report = sparsify_model(model, SparsityConfig())
