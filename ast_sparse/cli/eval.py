@@ -162,7 +162,7 @@ def main(context: click.Context, models: tuple[str, ...], json_file: str | None,
     texts = _texts(settings) if has_texts else []
     harness = find_harness(settings)
     device = find_device(settings.device)
-    if len(models) + len(texts) > 2 or settings.teacher is not None:  # else measuring finds the same errors at once
+    if max(len(models), len(texts)) > 1 or settings.teacher is not None:  # else measuring finds the same errors at once
         _check_models(models, texts, settings)
     if settings.apply_chat_template is not None and harness is not None:
         for name in models:

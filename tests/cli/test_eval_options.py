@@ -139,6 +139,14 @@ def test_tasks_are_printed_and_recorded(model: str, tmp_path: Path, monkeypatch:
     assert {task["metric"] for task in record["tasks"]} >= {"acc", "bits_per_byte"}
 
 
+def test_a_wrong_second_model_is_found_before_the_tasks_of_the_first(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ast_sparse.cli.eval._load", lambda *args, **place: pytest.fail("a model was loaded"))
+    message = refused(model, tmp_path / "missing", "--tasks", choice_task(tmp_path, "mine"))
+    assert str(tmp_path / "missing") in message
+
+
 def test_texts_and_tasks_in_one_command(model: str, domains: Path, tmp_path: Path) -> None:
     file = choice_task(tmp_path, "mine")
     result = run(model, "--tasks", file, "--dataset", domains, "--seq-len", "48")
