@@ -86,7 +86,7 @@ class Measured:
             elif name != HELDOUT:
                 self.texts[name] = self._read(name)
         if settings.steps is not None:
-            self._check_keys(args.eval_strategy != "no")
+            self._check_keys(args.eval_strategy != "no" or bool(args.eval_on_start))
 
     @property
     def is_asked(self) -> bool:
@@ -106,8 +106,8 @@ class Measured:
         for name in self.config.evaluation.datasets:
             if logged_key(name) in {f"{part}_perplexity" for part in held_out}:  # as `Trainer.evaluate` logs them
                 raise UserError(
-                    f"{_FIELD}: {name!r} would be logged as {logged_key(name)}, as the held-out text of "
-                    "training.eval_strategy is. Rename the file, or remove evaluation.steps."
+                    f"{_FIELD}: {name!r} would be logged as {logged_key(name)}, as the held-out text is. "
+                    "Rename the file, or remove evaluation.steps."
                 )
             if (other := names.setdefault(logged_key(name), name)) != name:
                 raise UserError(

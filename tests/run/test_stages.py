@@ -121,10 +121,20 @@ def test_texts_are_read_from_the_field_of_the_data(tmp_path: Path) -> None:
     assert Measured(config, TrainingArguments(str(tmp_path), use_cpu=True)).texts == {"other.jsonl": ["two of four"]}
 
 
+EACH_TWO: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
+
+
 @pytest.mark.parametrize(
-    "name, domains", [("eval.txt", None), ("eval_cc.txt", {"cc": {"train": "cc.txt", "share": 1.0}})]
+    "name, domains, evaluates",
+    [
+        ("eval.txt", None, EACH_TWO),
+        ("eval.txt", None, {"eval_on_start": True}),
+        ("eval_cc.txt", {"cc": {"train": "cc.txt", "share": 1.0}}, EACH_TWO),
+    ],
 )
-def test_a_text_is_not_logged_under_the_name_of_the_held_out_text(tmp_path: Path, name: str, domains: Any) -> None:
+def test_a_text_is_not_logged_under_the_name_of_the_held_out_text(
+    tmp_path: Path, name: str, domains: Any, evaluates: dict[str, Any]
+) -> None:
     (tmp_path / name).write_text(generated_text(4))
     config = RunConfig(
         model=ModelConfig(name_or_path="model"),
@@ -133,7 +143,7 @@ def test_a_text_is_not_logged_under_the_name_of_the_held_out_text(tmp_path: Path
     )
     assert Measured(config, TrainingArguments(str(tmp_path), use_cpu=True)).texts  # nothing else has that name
     with pytest.raises(UserError, match=rf"'{name}' would be logged as {name[:-4]}_perplexity, as the held-out text"):
-        Measured(config, TrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="steps", eval_steps=2))
+        Measured(config, TrainingArguments(str(tmp_path), use_cpu=True, **evaluates))
 
 
 @pytest.mark.parametrize("bos, told", [("auto", True), ("none", True), ("block", False), ("window", False)])
