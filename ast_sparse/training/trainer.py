@@ -365,6 +365,7 @@ class SparseTrainer(EvaluationTrainer):
         weights, optimizer = self.sparsity_report.pruned_parameters, self.optimizer_config
         self._sparsity.kernels = kernels_of_run(self.sparsity_config, optimizer, weights, self.args, stored)
         if checkpoint is not None and self.load_finished(checkpoint):
+            self.current_flos = 0  # of a training that was interrupted
             # Trainer's handler would call all callbacks, but the others need a training that has begun
             self._metrics.on_train_begin(self.args, self.state, self.control)
             self.state.log_history.append({**self._flops.log_values(self.state), "step": self.state.global_step})

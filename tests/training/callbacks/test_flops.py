@@ -73,13 +73,16 @@ def test_steps_of_an_interrupted_training_do_not_count_in_the_next(tmp_path: Pat
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-    run = trainer(tmp_path, args=dict(max_steps=2, logging_steps=100), callbacks=[Interrupts()])
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
-    run.remove_callback(Interrupts)
-    run.train()
-    assert run.sparsity_config_dict()["trained"] == {"steps": 2, "tokens": 2 * TOKENS}
-    assert flops(run)[0][0] == 6.0 * 2 * TOKENS * size(tiny_model())
+    settings = dict(max_steps=2, logging_steps=100, save_strategy="steps", save_steps=2)
+    run = trainer(tmp_path, args=settings, callbacks=[Interrupts()])
+    for resumed in (None, str(tmp_path / "checkpoint-2")):  # which is finished: it is loaded without a step
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        run.remove_callback(Interrupts)
+        run.train(resume_from_checkpoint=resumed)
+        assert run.sparsity_config_dict()["trained"] == {"steps": 2, "tokens": 2 * TOKENS}
+        assert flops(run)[0][0] == 6.0 * 2 * TOKENS * size(tiny_model())
+        run.add_callback(Interrupts())
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 8), (3, 24), (0.5, 4)])
