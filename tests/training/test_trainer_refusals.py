@@ -2,11 +2,12 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbLogModel
 
 from ast_sparse import SLoRBConfig, SparseAdamW, SparseTrainer, UserError
 from ast_sparse.training.checks.arguments import check_arguments, check_shared_batches
@@ -169,6 +170,29 @@ def test_a_tracker_that_saves_the_model_before_it_is_masked_is_refused(
     args.report_to = []
     with pytest.raises(UserError, match=message):
         SparseTrainer(tiny_model("llama"), args, train_dataset=blocks(), callbacks=[INTEGRATION_TO_CALLBACK[tracker]])
+
+
+@pytest.mark.parametrize(
+    ("tracker", "uploads", "others"),
+    [
+        ("dvclive", [True], [False, "all", None]),
+        ("wandb", [WandbLogModel.END, WandbLogModel.CHECKPOINT], [WandbLogModel.FALSE]),
+    ],
+)
+def test_a_tracker_that_has_been_made_is_asked_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, uploads: list[Any], others: list[Any]
+) -> None:
+    class Made(INTEGRATION_TO_CALLBACK[tracker]):
+        def __init__(self, log_model: Any) -> None:
+            self._log_model = log_model
+
+    for value in uploads:
+        with pytest.raises(UserError, match=r"^Made was made with log_model=.* not masked yet\. Make it without"):
+            check_arguments(arguments(tmp_path), [Made(value)])
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")
+    monkeypatch.setenv("HF_DVCLIVE_LOG_MODEL", "true")
+    for value in others:
+        check_arguments(arguments(tmp_path), [Made(value)])
 
 
 def test_a_conv1d_is_not_sharded() -> None:

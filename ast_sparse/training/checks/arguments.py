@@ -145,7 +145,10 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
     for callback in callbacks or ():
         kind = callback if isinstance(callback, type) else type(callback)
         for name in [name for name in _UPLOADS if issubclass(kind, INTEGRATION_TO_CALLBACK[name])]:
-            _check_upload(name, kind.__name__)
+            if hasattr(callback, "_log_model"):  # one that has been made no longer reads the variable
+                _check_log_model(name, callback._log_model, kind.__name__)
+            else:
+                _check_upload(name, kind.__name__)
     _check_schedule(args)
     _check_checkpointing(args)
     _check_accumulation(args)
@@ -232,6 +235,14 @@ def _check_upload(tracker: str, where: str) -> None:
         raise UserError(
             f"{variable}={shown(value)} would upload weights that are not masked yet ({where}). Unset it, and upload "
             "the folder of the finished model."
+        )
+
+
+def _check_log_model(tracker: str, value: Any, made: str) -> None:
+    if value is True or getattr(value, "is_enabled", False):
+        raise UserError(
+            f"{made} was made with log_model={_short(value)}: it would upload weights that are not masked yet. Make it "
+            f"without log_model and {_UPLOADS[tracker][0]}, and upload the folder of the finished model."
         )
 
 
