@@ -62,6 +62,14 @@ def test_a_function_that_the_copy_as_teacher_would_share_is_refused(tmp_path: Pa
     trainer(tmp_path, bound)
 
 
+def test_a_function_that_a_cast_copy_of_a_given_teacher_would_share_is_refused(tmp_path: Path) -> None:
+    teacher = tiny_model("llama", seed=1)
+    teacher.forward = torch.compile(teacher.forward, backend="eager")
+    with pytest.raises(UserError, match=r"`teacher_model.forward` was replaced .* may run teacher_model itself"):
+        trainer(tmp_path, teacher_model=teacher, args=dict(bf16=True))
+    trainer(tmp_path, teacher_model=teacher)  # is not copied
+
+
 def test_a_foreign_optimizer_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError, match="AdamW, which does not support masks"):

@@ -32,21 +32,25 @@ def check_unwrapped(model: Any) -> None:
         raise UserError(f"model is {type(model).__name__}. Pass a causal LM of transformers, or the name of one.")
 
 
-def check_own_forward(model: nn.Module, teacher: nn.Module) -> None:
-    """Raise UserError if a copy as teacher would call a function that calls the student's modules.
+def check_own_forward(model: nn.Module, teacher: nn.Module, given: str = "model") -> None:
+    """Raise UserError if a copy as teacher would call a function that may run the modules of the model.
 
     A deep copy has its own methods, but the same functions: `model.forward = torch.compile(model.forward)`.
 
     Args:
         teacher: a copy of `model`.
+        given: the argument that the model is: `model` or `teacher_model`.
     """
+    whose, fix = "the teacher, a copy,", "pass another teacher_model"
+    if given != "model":
+        whose, fix = "a copy in the dtype of the run", "pass a teacher_model in that dtype"
     for (name, ours), theirs in zip(model.named_modules(), teacher.modules(), strict=True):
         forward = vars(ours).get("forward")
         if forward is not None and forward is vars(theirs).get("forward"):
-            where = f"model.{name}".removesuffix(".") + ".forward"
+            where = f"{given}.{name}".removesuffix(".") + ".forward"
             raise UserError(
-                f"`{where}` was replaced by a function, which the teacher, a copy, would call too: it would run the "
-                "student. Delete it (torch_compile=True in TrainingArguments compiles), or pass another teacher_model."
+                f"`{where}` was replaced by a function, which {whose} would call too; it may run {given} itself. "
+                f"Delete it (torch_compile=True in TrainingArguments compiles), or {fix}."
             )
 
 

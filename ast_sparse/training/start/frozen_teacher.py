@@ -50,7 +50,8 @@ def frozen_teacher(
         teacher = teacher_copy(model, args)
         check_own_forward(model, teacher)
     elif not _is_in(teacher, teacher_dtype(args)):  # a given model is not cast in place
-        teacher = teacher_copy(teacher, args)
+        given, teacher = teacher, teacher_copy(teacher, args)
+        check_own_forward(given, teacher, "teacher_model")
     if is_other:
         note, renamed = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
         if note is not None and args.should_log:
