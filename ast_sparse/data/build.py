@@ -239,7 +239,7 @@ class _Text:
         starts, stops = map(np.concatenate, zip(*(self._range(each, is_held_out) for each in sources), strict=True))
         documents = datasets.concatenate_datasets([self.tokenised[source] for source in sources])
         packed = pack_tokens(documents, starts, stops, block_size, label, self.bos)
-        return packed, left_over(documents, starts, stops, block_size, self.bos)
+        return packed, left_over(documents, starts, stops, block_size, label, self.bos)
 
     def _range(self, source: int, is_held_out: bool) -> tuple[np.ndarray, np.ndarray]:
         cut = self.cuts[source]

@@ -49,7 +49,7 @@ def pack_dataset(
             f"The data set has {total:,} tokens, fewer than one block of `block_size` = {block_size:,}. "
             "Give more text or lower `block_size`."
         )
-    if leftover := left_over(tokenised, starts, lengths, block_size, found):
+    if leftover := left_over(tokenised, starts, lengths, block_size, "the data set", found):
         logger.warning(
             f"{total:,} tokens make {len(packed):,} blocks of {block_size:,}; the last {leftover:,} tokens "
             "do not fill a block and are left out."

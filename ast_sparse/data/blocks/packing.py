@@ -30,12 +30,8 @@ def pack_tokens(
         `{"input_ids": block_size token ids}` a row, cached; for conversations also `labels` and `position_ids`, which
             begin at 0 in each conversation and in each block.
     """
-    rows = np.flatnonzero(stops > starts)
-    starts, stops = starts[rows], stops[rows]
+    rows, starts, stops, key = _chosen("pack", tokenised, starts, stops, block_size, bos)
     front = bos.of_block
-    rule = ("always",) if front and bos.is_end else ()
-    parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *front, *rule)
-    key = Hasher.hash((FORMAT_VERSION, "pack", tokenised._fingerprint, *parts))
     columns = ["input_ids", *(("labels", "position_ids") if "labels" in tokenised.column_names else ())]
     # from one map batch to the next: one process takes the batches in order
     carried = {column: np.empty(0, dtype=np.int32) for column in columns}
@@ -75,17 +71,48 @@ def pack_tokens(
     return packed.with_format(None)
 
 
-def left_over(tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, bos: Bos) -> int:
-    """How many tokens `pack_tokens` leaves out; arguments as there."""
+def _chosen(
+    purpose: str, tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, bos: Bos
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """The rows that have tokens, where these begin and end, and the fingerprint of what a purpose makes of them."""
+    rows = np.flatnonzero(stops > starts)
+    starts, stops = starts[rows], stops[rows]
+    rule = ("always",) if bos.of_block and bos.is_end else ()
+    parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *bos.of_block, *rule)
+    return rows, starts, stops, Hasher.hash((FORMAT_VERSION, purpose, tokenised._fingerprint, *parts))
+
+
+def left_over(
+    tokenised: Dataset, starts: np.ndarray, stops: np.ndarray, block_size: int, name: str, bos: Bos = NO_BOS
+) -> int:
+    """How many tokens `pack_tokens` leaves out; arguments as there. If the text must be read for it, it is cached."""
     if not bos.of_block or bos.is_end:
         return int((stops - starts).sum()) % (block_size - len(bos.of_block))
+    rows, starts, stops, key = _chosen("left over", tokenised, starts, stops, block_size, bos)
     rest = np.empty(0, dtype=np.int32)  # how much of a block is BOS of its own depends on the text
-    for first in range(0, len(tokenised), DOCUMENTS_PER_BATCH):
-        rows = slice(first, first + DOCUMENTS_PER_BATCH)
-        table = tokenised.with_format("arrow")[rows]
-        stream = np.concatenate([rest, *_ranges(table, "input_ids", starts[rows], stops[rows])])
-        rest = stream[block_begins(stream, block_size, bos)[1] :]
-    return len(rest)
+
+    def count(table: pa.Table, indices: list[int]) -> pa.Table:
+        nonlocal rest
+        stream = np.concatenate([rest, *_ranges(table, "input_ids", starts[indices], stops[indices])])
+        rest = stream[block_begins(stream, block_size, bos)[1] :].copy()
+        return pa.table({"tokens": [len(rest)]})
+
+    counted = (
+        tokenised.select(rows)
+        .with_format("arrow")
+        .map(
+            count,
+            with_indices=True,
+            batched=True,
+            batch_size=DOCUMENTS_PER_BATCH,
+            remove_columns=tokenised.column_names,
+            features=Features({"tokens": Value("int64")}),
+            new_fingerprint=key,
+            desc=f"Counting what is left of {name}",
+        )
+        .with_format(None)
+    )
+    return int(counted[-1]["tokens"]) if len(counted) else 0
 
 
 def _ranges(table: pa.Table, column: str, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:

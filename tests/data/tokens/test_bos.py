@@ -13,6 +13,7 @@ from datasets import Dataset
 from ast_sparse.cli.data import main
 from ast_sparse.config import CalibrationConfig, DataConfig
 from ast_sparse.config.data import BOS_CHOICES
+from ast_sparse.data.blocks import packing
 from ast_sparse.data.blocks.collator import CausalLMCollator
 from ast_sparse.data.build import build_datasets
 from ast_sparse.data.calibration import calibration_blocks, calibration_samples
@@ -248,6 +249,9 @@ def test_the_report_counts_blocks_that_bring_their_bos(
     found, _, report = build_datasets(config, chat(bos_tokenizer()))
     assert report.train is not None and len(found) == report.train.blocks == blocks
     assert (report.train.tokens, report.train.leftover) == (len(stream), len(stream) - at)
+    with pytest.MonkeyPatch.context() as patch:  # the second time, no text is read
+        patch.setattr(packing, "_ranges", lambda *args: pytest.fail("the text was read again"))
+        assert build_datasets(config, chat(bos_tokenizer()))[2] == report
     assert rows(pack_dataset(Dataset.from_dict({"messages": turns}), chat(bos_tokenizer()), "text", 8, "block"))
     logged = f"{len(stream):,} tokens make {blocks:,} blocks of 8; the last {len(stream) - at:,} tokens do not"
     assert any(logged in record.getMessage() for record in caplog.records) == (at < len(stream))
