@@ -22,6 +22,11 @@ import tqdm.auto  # noqa: E402, F401  # which reads its own variables once: the 
 gc.disable()  # until the tests are imported: they import a lot, and hardly any of it is garbage
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.pluginmanager.hasplugin("dsession"):  # it hands out tests, and has no end of a collection
+        gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remove_caches() -> Iterator[None]:
     yield
