@@ -19,8 +19,7 @@ if [ -z "$python" ]; then
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# The plug-in of this checkout, with its entry point, whatever the environment has; without modules of earlier builds.
-rm -rf build/lib
+# The plug-in of this checkout, with its entry point, whatever the environment has.
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target "$work/site" .
 export PYTHONPATH="$work/site:$PWD" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 OMP_NUM_THREADS=1
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$work/cache"

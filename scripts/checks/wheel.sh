@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
+had_build=$([ -e build ] && echo yes || :)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 build() { "$root/.venv/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$@" .; }
@@ -15,6 +16,10 @@ AST_SPARSE_CACHE=${AST_SPARSE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ast_sparse}
 platform=$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_platform().replace("-", "_").replace(".", "_"))')
 ls "$work"/ast_sparse-*-py3-none-"$platform".whl >/dev/null
 "$root/.venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --target "$work/site" "$work"/ast_sparse-*.whl
+if [ -z "$had_build" ] && [ -e build ]; then
+  echo "wheel: build/ was left behind; its modules would be in later wheels" >&2
+  exit 1
+fi
 cd "$work"
 export PYTHONPATH="$work/site" # before the editable install of the checkout
 "$root/.venv/bin/python" - "$work/site" <<'PY'
