@@ -358,7 +358,7 @@ def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
         folder: what is written; default: the run.
 
     Raises:
-        UserError: it names the last good checkpoint; a SharedError for a sharded save.
+        UserError: it names the last good checkpoint; a SharedError if PyTorch has told all processes.
     """
     try:
         yield
