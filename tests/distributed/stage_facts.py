@@ -16,6 +16,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ast_sparse import SLoRBConfig, SparsityConfig, UserError
 from ast_sparse.config import load_config
@@ -29,6 +30,7 @@ from ast_sparse.run.train import run_training
 from ast_sparse.sparsity.model import slorb_set_aside, sparsify_model
 from ast_sparse.storage.save import save_sparse_model
 from ast_sparse.storage.save_pieces import save_pieces
+from ast_sparse.training.checks.packing import check_apart
 from ast_sparse.training.sharding import frame_of
 from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -151,7 +153,9 @@ def saved(run: Any, out: Path) -> dict[str, Any]:
     """
     run.shard_student()
     student, frame, record = run.student, frame_of(run.student), run.sparsity_config_dict()
-    found: dict[str, Any] = {"saved": save_pieces(student, frame, out / "pieces", record, file_bytes=20_000)}
+    check_apart(student, None, tiny_tokenizer(), run.args, None)
+    found: dict[str, Any] = {"split": all(isinstance(each, DTensor) for each in student.parameters())}
+    found["saved"] = save_pieces(student, frame, out / "pieces", record, file_bytes=20_000)
     whole = run.whole_student()
     if whole is not None:
         save_sparse_model(whole, out / "whole", record)

@@ -328,6 +328,10 @@ def test_a_sharded_model_is_saved_file_by_file_as_the_whole_one_would_be(
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
 
 
+def test_a_sharded_model_is_split_again_after_the_check_that_documents_are_apart(facts: list[dict[str, Any]]) -> None:
+    assert all(rank["saved in pieces"]["split"] for rank in facts)
+
+
 def test_a_saved_sharded_model_that_differs_or_cannot_be_written_ends_all_ranks(
     out: Path, facts: list[dict[str, Any]]
 ) -> None:

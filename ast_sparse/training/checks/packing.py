@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from ast_sparse.distributed.full_precision import computes_in_float32
+from ast_sparse.distributed.pieces import reshard
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.evaluation.scoring import eval_mode
 
@@ -63,7 +65,7 @@ def _mixes(model: nn.Module) -> str | None:
     tokens = torch.arange(1, 1 + sum(_TRIED[0]), device=device).repeat(len(_TRIED), 1)
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in _TRIED]).to(device)
     try:
-        with eval_mode(model):
+        with eval_mode(model), computes_in_float32(model):
             packed = _logits(model, tokens, position_ids=positions)
             alone = [
                 torch.cat([_logits(model, part[None])[0] for part in row.split(list(lengths))])
@@ -71,6 +73,8 @@ def _mixes(model: nn.Module) -> str | None:
             ]
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return one_line(error, 200)
+    finally:
+        reshard(model)  # an optimizer must not take parameters that FSDP2 has left gathered
     expected = torch.stack(alone)
     distance = float((packed - expected).abs().max() / expected.abs().max())
     is_half = next(model.parameters()).element_size() < 4
