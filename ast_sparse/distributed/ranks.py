@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ast_sparse.distributed.meeting import launched
-from ast_sparse.errors import LostProcessError, SharedError, UserError
+from ast_sparse.errors import DivergenceError, LostProcessError, SharedError, UserError
 
 Result = TypeVar("Result")
 # what gloo and NCCL say of a process that has ended
@@ -81,14 +81,16 @@ class _Failure(str):
 def errors_shared() -> Iterator[None]:
     """Raise the first UserError that a process raises in the block on all processes; all must enter the block.
 
-    Blocks may be nested, and the block may `gather` and `wait_for_all`, but not meet the others on the devices.
+    Blocks may be nested, and the block may `gather` and `wait_for_all`. It may meet the others on the devices only if
+    one of these follows all that may have failed on one process alone.
 
     Raises:
         SharedError: that error.
+        DivergenceError: as in the block, where all processes must raise it.
     """
     try:
         yield
-    except SharedError:  # all have it
+    except (SharedError, DivergenceError):  # all have it
         raise
     except UserError as error:
         gather(_Failure(error))

@@ -37,8 +37,8 @@ from ast_sparse.storage.locate import load_tokenizer
 from ast_sparse.storage.origin import check_saving
 from ast_sparse.storage.run_folder import REPORT
 from ast_sparse.storage.stage_results import WITHOUT_SLORB, Stages
-from ast_sparse.training.resume.checkpoints import write_errors
 from ast_sparse.training.resume.same_run import run_settings
+from ast_sparse.training.resume.writing import write_errors
 from ast_sparse.training.sharding import frame_of
 from ast_sparse.training.start.reading import load_student, load_teacher
 from ast_sparse.training.trainer import SparseTrainer
@@ -113,8 +113,12 @@ def _train(run: CheckedRun, trainer: SparseTrainer, tokenizer: PreTrainedTokeniz
         # without the autocast of training: all stages are measured in float32, as they are saved
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         check_final(trainer.student)
-        trainer.save_model()
-        trainer.save_state()
+        if sharded := is_sharded(trainer.student):  # all processes meet on the devices for it
+            trainer.save_model()
+        with errors_shared(), write_errors(run.output):
+            if not sharded:
+                trainer.save_model()
+            trainer.save_state()
 
 
 def _measure_result(

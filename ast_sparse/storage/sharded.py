@@ -9,6 +9,7 @@ nothing but numbers, text and descriptions of tensors. `shards.json` has a CRC-3
 import io
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -162,6 +163,12 @@ def merged(checkpoint: Path) -> Iterator[Path]:
         raise UserError(
             f"`{checkpoint}` cannot be merged beside it: {one_line(error)}. Make room there, or copy it elsewhere."
         ) from error
+
+
+def make_folders(checkpoint: Path) -> None:
+    """Make the folders that shards are written to."""
+    for name in (MODEL_FOLDER, OPTIMIZER_FOLDER):
+        os.makedirs(checkpoint / name, exist_ok=True)  # as accelerate does later
 
 
 def write_sums(checkpoint: Path, rank: int, gather: Callable[[Any], list[Any]]) -> None:

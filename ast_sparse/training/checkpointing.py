@@ -1,7 +1,6 @@
 """What SparseTrainer adds to the checkpoints of `transformers.Trainer`, whole or sharded."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -21,7 +20,6 @@ from ast_sparse.config import DistillationConfig, MixtureConfig, OptimizerConfig
 from ast_sparse.data.blocks.domains import Mixture
 from ast_sparse.distributed.pieces import is_sharded, local
 from ast_sparse.distributed.ranks import any_rank, errors_shared, gather, wait_for_all
-from ast_sparse.errors import SharedError
 from ast_sparse.export.export import ExportReport, export_model
 from ast_sparse.sparsity.model import SparsityReport, apply_masks
 from ast_sparse.storage.checksums import write_checksums
@@ -29,7 +27,7 @@ from ast_sparse.storage.files import SPARSITY_CONFIG_NAME, write_json
 from ast_sparse.storage.origin import Origin, Settings, saved_with, settings_kept
 from ast_sparse.storage.save import save_sparse_model
 from ast_sparse.storage.save_pieces import save_pieces
-from ast_sparse.storage.sharded import is_sharded_checkpoint, write_sums
+from ast_sparse.storage.sharded import is_sharded_checkpoint, make_folders, write_sums
 from ast_sparse.storage.sparsity_record import SparsityRecord
 from ast_sparse.training.callbacks.sparsity import SparsityCallback, sparse_optimizer
 from ast_sparse.training.callbacks.watch import divergence
@@ -37,9 +35,10 @@ from ast_sparse.training.checks.parallelism import hidden_from_accelerate
 from ast_sparse.training.fsdp import gathered, load_moments, load_weights, sharding_plugin, use_plugin
 from ast_sparse.training.loader import load_data_state, save_data_state
 from ast_sparse.training.resume.best import best_checkpoint, find_best
-from ast_sparse.training.resume.checkpoints import check_same_run, write_errors
+from ast_sparse.training.resume.checkpoints import check_same_run
 from ast_sparse.training.resume.older_runs import count_flops
 from ast_sparse.training.resume.same_run import RunRecord
+from ast_sparse.training.resume.writing import checkpoint_written, write_errors
 from ast_sparse.training.sharding import frame_of, shard_student
 from ast_sparse.training.start.model_calls import compilation_hidden
 from ast_sparse.training.start.preparation import prepare_again
@@ -214,10 +213,18 @@ class CheckpointTrainer(Trainer):
     def _save_true_weights(self, folder: Path, _internal_call: bool) -> None:
         self._check_finite()
         if _internal_call and re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name):
-            with errors_shared(), write_errors(folder.parent, folder):
-                self._save_for_resume(folder)
+            self._save_for_resume(folder)
+            wait_for_all()  # so one that could not write stops the others before they meet on the devices
             return
         student = None if self._saved_in_pieces(folder) else self.whole_student()
+        if not is_sharded(self.student):
+            self._write_model(student, folder)
+            return
+        with errors_shared(), write_errors(Path(str(self.args.output_dir)), folder):  # all processes are here
+            self._write_model(student, folder)
+
+    def _write_model(self, student: PreTrainedModel | None, folder: Path) -> None:
+        """Write a whole student, or what is missing beside one that was saved in pieces."""
         if self.args.should_save and student is not None:
             with saved_with(student, self._given_settings):
                 save_sparse_model(student, folder, self.sparsity_config_dict())
@@ -291,31 +298,22 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer, into an empty folder, which is removed if the save fails."""
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and folder.is_dir():  # left by an interrupted save, maybe with more processes
-            shutil.rmtree(folder)
-        wait_for_all()
-        with write_errors(folder.parent, folder):
-            try:
-                super()._save_checkpoint(model, trial)
-            except BaseException as error:
-                if self.args.should_save:
-                    shutil.rmtree(folder, ignore_errors=True)
-                if isinstance(error, SharedError):  # raised on every process
-                    wait_for_all()
-                raise
+        with checkpoint_written(folder, removes=self.args.should_save):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if is_sharded(self.student):  # a sharded checkpoint is read into a state that has all entries
             optimizer = sparse_optimizer(self.optimizer)
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state_of(parameter)
-        with errors_shared(), write_errors(Path(output_dir).parent, Path(output_dir)):
-            super()._save_optimizer_and_scheduler(output_dir)
+            make_folders(Path(output_dir))
+            wait_for_all()  # one that cannot make them would leave the others waiting on the devices
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in Trainer, then wait for all processes: the next file marks the checkpoint as finished."""
-        with errors_shared(), write_errors(Path(output_dir).parent, Path(output_dir)):
-            super()._save_rng_state(output_dir)
+        super()._save_rng_state(output_dir)
+        wait_for_all()
         if is_sharded(self.student):
             write_sums(Path(output_dir), self.args.process_index, gather)
 

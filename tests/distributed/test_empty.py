@@ -86,6 +86,10 @@ def test_replicas_refresh_to_equal_masks_each_counted_once_and_compare_them(
 
 def test_a_save_that_one_rank_cannot_write_ends_all_ranks(finished: tuple[list[dict[str, Any]], str]) -> None:
     for rank in finished[0]:
-        for kind, (message, left) in rank["full"].items():
-            assert "checkpoint-2`: [Errno 28] No space left on device. There is no checkpoint yet" in message, kind
+        assert len(rank["full"]) == 5
+        for name, (message, left) in rank["full"].items():
+            assert "checkpoint-2`: [Errno 28] No space left on device. There is no checkpoint yet" in message, name
             assert left == []
+        for name, said in rank["full at the end"].items():
+            (message,) = said
+            assert "/end`: [Errno 28] No space left on device. There is no checkpoint yet" in message, name

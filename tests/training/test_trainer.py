@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparsityConfig, UserError
+from ast_sparse.errors import DivergenceError
 from ast_sparse.sparsity.masks import check_nm
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.callbacks.sparsity import sparse_optimizer
@@ -249,6 +250,20 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not finite"):
         run.save_model()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_end_in_no_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path, args=dict(save_strategy="steps", save_steps=2))
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                kwargs["model"].lm_head.weight.data[0, 0] = float("inf")
+
+    run.add_callback(Poison())
+    with pytest.raises(DivergenceError, match=r"diverged at step 2: `.*` has values that are not finite"):
+        run.train()
+    assert list(tmp_path.glob("checkpoint-*")) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -1,20 +1,16 @@
 """Which checkpoint of a run can be resumed, and whether it belongs to the run."""
 
-import errno
 import pickle
 import re
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
@@ -22,7 +18,7 @@ from transformers.utils import logging
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.distributed.ranks import errors_shared, gather, rank
-from ast_sparse.errors import SharedError, UserError, one_line, shown
+from ast_sparse.errors import UserError, shown
 from ast_sparse.kernels import moments8bit
 from ast_sparse.kernels.choice import Kernels
 from ast_sparse.storage.checksums import Stretch, shares, stretch_faults, tensor_stretches
@@ -36,8 +32,6 @@ logger = logging.get_logger(__name__)
 
 RUN_RECORD = "run.json"  # settings of the run, and fingerprints of what it read
 
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
-_TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -177,13 +171,14 @@ def _trainer_state_fault(content: dict[str, Any], name: str) -> str | None:
     return None if isinstance(state.log_history, list) else "is damaged"
 
 
-def last_checkpoint(output_dir: str | Path, is_read: bool = True) -> Path | None:
+def last_checkpoint(output_dir: str | Path, is_read: bool = True, but: Path | None = None) -> Path | None:
     """The newest complete checkpoint of a run; a warning names incomplete ones, which are skipped.
 
     Args:
         is_read: compare every byte with its checksum; False for a message that may not wait for that.
+        but: a checkpoint that does not count.
     """
-    for folder in checkpoint_folders(output_dir):
+    for folder in (each for each in checkpoint_folders(output_dir) if each != but):
         found = faults(folder) if is_read else faults_and_stretches(folder)[0]
         if not found:
             return folder
@@ -347,31 +342,3 @@ def check_same_model(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) ->
                 f"`{layer}` has shape {tuple(shape)} in the model and {found} in {str(checkpoint)!r}. "
                 "Resume with the model.name_or_path of the run."
             )
-
-
-@contextmanager
-def write_errors(run: Path, folder: Path | None = None) -> Iterator[None]:
-    """One line instead of what torch, safetensors and Python say if a folder cannot be written.
-
-    Args:
-        run: the output folder of the run.
-        folder: what is written; default: the run.
-
-    Raises:
-        UserError: it names the last good checkpoint; a SharedError if PyTorch has told all processes.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = one_line(cause, end="open")
-        if isinstance(error, OSError) and error.errno not in _NOT_WRITABLE:
-            raise
-        if isinstance(error, RuntimeError):
-            if not _TORCH_WRITE.search(reason):
-                raise
-            reason = "a file could not be written whole"  # torch only says where in its own code
-        last = last_checkpoint(run, is_read=False)
-        good = f"Last good checkpoint: {last}" if last else "There is no checkpoint yet"
-        made = SharedError if isinstance(error, CheckpointException) else UserError
-        raise made(f"Cannot write `{folder or run}`: {reason}. {good}. Make room, then use --resume.") from error
