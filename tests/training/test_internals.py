@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 from transformers import PreTrainedConfig, Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import ast_sparse
 from ast_sparse.training.checkpointing import CONFIG_INTERNALS, TRAINER_INTERNALS, TRANSFORMERS_VERSION, Internal
@@ -16,6 +17,7 @@ PACKAGE = Path(inspect.getfile(ast_sparse)).parent
 CLASSES = SparseTrainer.__mro__[: SparseTrainer.__mro__.index(Trainer)]
 VERSIONS = f"transformers is {transformers.__version__}, the table was checked against {TRANSFORMERS_VERSION}"
 ELSEWHERE = {"_exit", "_replace"}  # of `os` and of a named tuple: documented despite their names
+OF_TRACKERS = {"_log_model"}  # whether one uploads the model; there is no public way to ask
 
 
 def is_private(name: str) -> bool:
@@ -55,6 +57,11 @@ def test_a_configuration_has_it() -> None:
         assert row.why and hasattr(PreTrainedConfig(), row.name), VERSIONS
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "dvclive"])
+def test_the_installed_trackers_have_it(tracker: str) -> None:
+    assert own_names(INTEGRATION_TO_CALLBACK[tracker]) >= OF_TRACKERS, VERSIONS
+
+
 def test_no_other_private_name_of_trainer_is_overridden_or_used() -> None:
     """So this also finds one of our names that a new version of Trainer starts to use."""
     ours = set().union(*(own_names(kind) for kind in CLASSES))
@@ -64,7 +71,7 @@ def test_no_other_private_name_of_trainer_is_overridden_or_used() -> None:
 
 @pytest.mark.parametrize("room", ["training", "run"])
 def test_no_file_uses_private_names_of_anything_else(room: str) -> None:
-    known = {row.name for row in CONFIG_INTERNALS} | ELSEWHERE
+    known = {row.name for row in CONFIG_INTERNALS} | ELSEWHERE | OF_TRACKERS
     for path in sorted((PACKAGE / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and is_private(node.attr) and not is_its_own(node.value):
