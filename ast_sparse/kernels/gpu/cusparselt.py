@@ -42,13 +42,16 @@ def compress(weight: Tensor) -> Tensor:
 def linear(x: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wᵀ + b`; x `[..., in]` and b `[out]` in the dtype of W."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    tokens = len(rows)
-    if not tokens:  # of an expert that got none
+    if not len(rows):  # of an expert that got no tokens
         return rows.new_empty(*x.shape[:-1], len(compressed))
-    missing = -tokens % _PADDED
-    padded = F.pad(rows, (0, 0, 0, missing)) if missing else rows
-    out = torch._cslt_sparse_mm(compressed, padded.t(), bias=bias, transpose_result=True)
-    return out[:tokens].view(*x.shape[:-1], out.shape[1])
+    out = torch._cslt_sparse_mm(compressed, padded(rows).t(), bias=bias, transpose_result=True)
+    return out[: len(rows)].view(*x.shape[:-1], out.shape[1])
+
+
+def padded(x: Tensor) -> Tensor:
+    """Rows `[tokens, in]` with zeros below, as many as semi-structured products need."""
+    missing = -x.shape[0] % _PADDED
+    return F.pad(x, (0, 0, 0, missing)) if missing else x  # `pad` copies in any case
 
 
 @cache
@@ -60,10 +63,9 @@ def fault(device: torch.device) -> str | None:
 
 
 def _wrong(device: torch.device) -> bool:
-    weight = (
-        torch.arange(32 * 64, device=device).view(32, 64) % 7 * torch.tensor([1, 0, 0, 1], device=device).repeat(16)
-    )
-    weight, x = weight.to(torch.float16), (torch.arange(9 * 64, device=device).view(9, 64) % 5).to(torch.float16)
+    kept = torch.tensor([1, 0, 0, 1], device=device).repeat(16)
+    weight = (torch.arange(32 * 64, device=device).view(32, 64) % 7 * kept).to(torch.float16)
+    x = (torch.arange(9 * 64, device=device).view(9, 64) % 5).to(torch.float16)
     if not takes(32, 64, weight.dtype, weight.device):
         raise RuntimeError("this thread has used cuSPARSELt on another GPU.")
     with torch.cuda.device_of(x):

@@ -15,7 +15,6 @@ from ast_sparse.kernels.gpu import triton24
 _WORKSPACE = 1 << 24  # entries of W decoded at once: they stay in the L2 cache of a large GPU
 _DECODED = (16, 16)  # rows and units of a program of `decode`
 _REORDERED = (32, 32)  # rows and columns of a program of `reorder`
-_PADDED = 8  # the semi-structured products need a multiple of this many tokens
 
 
 def decode(values: Tensor, meta: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def cutlass_metadata(meta: Tensor) -> Tensor:
 def cutlass(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wᵀ + b` by CUTLASS's sparse tensor cores: our values are its values."""
     tokens, ordered = x.shape[0], cutlass_metadata(meta)
-    columns = _padded(x).t()
+    columns = by_cusparselt.padded(x).t()
     if bias is None:
         out = torch._sparse_semi_structured_mm(values, ordered, columns)
     else:
@@ -79,8 +78,3 @@ def cutlass(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Ten
 def cusparselt(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wᵀ + b` by cuSPARSELt, whose own compressed form is made from the decoded weight."""
     return by_cusparselt.linear(x, by_cusparselt.compress(decode(values, meta)), bias)
-
-
-def _padded(x: Tensor) -> Tensor:
-    missing = -x.shape[0] % _PADDED
-    return F.pad(x, (0, 0, 0, missing)) if missing else x  # `pad` copies in any case

@@ -1,8 +1,7 @@
 """Which forward products make steps faster on this GPU: `sparsity.semi_structured`."""
 
 import statistics
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,38 +22,26 @@ logger = logging.get_logger(__name__)
 WARM_UPS, TIMED = 4, 16  # steps; half of them of each kind. Graphs and kernels are compiled in the first
 
 
-class Mark(Protocol):
-    """A moment on the device, as `torch.cuda.Event` has it."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """Milliseconds until another moment."""
-
-
 class ForwardTrial(TrainerCallback):
     """Sets which products the forward pass uses: semi-structured ones, dense ones, or the faster of the two.
 
     With `auto` the first steps of each start take turns, and the kind with the smaller median stays. Their order
     (Thue-Morse) does not let steps at some interval, whose inputs are recorded, be mostly of one kind. A step counts
     from its first micro-batch to its update, without a mask refresh: the callback that refreshes masks comes after this
-    one. All processes use the same kind: one that is not faster with semi-structured products decides for all.
-
-    Args:
-        mark: records a moment; default: a CUDA event, which nothing waits for until the last timed step has ended.
+    one. All processes use the same kind: one that is not faster with semi-structured products decides for all. Nothing
+    waits for the device until the last timed step has ended.
     """
 
-    def __init__(
-        self, sparsity: SparsityConfig, optimizer: OptimizerConfig, mark: Callable[[], Mark] | None = None
-    ) -> None:
-        self.sparsity, self.optimizer, self.mark = sparsity, optimizer, mark or _event
-        self._step = 0  # of the trial
-        self._is_on = False  # whether there is a trial
-        self._marks: list[tuple[Mark, Mark]] = []
-        self._begun: Mark | None = None
+    def __init__(self, sparsity: SparsityConfig, optimizer: OptimizerConfig) -> None:
+        self.sparsity, self.optimizer = sparsity, optimizer
+        self._is_on = False  # whether steps are timed
+        self._begins: list[torch.cuda.Event] = []  # of the steps so far
+        self._ends: list[torch.cuda.Event] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._step, self._is_on, self._marks = 0, False, []
+        self._stop()
         choice = self.sparsity.semi_structured
         if choice == "off":
             return
@@ -77,22 +64,23 @@ class ForwardTrial(TrainerCallback):
     ) -> None:
         if not self._is_on:
             return
-        use_masked_weights(kwargs["model"], "kept", semi_structured=_turn(self._step))
-        self._begun = self.mark()
+        use_masked_weights(kwargs["model"], "kept", semi_structured=_turn(len(self._begins)))
+        self._begins.append(_event())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._is_on:
             return
-        assert self._begun is not None
-        self._marks.append((self._begun, self.mark()))
-        self._step += 1
-        if self._step == WARM_UPS + TIMED:
+        self._ends.append(_event())
+        if len(self._ends) == WARM_UPS + TIMED:
             self._decide(kwargs["model"], args.device)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._is_on, self._marks, self._begun = False, [], None
+        self._stop()
+
+    def _stop(self) -> None:
+        self._is_on, self._begins, self._ends = False, [], []
 
     def _reason(self, args: TrainingArguments) -> str | None:
         """Why products stay dense; for `auto` also because a time may not decide about the bits of results."""
@@ -108,13 +96,12 @@ class ForwardTrial(TrainerCallback):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times: dict[bool, list[float]] = {True: [], False: []}
-        for step, (begun, ended) in enumerate(self._marks):
-            if step >= WARM_UPS:
-                times[_turn(step)].append(begun.elapsed_time(ended))
+        for step in range(WARM_UPS, WARM_UPS + TIMED):
+            times[_turn(step)].append(self._begins[step].elapsed_time(self._ends[step]))
         with_them, without = (statistics.median(times[turn]) for turn in (True, False))
         keeps = not any_rank(with_them >= without, device)
         use_masked_weights(model, "kept", semi_structured=keeps)
-        self._is_on, self._marks, self._begun = False, [], None
+        self._stop()
         logger.info(
             f"Semi-structured products: {'on' if keeps else 'off'} (sparsity.semi_structured=auto: a step takes "
             f"{with_them:.1f} ms with them and {without:.1f} ms without)."
@@ -122,6 +109,7 @@ class ForwardTrial(TrainerCallback):
 
 
 def _turn(step: int) -> bool:
+    """Whether a step uses semi-structured products."""
     return step.bit_count() % 2 == 0
 
 

@@ -38,5 +38,5 @@ def dense_products(sparsity: SparsityConfig, optimizer: OptimizerConfig, args: T
     if sparsity.masked_weights == "made":
         return "with sparsity.masked_weights='made' no masked weights are kept"
     if args.torch_compile and not graphs_read_copies(args.torch_compile_backend, args.torch_compile_mode):
-        return "CUDA graphs (training.torch_compile_backend, torch_compile_mode) read no masked weights that are kept"
+        return "CUDA graphs (training.torch_compile_backend, torch_compile_mode) do not read kept masked weights"
     return None
