@@ -18,6 +18,8 @@ from ast_sparse.distributed.ranks import mean_over_ranks
 from ast_sparse.errors import UserError
 from ast_sparse.training.checkpointing import CheckpointTrainer
 
+_LARGEST_EXPONENT = 700.0  # exp of more overflows
+
 
 class HeldOutLoss:
     """Mean cross-entropy over the tokens of an evaluation.
@@ -69,10 +71,13 @@ class HeldOutLoss:
         return loss / self.tokens if self.tokens else None
 
     def replace_in(self, metrics: dict[str, float] | None, prefix: str) -> None:
-        """Replace Trainer's loss, which would be 0 if no token counts, by the mean; all processes must call this."""
+        """Replace Trainer's loss, which would be 0 if no token counts, by the mean, and add its perplexity.
+
+        All processes must call this.
+        """
         loss = self.mean()
         if metrics is not None and loss is not None:
-            metrics[f"{prefix}_loss"] = loss
+            metrics.update(with_perplexity(loss, prefix))
         elif metrics is not None:
             metrics.pop(f"{prefix}_loss", None)
 
@@ -93,6 +98,11 @@ def check_readable(held_out: Any, args: TrainingArguments) -> None:
             "training.accelerator_config.dispatch_batches=False: on several processes an eval_dataset without a length "
             "would count some rows twice. Remove the setting, or pass a data set with a length."
         )
+
+
+def with_perplexity(loss: float, prefix: str) -> dict[str, float]:
+    """A loss and its perplexity as metrics of that prefix."""
+    return {f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
 
 
 def loss_of_parts(
@@ -162,7 +172,7 @@ class EvaluationTrainer(CheckpointTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Trainer; the loss is the mean over all tokens, each counted once."""
+        """As in Trainer; the loss is the mean over all tokens, each counted once, and has its perplexity beside it."""
         self.prepare_student()
         self._held_out_loss = HeldOutLoss(dataloader, self.args)
         try:
@@ -199,8 +209,8 @@ class EvaluationTrainer(CheckpointTrainer):
         parts = self.eval_dataset if eval_dataset is None else eval_dataset
         loss = loss_of_parts(metrics, parts, metric_key_prefix, self._held_out_tokens)
         if loss is not None:
-            total = {f"{metric_key_prefix}_loss": loss}  # the parts were logged and announced one by one
-            self.log(total)  # which adds the perplexity
+            total = with_perplexity(loss, metric_key_prefix)  # the parts were logged and announced one by one
+            self.log(total)
             metrics.update(total)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, total)
         return metrics

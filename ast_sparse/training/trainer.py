@@ -382,15 +382,13 @@ class SparseTrainer(EvaluationTrainer):
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with a perplexity for each evaluation loss, speed for each training loss, FLOPs at the end."""
+        """As in Trainer, with the speed for each training loss, and FLOPs at the end."""
         if "loss" in logs:
             logs.update(self._speed.log_values(self.args) | self.watch.log_values() | self._domain_losses.log_values())
             self.watch.correct_loss(logs)
         if "train_loss" in logs:  # the last record: trackers are closed when our callbacks see the end
             logs.update(self._flops.log_values(self.state))
             self.watch.correct_loss(logs, "train_loss", self.args.device)
-        for key in [key for key in logs if key.startswith("eval_") and key.endswith("_loss")]:
-            logs[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[key], 700.0))
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

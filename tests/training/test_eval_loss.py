@@ -62,8 +62,12 @@ def test_rows_of_few_labels_count_by_their_tokens(tmp_path: Path, has_domains: b
     expected = -log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)[counted].mean().item()
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    named = run.evaluate(metric_key_prefix="test")
     if not has_domains:
-        assert run.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+        named |= run.predict(rows, metric_key_prefix="predicted").metrics
+        assert named["predicted_loss"] == metrics["eval_loss"]
+        assert named["predicted_perplexity"] == metrics["eval_perplexity"]
+    assert named["test_perplexity"] == metrics["eval_perplexity"]
 
 
 def test_early_stopping_gets_the_loss_over_all_parts(tmp_path: Path) -> None:
