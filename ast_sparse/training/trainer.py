@@ -33,7 +33,7 @@ from ast_sparse.training.callbacks.metrics import MetricsCallback, SpeedCallback
 from ast_sparse.training.callbacks.mixture import MixtureCallback
 from ast_sparse.training.callbacks.sparsity import SparsityCallback
 from ast_sparse.training.callbacks.watch import WatchCallback, finite_loss
-from ast_sparse.training.checks.arguments import check_arguments
+from ast_sparse.training.checks.arguments import check_arguments, check_callback
 from ast_sparse.training.checks.inputs import (
     TaughtCollator,
     check_optimizer,
@@ -253,10 +253,9 @@ class SparseTrainer(EvaluationTrainer):
         self._speed = SpeedCallback(6 * self._trained_parameters + 2 * taught_by)
         self._metrics = MetricsCallback()
         trial = ForwardTrial(self.sparsity_config, self.optimizer_config)
-        own = [self.watch, trial, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics]
-        if self._mixture is not None and isinstance(self.train_dataset, DomainBlocks):
-            own.append(MixtureCallback(self._mixture, self._mixture_config, self.log))
-        return own
+        mixture = self._mixture if isinstance(self.train_dataset, DomainBlocks) else None
+        mixing = [] if mixture is None else [MixtureCallback(mixture, self._mixture_config, self.log)]
+        return [self.watch, trial, self._sparsity, self._late_slorb, self._flops, self._speed, self._metrics, *mixing]
 
     # ---- data and loss -------------------------------------------------------------------------------------------
 
@@ -337,6 +336,11 @@ class SparseTrainer(EvaluationTrainer):
         return norm
 
     # ---- train, evaluate, log ------------------------------------------------------------------------------------
+
+    def add_callback(self, callback: Any) -> None:
+        """As in Trainer; a tracker that would upload weights before they are masked is refused."""
+        check_callback(callback)
+        super().add_callback(callback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that was given, otherwise that of `sparse_adamw`."""

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from tests.training.small_runs import arguments, blocks, trainer
         (dict(auto_find_batch_size=True), r"training.auto_find_batch_size=True"),
         (dict(debug="underflow_overflow"), r"training.debug=.*: it cannot look at masks"),
         (dict(metric_for_best_model="eval_perplexity"), r"greater_is_better=True would keep the worst"),
+        (dict(label_names=["label_ids"]), r"training.label_names=\['label_ids'\] has no 'labels'"),
         (dict(push_to_hub=True), r"training.hub_strategy='every_save' would upload weights"),
     ],
 )
@@ -197,6 +198,8 @@ def test_a_tracker_that_has_been_made_is_asked_itself(
     for value in uploads:
         with pytest.raises(UserError, match=r"^Made was made with log_model=.* not masked yet\. Make it without"):
             check_arguments(arguments(tmp_path), [Made(value)])
+        with pytest.raises(UserError, match=r"^Made was made with log_model="):
+            SparseTrainer.add_callback(cast(Any, None), Made(value))
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     monkeypatch.setenv("HF_DVCLIVE_LOG_MODEL", "true")
     for value in others:

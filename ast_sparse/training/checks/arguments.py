@@ -143,24 +143,12 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
         )
     _check_trackers(args.report_to)
     for callback in callbacks or ():
-        kind = callback if isinstance(callback, type) else type(callback)
-        for name in [name for name in _UPLOADS if issubclass(kind, INTEGRATION_TO_CALLBACK[name])]:
-            if hasattr(callback, "_log_model"):  # one that has been made no longer reads the variable
-                _check_log_model(name, callback._log_model, kind.__name__)
-            else:
-                _check_upload(name, kind.__name__)
+        check_callback(callback)
     _check_schedule(args)
     _check_checkpointing(args)
     _check_accumulation(args)
     check_shared_batches(args)
-    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
-        raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
-    metric = args.metric_for_best_model or ""
-    if metric.endswith("perplexity") and args.greater_is_better:  # which Trainer sets, unless it is said
-        raise UserError(
-            f"training.metric_for_best_model={_short(metric)} with greater_is_better=True would keep the worst model. "
-            "Set greater_is_better: false, or metric_for_best_model: loss."
-        )
+    _check_evaluation(args)
     if args.push_to_hub and args.hub_strategy not in ("end",):
         raise UserError(
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
@@ -178,6 +166,36 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel does not carry masks. Start with "
             "`torchrun --nproc_per_node` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def _check_evaluation(args: TrainingArguments) -> None:
+    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
+        raise UserError("training.save_strategy='best' needs a metric to compare. Set metric_for_best_model: loss.")
+    metric = args.metric_for_best_model or ""
+    if metric.endswith("perplexity") and args.greater_is_better:  # which Trainer sets, unless it is said
+        raise UserError(
+            f"training.metric_for_best_model={_short(metric)} with greater_is_better=True would keep the worst model. "
+            "Set greater_is_better: false, or metric_for_best_model: loss."
+        )
+    if args.label_names is not None and "labels" not in args.label_names:
+        raise UserError(
+            f"training.label_names={_short(args.label_names)} has no 'labels', where the labels of a causal LM are, so "
+            "evaluation would have no loss. Remove it, or add 'labels'."
+        )
+
+
+def check_callback(callback: TrainerCallback | type[TrainerCallback]) -> None:
+    """Refuse the callback of a tracker that would upload the student before it is masked.
+
+    Raises:
+        UserError: with the setting that makes it do so, and the fix.
+    """
+    kind = callback if isinstance(callback, type) else type(callback)
+    for name in [name for name in _UPLOADS if issubclass(kind, INTEGRATION_TO_CALLBACK[name])]:
+        if hasattr(callback, "_log_model"):  # one that has been made no longer reads the variable
+            _check_log_model(name, callback._log_model, kind.__name__)
+        else:
+            _check_upload(name, kind.__name__)
 
 
 def _check_refused(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
