@@ -170,11 +170,13 @@ def _short(config: RunConfig, steps: int) -> RunConfig:
             "Set another type for the test."
         )
     given = training.get("lr_scheduler_kwargs") or {}
-    counts = {key: value for key, value in given.items() if key.endswith("_steps") and isinstance(value, int)}
+    names = [key for key in given if key.endswith("_steps") or key == "timescale"]  # the latter of inverse_sqrt
+    counts = {key: given[key] for key in names if isinstance(given[key], int)}
     changed: dict[str, Any] = {"max_steps": steps}
     if (warmup := training.get("warmup_steps", 0)) >= 1:
-        share = warmup / _whole_length(training, "training.warmup_steps", warmup)
-        changed["warmup_steps"] = share if share < 1 else float(steps)
+        length = _whole_length(training, "training.warmup_steps", warmup)
+        # one that is longer than the run never reaches the whole rate
+        changed["warmup_steps"] = warmup / length if warmup < length else -(-warmup * steps // length)
     if counts:
         length = _whole_length(training, "training.lr_scheduler_kwargs", given)
         scaled = {key: -(-value * steps // length) for key, value in counts.items()}  # 0 stays 0

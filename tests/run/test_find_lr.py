@@ -85,11 +85,15 @@ def test_the_schedule_is_compressed_to_the_short_runs(folder: Path) -> None:
 
     assert short()["warmup_steps"] == 0.4 and short()["max_steps"] == 10
     assert short(warmup_steps=25)["warmup_steps"] == 0.25
-    assert short(warmup_steps=200)["warmup_steps"] == 10
+    assert short(warmup_steps=100)["warmup_steps"] == 10
+    assert short(warmup_steps=200)["warmup_steps"] == 20  # both runs end at half the rate
+    assert short(warmup_steps=111)["warmup_steps"] == 12
     decay = short(
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 30, "min_lr_ratio": 0.1}
     )
     assert decay["lr_scheduler_kwargs"] == {"num_decay_steps": 3, "min_lr_ratio": 0.1}
+    decay = short(lr_scheduler_type="inverse_sqrt", lr_scheduler_kwargs={"timescale": 50})
+    assert decay["lr_scheduler_kwargs"] == {"timescale": 5}
     config = replace(config_of(folder), distillation=DistillationConfig(alpha=0, match_flops=True))
     assert find_lr._short(config, 10).distillation == DistillationConfig(alpha=0)
     rounds = SparsityConfig(schedule="imp", rounds=6, steps_per_round=15)
