@@ -39,7 +39,7 @@ def wanda_mask(weight: Tensor, input_norm: Tensor, n: int = 2, m: int = 4, struc
     """Keep the highest `|W_ij| · ‖x_j‖₂` of every group of a row (Sun et al. 2024).
 
     Args:
-        weight: `[out, in]`, any float dtype.
+        weight: `[out, in]`, any float dtype; scores are computed in float32 or wider.
         input_norm: `[in]`, norm of each input column over the calibration tokens.
         n, m: the pattern; without groups (`structured` False) `n/m` of each row is kept, as published.
 
@@ -48,7 +48,8 @@ def wanda_mask(weight: Tensor, input_norm: Tensor, n: int = 2, m: int = 4, struc
     """
     if input_norm.shape != weight.shape[1:]:
         raise ValueError(f"input_norm {tuple(input_norm.shape)} does not fit weight {tuple(weight.shape)}.")
-    scores = weight.abs() * input_norm.to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # 16 bits would make ties, and norms may be too large
+    scores = weight.abs().to(wide) * input_norm.to(wide)
     columns = weight.shape[1]
     return nm_mask(scores, n, m) if structured else nm_mask(scores, columns * n // m, columns)
 
@@ -254,6 +255,7 @@ def prune_layer(
     new, mask = prune_weight(name, weight, method, pattern, statistics, calibration)
     if weight.is_meta:
         return PrunedLayer(new, mask, 0.0)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums of squares are too large for float16
     change = weight - torch.where(mask, new, 0)
     if statistics is None or not METHODS[method].needs_text:
         error = _relative(change.square(), weight.square())

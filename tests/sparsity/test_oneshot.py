@@ -168,6 +168,25 @@ def test_wanda_keeps_the_highest_products_of_weight_and_input_norm(n: int, m: in
             assert mask[row, start : start + m].nonzero().flatten().tolist() == sorted(kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_get_the_masks_and_errors_of_their_values(dtype: torch.dtype) -> None:
+    """The inputs have norms and squares that float16 cannot hold."""
+    weight, inputs = random_layer(64, 64, 100, seed=3)
+    weight, inputs = 8 * weight.to(dtype), (1e4 * inputs).float()
+    weight[0] = 0
+    statistics = InputStatistics(64, True, weight.device)
+    statistics.add(inputs)
+    values, norm = weight.double(), inputs.double().norm(dim=0)
+    assert torch.equal(wanda_mask(weight, statistics.input_norm), wanda_mask(values, norm))
+    for method in ("magnitude", "wanda", "sparsegpt"):
+        found = prune_layer("layer", weight, method, Pattern(2, 4), statistics)
+        seen = torch.eye(64).double() if method == "magnitude" else inputs.double()
+        seen = norm.diag() if method == "wanda" else seen
+        lost = values - torch.where(found.mask, found.weight.double(), 0)
+        expected = (seen @ lost.T).square().sum() / (seen @ values.T).square().sum()
+        assert found.error == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_unstructured_wanda_keeps_half_of_each_row() -> None:
     weight, inputs = random_layer(5, 12, 30, seed=5)
     mask = wanda_mask(weight, inputs.norm(dim=0), 1, 2, structured=False)
