@@ -32,8 +32,8 @@ class BasisReport:
         permuted: what was reordered: `residual channels`, `MLP neurons`, `values in heads`.
         rotated: what was rotated: `residual stream`, `values in heads`.
         shares: share of what a layer computes that the pattern takes before weights are updated, mean over the layers,
-            by stage: `before`, `permuted`, `rotated`. With a rotation by SparseGPT's importance and Hessian, otherwise
-            by Wanda's.
+            by stage: `before`, `permuted`, `rotated`. With a rotation by SparseGPT's importance and Hessian, and
+            `before` when the gains of norms are folded already; otherwise by Wanda's.
         added_parameters: of the output head, if it was tied to the embedding and is not any more.
         logit_error: largest difference of the logits of a sample, as a share of the largest logit.
         seconds: for everything.
