@@ -21,6 +21,23 @@ def renames(conversion: Any, names: Iterable[str]) -> bool:
     return isinstance(trial, WeightRenaming) and any(trial.rename_source_key(name)[0] != name for name in names)
 
 
+def lacking_parts(model: Any, layers: Iterable[str], parts: tuple[str, ...], keys: Iterable[str]) -> dict[str, str]:
+    """The layers of which a checkpoint has only some of the stored tensors, with the first that it lacks.
+
+    transformers would fill them up with random values. Layers of which it has none are stored under other names.
+
+    Args:
+        parts: names of the stored tensors of a layer.
+        keys: of the checkpoint.
+    """
+    stored, lacking = {short_name(key, model) for key in keys}, {}
+    for name in layers:
+        missing = [part for part in parts if f"{short_name(name, model)}.{part}" not in stored]
+        if 0 < len(missing) < len(parts):
+            lacking[name] = missing[0]
+    return lacking
+
+
 def twins_of(model: Any, compressed: frozenset[str]) -> dict[str, str]:
     """The layers that share the weight of a compressed one (shared blocks), with the name of that one."""
     ties = {key.removesuffix(".weight"): of.removesuffix(".weight") for key, of in model.all_tied_weights_keys.items()}

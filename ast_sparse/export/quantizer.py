@@ -22,7 +22,7 @@ from ast_sparse.distributed.pieces import local
 from ast_sparse.errors import UserError, shown
 from ast_sparse.export.codec import META, SCALE, Codec
 from ast_sparse.export.codec24 import CODE24
-from ast_sparse.export.compressed_names import linears_of, renames, short_name, twins_of
+from ast_sparse.export.compressed_names import lacking_parts, linears_of, renames, short_name, twins_of
 from ast_sparse.export.formats import check_format, codec_of, codecs
 from ast_sparse.export.peft_view import UndecodedWeight, asked_by_peft
 from ast_sparse.kernels.cpu.pages import in_huge_pages
@@ -105,6 +105,8 @@ class CompressedLinear(nn.Linear):
             torch.empty(shape, device=device, dtype=each) for shape, each in zip(shapes, dtypes, strict=True)
         )
         self.weight = nn.Parameter(values, requires_grad=False)
+        # transformers draws random values for what it offloads to disk, and has none for integers
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
         self.register_buffer(META, meta)
         self.register_buffer(SCALE, scale[0] if scale else None)
         if bias:
@@ -255,6 +257,10 @@ class CompressedHfQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return
         _check_readers(model, chosen)
+        parts = self.quantization_config.codec.names
+        for name, part in lacking_parts(model, chosen, parts, keys).items():
+            self._problems.append(f"`{name}`: the checkpoint lacks its `{part}`")
+        self._raise_problems()
         if self.quantization_config.codec.value_bits is not None:  # their weights are integers
             self._decoded = dtype_asked(model, chosen)
         twins = twins_of(model, self._names)
@@ -290,11 +296,7 @@ class CompressedHfQuantizer(HfQuantizer):
                 self._check_compressed(name, layer)
                 if name not in twins:
                     layer.weight.data = in_huge_pages(layer.weight.data)
-        if self._problems:
-            more = f" (and {len(self._problems) - 1} more layers)" if len(self._problems) > 1 else ""
-            raise ValueError(
-                f"The compressed checkpoint is damaged: {self._problems[0]}{more}. Copy or export it again."
-            )
+        self._raise_problems()
         for name in self._decoded:
             layer = model.get_submodule(name)
             if isinstance(layer, CompressedLinear) and not layer.weight.is_meta:  # else it is offloaded
@@ -302,6 +304,13 @@ class CompressedHfQuantizer(HfQuantizer):
                 plain.weight.requires_grad_(False)
                 model.set_submodule(name, plain)
         return model
+
+    def _raise_problems(self) -> None:
+        if self._problems:
+            more = f" (and {len(self._problems) - 1} more layers)" if len(self._problems) > 1 else ""
+            raise ValueError(
+                f"The compressed checkpoint is damaged: {self._problems[0]}{more}. Copy or export it again."
+            )
 
     def _check_compressed(self, name: str, layer: CompressedLinear) -> None:
         if layer.weight.is_meta:

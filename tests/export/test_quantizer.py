@@ -163,6 +163,10 @@ def _no_meta(tensors: dict[str, Tensor], name: str) -> None:
     del tensors[f"{name}.weight_meta"]
 
 
+def _no_values(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[f"{name}.weight"]
+
+
 def _short_meta(tensors: dict[str, Tensor], name: str) -> None:
     tensors[f"{name}.weight_meta"] = tensors[f"{name}.weight_meta"][:, :-1]
 
@@ -172,14 +176,14 @@ def _fewer_columns(tensors: dict[str, Tensor], name: str) -> None:
     tensors[f"{name}.weight_meta"] = tensors[f"{name}.weight_meta"][:, :-1]
 
 
-@pytest.mark.parametrize("damage", [_bad_nibble, _no_meta, _short_meta, _fewer_columns])
+@pytest.mark.parametrize("damage", [_bad_nibble, _no_meta, _no_values, _short_meta, _fewer_columns])
 def test_damaged_layer_is_named(damage, family: str, compressed: Path) -> None:
     change_tensors(compressed, lambda tensors: damage(tensors, FIRST[family]))
     with pytest.raises(ValueError, match=f"damaged: `{FIRST[family]}`: "):
         AutoModelForCausalLM.from_pretrained(compressed)
 
 
-@pytest.mark.parametrize("damage", [_bad_nibble, _short_meta, _fewer_columns])
+@pytest.mark.parametrize("damage", [_bad_nibble, _no_meta, _no_values, _short_meta, _fewer_columns])
 def test_damaged_layer_that_stays_compressed_is_refused(damage, family: str, compressed: Path) -> None:
     change_tensors(compressed, lambda tensors: damage(tensors, FIRST[family]))
     with pytest.raises(  # a wrong shape is found by transformers, which names the layer in its log
