@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from ast_sparse.errors import UserError
 from ast_sparse.export.codec24 import CODE24
 from ast_sparse.export.codec24_int4 import CODE24_INT4
 from ast_sparse.export.slorb_hint import SLORB_KEY
 from ast_sparse.serving.checkpoint_checks import check_family, check_weights, compressed_layers
 from ast_sparse.serving.layer_names import LayerNames
 from ast_sparse.serving.slorb_serving import SlorbFiles, adapter_folder
+
+_DRAFT = "draft_model."  # before the names of all layers of the small model that guesses tokens ahead
 
 
 class Vllm24Config(QuantizationConfig):
@@ -21,11 +24,19 @@ class Vllm24Config(QuantizationConfig):
 
     Attributes:
         codec: what they are stored with.
+
+    Raises:
+        UserError: there are no names. vLLM gives none if config.json has no `quantization_config`.
     """
 
     codec = CODE24
 
-    def __init__(self, modules: list[str]) -> None:
+    def __init__(self, modules: list[str] | None = None) -> None:
+        if modules is None:
+            raise UserError(
+                f"quantization={self.get_name()} is for compressed exports, and this model is none: its config.json "
+                "has no quantization_config. Drop it: a compressed export is recognised without it."
+            )
         super().__init__()
         self.modules = frozenset(modules)
         self.names = LayerNames(modules)
@@ -69,7 +80,7 @@ class Vllm24Config(QuantizationConfig):
 
         if not isinstance(layer, LinearBase):
             return None
-        parts = self.names.parts(prefix, self.packed_modules_mapping)
+        parts = self.names.parts(prefix.removeprefix(_DRAFT), self.packed_modules_mapping)
         return Vllm24LinearMethod(self, parts) if parts else UnquantizedLinearMethod()
 
     def get_checkpoint_weight_mapper(self) -> Any:  # static in vLLM, which asks each instance

@@ -75,6 +75,14 @@ def test_every_layer_of_the_checkpoint_is_run_by_the_plugin(vllm: None, exported
     assert config.get_checkpoint_weight_mapper() == "the mapper of vLLM"
 
 
+def test_layers_of_a_draft_model_are_run_by_the_plugin(vllm: None, exported: Path) -> None:
+    """In speculative decoding vLLM puts a word before the names of the smaller model."""
+    config = config_of(exported)
+    for name in BUILT:
+        assert type(config.get_quant_method(LinearBase(), f"draft_model.{name}")).__name__ == "Vllm24LinearMethod"
+    config.check_all_built()
+
+
 def test_a_layer_that_vllm_did_not_build_is_an_error_before_weights_are_read(vllm: None, exported: Path) -> None:
     config = config_of(exported)
     for name in BUILT[1:]:
@@ -95,6 +103,14 @@ def test_names_are_mapped_to_those_of_vllm(vllm: None, exported: Path) -> None:
     config.apply_vllm_mapper(mapper)
     found = config.get_quant_method(LinearBase(), "language_model.layers.1.mlp.gate_up_proj")
     assert found.parts == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+
+
+def test_a_model_that_is_not_compressed_is_refused_by_its_option(vllm: None) -> None:
+    """vLLM makes a config of nothing if the method was named by hand and config.json names none."""
+    from ast_sparse.serving.vllm_config import Vllm24Int4Config
+
+    with pytest.raises(UserError, match=r"quantization=ast_sparse_24_int4 is for compressed exports.* Drop it"):
+        Vllm24Int4Config()
 
 
 def test_what_is_asked_once_reaches_the_processes_that_vllm_starts(vllm: None, exported: Path) -> None:
