@@ -11,6 +11,8 @@ from ast_sparse.export.vllm_families import vllm_refusal
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.files import weight_files
 
+_RANK_FILES = ("model-rank-", "model-pp-")  # of `ShardedStateLoader`
+
 
 def compressed_layers(quantization_config: Mapping[str, Any]) -> list[str]:
     """The names of the compressed layers in the `quantization_config` of a config.json; unknown keys are ignored.
@@ -35,11 +37,14 @@ def check_family(model_type: str | None, name: str) -> None:
 
 
 def check_weights(name: str) -> None:
-    """Compare the weights of a model with the checksums beside them; a model that is not a folder is left unchecked.
+    """Compare the weights of a model with the checksums beside them.
+
+    Left unchecked are a model that is not a folder, what vLLM has saved for `--load-format sharded_state` under names
+    of its own, and a folder without weights, for `--load-format dummy`: for any other, vLLM says that they are missing.
 
     Raises:
         UserError: a tensor differs, is missing or was added.
     """
     folder = Path(name)
-    if folder.is_dir():
+    if any(not file.name.startswith(_RANK_FILES) for file in folder.glob("*.safetensors")):
         check_checksums(folder, weight_files(folder))

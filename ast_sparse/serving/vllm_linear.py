@@ -61,6 +61,8 @@ class Vllm24LinearMethod(LinearMethodBase):
         for name, shape, dtype in zip(codec.names, shapes, codec.dtypes(params_dtype), strict=True):
             data = torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype)
             parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=self.load)
+            if not dtype.is_floating_point:  # for `--load-format dummy`, which fills floats alone: positions 0 and 1
+                parameter.dummy_weight_value = 0x44
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -48,6 +48,19 @@ def test_a_damaged_byte_of_the_values_is_found(tmp_path: Path) -> None:
         check_weights(str(tmp_path / "out"))
 
 
+def test_files_that_vllm_wrote_and_a_folder_without_weights_are_left_to_vllm(tmp_path: Path) -> None:
+    """For its load formats `sharded_state` and `dummy`."""
+    export_model(sparse_model(), tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.rename(tmp_path / "out" / "model-rank-0-part-0.safetensors")
+    check_weights(str(tmp_path / "out"))
+    (tmp_path / "out" / "model-rank-0-part-0.safetensors").rename(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        check_weights(str(tmp_path / "out"))
+    (tmp_path / "out" / "model-00001-of-00001.safetensors").unlink()
+    check_weights(str(tmp_path / "out"))
+
+
 def test_a_model_that_is_not_a_folder_is_not_looked_for() -> None:
     check_weights("someone/some-model")
 

@@ -170,6 +170,20 @@ def test_metadata_that_is_missing_or_damaged_is_found(vllm: None, damaged: bool)
         layer.method.process_weights_after_loading(layer)
 
 
+@pytest.mark.parametrize("codec", [CODE24, CODE24_INT4])
+def test_a_layer_without_weights_takes_the_random_ones_of_vllm(vllm: None, codec: Codec) -> None:
+    """`--load-format dummy` fills floating-point tensors, and others only with the value they ask for."""
+    layer = Layer(method(["up"], codec=codec), [32], INPUTS)
+    for name in codec.names:
+        parameter = getattr(layer, name)
+        if parameter.is_floating_point():
+            parameter.data.uniform_(-1e-3, 1e-3)
+        else:
+            parameter.data.fill_(parameter.dummy_weight_value)
+    layer.method.process_weights_after_loading(layer)
+    assert layer.method.apply(layer, torch.randn(5, INPUTS)).isfinite().all()
+
+
 def adapter(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> SlorbFiles | None:
     if not pairs:
         return None
