@@ -34,7 +34,7 @@ class Vllm24Config(QuantizationConfig):
     def __init__(self, modules: list[str] | None = None) -> None:
         if modules is None:
             raise UserError(
-                f"quantization={self.get_name()} is for compressed exports, and this model is none: its config.json "
+                f"quantization={self.get_name()} is for compressed exports, and this model is not one: its config.json "
                 "has no quantization_config. Drop it: a compressed export is recognised without it."
             )
         super().__init__()
