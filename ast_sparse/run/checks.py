@@ -33,7 +33,7 @@ from ast_sparse.run.output import (
     replaced_bytes,
     run_state,
 )
-from ast_sparse.run.precision import decide_bf16, without_auto
+from ast_sparse.run.precision import decide_bf16, is_undecided, without_auto
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.recovery import check_recovery
@@ -98,7 +98,8 @@ def checked_run(
     with errors_shared():
         output = output_folder(config, output_dir)
     forced = {"use_cpu": True} if dry_run else {}  # a plan needs no accelerator, which bf16 would ask for
-    args = build_arguments({**without_auto(config.training), **forced}, str(output))
+    undecided = is_undecided(config.training)
+    args = build_arguments({**without_auto(config.training), **forced}, str(output), not undecided)
     with errors_shared():
         if not dry_run:
             check_sharding(args)

@@ -75,8 +75,11 @@ _GIVEN_TO_SCHEDULERS = ("optimizer", "num_warmup_steps", "num_training_steps", "
 _ANY_STEPS = 1000  # used if only the data decides the number of steps
 
 
-def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArguments:
+def build_arguments(values: dict[str, Any], output_dir: str, is_decided: bool = True) -> TrainingArguments:
     """`TrainingArguments(**values)`, with each error in one line, and TF32 only if `tf32` asks for it.
+
+    Args:
+        is_decided: False if `bf16` is left out because it is decided later.
 
     Raises:
         UserError: a value is wrong, TrainingArguments refuses it, or AST would ignore a setting. The processes of a
@@ -105,7 +108,7 @@ def build_arguments(values: dict[str, Any], output_dir: str) -> TrainingArgument
                     f"started, and reach MASTER_ADDR:MASTER_PORT={place}."
                 ) from error
             raise UserError(_named(error, values, arguments)) from None
-    check_arguments(args)
+    check_arguments(args, is_decided=is_decided)
     return args
 
 
@@ -121,10 +124,15 @@ def _named(error: Exception, values: Mapping[str, Any], arguments: Mapping[str, 
     return f"training: {message} Correct the section."
 
 
-def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None) -> None:
+def check_arguments(
+    args: TrainingArguments, callbacks: Sequence[TrainerCallback] | None = None, is_decided: bool = True
+) -> None:
     """Refuse settings that fail later, or that this trainer would ignore, and callbacks as settings of trackers.
 
     With `full_determinism`, the environment gets what cuBLAS needs for it. That is too late after a first product.
+
+    Args:
+        is_decided: False if the precision is decided later, so not yet compared with that of `accelerate launch`.
 
     Raises:
         UserError: the first of them, with its value and the fix.
@@ -160,6 +168,7 @@ def check_arguments(args: TrainingArguments, callbacks: Sequence[TrainerCallback
                 f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
                 "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
             )
+    _check_launched(args, is_decided)
     check_parallelism(args, is_sharded=sharding_plugin(args) is not None)
     if args.n_gpu > 1:
         raise UserError(
@@ -196,6 +205,22 @@ def check_callback(callback: TrainerCallback | type[TrainerCallback]) -> None:
             _check_log_model(name, callback._log_model, kind.__name__)
         else:
             _check_upload(name, kind.__name__)
+
+
+def _check_launched(args: TrainingArguments, is_decided: bool) -> None:
+    """Refuse what `accelerate launch` turns on and the settings of the run, by which others go, do not say."""
+    half, dynamo = str(args.mixed_precision), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if is_decided and half != "no" and not (args.bf16 or args.fp16):
+        known = f"Set training.{half}: true, or " if half in ("bf16", "fp16") else "Set "
+        raise UserError(
+            f"accelerate is configured for mixed_precision={half}, but training.bf16 and training.fp16 are off. "
+            f"{known}mixed_precision: 'no' in accelerate's configuration."
+        )
+    if dynamo not in ("", "no") and not args.torch_compile:
+        raise UserError(
+            f"accelerate is configured for dynamo_backend={dynamo.upper()}, but training.torch_compile is off. "
+            "Set training.torch_compile: true, or remove dynamo_config from accelerate's configuration."
+        )
 
 
 def _check_refused(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

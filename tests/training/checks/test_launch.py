@@ -50,3 +50,26 @@ def test_only_one_process_of_all_nodes_speaks_unless_another_is_wanted(tmp_path:
     settings = {"use_cpu": True, "report_to": "none"}
     assert build_arguments(settings, str(tmp_path)).log_on_each_node is False
     assert build_arguments({**settings, "log_on_each_node": True}, str(tmp_path)).log_on_each_node is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "setting", "message"),
+    [
+        ("MIXED_PRECISION", "bf16", {"bf16": True}, "mixed_precision=bf16, but .* Set training.bf16: true"),
+        ("MIXED_PRECISION", "fp16", {"bf16": True}, "mixed_precision=fp16, but .* Set training.fp16: true"),
+        ("MIXED_PRECISION", "fp8", {"bf16": True}, "mixed_precision=fp8, but .* off. Set mixed_precision: 'no'"),
+        ("DYNAMO_BACKEND", "INDUCTOR", {"torch_compile": True}, "dynamo_backend=INDUCTOR.*torch_compile is off"),
+    ],
+)
+def test_what_accelerate_turns_on_without_the_settings_of_the_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, setting: dict[str, bool], message: str
+) -> None:
+    settings = {"use_cpu": True, "report_to": "none"}
+    monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+    build_arguments(settings, str(tmp_path))
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    build_arguments({**settings, **setting}, str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        build_arguments(settings, str(tmp_path))
+    if name == "MIXED_PRECISION":
+        build_arguments(settings, str(tmp_path), is_decided=False)  # with `bf16: auto`, compared later
