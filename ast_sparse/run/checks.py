@@ -34,6 +34,7 @@ from ast_sparse.run.output import (
     run_state,
 )
 from ast_sparse.run.precision import decide_bf16, is_undecided, without_auto
+from ast_sparse.run.same_on_all import check_same_settings
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.sparsity.recovery import check_recovery
@@ -96,6 +97,7 @@ def checked_run(
         UserError: a setting, the text, the output folder or the checkpoint does not fit.
     """
     with errors_shared():
+        check_same_settings(config)
         output = output_folder(config, output_dir)
     forced = {"use_cpu": True} if dry_run else {}  # a plan needs no accelerator, which bf16 would ask for
     undecided = is_undecided(config.training)

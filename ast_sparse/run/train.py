@@ -28,6 +28,7 @@ from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_
 from ast_sparse.run.dry_run import show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
+from ast_sparse.run.same_on_all import check_same_text
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.run.warm_start import load_options, needs_start, warm_start
@@ -218,6 +219,9 @@ def read_data(run: CheckedRun, tokenizer: PreTrainedTokenizerBase) -> tuple[Bloc
     data, args = run.config.data, run.args
     with library_bars(not args.disable_tqdm):
         every_block, held_out, data_report = _cached(lambda: build_datasets(data, tokenizer))
+    with errors_shared():
+        check_same_text("data.train", every_block)
+        check_same_text("data.eval" if data.entries("eval") else "data.eval_share", held_out)
     if args.should_log:
         run.echo("\n".join(data_report.lines()))
     borders = document_borders(tokenizer, data.packing, data.bos)

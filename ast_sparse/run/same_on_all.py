@@ -1,0 +1,59 @@
+"""That all processes of a run have the same settings and the same text: a node may have files of its own."""
+
+from typing import Any
+
+from ast_sparse.config import RunConfig
+from ast_sparse.data.blocks.streaming import StreamedBlocks
+from ast_sparse.distributed.ranks import gather
+from ast_sparse.errors import UserError, shown
+from ast_sparse.training.resume.fingerprints import blocks_fingerprint
+from ast_sparse.training.resume.same_run import run_settings
+
+# a node may have models and text in another place, and these change nothing that processes do together
+_MAY_DIFFER = {
+    "model.name_or_path", "model.teacher", "data.root", "data.train", "data.eval", "calibration.data",
+    "evaluation.data_dir", "training.output_dir", "training.run_name", "training.report_to", "training.hub_token",
+    "training.log_level", "training.log_level_replica", "training.disable_tqdm", "training.dataloader_num_workers",
+    "training.dataloader_pin_memory", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
+}  # fmt: skip
+
+
+def check_same_settings(config: RunConfig) -> None:
+    """Check that all processes were given the same settings, apart from paths; every process must call this.
+
+    Raises:
+        UserError: a process has another value; on all of them.
+    """
+    sections = {**config.to_dict(), **run_settings(config)}
+    named = {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
+    first, *others = gather({name: value for name, value in named.items() if name not in _MAY_DIFFER})
+    for process, other in enumerate(others, start=1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"{name}={shown(other.get(name))} on process {process} differs from {shown(first.get(name))} on "
+                    "process 0. Start all processes with the same configuration and options."
+                )
+
+
+def check_same_text(field: str, blocks: Any) -> None:
+    """Check that the blocks of all processes are the same, because each takes its share of them; all must call this.
+
+    Of a stream only the first process reads text.
+
+    Args:
+        field: names the text.
+        blocks: of one kind of text; None if there is none.
+
+    Raises:
+        UserError: a process has others; on all of them.
+    """
+    if isinstance(blocks, StreamedBlocks) or len(gather(None)) == 1:
+        return
+    first, *others = gather(blocks_fingerprint(blocks))
+    for process, other in enumerate(others, start=1):
+        if other != first:
+            raise UserError(
+                f"{field}: the text on process {process} differs from that on process 0 (fingerprints "
+                f"{shown(other)} and {shown(first)}). Let all nodes see the same files."
+            )

@@ -1,0 +1,71 @@
+"""Settings or text of one process that differ from those of the first are refused before training."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from ast_sparse.config import RunConfig, load_config
+from ast_sparse.config.yaml12 import dump_yaml
+from ast_sparse.errors import UserError
+from ast_sparse.run import same_on_all
+from ast_sparse.run.same_on_all import check_same_settings, check_same_text
+from ast_sparse.training.resume.fingerprints import blocks_fingerprint
+
+
+def config(folder: Path, **sections: Any) -> RunConfig:
+    file = folder / "run.yaml"
+    file.write_text(dump_yaml({"model": {"name_or_path": "m"}, "data": {"train": "a.txt"}, **sections}))
+    return load_config(file)
+
+
+def settings_on(monkeypatch: pytest.MonkeyPatch, first: RunConfig, second: RunConfig) -> None:
+    """Check two processes, of which this one is the second."""
+    given: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        given.append(value)
+        return given
+
+    monkeypatch.setattr(same_on_all, "gather", gather)
+    check_same_settings(first)
+    check_same_settings(second)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"training": {"learning_rate": 0.5}}, "^training.learning_rate=0.5 on process 1 differs from 0.25 on"),
+        ({"training": {}}, "^training.learning_rate=null on process 1 differs from 0.25"),
+        ({"distillation": {"alpha": 0.1}}, "^distillation.alpha=0.1 on process 1 differs from"),
+        ({"slorb": {"k": 32}}, "^slorb.k=32 on process 1 differs from 16"),
+        ({"data": {"train": "a.txt", "seed": 3}}, "^data.seed=3 on process 1 differs from"),
+    ],
+)
+def test_a_process_with_other_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: dict[str, Any], message: str
+) -> None:
+    first: dict[str, Any] = {"training": {"learning_rate": 0.25}, "slorb": {"k": 16}}
+    with pytest.raises(UserError, match=message):
+        settings_on(monkeypatch, config(tmp_path, **first), config(tmp_path, **{**first, **second}))
+
+
+def test_a_node_may_have_its_files_in_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domains = [{"one": {"train": f"{root}/one.txt"}, "two": {"train": f"{root}/two.txt"}} for root in "ab"]
+    first, second = (
+        config(tmp_path, model={"name_or_path": root}, data={"domains": parts, "root": root}, training=training)
+        for root, parts, training in zip("ab", domains, ({}, {"dataloader_num_workers": 2}), strict=True)
+    )
+    settings_on(monkeypatch, first, second)
+
+
+def test_a_process_with_other_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, others = (Dataset.from_dict({"input_ids": [[1, 2, last]]}) for last in (3, 4))
+    check_same_text("data.train", ours)
+    for first in (ours, others):
+        monkeypatch.setattr(same_on_all, "gather", lambda value, first=first: [blocks_fingerprint(first), value])
+        refused = pytest.raises(UserError, match="the text on process 1 differs from that on process 0")
+        with refused if first is others else nullcontext():
+            check_same_text("data.train", ours)
