@@ -83,6 +83,8 @@ class WatchCallback(TrainerCallback):
         self.agreed = False
         self._steps = [0, 0]  # since the last log record, and since this call of train() began
         self._empty_steps = [0, 0]  # those of them without a counted token
+        self._lost_steps = [0, 0]  # those of them whose loss is not finite
+        self._sums = [0.0, 0.0]  # of the losses of all others
 
     def add(self, inputs: dict[str, Any], loss: Tensor) -> None:
         """Add a micro-batch and its loss, as Trainer adds them up."""
@@ -112,12 +114,19 @@ class WatchCallback(TrainerCallback):
         if device is not None and own_rank()[1] > 1:  # Trainer adds the steps after the last record by rank
             logs[key] = float(mean_over_ranks(torch.tensor(logs[key], dtype=torch.float64, device=device)))
         index = int(key != "loss")
-        steps, empty = self._steps[index], self._empty_steps[index]
-        self._steps[index] = self._empty_steps[index] = 0
+        steps, empty, lost, total = (
+            each[index] for each in (self._steps, self._empty_steps, self._lost_steps, self._sums)
+        )
+        self._steps[index] = self._empty_steps[index] = self._lost_steps[index] = 0
+        self._sums[index] = 0.0
         if self.is_empty:
             logs.pop("grad_norm", None)
-        if empty and empty == steps:
+        if lost and not math.isfinite(logs[key]):  # without `logging_nan_inf_filter`
+            return
+        if (empty or lost) and empty + lost == steps:
             del logs[key]
+        elif lost:  # which Trainer replaces on each rank by the mean so far, or by 0 if there is none
+            logs[key] = total / (steps - empty - lost)
         elif empty:
             logs[key] *= steps / (steps - empty)
 
@@ -151,6 +160,10 @@ class WatchCallback(TrainerCallback):
         if self.is_empty:
             self._pass_over(args, state.global_step + 1, kwargs["optimizer"])
             return
+        if math.isfinite(loss):
+            self._sums = [total + loss for total in self._sums]
+        else:
+            self._lost_steps = [steps + 1 for steps in self._lost_steps]
         action, what = self._verdict(loss, norm)
         if action == "skip" and self._in_a_row == self.config.max_skips:
             action, what = "stop", f"{what}, after watch.max_skips={self._in_a_row} skipped steps in a row"
@@ -192,7 +205,7 @@ class WatchCallback(TrainerCallback):
         self._losses = deque(saved.get("losses", ()), self.config.spike_window)
         self.skipped, self._in_a_row = saved.get("skipped", 0), saved.get("in_a_row", 0)
         self.empty, self.is_empty, self.agreed = saved.get("empty", 0), False, False
-        self._steps, self._empty_steps = [0, 0], [0, 0]
+        self._steps, self._empty_steps, self._lost_steps, self._sums = [0, 0], [0, 0], [0, 0], [0.0, 0.0]
 
     def _verdict(self, loss: float, norm: float) -> tuple[str, str]:
         config = self.config

@@ -119,10 +119,24 @@ def test_a_skipped_step_leaves_weights_moments_and_step_counts_bit_for_bit(tmp_p
             for key, entry in state_before.items():
                 assert all(torch.equal(value, state_after[key][name]) for name, value in entry.items())
     assert run.state.global_step == 6 and run.lr_scheduler.last_epoch == 6
-    counts = [entry["skipped_steps"] for entry in run.state.log_history if "loss" in entry]
+    counts = [entry["skipped_steps"] for entry in run.state.log_history if "skipped_steps" in entry]
     assert counts == [0] * (step - 1) + [1] * (7 - step)
     assert [path.name for path in (tmp_path / "replay").iterdir()] == [f"step-{step}-rank-0.safetensors"]
     assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 3), (2, 3), (3, 2)])
+def test_logged_means_leave_out_a_loss_that_is_not_finite(tmp_path: Path, every: int, step: int) -> None:
+    seen: list[float] = []
+    run = troubled(tmp_path, {step: math.nan}, WatchConfig(nan="skip"), logging_steps=every)
+    judge = run.watch._verdict
+    run.watch._verdict = lambda loss, norm: seen.append(loss) or judge(loss, norm)
+    run.train()
+    assert len(seen) == 6 and math.isnan(seen[step - 1])
+    groups = [[loss for loss in seen[i : i + every] if math.isfinite(loss)] for i in range(0, 6, every)]
+    assert losses(run) == pytest.approx([statistics.fmean(group) for group in groups if group])
+    finite = [loss for loss in seen if math.isfinite(loss)]
+    assert run.state.log_history[-1]["train_loss"] == pytest.approx(statistics.fmean(finite))
 
 
 @pytest.mark.parametrize("spike", ["warn", "stop"])
@@ -158,7 +172,7 @@ def test_a_resumed_run_decides_like_an_uninterrupted_one(tmp_path: Path, step: i
     whole = run(tmp_path / "whole")
     resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
     for one in (whole, resumed):
-        counts = [entry["skipped_steps"] for entry in one.state.log_history if "loss" in entry]
+        counts = [entry["skipped_steps"] for entry in one.state.log_history if "skipped_steps" in entry]
         assert counts == [0, 0, 1, 1, 1, 2, 3, 3, 3]
     state = resumed.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in whole.model.state_dict().items())
