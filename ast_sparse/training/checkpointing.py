@@ -228,7 +228,7 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save and student is not None:
             with saved_with(student, self._given_settings):
                 save_sparse_model(student, folder, self.sparsity_config_dict())
-        if self.args.should_save and (self.args.process_index == 0 or not is_sharded(self.student)):
+        if self.args.should_save:
             self._origin.complete(folder, self._tokenizer)
 
     def _saved_in_pieces(self, folder: Path) -> bool:

@@ -173,6 +173,7 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ("training.do_train=false", r"training\.do_train=False: ast-train always trains"),
     ("training.resume_from_checkpoint=x", r"training\.resume_from_checkpoint='x': .*--resume"),
     ("training.gradient_checkpointing_kwargs.use_reentrant=false", r"gradient_checkpointing_kwargs=.*would be ignored"),
+    ("training.save_on_each_node=true", r"training\.save_on_each_node=True: a checkpoint is one folder"),
     ("training.enable_jit_checkpoint=true", r"training\.enable_jit_checkpoint=True: it saves before masks are ref"),
     ("training.push_to_hub=true", r"training\.hub_strategy='every_save' would upload"),
     # evaluation
