@@ -1,13 +1,20 @@
-"""That all processes of a run have the same settings and the same text: a node may have files of its own."""
+"""That all processes of a run have the same settings, text and output folder: a node may have files of its own."""
 
+import uuid
+from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from ast_sparse.config import RunConfig
 from ast_sparse.data.blocks.streaming import StreamedBlocks
-from ast_sparse.distributed.ranks import gather
+from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import UserError, shown
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint
 from ast_sparse.training.resume.same_run import run_settings
+from ast_sparse.training.resume.writing import write_errors
+
+logger = logging.get_logger(__name__)
 
 # a node may have models and text in another place, and these change nothing that processes do together
 _MAY_DIFFER = {
@@ -57,3 +64,33 @@ def check_same_text(field: str, blocks: Any) -> None:
                 f"{field}: the text on process {process} differs from that on process 0 (fingerprints "
                 f"{shown(other)} and {shown(first)}). Let all nodes see the same files."
             )
+
+
+def check_same_folder(output: Path, is_sharded: bool) -> None:
+    """Check that all processes see the output folder of the first one; every process must call this.
+
+    Args:
+        output: exists on the first process.
+        is_sharded: each process writes its part of a checkpoint, which cannot be read without the others. If not, the
+            first process writes all that matters, and one line says that another cannot continue the run.
+
+    Raises:
+        UserError: a process of a sharded run does not see it; on all of them.
+    """
+    names = gather(f".{uuid.uuid4().hex}")  # a new one, so that no node has cached that it is missing
+    if len(names) == 1:
+        return
+    mark = output / names[0]
+    with errors_shared(), write_errors(output):
+        if rank() == 0:
+            mark.touch()
+    is_seen = gather(mark.exists())
+    if rank() == 0:
+        mark.unlink(missing_ok=True)
+    if all(is_seen):
+        return
+    what = f"Process {is_seen.index(False)} does not see the output folder {str(output)!r} of process 0"
+    if is_sharded:
+        raise UserError(f"{what}, so parts of each checkpoint would lie elsewhere. Name a folder that all nodes see.")
+    if rank() == 0:
+        logger.warning(f"{what}: the run cannot be resumed there unless its checkpoints are copied.")

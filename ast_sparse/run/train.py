@@ -28,7 +28,7 @@ from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_
 from ast_sparse.run.dry_run import show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
-from ast_sparse.run.same_on_all import check_same_text
+from ast_sparse.run.same_on_all import check_same_folder, check_same_text
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.run.warm_start import load_options, needs_start, warm_start
@@ -193,6 +193,7 @@ def _prepare(run: CheckedRun, tokenizer: PreTrainedTokenizerBase, measured: Meas
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
     text = start_samples(run, tokenizer, every_block)
+    check_same_folder(run.output, trainer.is_fsdp_enabled)
     with run.signals.held():
         if args.should_save:
             clear_for_run(config, run.output, checkpoint, run.overwrite)

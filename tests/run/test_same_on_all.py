@@ -1,4 +1,4 @@
-"""Settings or text of one process that differ from those of the first are refused before training."""
+"""Settings, text or an output folder that differ from those of the first process are refused before training."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +11,7 @@ from ast_sparse.config import RunConfig, load_config
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.errors import UserError
 from ast_sparse.run import same_on_all
-from ast_sparse.run.same_on_all import check_same_settings, check_same_text
+from ast_sparse.run.same_on_all import check_same_folder, check_same_settings, check_same_text
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint
 
 
@@ -69,3 +69,18 @@ def test_a_process_with_other_text_is_refused(monkeypatch: pytest.MonkeyPatch) -
         refused = pytest.raises(UserError, match="the text on process 1 differs from that on process 0")
         with refused if first is others else nullcontext():
             check_same_text("data.train", ours)
+
+
+@pytest.mark.parametrize(("is_sharded", "sees"), [(True, True), (True, False), (False, False)])
+def test_a_process_of_a_sharded_run_that_sees_another_output_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sharded: bool, sees: bool
+) -> None:
+    check_same_folder(tmp_path, is_sharded)  # alone
+    said: list[str] = []
+    monkeypatch.setattr(same_on_all, "gather", lambda mine: [mine, sees if isinstance(mine, bool) else ".other"])
+    monkeypatch.setattr(same_on_all.logger, "warning", said.append)
+    refused = pytest.raises(UserError, match=r"Process 1 does not see the output folder .* parts of each checkpoint")
+    with nullcontext() if sees or not is_sharded else refused:
+        check_same_folder(tmp_path, is_sharded)
+    assert not list(tmp_path.iterdir())
+    assert len(said) == (not sees and not is_sharded)
