@@ -42,12 +42,12 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not any(len(blocks) == depth for blocks in chosen.values()) and len(chosen) > 1:
         raise UserError(
             f"{type(model).__name__} has several lists of blocks ({', '.join(chosen)}), none with {depth} entries "
-            "(num_hidden_layers), so it is not clear which is the decoder. Use a decoder-only model."
+            "(num_hidden_layers), as a decoder has that runs each block once. Use a model with such a decoder."
         )
     if not chosen:
         raise UserError(
-            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList), so no layer can be selected. "
-            "Use a decoder-only model that AutoModelForCausalLM loads."
+            f"{type(model).__name__} has no list of decoder blocks (an nn.ModuleList) outside parts with another class "
+            "of configuration, so no layer can be selected. Use a model whose decoder is one list of blocks."
         )
     return {f"{name}.{i}": block for name, blocks in chosen.items() for i, block in enumerate(blocks)}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3Config
+from transformers import AutoModelForCausalLM, BltConfig, Gemma3Config
 
 from ast_sparse.config import SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
@@ -266,3 +266,14 @@ def test_other_lists_of_the_same_depth_are_not_mistaken_for_the_decoder(name: st
 
 def test_a_head_that_is_called_decoder_is_not_mistaken_for_it() -> None:
     assert list(decoder_blocks(on_meta("modernbert-decoder"))) == ["model.layers.0", "model.layers.1"]
+
+
+def test_a_decoder_that_is_not_one_list_of_blocks_is_refused_by_what_it_has() -> None:
+    with pytest.raises(UserError, match=r"H_module\.layers\), none with 16 entries .* each block once"):
+        decoder_blocks(on_meta("hrm_text"))
+    parts: Any = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    config = BltConfig(**{f"{part}_config": parts for part in ("patcher", "encoder", "decoder", "global")})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"no list of decoder blocks .* outside parts with another class"):
+        decoder_blocks(model)
