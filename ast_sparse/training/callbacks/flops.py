@@ -7,10 +7,8 @@ import copy
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -19,11 +17,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ast_sparse.config import DistillationConfig, SLoRBConfig, SparsityConfig
+from ast_sparse.config import DistillationConfig, ModelConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.select import select_layers, takes_slorb
 from ast_sparse.storage.locate import load_model_config
+from ast_sparse.storage.meta import meta_model
 from ast_sparse.storage.tied import is_tied
 
 logger = logging.get_logger(__name__)
@@ -52,17 +51,16 @@ def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool =
     """Parameters of a teacher that multiply each token, as a student's; for a name, from its configuration.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it cannot be built.
     """
     if not isinstance(teacher, str):
         return _multiplied(teacher)
     try:
         config = load_model_config(teacher, trust_remote_code=trust_remote_code)
+        place = ModelConfig(name_or_path=teacher, trust_remote_code=trust_remote_code)
+        return _multiplied(meta_model(place, config))
     except UserError as error:
         raise UserError(f"model.teacher={teacher!r}: {error}") from None
-    with torch.device("meta"):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return _multiplied(built)
 
 
 def _multiplied(model: PreTrainedModel) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ast_sparse import DistillationConfig, SLoRBConfig, SparseTrainer, SparsityConfig
 from ast_sparse.cli.train import main
+from ast_sparse.errors import UserError
 from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.training.callbacks.flops import student_parameters, teacher_parameters
 from tests.models import VOCAB, generated_text, save_tiny_model, tiny_config, tiny_model
@@ -42,6 +43,14 @@ def test_a_tied_head_costs_as_much_as_one_of_its_own(tmp_path: Path, family: str
 
 def flops(run: SparseTrainer) -> list[tuple[float, float]]:
     return [(log["student_flops"], log["teacher_flops"]) for log in run.state.log_history if "student_flops" in log]
+
+
+def test_a_teacher_whose_configuration_is_impossible_is_named(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 0}))
+    with pytest.raises(UserError, match=r"^model\.teacher=.*: The model of .* cannot be built: "):
+        teacher_parameters(str(tmp_path))
 
 
 def test_without_a_teacher_a_run_gets_a_third_more_steps(tmp_path: Path) -> None:
