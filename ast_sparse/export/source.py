@@ -19,6 +19,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage import files
 from ast_sparse.storage.dtypes import reading_dtype
 from ast_sparse.storage.load import load_checkpoint
+from ast_sparse.storage.locate import check_reloads
 from ast_sparse.storage.origin import Origin, read_generation_config
 from ast_sparse.storage.save import split_state_dict
 from ast_sparse.storage.sparsity_record import SparsityRecord
@@ -68,6 +69,7 @@ def open_source(
         dtype = torch.float32 if in_float32 or adapter is not None else reading_dtype(folder)
         checkpoint = load_checkpoint(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         model, masks, slorb = checkpoint.model, checkpoint.masks, checkpoint.slorb
+        check_reloads(model, str(folder))
         recorded = with_run(SparsityRecord.read(folder), folder)
         found = recorded.pattern
         if adapter is not None:

@@ -144,7 +144,7 @@ def make_plan(
     model = meta_model(config.model, model_config)
     if config.basis is not None and config.basis.unties:
         untie_head(model)
-    check_savable(config.model, model_config)
+    check_savable(config.model, model_config, model)
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)

@@ -166,7 +166,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), r"Cannot read `.*config\.json`"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{}"), "Unrecognized model"),
-    "config of no causal LM": (_edit_config(model_type="t5"), "Cannot load the model"),
+    "config of no causal LM": (_edit_config(model_type="t5"), "T5Config, which AutoModelForCausalLM does not load"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no model\.safetensors"),
     "pickled weights": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),

@@ -9,7 +9,17 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    MllamaConfig,
+    PreTrainedConfig,
+    T5Config,
+    TrainingArguments,
+    XLMConfig,
+    XLNetConfig,
+)
 
 from ast_sparse import AstSparse24Config, SparseTrainer
 from ast_sparse.cli.eval import main as evaluate
@@ -22,6 +32,8 @@ from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import select_layers, sparsify_model
 from ast_sparse.storage.load import load_causal_lm
+from ast_sparse.storage.locate import load_model_config
+from ast_sparse.training.callbacks.flops import teacher_parameters
 from tests.export.sparse_models import change_tensors, sparse_model, token_ids
 from tests.models import generated_text, save_tiny_model, tiny_tokenizer
 from tests.storage.quantized_models import plain_twin, save_fp8_model
@@ -253,3 +265,57 @@ def test_a_sparse_model_may_have_a_layer_of_zeros(tmp_path: Path) -> None:
     assert call(prune, folder, tmp_path / "pruned", "--method", "magnitude").exit_code == 0
     result = call(export, tmp_path / "pruned", tmp_path / "out")
     assert result.exit_code == 0 and "pruned (2:4)" in result.output
+
+
+# ---- models that predict no next token, or cannot be loaded again ----------------------------------------------------
+
+
+def save_config(folder: Path, config: PreTrainedConfig) -> Path:
+    """A model folder whose weights are never read."""
+    save_tiny_model(folder)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (T5Config(), "is a T5Config, which AutoModelForCausalLM does not load. Use a decoder-only"),
+        (BartConfig(), "is a BartConfig, an encoder-decoder. Use a decoder-only"),
+        (BertConfig(), "is a BertConfig that attends in both directions.* or set `is_decoder` to true"),
+        (XLMConfig(), "is a XLMConfig that attends in both directions.* or set `causal` to true"),
+        (XLNetConfig(), "is a XLNetConfig that attends in both directions.* language model\\."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",
+)
+def test_a_model_of_another_kind_is_refused_by_its_kind(config: PreTrainedConfig, reason: str, tmp_path: Path) -> None:
+    folder = save_config(tmp_path / "other", config)
+    with pytest.raises(UserError, match=reason):
+        load_causal_lm(folder)
+    with pytest.raises(UserError, match=f"model.teacher='{folder}': .*{reason}"):
+        teacher_parameters(str(folder))
+
+
+def test_a_masked_lm_that_is_set_to_be_a_decoder_is_read(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=64)
+    folder = save_config(tmp_path / "bert", config)
+    assert load_model_config(folder, config_overrides={"is_decoder": True}).is_decoder
+    args = TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True)
+    with pytest.raises(UserError, match="`BertLMHeadModel` is a BertConfig that attends in both directions"):
+        SparseTrainer(AutoModelForCausalLM.from_config(config), args)
+
+
+def test_a_text_model_that_could_not_be_loaded_again_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    sizes: Any = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, vocab_size=128, pad_token_id=0)
+    config = MllamaConfig(
+        text_config=dict(sizes, num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[]),
+        vision_config=dict(hidden_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=4),
+    )  # fmt: skip
+    folder = tmp_path / "mllama"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_config(folder, config)
+    reason = "loads the text model alone, a MllamaForCausalLM, and would not load it again once it is saved"
+    result = run_training(tmp_path, folder)
+    assert result.exit_code == 2 and reason in result.output and not (tmp_path / "trained").exists()
+    result = call(prune, folder, tmp_path / "out", "--method", "magnitude")
+    assert result.exit_code == 2 and reason in result.output

@@ -13,6 +13,7 @@ from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.slorb import init_without_text
+from ast_sparse.storage.locate import check_reloads
 from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
@@ -99,7 +100,8 @@ def _dense_student(
     """A model that can be trained and saved, and its origin."""
     if isinstance(model, str):
         # calibration runs the whole model, block by block, on every process
-        model = load_student(model, args, whole=calibrates, trust_remote_code=trust_remote_code)
+        name, model = model, load_student(model, args, whole=calibrates, trust_remote_code=trust_remote_code)
+        check_reloads(model, name)
     check_unwrapped(model)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
