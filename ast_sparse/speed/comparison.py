@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from ast_sparse.errors import UserError
 from ast_sparse.evaluation.perplexity import max_positions, text_config
@@ -17,7 +18,7 @@ from ast_sparse.speed.bytes_read import WeightBytes, fingerprint, has_masks, is_
 from ast_sparse.speed.cases import BATCHES, LENGTHS, Case, all_cases
 from ast_sparse.speed.outcomes import Outcome
 from ast_sparse.speed.side import SideSpec
-from ast_sparse.storage.files import ADAPTER_FOLDER, require_model_folder
+from ast_sparse.storage.files import ADAPTER_FOLDER, CONFIG_NAME, read_json, require_model_folder
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.sparsity_record import has_adapter
 
@@ -116,6 +117,9 @@ def find_comparison(
 
 def _config(folder: Path) -> Any:
     require_model_folder(folder)
+    settings = read_json(folder / CONFIG_NAME)
+    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"`{folder}` needs code that comes with it, and ast-bench runs none. Give another model.")
     return load_model_config(folder)
 
 

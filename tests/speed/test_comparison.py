@@ -110,3 +110,13 @@ def test_transformers_decodes_by_itself(exports: Path) -> None:
         assert ready is found
     with with_dense_folder(replace(found, is_decoded=False)) as ready:
         assert ready.specs == found.specs
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "own")
+    config = read_json(folder / "config.json") | {"auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert find_comparison(folder, **SHORT).specs  # transformers has code for it
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own"}))
+    with pytest.raises(UserError, match="own` needs code that comes with it, and ast-bench runs none"):
+        find_comparison(folder, **SHORT)
