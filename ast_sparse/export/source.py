@@ -19,7 +19,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage import files
 from ast_sparse.storage.dtypes import reading_dtype
 from ast_sparse.storage.load import load_checkpoint
-from ast_sparse.storage.locate import check_reloads
+from ast_sparse.storage.locate import check_reloads, is_causal
 from ast_sparse.storage.origin import Origin, read_generation_config
 from ast_sparse.storage.save import split_state_dict
 from ast_sparse.storage.sparsity_record import SparsityRecord
@@ -88,6 +88,11 @@ def open_source(
 def _check_model(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"Cannot export a {type(model).__name__}. Give a causal LM of transformers, or a folder.")
+    if not is_causal(model.config) and not model.is_remote_code():
+        raise UserError(
+            f"Cannot export a {type(model).__name__}: AutoModelForCausalLM would not load it, and an export is read "
+            "back. Save it with trainer.save_model(FOLDER)."
+        )
     refuse_sharded(model, "Save it whole with trainer.save_model(FOLDER), and export that folder.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError("Cannot export a model with a PEFT adapter attached. Give the folder it was loaded from.")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, T5Config, T5ForConditionalGeneration
 
 from ast_sparse.config import SparsityConfig
 from ast_sparse.errors import UserError
@@ -362,6 +362,8 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
             export_model(model, tmp_path / "out", **arguments)
     with pytest.raises(UserError, match="Cannot export a Linear"):
         export_model(torch.nn.Linear(4, 4), tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"Cannot export a T5ForCond.*: AutoModelForCausalLM would not load it"):
+        export_model(T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, num_layers=1)), tmp_path / "out")
 
 
 def test_mask_of_a_training_checkpoint_beats_the_magnitude(tmp_path: Path) -> None:
