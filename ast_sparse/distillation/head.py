@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ast_sparse.distributed.pieces import reshard
-from ast_sparse.errors import one_line
+from ast_sparse.errors import UserError, one_line
 from ast_sparse.kernels.products import linear, product
 
 _PROBE_LIMIT = 50.0  # the largest probed logit, where the soft cap of models that have one is clearly visible
@@ -152,6 +152,7 @@ def find_output_head(model: nn.Module) -> OutputHead:
 
     Raises:
         UnknownHeadError: it is not as an `OutputHead` does, or the head is not a plain `nn.Linear` without hooks.
+        UserError: the output of the model has no `logits`.
     """
     head = _output_embeddings(model)
     if not _is_plain(head):
@@ -209,13 +210,20 @@ def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor
     model.eval()
     try:
         with head_replaced(head, forward):
-            return getattr(model(input_ids=ids, use_cache=False), "logits", None)
+            output = model(input_ids=ids, use_cache=False)
     except Exception as error:  # whatever a model's code raises if it needs other inputs or logits
         raise UnknownHeadError(one_line(error)) from error
     finally:
         reshard(model)  # what FSDP2 has gathered would be used again, even if other weights are loaded meanwhile
         for module in training:
             module.training = True
+    if not hasattr(output, "logits"):
+        raise UserError(
+            f"{type(model).__name__} returns a {type(output).__name__}, which has no `logits`. Let its forward return "
+            "a CausalLMOutput of transformers."
+        )
+    logits: Tensor | None = output.logits
+    return logits
 
 
 def _fit(head: nn.Linear, scale: float, largest: float) -> OutputHead:

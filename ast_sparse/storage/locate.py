@@ -3,6 +3,7 @@
 Separate from `load` because the model classes take seconds to import.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -147,6 +148,27 @@ def check_reloads(model: PreTrainedModel, name: str) -> None:
             f"`{name}`: AutoModelForCausalLM loads the text model alone, a {type(model).__name__}, and would not load "
             f"it again once it is saved with its {kind}. Use a language model without images."
         )
+
+
+def check_call(model: PreTrainedModel, name: str) -> None:
+    """Raise UserError if a model cannot be called as every command does; code that comes with a model may be different.
+
+    Args:
+        name: of the model, for messages.
+    """
+    if getattr(model.config, "return_dict", True) is False:
+        raise UserError(
+            f"`{name}`: return_dict=False in {files.CONFIG_NAME} makes the model return tuples. Remove the key."
+        )
+    taken = inspect.signature(type(model).forward).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
+        return
+    for key in ("input_ids", "use_cache"):
+        if key not in taken:
+            raise UserError(
+                f"`{name}`: the forward of {type(model).__name__} takes no `{key}`, with which it is called. Add it "
+                "to its code, or **kwargs."
+            )
 
 
 def check_direction(config: PreTrainedConfig, name: str) -> None:

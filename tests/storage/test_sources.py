@@ -177,6 +177,35 @@ def test_every_tool_reads_and_writes_a_model_with_code_of_its_own(remote: Path, 
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        ("def forward(self, input_ids, labels=None): pass", "forward of OwnForCausalLM takes no `use_cache`"),
+        (
+            "def forward(self, **kw): return super().forward(**kw).to_tuple()",
+            "OwnForCausalLM returns a tuple, which",
+        ),
+    ],
+)
+def test_code_that_is_called_in_another_way_is_refused(remote: Path, forward: str, reason: str, tmp_path: Path) -> None:
+    (remote / "modeling_own.py").write_text(f"{_CODE}    {forward}\n")
+    result = run_training(tmp_path, remote, ", trust_remote_code: true")
+    assert result.exit_code == 2 and reason in result.output, result.output
+    result = run_evaluation(tmp_path, remote, "--trust-remote-code")
+    assert result.exit_code == 2 and reason in result.output, result.output
+
+
+def test_a_model_that_is_set_to_return_tuples_is_refused(tmp_path: Path) -> None:
+    from tests.storage.quantized_models import edit_config
+
+    folder = save_tiny_model(tmp_path / "model")
+    edit_config(folder, return_dict=False)
+    result = run_training(tmp_path, folder)
+    assert result.exit_code == 2 and "return_dict=False in config.json" in result.output, result.output
+    result = run_evaluation(tmp_path, folder)
+    assert result.exit_code == 2 and "return_dict=False in config.json" in result.output, result.output
+
+
 def test_a_teacher_with_code_of_its_own_is_allowed_by_the_same_setting(remote: Path, tmp_path: Path) -> None:
     student = save_tiny_model(tmp_path / "student")
     result = run_training(tmp_path, student, f", teacher: {remote}")
