@@ -17,6 +17,7 @@ from ast_sparse.config import BasisConfig
 from ast_sparse.distributed.pieces import refuse_sharded
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.statistics import check_tokens
 from ast_sparse.storage.tied import untie_head
 
 _CLOSE = 1e-4  # of the largest logit
@@ -91,10 +92,11 @@ def change_basis(
 
     Raises:
         UserError: the pattern has no groups, the model is not understood, is sharded, cannot be rotated or is not in
-            float32, or its logits change.
+            float32, a token has no embedding, or the logits change.
     """
     start = time.perf_counter()
     _check(model, pattern)
+    check_tokens(model, samples)
     structure = find_structure(model, samples)
     report = BasisReport(pattern, structure.width)
     is_rotated = config.rotation_steps > 0

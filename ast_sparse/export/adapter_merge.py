@@ -17,6 +17,7 @@ from ast_sparse.errors import UserError, one_line, shown
 from ast_sparse.export.quantizer import CompressedLinear
 from ast_sparse.sparsity.kept import nm_layers, plain_name
 from ast_sparse.sparsity.masks import Pattern
+from ast_sparse.sparsity.statistics import check_tokens
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import CHECKSUMS_NAME
 from ast_sparse.storage.origin import source_folder
@@ -175,6 +176,8 @@ def _base_model(model: Any) -> PreTrainedModel:
 def _mean_loss(model: Any, batches: list[Tensor]) -> float:
     """The mean cross-entropy of a predicted token, a sequence at a time."""
     total, count = 0.0, 0
+    for batch in batches:
+        check_tokens(model, batch)
     for row in (row.to(model.device)[None] for batch in batches for row in batch):
         logits = model(input_ids=row).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))

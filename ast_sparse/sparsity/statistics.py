@@ -209,8 +209,9 @@ def calibrate_blocks(
         changes: False: blocks stay as they are, and are run once.
 
     Raises:
-        UserError: the blocks do not run one after the other.
+        UserError: the blocks do not run one after the other, or a token has no embedding.
     """
+    check_tokens(model, samples)
     was_training, steps = model.training, steps or BlockSteps()
     model.eval()
     try:
@@ -232,6 +233,17 @@ def calibrate_blocks(
             block.to(home)
     finally:
         model.train(was_training)
+
+
+def check_tokens(model: Any, tokens: Tensor) -> None:
+    """Raise UserError for a token that the model has no embedding for."""
+    config = getattr(model, "config", None)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if rows is not None and int(tokens.max()) >= rows:
+        raise UserError(
+            f"The text has the token {int(tokens.max())}, but the model has {rows} embeddings. Use the model's own "
+            "tokenizer."
+        )
 
 
 def _inputs_of(

@@ -50,6 +50,11 @@ def mean_loss(model: Any, ids: Tensor) -> float:
     return sum(found) / len(found)
 
 
+def test_a_token_without_an_embedding_is_refused() -> None:
+    with pytest.raises(UserError, match="The text has the token 128, but the model has 128 embeddings"):
+        merge_adapter_sparse(adapted(base("llama")), samples=[torch.full((1, 4), 128)])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_merged_weight_is_the_masked_sum(family: str) -> None:
     plain, model, ids = base(family), adapted(base(family), family), token_ids()

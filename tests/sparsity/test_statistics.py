@@ -9,7 +9,8 @@ from transformers.cache_utils import KVSharingDict
 
 import ast_sparse.sparsity.pruning as pruning_module
 import ast_sparse.sparsity.statistics as statistics_module
-from ast_sparse.config import SLoRBConfig, SparsityConfig
+from ast_sparse.basis.change import change_basis
+from ast_sparse.config import BasisConfig, SLoRBConfig, SparsityConfig
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.model import (
@@ -22,7 +23,7 @@ from ast_sparse.sparsity.model import (
 )
 from ast_sparse.sparsity.oneshot import prune_layer, sparsegpt_prune, wanda_mask
 from ast_sparse.sparsity.statistics import InputRecorder, InputStatistics, calibrate_blocks
-from tests.models import tiny_model
+from tests.models import VOCAB, tiny_model
 
 FAMILIES = ("llama", "gpt2", "opt")
 
@@ -119,6 +120,17 @@ def test_statistics_under_autocast_are_those_without() -> None:
                 statistics.add(inputs)
             found.append(statistics.squares if statistics.hessian is None else statistics.hessian)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_a_token_without_an_embedding_is_refused_wherever_a_text_calibrates() -> None:
+    model, tokens = tiny_model("llama"), samples()
+    tokens[-1, -1] = VOCAB
+    for calibrate in (
+        lambda: sparsify_model(model, SparsityConfig(init="wanda"), samples=tokens),
+        lambda: change_basis(model, BasisConfig(permute=True), Pattern(2, 4), tokens),
+    ):
+        with pytest.raises(UserError, match=f"The text has the token {VOCAB}, but the model has {VOCAB} embeddings"):
+            calibrate()
 
 
 def test_a_block_that_gets_more_from_the_text_than_hidden_states_is_refused() -> None:
