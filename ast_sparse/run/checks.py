@@ -259,12 +259,19 @@ def check_token_ids(
     teacher: PreTrainedModel | str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Raise UserError if a token of the text has no embedding; unused tokens of the tokenizer need none."""
+    """Raise UserError if a token of the text has no embedding; unused tokens of the tokenizer need none.
+
+    A stream raises it when it comes to the token.
+    """
     rows = model.config.get_text_config().vocab_size
     taught_by = model.config
     if isinstance(teacher, str):
         taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
-    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size) or isinstance(train, StreamedBlocks):
+    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size):
+        return
+    if isinstance(train, StreamedBlocks):
+        train.embeddings = rows
+        next(iter(train))  # most texts that do not fit have such a token at once
         return
     largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
     if largest >= rows:

@@ -122,6 +122,10 @@ SETTINGS: list[tuple[str | list[str], str]] = [
     ([*STREAMING, "training.max_steps=-1"], r"the length of the text is unknown\. Set training\.max_steps"),
     ([*STREAMING, "training.dataloader_num_workers=2"], r"dataloader_num_workers=2: each worker would read the same"),
     ([*STREAMING, "data.train=latin.txt"], r"latin\.txt, line 1: not UTF-8"),
+    (
+        [*STREAMING, "model.name_or_path={root}/small-vocabulary", "evaluation.datasets=[]"],
+        r"`data\.train`: the tokenizer makes the token \d+, but the model has only 64 embeddings",
+    ),
     ([*DOMAINS, "data.streaming=true"], r"data\.streaming=True does not support domains\. Make shards"),
     # domains
     (["data.train=null"], r"data\.train is missing\. Name text in it, or domains in data\.domains"),

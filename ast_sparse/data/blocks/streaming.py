@@ -29,7 +29,12 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
     Args:
         entries, root, text_field: as in `data.train`.
         bos: what goes before documents or blocks.
+
+    Attributes:
+        embeddings: of the model; a larger token raises UserError when it is read. None: any.
     """
+
+    embeddings: int | None = None
 
     def __init__(
         self,
@@ -67,6 +72,11 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             while texts := [text for text, _ in islice(documents, _DOCUMENTS)]:
                 tokens = np.concatenate(list(token_ids(self.tokenizer, texts, self.eos, self.bos.of_document)))
                 total += len(tokens)
+                if self.embeddings is not None and int(tokens.max(initial=0)) >= self.embeddings:
+                    raise UserError(
+                        f"`data.train`: the tokenizer makes the token {tokens.max()}, but the model has only "
+                        f"{self.embeddings} embeddings. Put the model's own tokenizer into its folder."
+                    )
                 yield tokens
             if total < self.block_size - len(self.bos.of_block):
                 raise UserError(
