@@ -36,7 +36,7 @@ def main(names: tuple[str, ...], quick: bool, reference: Path | None, before: Pa
     with tempfile.TemporaryDirectory() as folder:
         for name in names or BENCHMARKS:
             lines = Path(folder) / f"{name}.jsonl"
-            command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(lines)]
+            command = [sys.executable, "-m", f"scripts.benchmarks.{name}", "--out", str(lines)]
             command += ["--quick"] if quick else []
             command += ["--reference", str(reference)] if reference is not None else []
             command += ["--before", str(before)] if before is not None else []
