@@ -22,7 +22,6 @@ from ast_sparse.storage.files import ADAPTER_FOLDER, CONFIG_NAME, read_json, req
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.storage.sparsity_record import has_adapter
 
-ENGINES = ("transformers", "vllm")
 _CACHE_BLOCK = 128  # tokens; the largest block in which vLLM keeps keys and values
 
 

@@ -14,20 +14,19 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage.dtypes import loaded_dtypes
 
 
-def make_plain(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
+def make_plain(model: Any, name: str) -> None:
     """Decode what is still quantized and drop all traces of it, in place; a plain model stays as it is.
 
     Args:
         model: a `PreTrainedModel`; anything else stays as it is.
         name: of the model, for messages.
-        dtype: of the decoded weights; default: that of the model.
 
     Raises:
         UserError: transformers cannot decode this kind of quantization.
     """
     if not isinstance(model, PreTrainedModel):
         return
-    named = dtype or model.config.dtype or torch.float32  # a name if the model has been saved
+    named = model.config.dtype or torch.float32  # a name if the model has been saved
     own = named if isinstance(named, torch.dtype) else getattr(torch, named)
     was_quantized = getattr(model, "hf_quantizer", None) is not None
     if was_quantized:

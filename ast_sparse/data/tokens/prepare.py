@@ -101,7 +101,7 @@ def prepare_shards(
             written.
     """
     manifest = _empty_manifest(settings, tokenizer)
-    _check_folder(folder, overwrite)
+    _check_folder(folder)
     if overwrite:
         _remove_shards(folder)
     if (folder / MANIFEST).is_file():
@@ -148,7 +148,7 @@ def _with_shards(manifest: Manifest, done: Mapping[str, Shard]) -> Manifest:
     return Manifest(**{**vars(manifest), "shards": [done[name] for name in sorted(done)]})
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Name a folder for the shards.")
     if folder.is_dir():

@@ -144,7 +144,7 @@ def find_groups(
     for layers in by_input.values():
         fold = None
         if not any(layer in shared for layer in layers.values()):
-            for candidate in _candidates(block, layers, trace, dtypes, attention):
+            for candidate in _candidates(layers, trace, dtypes, attention):
                 if not any(each in shared for each in candidate.modules) and _fits(
                     block, candidate, layers, trace, run, (before, after)
                 ):
@@ -203,7 +203,6 @@ def _key(tensor: Tensor) -> tuple[int, int]:
 
 
 def _candidates(
-    block: nn.Module,
     layers: dict[str, nn.Module],
     trace: _Trace,
     dtypes: Mapping[nn.Module, torch.dtype],
