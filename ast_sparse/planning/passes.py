@@ -26,7 +26,7 @@ from ast_sparse.distillation.head import OutputHead
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.planning.live_bytes import LiveBytes, counted_gradients
 from ast_sparse.planning.setup import Setup
-from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.sparsity.layers import SparseLayer, out_by_in
 from ast_sparse.sparsity.masked_copy import MaskedCopy
 from ast_sparse.sparsity.model import decoder_blocks, sparse_layers
 from ast_sparse.storage.tied import is_tied
@@ -164,7 +164,7 @@ class Passes:
                 with self._mode:
                     layer.weight = nn.Parameter(layer.weight.to(dtype))
                     layer.weight.grad_dtype = torch.float32
-            layer.masked_linear = partial(F.linear, weight=layer.weight, bias=layer.bias)  # type: ignore[method-assign]
+            layer.masked_linear = partial(_product, layer)  # type: ignore[method-assign]
         return student
 
     def _keep_masked_weights(self, student: PreTrainedModel, dtype: torch.dtype) -> "list[_Copy]":
@@ -249,6 +249,10 @@ def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(tensor, device="cpu")
     kept = dtype if tensor.is_floating_point() else tensor.dtype
     return nn.Parameter(torch.empty_like(tensor, device="cpu", dtype=kept), requires_grad=tensor.requires_grad)
+
+
+def _product(layer: SparseLayer, inputs: Tensor) -> Tensor:
+    return F.linear(inputs, out_by_in(layer.weight, layer.group_dim), layer.bias)
 
 
 @contextmanager

@@ -326,3 +326,8 @@ def test_every_line_of_llama2_7b_on_eight_devices_is_that_of_a_hand_count() -> N
     tensors = blocks + 12 + 6 * 11_008 / 4096 + 1
     assert memory.items[activations] == pytest.approx(tensors * tokens * 4096 * 2, rel=0.05)
     assert memory.terms["teacher"].how == "404,766,720 x 2 bytes / 8 + 262,148,096 x 2 bytes"
+
+
+def test_an_offloaded_model_with_conv1d_layers_is_planned_too() -> None:
+    memory = memory_model("gpt2", None)
+    assert memory(replace(SETUP, offload=True)).total < memory(SETUP).total
