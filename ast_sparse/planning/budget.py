@@ -67,6 +67,7 @@ class Budget:
         can_shard = not self.on_cpu and not any(isinstance(module, Conv1D) for module in student.modules())
         can_halve = not self.on_cpu or multiplies_in_bf16(torch.device("cpu"))[0]
         can = dict(can_shard=can_shard, can_halve=can_halve, can_offload=not self.on_cpu)
+        can["can_recompute"] = student.supports_gradient_checkpointing
         fit = find_fit(self.plan.memory, self.setup, self.limit, **can)
         needs = f"The run needs {_shown(self.memory.total)} per device, and {_shown(self.limit)} can be used."
         if fit is None:

@@ -54,7 +54,13 @@ class Fit:
 
 
 def find_fit(
-    memory: Callable[[Setup], Memory], setup: Setup, limit: float, can_shard: bool, can_halve: bool, can_offload: bool
+    memory: Callable[[Setup], Memory],
+    setup: Setup,
+    limit: float,
+    can_shard: bool,
+    can_halve: bool,
+    can_offload: bool,
+    can_recompute: bool = True,
 ) -> Fit | None:
     """The first combination of settings that fits, without the changes that are not needed.
 
@@ -64,13 +70,14 @@ def find_fit(
         can_shard: whether the model can be sharded by FSDP2.
         can_halve: whether the devices compute in bf16.
         can_offload: whether masters and moments may be in host memory.
+        can_recompute: whether the model supports `gradient_checkpointing`.
 
     Returns:
         None if nothing fits.
     """
     for devices in _numbers_of_devices(setup.world_size, can_shard):
         applied: list[Step] = [] if devices == setup.world_size else [_with_devices(devices)]
-        for step in _steps(setup, devices, can_shard, can_halve, can_offload):
+        for step in _steps(setup, devices, can_shard, can_halve, can_offload, can_recompute):
             applied.append(step)
             if memory(_apply(applied, setup)).total > limit:
                 continue
@@ -89,7 +96,9 @@ def _apply(steps: list[Step], setup: Setup) -> Setup:
     return setup
 
 
-def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_offload: bool) -> Iterator[Step]:
+def _steps(
+    setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_offload: bool, can_recompute: bool
+) -> Iterator[Step]:
     """Changes that do not affect what is learned: for smaller batches, more of them are accumulated."""
     if can_halve and not setup.is_half:
         yield lambda now: replace(now, dtype=torch.bfloat16)
@@ -101,7 +110,7 @@ def _steps(setup: Setup, devices: int, can_shard: bool, can_halve: bool, can_off
         yield lambda now: replace(now, eval_batch_size=1)
     if not setup.fast_forward and not setup.gradient_checkpointing:
         yield lambda now: replace(now, fast_forward=True)
-    if not setup.gradient_checkpointing:
+    if can_recompute and not setup.gradient_checkpointing:
         yield lambda now: replace(now, gradient_checkpointing=True)
     if setup.keeps_whole_gradients:
         yield lambda now: replace(now, syncs_each_batch=True)

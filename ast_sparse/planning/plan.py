@@ -29,7 +29,7 @@ from ast_sparse.storage.tied import untie_head
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.checks.baselines import check_baseline
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes
-from ast_sparse.training.checks.inputs import check_vocabularies
+from ast_sparse.training.checks.inputs import check_recomputing, check_vocabularies
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 
 _GPUS_PER_NODE = 8
@@ -145,6 +145,7 @@ def make_plan(
     if config.basis is not None and config.basis.unties:
         untie_head(model)
     check_savable(config.model, model_config, model)
+    check_recomputing(model, args)
     if sharding_plugin(args) is not None:
         check_shardable(model)
     student = student_parameters(model, config.sparsity, config.slorb)

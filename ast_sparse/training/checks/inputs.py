@@ -72,6 +72,14 @@ def check_model(model: PreTrainedModel) -> None:
             )
 
 
+def check_recomputing(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Raise UserError if activations cannot be computed again in the backward pass, as the run asks for."""
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"training.gradient_checkpointing=True: {type(model).__name__} does not support it. Set it to false."
+        )
+
+
 def check_replaced(optimizer: torch.optim.Optimizer | None, given: Mapping[str, Any], args: TrainingArguments) -> None:
     """Raise UserError for what would replace SparseTrainer's own: an optimizer without masks, a loss, a model.
 

@@ -18,7 +18,7 @@ from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters
 from ast_sparse.training.checks.baselines import check_baseline
-from ast_sparse.training.checks.inputs import check_model, check_unwrapped
+from ast_sparse.training.checks.inputs import check_model, check_recomputing, check_unwrapped
 from ast_sparse.training.fsdp import check_shardable, sharding_plugin
 from ast_sparse.training.start.blocks import BlockMaker
 from ast_sparse.training.start.frozen_teacher import frozen_teacher
@@ -105,6 +105,7 @@ def _dense_student(
     check_unwrapped(model)
     make_plain(model, str(getattr(getattr(model, "config", None), "name_or_path", "")))
     check_model(model)
+    check_recomputing(model, args)
     forget_preparation(model)  # of another trainer
     origin = Origin.of(model)
     generation = getattr(model, "generation_config", None)
