@@ -23,8 +23,8 @@ def bos_tokenizer(single: str | None = "<s> $A", bos: str | None = "<s>") -> Pre
     return tokenizer
 
 
-def save_bos_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
-    save_tiny_model(folder, family, seed)
+def save_bos_model(folder: Path) -> Path:
+    save_tiny_model(folder)
     bos_tokenizer().save_pretrained(folder)
     return folder
 
