@@ -28,11 +28,15 @@ for _noisy in ("torchao", "torch.utils._pytree"):  # transformers imports torcha
 class _OneLine(click.Command):
     """Prints a user's error, including a wrong option, as one line and exits with 2; Ctrl-C exits with 130."""
 
+    shares_work = False  # with the other processes of a launcher
+
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         kwargs["standalone_mode"] = False
         from ast_sparse.progress import lines_for_bars  # imports tqdm, which reads the environment once
 
         with _one_line_errors(), lines_for_bars():
+            if not self.shares_work:
+                _refuse_launcher()
             setting.requested()  # a wrong value of its environment variable is an error before the command starts
             code = super().main(*args, **kwargs)
         sys.exit(code if isinstance(code, int) else 0)
@@ -42,8 +46,23 @@ class Command(_OneLine):
     """A click command whose errors are one line."""
 
 
+class SharedCommand(Command):
+    """One that the processes of a launcher run together."""
+
+    shares_work = True
+
+
 class Group(_OneLine, click.Group):
     """A click command with subcommands, whose errors are one line."""
+
+
+def _refuse_launcher() -> None:
+    """Raise UserError if a launcher has started several processes, which would all do the same and write the same."""
+    if _has_others() and "LOCAL_RANK" in os.environ:  # some clusters set the others for every command
+        raise UserError(
+            f"This command runs in one process, but a launcher started {os.environ['WORLD_SIZE']}. Start it without "
+            "torchrun or accelerate launch; in a script that they have started, unset LOCAL_RANK for it."
+        )
 
 
 @contextmanager

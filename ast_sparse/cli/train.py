@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from ast_sparse.cli.command import Command
+from ast_sparse.cli.command import SharedCommand
 from ast_sparse.config import SECTIONS, RunConfig
 from ast_sparse.run.signals import PREEMPTED_EXIT, Preempted, preemption_signals
 
@@ -36,7 +36,7 @@ def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@click.command(cls=Command, epilog=_fields())
+@click.command(cls=SharedCommand, epilog=_fields())
 @click.option("--config", "config_path", required=True, metavar="FILE", help="YAML file with the run's settings.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace one setting; repeatable.")
 @click.option(

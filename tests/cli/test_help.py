@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from ast_sparse.cli import bench, data, eval, export, prune, train
 from tests.processes import run_python
@@ -62,3 +63,17 @@ def test_the_wheel_is_tried_with_every_command() -> None:
     script = (ROOT / "scripts" / "checks" / "wheel.sh").read_text(encoding="utf-8")
     (tried,) = re.findall(r"^for command in ([a-z ]+); do$", script, re.MULTILINE)
     assert {f"ast-{name}" for name in tried.split()} == set(commands)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_only_training_runs_in_the_processes_of_a_launcher(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("ast_sparse.cli.command._PRINT_S", 0)
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    done = CliRunner().invoke(COMMANDS[name], ["--help"])
+    if name == "train":
+        assert done.exit_code == 0
+    else:
+        assert done.exit_code == 2 and "runs in one process, but a launcher started 2. Start it" in done.stderr
+    monkeypatch.delenv("LOCAL_RANK")  # some clusters set the others for every command
+    assert CliRunner().invoke(COMMANDS[name], ["--help"]).exit_code == 0
