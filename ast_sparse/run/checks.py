@@ -100,8 +100,7 @@ def checked_run(
         check_same_settings(config)
         output = output_folder(config, output_dir)
     forced = {"use_cpu": True} if dry_run else {}  # a plan needs no accelerator, which bf16 would ask for
-    undecided = is_undecided(config.training)
-    args = build_arguments({**without_auto(config.training), **forced}, str(output), not undecided)
+    args = build_arguments({**without_auto(config.training), **forced}, str(output), not is_undecided(config.training))
     with errors_shared():
         if not dry_run:
             check_sharding(args)
@@ -121,8 +120,7 @@ def checked_run(
     if precision is not None:
         args = build_arguments({**config.training, **forced}, str(output))
     with errors_shared():
-        note = _check_settings(config, args, output, dry_run)
-        devices = hardware.world_size or args.world_size
+        note, devices = _check_settings(config, args, output, dry_run), hardware.world_size or args.world_size
         check_shared_batches(args, devices)
         check_optimizer_settings(config.optimizer, args, processes=devices, sparsity=config.sparsity)
         check_semi_structured(config.sparsity, config.optimizer, args, bool(config.training.get("use_cpu")))

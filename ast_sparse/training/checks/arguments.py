@@ -163,12 +163,6 @@ def check_arguments(
             f"training.hub_strategy={_short(args.hub_strategy)} would upload weights that are not masked yet. "
             "Use hub_strategy: end."
         )
-    for name, what in _ENGINES.items():
-        if env_flag(f"ACCELERATE_USE_{name}"):
-            raise UserError(
-                f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
-                "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
-            )
     _check_launched(args, is_decided)
     check_parallelism(args, is_sharded=sharding_plugin(args) is not None)
     if args.n_gpu > 1:
@@ -209,7 +203,13 @@ def check_callback(callback: TrainerCallback | type[TrainerCallback]) -> None:
 
 
 def _check_launched(args: TrainingArguments, is_decided: bool) -> None:
-    """Refuse what `accelerate launch` turns on and the settings of the run, by which others go, do not say."""
+    """Refuse what `accelerate launch` turns on where masks do not work, or the settings of the run do not say so."""
+    for name, what in _ENGINES.items():
+        if env_flag(f"ACCELERATE_USE_{name}"):
+            raise UserError(
+                f"accelerate is configured for {what} (ACCELERATE_USE_{name}), where masks cannot follow the weights. "
+                "Use `accelerate launch --config_file configs/accelerate/fsdp2.yaml` (or ddp.yaml), or torchrun."
+            )
     half, dynamo = str(args.mixed_precision), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if is_decided and half != "no" and not (args.bf16 or args.fp16):
         known = f"Set training.{half}: true, or " if half in ("bf16", "fp16") else "Set "
