@@ -1,6 +1,7 @@
 """That all processes of a run have the same settings, text and output folder: a node may have files of its own."""
 
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def check_same_folder(output: Path, is_sharded: bool) -> None:
         return
     what = f"Process {is_seen.index(False)} does not see the output folder {str(output)!r} of process 0"
     if is_sharded:
+        with suppress(OSError):  # it is not empty
+            output.rmdir()
         raise UserError(f"{what}, so parts of each checkpoint would lie elsewhere. Name a folder that all nodes see.")
     if rank() == 0:
         logger.warning(f"{what}: the run cannot be resumed there unless its checkpoints are copied.")
