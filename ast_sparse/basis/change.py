@@ -18,6 +18,7 @@ from ast_sparse.distributed.pieces import refuse_sharded
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.masks import Pattern
 from ast_sparse.sparsity.statistics import check_tokens
+from ast_sparse.storage.model_kind import check_outputs
 from ast_sparse.storage.tied import untie_head
 
 _CLOSE = 1e-4  # of the largest logit
@@ -150,6 +151,7 @@ def _check_rotation(model: nn.Module, structure: Structure, config: BasisConfig,
 
 def _check(model: nn.Module, pattern: Pattern) -> None:
     refuse_sharded(model, "Change its basis before it is sharded.")
+    check_outputs(model)
     if not pattern.structured:
         raise UserError(
             f"sparsity.pattern={str(pattern)!r} has no groups to arrange channels in. Set N:M, or leave out the change "

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ast_sparse.errors import UserError
 from ast_sparse.sparsity.layers import group_dim_of, out_by_in
 from ast_sparse.sparsity.select import decoder_blocks
+from ast_sparse.storage.model_kind import without_cache
 
 _TOKENS = 16  # run to see the structure
 _FUSED_QKV = ("c_attn", "qkv_proj")  # one layer makes queries, keys and values, the values last
@@ -194,7 +195,7 @@ def _run(model: Any, tokens: Tensor) -> Tensor:
     model.eval()
     try:
         device = next(model.parameters()).device
-        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+        logits: Tensor = model(input_ids=tokens.to(device), **without_cache(model)).logits
         return logits
     finally:
         model.train(was_training)

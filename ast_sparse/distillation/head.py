@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from ast_sparse.distributed.pieces import reshard
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.kernels.products import linear, product
+from ast_sparse.storage.model_kind import without_cache
 
 _PROBE_LIMIT = 50.0  # the largest probed logit, where the soft cap of models that have one is clearly visible
 _PROBE_SMALL = 1e-6  # a value x with tanh(x) = x up to rounding
@@ -210,7 +211,7 @@ def _probe(model: nn.Module, head: nn.Linear, forward: Callable[[Tensor], Tensor
     model.eval()
     try:
         with head_replaced(head, forward):
-            output = model(input_ids=ids, use_cache=False)
+            output = model(input_ids=ids, **without_cache(model))
     except Exception as error:  # whatever a model's code raises if it needs other inputs or logits
         raise UnknownHeadError(one_line(error)) from error
     finally:

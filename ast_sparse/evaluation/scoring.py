@@ -17,6 +17,7 @@ from ast_sparse.distributed.pieces import is_sharded, reshard
 from ast_sparse.distributed.ranks import gather, own_rank
 from ast_sparse.kernels.fast_forward import fast_forward
 from ast_sparse.progress import progress_bar
+from ast_sparse.storage.model_kind import check_direction, check_outputs, without_cache
 
 _POSITIONS_PER_CHUNK = 256  # logits of this many positions exist at a time
 _CROSS_ENTROPY = Terms.of(None)
@@ -140,6 +141,8 @@ class _Scored:
     """A model whose logits exist for a chunk of positions at a time, if its head is recognised."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_outputs(model)
+        check_direction(getattr(model, "config", None), type(model).__name__)
         self.model = model
         self.device = next(model.parameters()).device
         self.head: OutputHead | None = None
@@ -148,7 +151,7 @@ class _Scored:
 
     def parts(self, tokens: Tensor, chosen: slice | Tensor) -> Iterator[Tensor]:
         """Logits `[positions, vocab]` that predict the chosen ones of the tokens after the first, in chunks."""
-        inputs: dict[str, Any] = dict(input_ids=tokens[None].to(self.device), use_cache=False)
+        inputs: dict[str, Any] = dict(input_ids=tokens[None].to(self.device), **without_cache(self.model))
         if self.head is None:
             states = self.model(**inputs).logits
         else:

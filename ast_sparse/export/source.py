@@ -19,7 +19,7 @@ from ast_sparse.sparsity.model import sparse_layers
 from ast_sparse.storage import files
 from ast_sparse.storage.dtypes import reading_dtype
 from ast_sparse.storage.load import load_checkpoint
-from ast_sparse.storage.locate import check_reloads, is_causal
+from ast_sparse.storage.model_kind import check_reloads, is_causal
 from ast_sparse.storage.origin import Origin, read_generation_config
 from ast_sparse.storage.save import split_state_dict
 from ast_sparse.storage.sparsity_record import SparsityRecord

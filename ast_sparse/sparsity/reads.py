@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ast_sparse.sparsity.layers import SparseLayer
+from ast_sparse.storage.model_kind import without_cache
 
 _TOKENS = 8
 _TORCH_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
@@ -170,7 +171,7 @@ def _watched(model: nn.Module, layers: Mapping[str, nn.Module]) -> "_Watch | Non
         shadow = _without_data(model, mode)
         watch = _Watch({name: shadow.get_submodule(name) for name in layers})
         with torch.random.fork_rng(devices=[]), _quiet(), mode, _EveryPosition(), watch.own_forwards(shadow), watch:
-            shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), use_cache=False)
+            shadow(input_ids=torch.zeros((1, _TOKENS), dtype=torch.long), **without_cache(model))
     except Exception:  # whatever a model raises if it needs data or other inputs
         return None
     return watch

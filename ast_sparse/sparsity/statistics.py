@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ast_sparse.errors import UserError
+from ast_sparse.storage.model_kind import without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a block, without its hidden states
 _WITHOUT_TEXT = "Use the method magnitude; to round to 4 bits, --calibration none."
@@ -237,12 +239,12 @@ def calibrate_blocks(
 
 def check_tokens(model: Any, tokens: Tensor) -> None:
     """Raise UserError for a token that the model has no embedding for."""
-    config = getattr(model, "config", None)
-    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-    if rows is not None and int(tokens.max()) >= rows:
+    largest = int(tokens.max()) if tokens.numel() else 0
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    rows = getattr(embedding, "num_embeddings", None)  # more than `vocab_size` in a few families
+    if rows is not None and largest >= rows:
         raise UserError(
-            f"The text has the token {int(tokens.max())}, but the model has {rows} embeddings. Use the model's own "
-            "tokenizer."
+            f"The text has the token {largest}, but the model has {rows} embeddings. Use the model's own tokenizer."
         )
 
 
@@ -303,7 +305,7 @@ def _block_inputs(
     try:
         for index in range(len(samples)):  # the first records the calls of all blocks, the second compares
             with suppress(_Stop):
-                model(input_ids=samples[index : index + 1].to(device), use_cache=False)
+                model(input_ids=samples[index : index + 1].to(device), **without_cache(model))
     finally:
         for handle in handles:
             handle.remove()

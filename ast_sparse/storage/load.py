@@ -21,7 +21,7 @@ from ast_sparse.errors import UserError
 from ast_sparse.storage import files
 from ast_sparse.storage.checksums import check_checksums
 from ast_sparse.storage.finite import check_finite
-from ast_sparse.storage.locate import Place, check_call, load_model_config, named_errors, quiet_transformers
+from ast_sparse.storage.locate import Place, load_model_config, named_errors, quiet_transformers
 from ast_sparse.storage.origin import hub_commit, read_generation_config, source_folder
 from ast_sparse.storage.packed import check_codes, check_leftovers, decode_on_load
 from ast_sparse.storage.quantized import forget_quantization, make_plain
@@ -219,7 +219,6 @@ def _load_weights(
     if place.gguf_file is not None:
         take_generation_config(model)
     make_plain(model, place.name)
-    check_call(model, place.name)
     check_finite(model, repr(place.name))
     return model
 

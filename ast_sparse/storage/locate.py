@@ -3,7 +3,6 @@
 Separate from `load` because the model classes take seconds to import.
 """
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,35 +12,17 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ast_sparse.errors import UserError, did_you_mean, one_line, shown, shown_name
 from ast_sparse.storage import files
+from ast_sparse.storage.model_kind import check_direction, is_causal
 
 _UNTRUSTED = "trust_remote_code=True"  # part of transformers' message about code that it was not allowed to run
 _COUNTS = re.compile("(layers?|experts|labels)$")  # integers of config.json that loops run over ...
 _LARGEST_COUNT = 2**16  # ... of the largest model
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Families that attend to later tokens unless a setting says otherwise, and that setting; None: they always do.
-_BOTH_WAYS: dict[str, str | None] = {
-    **dict.fromkeys(
-        (
-            *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
-            *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
-            "xmod",
-        ),
-        "is_decoder",
-    ),
-    "xlm": "causal", "cpmant": None, "xlnet": None,
-}  # fmt: skip
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # of a commit, in the hub's cache
 
 
@@ -128,65 +109,6 @@ def load_model_config(
         )
     check_direction(config, place.name)
     return config
-
-
-def is_causal(config: PreTrainedConfig) -> bool:
-    """Whether AutoModelForCausalLM loads models with this configuration."""
-    code = getattr(config, "auto_map", None) or {}
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in code
-
-
-def check_reloads(model: PreTrainedModel, name: str) -> None:
-    """Raise UserError if a model that was loaded by name could not be once it is saved: a part of the one in the files.
-
-    Args:
-        model: may be without weights.
-    """
-    if not is_causal(model.config):
-        kind = type(model.config).__name__
-        raise UserError(
-            f"`{name}`: AutoModelForCausalLM loads the text model alone, a {type(model).__name__}, and would not load "
-            f"it again once it is saved with its {kind}. Use a language model without images."
-        )
-
-
-def check_call(model: PreTrainedModel, name: str) -> None:
-    """Raise UserError if a model cannot be called as every command does; code that comes with a model may be different.
-
-    Args:
-        name: of the model, for messages.
-    """
-    if getattr(model.config, "return_dict", True) is False:
-        raise UserError(
-            f"`{name}`: return_dict=False in {files.CONFIG_NAME} makes the model return tuples. Remove the key."
-        )
-    taken = inspect.signature(type(model).forward).parameters
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
-        return
-    for key in ("input_ids", "use_cache"):
-        if key not in taken:
-            raise UserError(
-                f"`{name}`: the forward of {type(model).__name__} takes no `{key}`, with which it is called. Add it "
-                "to its code, or **kwargs."
-            )
-
-
-def check_direction(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for an encoder-decoder, and for a model that sees the tokens that it should predict.
-
-    Args:
-        name: of the model, for messages.
-    """
-    kind = f"`{name}` is a {type(config).__name__}"
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{kind}, an encoder-decoder. Use a decoder-only language model.")
-    setting = _BOTH_WAYS.get(config.model_type, "")
-    if setting is None or (setting and not getattr(config, setting, False)):
-        fix = f", or set `{setting}` to true in its {files.CONFIG_NAME}" if setting else ""
-        raise UserError(
-            f"{kind} that attends in both directions: it sees the tokens that it should predict. Use a decoder-only "
-            f"language model{fix}."
-        )
 
 
 def _commit_in_cache(place: Place, revision: str | None) -> str | None:

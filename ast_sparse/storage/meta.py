@@ -15,7 +15,8 @@ from ast_sparse.config import ModelConfig
 from ast_sparse.errors import UserError, one_line
 from ast_sparse.storage.companions import companion_files
 from ast_sparse.storage.files import sparse_keys, tensor_shapes, weight_files
-from ast_sparse.storage.locate import Place, check_call, check_reloads, load_model_config
+from ast_sparse.storage.locate import Place, load_model_config
+from ast_sparse.storage.model_kind import check_outputs, check_reloads
 from ast_sparse.storage.origin import check_saving, hub_commit, read_generation_config, source_folder
 from ast_sparse.storage.packed import decode_on_load
 from ast_sparse.storage.quantized import forget_quantization
@@ -119,7 +120,7 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
 def check_savable(model: ModelConfig, config: PreTrainedConfig, built: PreTrainedModel) -> None:
     """Check that what a run saves beside the weights can be read and written."""
     check_reloads(built, model.name_or_path)
-    check_call(built, model.name_or_path)
+    check_outputs(built)
     folder = source_folder(config)
     generation = None if folder is None else read_generation_config(folder)
     if folder is not None:

@@ -23,6 +23,7 @@ from ast_sparse.distillation.head import (
 from ast_sparse.distillation.logits import IGNORE_INDEX, distillation_loss
 from ast_sparse.distributed.ranks import mean_over_ranks
 from ast_sparse.errors import UserError
+from ast_sparse.storage.model_kind import without_cache
 from ast_sparse.training.fsdp import sharding_plugin
 
 logger = logging.get_logger(__name__)
@@ -152,7 +153,7 @@ class MicroBatchLoss:
         """The input of the teacher's head, or its logits if `head` is None, and the features that `config` asks for."""
         if config is None or self.teacher is None:
             return None, Features()
-        teacher, inputs = self.teacher, {**inputs, "use_cache": False}
+        teacher, inputs = self.teacher, {**inputs, **without_cache(self.teacher)}
         if not teaches_logits(config):
             return None, forward_with_features(teacher.base_model, teacher, inputs, config)[1]
         if head is None:

@@ -131,6 +131,9 @@ def test_a_token_without_an_embedding_is_refused_wherever_a_text_calibrates() ->
     ):
         with pytest.raises(UserError, match=f"The text has the token {VOCAB}, but the model has {VOCAB} embeddings"):
             calibrate()
+    model.resize_token_embeddings(VOCAB + 1)
+    model.config.vocab_size = VOCAB  # as in families with a row more than their vocabulary
+    sparsify_model(model, SparsityConfig(init="wanda"), samples=tokens)
 
 
 def test_a_block_that_gets_more_from_the_text_than_hidden_states_is_refused() -> None:

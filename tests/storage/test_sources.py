@@ -13,6 +13,10 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertConfig,
+    CpmAntConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MllamaConfig,
     PreTrainedConfig,
     T5Config,
@@ -26,8 +30,9 @@ from ast_sparse.cli.eval import main as evaluate
 from ast_sparse.cli.export import main as export
 from ast_sparse.cli.prune import main as prune
 from ast_sparse.cli.train import main as train
-from ast_sparse.config import SparsityConfig
+from ast_sparse.config import DistillationConfig, SparsityConfig
 from ast_sparse.errors import UserError
+from ast_sparse.evaluation.perplexity import evaluate_blocks
 from ast_sparse.export.export import export_model
 from ast_sparse.sparsity.masks import nm_mask
 from ast_sparse.sparsity.model import select_layers, sparsify_model
@@ -35,7 +40,7 @@ from ast_sparse.storage.load import load_causal_lm
 from ast_sparse.storage.locate import load_model_config
 from ast_sparse.training.callbacks.flops import teacher_parameters
 from tests.export.sparse_models import change_tensors, sparse_model, token_ids
-from tests.models import generated_text, save_tiny_model, tiny_tokenizer
+from tests.models import generated_text, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.storage.quantized_models import plain_twin, save_fp8_model
 
 RUN = """
@@ -180,19 +185,19 @@ def test_every_tool_reads_and_writes_a_model_with_code_of_its_own(remote: Path, 
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        ("def forward(self, input_ids, labels=None): pass", "forward of OwnForCausalLM takes no `use_cache`"),
-        (
-            "def forward(self, **kw): return super().forward(**kw).to_tuple()",
-            "OwnForCausalLM returns a tuple, which",
-        ),
+        ("def forward(self, input_ids, attention_mask=None): return super().forward(input_ids, attention_mask)", None),
+        ("def forward(self, **kw): return super().forward(**kw).to_tuple()", "OwnForCausalLM returns a tuple, which"),
     ],
 )
-def test_code_that_is_called_in_another_way_is_refused(remote: Path, forward: str, reason: str, tmp_path: Path) -> None:
+def test_code_may_know_no_cache_but_returns_logits(
+    remote: Path, forward: str, reason: str | None, tmp_path: Path
+) -> None:
     (remote / "modeling_own.py").write_text(f"{_CODE}    {forward}\n")
-    result = run_training(tmp_path, remote, ", trust_remote_code: true")
-    assert result.exit_code == 2 and reason in result.output, result.output
-    result = run_evaluation(tmp_path, remote, "--trust-remote-code")
-    assert result.exit_code == 2 and reason in result.output, result.output
+    for result in (
+        run_training(tmp_path, remote, ", trust_remote_code: true"),
+        run_evaluation(tmp_path, remote, "--trust-remote-code"),
+    ):
+        assert result.exit_code == (0 if reason is None else 2) and (reason or "") in result.output, result.output
 
 
 def test_a_model_that_is_set_to_return_tuples_is_refused(tmp_path: Path) -> None:
@@ -201,9 +206,9 @@ def test_a_model_that_is_set_to_return_tuples_is_refused(tmp_path: Path) -> None
     folder = save_tiny_model(tmp_path / "model")
     edit_config(folder, return_dict=False)
     result = run_training(tmp_path, folder)
-    assert result.exit_code == 2 and "return_dict=False in config.json" in result.output, result.output
+    assert result.exit_code == 2 and "return_dict=False in its configuration" in result.output, result.output
     result = run_evaluation(tmp_path, folder)
-    assert result.exit_code == 2 and "return_dict=False in config.json" in result.output, result.output
+    assert result.exit_code == 2 and "return_dict=False in its configuration" in result.output, result.output
 
 
 def test_a_teacher_with_code_of_its_own_is_allowed_by_the_same_setting(remote: Path, tmp_path: Path) -> None:
@@ -311,9 +316,12 @@ def save_config(folder: Path, config: PreTrainedConfig) -> Path:
     [
         (T5Config(), "is a T5Config, which AutoModelForCausalLM does not load. Use a decoder-only"),
         (BartConfig(), "is a BartConfig, an encoder-decoder. Use a decoder-only"),
-        (BertConfig(), "is a BertConfig that attends in both directions.* or set `is_decoder` to true"),
-        (XLMConfig(), "is a XLMConfig that attends in both directions.* or set `causal` to true"),
-        (XLNetConfig(), "is a XLNetConfig that attends in both directions.* language model\\."),
+        (BertConfig(), "is a BertConfig that attends in both directions.* or set `is_decoder` to True"),
+        (XLMConfig(), "is a XLMConfig that attends in both directions.* or set `causal` to True"),
+        (XLNetConfig(), "is a XLNetConfig that attends in both directions.* or set `attn_type` to 'uni'"),
+        (CpmAntConfig(), "is a CpmAntConfig that attends in both directions.* language model\\."),
+        (LlamaConfig(is_causal=False), "is a LlamaConfig that attends .* or set `is_causal` to True"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "or set `use_bidirectional_attention` to False"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",
 )
@@ -330,8 +338,24 @@ def test_a_masked_lm_that_is_set_to_be_a_decoder_is_read(tmp_path: Path) -> None
     folder = save_config(tmp_path / "bert", config)
     assert load_model_config(folder, config_overrides={"is_decoder": True}).is_decoder
     args = TrainingArguments(str(tmp_path / "t"), report_to="none", use_cpu=True)
-    with pytest.raises(UserError, match="`BertLMHeadModel` is a BertConfig that attends in both directions"):
-        SparseTrainer(AutoModelForCausalLM.from_config(config), args)
+    bert, reason = AutoModelForCausalLM.from_config(config), "is a BertConfig that attends in both directions"
+    for refused in (
+        lambda: SparseTrainer(bert, args),
+        lambda: SparseTrainer(tiny_model("llama"), args, distillation_config=DistillationConfig(), teacher_model=bert),
+        lambda: evaluate_blocks(bert, [{"input_ids": [1, 2, 3, 4]}], progress=False),
+    ):
+        with pytest.raises(UserError, match=reason):
+            refused()
+
+
+def test_a_subclass_of_a_known_configuration_is_exported(tmp_path: Path) -> None:
+    class OwnConfig(LlamaConfig):
+        pass
+
+    model = LlamaForCausalLM(OwnConfig(**tiny_model("llama").config.to_dict()))
+    sparsify_model(model, SparsityConfig())
+    export_model(model, tmp_path / "out")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out").config) is LlamaConfig
 
 
 def test_a_text_model_that_could_not_be_loaded_again_is_refused_before_it_is_trained(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ast_sparse.distillation.logits import IGNORE_INDEX
 from ast_sparse.distributed.pieces import whole
 from ast_sparse.distributed.ranks import mean_over_ranks, own_rank
 from ast_sparse.errors import DivergenceError, UserError, one_line
+from ast_sparse.storage.model_kind import without_cache
 from ast_sparse.storage.run_folder import REPLAY
 from ast_sparse.training.resume.checkpoints import last_checkpoint
 
@@ -271,7 +272,7 @@ def replay_batch(model: PreTrainedModel, path: str | Path) -> list[float]:
         known = [{name: value for name, value in batch.items() if name != DOMAIN} for batch in batches]
         # with a cache, transformers does not see document borders in `position_ids`
         return [
-            float(model(use_cache=False, **{name: v.to(model.device) for name, v in batch.items()}).loss)
+            float(model(**without_cache(model), **{name: v.to(model.device) for name, v in batch.items()}).loss)
             for batch in known
         ]
 

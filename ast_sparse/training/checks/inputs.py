@@ -15,7 +15,8 @@ from ast_sparse.errors import UserError
 from ast_sparse.kernels import moments8bit
 from ast_sparse.optim import SparseAdamW
 from ast_sparse.sparsity.select import refuse_adapter
-from ast_sparse.storage.locate import check_call, check_direction, load_tokenizer
+from ast_sparse.storage.locate import load_tokenizer
+from ast_sparse.storage.model_kind import check_direction, check_outputs
 from ast_sparse.training.fsdp import sharding_plugin
 
 _UNTAUGHT = "untaught"  # an entry of a batch
@@ -57,7 +58,7 @@ def check_own_forward(model: nn.Module, teacher: nn.Module, given: str = "model"
 def check_model(model: PreTrainedModel) -> None:
     """Raise UserError for a model that cannot be called or sees later tokens, half-precision weights, or a loss that is
     not part of (4)."""
-    check_call(model, type(model).__name__)
+    check_outputs(model)
     check_direction(model.config, type(model).__name__)
     if getattr(model.config, "output_router_logits", False):
         raise UserError(

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ast_sparse.config import DistillationConfig
 from ast_sparse.data.tokens.vocabulary import Renamed
 from ast_sparse.distributed.pieces import is_sharded
+from ast_sparse.storage.model_kind import check_direction, check_outputs
 from ast_sparse.training.checks.features import check_feature_settings, check_feature_shapes, use_eager_attention
 from ast_sparse.training.checks.inputs import check_own_forward, check_vocabularies
 from ast_sparse.training.fsdp import processes_of, shard_teacher
@@ -53,6 +54,8 @@ def frozen_teacher(
         given, teacher = teacher, teacher_copy(teacher, args)
         check_own_forward(given, teacher, "teacher_model")
     if is_other:
+        check_outputs(teacher)
+        check_direction(teacher.config, "teacher_model" if name is None else name)
         note, renamed = check_vocabularies(model.config, teacher.config, tokenizer, name, trust_remote_code)
         if note is not None and args.should_log:
             logger.warning(f"{note}.")

@@ -13,7 +13,7 @@ from ast_sparse.distributed.pieces import is_sharded
 from ast_sparse.sparsity.model import SparsityReport, sparsify_model
 from ast_sparse.sparsity.oneshot import METHODS
 from ast_sparse.sparsity.slorb import init_without_text
-from ast_sparse.storage.locate import check_reloads
+from ast_sparse.storage.model_kind import check_reloads
 from ast_sparse.storage.origin import Origin, check_saving
 from ast_sparse.storage.quantized import make_plain
 from ast_sparse.training.callbacks.flops import match_flops, student_parameters, teacher_parameters

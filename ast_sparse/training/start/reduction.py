@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ast_sparse.storage.model_kind import without_cache
+
 _SYNC = "sync_each_batch"  # of accelerate's settings for accumulation
 
 
@@ -81,7 +83,7 @@ def _outside_the_graph(model: PreTrainedModel) -> set[Tensor]:
     was_training = model.training
     try:
         with torch.enable_grad():
-            logits = cast(Tensor, model.eval()(input_ids=tokens, use_cache=False).logits)
+            logits = cast(Tensor, model.eval()(input_ids=tokens, **without_cache(model)).logits)
     except Exception:  # from a model that cannot run on so little: any may be unused
         return unused
     finally:
