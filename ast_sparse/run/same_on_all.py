@@ -81,19 +81,25 @@ def check_same_folder(output: Path, is_sharded: bool) -> None:
     names = gather(f".{uuid.uuid4().hex}")  # a new one, so that no node has cached that it is missing
     if len(names) == 1:
         return
+    with suppress(OSError):  # it exists, or cannot be made; a node that has cached that it is missing asks the server
+        output.mkdir(parents=True, exist_ok=True)
     mark = output / names[0]
-    with errors_shared(), write_errors(output):
+    try:
+        with errors_shared(), write_errors(output):
+            if rank() == 0:
+                mark.touch()
+        is_seen = gather(mark.exists())
+    finally:
         if rank() == 0:
-            mark.touch()
-    is_seen = gather(mark.exists())
-    if rank() == 0:
-        mark.unlink(missing_ok=True)
+            with suppress(OSError):  # it could not be made
+                mark.unlink()
     if all(is_seen):
         return
-    what = f"Process {is_seen.index(False)} does not see the output folder {str(output)!r} of process 0"
-    if is_sharded:
+    if is_sharded or not is_seen[rank()]:
         with suppress(OSError):  # it is not empty
             output.rmdir()
+    what = f"Process {is_seen.index(False)} does not see the output folder {str(output)!r} of process 0"
+    if is_sharded:
         raise UserError(f"{what}, so parts of each checkpoint would lie elsewhere. Name a folder that all nodes see.")
     if rank() == 0:
         logger.warning(f"{what}: the run cannot be resumed there unless its checkpoints are copied.")

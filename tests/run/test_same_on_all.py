@@ -1,6 +1,7 @@
 """Settings, text or an output folder that differ from those of the first process are refused before training."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from ast_sparse.config import RunConfig, load_config
 from ast_sparse.config.yaml12 import dump_yaml
-from ast_sparse.errors import UserError
+from ast_sparse.errors import LostProcessError, UserError
 from ast_sparse.run import same_on_all
 from ast_sparse.run.same_on_all import check_same_folder, check_same_settings, check_same_text
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint
@@ -85,3 +86,34 @@ def test_a_process_of_a_sharded_run_that_sees_another_output_folder_is_refused(
     assert tmp_path.exists() == (sees or not is_sharded)
     assert not list(tmp_path.glob("*"))
     assert len(said) == (not sees and not is_sharded)
+
+
+def test_a_node_that_has_cached_that_the_folder_is_missing_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    @contextmanager
+    def first_process_writes() -> Iterator[None]:
+        if output.exists():  # here; on the server it does in any case
+            (output / ".first").touch()
+        yield
+
+    monkeypatch.setattr(same_on_all, "rank", lambda: 1)
+    monkeypatch.setattr(same_on_all, "errors_shared", first_process_writes)
+    monkeypatch.setattr(same_on_all, "gather", lambda mine: [True if isinstance(mine, bool) else ".first", mine])
+    check_same_folder(output, True)
+
+
+def test_a_process_that_is_lost_leaves_no_mark_in_the_output_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(mine: Any) -> list[Any]:
+        if isinstance(mine, bool):
+            raise LostProcessError("gone")
+        return [mine, ".other"]
+
+    monkeypatch.setattr(same_on_all, "gather", gather)
+    with pytest.raises(LostProcessError):
+        check_same_folder(tmp_path, True)
+    assert not list(tmp_path.iterdir())
