@@ -259,25 +259,27 @@ def check_token_ids(
 ) -> None:
     """Raise UserError if a token of the text has no embedding; unused tokens of the tokenizer need none.
 
-    A stream raises it when it comes to the token.
+    A stream raises it when it comes to the token. Every process must call this.
     """
-    rows = model.config.get_text_config().vocab_size
-    taught_by = model.config
-    if isinstance(teacher, str):
-        taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
-    if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size):
-        return
-    if isinstance(train, StreamedBlocks):
-        train.embeddings = rows
-        next(iter(train))  # most texts that do not fit have such a token at once
-        return
-    largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
-    if largest >= rows:
-        raise UserError(
-            f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, but the model has only "
-            f"{rows} embeddings. Put the model's own tokenizer into its folder."
-        )
-    check_taught(torch.tensor(largest), model.config, taught_by)
+    with errors_shared():
+        rows = model.config.get_text_config().vocab_size
+        taught_by = model.config
+        if isinstance(teacher, str):
+            taught_by = load_model_config(teacher, trust_remote_code=trust_remote_code)
+        if len(tokenizer) <= min(rows, taught_by.get_text_config().vocab_size):
+            return
+        if isinstance(train, StreamedBlocks):
+            train.embeddings = rows
+            if rank() == 0:  # which alone reads text; most texts that do not fit have such a token at once
+                next(iter(train))
+            return
+        largest = max(map(_largest_token, train.parts.values() if isinstance(train, DomainBlocks) else [train]))
+        if largest >= rows:
+            raise UserError(
+                f"The tokenizer of {str(tokenizer.name_or_path)!r} makes the token {largest}, but the model has only "
+                f"{rows} embeddings. Put the model's own tokenizer into its folder."
+            )
+        check_taught(torch.tensor(largest), model.config, taught_by)
 
 
 def _largest_token(blocks: Any) -> int:

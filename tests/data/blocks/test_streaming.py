@@ -1,6 +1,8 @@
 """A stream has the blocks of the text, and a run on it resumes at the next one."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from ast_sparse.config import DataConfig
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.data.build import build_datasets
 from ast_sparse.errors import UserError
+from ast_sparse.run import checks
 from tests.data.documents import cut, documents, stream
 from tests.data.folders import write
-from tests.models import save_tiny_model, tiny_tokenizer
+from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
 
 
 def streamed(folder: Path, *train: Any, **settings: Any) -> tuple[StreamedBlocks, Any]:
@@ -41,6 +44,27 @@ def test_a_stream_gives_the_blocks_of_its_documents_again_and_again(tmp_path: Pa
 def test_a_stream_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the stream ends after \d+ tokens, fewer than one block .* = 9,999"):
         streamed(tmp_path, write(tmp_path, "a.jsonl", documents(3)), block_size=9999)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_looks_for_tokens_without_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    blocks, _ = streamed(tmp_path, write(tmp_path, "a.jsonl", documents(20)))
+    model, shared = tiny_model(), []
+    model.config.vocab_size = 3
+
+    @contextmanager
+    def errors_shared() -> Iterator[None]:
+        shared.append(True)
+        yield
+
+    monkeypatch.setattr(checks, "rank", lambda: rank)
+    monkeypatch.setattr(checks, "errors_shared", errors_shared)
+    refused = pytest.raises(UserError, match=r"the tokenizer makes the token .* has only 3 embeddings")
+    with refused if rank == 0 else nullcontext():
+        checks.check_token_ids(blocks, tiny_tokenizer(), model, None, False)
+    assert shared and blocks.embeddings == 3  # when it comes to the token
 
 
 def test_held_out_text_of_a_stream_is_read_as_usual(tmp_path: Path) -> None:
