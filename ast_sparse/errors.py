@@ -16,6 +16,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *fields: str) -> None:
+        if message.startswith("Caught "):  # torch makes an error of a DataLoader's worker anew, from its traceback
+            message = message.rstrip().rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(message)
         self.fields = fields
 

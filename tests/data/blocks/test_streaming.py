@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from ast_sparse.cli.train import main
 from ast_sparse.config import DataConfig
@@ -65,6 +66,22 @@ def test_only_the_first_process_looks_for_tokens_without_embedding(
     with refused if rank == 0 else nullcontext():
         checks.check_token_ids(blocks, tiny_tokenizer(), model, None, False)
     assert shared and blocks.embeddings == 3  # when it comes to the token
+
+
+@pytest.mark.parametrize("fault", ["makes the token", "UTF-8"])
+def test_an_error_of_a_stream_is_one_line_in_a_worker_too(tmp_path: Path, fault: str) -> None:
+    blocks, _ = streamed(tmp_path, write(tmp_path, "a.jsonl", documents(20)))
+    if fault == "UTF-8":
+        with (tmp_path / "a.jsonl").open("ab") as file:
+            file.write(b'{"text": "\xff"}\n')
+    else:
+        blocks.embeddings = 3
+    said = []
+    for workers in (0, 1):
+        with pytest.raises(UserError) as refused:
+            list(islice(DataLoader(blocks, batch_size=None, num_workers=workers), 10_000))
+        said.append(str(refused.value))
+    assert said[0] == said[1] and fault in said[0] and "\n" not in said[0]
 
 
 def test_held_out_text_of_a_stream_is_read_as_usual(tmp_path: Path) -> None:
