@@ -27,6 +27,7 @@ from ast_sparse.kernels.cpu.heap import return_freed_memory
 from ast_sparse.planning.plan import Hardware
 from ast_sparse.run.checks import CheckedRun, check_choosing, check_token_ids, checked_run
 from ast_sparse.run.output import output_folder
+from ast_sparse.run.same_on_all import check_same_models
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher, make_trainer, read_data, start_samples
 from ast_sparse.run.warm_start import warm_start
@@ -108,6 +109,8 @@ def find_rate(
     with _folder_of_test(output) as folder:
         run = checked_run(short, str(folder), None, False, False, Hardware(), echo, signals, saves_model=False)
         assert run is not None
+        with errors_shared():
+            check_same_models(short)
         if run.args.should_log:
             echo("\n".join(run.plan.lines()))
         found, start = _compare(run, rates, steps, output)

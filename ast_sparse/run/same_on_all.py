@@ -1,4 +1,4 @@
-"""That all processes of a run have the same settings, text and output folder: a node may have files of its own."""
+"""That all processes of a run have the same settings, models, text and output folder: a node may have its own."""
 
 import uuid
 from contextlib import suppress
@@ -7,11 +7,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ast_sparse.config import RunConfig
+from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import UserError, shown
-from ast_sparse.training.resume.fingerprints import blocks_fingerprint
+from ast_sparse.storage.files import weight_files
+from ast_sparse.storage.locate import Place, load_model_config
+from ast_sparse.storage.origin import hub_commit
+from ast_sparse.training.resume.fingerprints import blocks_fingerprint, config_values, file_sample
 from ast_sparse.training.resume.same_run import run_settings
 from ast_sparse.training.resume.writing import write_errors
 
@@ -42,6 +45,61 @@ def check_same_settings(config: RunConfig) -> None:
                     f"{name}={shown(other.get(name))} on process {process} differs from {shown(first.get(name))} on "
                     "process 0. Start all processes with the same configuration and options."
                 )
+
+
+def check_same_models(config: RunConfig) -> None:
+    """Check that all processes have the same student and teacher, wherever they lie; every process must call this.
+
+    Compared are configurations, commits of the hub, and sizes and samples of local weight files.
+
+    Args:
+        config: has passed the checks of a plan.
+
+    Raises:
+        UserError: a process has another model; on all of them.
+    """
+    if len(gather(None)) == 1:
+        return
+    model = config.model
+    is_taught = config.distillation is not None and config.distillation.needs_teacher
+    has_teacher = is_taught and model.teacher is not None
+    facts = {"model.name_or_path": _model_facts(model, not model.random_weights or (is_taught and not has_teacher))}
+    if has_teacher:
+        teacher = ModelConfig(name_or_path=str(model.teacher), trust_remote_code=model.trust_remote_code)
+        facts["model.teacher"] = _model_facts(teacher)
+    first, *others = gather(facts)
+    for process, other in enumerate(others, start=1):
+        for field in {**first, **other}:
+            ours, theirs = first.get(field), other.get(field)
+            if ours is None or theirs is None:
+                raise UserError(
+                    f"{field} is set on process {0 if theirs is None else process} and not on process "
+                    f"{process if theirs is None else 0}. Set it on all of them, or on none."
+                )
+            for what in ours:
+                if what in theirs and ours[what] != theirs[what]:
+                    raise UserError(
+                        f"{field}: {what} of the model on process {process} differ from those on process 0. Give all "
+                        "nodes the same model."
+                    )
+
+
+def _model_facts(model: ModelConfig, reads_weights: bool = True) -> dict[str, Any]:
+    """What is compared of a model: of one on the hub its commit, of one in a folder its files."""
+    place = Place.find(model.name_or_path, model.gguf_file)
+    found = load_model_config(
+        model.name_or_path,
+        revision=model.revision,
+        gguf_file=model.gguf_file,
+        trust_remote_code=model.trust_remote_code,
+    )
+    facts: dict[str, Any] = {"the values of the configuration": config_values(found)}
+    if place.folder is None:
+        facts["the files at the commit"] = hub_commit(found)
+    elif reads_weights:
+        weights = [place.folder / place.gguf_file] if place.gguf_file is not None else weight_files(place.folder)
+        facts["the weight files"] = [file_sample(file) for file in weights]
+    return facts
 
 
 def check_same_text(field: str, blocks: Any) -> None:

@@ -1,5 +1,6 @@
 """Settings, text or an output folder that differ from those of the first process are refused before training."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,8 +13,9 @@ from ast_sparse.config import RunConfig, load_config
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.errors import LostProcessError, UserError
 from ast_sparse.run import same_on_all
-from ast_sparse.run.same_on_all import check_same_folder, check_same_settings, check_same_text
+from ast_sparse.run.same_on_all import check_same_folder, check_same_models, check_same_settings, check_same_text
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint
+from tests.models import save_tiny_model
 
 
 def config(folder: Path, **sections: Any) -> RunConfig:
@@ -60,6 +62,37 @@ def test_a_node_may_have_its_files_in_another_place(tmp_path: Path, monkeypatch:
         for root, parts, training in zip("ab", domains, ({}, {"dataloader_num_workers": 2}), strict=True)
     )
     settings_on(monkeypatch, first, second)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"name_or_path": "copy", "teacher": "gpt2"}, None),
+        ({"name_or_path": "other", "teacher": "gpt2"}, "model.name_or_path: the weight files of the model on process"),
+        ({"name_or_path": "gpt2", "teacher": "gpt2"}, "model.name_or_path: the values of the configuration of the"),
+        ({"name_or_path": "copy", "teacher": "other"}, "model.teacher: the values of the configuration of the model"),
+        ({"name_or_path": "copy"}, "model.teacher is set on process 0 and not on process 1"),
+    ],
+)
+def test_a_process_with_another_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: dict[str, str], message: str | None
+) -> None:
+    save_tiny_model(tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "copy")
+    save_tiny_model(tmp_path / "other", seed=1)
+    save_tiny_model(tmp_path / "gpt2", "gpt2")
+    given: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        given.append(value)
+        return [None, None] if value is None else [each for each in given if each is not None]
+
+    monkeypatch.setattr(same_on_all, "gather", gather)
+    for names in ({"name_or_path": "ours", "teacher": "gpt2"}, second):
+        models = {key: str(tmp_path / name) for key, name in names.items()}
+        refused = pytest.raises(UserError, match=message)
+        with refused if message and names is second else nullcontext():
+            check_same_models(config(tmp_path, model=models, distillation={}))
 
 
 def test_a_process_with_other_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def blocks_fingerprint(blocks: Any) -> Any:
         return _table_fingerprint(blocks)
     if isinstance(blocks, StreamedBlocks):
         files = [file for entry in blocks.entries for file in text_files(entry, blocks.root, "data.train")[1]]
-        return _rows_fingerprint(islice(iter(blocks), _FIRST), [_file_sample(file) for file in files])
+        return _rows_fingerprint(islice(iter(blocks), _FIRST), [file_sample(file) for file in files])
     if isinstance(blocks, datasets.IterableDataset):
         return _rows_fingerprint(islice(iter(blocks), _FIRST), "stream")
     if isinstance(blocks, list | tuple):
@@ -144,6 +144,16 @@ def blocks_fingerprint(blocks: Any) -> Any:
     return None
 
 
+def file_sample(file: Path) -> tuple[int, int]:
+    """The size of a file and a checksum of pieces spread over it; files up to 4 MiB are read whole."""
+    size, checksum = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        for piece in range(_PIECES):
+            stream.seek(size * piece // _PIECES)
+            checksum = zlib.crc32(stream.read(_PIECE), checksum)
+    return size, checksum
+
+
 def _table_fingerprint(dataset: Dataset) -> str:
     columns = [name for name in _COLUMNS if name in dataset.column_names]
     digest = hashlib.sha256(repr((len(dataset), columns)).encode())
@@ -153,16 +163,6 @@ def _table_fingerprint(dataset: Dataset) -> str:
                 digest.update(np.asarray(pc.list_value_length(chunk)).astype("<i4").tobytes())
                 digest.update(_numbers(pc.list_flatten(chunk)))
     return digest.hexdigest()[:32]
-
-
-def _file_sample(file: Path) -> tuple[int, int]:
-    """The size of a file and a checksum of pieces spread over it; files up to 4 MiB are read whole."""
-    size, checksum = file.stat().st_size, 0
-    with file.open("rb") as stream:
-        for piece in range(_PIECES):
-            stream.seek(size * piece // _PIECES)
-            checksum = zlib.crc32(stream.read(_PIECE), checksum)
-    return size, checksum
 
 
 def _numbers(values: pa.Array) -> bytes:
