@@ -136,12 +136,13 @@ def check_same_folder(output: Path, is_sharded: bool) -> None:
     Raises:
         UserError: a process of a sharded run does not see it; on all of them.
     """
-    names = gather(f".{uuid.uuid4().hex}")  # a new one, so that no node has cached that it is missing
-    if len(names) == 1:
+    marks = gather(str(output / f".{uuid.uuid4().hex}"))  # a new one, so that no node has cached that it is missing
+    if len(marks) == 1:
         return
+    first = Path(marks[0])
     with suppress(OSError):  # it exists, or cannot be made; a node that has cached that it is missing asks the server
         output.mkdir(parents=True, exist_ok=True)
-    mark = output / names[0]
+    mark = output / first.name
     try:
         with errors_shared(), write_errors(output):
             if rank() == 0:
@@ -156,7 +157,7 @@ def check_same_folder(output: Path, is_sharded: bool) -> None:
     if is_sharded or not is_seen[rank()]:
         with suppress(OSError):  # it is not empty
             output.rmdir()
-    what = f"Process {is_seen.index(False)} does not see the output folder {str(output)!r} of process 0"
+    what = f"Process {is_seen.index(False)} does not see the output folder {str(first.parent)!r} of process 0"
     if is_sharded:
         raise UserError(f"{what}, so parts of each checkpoint would lie elsewhere. Name a folder that all nodes see.")
     if rank() == 0:

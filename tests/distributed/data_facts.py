@@ -98,7 +98,7 @@ def made_in(cache: Path, root: Path) -> int:
     return len(made)
 
 
-def errors(root: Path, rank: int) -> dict[str, tuple[int, str]]:
+def errors(root: Path, rank: int, wanted: slice) -> dict[str, tuple[int, str]]:
     """Exit code and messages of this process for commands that some or all processes refuse."""
     config = root / "run.yaml"
     training = {"max_steps": 1, "use_cpu": True, "report_to": "none"}
@@ -106,16 +106,22 @@ def errors(root: Path, rank: int) -> dict[str, tuple[int, str]]:
     config.write_text(
         yaml.safe_dump({"model": {"name_or_path": str(root / "llama")}, "data": data, "training": training})
     )
-    mine = ("even.jsonl", "absent.jsonl")[rank]
+    save_tiny_model(root / f"llama-{rank}", seed=rank)
+    absent, other = (("even.jsonl", name)[rank] for name in ("absent.jsonl", "odd.jsonl"))
+    fast = ["--set", "evaluation.datasets=[]", "--set", "distillation=null"]
     cases = {
         "options, on all": ["--resume", "--overwrite"],
         "configuration, on one": ["--config", str(config if rank == 0 else root / "absent.yaml")],
         "argument, on all": ["--set", "training.max_stepz=1"],
-        "text, on one": ["--set", f"data.train={mine}"],
+        "text, on one": ["--set", f"data.train={absent}"],
+        "other setting": ["--set", f"training.learning_rate={1 + rank}e-3"],
+        "other model": ["--set", f"model.name_or_path={root}/llama-{rank}"],
+        "other text": [*fast, "--set", f"data.train={other}"],
+        "other folder": [*fast, "--set", "training.fsdp=true", "--output-dir", f"{root}/refused {rank}"],
     }
     command._PRINT_S = 0.1
     is_first_to, found = Meeting.is_first_to, {}
-    for name, options in cases.items():  # a process has one error in its life: here each has its own
+    for name, options in list(cases.items())[wanted]:  # a process has one error in its life: here each has its own
         Meeting.is_first_to = lambda self, what, name=name: is_first_to(self, f"{what}, {name}")  # type: ignore[method-assign]
         done = CliRunner().invoke(ast_train, ["--config", str(config), "--output-dir", str(root / "refused"), *options])
         found[name] = (done.exit_code, done.stderr)
@@ -124,7 +130,7 @@ def errors(root: Path, rank: int) -> dict[str, tuple[int, str]]:
 
 def main(root: Path) -> None:
     rank = int(os.environ["RANK"])
-    facts: dict[str, Any] = {"errors": errors(root, rank)}  # some before there is a process group
+    facts: dict[str, Any] = {"errors": errors(root, rank, slice(-1))}  # some before there is a process group
     for name in SOURCES:
         facts[f"{name}, workers"] = run(root, name, "ddp", RANKS, dataloader_num_workers=1, max_steps=2).seen
     for kind in ("ddp", "fsdp"):  # in this order, because FSDP2 sets environment variables that stay
@@ -133,6 +139,7 @@ def main(root: Path) -> None:
             facts[f"{name}, {kind}"] = whole.seen
             checkpoint = Path(str(whole.args.output_dir)) / f"checkpoint-{SAVED}"
             facts[f"{name}, {kind}, resumed"] = run(root, name, kind, RANKS, checkpoint).seen
+    facts["errors"] |= errors(root, rank, slice(-1, None))  # after FSDP2, as above
     facts["made in one cache"] = made_in(root / "cache", root)
     facts["made in its cache"] = made_in(root / f"cache of node {rank}", root)
     gathered: list[Any] = [None] * RANKS

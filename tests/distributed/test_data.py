@@ -97,6 +97,10 @@ def test_text_is_tokenised_once_for_each_cache(facts: list[dict[str, Any]]) -> N
         ("configuration, on one", "absent.yaml"),
         ("argument, on all", "max_stepz"),
         ("text, on one", "absent.jsonl"),
+        ("other setting", "training.learning_rate=0.002 on process 1 differs from 0.001"),
+        ("other model", "model.name_or_path: the weight files of the model on process 1 differ"),
+        ("other text", "data.train: the text on process 1 differs from that on process 0"),
+        ("other folder", "/refused 0' of process 0, so parts of each checkpoint would lie elsewhere"),
     ],
 )
 def test_an_error_is_said_by_one_process_and_ends_all_with_2(
@@ -106,4 +110,4 @@ def test_an_error_is_said_by_one_process_and_ends_all_with_2(
     assert codes == (2,) * RANKS
     lines = "".join(said).splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: ") and message in lines[0]
-    assert not (text / "refused").exists()
+    assert not list(text.glob("refused*"))
