@@ -1,17 +1,22 @@
 """That all processes of a run have the same settings, models, text and output folder: a node may have its own."""
 
+import hashlib
+import json
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ast_sparse.config import ModelConfig, RunConfig
 from ast_sparse.data.blocks.streaming import StreamedBlocks
 from ast_sparse.distributed.ranks import errors_shared, gather, rank
 from ast_sparse.errors import UserError, shown
-from ast_sparse.storage.files import weight_files
+from ast_sparse.storage.files import read_json, weight_files
 from ast_sparse.storage.locate import Place, load_model_config
 from ast_sparse.storage.origin import hub_commit
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint, config_values, file_sample
@@ -20,11 +25,13 @@ from ast_sparse.training.resume.writing import write_errors
 
 logger = logging.get_logger(__name__)
 
+_DEFAULTS = {f"training.{item.name}": item.default for item in fields(TrainingArguments) if item.default is not MISSING}
 # a node may have models and text in another place, and these change nothing that processes do together
 _MAY_DIFFER = {
     "model.name_or_path", "model.teacher", "data.root", "data.train", "data.eval", "calibration.data",
-    "evaluation.data_dir", "training.output_dir", "training.run_name", "training.report_to", "training.hub_token",
-    "training.log_level", "training.log_level_replica", "training.disable_tqdm", "training.dataloader_num_workers",
+    "evaluation.datasets", "evaluation.data_dir", "training.output_dir", "training.run_name", "training.report_to",
+    "training.hub_token", "training.log_level", "training.log_level_replica", "training.disable_tqdm",
+    "training.dataloader_num_workers",
     "training.dataloader_pin_memory", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
 }  # fmt: skip
 
@@ -37,14 +44,24 @@ def check_same_settings(config: RunConfig) -> None:
     """
     sections = {**config.to_dict(), **run_settings(config)}
     named = {f"{section}.{key}": value for section, values in sections.items() for key, value in (values or {}).items()}
-    first, *others = gather({name: value for name, value in named.items() if name not in _MAY_DIFFER})
+    first, *others = gather({name: _held(value) for name, value in named.items() if name not in _MAY_DIFFER})
     for process, other in enumerate(others, start=1):
         for name in {**first, **other}:
-            if first.get(name) != other.get(name):
+            default = _DEFAULTS.get(name)
+            if first.get(name, default) != other.get(name, default):
                 raise UserError(
                     f"{name}={shown(other.get(name))} on process {process} differs from {shown(first.get(name))} on "
                     "process 0. Start all processes with the same configuration and options."
                 )
+
+
+def _held(value: Any) -> Any:
+    """What a setting holds: transformers takes some of them from a JSON file, which may lie in another place."""
+    if not isinstance(value, str) or not value.endswith(".json"):
+        return value
+    with suppress(UserError):  # whoever reads it says what is wrong
+        return read_json(Path(value).expanduser())
+    return value
 
 
 def check_same_models(config: RunConfig) -> None:
@@ -116,7 +133,25 @@ def check_same_text(field: str, blocks: Any) -> None:
     """
     if isinstance(blocks, StreamedBlocks) or len(gather(None)) == 1:
         return
-    first, *others = gather(blocks_fingerprint(blocks))
+    _compare_text(field, blocks_fingerprint(blocks))
+
+
+def check_same_evaluations(names: Sequence[str], texts: Mapping[str, Sequence[str]]) -> None:
+    """Check that all processes measure the same texts, because they share the windows of each; all must call this.
+
+    Args:
+        names: `evaluation.datasets`, which may be paths.
+        texts: documents by name; others than these are held out of the training text.
+
+    Raises:
+        UserError: a process has others; on all of them.
+    """
+    contents = [json.dumps(texts[name]) if name in texts else name for name in names]
+    _compare_text("evaluation.datasets", [hashlib.sha256(each.encode()).hexdigest()[:32] for each in contents])
+
+
+def _compare_text(field: str, fingerprint: Any) -> None:
+    first, *others = gather(fingerprint)
     for process, other in enumerate(others, start=1):
         if other != first:
             raise UserError(

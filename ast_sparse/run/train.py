@@ -28,7 +28,7 @@ from ast_sparse.run.checks import CheckedRun, check_batches, check_final, check_
 from ast_sparse.run.dry_run import show_costs
 from ast_sparse.run.output import clear_for_run, output_folder, read_rows, read_samples, write_results
 from ast_sparse.run.preemption import PreemptionCallback
-from ast_sparse.run.same_on_all import check_same_folder, check_same_models, check_same_text
+from ast_sparse.run.same_on_all import check_same_evaluations, check_same_folder, check_same_models, check_same_text
 from ast_sparse.run.signals import PreemptionSignals
 from ast_sparse.run.stages import Measured, PerplexityCallback, check_finite, results_table
 from ast_sparse.run.warm_start import load_options, needs_start, warm_start
@@ -91,6 +91,7 @@ def run_training(
     with errors_shared():
         check_same_models(config)
         measured = Measured(config, run.args)
+        check_same_evaluations(config.evaluation.datasets, measured.texts)
         tokenizer = checked_tokenizer(config.model, run.plan)
         measured.check_lengths(tokenizer, run.plan.model_config)
         note = measured.note(tokenizer)

@@ -13,7 +13,13 @@ from ast_sparse.config import RunConfig, load_config
 from ast_sparse.config.yaml12 import dump_yaml
 from ast_sparse.errors import LostProcessError, UserError
 from ast_sparse.run import same_on_all
-from ast_sparse.run.same_on_all import check_same_folder, check_same_models, check_same_settings, check_same_text
+from ast_sparse.run.same_on_all import (
+    check_same_evaluations,
+    check_same_folder,
+    check_same_models,
+    check_same_settings,
+    check_same_text,
+)
 from ast_sparse.training.resume.fingerprints import blocks_fingerprint
 from tests.models import save_tiny_model
 
@@ -62,6 +68,40 @@ def test_a_node_may_have_its_files_in_another_place(tmp_path: Path, monkeypatch:
         for root, parts, training in zip("ab", domains, ({}, {"dataloader_num_workers": 2}), strict=True)
     )
     settings_on(monkeypatch, first, second)
+
+
+def test_a_default_that_is_written_out_and_a_file_in_another_place_are_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[dict[str, Any]] = [{}, {"seed": 42, "logging_steps": 500, "lr_scheduler_type": "linear"}]
+    for name, training in zip("ab", settings, strict=True):
+        training["fsdp_config"] = str(tmp_path / f"{name}.json")
+        (tmp_path / f"{name}.json").write_text('{"reshard_after_forward": true}')
+    configs = [config(tmp_path, training=each, evaluation={"datasets": [f"{each}.txt"]}) for each in settings]
+    settings_on(monkeypatch, *configs)
+    (tmp_path / "b.json").write_text('{"reshard_after_forward": false}')
+    with pytest.raises(UserError, match=r"^training\.fsdp_config="):
+        settings_on(monkeypatch, *configs)
+
+
+@pytest.mark.parametrize(
+    ("names", "texts", "is_same"),
+    [
+        (["heldout", "/b/x.txt"], {"/b/x.txt": ["one", "two"]}, True),
+        (["heldout", "/b/x.txt"], {"/b/x.txt": ["one", "three"]}, False),
+        (["/b/x.txt", "heldout"], {"/b/x.txt": ["one", "two"]}, False),
+        (["heldout"], {}, False),
+    ],
+)
+def test_a_process_that_measures_other_texts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], texts: dict[str, list[str]], is_same: bool
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(same_on_all, "gather", lambda value: given.append(value) or given)
+    check_same_evaluations(["heldout", "x.txt"], {"x.txt": ["one", "two"]})
+    refused = pytest.raises(UserError, match="datasets: the text on process 1 differs from that on process 0")
+    with nullcontext() if is_same else refused:
+        check_same_evaluations(names, texts)
 
 
 @pytest.mark.parametrize(
