@@ -167,6 +167,8 @@ class MicroBatchLoss:
 class DomainLosses:
     """The training loss (4) by domain, without features, over the tokens since the last log record.
 
+    A row whose loss is not finite is left out, tokens and all: the step may be skipped (`watch.nan`).
+
     Args:
         names: the domains, in the order of `DomainBlocks`.
     """
@@ -184,7 +186,8 @@ class DomainLosses:
             labels: `[batch, seq]`, shifted; −100 does not count.
         """
         counts = (labels != IGNORE_INDEX).sum(-1)
-        rows = torch.stack([by_position.view_as(labels).sum(-1), counts.float()])
+        losses = by_position.view_as(labels).sum(-1)
+        rows = torch.where(losses.isfinite(), torch.stack([losses, counts.float()]), 0.0)
         if self._sums is None:
             self._sums = rows.new_zeros(2, len(self.names))
         self._sums.index_add_(1, domains.to(rows.device), rows)

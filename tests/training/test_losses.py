@@ -1,5 +1,6 @@
 """The loss from hidden states inside the trainer, compared with the same run on full logits."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,11 @@ def test_a_head_that_is_not_understood_is_named_and_trains_on_full_logits(
     assert student.startswith("The loss needs full logits")
     assert student.endswith("The reason is the student, a LlamaForCausalLM: its head has hooks.")
     assert all(logits is not None for logits in seen)
+
+
+def test_a_row_that_is_not_finite_is_left_out_of_the_losses_by_domain() -> None:
+    found = losses.DomainLosses(("a", "b", "c"))
+    labels = torch.tensor([[5, -100], [5, 5], [5, 5], [5, 5]])
+    found.add(torch.tensor([0, 0, 1, 2]), torch.tensor([2.0, 0.0, 1.0, 3.0, math.nan, 1.0, 4.0, 4.0]), labels)
+    found.add(torch.tensor([0, 2]), torch.tensor([math.inf, 1.0, 1.0, 1.0]), labels[2:])
+    assert found.log_values() == {"domain_loss/a": 2.0, "domain_loss/c": 2.5}
