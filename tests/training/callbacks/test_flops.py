@@ -49,7 +49,9 @@ def test_a_teacher_whose_configuration_is_impossible_is_named(tmp_path: Path) ->
     save_tiny_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 0}))
-    with pytest.raises(UserError, match=r"^model\.teacher=.*: The model of .* cannot be built: "):
+    with pytest.raises(
+        UserError, match=r"^model\.teacher=.*: The model .* cannot be built: .*Check its config\.json\.$"
+    ):
         teacher_parameters(str(tmp_path))
 
 
