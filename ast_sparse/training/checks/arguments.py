@@ -38,7 +38,7 @@ _REFUSED = {
     "bf16_full_eval": "it would turn the float32 master weights into bf16. Remove it; bf16 covers evaluation too.",
     "fp16_full_eval": "it would turn the float32 master weights into fp16. Remove it; fp16 covers evaluation too.",
     "enable_jit_checkpoint": "it saves before masks are refreshed. Remove it; ast-train saves on SIGTERM and SIGUSR1.",
-    "save_on_each_node": "a checkpoint is one folder, which all nodes must see. Remove it.",
+    "save_on_each_node": "a checkpoint is one folder, not one for each node. Remove it.",
     "debug": "it cannot look at masks, which are not numbers. Remove it; watch.nan says what happens at a NaN.",
     "auto_find_batch_size": "a run whose batch size changes is not repeatable. Set per_device_train_batch_size.",
 }
