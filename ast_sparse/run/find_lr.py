@@ -33,6 +33,7 @@ from ast_sparse.run.train import checked_tokenizer, dense_student, given_teacher
 from ast_sparse.run.warm_start import warm_start
 from ast_sparse.storage.files import finite_or_none, write_json
 from ast_sparse.storage.run_folder import FOUND_RATES, SHORT_RUNS
+from ast_sparse.training.eval_loss import perplexity_of
 from ast_sparse.training.trainer import SparseTrainer
 
 STEPS = 10
@@ -64,7 +65,7 @@ class Candidate:
         if self.held_out_loss is None:
             cells = _ROW.format(f"{self.learning_rate:g}", "-", "-", "-", f"{self.seconds:.0f}")
             return f"{cells}  diverged: {self.fault}"
-        perplexity = f"{math.exp(min(self.held_out_loss, 700.0)):.2f}"
+        perplexity = f"{perplexity_of(self.held_out_loss):.2f}"
         losses = (f"{self.held_out_loss:.4f}", perplexity, _four_decimals(self.training_loss))
         return _ROW.format(f"{self.learning_rate:g}", *losses, f"{self.seconds:.0f}")
 

@@ -102,7 +102,12 @@ def check_readable(held_out: Any, args: TrainingArguments) -> None:
 
 def with_perplexity(loss: float, prefix: str) -> dict[str, float]:
     """A loss and its perplexity as metrics of that prefix."""
-    return {f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+    return {f"{prefix}_loss": loss, f"{prefix}_perplexity": perplexity_of(loss)}
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss; the largest that fits if it overflows."""
+    return math.exp(min(loss, _LARGEST_EXPONENT))
 
 
 def loss_of_parts(
