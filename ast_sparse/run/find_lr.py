@@ -83,7 +83,7 @@ def find_rate(
 
     Each run has the schedule of the configuration, warm-up and decay included, compressed to `steps` steps. All see the
     same batches from the same start; calibration runs once. A line is printed as each ends. Nothing is left but
-    `find_lr.json` in the output folder, which all processes must see.
+    `find_lr.json` in the output folder of the first process.
 
     Args:
         output_dir: overrides `training.output_dir`.
@@ -174,6 +174,9 @@ def _short(config: RunConfig, steps: int) -> RunConfig:
             "Set another type for the test."
         )
     given = training.get("lr_scheduler_kwargs") or {}
+    if schedule == "inverse_sqrt" and not training.get("warmup_steps") and isinstance(given, dict):
+        own = {"timescale": 10_000}  # of transformers, which takes the warm-up if there is one
+        given = {**own, **{key: each for key, each in given.items() if each is not None}}
     names = [key for key in given if key.endswith("_steps") or key == "timescale"]  # the latter of inverse_sqrt
     counts = {key: given[key] for key in names if isinstance(given[key], int)}
     changed: dict[str, Any] = {"max_steps": steps}

@@ -94,6 +94,9 @@ def test_the_schedule_is_compressed_to_the_short_runs(folder: Path) -> None:
     assert decay["lr_scheduler_kwargs"] == {"num_decay_steps": 3, "min_lr_ratio": 0.1}
     decay = short(lr_scheduler_type="inverse_sqrt", lr_scheduler_kwargs={"timescale": 50})
     assert decay["lr_scheduler_kwargs"] == {"timescale": 5}
+    decay = short(lr_scheduler_type="inverse_sqrt", warmup_steps=0)  # transformers takes 10,000 then, else the warm-up
+    assert decay["lr_scheduler_kwargs"] == {"timescale": 1000}
+    assert "lr_scheduler_kwargs" not in short(lr_scheduler_type="inverse_sqrt")
     config = replace(config_of(folder), distillation=DistillationConfig(alpha=0, match_flops=True))
     assert find_lr._short(config, 10).distillation == DistillationConfig(alpha=0)
     rounds = SparsityConfig(schedule="imp", rounds=6, steps_per_round=15)
