@@ -116,6 +116,7 @@ def errors(root: Path, rank: int, wanted: slice) -> dict[str, tuple[int, str]]:
         "text, on one": ["--set", f"data.train={absent}"],
         "other setting": ["--set", f"training.learning_rate={1 + rank}e-3"],
         "other model": ["--set", f"model.name_or_path={root}/llama-{rank}"],
+        "other model, --find-lr": ["--find-lr", "1e-3", "--set", f"model.name_or_path={root}/llama-{rank}"],
         "other evaluation": ["--set", f"evaluation.datasets=[{other}]"],
         "other text": [*fast, "--set", f"data.train={other}"],
         "other folder": [*fast, "--set", "training.fsdp=true", "--output-dir", f"{root}/refused {rank}"],

@@ -99,6 +99,7 @@ def test_text_is_tokenised_once_for_each_cache(facts: list[dict[str, Any]]) -> N
         ("text, on one", "absent.jsonl"),
         ("other setting", "training.learning_rate=0.002 on process 1 differs from 0.001"),
         ("other model", "model.name_or_path: the weight files of the model on process 1 differ"),
+        ("other model, --find-lr", "model.name_or_path: the weight files of the model on process 1 differ"),
         ("other evaluation", "evaluation.datasets: the text on process 1 differs from that on process 0"),
         ("other text", "data.train: the text on process 1 differs from that on process 0"),
         ("other folder", "/refused 0' of process 0, so parts of each checkpoint would lie elsewhere"),
