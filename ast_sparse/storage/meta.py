@@ -111,10 +111,8 @@ def meta_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
                 f"model.attn_implementation={model.attn_implementation!r} cannot be used: {reason}. "
                 "Use sdpa or eager, or remove it."
             )
-    raise UserError(
-        f"The model of {model.name_or_path!r} cannot be built: {reason}. "
-        "Check its config.json and model.config_overrides."
-    )
+    overrides = " and model.config_overrides" if model.config_overrides else ""
+    raise UserError(f"The model of {model.name_or_path!r} cannot be built: {reason}. Check its config.json{overrides}.")
 
 
 def check_savable(model: ModelConfig, config: PreTrainedConfig, built: PreTrainedModel) -> None:

@@ -60,8 +60,7 @@ def teacher_parameters(teacher: PreTrainedModel | str, trust_remote_code: bool =
         place = ModelConfig(name_or_path=teacher, trust_remote_code=trust_remote_code)
         return _multiplied(meta_model(place, config))
     except UserError as error:
-        reason = str(error).replace(" and model.config_overrides", "")  # which are for the student
-        raise UserError(f"model.teacher={teacher!r}: {reason}") from None
+        raise UserError(f"model.teacher={teacher!r}: {error}") from None
 
 
 def _multiplied(model: PreTrainedModel) -> int:
