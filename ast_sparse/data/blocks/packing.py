@@ -4,6 +4,8 @@ Packing is a `datasets` map with its own fingerprint, so a second run with the s
 the cache.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
@@ -54,21 +56,7 @@ def pack_tokens(
             ]
         return pa.table({column: list_array(found) for column, found in blocks.items()})
 
-    packed = (
-        tokenised.select(rows)
-        .with_format("arrow")
-        .map(
-            cut,
-            with_indices=True,
-            batched=True,
-            batch_size=DOCUMENTS_PER_BATCH,
-            remove_columns=tokenised.column_names,
-            features=Features(dict.fromkeys(columns, _TOKENS)),
-            new_fingerprint=key,
-            desc=f"Packing {name}",
-        )
-    )
-    return packed.with_format(None)
+    return _mapped(tokenised.select(rows), cut, Features(dict.fromkeys(columns, _TOKENS)), key, f"Packing {name}")
 
 
 def _chosen(
@@ -80,6 +68,23 @@ def _chosen(
     rule = ("always",) if bos.of_block and bos.is_end else ()
     parts = (block_size, *(a.tobytes() for a in (rows, starts, stops)), *bos.of_block, *rule)
     return rows, starts, stops, Hasher.hash((FORMAT_VERSION, purpose, tokenised._fingerprint, *parts))
+
+
+def _mapped(
+    documents: Dataset, function: Callable[[pa.Table, list[int]], pa.Table], features: Features, key: str, label: str
+) -> Dataset:
+    """What a function makes of a table of documents and their numbers at a time, in order; cached under `key`."""
+    mapped = documents.with_format("arrow").map(
+        function,
+        with_indices=True,
+        batched=True,
+        batch_size=DOCUMENTS_PER_BATCH,
+        remove_columns=documents.column_names,
+        features=features,
+        new_fingerprint=key,
+        desc=label,
+    )
+    return mapped.with_format(None)
 
 
 def left_over(
@@ -97,21 +102,8 @@ def left_over(
         rest = stream[block_begins(stream, block_size, bos)[1] :].copy()
         return pa.table({"tokens": [len(rest)]})
 
-    counted = (
-        tokenised.select(rows)
-        .with_format("arrow")
-        .map(
-            count,
-            with_indices=True,
-            batched=True,
-            batch_size=DOCUMENTS_PER_BATCH,
-            remove_columns=tokenised.column_names,
-            features=Features({"tokens": Value("int64")}),
-            new_fingerprint=key,
-            desc=f"Counting what is left of {name}",
-        )
-        .with_format(None)
-    )
+    features, label = Features({"tokens": Value("int64")}), f"Counting what is left of {name}"
+    counted = _mapped(tokenised.select(rows), count, features, key, label)
     return int(counted[-1]["tokens"]) if len(counted) else 0
 
 
