@@ -31,8 +31,8 @@ _MAY_DIFFER = {
     "model.name_or_path", "model.teacher", "data.root", "data.train", "data.eval", "calibration.data",
     "evaluation.datasets", "evaluation.data_dir", "training.output_dir", "training.run_name", "training.report_to",
     "training.hub_token", "training.log_level", "training.log_level_replica", "training.disable_tqdm",
-    "training.dataloader_num_workers",
-    "training.dataloader_pin_memory", "training.dataloader_persistent_workers", "training.dataloader_prefetch_factor",
+    "training.dataloader_num_workers", "training.dataloader_pin_memory", "training.dataloader_persistent_workers",
+    "training.dataloader_prefetch_factor",
 }  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def check_same_models(config: RunConfig) -> None:
             for what in ours:
                 if what in theirs and ours[what] != theirs[what]:
                     raise UserError(
-                        f"{field}: {what} of the model on process {process} differ from those on process 0. Give all "
-                        "nodes the same model."
+                        f"{field}: the model on process {process} differs from that on process 0 in its {what}. Give "
+                        "all nodes the same model."
                     )
 
 
@@ -110,12 +110,12 @@ def _model_facts(model: ModelConfig, reads_weights: bool = True) -> dict[str, An
         gguf_file=model.gguf_file,
         trust_remote_code=model.trust_remote_code,
     )
-    facts: dict[str, Any] = {"the values of the configuration": config_values(found)}
+    facts: dict[str, Any] = {"configuration": config_values(found)}
     if place.folder is None:
-        facts["the files at the commit"] = hub_commit(found)
+        facts["hub commit"] = hub_commit(found)
     elif reads_weights:
         weights = [place.folder / place.gguf_file] if place.gguf_file is not None else weight_files(place.folder)
-        facts["the weight files"] = [file_sample(file) for file in weights]
+        facts["weight files"] = [file_sample(file) for file in weights]
     return facts
 
 

@@ -108,9 +108,9 @@ def test_a_process_that_measures_other_texts_is_refused(
     ("second", "message"),
     [
         ({"name_or_path": "copy", "teacher": "gpt2"}, None),
-        ({"name_or_path": "other", "teacher": "gpt2"}, "model.name_or_path: the weight files of the model on process"),
-        ({"name_or_path": "gpt2", "teacher": "gpt2"}, "model.name_or_path: the values of the configuration of the"),
-        ({"name_or_path": "copy", "teacher": "other"}, "model.teacher: the values of the configuration of the model"),
+        ({"name_or_path": "other", "teacher": "gpt2"}, "name_or_path: the model on process 1 .* in its weight files"),
+        ({"name_or_path": "gpt2", "teacher": "gpt2"}, "name_or_path: the model on process 1 .* in its configuration"),
+        ({"name_or_path": "copy", "teacher": "other"}, "model.teacher: the model on process 1 .* in its configuration"),
         ({"name_or_path": "copy"}, "model.teacher is set on process 0 and not on process 1"),
     ],
 )
